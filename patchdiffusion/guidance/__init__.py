@@ -1,0 +1,1 @@
+"""Denoisers made of denoisers: ways to steer what a trained model samples."""

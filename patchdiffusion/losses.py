@@ -1,0 +1,86 @@
+"""The denoising objective on crops: what a training step asks of a denoiser."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.cond import Cond
+from patchdiffusion.denoiser import Denoiser, per_sample
+from patchdiffusion.noise import LogNormal, NoiseLaw
+from patchdiffusion.rng import Draws
+from patchdiffusion.weighting import EDMWeight, Weighting
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Crops of one size with what is needed to find them again in the whole image."""
+
+    images: Tensor
+    """float32 [B, C, h, w] in [-1, 1]."""
+    cond: Cond
+    """Labels and coordinates of the crops."""
+    index: Tensor
+    """int64 [B], which image of the source."""
+    box: Tensor
+    """int64 [B, 4]: top, left, height, width on the canvas, after flipping."""
+    flip: Tensor
+    """bool [B], whether the image was mirrored before it was cropped."""
+    noise: NoiseLaw | None = None
+    """Noise law of this group; None is the law of the objective."""
+
+
+@dataclass(frozen=True)
+class LossOut:
+    """What an objective returns."""
+
+    per_sample: Tensor
+    """float32 [B], the loss of each crop, a mean over its pixels."""
+    scalars: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further values for the log, by name; means over the batch."""
+    batch_loss: Tensor | None = None
+    """A term that belongs to the batch as a whole, added once per micro-batch."""
+
+
+class Objective(Protocol):
+    """What is minimised: a function or an `nn.Module` with parameters and teachers of its own."""
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut: ...
+
+
+@dataclass(frozen=True)
+class DenoisingLoss:
+    """lambda(sigma) |D(x0 + sigma n, sigma, cond) - x0|^2, a mean over pixels (EDM, equation 8).
+
+    EDM and Patch Diffusion sum over pixels instead, a factor C h w; the area of a crop is
+    accounted for by `Group.weight`. All draws come from `draws`, keyed by sample.
+    """
+
+    law: NoiseLaw = field(default_factory=LogNormal)
+    weighting: Weighting = field(default_factory=EDMWeight)
+    label_dropout: float = 0.1
+    """Probability that a sample is trained without its label, which guidance needs."""
+    stratified: bool = True
+    """Spread the noise levels of a group evenly over the law instead of drawing them freely."""
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+        u = draws.stratified("sigma") if self.stratified else draws.uniform("sigma")
+        sigma = (batch.noise or self.law).draw(u).to(torch.float32)
+        noise = draws.normal("noise", tuple(batch.images.shape[1:]))
+        cond = replace(batch.cond, seed=draws.keys("network"))
+        if cond.labels is not None and self.label_dropout > 0:
+            drop = draws.bernoulli("label dropout", self.label_dropout)
+            cond = replace(cond, labels=torch.where(drop, -1, cond.labels))
+        per_crop = denoising_error(denoiser, batch.images, noise, sigma, cond)
+        return LossOut(per_sample=self.weighting(sigma) * per_crop)
+
+
+def denoising_error(
+    denoiser: Denoiser, images: Tensor, noise: Tensor, sigma: Tensor, cond: Cond
+) -> Tensor:
+    """Mean squared error of the denoised image over the pixels of each sample: [B]."""
+    noisy = images + per_sample(sigma, images) * noise
+    error = denoiser(noisy, sigma, cond) - images
+    return error.square().flatten(1).mean(1)

@@ -1,0 +1,276 @@
+"""Patch Diffusion in one file: which crop sizes a step sees, where the crops lie, what they cost.
+
+Wang et al., "Patch Diffusion: Faster and More Data-Efficient Training of Diffusion Models",
+NeurIPS 2023 (arXiv 2304.12526). A network is trained on random crops of random size and told, by
+two coordinate channels, where each crop lies; it then samples whole images as usual.
+
+    plan = PatchPlan(canvas=(64, 64), batch=32)
+    for group in plan.draw(seed=0, step=step, progress=step / total):
+        crops, pos = random_crop(images[: group.count], group.size, key=keys)
+        loss += group.weight * denoising_loss(net, crops, pos).mean()
+"""
+
+import bisect
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.noise import NoiseLaw
+
+Size = tuple[int, int]  # height, width
+Mode = Literal["stratified", "stochastic", "progressive", "constant_pixels"]
+
+
+# ---- The law: relative sizes and how often each is seen ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchLaw:
+    """The distribution of crop sizes, as fractions of the sides of the canvas."""
+
+    fractions: tuple[float, ...] = (1.0, 0.5, 0.25)
+    """Crop sides relative to the canvas; 1 is the whole image."""
+    probs: tuple[float, ...] = (0.5, 0.3, 0.2)
+    """Probability of each size, summing to 1; the share of whole images is the paper's p."""
+    mode: Mode = "stratified"
+    """stratified: all sizes in every step. stochastic: one size a step (the paper's default).
+    progressive: small to large over the run. constant_pixels: one size a step, and batches grow
+    with 1/area, so that every step costs the same."""
+    multiplier: Literal["inverse_side", "inverse_area", "one"] = "inverse_side"
+    """How the number of crops grows as they shrink; the paper uses 1, 2, 4: inverse_side."""
+    loss_norm: Literal["area", "mean"] = "area"
+    """area: a crop's gradient counts with its area, as in the paper; mean: all crops alike."""
+
+    def __post_init__(self) -> None:
+        if not self.fractions or len(self.fractions) != len(self.probs):
+            raise ValueError(
+                "fractions and probs need the same length, at least 1, "
+                f"not {len(self.fractions)} and {len(self.probs)}"
+            )
+        if not all(0 < f <= 1 for f in self.fractions):
+            raise ValueError(f"fractions must lie in (0, 1], not {self.fractions}")
+        if not all(p >= 0 for p in self.probs) or abs(sum(self.probs) - 1) > 1e-6:
+            raise ValueError(f"probs must be >= 0 and sum to 1, not {self.probs}")
+
+    @classmethod
+    def paper(cls, p: float = 0.5, *, latent: bool = False) -> "PatchLaw":
+        """The published law for a share p of whole images: one size a step, batch x 1, 2, 4.
+
+        Pixels: (p, .6 (1-p), .4 (1-p)) for sides (1, 1/2, 1/4); latents: (p, 1-p) for (1, 1/2).
+        """
+        if not 0 <= p <= 1:
+            raise ValueError(f"the share p of whole images must lie in [0, 1], not {p}")
+        if latent:
+            return cls(fractions=(1.0, 0.5), probs=(p, 1 - p), mode="stochastic")
+        probs = (p, 0.6 * (1 - p), 0.4 * (1 - p))
+        return cls(fractions=(1.0, 0.5, 0.25), probs=probs, mode="stochastic")
+
+    @classmethod
+    def whole(cls) -> "PatchLaw":
+        """Whole images only: ordinary diffusion training."""
+        return cls(fractions=(1.0,), probs=(1.0,))
+
+
+# ---- The plan: integers for a given canvas and batch ----
+
+
+@dataclass(frozen=True)
+class Group:
+    """Crops of one size within one optimizer step, over all processes."""
+
+    size: Size
+    """Height and width of the crops in the network's input."""
+    count: int
+    """Number of crops."""
+    weight: float
+    """The group adds weight * mean(loss per pixel) to the loss of the step."""
+    pitch: int = 1
+    """Image pixels per input pixel along a side; q > 1 is a view down-sampled by averaging."""
+    noise: NoiseLaw | None = None
+    """Noise law of this group; None is the law of the run."""
+
+
+@dataclass(frozen=True)
+class PatchSize:
+    """One size of a plan: relative area a, probability, batch multiplier, share of the gradient."""
+
+    size: Size
+    area: float
+    prob: float
+    multiplier: float
+    share: float
+
+
+@dataclass(frozen=True)
+class PatchPlan:
+    """Which groups each step is made of: a pure function of (seed, step, progress).
+
+    Every process calls `draw` with the same arguments and gets the same answer, so no process
+    waits for another one that drew a larger size. `divisor` is the total down-sampling of the
+    network; crop sides are rounded to multiples of it. The whole canvas is never rounded.
+    """
+
+    canvas: Size
+    batch: int
+    law: PatchLaw = PatchLaw()
+    divisor: int = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.canvas, int) or len(self.canvas) != 2 or min(self.canvas) < 1:
+            raise ValueError(f"canvas must be (height, width), both positive, not {self.canvas}")
+        if self.batch < 1 or self.divisor < 1:
+            raise ValueError(
+                f"batch and divisor must be at least 1, not {self.batch} and {self.divisor}"
+            )
+
+    @classmethod
+    def paper(
+        cls,
+        canvas: Size,
+        batch: int,
+        *,
+        p: float = 0.5,
+        latent: bool = False,
+        divisor: int = 1,
+    ) -> "PatchPlan":
+        """The plan of the paper: see `PatchLaw.paper`."""
+        return cls(canvas, batch, PatchLaw.paper(p, latent=latent), divisor)
+
+    @cached_property
+    def sizes(self) -> tuple[PatchSize, ...]:
+        """The distinct sizes with a positive probability, largest first."""
+        total = self.canvas[0] * self.canvas[1]
+        probs: dict[Size, float] = {}
+        for fraction, prob in zip(self.law.fractions, self.law.probs, strict=True):
+            size = (self._side(0, fraction), self._side(1, fraction))
+            probs[size] = probs.get(size, 0.0) + prob
+        found = sorted(
+            ((h * w / total, (h, w), p) for (h, w), p in probs.items() if p), reverse=True
+        )
+        power = {"inverse_side": -0.5, "inverse_area": -1.0, "one": 0.0}[self.law.multiplier]
+        multipliers = [a**power for a, _, _ in found]
+        by_area = self.law.loss_norm == "area"
+        shares = [p * a if by_area else p for a, _, p in found]
+        drawn = [p for _, _, p in found]
+        if self.law.mode == "constant_pixels":  # as many crops of each size, in steps of equal cost
+            images = [p * m * a for (a, _, p), m in zip(found, multipliers, strict=True)]
+            drawn = [i / sum(images) for i in images]
+            multipliers = [1 / a for a, _, _ in found]
+        return tuple(
+            PatchSize(size, a, prob, m, share / sum(shares))
+            for (a, size, _), prob, m, share in zip(found, drawn, multipliers, shares, strict=True)
+        )
+
+    def _side(self, axis: int, fraction: float) -> int:
+        side = self.canvas[axis]
+        if fraction == 1:
+            return side
+        rounded = round(fraction * side / self.divisor) * self.divisor
+        return min(max(rounded, self.divisor), side)
+
+    def draw(self, *, seed: int, step: int, progress: float = 0.0) -> tuple[Group, ...]:
+        """The groups of one step; `progress` in [0, 1] is the share of the run that is done."""
+        if self.law.mode == "stratified":
+            return tuple(self._group(k, k.share, k.prob) for k in self.sizes)
+        if self.law.mode == "progressive":
+            order, u = self.sizes[::-1], progress
+        else:
+            key = rng.keys(seed, "patch size", step, torch.zeros(1, dtype=torch.int64))
+            order, u = self.sizes, float(rng.uniform(key, 1))
+        edges = list(itertools.accumulate(k.prob for k in order))
+        chosen = order[min(bisect.bisect_right(edges, u), len(order) - 1)]
+        return (self._group(chosen, chosen.share / chosen.prob, 1.0),)
+
+    def _group(self, k: PatchSize, weight: float, part: float) -> Group:
+        return Group(k.size, max(1, round(self.batch * k.multiplier * part)), weight)
+
+    def cost(self, *, world: int = 1, synced: bool = True, attention: float = 0.0) -> "Cost":
+        """Expected cost, in full images; `attention` is its quadratic share of a full image.
+
+        `synced=False` is the time of `world` processes that draw sizes independently and wait for
+        the slowest, as in the published code.
+        """
+        spent = [k.area * (1 - attention) + k.area**2 * attention for k in self.sizes]
+        steps = [k.multiplier * c for k, c in zip(self.sizes, spent, strict=True)]
+        mean = sum(k.prob * c for k, c in zip(self.sizes, steps, strict=True))
+        if not synced:
+            mean, below = 0.0, 0.0
+            for cost, prob in sorted((c, k.prob) for k, c in zip(self.sizes, steps, strict=True)):
+                mean += cost * ((below + prob) ** world - below**world)
+                below += prob
+        crops = sum(k.prob * k.multiplier for k in self.sizes)
+        return Cost(crops=crops, step=mean, crop=mean / crops)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Expected cost of a plan relative to whole-image training at the same batch."""
+
+    crops: float
+    """Crops per step and per image of the batch (M in the paper's bookkeeping)."""
+    step: float
+    """Cost of a step."""
+    crop: float
+    """Cost of a crop, if crops are counted as images the way the paper does."""
+
+
+# ---- Crops and coordinates ----
+
+
+def corners(key: Tensor, size: Size, canvas: Size, pitch: int = 1) -> tuple[Tensor, Tensor]:
+    """Uniform top-left corners, ends included, one per key: two int64 [B]."""
+    highest = [side - length * pitch + 1 for side, length in zip(canvas, size, strict=True)]
+    if min(highest) < 1:
+        raise ValueError(f"a crop of {size} at pitch {pitch} does not fit the canvas {canvas}")
+    top = rng.integers(rng.subkeys(key, "top"), highest[0])
+    left = rng.integers(rng.subkeys(key, "left"), highest[1])
+    return top, left
+
+
+def crop(x: Tensor, top: Tensor, left: Tensor, size: Size, pitch: int = 1) -> Tensor:
+    """Cut one crop out of each image: [B, C, H, W] and corners [B] -> [B, C, *size]."""
+    rows = top[:, None] + torch.arange(size[0] * pitch, device=x.device)
+    cols = left[:, None] + torch.arange(size[1] * pitch, device=x.device)
+    sample = torch.arange(len(x), device=x.device)
+    cut = x[sample[:, None, None], :, rows[:, :, None], cols[:, None, :]]  # [B, h, w, C]
+    cut = cut.movedim(-1, 1)
+    return cut if pitch == 1 else F.avg_pool2d(cut, pitch)
+
+
+def coordinates(top: Tensor, left: Tensor, size: Size, canvas: Size, pitch: int = 1) -> Tensor:
+    """Where each pixel of a crop lies on the canvas: float32 [B, 2, *size], x first.
+
+    The centres of the first and last pixel of each axis are exactly -1 and +1, each axis on its
+    own scale; an axis of one pixel is 0. Positions outside the canvas continue the scale.
+    """
+    axes = []
+    for start, length, side in ((left, size[1], canvas[1]), (top, size[0], canvas[0])):
+        steps = torch.arange(length, device=start.device) * pitch
+        place = (start[:, None] + steps).to(torch.float32) + (pitch - 1) / 2
+        axes.append(2 * (place / (side - 1)) - 1 if side > 1 else torch.zeros_like(place))
+    x = axes[0][:, None, :].expand(-1, size[0], -1)
+    y = axes[1][:, :, None].expand(-1, -1, size[1])
+    return torch.stack([x, y], dim=1)
+
+
+def random_crop(x: Tensor, size: Size, *, key: Tensor) -> tuple[Tensor, Tensor]:
+    """Crop each image at its own random place: crops [B, C, *size] and coordinates [B, 2, *size].
+
+    `key` is int64 [B] from `rng.keys`: the crop of an image depends on its key alone.
+    """
+    canvas = (x.shape[-2], x.shape[-1])
+    top, left = corners(key, size, canvas)
+    return crop(x, top, left, size), coordinates(top, left, size, canvas)
+
+
+def equivalents(groups: tuple[Group, ...], canvas: Size) -> float:
+    """Area of the crops of a step in whole images, the unit of the clock."""
+    pixels = sum(g.count * math.prod(g.size) for g in groups)
+    return pixels / math.prod(canvas)
