@@ -36,17 +36,5 @@ class CFG:
             raise ValueError(
                 f"guidance weight {self.weight} needs class labels, and none are given; use 1"
             )
-        null = Cond(**{**vars(cond), "labels": cond.null().labels, "context": _zeros(cond.context)})
-        both = self.denoiser(
-            torch.cat([x, x]),
-            torch.cat([expand_sigma(sigma, x)] * 2),
-            cond.cat(null),
-            step=step,
-            tape=tape,
-        )
         conditional, unconditional = both.chunk(2)
         return unconditional + self.weight * (conditional - unconditional)
-
-
-def _zeros(context: Tensor | None) -> Tensor | None:
-    return None if context is None else torch.zeros_like(context)
