@@ -36,5 +36,12 @@ class CFG:
             raise ValueError(
                 f"guidance weight {self.weight} needs class labels, and none are given; use 1"
             )
+        both = self.denoiser(
+            torch.cat([x, x]),
+            torch.cat([expand_sigma(sigma, x)] * 2),
+            cond.cat(cond.null()),
+            step=step,
+            tape=tape,
+        )
         conditional, unconditional = both.chunk(2)
         return unconditional + self.weight * (conditional - unconditional)
