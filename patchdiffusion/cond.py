@@ -63,11 +63,16 @@ class Cond:
         return Cond(**joined)
 
 
-_NAMES = [f.name for f in fields(Cond)]
+def _flatten(cond: Cond) -> tuple[list[Tensor], list[str]]:
+    given = [f.name for f in fields(cond) if getattr(cond, f.name) is not None]
+    return [getattr(cond, name) for name in given], given
+
+
+# A field that is not given is no leaf: function transforms refuse None.
 pytree.register_pytree_node(
     Cond,
-    lambda cond: ([getattr(cond, name) for name in _NAMES], None),
-    lambda leaves, _: Cond(**dict(zip(_NAMES, leaves, strict=True))),
+    _flatten,
+    lambda leaves, given: Cond(**dict(zip(given, leaves, strict=True))),
     serialized_type_name="patchdiffusion.Cond",
 )
 

@@ -72,7 +72,9 @@ def read_json(path: Path) -> Any:
 @contextlib.contextmanager
 def folder_atomic(path: Path) -> Iterator[Path]:
     """A context with `<path>.tmp` to fill; on success it is flushed and renamed to `path`."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old"))
+    if old.exists() and not path.exists():  # an earlier process died between the two renames
+        old.rename(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -83,11 +85,15 @@ def folder_atomic(path: Path) -> Iterator[Path]:
             fsync(file)
         fsync(temporary)
         # A rename onto a folder that is not empty fails; the old one goes last.
-        old = path.with_name(path.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
-        temporary.rename(path)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if old.exists():
+                old.rename(path)
+            raise
         fsync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:

@@ -142,9 +142,9 @@ class VP:
         return torch.expm1(self._integral(t)).sqrt()
 
     def time(self, sigma: Tensor) -> Tensor:
-        slope = self.beta_max - self.beta_min
-        root = (self.beta_min**2 + 2 * slope * torch.log1p(sigma**2)).sqrt()
-        return (root - self.beta_min) / slope
+        integral = torch.log1p(sigma**2)
+        root = (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * integral).sqrt()
+        return 2 * integral / (root + self.beta_min)  # root - beta_min would cancel at small sigma
 
 
 @dataclass(frozen=True)

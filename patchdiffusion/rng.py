@@ -23,7 +23,8 @@ _MIX2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
 def seed_of(*parts: int | str) -> int:
     """A signed 64-bit integer from any mixture of numbers and names (BLAKE2b)."""
-    text = "/".join(f"{type(p).__name__}:{p}" for p in parts).encode()
+    # Not the type's own name: numpy integers must count as integers.
+    text = "/".join(f"{'str' if isinstance(p, str) else 'int'}:{p}" for p in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
 
 
@@ -76,7 +77,7 @@ def normal(key: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float
     radius = radius.log_().mul_(-2).clamp_(min=0).sqrt_()
     angle = angle.mul_(2 * math.pi)
     pair = torch.cat([radius * angle.cos(), radius.mul_(angle.sin())], dim=1)
-    return pair[:, :numel].reshape(-1, *shape).to(dtype)
+    return pair[:, :numel].reshape(len(key), *shape).to(dtype)
 
 
 def integers(key: Tensor, high: int | Tensor) -> Tensor:
@@ -90,11 +91,16 @@ def bernoulli(key: Tensor, probability: float) -> Tensor:
 
 
 def keep_mask(key: Tensor, shape: tuple[int, ...], drop: float) -> Tensor:
-    """Dropout masks, True where a value is kept: bool [B, *shape]; four draws per 64-bit word."""
+    """Dropout masks, True where a value is kept: bool [B, *shape]; four draws per 64-bit word.
+
+    Raises `ValueError` unless 0 <= drop < 1.
+    """
+    if not 0 <= drop < 1:
+        raise ValueError(f"the dropout probability must lie in [0, 1), not {drop}")
     numel = reduce(mul, shape, 1)
     word = bits(key, (numel + 3) // 4)
-    level = round(drop * 2**16) - 2**15
-    return (word.view(torch.int16) >= level)[:, :numel].reshape(-1, *shape)
+    level = min(round(drop * 2**16), 2**16 - 1) - 2**15  # 2^15 would wrap around in int16
+    return (word.view(torch.int16) >= level)[:, :numel].reshape(len(key), *shape)
 
 
 def permutation(seed: int, stream: str, epoch: int, length: int) -> np.ndarray:
@@ -117,6 +123,11 @@ class Draws:
     index: Tensor
     rank: Tensor
     count: int
+
+    def to(self, device: torch.device | str) -> "Draws":
+        """The same draws, made on another device."""
+        index, rank = self.index.to(device), self.rank.to(device)
+        return Draws(self.seed, self.step, index, rank, self.count)
 
     def keys(self, stream: str) -> Tensor:
         """int64 [B]."""

@@ -1,0 +1,110 @@
+"""Frozen dataclasses to JSON and back, strictly: an unknown key or a wrong type is an error."""
+
+import dataclasses
+import math
+import types
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def encode(value: Any) -> Any:
+    """A JSON value; a dataclass becomes an object with its class name under "type"."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **fields}
+    if isinstance(value, tuple | list):
+        return [encode(item) for item in value]
+    if isinstance(value, dict):
+        return {key: encode(item) for key, item in value.items()}
+    return value
+
+
+def decode(cls: type[T], value: Any, where: str = "") -> T:
+    """An instance of the dataclass `cls` from what `encode` made.
+
+    Raises `ValueError` in one line that names the field, the value and what is allowed. A key
+    that is absent takes its default.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{where or cls.__name__} must be an object, not {value!r}")
+    name = value.get("type", cls.__name__)
+    if name != cls.__name__:
+        raise ValueError(f"{where or 'the type'} must be {cls.__name__}, not {name!r}")
+    known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    unknown = sorted(set(value) - set(known) - {"type"})
+    if unknown:
+        raise ValueError(
+            f"unknown key {_join(where, unknown[0])!r}, allowed here: {', '.join(known)}"
+        )
+    hints = get_type_hints(cls)
+    parts = {n: _field(hints[n], value[n], _join(where, n)) for n in known if n in value}
+    try:
+        return cls(**parts)
+    except TypeError as error:
+        raise ValueError(f"{where or cls.__name__} is incomplete: {error}") from error
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Paths of the fields in which two configurations differ, with both values."""
+    if type(old) is type(new) and dataclasses.is_dataclass(old):
+        names = [f.name for f in dataclasses.fields(old)]
+        pairs = ((getattr(old, n), getattr(new, n), _join(where, n)) for n in names)
+        return [line for a, b, path in pairs for line in differences(a, b, path)]
+    return [] if old == new else [f"{where}: {old} -> {new}"]
+
+
+def _join(where: str, name: str) -> str:
+    return f"{where}.{name}" if where else name
+
+
+def _field(hint: Any, value: Any, where: str) -> Any:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _union(get_args(hint), value, where)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{where} must be one of {get_args(hint)}, not {value!r}")
+        return value
+    if origin is tuple:
+        return _tuple(get_args(hint), value, where)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return decode(hint, value, where)
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+        raise ValueError(f"{where} must be {hint.__name__}, not {value!r}")
+    return value
+
+
+def _union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(o for o in options if o is not type(None))
+    if isinstance(value, dict):
+        classes = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
+        named = {o.__name__: o for o in classes}
+        chosen = named.get(value.get("type", ""))
+        if chosen is None:
+            raise ValueError(f"{where} needs a type out of {', '.join(named)}")
+        return decode(chosen, value, where)
+    errors = []
+    for option in options:
+        try:
+            return _field(option, value, where)
+        except ValueError as error:
+            errors.append(str(error))
+    raise ValueError("; or ".join(errors))
+
+
+def _tuple(items: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{where} must be a list, not {value!r}")
+    if len(items) == 2 and items[1] is Ellipsis:
+        items = (items[0],) * len(value)
+    if len(items) != len(value):
+        raise ValueError(f"{where} must have {len(items)} entries, not {value!r}")
+    return tuple(
+        _field(hint, item, f"{where}[{i}]")
+        for i, (hint, item) in enumerate(zip(items, value, strict=True))
+    )

@@ -1,0 +1,186 @@
+"""Arrays as a `Source`: .npy and .npz files, and rows of another data set."""
+
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, SupportsIndex
+
+import numpy as np
+from PIL import Image
+
+from patchdiffusion.data.decode import MIN_SIDE, decode_image
+from patchdiffusion.data.example import MAX_LABEL, BadImage, Example
+
+_IMAGE_KEYS = ("images", "x", "arr_0")
+_LABEL_KEYS = ("labels", "y")
+_CHUNK = 256
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySource:
+    """A `Source` over one array [N, H, W, C]."""
+
+    name: str
+    array: np.ndarray
+    labels: np.ndarray | None
+    span: tuple[float, float] | None
+    stamp: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The numbers from 0 to the largest label."""
+        if self.labels is None:
+            return ()
+        return tuple(str(i) for i in range(int(self.labels.max()) + 1))
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Example:
+        label = None if self.labels is None else int(self.labels[index])
+        image = np.array(self.array[index])
+        return Example(image, label, str(index), span=self.span, mode=str(self.array.dtype))
+
+
+def array_source(path: Path) -> ArraySource:
+    """Images of an .npy file, or of an .npz file with images, x or arr_0, and labels or y.
+
+    Shapes: [N, H, W], [N, H, W, C] or [N, C, H, W], the channels being the axis below 8. Types:
+    bool, uint8, uint16, and floats, which are taken as [0, 1] if all of them lie there and as
+    [-1, 1] if all of them lie there. Raises `ValueError` for anything else.
+    """
+    try:
+        # Only an .npy file is mapped; the arrays of an .npz file are read as a whole.
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            array, labels = loaded, None
+        else:
+            with loaded:
+                array = _pick(path, loaded, _IMAGE_KEYS)
+                labels = _pick(path, loaded, _LABEL_KEYS) if _has(loaded, _LABEL_KEYS) else None
+    except (OSError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is refused: {error}") from error
+    array = _layout(path, array)
+    status = os.stat(path)
+    stamp = f"array {path.name} {status.st_size} {status.st_mtime_ns}"
+    labels = None if labels is None else _checked(path, labels, len(array))
+    return ArraySource(path.stem, array, labels, _span(path, array), stamp)
+
+
+def _has(loaded: Mapping[str, np.ndarray], names: tuple[str, ...]) -> bool:
+    return any(name in loaded for name in names)
+
+
+def _pick(path: Path, loaded: Mapping[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray:
+    for name in names:
+        if name in loaded:
+            return loaded[name]
+    raise ValueError(f"it holds {', '.join(loaded) or 'nothing'}; one of {names} is needed")
+
+
+def _layout(path: Path, array: np.ndarray) -> np.ndarray:
+    if array.ndim == 3:
+        array = array[..., None]
+    if array.ndim == 4 and len(array):
+        _, a, b, c = array.shape
+        if 0 < c < MIN_SIDE <= min(a, b):
+            return array
+        if 0 < a < MIN_SIDE <= min(b, c):
+            return array.transpose(0, 2, 3, 1)
+    raise ValueError(
+        f"{path} has the shape {list(array.shape)}; allowed are [N, H, W], [N, H, W, C] and "
+        f"[N, C, H, W] with sides of at least {MIN_SIDE} and fewer than {MIN_SIDE} channels"
+    )
+
+
+def _span(path: Path, array: np.ndarray) -> tuple[float, float] | None:
+    if array.dtype in (np.bool_, np.uint8, np.uint16):
+        return None
+    if array.dtype.kind != "f":
+        raise ValueError(f"{path} is of type {array.dtype}; allowed are bool, uint8, uint16, float")
+    low, high = np.inf, -np.inf
+    for start in range(0, len(array), _CHUNK):
+        part = array[start : start + _CHUNK]
+        finite = part[np.isfinite(part)]  # images with other values are refused one by one
+        if finite.size:
+            low, high = min(low, finite.min()), max(high, finite.max())
+    if low >= -1e-4 and high <= 1 + 1e-4:
+        return (0.0, 1.0)
+    if low >= -1 - 1e-4 and high <= 1 + 1e-4:
+        return (-1.0, 1.0)
+    raise ValueError(
+        f"{path} holds floats from {low:g} to {high:g}; allowed are all in [0, 1] or in [-1, 1]"
+    )
+
+
+def _checked(path: Path, labels: np.ndarray, count: int) -> np.ndarray:
+    flat = labels.reshape(-1)
+    if flat.size != count or labels.shape[0] != count or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels of {path} are {labels.dtype} {list(labels.shape)}; integers [{count}] needed"
+        )
+    if flat.min() < 0 or flat.max() > MAX_LABEL:
+        low, high = flat.min(), flat.max()
+        raise ValueError(f"labels of {path} run from {low} to {high}; allowed are 0 to {MAX_LABEL}")
+    return flat
+
+
+class Rows(Protocol):
+    """A map-style data set, for example of Hugging Face: a length, and rows by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> object: ...
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """A `Source` over rows that are mappings, or sequences, of a Pillow image or array and a label.
+
+    `image` and `label` name the columns: "image" and "label", or positions such as 0 and 1. A
+    label of -1 is none, as in data sets of Hugging Face.
+    """
+
+    rows: Rows
+    name: str
+    classes: tuple[str, ...] = ()
+    image: str | int = "image"
+    label: str | int | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row, key = self.rows[index], str(index)
+        picture = _column(row, self.image)
+        label = None if self.label is None else _label(_column(row, self.label), key)
+        if isinstance(picture, Image.Image):
+            pixels, mode = decode_image(picture, key)
+            return Example(pixels, label, key, mode=mode)
+        if isinstance(picture, np.ndarray):
+            return Example(picture, label, key, mode=str(picture.dtype))
+        kind = type(picture).__name__
+        raise BadImage(
+            key, f"column {self.image!r} is a {kind}; allowed are Pillow image and array"
+        )
+
+
+def _label(value: object, key: str) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, SupportsIndex):
+        raise ValueError(f"row {key} has the label {value!r}; allowed are integers and None")
+    number = value.__index__()
+    return None if number == -1 else number
+
+
+def _column(row: object, name: str | int) -> object:
+    if isinstance(row, Mapping):
+        return row[name]
+    if isinstance(row, Sequence) and isinstance(name, int):
+        return row[name]
+    raise ValueError(f"a row is a {type(row).__name__} without the column {name!r}")

@@ -1,0 +1,61 @@
+"""The contract of a data set: a `Source` of `Example`s, and `BadImage` for one that fails."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+MAX_LABEL = 10**6
+
+
+class BadImage(ValueError):
+    """One image cannot be used; it carries its `key` and the `reason`, and the others go on."""
+
+    def __init__(self, key: str, reason: str):
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.reason}"
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One image as it is stored, before it is brought to the size of a pack."""
+
+    image: np.ndarray
+    """[H, W, C] or [H, W]; bool, uint8, uint16 or float; four channels are RGB with alpha."""
+    label: int | None
+    """Index into the classes of the source."""
+    key: str
+    """The name of the image within its source."""
+    group: str | None = None
+    """Images of one group are never divided between training and held-out images."""
+    span: tuple[float, float] | None = None
+    """The values that stand for -1 and 1; None is the full range of an integer type."""
+    mode: str = ""
+    """How it was stored, for the report."""
+
+
+class Source(Protocol):
+    """A data set: anything with a length, examples by index, class names and a name.
+
+    Three more attributes are used if they are there: `stamp`, a string that changes when the
+    data change, so that a pack can be reused; `notes`, lines for the report; and `ignored`, the
+    number of files passed over by kind. `source[i]` raises `BadImage` if image i is unusable.
+    """
+
+    @property
+    def name(self) -> str:
+        """A short name for folders and reports."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, or () when there are no labels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...

@@ -1,0 +1,103 @@
+"""From a pack of images to batches of crops: only the pixels of a crop are ever converted."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.cond import Cond
+from patchdiffusion.losses import Batch
+from patchdiffusion.patches import Group, coordinates, corners
+
+
+class Feed:
+    """Draws crops from uint8 images [N, H, W, C] as a pure function of seed, step and position.
+
+    `indices` int64 [M] are the images to draw from; each is used once in every M crops. Images
+    are mirrored before they are cropped, so coordinates stay true. Crops are gathered where the
+    images lie and moved to `device`.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        indices: Tensor,
+        *,
+        seed: int,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        if len(indices) == 0:
+            raise ValueError("there are no images to train on")
+        self.images = images
+        self.labels = labels
+        self.indices = indices.numpy()
+        self.seed = seed
+        self.flip = flip
+        self.device = torch.device(device)
+        self._order = lru_cache(maxsize=2)(
+            lambda epoch: rng.permutation(seed, "order", epoch, len(self.indices))
+        )
+
+    def which(self, position: np.ndarray) -> Tensor:
+        """The image at each position of the endless shuffled sequence: int64 [B]."""
+        epoch, place = np.divmod(position, len(self.indices))
+        chosen = np.empty_like(position)
+        for e in np.unique(epoch):
+            chosen[epoch == e] = self.indices[self._order(int(e))[place[epoch == e]]]
+        return torch.from_numpy(chosen)
+
+    def batch(
+        self, group: Group, *, step: int, position: int, first: int, chunk: range
+    ) -> tuple[Batch, rng.Draws]:
+        """Some crops of a group.
+
+        `position` is the number of crops drawn before this step, `first` the number drawn in
+        this step before the group, and `chunk` the crops of the group that are wanted.
+        """
+        rank = torch.arange(chunk.start, chunk.stop)
+        draws = rng.Draws(self.seed, step, first + rank, rank, group.count)
+        index = self.which((position + draws.index).numpy())
+        flip = draws.bernoulli("flip", 0.5) if self.flip else torch.zeros(len(rank)).bool()
+        batch = gather(self.images, self.labels, index, group, draws.keys("crop"), flip)
+        moved = Batch(
+            images=batch.images.to(self.device),
+            cond=batch.cond.to(self.device),
+            index=index,
+            box=batch.box,
+            flip=flip,
+            noise=group.noise,
+        )
+        return moved, draws.to(self.device)
+
+
+def gather(
+    images: Tensor, labels: Tensor | None, index: Tensor, group: Group, key: Tensor, flip: Tensor
+) -> Batch:
+    """Cut one crop per index out of uint8 images [N, H, W, C], at places that `key` decides."""
+    canvas = (images.shape[1], images.shape[2])
+    (height, width), pitch = group.size, group.pitch
+    top, left = corners(key, group.size, canvas, pitch)
+    rows = top[:, None] + torch.arange(height * pitch)
+    cols = left[:, None] + torch.arange(width * pitch)
+    cols = torch.where(flip[:, None], canvas[1] - 1 - cols, cols)
+    cut = images[index[:, None, None], rows[:, :, None], cols[:, None, :]]  # [B, h, w, C]
+    crops = cut.movedim(-1, 1).to(torch.float32).div_(127.5).sub_(1)
+    if pitch > 1:
+        crops = F.avg_pool2d(crops, pitch)
+    sides = torch.tensor([height * pitch, width * pitch]).expand(len(index), 2)
+    return Batch(
+        images=crops,
+        cond=Cond(
+            labels=None if labels is None else labels[index],
+            pos=coordinates(top, left, group.size, canvas, pitch),
+        ),
+        index=index,
+        box=torch.cat([top[:, None], left[:, None], sides], dim=1),
+        flip=flip,
+        noise=group.noise,
+    )

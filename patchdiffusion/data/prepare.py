@@ -1,0 +1,271 @@
+"""Decode a data set once, into a pack that training reads."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from patchdiffusion.data.decode import fit, is_grey, to_uint8
+from patchdiffusion.data.example import MAX_LABEL, BadImage, Source
+from patchdiffusion.data.pack import Pack, pack_writer
+from patchdiffusion.data.plan import (
+    Options,
+    Plan,
+    check_options,
+    count_workers,
+    make_plan,
+    usable,
+)
+from patchdiffusion.data.report import Report, bad_lines, write_text
+from patchdiffusion.data.split import held_out, repeats
+from patchdiffusion.files import folder_atomic
+
+_TASK = 32
+_PAIRS = 50
+_BYTES_PER_IMAGE = 256  # names, labels and checksums, generously
+
+
+def cache_dir() -> Path:
+    """$PATCHDIFFUSION_CACHE, else $XDG_CACHE_HOME/patchdiffusion, else ~/.cache/patchdiffusion."""
+    if own := os.environ.get("PATCHDIFFUSION_CACHE"):
+        return Path(own)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "patchdiffusion"
+    return Path.home() / ".cache" / "patchdiffusion"
+
+
+def prepare(
+    source: Source,
+    out: str | Path | None = None,
+    *,
+    resolution: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    background: str | tuple[int, int, int] = "white",
+    holdout: float = 0.05,
+    max_bad: float | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Pack:
+    """Decode a source into a pack at `out`, by default in `cache_dir()`, and open it.
+
+    `resolution` is a side or (height, width); None is the common size up to 128, else the power
+    of two below the median of the smaller side, at most 64. `channels` None is 1 if every image
+    is grey, else 3; 4 keeps alpha. A part `holdout` of the images (at most 1,000) is kept from
+    training. An existing pack of the same data and options is reused, another one at `out` is
+    replaced. Images that cannot be used are listed in the report; raises `ValueError` if they
+    are all, or more than the part `max_bad` (0.1), and `OSError` if `out` cannot be written.
+    """
+    options = check_options(resolution, channels, background, holdout, max_bad)
+    workers = count_workers(workers, source)
+    target = None if out is None else Path(out).expanduser()
+    found = _existing(source, options, target)
+    if found is not None:
+        if progress:
+            print(f"using the pack {found.path}: same data, same options", file=sys.stderr)
+        return found
+    if len(source) == 0:
+        raise ValueError(f"{source.name} holds no images")
+    with warnings.catch_warnings():
+        # Pillow warns of odd metadata and of large images; the report is the place for that.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        plan = make_plan(source, options)
+        try:
+            return _make(source, plan, options, target, workers, progress)
+        except _ColourFoundError:
+            plan = replace(plan, channels=3, refuse_colour=False)
+            return _make(source, plan, options, target, workers, progress)
+
+
+class _ColourFoundError(Exception):
+    """The first images were grey and a later one is not."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    image: np.ndarray
+    label: int | None
+    key: str
+    group: str | None
+    mode: str
+    size: tuple[int, int]
+    enlarged: bool
+
+
+def _stamp(source: Source) -> str:
+    return str(getattr(source, "stamp", ""))
+
+
+def _identity(source: Source, options: Options) -> str:
+    parts = [_stamp(source) or [source.name, len(source)], options.identity()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
+
+
+def _existing(source: Source, options: Options, target: Path | None) -> Pack | None:
+    if target is not None:
+        if target.exists() and not (target / "pack.json").is_file():
+            if not target.is_dir():
+                raise ValueError(f"{target} is a file; allowed is a new folder or an older pack")
+            if any(target.iterdir()):
+                raise ValueError(f"{target} holds something else; choose a new or empty folder")
+        candidates = [target]
+    else:
+        candidates = sorted((cache_dir() / "packs").glob(f"*-{_identity(source, options)}"))
+    for path in candidates:
+        if not _stamp(source) or not path.is_dir():
+            continue
+        try:
+            pack = Pack.open(path)
+        except (ValueError, OSError):
+            continue  # damaged or of another version: made anew
+        if pack.info.stamp == _stamp(source) and pack.info.options == options.identity():
+            return pack
+    return None
+
+
+def _default_target(source: Source, plan: Plan, options: Options) -> Path:
+    name = re.sub(r"[^\w.-]+", "-", source.name, flags=re.ASCII).strip("-.")[:40] or "data"
+    height, width, channels = plan.shape()
+    folder = f"{name}-{height}x{width}x{channels}-{_identity(source, options)}"
+    return cache_dir() / "packs" / folder
+
+
+def _make(
+    source: Source,
+    plan: Plan,
+    options: Options,
+    target: Path | None,
+    workers: int,
+    progress: bool,
+) -> Pack:
+    target = target or _default_target(source, plan, options)
+    _check_space(target, len(source) * (int(np.prod(plan.shape())) + _BYTES_PER_IMAGE))
+    report = Report(len(source), ignored=dict(getattr(source, "ignored", {})))
+    report.notes = [*plan.notes, *getattr(source, "notes", ())]
+    complaints = target.with_name(target.name + ".bad.txt")
+    bar = tqdm(total=len(source), desc=source.name, unit="img", disable=not progress)
+    with bar, folder_atomic(target) as folder:
+        with pack_writer(folder, plan.shape()) as writer:
+            for result in _results(source, plan, options, workers):
+                bar.update()
+                if isinstance(result, BadImage):
+                    report.bad.append((result.key, result.reason))
+                    continue
+                _count(report, result)
+                writer.add(result.image, result.label, result.key, result.group)
+        _check_bad(report, options.max_bad, complaints, source.name)
+        digests = np.array(writer.digests, dtype=np.uint64)
+        groups = np.array(writer.groups, dtype=np.uint64)
+        info = writer.finish(
+            name=source.name,
+            classes=tuple(source.classes),
+            heldout=held_out(digests, groups, options.holdout),
+            stamp=_stamp(source),
+            options=options.identity(),
+        )
+        later, earlier = repeats(digests)
+        report.duplicates = len(later)
+        report.duplicate_pairs = _names(folder / "keys.jsonl", later[:_PAIRS], earlier[:_PAIRS])
+        report.write(folder, info)
+    complaints.unlink(missing_ok=True)
+    return Pack.open(target)
+
+
+def _check_space(target: Path, needed: int) -> None:
+    """Make the folder that will hold the pack; raise `OSError` if it cannot, or is too full."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(target.parent, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+        free = shutil.disk_usage(target.parent).free
+    except FileExistsError as error:
+        raise OSError(f"the pack cannot be written to {target}: a file is in the way") from error
+    except OSError as error:
+        raise OSError(f"the pack cannot be written to {target}: {error.strerror}") from error
+    if needed > free:
+        raise OSError(f"the pack {target} needs {needed} bytes, but {free} are free there")
+
+
+def _results(
+    source: Source, plan: Plan, options: Options, workers: int
+) -> Iterator[_Ready | BadImage]:
+    """All images in order; a few tasks are in flight, so memory does not grow with the data."""
+
+    def task(indices: Iterable[int]) -> list[_Ready | BadImage]:
+        return [_ready(source, index, plan, options) for index in indices]
+
+    if workers == 1:
+        for index in range(len(source)):
+            yield _ready(source, index, plan, options)
+        return
+    starts = iter(range(0, len(source), _TASK))
+    flying: deque[Future[list[_Ready | BadImage]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            for start in islice(starts, 2 * workers - len(flying)):
+                stop = min(start + _TASK, len(source))
+                flying.append(pool.submit(task, range(start, stop)))
+            if not flying:
+                return
+            yield from flying.popleft().result()
+
+
+def _ready(source: Source, index: int, plan: Plan, options: Options) -> _Ready | BadImage:
+    try:
+        example = source[index]
+        image = usable(example.key, to_uint8(example))
+        planes = image.shape[2]
+        if planes != plan.channels and not {planes, plan.channels} <= {1, 3, 4}:
+            reason = f"{planes} channels cannot become {plan.channels}"
+            raise BadImage(example.key, reason)
+        if plan.refuse_colour and planes != 1:
+            colour, enlarged = fit(image, plan.size, 3, options.background)
+            if not is_grey(colour):
+                raise _ColourFoundError
+            small = colour[:, :, :1]
+        else:
+            small, enlarged = fit(image, plan.size, plan.channels, options.background)
+    except BadImage as error:
+        return error
+    label, limit = example.label, len(source.classes) or MAX_LABEL + 1
+    if label is not None and not 0 <= label < limit:
+        raise ValueError(
+            f"{source.name}: {example.key} has the label {label}; allowed are 0 to {limit - 1}"
+        )
+    size = (image.shape[1], image.shape[0])
+    return _Ready(small, label, example.key, example.group, example.mode, size, enlarged)
+
+
+def _count(report: Report, result: _Ready) -> None:
+    report.sizes[result.size] += 1
+    report.modes[result.mode or "unknown"] += 1
+    report.enlarged += result.enlarged
+
+
+def _check_bad(report: Report, max_bad: float, complaints: Path, name: str) -> None:
+    bad, given = len(report.bad), report.given
+    if bad == given or bad > max_bad * given:
+        write_text(complaints, "\n".join(bad_lines(report.bad)) + "\n")
+        key, reason = report.bad[0]
+        raise ValueError(
+            f"{bad} of {given} images of {name} cannot be used (allowed are "
+            f"{max_bad:.0%}); the first is {key}: {reason}; the list is in {complaints}"
+        )
+
+
+def _names(keys: Path, later: np.ndarray, earlier: np.ndarray) -> list[tuple[str, str]]:
+    wanted = {int(i) for i in (*later, *earlier)}
+    with open(keys, encoding="ascii") as lines:
+        names = {i: str(json.loads(line)[0]) for i, line in enumerate(lines) if i in wanted}
+    return [(names[int(a)], names[int(b)]) for a, b in zip(later, earlier, strict=True)]

@@ -1,0 +1,90 @@
+"""What `prepare` found in a data set, as JSON and as text."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from patchdiffusion.data.pack import PackInfo
+from patchdiffusion.files import write_bytes, write_json
+
+_SHOWN = 20
+
+
+@dataclass
+class Report:
+    """Counts while images are read; `write` puts them beside the pack."""
+
+    given: int
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    """Width, height."""
+    modes: Counter[str] = field(default_factory=Counter)
+    enlarged: int = 0
+    duplicates: int = 0
+    duplicate_pairs: list[tuple[str, str]] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def as_json(self, info: PackInfo) -> dict[str, Any]:
+        """Everything, for machines."""
+        return {
+            "name": info.name,
+            "given": self.given,
+            "read": info.shape[0],
+            "shape": list(info.shape),
+            "bad": [{"key": key, "reason": reason} for key, reason in self.bad],
+            "duplicates": self.duplicates,
+            "duplicate_pairs": [list(pair) for pair in self.duplicate_pairs],
+            "enlarged": self.enlarged,
+            "sizes": {f"{w}x{h}": n for (w, h), n in self.sizes.most_common()},
+            "modes": dict(self.modes.most_common()),
+            "classes": dict(zip(info.classes, info.class_counts, strict=True)),
+            "heldout": len(info.heldout),
+            "sigma_data": info.sigma_data,
+            "ignored": self.ignored,
+            "notes": self.notes,
+        }
+
+    def as_text(self, info: PackInfo) -> str:
+        """The same for people, long lists shortened."""
+        count, height, width, channels = info.shape
+        counts = zip(info.classes, info.class_counts, strict=True)
+        lines = [
+            f"{info.name}: {count} images of {width}x{height} with {channels} channels",
+            f"given {self.given}, refused {len(self.bad)}, enlarged {self.enlarged}, "
+            f"exact duplicates {self.duplicates}, held out {len(info.heldout)}",
+            f"standard deviation in [-1, 1]: {info.sigma_data:.4f}",
+            *self.notes,
+            *_section("sizes", (f"{w}x{h}: {n}" for (w, h), n in self.sizes.most_common())),
+            *_section("stored as", (f"{mode}: {n}" for mode, n in self.modes.most_common())),
+            *_section("classes", (f"{name}: {n}" for name, n in counts)),
+            *_section("other files", (f"{kind}: {n}" for kind, n in self.ignored.items())),
+            *_section("duplicates", (f"{a} = {b}" for a, b in self.duplicate_pairs)),
+            *_section("refused", bad_lines(self.bad)),
+        ]
+        return "\n".join(lines) + "\n"
+
+    def write(self, folder: Path, info: PackInfo) -> None:
+        """Write report.json and report.txt."""
+        write_json(folder / "report.json", self.as_json(info))
+        write_text(folder / "report.txt", self.as_text(info))
+
+
+def bad_lines(bad: Iterable[tuple[str, str]]) -> list[str]:
+    """One line for each refused image."""
+    return [f"{key}: {reason}" for key, reason in bad]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write text; file names that are not Unicode are escaped."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def _section(title: str, lines: Iterable[str]) -> list[str]:
+    listed = list(lines)
+    if not listed:
+        return []
+    rest = [f"  ... and {len(listed) - _SHOWN} more"] if len(listed) > _SHOWN else []
+    return ["", f"{title}:", *(f"  {line}" for line in listed[:_SHOWN]), *rest]

@@ -1,0 +1,62 @@
+"""Which images are duplicates, and which are held out from training; a function of content."""
+
+import hashlib
+
+import numpy as np
+
+MIN_IMAGES = 20
+MAX_HELD_OUT = 1000
+_SPREAD = np.uint64(0x9E3779B97F4A7C15)
+
+
+def digest(content: bytes) -> int:
+    """64 bits that stand for a content or a name."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def repeats(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images that repeat an earlier one, and that earlier one: int64 [R], int64 [R]."""
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    original = first[inverse]
+    later = np.flatnonzero(original != np.arange(len(digests)))
+    return later, original[later]
+
+
+def _clusters(digests: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """One number per image, equal where images are linked by content or by group: int64 [N]."""
+    links = [np.unique(values, return_inverse=True)[1] for values in (digests, groups)]
+    cluster = links[0]
+    while True:
+        before = cluster
+        for link in links:
+            lowest = np.full(link.max() + 1, len(link))
+            np.minimum.at(lowest, link, cluster)
+            cluster = lowest[link]
+        if np.array_equal(before, cluster):
+            return np.unique(cluster, return_inverse=True)[1]
+
+
+def held_out(digests: np.ndarray, groups: np.ndarray, fraction: float) -> np.ndarray:
+    """Indices of the held-out images, sorted int64; uint64 [N] digests of content and group.
+
+    Whole clusters are taken in the order of their hash until `fraction` of the images (at most
+    1,000) is reached, so a group or a set of exact duplicates is never divided, and images added
+    later move few others. Below 20 images nothing is held out.
+    """
+    count = len(digests)
+    target = min(round(fraction * count), MAX_HELD_OUT) if count >= MIN_IMAGES else 0
+    if target == 0:
+        return np.zeros(0, dtype=np.int64)
+    cluster = _clusters(digests, groups)
+    sizes = np.bincount(cluster)
+    lowest = np.full(len(sizes), np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(lowest, cluster, groups)
+    chosen = np.zeros(len(sizes), dtype=bool)
+    # The least of several hashes is small; the product spreads it evenly again.
+    for index in np.argsort(lowest * _SPREAD, kind="stable"):
+        if sizes[index] <= target:
+            chosen[index] = True
+            target -= sizes[index]
+        if target == 0:
+            break
+    return np.flatnonzero(chosen[cluster])

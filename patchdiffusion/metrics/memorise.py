@@ -1,0 +1,43 @@
+"""Is the model repeating its training images? Distances to nearest neighbours, in pixels."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How near samples are to the training images."""
+
+    rate: float
+    """Share of samples that are copies."""
+    nearest: Tensor
+    """int64 [B], the nearest training image of each sample."""
+    ratio: Tensor
+    """float32 [B], distance to the nearest over distance to the second nearest image."""
+
+
+def copy_rate(
+    samples: Tensor, images: Tensor, indices: Tensor, *, threshold: float = 1 / 3
+) -> Copies:
+    """Count a sample as a copy if its nearest image is `threshold` times nearer than the next one.
+
+    samples float [B, C, H, W] in [-1, 1], images uint8 [N, H, W, C], of which `indices` [M] were
+    trained on, M >= 2. The criterion
+    of Yoon et al. (ICML 2023 workshop) and Gu et al. (arXiv 2310.02664). Mirrored copies do not
+    count, and images that occur twice hide their copies.
+    """
+    if len(indices) < 2:
+        raise ValueError(f"the copy rate needs at least 2 training images, not {len(indices)}")
+    flat = samples.movedim(1, -1).flatten(1).to(torch.float32)
+    best = torch.full((len(flat), 2), float("inf"))
+    where = torch.zeros(len(flat), 2, dtype=torch.int64)
+    chunk = max(1, 2**24 // flat.shape[1])  # 64 MiB of float32 at a time
+    for part in indices.split(chunk):
+        known = images[part].flatten(1).to(torch.float32) / 127.5 - 1
+        values, places = torch.cdist(flat, known).topk(min(2, len(part)), dim=1, largest=False)
+        best, order = torch.cat([best, values], dim=1).topk(2, dim=1, largest=False)
+        where = torch.cat([where, part[places]], dim=1).gather(1, order)
+    ratio = best[:, 0] / best[:, 1].clamp(min=1e-12)
+    return Copies((ratio < threshold).double().mean().item(), where[:, 0], ratio)

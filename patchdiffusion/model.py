@@ -1,0 +1,124 @@
+"""A trained model on disk: a folder with `config.json` and two safetensors files, no pickles."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from patchdiffusion.codec import decode, encode
+from patchdiffusion.denoiser import EDM, NetDenoiser
+from patchdiffusion.files import folder_atomic, read_json, sha256, write_json
+from patchdiffusion.nets.unet import SongUNet, UNetConfig
+from patchdiffusion.noise import LogNormal
+
+Weights = Literal["averaged", "raw"]
+
+NETWORKS: dict[type, Callable[..., nn.Module]] = {UNetConfig: SongUNet}
+"""Which class a network configuration builds; nothing else is ever loaded from a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is needed to use a model, beside its weights."""
+
+    network: UNetConfig
+    precond: EDM
+    noise: LogNormal
+    canvas: tuple[int, int]
+    """Height and width of the images it was trained on."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes, by label."""
+    data: str = ""
+    """Name of the data set."""
+    images: float = 0.0
+    """Full-image equivalents seen in training."""
+    step: int = 0
+    """Optimizer steps."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model: its configuration, its network in evaluation mode, and a short digest."""
+
+    config: ModelConfig
+    network: nn.Module
+    digest: str
+
+    @property
+    def denoiser(self) -> NetDenoiser:
+        """D(x, sigma, cond)."""
+        return NetDenoiser(self.network, self.config.precond, self.config.noise)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.network.parameters()).device
+
+
+def build(config: UNetConfig, *, seed: int = 0) -> nn.Module:
+    """A network whose initial weights are a function of the seed."""
+    return NETWORKS[type(config)](config, seed=seed)
+
+
+def save_model(
+    folder: Path, config: ModelConfig, averaged: Mapping[str, Tensor], raw: Mapping[str, Tensor]
+) -> None:
+    """Write a model folder, atomically; an older one under the same name is replaced."""
+    with folder_atomic(folder) as temporary:
+        digests = {}
+        for name, state in (("model", averaged), ("raw", raw)):
+            file = temporary / f"{name}.safetensors"
+            whole = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+            save_file(whole, file, metadata={"format": "pt"})
+            digests[file.name] = sha256(file)
+        facts: dict[str, Any] = {"format": 1, "sha256": digests, **encode(config)}
+        write_json(temporary / "config.json", facts)
+
+
+def load_model(
+    path: Path | str, *, weights: Weights = "averaged", device: torch.device | str = "cpu"
+) -> Model:
+    """Load a model from its folder, or from the folder of a run, also of one that is running.
+
+    Raises `ValueError` in one line if there is none or if a file is damaged.
+    """
+    folder = Path(path)
+    if (folder / "model").is_dir() or (folder / "log.jsonl").exists():
+        folder = folder / "model"
+    for patience in (0.1, 0.3, 1.0, 0.0):
+        try:
+            return _read(folder, weights, device)
+        except FileNotFoundError as error:  # a running training may be replacing the folder
+            if patience == 0.0 or not folder.parent.exists():
+                raise ValueError(
+                    f"{path} holds no model: {error.filename} is missing; "
+                    "give the folder of a run that has saved, or its model folder"
+                ) from error
+            time.sleep(patience if folder.with_name("model.tmp").exists() else 0)
+    raise AssertionError("unreachable")
+
+
+def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
+    facts = read_json(folder / "config.json")
+    if not isinstance(facts, dict) or facts.get("format") != 1:
+        raise ValueError(f"{folder / 'config.json'} is not a model configuration of format 1")
+    file = folder / {"averaged": "model.safetensors", "raw": "raw.safetensors"}[weights]
+    wanted = facts.get("sha256", {}).get(file.name)
+    found = sha256(file)
+    if found != wanted:
+        raise ValueError(f"{file} is damaged: its digest is {found[:12]}, not {str(wanted)[:12]}")
+    given = {key: value for key, value in facts.items() if key not in ("format", "sha256")}
+    config = decode(ModelConfig, given)
+    network = build(config.network)
+    try:
+        network.load_state_dict(load_file(file))
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} does not fit its configuration: {reason}") from error
+    return Model(config, network.to(device).eval().requires_grad_(False), found[:16])

@@ -1,0 +1,1 @@
+"""Networks: pure modules (x, noise, cond) -> output that know nothing of diffusion."""

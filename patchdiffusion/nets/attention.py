@@ -1,0 +1,31 @@
+"""Self-attention over the pixels of a feature map.
+
+Shapes: B batch, C channels, H and W height and width, N = H W pixels, n heads, d = C / n.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchdiffusion.nets.layers import Conv, Norm
+
+
+class Attention(nn.Module):
+    """The attention branch of a block, without the residual sum: [B, C, H, W] -> same.
+
+    The channels of `qkv` are all queries, then all keys, then all values.
+    """
+
+    def __init__(self, channels: int, num_heads: int = 1):
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm = Norm(channels)
+        self.qkv = Conv(channels, 3 * channels, 1, scale=0.2**0.5)
+        self.proj = Conv(channels, channels, 1, scale=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(b, 3, self.num_heads, -1, height * width)
+        # Fused kernels, which keep the softmax in float32, want the features of a pixel adjacent.
+        q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # each [B, n, N, d]
+        h = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(h.transpose(-1, -2).reshape(b, c, height, width))

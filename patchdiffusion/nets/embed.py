@@ -1,0 +1,146 @@
+"""What a network is told beside the image: noise level, class, augmentation, coordinates.
+
+Shapes: B batch, C channels, H and W height and width, D size of the noise features, E size of the
+embedding, K classes.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchdiffusion.cond import Cond
+from patchdiffusion.nets.layers import (
+    Conv,
+    Key,
+    Linear,
+    downsample_padded,
+    full_precision,
+    pad_even,
+)
+from patchdiffusion.patches import coordinates
+
+EmbeddingKind = Literal["positional", "fourier"]
+
+
+def positional(noise: Tensor, width: int) -> Tensor:
+    """Sines, then cosines, of width/2 frequencies from 1 to 1e-4: [B] -> [B, width] (DDPM++)."""
+    half = width // 2
+    steps = torch.arange(half, device=noise.device, dtype=torch.float32) / (half - 1)
+    angle = noise[:, None] * torch.exp(steps * -math.log(10000))
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class Fourier(nn.Module):
+    """Sines, then cosines, of fixed frequencies drawn from N(0, scale^2): [B] -> [B, width]."""
+
+    freqs: Tensor
+
+    def __init__(self, width: int, scale: float = 16.0):
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("freqs", torch.zeros(width // 2))
+
+    def draw(self, key: Key) -> None:
+        if not self.freqs.is_meta:
+            drawn = torch.randn(self.freqs.shape, generator=key("freqs"), device="cpu")
+            self.freqs.copy_(drawn * self.scale)
+
+    def forward(self, noise: Tensor) -> Tensor:
+        angle = noise[:, None] * (2 * math.pi * self.freqs)
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class Embedding(nn.Module):
+    """Noise level, class and augmentation as one vector per sample, always in full precision.
+
+    The class and the augmentation are added to the noise features before two layers with SiLU
+    (EDM, arXiv 2206.00364, appendix F). Classes outside [0, K), such as -1, are the zero vector.
+    """
+
+    def __init__(self, base: int, kind: EmbeddingKind, num_classes: int, augment_dim: int):
+        super().__init__()
+        width = 2 * base if kind == "fourier" else base
+        self.base = base
+        self.num_classes = num_classes
+        self.fourier = Fourier(width) if kind == "fourier" else None
+        self.label = Linear(num_classes, width) if num_classes else None
+        self.augment = Linear(augment_dim, width, bias=False) if augment_dim else None
+        self.layer0 = Linear(width, 4 * base)
+        self.layer1 = Linear(4 * base, 4 * base)
+
+    def forward(self, noise: Tensor, cond: Cond) -> Tensor:
+        """noise [B] -> [B, E], E = 4 base."""
+        dtype = self.layer0.weight.dtype
+        with full_precision(noise):
+            h = self.fourier(noise) if self.fourier else positional(noise, self.base)
+            h = h.to(dtype)  # [B, D]
+            if self.label is not None:
+                h = h + self.label(self._one_hot(cond.labels, h) * math.sqrt(self.num_classes))
+            if self.augment is not None and cond.augment is not None:
+                h = h + self.augment(cond.augment.to(dtype))
+            return F.silu(self.layer1(F.silu(self.layer0(h))))
+
+    def _one_hot(self, labels: Tensor | None, like: Tensor) -> Tensor:
+        if labels is None:
+            return like.new_zeros(len(like), self.num_classes)
+        classes = torch.arange(self.num_classes, device=labels.device)
+        return (labels[:, None] == classes).to(like.dtype)  # [B, K]
+
+
+def whole_canvas(x: Tensor) -> Tensor:
+    """Coordinates if x [B, C, H, W] is the whole canvas: float32 [1, 2, H, W]."""
+    origin = torch.zeros(1, dtype=torch.int64, device=x.device)
+    size = (x.shape[-2], x.shape[-1])
+    return coordinates(origin, origin, size, size)
+
+
+class Stem(nn.Module):
+    """The first convolution: of the image and, separately and in float32, of the coordinates.
+
+    The same function as one convolution of the concatenated channels (Patch Diffusion, arXiv
+    2304.12526), but coordinates never meet a low-precision format, and with zero weights, as at
+    the start, they add exactly nothing.
+    """
+
+    def __init__(self, channels: int, width: int, *, coordinates: bool, padding: int = 1):
+        super().__init__()
+        self.image = Conv(channels, width, padding=padding)
+        self.coordinates = (
+            Conv(2, width, scale=0.0, bias=False, padding=padding) if coordinates else None
+        )
+
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], pos float32 [B or 1, 2, H, W] or None -> [B, width, H', W']."""
+        h = self.image(x)
+        if self.coordinates is None or pos is None:
+            return h
+        with full_precision(x):
+            weight = self.coordinates.weight
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            pos, weight = pos.to(dtype), weight.to(dtype)
+            # Fast "float32" convolutions of GPUs (TF32) keep 11 bits of their inputs: a coarse
+            # part that fits and a small rest lose nothing that matters.
+            coarse = torch.round(pos * 128) / 128
+            split = torch.cat([coarse, pos - coarse], dim=1)
+            where = F.conv2d(split, weight.repeat(1, 2, 1, 1), padding=self.coordinates.padding)
+        return (h + where).to(h.dtype)
+
+
+class Pyramid(nn.Module):
+    """One step of NCSN++'s input pyramid: a convolution, then half the sides, rounded up.
+
+    The convolution runs beyond the border as far as the filter reaches, as published.
+    """
+
+    def __init__(self, channels: int, width: int, *, coordinates: bool, smooth: bool):
+        super().__init__()
+        self.smooth = smooth
+        self.stem = Stem(channels, width, coordinates=coordinates, padding=2 if smooth else 1)
+
+    def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
+        """x [B, C, H, W], pos float32 [B or 1, 2, H, W] or None -> [B, width, H/2, W/2]."""
+        h = self.stem(pad_even(x), None if pos is None else pad_even(pos))
+        return downsample_padded(h, smooth=self.smooth)

@@ -1,0 +1,224 @@
+"""Building blocks of convolutional networks: seeded layers, resampling, dropout by key.
+
+Shapes: B batch, C channels, H and W height and width (any size), E size of the embedding.
+"""
+
+import contextlib
+from collections.abc import Callable
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchdiffusion.rng import keep_mask, seed_of
+
+Key = Callable[[str], torch.Generator]  # name of a parameter within a module -> its own generator
+HALF = 0.5**0.5  # keeps the variance of a sum of two branches
+
+
+# ---- Layers that are filled by seed and not by the global generator ----
+
+
+@runtime_checkable
+class Seeded(Protocol):
+    """A module whose parameters are a function of a seed."""
+
+    def draw(self, key: Key) -> None: ...
+
+
+def initialise(network: nn.Module, seed: int) -> None:
+    """Fill every `Seeded` module; each tensor depends on (seed, its name) and nothing else."""
+
+    def generator(name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_of(seed, "init", name))
+
+    for prefix, module in network.named_modules():
+        if isinstance(module, Seeded):
+            module.draw(lambda name, prefix=prefix: generator(f"{prefix}.{name}"))
+
+
+def _xavier(weight: Tensor, scale: float, generator: torch.Generator) -> None:
+    # On the CPU whatever the device, so that a seed means the same weights everywhere.
+    if weight.is_meta:
+        return
+    fan = (weight.shape[0] + weight.shape[1]) * weight[0, 0].numel()
+    drawn = torch.rand(weight.shape, generator=generator, device="cpu")
+    with torch.no_grad():
+        weight.copy_((2 * drawn - 1) * (scale * (6 / fan) ** 0.5))
+
+
+class Conv(nn.Conv2d):
+    """A convolution of stride 1; weights Xavier-uniform times `scale`, bias zero.
+
+    EDM (arXiv 2206.00364) uses scale 1e-5 at the end of each branch and sqrt(.2) before attention.
+    """
+
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        kernel: int = 3,
+        *,
+        scale: float = 1.0,
+        bias: bool = True,
+        padding: int | None = None,
+    ):
+        self.scale = scale
+        super().__init__(
+            cin, cout, kernel, padding=kernel // 2 if padding is None else padding, bias=bias
+        )
+
+    def reset_parameters(self) -> None:
+        """Nothing: the default would consume the global generator."""
+
+    def draw(self, key: Key) -> None:
+        _xavier(self.weight, self.scale, key("weight"))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Linear(nn.Linear):
+    """A linear layer; weights Xavier-uniform, bias zero."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: the default would consume the global generator."""
+
+    def draw(self, key: Key) -> None:
+        _xavier(self.weight, 1.0, key("weight"))
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class Norm(nn.GroupNorm):
+    """Group norm with at least 4 channels a group; statistics in float32, output like the input.
+
+    The number of groups is the largest divisor of the channels up to min(32, channels / 4), which
+    is the published number wherever that one divides.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        most = max(1, min(32, channels // 4))
+        groups = next(g for g in range(most, 0, -1) if channels % g == 0)
+        super().__init__(groups, channels, eps)
+
+    def draw(self, key: Key) -> None:
+        self.reset_parameters()  # ones and zeros
+
+    def forward(self, input: Tensor) -> Tensor:
+        # The CPU kernel accumulates bfloat16 in float32, CUDA's autocast runs the whole in float32.
+        return super().forward(input).to(input.dtype)
+
+
+# ---- Resampling ----
+
+
+def pad_even(x: Tensor) -> Tensor:
+    """Repeat the last row and column where a side is odd: [B, C, H, W]."""
+    bottom, right = x.shape[-2] % 2, x.shape[-1] % 2
+    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+
+
+# The filters are binomial: [1, 1] is a 2x2 box, [1, 3, 3, 1] three boxes one after the other, one
+# of which is the decimation or repetition itself. So no filter needs to be stored.
+
+
+def _blur(x: Tensor) -> Tensor:
+    """[1, 2, 1] / 4 along both axes, zero outside the image."""
+    return F.avg_pool2d(F.avg_pool2d(x, 2, 1, padding=1), 2, 1)
+
+
+def downsample(x: Tensor, *, smooth: bool) -> Tensor:
+    """Half the sides, rounded up, with [1, 1] or, if smooth, [1, 3, 3, 1]: [B, C, H, W]."""
+    x = pad_even(x)
+    return F.avg_pool2d(_blur(x) if smooth else x, 2)
+
+
+def downsample_padded(x: Tensor, *, smooth: bool) -> Tensor:
+    """`downsample` for an input of even sides that brings the margin of the filter with it."""
+    return F.avg_pool2d(F.avg_pool2d(F.avg_pool2d(x, 2, 1), 2, 1) if smooth else x, 2)
+
+
+def upsample(x: Tensor, size: tuple[int, int], *, smooth: bool) -> Tensor:
+    """Twice the sides, cut to `size`: [B, C, H, W] -> [B, C, *size]; filters of `downsample`."""
+    x = F.interpolate(x, scale_factor=2, mode="nearest")
+    x = _blur(x) if smooth else x
+    return x[..., : size[0], : size[1]]
+
+
+# ---- Dropout and precision ----
+
+
+def dropout(x: Tensor, key: Tensor, drop: float) -> Tensor:
+    """Zero a share of [B, C, H, W] chosen by each sample's own key int64 [B] and scale the rest."""
+    keep = 1 - round(drop * 2**16) / 2**16  # what `keep_mask` can express
+    return x * keep_mask(key, tuple(x.shape[1:]), drop) * (1 / keep)
+
+
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast on the device of x."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()  # the meta device refuses even a disabled one
+    return torch.autocast(device, enabled=False)
+
+
+# ---- The residual block ----
+
+
+class Block(nn.Module):
+    """A residual block (EDM, arXiv 2206.00364, appendix F): two convolutions, noise added between.
+
+    It may resample, and an attention branch may follow.
+    """
+
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        emb: int,
+        *,
+        resample: Literal["none", "down", "up"] = "none",
+        smooth: bool = False,
+        drop: float = 0.0,
+        attention: nn.Module | None = None,
+    ):
+        super().__init__()
+        self.resample = resample
+        self.smooth = smooth
+        self.drop = drop
+        self.norm0 = Norm(cin)
+        self.conv0 = Conv(cin, cout)
+        self.affine = Linear(emb, cout)
+        self.norm1 = Norm(cout)
+        self.conv1 = Conv(cout, cout, scale=1e-5)
+        self.skip = Conv(cin, cout, 1) if cin != cout or resample != "none" else None
+        self.attention = attention
+
+    def forward(
+        self,
+        x: Tensor,
+        emb: Tensor,
+        key: Tensor | None = None,
+        size: tuple[int, int] = (0, 0),
+    ) -> Tensor:
+        """x [B, C, H, W], emb [B, E] -> [B, cout, H', W'].
+
+        `key` int64 [B] is that of the dropout, None is no dropout; `size` is H', W' of a block
+        that samples up.
+        """
+        h = self._sampled(F.silu(self.norm0(x)), size)
+        h = self.conv0(h)
+        h = h + self.affine(emb)[:, :, None, None].to(h.dtype)
+        h = F.silu(self.norm1(h))
+        if key is not None and self.drop > 0:
+            h = dropout(h, key, self.drop)
+        h = self.conv1(h)
+        x = self._sampled(x, size)
+        x = (h + (x if self.skip is None else self.skip(x))) * HALF
+        return x if self.attention is None else (x + self.attention(x)) * HALF
+
+    def _sampled(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.resample == "down":
+            return downsample(x, smooth=self.smooth)
+        return upsample(x, size, smooth=self.smooth) if self.resample == "up" else x

@@ -1,0 +1,57 @@
+"""Tensors to pictures: PNG files and grids, with text inside that says where they are from."""
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from patchdiffusion.files import write_bytes
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], rounded and clamped."""
+    scaled = (images.to(torch.float32) * 127.5 + 127.5).round().clamp(0, 255)
+    return scaled.to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+
+def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+    """uint8 [N, H, W, C] -> one picture [H', W', C], row by row, as square as it can be."""
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count * height / width))
+    rows = -(-count // columns)
+    picture = np.full(
+        (rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 127, np.uint8
+    )
+    for i, image in enumerate(images):
+        top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
+        picture[top : top + height, left : left + width] = image
+    return picture
+
+
+def enlarge(picture: np.ndarray, shortest: int = 512) -> np.ndarray:
+    """Repeat pixels so that small pictures can be seen: a whole factor, at least 1."""
+    factor = max(1, shortest // max(picture.shape[:2]))
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def png(picture: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
+    """A PNG file of uint8 [H, W, C], C in 1, 3, 4, with text entries."""
+    if picture.shape[-1] == 1:
+        picture = picture[..., 0]
+    info = PngInfo()
+    for key, value in (text or {}).items():
+        info.add_text(key, value)
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture)).save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
+
+
+def save_png(path: Path, picture: np.ndarray, text: Mapping[str, str] | None = None) -> None:
+    """Write a PNG file, atomically."""
+    write_bytes(path, png(picture, text))

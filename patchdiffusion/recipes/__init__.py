@@ -1,0 +1,151 @@
+"""Recipes: functions from facts about the data to a full training configuration."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.denoiser import EDM
+from patchdiffusion.nets import unet
+from patchdiffusion.patches import PatchLaw
+from patchdiffusion.train.config import (
+    DataConfig,
+    EMAConfig,
+    OptimConfig,
+    TrainConfig,
+    WatchConfig,
+)
+from patchdiffusion.train.setup import prepare_data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a recipe may depend on."""
+
+    name: str = "images"
+    """Name of the data set."""
+    path: str = "glyphs"
+    """Where it is."""
+    canvas: tuple[int, int] = (32, 32)
+    """Height and width of the images."""
+    channels: int = 3
+    """Their channels."""
+    classes: int = 0
+    """Number of classes, 0 without labels."""
+    count: int = 10_000
+    """Number of training images."""
+    device: str = "cpu"
+    """cpu or cuda."""
+
+    @classmethod
+    def of(cls, pack: Pack, path: str, device: str = "auto") -> "Facts":
+        """The facts of prepared data."""
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(
+            name=pack.name,
+            path=path,
+            canvas=(pack.images.shape[1], pack.images.shape[2]),
+            channels=pack.images.shape[3],
+            classes=len(pack.classes) if len(pack.classes) > 1 else 0,
+            count=len(pack.train),
+            device=auto if device == "auto" else device,
+        )
+
+
+Recipe = Callable[[Facts], TrainConfig]
+
+
+def folder(facts: Facts) -> TrainConfig:
+    """Any images, by their resolution, their number and the hardware; what a bare path gets.
+
+    A CPU gets a small network and about an hour; a GPU the published networks. Few images get
+    more dropout and flips. Labels are used where there are any.
+    """
+    resolution = min(facts.canvas)
+    few = facts.count < 20_000
+    if facts.device == "cpu":
+        network = unet.tiny(resolution)
+        batch, images, lr = 32, 50_000.0 if resolution > 32 else 150_000.0, 1e-3
+    else:
+        network = unet.small(resolution) if few else unet.ddpmpp(resolution)
+        batch, images, lr = 256, min(max(facts.count * 250.0, 2e6), 5e7), 4e-4 if few else 2e-4
+    dropout = 0.2 if facts.count < 6_000 and facts.device != "cpu" else network.dropout
+    return TrainConfig(
+        name=facts.name,
+        data=DataConfig(path=facts.path, flip=few),
+        network=replace(
+            network, channels=facts.channels, num_classes=facts.classes, dropout=dropout
+        ),
+        optim=OptimConfig(lr=lr),
+        batch=batch,
+        images=images,
+    )
+
+
+def glyphs(facts: Facts) -> TrainConfig:
+    """The built-in letters and signs at 32 x 32: a few minutes on two CPU cores."""
+    network = unet.tiny(32, channels=facts.channels, num_classes=facts.classes)
+    return TrainConfig(
+        name="glyphs",
+        data=DataConfig(path="glyphs"),
+        network=network,
+        optim=OptimConfig(lr=2e-3),
+        batch=32,
+        images=20_000,
+        watch=WatchConfig(status=40, samples=4),
+    )
+
+
+def cifar10(facts: Facts) -> TrainConfig:
+    """DDPM++ as EDM trains it on CIFAR-10, with patches (a GPU; arXiv 2206.00364, table 7)."""
+    return TrainConfig(
+        name="cifar10",
+        data=DataConfig(path=facts.path, flip=True),
+        network=unet.ddpmpp(32, channels=facts.channels, num_classes=facts.classes),
+        optim=OptimConfig(lr=1e-3, warmup=0.05),
+        batch=512,
+        images=75_000_000,
+    )
+
+
+def faces64(facts: Facts) -> TrainConfig:
+    """The paper's setting for CelebA-64 and FFHQ-64: stochastic sizes, p = .5 (arXiv 2304.12526).
+
+    200 million crops counted as images are 73.7 million full-image equivalents.
+    """
+    return TrainConfig(
+        name="faces64",
+        data=DataConfig(path=facts.path, resolution=64),
+        network=unet.ddpmpp(64, channels=facts.channels, num_classes=facts.classes),
+        precond=EDM(sigma_data=0.5),
+        patches=PatchLaw.paper(0.5),
+        optim=OptimConfig(lr=2e-4, warmup=0.05, cooldown=0.0),
+        ema=EMAConfig(half_life=500_000),
+        batch=512,
+        images=200_000_000,
+        clock="crops",
+    )
+
+
+RECIPES: dict[str, Recipe] = {
+    "glyphs": glyphs,
+    "folder": folder,
+    "cifar10": cifar10,
+    "faces64": faces64,
+}
+
+
+def find(name: str) -> Recipe:
+    """A recipe by name; raises `ValueError` that lists them."""
+    if name not in RECIPES:
+        raise ValueError(
+            f"{name!r} is neither an existing path nor a recipe; recipes are {', '.join(RECIPES)}"
+        )
+    return RECIPES[name]
+
+
+def auto(path: Path | str, *, device: str = "auto") -> TrainConfig:
+    """Prepare the images at a path and choose a configuration for them: `train(auto("photos"))`."""
+    return folder(Facts.of(prepare_data(DataConfig(path=str(path))), str(path), device))

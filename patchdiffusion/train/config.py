@@ -1,0 +1,224 @@
+"""What identifies a run (`TrainConfig`) and what does not (`RunConfig`)."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from patchdiffusion.denoiser import EDM
+from patchdiffusion.nets.unet import UNetConfig
+from patchdiffusion.noise import LogNormal
+from patchdiffusion.patches import PatchLaw, PatchPlan, Size
+from patchdiffusion.weighting import EDMWeight
+
+Clock = Literal["equivalents", "crops", "steps"]
+
+
+def positive(owner: object, *names: str) -> None:
+    """Raise `ValueError` unless the named fields are finite and above 0."""
+    for name in names:
+        value = getattr(owner, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name} must be positive and finite, not {value}")
+
+
+def fraction(owner: object, *names: str) -> None:
+    """Raise `ValueError` unless the named fields lie in [0, 1]."""
+    for name in names:
+        value = getattr(owner, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from and how they are prepared."""
+
+    path: str = "glyphs"
+    """Folder, zip, array or pack of images, or "glyphs", the built-in set."""
+    resolution: int | tuple[int, int] | None = None
+    """Side, or height and width, in pixels; None chooses from the images."""
+    channels: Literal[1, 3, 4] | None = None
+    """1 grey, 3 colour, 4 with alpha; None chooses from the images."""
+    flip: bool = False
+    """Mirror images left to right at random, before they are cropped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule, as a function of the share of the run that is done."""
+
+    lr: float = 2e-4
+    """Learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment per step."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; 0 is plain Adam."""
+    warmup: float = 0.02
+    """Share of the run over which the learning rate rises linearly from 0."""
+    cooldown: float = 0.2
+    """Share of the run, at its end, over which it falls linearly to 0; 0 keeps it constant."""
+    clip: float = 1.0
+    """Largest gradient norm; larger gradients are scaled down."""
+    max_skips: int = 8
+    """Stop after this many steps in a row whose loss or gradient is not finite."""
+
+    def __post_init__(self) -> None:
+        positive(self, "lr", "eps", "clip", "max_skips")
+        fraction(self, "warmup", "cooldown")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay must be >= 0, not {self.weight_decay}")
+
+    def learning_rate(self, progress: float) -> float:
+        """The learning rate when a share `progress` of the run is done."""
+        rise = min(progress / self.warmup, 1.0) if self.warmup else 1.0
+        fall = min((1 - progress) / self.cooldown, 1.0) if self.cooldown else 1.0
+        return self.lr * max(min(rise, fall), 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """The average of the weights that is sampled from."""
+
+    half_life: float = 500_000
+    """Half-life in units of the clock."""
+    ramp_up: float = 0.05
+    """The half-life is at most this share of what has been seen so far."""
+
+    def __post_init__(self) -> None:
+        positive(self, "half_life", "ramp_up")
+
+    def decay(self, seen: float, advance: float) -> float:
+        """Weight of the old average when the clock advances to `seen` by `advance`."""
+        return 0.5 ** (advance / min(self.half_life, self.ramp_up * seen))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchConfig:
+    """How often a run reports, counted over the whole run."""
+
+    status: int = 200
+    """Status lines."""
+    samples: int = 10
+    """Grids of samples from fixed seeds."""
+    grid: int = 36
+    """Images in a grid."""
+    sample_steps: int = 18
+    """Solver steps for the grids."""
+    guidance: float = 1.0
+    """Classifier-free guidance weight of the grids."""
+    held_out: int = 256
+    """Held-out images that the loss is measured on with every grid; 0 measures none."""
+
+    def __post_init__(self) -> None:
+        positive(self, "status", "samples", "grid", "sample_steps")
+        if self.held_out < 0 or not 0 <= self.guidance < math.inf:
+            raise ValueError(
+                "held_out and guidance must be >= 0 and finite, "
+                f"not {self.held_out} and {self.guidance}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that identifies a run: the same configuration and data give the same model."""
+
+    name: str = "run"
+    """Name of the run and, by default, of its folder."""
+    data: DataConfig = field(default_factory=DataConfig)
+    network: UNetConfig = field(default_factory=UNetConfig)
+    precond: EDM = field(default_factory=EDM)
+    noise: LogNormal = field(default_factory=LogNormal)
+    patches: PatchLaw = field(default_factory=PatchLaw)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    images: float = 1_000_000
+    """Length of the run in units of the clock."""
+    clock: Clock = "equivalents"
+    """What drives length, learning rate and averages: full-image equivalents (area of all crops),
+    crops (each counts as an image, as in the official code), or steps."""
+    batch: int = 64
+    """Whole images per step; smaller crops come in larger numbers, see patches."""
+    micro_batch: int | None = None
+    """Whole images, or the same area in crops, per forward pass; None is all at once."""
+    label_dropout: float = 0.1
+    """Share of samples trained without their label, which guidance needs."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Precision of the network; auto is bf16 where the hardware multiplies it faster."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self) -> None:
+        positive(self, "images", "batch")
+        fraction(self, "label_dropout")
+        if self.micro_batch is not None:
+            positive(self, "micro_batch")
+        if not self.name or self.name in (".", "..") or {"/", "\\", "\0"} & set(self.name):
+            raise ValueError(f"name must be usable as a folder name, not {self.name!r}")
+
+    @property
+    def weighting(self) -> EDMWeight:
+        """The loss weight that belongs to the preconditioner."""
+        return EDMWeight(sigma_data=self.precond.sigma_data)
+
+    def plan(self, canvas: Size) -> PatchPlan:
+        """The patch plan on a canvas."""
+        return PatchPlan(canvas, self.batch, self.patches, self.network.divisor)
+
+
+FREE = ("name", "images", "micro_batch", "watch", "data.path", "optim.max_skips")
+"""Fields that may differ when a run is resumed; all others make it another run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """How and where a run is carried out; no part of its identity."""
+
+    out: Path | None = None
+    """Folder of the run; the default is runs/NAME in the current folder."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    threads: int | None = None
+    """CPU threads; None leaves it to PyTorch (one per core)."""
+    fresh: bool = False
+    """Set an existing run aside (it is renamed, not deleted) and start again."""
+    start_from: Path | None = None
+    """Run or model whose averaged weights a new run starts from."""
+    max_hours: float | None = None
+    """Save and stop after this time; the same command goes on."""
+    save_minutes: float = 5.0
+    """Time between checkpoints."""
+    keep: int = 2
+    """Checkpoints kept, at least 2."""
+    allow_data_change: bool = False
+    """Resume although the data set is not the one the run began with."""
+    dry_run: bool = False
+    """Say what would be done, with cost and disk space, and stop."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_hours", "threads"):
+            if getattr(self, name) is not None:
+                positive(self, name)
+        if not self.save_minutes >= 0:
+            raise ValueError(f"save_minutes must be >= 0, not {self.save_minutes}")
+        if self.keep < 2:
+            raise ValueError(
+                f"keep must be at least 2, not {self.keep}: "
+                "a single checkpoint cannot survive a fault while it is replaced"
+            )
+
+    def folder(self, name: str) -> Path:
+        """The folder of the run."""
+        return self.out or Path("runs") / name
+
+
+def replace_network(config: TrainConfig, **changes: object) -> TrainConfig:
+    """A copy with some fields of the network changed."""
+    network = dataclasses.replace(config.network, **changes)  # pyright: ignore[reportArgumentType]
+    return dataclasses.replace(config, network=network)

@@ -1,0 +1,68 @@
+"""The folder of a run: made, found again, compared with what is asked for, set aside."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from patchdiffusion.codec import decode, differences, encode
+from patchdiffusion.files import read_json, write_json
+from patchdiffusion.train.config import FREE, TrainConfig
+
+
+def stored_config(folder: Path) -> TrainConfig | None:
+    """The configuration of the run in a folder, or None if there is no run."""
+    path = folder / "config.json"
+    return decode(TrainConfig, read_json(path)) if path.exists() else None
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a run to the first free NAME.old-1, NAME.old-2 ..., and return the new name."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+def claim(folder: Path, config: TrainConfig) -> bool:
+    """Make the folder of a new run, or check that the run in it is the same; True if it exists.
+
+    Raises `ValueError` that lists the fields which make it another run.
+    """
+    stored = stored_config(folder)
+    if stored is None and folder.exists() and any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} is not empty and holds no run; choose another folder with --out"
+        )
+    if stored is not None:
+        changed = [
+            line
+            for line in differences(stored, config)
+            if not any(line.startswith((f"{free}:", f"{free}.")) for free in FREE)
+        ]
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
+                "use --out for another folder, or --fresh to set that run aside and start again"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", encode(config))
+    return stored is not None
+
+
+def check_disk(folder: Path, parameters: int, keep: int) -> int:
+    """Bytes a run will need; raises `ValueError` in one line if the disk has less."""
+    # A checkpoint is weights, average and two moments; a model is weights and average.
+    needed = 4 * parameters * (4 * (keep + 1) + 2 * 2) + 2**26
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ValueError(
+            f"{folder} needs about {needed / 1e9:.2f} GB for checkpoints, and only "
+            f"{free / 1e9:.2f} GB are free there; choose another folder with --out"
+        )
+    return needed
+
+
+def with_data_path(config: TrainConfig, path: str) -> TrainConfig:
+    """The same configuration on another data set."""
+    return replace(config, data=replace(config.data, path=path))

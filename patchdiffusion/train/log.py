@@ -1,0 +1,79 @@
+"""What a run tells: status lines for people, `log.jsonl` for programs, `run.json` for both."""
+
+import json
+import math
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from patchdiffusion.files import write_json
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 12s, 3m05s, 2h04m or 3d04h."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(max(seconds, 0))
+    for size, unit, small, mark in (
+        (86400, "d", 3600, "h"),
+        (3600, "h", 60, "m"),
+        (60, "m", 1, "s"),
+    ):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // small:02d}{mark}"
+    return f"{whole}s"
+
+
+def quantity(value: float) -> str:
+    """A number in at most five characters: 512, 9.87k, 12.3M."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+class RunLog:
+    """Writes the records of a run; a failure to write is reported and never stops training."""
+
+    def __init__(self, folder: Path, *, stream: TextIO | None = None):
+        self.folder = folder
+        self.stream = stream or sys.stdout
+        self._failed = False
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        print(text, file=self.stream, flush=True)
+
+    def record(self, kind: str, **values: Any) -> None:
+        """One line of `log.jsonl`."""
+        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
+        try:
+            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            if not self._failed:
+                self.say(f"warning: cannot write {self.folder / 'log.jsonl'}: {error}")
+            self._failed = True
+
+    def status(self, status: str, **values: Any) -> None:
+        """Replace `run.json`: running, finished, stopped or failed, with where the run stands."""
+        facts = {"status": status, "pid": os.getpid(), "host": socket.gethostname(), **values}
+        try:
+            write_json(self.folder / "run.json", facts)
+        except OSError as error:
+            self.say(f"warning: cannot write {self.folder / 'run.json'}: {error}")
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """All whole records of a run, also of one that is running or has crashed."""
+    path = folder / "log.jsonl"
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # the last line of a crashed run may be cut short
+            continue
+    return records

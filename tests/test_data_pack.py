@@ -1,0 +1,166 @@
+"""Packs on disk: mapped, checked, and sources themselves."""
+
+import json
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from patchdiffusion.data.arrays import ArraySource
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.prepare import prepare
+from patchdiffusion.data.source import open_source
+from patchdiffusion.data.split import held_out, repeats
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Pack:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 256, 256, 3), dtype=np.uint8)
+    source = ArraySource("numbers", images, rng.integers(0, 3, 60), None, "stamp")
+    return prepare(source, tmp_path / "pack", resolution=256, progress=False)
+
+
+def edit(path: Path, **changes: object) -> None:
+    content = json.loads((path / "pack.json").read_text())
+    (path / "pack.json").write_text(json.dumps({**content, **changes}))
+
+
+def test_open_gives_what_was_prepared(pack: Pack):
+    again = Pack.open(pack.path)
+    assert again.info == pack.info
+    assert again.images.dtype == torch.uint8 and again.images.shape == (60, 256, 256, 3)
+    assert again.labels is not None and again.labels.dtype == torch.int64
+    assert again.train.dtype == again.heldout.dtype == torch.int64
+    assert len(again.heldout) == 3 and len(again.train) == 57
+    assert again.name == "numbers" and again.classes == ("0", "1", "2")
+    assert len(again.info.crc32) == 3
+    again.verify()
+
+
+def anonymous_kib() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+
+def test_opening_reads_nothing(tmp_path: Path, pack: Pack):
+    """A sparse file of 8 GB stands for a large pack."""
+    count, shape = 2**17, [256, 256, 1]
+    with open(pack.path / "images.bin", "wb") as stream:
+        stream.truncate(count * 256 * 256)
+    (pack.path / "labels.bin").unlink()
+    edit(
+        pack.path,
+        shape=[count, *shape],
+        block=64,
+        crc32=[0] * (count // 64),
+        labels_crc32=None,
+    )
+    before, start = anonymous_kib(), time.monotonic()
+    large = Pack.open(pack.path)
+    assert large.images[count - 1].sum() == 0
+    assert time.monotonic() - start < 2
+    assert anonymous_kib() - before < 20_000
+
+
+def test_damage_is_found_and_named(pack: Pack):
+    with open(pack.path / "images.bin", "r+b") as stream:
+        stream.seek(30 * 256 * 256 * 3)
+        byte = stream.read(1)
+        stream.seek(-1, 1)
+        stream.write(bytes([byte[0] ^ 1]))
+    with pytest.raises(ValueError, match=r"block 1 \(images 21 to 41\)"):
+        Pack.open(pack.path).verify()
+
+
+def test_damaged_labels_are_found(pack: Pack):
+    labels = bytearray((pack.path / "labels.bin").read_bytes())
+    labels[0] ^= 1
+    (pack.path / "labels.bin").write_bytes(labels)
+    with pytest.raises(ValueError, match=r"labels\.bin does not have its recorded checksum"):
+        Pack.open(pack.path).verify()
+
+
+def test_packs_that_are_refused(pack: Pack, tmp_path: Path):
+    def refused(match: str) -> None:
+        with pytest.raises(ValueError, match=match) as caught:
+            Pack.open(pack.path)
+        assert "\n" not in str(caught.value)
+
+    with pytest.raises(ValueError, match=r"is not a pack: it has no pack\.json"):
+        Pack.open(tmp_path)
+    original = (pack.path / "pack.json").read_text()
+    edit(pack.path, shape=[61, 256, 256, 3])
+    refused(r"images\.bin has 11796480 bytes; 11993088 bytes are recorded")
+    edit(pack.path, heldout=[60], shape=[60, 256, 256, 3])
+    refused("contradicts itself")
+    edit(pack.path, format=99)
+    refused("is not a pack of format 1")
+    (pack.path / "pack.json").write_text(original[:50])
+    refused("is not valid JSON")
+    (pack.path / "pack.json").write_text(original)
+    (pack.path / "labels.bin").write_bytes(b"1234")
+    refused(r"labels\.bin has 4 bytes; 240 bytes are recorded")
+    (pack.path / "images.bin").unlink()
+    refused(r"images\.bin is missing")
+
+
+def test_a_pack_is_a_source(pack: Pack, tmp_path: Path):
+    source = open_source(pack.path)
+    assert isinstance(source, Pack) and len(source) == 60
+    example = source[7]
+    assert example.key == "7" and pack.labels is not None
+    assert example.label == int(pack.labels[7])
+    np.testing.assert_array_equal(example.image, pack.images[7].numpy())
+    copy = prepare(source, tmp_path / "copy", resolution=256, progress=False)
+    assert copy.fingerprint == pack.fingerprint
+    assert prepare(source, tmp_path / "small", resolution=8, progress=False).images.shape[1] == 8
+
+
+def test_files_of_a_pack(pack: Pack):
+    content = (pack.path / "images.bin").read_bytes()
+    assert content == pack.images.numpy().tobytes()
+    step = pack.info.block * 256 * 256 * 3
+    blocks = [content[i : i + step] for i in range(0, len(content), step)]
+    assert tuple(zlib.crc32(block) for block in blocks) == pack.info.crc32
+    assert sorted(file.name for file in pack.path.iterdir()) == [
+        "images.bin",
+        "keys.jsonl",
+        "labels.bin",
+        "pack.json",
+        "report.json",
+        "report.txt",
+    ]
+
+
+def test_held_out_part():
+    rng = np.random.default_rng(3)
+    digests = rng.integers(0, 2**64, 2000, dtype=np.uint64)
+    held = held_out(digests, digests, 0.05)
+    assert len(held) == 100 and (np.diff(held) > 0).all()
+    more = np.concatenate([digests, rng.integers(0, 2**64, 20, dtype=np.uint64)])
+    assert len(np.intersect1d(held, held_out(more, more, 0.05))) >= 90
+    assert len(held_out(digests[:19], digests[:19], 0.5)) == 0
+    assert len(held_out(digests[:20], digests[:20], 0.05)) == 1
+    assert len(held_out(digests, digests, 0.0)) == 0
+    many = np.arange(30_000, dtype=np.uint64)
+    assert len(held_out(many, many, 0.5)) == 1000
+
+
+def test_large_groups_are_not_preferred():
+    """Held-out groups of 8 and of 1 occur as often as they do in the data."""
+    rng = np.random.default_rng(4)
+    digests = rng.integers(0, 2**64, 9000, dtype=np.uint64)
+    groups = digests.copy()
+    groups[:8000] = np.repeat(rng.integers(0, 2**64, 1000, dtype=np.uint64), 8)
+    held = held_out(digests, groups, 0.1)
+    assert len(held) == 900
+    assert 60 <= (held >= 8000).sum() <= 140
+
+
+def test_repeats():
+    later, earlier = repeats(np.array([5, 7, 5, 9, 7, 5], dtype=np.uint64))
+    assert later.tolist() == [2, 4, 5] and earlier.tolist() == [0, 1, 0]

@@ -1,0 +1,448 @@
+"""U-Nets against published numbers, closed forms, and the contract of a network."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.nets import embed, layers
+from patchdiffusion.nets.attention import Attention
+from patchdiffusion.nets.count import count, training_flops
+from patchdiffusion.nets.unet import (
+    SongUNet,
+    UNetConfig,
+    base,
+    ddpmpp,
+    ncsnpp,
+    small,
+    tiny,
+)
+from patchdiffusion.patches import coordinates
+from patchdiffusion.rng import keys
+
+LITTLE = UNetConfig(base=8, mult=(1, 2), blocks=1, attention=(1,), num_classes=4, augment_dim=3)
+NCSN = replace(LITTLE, embedding="fourier", encoder="residual", filter=(1, 3, 3, 1))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Layers this small only lose time to threads that wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def on_meta(config: UNetConfig) -> SongUNet:
+    """A network without memory."""
+    with torch.device("meta"):
+        return SongUNet(config)
+
+
+def alive(config: UNetConfig, seed: int = 0, *, coordinates: bool = True) -> SongUNet:
+    """A network none of whose branches is nearly silent."""
+    network = SongUNet(config)
+    for name, module in network.named_modules():
+        if isinstance(module, layers.Conv) and (coordinates or not name.endswith("coordinates")):
+            module.scale = 1.0
+    return network.init(seed)
+
+
+def batch(n: int = 3, size: tuple[int, int] = (8, 8), seed: int = 0) -> tuple[Tensor, Tensor, Cond]:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 3, *size, generator=g)
+    noise = torch.randn(n, generator=g)
+    labels = torch.arange(n) % 5 - 1  # -1 is unconditional
+    return x, noise, Cond(labels=labels, augment=torch.randn(n, 3, generator=g))
+
+
+# ---- Published numbers ----
+
+
+@pytest.mark.parametrize(
+    ("config", "params"),
+    [
+        (ddpmpp(32, num_classes=10, augment_dim=9, coordinates=False), 55_735_299),
+        (ddpmpp(32, augment_dim=9, coordinates=False), 55_733_891),
+        (ncsnpp(32, num_classes=10, augment_dim=9, coordinates=False), 56_400_643),
+        (ncsnpp(32, augment_dim=9, coordinates=False), 56_397_827),
+        (ddpmpp(64, augment_dim=9, coordinates=False), 61_805_571),
+        (ncsnpp(64, augment_dim=9, coordinates=False), 62_761_091),
+    ],
+)
+def test_parameters_as_published(config: UNetConfig, params: int) -> None:
+    network = on_meta(config)
+    assert sum(p.numel() for p in network.parameters()) == params
+
+
+@pytest.mark.parametrize(
+    ("resolution", "macs"),
+    [(64, {64: 41.9, 32: 10.4, 16: 2.61}), (32, {32: 21.2, 16: 5.27, 8: 1.32})],
+)
+def test_cost_as_published(resolution: int, macs: dict[int, float]) -> None:
+    network = on_meta(ddpmpp(resolution))
+    for size, expected in macs.items():
+        found = count(network, size)
+        assert found.macs / 1e9 == pytest.approx(expected, rel=0.005)
+        assert training_flops(network, size) == 6 * found.macs
+    if resolution == 64:
+        assert found.params / 1e6 == pytest.approx(61.8, abs=0.05)
+
+
+@pytest.mark.parametrize("named", [tiny, small, base])
+def test_sizes_cost_what_they_say(named: Callable[[int], UNetConfig]) -> None:
+    for resolution in (32, 64):
+        found = count(on_meta(named(resolution)), resolution)
+        said = f"{found.params / 1e6:.1f}M[a-z ]*, {found.macs / 1e9:.1f} GMAC at {resolution}"
+        assert re.search(said, named.__doc__ or "")
+
+
+def test_count_follows_shape_and_leaves_the_network_alone() -> None:
+    network = SongUNet(LITTLE)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    assert count(network, (8, 16)).macs < 2.1 * count(network, 8).macs
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    assert str(count(network, 8)).endswith("GMAC")
+
+
+@pytest.mark.parametrize("resolution", [8, 16, 28, 48, 100, 256])
+def test_every_resolution_has_a_setting(resolution: int) -> None:
+    for named in (ddpmpp, ncsnpp, tiny, small, base):
+        config = named(resolution, num_classes=7)
+        assert config.num_classes == 7
+        assert config.divisor == 2 ** (config.levels - 1)
+    assert ddpmpp(32).mult == (2, 2, 2)
+    assert (ddpmpp(64).mult, ddpmpp(64).attention) == ((1, 2, 2, 2), (2,))
+    with pytest.raises(ValueError, match="resolution must be at least 8, not 4"):
+        tiny(4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"channels": 0}, "channels must be at least 1, not 0"),
+        ({"blocks": 0}, "blocks must be at least 1"),
+        ({"num_classes": -1}, "num_classes must be at least 0"),
+        ({"base": 10}, "base must be a positive multiple of 4, not 10"),
+        ({"mult": ()}, "mult must be one or more positive integers"),
+        ({"mult": (1, 0)}, "mult must be one or more positive integers"),
+        ({"attention": (2,)}, r"attention must be levels in \[0, 1\], not \(2,\)"),
+        ({"embedding": "x"}, "embedding must be positional or fourier, not 'x'"),
+        ({"encoder": "x"}, "encoder must be standard or residual"),
+        ({"filter": (1, 2, 1)}, r"filter must be \(1, 1\) or \(1, 3, 3, 1\)"),
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), not 1.0"),
+        ({"dropout": math.nan}, "dropout must lie"),
+    ],
+)
+def test_impossible_settings_are_named(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(LITTLE, **change)
+
+
+# ---- Coordinates ----
+
+
+@pytest.mark.parametrize("config", [LITTLE, NCSN])
+@pytest.mark.parametrize("low", [False, True])
+def test_zero_coordinate_weights_are_the_base_network(config: UNetConfig, low: bool) -> None:
+    x, noise, cond = batch()
+    with_pos = alive(config, coordinates=False)
+    without = alive(replace(config, coordinates=False))
+    pos = torch.rand(3, 2, 8, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+        expected = without(x, noise, cond)
+        assert torch.equal(with_pos(x, noise, cond), expected)
+        assert torch.equal(with_pos(x, noise, replace(cond, pos=pos)), expected)
+        assert torch.equal(without(x, noise, replace(cond, pos=pos)), expected)
+
+
+@pytest.mark.parametrize("config", [LITTLE, NCSN])
+@pytest.mark.parametrize("size", [(8, 8), (5, 7)])
+def test_coordinates_equal_concatenated_channels(config: UNetConfig, size: tuple[int, int]) -> None:
+    ours = alive(config)
+    joined = SongUNet(replace(config, channels=5, coordinates=False))
+    state = {k: v for k, v in ours.state_dict().items() if "coordinates" not in k}
+    for key, value in ours.state_dict().items():
+        if key.endswith("coordinates.weight"):
+            image = key.replace("coordinates", "image")
+            state[image] = torch.cat([state[image], value], dim=1)
+    for key in ("out_conv.weight", "out_conv.bias"):
+        state[key] = F.pad(state[key], [0, 0] * (state[key].ndim - 1) + [0, 2])
+    joined.load_state_dict(state)
+    x, noise, cond = batch(size=size)
+    pos = coordinates(torch.tensor([0, 3, 9]), torch.tensor([1, 0, 20]), size, (20, 30))
+    with torch.no_grad():
+        expected = joined(torch.cat([x, pos], dim=1), noise, cond)[:, :3]
+        found = ours(x, noise, replace(cond, pos=pos))
+        elsewhere = ours(x, noise, cond)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert (found - elsewhere).abs().max() > 1e-3
+
+
+def test_no_position_is_the_whole_canvas() -> None:
+    network = alive(LITTLE)
+    x, noise, cond = batch(size=(6, 9))
+    origin = torch.zeros(3, dtype=torch.int64)
+    pos = coordinates(origin, origin, (6, 9), (6, 9))
+    with torch.no_grad():
+        expected = network(x, noise, replace(cond, pos=pos))
+        torch.testing.assert_close(network(x, noise, cond), expected)
+
+
+def test_coordinates_survive_low_precision_on_large_canvases() -> None:
+    stem = embed.Stem(1, 4, coordinates=True)
+    assert stem.coordinates is not None
+    layers.initialise(stem, 0)
+    with torch.no_grad():
+        stem.coordinates.weight.zero_()[:, 0, 1, 1] = 1.0
+        pos = coordinates(torch.tensor([8000]), torch.tensor([8000]), (4, 64), (8192, 8192))
+        with torch.autocast("cpu", torch.bfloat16):
+            h = stem(torch.zeros(1, 1, 4, 64), pos).float()
+    assert (h[0, 0, 0] - pos[0, 0, 0]).abs().max() <= 2**-8  # rounded once, after the convolution
+
+
+def test_wrong_shapes_are_named() -> None:
+    network = SongUNet(LITTLE)
+    x, noise, cond = batch()
+    with pytest.raises(ValueError, match=r"x must be \[B, 3, H, W\], not \(3, 2, 8, 8\)"):
+        network(x[:, :2], noise, cond)
+    with pytest.raises(ValueError, match=r"cond.pos must be \(3, 2, 8, 8\)"):
+        network(x, noise, replace(cond, pos=torch.zeros(3, 2, 8, 4)))
+
+
+# ---- Sizes ----
+
+
+@pytest.mark.parametrize("config", [replace(LITTLE, mult=(1, 2, 2)), replace(NCSN, mult=(1, 2, 2))])
+@pytest.mark.parametrize("size", [(17, 23), (1, 1), (2, 9), (12, 20)])
+def test_any_size(config: UNetConfig, size: tuple[int, int]) -> None:
+    x, noise, cond = batch(size=size)
+    with torch.no_grad():
+        out = alive(config)(x, noise, cond)
+    assert out.shape == x.shape
+    assert out.isfinite().all()
+
+
+def test_attention_is_placed_by_level() -> None:
+    network = SongUNet(replace(LITTLE, mult=(1, 1, 1), blocks=2, attention=(1,)))
+    found = {n for n, m in network.named_modules() if isinstance(m, Attention)}
+    assert found == {f"{n}.attention" for n in ("enc.1.0", "enc.1.1", "mid.0", "dec.1.2")}
+    calls: list[int] = []
+    for name in found:
+        module = network.get_submodule(name)
+        module.register_forward_hook(lambda m, args, out: calls.append(out.shape[-1]))
+    for size, widths in ((16, [8, 8, 4, 8]), (4, [2, 2, 1, 2])):
+        x, noise, cond = batch(size=(size, size))
+        network(x, noise, cond)
+        assert calls == widths
+        calls.clear()
+
+
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1)])
+def test_resampling_is_the_filter_it_says(taps: tuple[int, ...]) -> None:
+    f = torch.tensor(taps, dtype=torch.float32)
+    kernel = (f[:, None] * f / f.sum() ** 2).expand(4, 1, -1, -1)
+    pad = (len(taps) - 1) // 2
+    x = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    smooth = len(taps) > 2
+    down = F.conv2d(x, kernel, stride=2, padding=pad, groups=4)
+    torch.testing.assert_close(layers.downsample(x, smooth=smooth), down)
+    up = F.conv_transpose2d(x, 4 * kernel, stride=2, padding=pad, groups=4)
+    torch.testing.assert_close(layers.upsample(x, (12, 16), smooth=smooth), up)
+    torch.testing.assert_close(layers.upsample(x, (11, 15), smooth=smooth), up[..., :11, :15])
+    inner = F.conv2d(x, kernel, stride=2, groups=4)
+    torch.testing.assert_close(layers.downsample_padded(x, smooth=smooth), inner)
+
+
+# ---- Conditions ----
+
+
+def test_minus_one_is_no_label() -> None:
+    network = alive(LITTLE)
+    x, noise, cond = batch()
+    with torch.no_grad():
+        nothing = network(x, noise, replace(cond, labels=None))
+        assert torch.equal(network(x, noise, replace(cond, labels=torch.full((3,), -1))), nothing)
+        assert torch.equal(network(x, noise, cond.null()), nothing)
+        assert not torch.allclose(network(x, noise, cond)[1], nothing[1])
+        none = network(x, noise, replace(cond, augment=None))
+        assert torch.equal(network(x, noise, replace(cond, augment=torch.zeros(3, 3))), none)
+
+
+def test_positional_features() -> None:
+    noise = torch.tensor([0.0, -1.3])
+    found = embed.positional(noise, 8)
+    freqs = [10000 ** (-i / 3) for i in range(4)]
+    for row, value in zip(found.tolist(), noise.tolist(), strict=True):
+        angles = [value * f for f in freqs]
+        expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        assert row == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("config", [replace(LITTLE, dropout=0.3), replace(NCSN, dropout=0.3)])
+def test_a_sample_does_not_see_its_batch(config: UNetConfig) -> None:
+    network = alive(config)
+    x, noise, cond = batch(4)
+    cond = replace(cond, seed=keys(0, "dropout", 0, torch.arange(4)))
+    with torch.no_grad():
+        whole = network(x, noise, cond)
+        again = network(x, noise, cond)
+        one = network(x[2:3], noise[2:3], cond.take(slice(2, 3)))
+        plain = network(x, noise, replace(cond, seed=None))
+        other = network(x, noise, replace(cond, seed=cond.seed + 1))  # type: ignore[operator]
+    assert torch.equal(whole, again)
+    torch.testing.assert_close(one, whole[2:3], rtol=1e-4, atol=1e-4)
+    assert (whole - plain).abs().mean() > 0.01
+    assert (whole - other).abs().mean() > 0.01
+
+
+def test_mode_does_not_matter_and_no_seed_means_no_dropout() -> None:
+    network = alive(replace(LITTLE, dropout=0.9))
+    plain = alive(LITTLE)
+    x, noise, cond = batch()
+    with torch.no_grad():
+        expected = plain(x, noise, cond)
+        assert torch.equal(network.train()(x, noise, cond), expected)
+        assert torch.equal(network.eval()(x, noise, cond), expected)
+
+
+def test_dropout_keeps_the_mean() -> None:
+    key = keys(0, "dropout", 0, torch.arange(16))
+    out = layers.dropout(torch.ones(16, 8, 32, 32), key, 0.25)
+    assert (out == 0).float().mean() == pytest.approx(0.25, abs=0.01)
+    assert out.mean() == pytest.approx(1.0, abs=0.01)
+    assert out.unique().numel() == 2
+    assert not torch.equal(out[0], out[1])
+
+
+# ---- Contract ----
+
+
+def test_tape_names_every_block_and_changes_nothing() -> None:
+    network = alive(NCSN)
+    x, noise, cond = batch()
+    tape = Tape(wants=("enc.0.0", "enc.1.down", "mid.1", "dec.0.up", "dec.0.1"))
+    with torch.no_grad():
+        assert torch.equal(network(x, noise, cond, tape=tape), network(x, noise, cond))
+    shapes = {name: tuple(a.shape) for name, a in tape.activations.items()}
+    assert shapes == {
+        "enc.0.0": (3, 8, 8, 8),
+        "enc.1.down": (3, 8, 4, 4),
+        "mid.1": (3, 16, 4, 4),
+        "dec.0.up": (3, 16, 8, 8),
+        "dec.0.1": (3, 8, 8, 8),
+    }
+    with torch.no_grad(), tape.scope("second"):
+        network(x, noise, cond, tape=tape)
+
+
+@pytest.mark.parametrize("config", [LITTLE, NCSN])
+def test_gradients_reach_every_parameter(config: UNetConfig) -> None:
+    network = SongUNet(replace(config, dropout=0.1))
+    x, noise, cond = batch()
+    cond = replace(cond, seed=keys(0, "dropout", 0, torch.arange(3)))
+    network(x, noise, cond).square().sum().backward()
+    dead = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not dead
+
+
+def test_weights_are_a_function_of_the_seed() -> None:
+    state = torch.get_rng_state()
+    a, b, c = SongUNet(NCSN, seed=1), SongUNet(NCSN).init(1), SongUNet(NCSN, seed=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    other = SongUNet(replace(NCSN, num_classes=0), seed=1).state_dict()
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name])
+        if name.endswith("weight") and "norm" not in name and "coordinates" not in name:
+            assert not torch.equal(value, c.state_dict()[name])
+        if name in other:  # a tensor depends on its own name only
+            assert torch.equal(value, other[name])
+    late = on_meta(NCSN).to_empty(device="cpu").init(1)
+    assert all(torch.equal(v, a.state_dict()[n]) for n, v in late.state_dict().items())
+
+
+def test_initial_scales() -> None:
+    network = SongUNet(UNetConfig(base=64, mult=(1,), blocks=1, attention=(0,)))
+
+    def bound(name: str) -> float:
+        return network.get_parameter(name).abs().max().item()
+
+    fan = (64 + 64) * 9
+    assert bound("enc.0.0.conv0.weight") == pytest.approx((6 / fan) ** 0.5, rel=0.01)
+    assert bound("enc.0.0.conv1.weight") == pytest.approx(1e-5 * (6 / fan) ** 0.5, rel=0.01)
+    assert bound("mid.0.attention.qkv.weight") == pytest.approx((0.2 * 6 / 256) ** 0.5, rel=0.01)
+    assert bound("stem.coordinates.weight") == 0
+    x, noise, cond = batch()
+    assert network(x, noise, cond).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("config", [LITTLE, NCSN])
+def test_bfloat16_is_close(config: UNetConfig) -> None:
+    network = alive(replace(config, dropout=0.1))
+    x, noise, cond = batch(size=(16, 16))
+    cond = replace(cond, seed=keys(0, "dropout", 0, torch.arange(3)))
+    with torch.no_grad():
+        expected = network(x, noise, cond)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = network(x, noise, cond)
+    assert low.dtype == torch.bfloat16
+    assert (low - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_group_norm_statistics_are_float32() -> None:
+    norm = layers.Norm(8)
+    x = (torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(0)) + 50).bfloat16()
+    expected = norm(x.float())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = norm(x)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().max() < 0.02
+    assert [layers.Norm(c).num_groups for c in (4, 12, 128, 144, 512)] == [1, 3, 32, 24, 32]
+
+
+def test_nothing_depends_on_values() -> None:
+    network = SongUNet(replace(NCSN, dropout=0.1))
+    cond = Cond(
+        labels=torch.empty(1, dtype=torch.int64, device="meta"),
+        seed=torch.empty(1, dtype=torch.int64, device="meta"),
+        augment=torch.empty(1, 3, device="meta"),
+    )
+    assert count(network, (7, 9), cond).macs > 0  # no value is ever read on the meta device
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [LITTLE, NCSN])
+def test_compiles_as_one_graph(config: UNetConfig) -> None:
+    network = alive(replace(config, dropout=0.1))
+    compiled: nn.Module = torch.compile(network, fullgraph=True, dynamic=False)  # type: ignore[assignment]
+    x, noise, cond = batch(size=(8, 7))
+    cond = replace(cond, seed=keys(0, "dropout", 0, torch.arange(3)))
+    expected = network(x, noise, cond)
+    found = compiled(x, noise, cond)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    found.square().mean().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = compiled(x, noise, cond)
+    assert (low - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.gpu
+def test_no_host_synchronisation() -> None:
+    network = SongUNet(replace(NCSN, dropout=0.1)).cuda()
+    x, noise, cond = batch(size=(8, 8))
+    cond = replace(cond, seed=keys(0, "dropout", 0, torch.arange(3))).to("cuda")
+    x, noise = x.cuda(), noise.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            out = network(x, noise, cond)
+        out.float().square().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert out.isfinite().all()

@@ -1,0 +1,202 @@
+"""Noise laws, paths, conversions and grids."""
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.noise import (
+    PATHS,
+    VP,
+    LogNormal,
+    LogUniform,
+    NoiseLaw,
+    Path,
+    Prediction,
+    UniformTime,
+    convert,
+    karras,
+    log_uniform,
+)
+
+LAWS: list[NoiseLaw] = [
+    LogNormal(),
+    LogNormal(mean=0.5, std=2.0),
+    LogUniform(),
+    UniformTime(),
+    UniformTime(path="cosine"),
+    UniformTime(path="flow"),
+]
+QUANTILES = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
+TIMES = torch.linspace(0.02, 0.95, 40, dtype=torch.float64)
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:
+    """Equal up to rounding, relative to the larger values."""
+    return float((a - b).abs().max()) <= tolerance * max(1.0, float(b.abs().max()))
+
+
+# ---- Laws ----
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_level_inverts_draw(law: NoiseLaw) -> None:
+    sigma = law.draw(QUANTILES)
+    assert bool((sigma.diff() > 0).all()) and bool((sigma > 0).all())
+    assert close(law.level(sigma), QUANTILES, 1e-10)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_levels_of_any_sigma_lie_in_0_1(law: NoiseLaw) -> None:
+    level = law.level(torch.tensor([1e-8, 1e-3, 1.0, 80.0, 1e6], dtype=torch.float64))
+    assert bool(((level >= 0) & (level <= 1)).all())
+    assert bool((level.diff() >= 0).all())
+
+
+def test_log_normal_is_edms() -> None:
+    u = rng.uniform(rng.keys(0, "u", 0, torch.arange(1)), 400000)[0]
+    log = LogNormal().draw(u).log()
+    assert abs(float(log.mean()) + 1.2) < 4 * 1.2 / math.sqrt(400000)
+    assert abs(float(log.std()) - 1.2) < 4 * 1.2 / math.sqrt(800000)
+
+
+def test_log_normal_is_a_logit_normal_flow_time() -> None:
+    sigma = LogNormal(mean=0.3, std=0.8).draw(QUANTILES)
+    time = PATHS["flow"].time(sigma)
+    assert close(time.logit(), 0.3 + 0.8 * torch.special.ndtri(QUANTILES))
+
+
+def test_uniform_flow_time_has_density_1_over_1_plus_sigma_squared() -> None:
+    sigma = torch.tensor([0.01, 0.5, 1.0, 7.0], dtype=torch.float64, requires_grad=True)
+    (density,) = torch.autograd.grad(UniformTime(path="flow").level(sigma).sum(), sigma)
+    assert close(density, (1 + sigma.detach()) ** -2, 3e-5)  # the margin
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogNormal(std=0.0), "std > 0"),
+        (lambda: LogNormal(mean=math.nan), "finite mean"),
+        (lambda: LogNormal(std=math.inf), "std > 0"),
+        (lambda: LogUniform(sigma_min=0.0), "0 < sigma_min < sigma_max"),
+        (lambda: LogUniform(sigma_min=2.0, sigma_max=1.0), "0 < sigma_min < sigma_max"),
+        (lambda: UniformTime(margin=0.5), r"margin in \(0, 0.5\)"),
+        (lambda: UniformTime(margin=0.0), r"margin in \(0, 0.5\)"),
+        (lambda: karras(0), "at least 1 step, not 0"),
+        (lambda: karras(5, rho=0.0), "rho must be positive"),
+        (lambda: karras(5, 1.0, 1.0), "0 < sigma_min < sigma_max"),
+        (lambda: log_uniform(5, 0.1, math.inf), "0 < sigma_min < sigma_max"),
+        (lambda: log_uniform(-1), "at least 1 step, not -1"),
+    ],
+)
+def test_impossible_values_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- Paths ----
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_derivatives_are_those_of_autograd(path: Path) -> None:
+    t = TIMES.clone().requires_grad_()
+    for value, derivative in ((path.a, path.da), (path.s, path.ds)):
+        out = value(t)
+        expected = torch.autograd.grad(out.sum() + 0 * t.sum(), t)[0]
+        assert close(derivative(TIMES), expected)
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+def test_time_inverts_sigma(path: Path) -> None:
+    t = torch.cat([torch.tensor([1e-6, 1e-4], dtype=torch.float64), TIMES])
+    assert float((path.time(path.sigma(t)) / t - 1).abs().max()) < 1e-9
+    assert close(path.sigma(TIMES), path.s(TIMES) / path.a(TIMES))
+
+
+@pytest.mark.parametrize("name", ["vp", "cosine"])
+def test_variance_is_preserved(name: str) -> None:
+    assert close(PATHS[name].a(TIMES) ** 2 + PATHS[name].s(TIMES) ** 2, torch.ones_like(TIMES))
+
+
+def test_vp_is_the_published_schedule() -> None:
+    t = torch.tensor([1e-5, 1.0], dtype=torch.float64)
+    assert close(VP().sigma(t), (torch.exp(0.5 * 19.9 * t**2 + 0.1 * t) - 1).sqrt())
+    assert float(VP().sigma(t)[1]) == pytest.approx(152.2, abs=0.1)
+
+
+def test_vp_time_keeps_its_digits_in_float32() -> None:
+    sigma = torch.tensor([1e-4, 2e-3, 0.1, 80.0])
+    exact = VP().time(sigma.double())
+    assert float((VP().time(sigma) / exact - 1).abs().max()) < 1e-6
+
+
+# ---- Conversions ----
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize(
+    ("source", "target"), list(itertools.product(get_args(Prediction), repeat=2))
+)
+def test_every_cell_of_the_conversion_table(
+    source: Prediction, target: Prediction, path: Path
+) -> None:
+    t = TIMES[:, None]
+    z = rng.normal(rng.keys(0, "z", 0, torch.arange(len(TIMES))), (16,), torch.float64)
+    x0 = rng.normal(rng.keys(0, "x0", 0, torch.arange(len(TIMES))), (16,), torch.float64)
+    a, s = path.a(t), path.s(t)
+    eps = (z - a * x0) / s
+    known = {
+        "x0": x0,
+        "eps": eps,
+        "score": -eps / s,
+        "v": a * eps - s * x0,
+        "velocity": path.da(t) * x0 + path.ds(t) * eps,
+    }
+    there = convert(known[source], z, t, path, source, target)
+    assert close(there, known[target])
+    assert close(convert(there, z, t, path, target, source), known[source])
+
+
+def test_velocity_is_the_derivative_along_the_path() -> None:
+    x0, eps = torch.tensor([0.7], dtype=torch.float64), torch.tensor([-1.3], dtype=torch.float64)
+    for path in PATHS.values():
+        t = torch.tensor([0.4], dtype=torch.float64, requires_grad=True)
+        (expected,) = torch.autograd.grad((path.a(t) * x0 + path.s(t) * eps).sum(), t)
+        z = path.a(t).detach() * x0 + path.s(t).detach() * eps
+        assert close(convert(eps, z, t.detach(), path, "eps", "velocity"), expected)
+
+
+@pytest.mark.parametrize(("source", "target"), [("noise", "x0"), ("x0", "u")])
+def test_unknown_prediction(source: Prediction, target: Prediction) -> None:
+    with pytest.raises(ValueError, match=r"unknown prediction '(noise|u)', allowed: .*'x0'"):
+        convert(TIMES, TIMES, TIMES, PATHS["vp"], source, target)
+
+
+# ---- Grids ----
+
+
+def test_karras_grid() -> None:
+    grid = karras(18)
+    assert grid.dtype == torch.float64 and grid.shape == (19,)
+    assert grid[0].item() == pytest.approx(80) and grid[-2].item() == pytest.approx(0.002)
+    assert grid[-1] == 0 and bool((grid.diff() < 0).all())
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    expected = [(high + i / 17 * (low - high)) ** 7 for i in range(18)]
+    assert grid[:-1].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_log_uniform_grid_is_the_limit_of_karras() -> None:
+    grid = log_uniform(10, 0.05, 10)
+    assert grid[:-1].log().diff().tolist() == pytest.approx([math.log(0.05 / 10) / 9] * 9)
+    assert grid[-1] == 0
+    assert close(karras(10, 0.05, 10, rho=1e6), grid, 1e-4)
+
+
+def test_one_step_starts_at_the_top() -> None:
+    assert karras(1).tolist() == pytest.approx([80, 0])
+    assert log_uniform(1).tolist() == pytest.approx([80, 0])
