@@ -1,0 +1,65 @@
+"""Train diffusion models from scratch on your own images, on patches.
+
+from patchdiffusion import auto, load, train
+
+run = train(auto("photos"))
+images = load(run).sample(16)
+"""
+
+from importlib.metadata import version
+
+__version__ = version("patchdiffusion")
+
+from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, PatchDenoiser
+from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
+from patchdiffusion.model import load_model
+from patchdiffusion.nets.unet import SongUNet, UNetConfig
+from patchdiffusion.noise import LogNormal, karras
+from patchdiffusion.patches import (
+    Group,
+    PatchLaw,
+    PatchPlan,
+    coordinates,
+    crop,
+    random_crop,
+)
+from patchdiffusion.recipes import auto
+from patchdiffusion.sample import Pipeline, SamplerConfig, load, sample
+from patchdiffusion.solvers import euler, heun
+from patchdiffusion.train.config import RunConfig, TrainConfig
+from patchdiffusion.train.loop import train
+
+__all__ = [
+    "auto",
+    "train",
+    "load",
+    "sample",
+    "TrainConfig",
+    "RunConfig",
+    "SamplerConfig",
+    "Pipeline",
+    "PatchPlan",
+    "PatchLaw",
+    "Group",
+    "crop",
+    "random_crop",
+    "coordinates",
+    "Cond",
+    "Step",
+    "Tape",
+    "Denoiser",
+    "NetDenoiser",
+    "PatchDenoiser",
+    "EDM",
+    "LogNormal",
+    "karras",
+    "Batch",
+    "DenoisingLoss",
+    "LossOut",
+    "euler",
+    "heun",
+    "SongUNet",
+    "UNetConfig",
+    "load_model",
+]

@@ -15,7 +15,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from patchdiffusion.noise import NoiseLaw
 
 Size = tuple[int, int]  # height, width
 Mode = Literal["stratified", "stochastic", "progressive", "constant_pixels"]
+Multiplier = Literal["inverse_side", "inverse_area", "one"]
+LossNorm = Literal["area", "mean"]
 
 
 # ---- The law: relative sizes and how often each is seen ----
@@ -43,9 +45,9 @@ class PatchLaw:
     """stratified: all sizes in every step. stochastic: one size a step (the paper's default).
     progressive: small to large over the run. constant_pixels: one size a step, and batches grow
     with 1/area, so that every step costs the same."""
-    multiplier: Literal["inverse_side", "inverse_area", "one"] = "inverse_side"
+    multiplier: Multiplier = "inverse_side"
     """How the number of crops grows as they shrink; the paper uses 1, 2, 4: inverse_side."""
-    loss_norm: Literal["area", "mean"] = "area"
+    loss_norm: LossNorm = "area"
     """area: a crop's gradient counts with its area, as in the paper; mean: all crops alike."""
 
     def __post_init__(self) -> None:
@@ -58,6 +60,11 @@ class PatchLaw:
             raise ValueError(f"fractions must lie in (0, 1], not {self.fractions}")
         if not all(p >= 0 for p in self.probs) or abs(sum(self.probs) - 1) > 1e-6:
             raise ValueError(f"probs must be >= 0 and sum to 1, not {self.probs}")
+        for name, kind in (("mode", Mode), ("multiplier", Multiplier), ("loss_norm", LossNorm)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}, allowed: {get_args(kind)}"
+                )
 
     @classmethod
     def paper(cls, p: float = 0.5, *, latent: bool = False) -> "PatchLaw":

@@ -4,9 +4,171 @@ import base64
 import html
 import io
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from patchdiffusion.files import read_json, write_bytes
 
 Record = dict[str, Any]
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; font-size: 1.2rem; }
+.facts { color: #666; margin-top: .3rem; }
+.row { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; flex: 1 1 14rem; max-width: 28rem; }
+figure img, svg { width: 100%; height: auto; image-rendering: pixelated; }
+figcaption { color: #666; font-size: .85rem; }
+table { border-collapse: collapse; } td { padding: .15rem 1.5rem .15rem 0; }
+pre { background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: .8rem; }
+"""
+
+
+def read_log(folder: Path) -> list[Record]:
+    """All whole records of a run; of steps that were done twice, the last ones."""
+    path = folder / "log.jsonl"
+    records: list[Record] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:  # the last line of a crashed run may be cut short
+            continue
+        if record.get("kind") == "resume":
+            records = [r for r in records if r.get("step", 0) <= record["step"]]
+        records.append(record)
+    return records
+
+
+def write_report(folder: Path, out: Path | None = None) -> Path:
+    """Write the page of a run, by default `folder/report.html`; returns its path.
+
+    Raises `ValueError` if the folder holds no run.
+    """
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds no run: config.json is missing")
+    config = read_json(folder / "config.json")
+    state = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    records = read_log(folder)
+    out = out or folder / "report.html"
+    write_bytes(out, _page(folder, config, state, records).encode())
+    return out
+
+
+def _page(folder: Path, config: Record, state: Record, records: list[Record]) -> str:
+    status = [r for r in records if r["kind"] == "status"]
+    watch = [r for r in records if r["kind"] == "watch"]
+    name = html.escape(str(config.get("name", folder.name)))
+    parts = [
+        f"<h1>{name}</h1>",
+        f'<p class="facts">{html.escape(_summary(config, state, status))}</p>',
+        *_pictures(folder, watch),
+        "<h2>Loss</h2>",
+        _curves(status, watch) if status else "<p>No status line has been written yet.</p>",
+        "<h2>Numbers</h2>",
+        _table(_numbers(status, watch)),
+        "<h2>Configuration</h2>",
+        f"<pre>{html.escape(json.dumps(config, indent=1))}</pre>",
+    ]
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _summary(config: Record, state: Record, status: list[Record]) -> str:
+    told = state.get("status", "not started")
+    if not status:
+        return told
+    last = status[-1]
+    done = f"{last['images']:,.0f} of {config['images']:,.0f} {config['clock']}"
+    return (
+        f"{told}; {done}, {last['crops']:,} crops, {last['seconds'] / 60:.1f} minutes of training"
+    )
+
+
+def _pictures(folder: Path, watch: list[Record]) -> Iterable[str]:
+    """The newest grid large, and up to four earlier ones beside each other."""
+    shown = [r for r in watch if (folder / "samples" / r["picture"]).exists()]
+    if not shown:
+        return
+    yield "<h2>Samples from the averaged weights</h2>"
+    yield f'<div class="row">{_figure(folder, shown[-1])}</div>'
+    earlier = shown[:-1]
+    if earlier:
+        step = -(-len(earlier) // 4)
+        yield "<h2>The same seeds, earlier</h2>"
+        yield f'<div class="row">{"".join(_figure(folder, r) for r in earlier[::step])}</div>'
+
+
+def _figure(folder: Path, record: Record) -> str:
+    data = base64.b64encode((folder / "samples" / record["picture"]).read_bytes()).decode()
+    caption = f"after {record['images']:,.0f}"
+    return (
+        f'<figure><img alt="samples {caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
+
+
+def _curves(status: list[Record], watch: list[Record]) -> str:
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for size in status[-1]["sizes"]:
+        points = [(r["images"], r["sizes"][size]) for r in status if r["sizes"].get(size)]
+        _line(left, points, f"training, {size}", alpha=0.6)
+    held = [r for r in watch if "held_out" in r]
+    _line(left, [(r["images"], r["held_out"]["loss"]) for r in held], "held out", marker="o")
+    left.set_title("loss per pixel by crop size")
+    for band in held[-1]["held_out"]["bands"] if held else ():
+        points = [(r["images"], r["held_out"]["bands"].get(band)) for r in held]
+        _line(right, points, f"sigma {band}", marker="o")
+    right.set_title("held-out loss by noise level")
+    for axes in (left, right):
+        axes.set_xlabel("images")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+        if axes.has_data():
+            axes.legend(fontsize=8)
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg")
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _line(axes: Axes, points: list[tuple[float, Any]], label: str, **style: Any) -> None:
+    points = [(x, y) for x, y in points if y is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, markersize=3, linewidth=1.2, **style)
+
+
+def _numbers(status: list[Record], watch: list[Record]) -> list[tuple[str, str]]:
+    if not status:
+        return []
+    last = status[-1]
+    rows = [
+        ("steps", f"{last['step']:,}, of which {last['skipped']} were skipped as not finite"),
+        ("full-image equivalents", f"{last['equivalents']:,.0f}"),
+        ("crops", f"{last['crops']:,}"),
+        ("floating-point operations", f"{last['flops']:.3g}"),
+        ("full-image equivalents per second", f"{last['images_per_second']:.1f}"),
+        ("crops per second", f"{last['crops_per_second']:.1f}"),
+        ("share of measured peak", f"{last['flops_per_second'] / last['peak']:.0%}"),
+    ]
+    for record in watch[-1:]:
+        if "held_out" in record:
+            rows.append(("held-out loss", f"{record['held_out']['loss']:.4f}"))
+            for size, value in record["held_out"]["sizes"].items():
+                rows.append((f"held-out loss of {size} crops", f"{value:.4f}"))
+        if "copy_rate" in record:
+            rows.append(("samples that are near copies", f"{record['copy_rate']:.0%}"))
+    return rows
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    cells = (f"<tr><td>{html.escape(a)}</td><td>{html.escape(b)}</td></tr>" for a, b in rows)
+    return f"<table>{''.join(cells)}</table>"

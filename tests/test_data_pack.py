@@ -150,15 +150,18 @@ def test_held_out_part():
     assert len(held_out(many, many, 0.5)) == 1000
 
 
-def test_large_groups_are_not_preferred():
-    """Held-out groups of 8 and of 1 occur as often as they do in the data."""
+def test_large_clusters_are_not_preferred_and_not_divided():
+    """Eight groups that share one image are held out as often as a group that shares none."""
     rng = np.random.default_rng(4)
-    digests = rng.integers(0, 2**64, 9000, dtype=np.uint64)
-    groups = digests.copy()
-    groups[:8000] = np.repeat(rng.integers(0, 2**64, 1000, dtype=np.uint64), 8)
-    held = held_out(digests, groups, 0.1)
-    assert len(held) == 900
-    assert 60 <= (held >= 8000).sum() <= 140
+    groups = rng.integers(0, 2**64, 9000, dtype=np.uint64)
+    digests = groups.copy()
+    digests[:8000] = np.repeat(rng.integers(0, 2**64, 1000, dtype=np.uint64), 8)
+    for first, second in ((digests, groups), (groups, digests)):
+        held = held_out(first, second, 0.1)
+        assert len(held) == 900
+        assert 60 <= (held >= 8000).sum() <= 140
+        counts = np.bincount(held[held < 8000] // 8)
+        assert set(counts.tolist()) == {0, 8}
 
 
 def test_repeats():

@@ -115,8 +115,11 @@ class Norm(nn.GroupNorm):
 
 def pad_even(x: Tensor) -> Tensor:
     """Repeat the last row and column where a side is odd: [B, C, H, W]."""
-    bottom, right = x.shape[-2] % 2, x.shape[-1] % 2
-    return F.pad(x, (0, right, 0, bottom), mode="replicate") if bottom or right else x
+    if x.shape[-2] % 2:
+        x = torch.cat([x, x[..., -1:, :]], dim=-2)
+    if x.shape[-1] % 2:
+        x = torch.cat([x, x[..., -1:]], dim=-1)
+    return x
 
 
 # The filters are binomial: [1, 1] is a 2x2 box, [1, 3, 3, 1] three boxes one after the other, one

@@ -65,15 +65,3 @@ class RunLog:
             write_json(self.folder / "run.json", facts)
         except OSError as error:
             self.say(f"warning: cannot write {self.folder / 'run.json'}: {error}")
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """All whole records of a run, also of one that is running or has crashed."""
-    path = folder / "log.jsonl"
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # the last line of a crashed run may be cut short
-            continue
-    return records

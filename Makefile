@@ -1,0 +1,34 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make and reuse .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test faults lint types wheel clean
+
+demo: $(READY)
+	$(BIN)/patchdiffusion train glyphs --out demo $(DEMO)
+	@echo "look at demo/samples/ and demo/report.html"
+
+test: $(READY)
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not fault and not gpu" $(TESTS)
+
+lint: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(READY)
+	$(BIN)/pyright
+
+wheel: $(READY)
+	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints.txt "torch>=2.6" "hatchling>=1.27" "editables>=0.5"
+	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
+	touch $(READY)
+
+clean:
+	rm -rf .venv demo dist build .pytest_cache .ruff_cache

@@ -1,0 +1,57 @@
+"""The command line: `patchdiffusion COMMAND ...`."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from patchdiffusion import __version__
+from patchdiffusion.cli import doctor, prepare, report, sample, train
+from patchdiffusion.errors import Stop
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (train.main, "train on a folder of images, a recipe, or go on with a run"),
+    "sample": (sample.main, "sample images from a run or model"),
+    "prepare": (prepare.main, "decode images once into a pack"),
+    "report": (report.main, "write a page about a run: curves, grids, configuration"),
+    "doctor": (doctor.main, "check the installation, a data set, and how long training takes"),
+}
+
+USAGE = "\n".join(
+    [
+        "usage: patchdiffusion COMMAND [options]",
+        "",
+        "Train diffusion models from scratch on your own images, on patches.",
+        "",
+        *(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()),
+        "",
+        "patchdiffusion COMMAND --help lists the options of a command.",
+        "patchdiffusion --version prints the version.",
+    ]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code. Errors of the user are one line and code 2."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"patchdiffusion {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name not in COMMANDS:
+            raise ValueError(f"unknown command {name!r}; commands are {', '.join(COMMANDS)}")
+        COMMANDS[name][0](rest)
+    except Stop as error:
+        return _fail(str(error), error.code)
+    except (ValueError, OSError, ImportError) as error:
+        return _fail(str(error) or type(error).__name__, 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print("patchdiffusion: error: " + " ".join(message.split()), file=sys.stderr)
+    return code

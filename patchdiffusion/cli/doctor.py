@@ -1,0 +1,134 @@
+"""patchdiffusion doctor [PATH]"""
+
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import matplotlib
+import numpy as np
+import PIL
+import safetensors
+import torch
+
+from patchdiffusion import __version__, recipes
+from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.prepare import cache_dir
+from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
+from patchdiffusion.train.log import duration, quantity
+from patchdiffusion.train.loop import one_step
+from patchdiffusion.train.setup import assemble, prepare_data
+from patchdiffusion.train.status import measured_peak
+from patchdiffusion.train.step import best_precision
+
+DESCRIPTION = (
+    "Check the installation and what the hardware can do; with images as the first argument also "
+    "their scale, and how long the recipe chosen for them takes, measured over a few steps."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorArguments:
+    """Everything that can be set."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    steps: int = 5
+    """Training steps that are timed."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print findings; lines that need attention begin with 'warning'."""
+    first, flags = take_first(arguments)
+    given = parse(
+        DoctorArguments,
+        flags,
+        default=DoctorArguments(data=DataConfig(path=first or "glyphs")),
+        prog="patchdiffusion doctor [PATH]",
+        description=DESCRIPTION,
+    )
+    _installation()
+    _hardware(given.device)
+    if first is not None:
+        pack = prepare_data(given.data)
+        _images(pack)
+        recipe = recipes.glyphs if first == "glyphs" else recipes.folder
+        chosen = recipe(recipes.Facts.of(pack, first, given.device))
+        _time(replace(chosen, data=given.data), pack, given)
+
+
+def _installation() -> None:
+    print(f"patchdiffusion {__version__}, Python {platform.python_version()} ({sys.platform})")
+    packages = {m.__name__: m.__version__ for m in (torch, np, PIL, safetensors, matplotlib)}
+    print("packages  " + ", ".join(f"{name} {version}" for name, version in packages.items()))
+    cache = cache_dir()
+    there = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    writable = os.access(there, os.W_OK)
+    print(f"cache     {cache}, {shutil.disk_usage(there).free / 1e9:.1f} GB free")
+    if not writable:
+        print(f"warning: {there} cannot be written; set PATCHDIFFUSION_CACHE to another folder")
+
+
+def _hardware(choice: str) -> None:
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for name in devices if choice == "auto" else [choice]:
+        device = torch.device(name)
+        if name == "cuda":
+            facts = torch.cuda.get_device_properties(0)
+            print(f"device    {facts.name}, {facts.total_memory / 2**30:.0f} GiB")
+        else:
+            print(
+                f"device    CPU, {torch.get_num_threads()} threads, "
+                f"{torch.backends.cpu.get_cpu_capability()}"
+            )
+        speeds = {p: measured_peak(device, p) for p in ("fp32", "bf16")}
+        told = ", ".join(f"{p} {quantity(s)}FLOP/s" for p, s in speeds.items())
+        best = best_precision(device)
+        print(f"          matrix products: {told}; training uses {best}")
+        if speeds[best] < 0.8 * max(speeds.values()):
+            print(f"warning: {best} is not the faster one here; set --precision yourself")
+
+
+def _images(pack: Pack) -> None:
+    count, height, width, channels = pack.images.shape
+    print(
+        f"data      {pack.name}: {count:,} images of {height}x{width}x{channels}, "
+        f"{len(pack.train):,} to train on, {len(pack.heldout):,} held out"
+    )
+    if pack.classes:
+        print(
+            f"          {len(pack.classes)} classes: {', '.join(pack.classes[:12])}"
+            + (" ..." if len(pack.classes) > 12 else "")
+        )
+    mean = ", ".join(f"{m:+.2f}" for m in pack.info.mean)
+    print(f"          mean {mean}, measured sigma_data {pack.sigma_data:.3f} (0.5 is assumed)")
+    if not 0.25 <= pack.sigma_data <= 1.0:
+        print(f"warning: set --precond.sigma-data {pack.sigma_data:.2f}, the measured value")
+    if len(pack.train) < 1000:
+        print(f"warning: {len(pack.train)} images are few; expect copies of them")
+
+
+def _time(config: TrainConfig, pack: Pack, given: DoctorArguments) -> None:
+    training = assemble(config, RunConfig(device=given.device), pack)
+    one_step(training)  # the first one allocates memory and chooses algorithms
+    start = time.perf_counter()
+    for _ in range(given.steps):
+        one_step(training)
+    float(training.stepper.skips_in_a_row)  # waits for the device
+    seconds = (time.perf_counter() - start) / given.steps
+    total = duration(seconds * training.total_steps)
+    print(
+        f"recipe    {training.parameters / 1e6:.2f}M parameters, "
+        f"{seconds * 1e3:.0f} ms per step of batch {config.batch}; "
+        f"{quantity(config.images)} images take about {total}, samples not counted"
+    )

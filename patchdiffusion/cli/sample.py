@@ -1,0 +1,115 @@
+"""patchdiffusion sample RUN_OR_MODEL [options]"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from patchdiffusion import __version__
+from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.model import Weights
+from patchdiffusion.picture import grid, save_png
+from patchdiffusion.sample import Pipeline, SamplerConfig, load
+
+DESCRIPTION = (
+    "Sample images from a run (also while it trains) or from a model folder, given as the first "
+    "argument. Seeds are SEED, SEED + 1, ...; the same seed gives the same image whatever the "
+    "batch. Files go to a new folder each time and hold their seed and the model's digest."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments:
+    """Everything that can be set."""
+
+    count: int = 16
+    """Number of images."""
+    seed: int = 0
+    """Seed of the first image."""
+    classes: tuple[str, ...] = ()
+    """Names or numbers of classes, taken in turn; none is all of them in turn, -1 no class."""
+    weights: Weights = "averaged"
+    """averaged: what one wants; raw: the weights as trained."""
+    size: tuple[int, int] | None = None
+    """Height and width; the default is the size the model was trained on."""
+    corner: tuple[int, int] | None = None
+    """Top and left of the region on the canvas; the default is in the middle."""
+    out: Path | None = None
+    """Folder for the files; the default is generated/0001, 0002, ... in the folder of the run."""
+    singles: bool = True
+    """Write one PNG per image beside the grid."""
+    batch: int = 64
+    """Images at a time."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the network."""
+    sampler: Annotated[SamplerConfig, tyro.conf.arg(name="")] = field(default_factory=SamplerConfig)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Sample, and write a grid and single files."""
+    first, flags = take_first(arguments)
+    given = parse(
+        SampleArguments,
+        flags,
+        default=SampleArguments(),
+        prog="patchdiffusion sample RUN_OR_MODEL",
+        description=DESCRIPTION,
+    )
+    if first is None:
+        raise ValueError("give the folder of a run or model: patchdiffusion sample RUN_OR_MODEL")
+    path = Path(first)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = auto if given.device == "auto" else given.device
+    pipeline = load(path, weights=given.weights, device=device, precision=given.precision)
+    folder = _new_folder(path, given.out)
+    images = pipeline.sample(
+        given.count,
+        seed=given.seed,
+        classes=given.classes or None,
+        config=given.sampler,
+        size=given.size,
+        corner=given.corner,
+        batch=given.batch,
+        progress=True,
+    )
+    _write(folder, images, pipeline, given)
+    print(f"{given.count} images in {folder}")
+
+
+def _new_folder(path: Path, out: Path | None) -> Path:
+    if out is not None:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"{out} exists and is not empty; nothing is overwritten, use another")
+        out.mkdir(parents=True, exist_ok=True)
+        return out
+    root = (path if (path / "model").is_dir() else path.parent) / "generated"
+    number = 1
+    while (folder := root / f"{number:04d}").exists():
+        number += 1
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _write(folder: Path, images, pipeline: Pipeline, given: SampleArguments) -> None:
+    labels = pipeline.labels(given.count, given.classes or None)
+    names = pipeline.model.config.classes
+    common = {
+        "software": f"patchdiffusion {__version__}",
+        "model": pipeline.model.digest,
+        "weights": given.weights,
+        "sampler": f"{given.sampler.solver} {given.sampler.steps} steps",
+        "guidance": f"{given.sampler.guidance:g}",
+    }
+    seeds = {"seeds": f"{given.seed}-{given.seed + given.count - 1}"}
+    save_png(folder / "grid.png", grid(images), {**common, **seeds})
+    for i, image in enumerate(images if given.singles else ()):
+        facts = {**common, "seed": str(given.seed + i)}
+        if labels is not None:
+            label = int(labels[i])
+            facts["class"] = names[label] if 0 <= label < len(names) else str(label)
+        save_png(folder / f"seed-{given.seed + i:08d}.png", image, facts)

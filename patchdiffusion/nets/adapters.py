@@ -1,0 +1,38 @@
+"""Few new parameters on a network that exists."""
+
+import torch
+from torch import Tensor, nn
+
+
+class CoordinateStem(nn.Module):
+    """Lets an existing network see where a crop lies: `net.conv_in = CoordinateStem(net.conv_in)`.
+
+    Takes the image with the coordinates as further channels, [B, C + 2, H, W]. The coordinates go
+    through a convolution of their own, in float32 and with zero weights at first: the network
+    then is the one it was, bit for bit, and can be fine-tuned on crops.
+    """
+
+    def __init__(self, conv: nn.Conv2d, axes: int = 2):
+        super().__init__()
+        self.image = conv
+        kernel, stride, padding = conv.kernel_size, conv.stride, conv.padding
+        if conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+            raise ValueError("the stem must be a convolution without dilation, padded with zeros")
+        self.coordinates = nn.Conv2d(
+            axes,
+            conv.out_channels,
+            (kernel[0], kernel[1]),
+            (stride[0], stride[1]),
+            padding if isinstance(padding, str) else (padding[0], padding[1]),
+            bias=False,
+            device=torch.device("meta"),  # so that no global generator is asked for weights
+        ).to_empty(device=conv.weight.device)
+        nn.init.zeros_(self.coordinates.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C + 2, H, W] -> what the convolution makes of it."""
+        channels = self.image.in_channels
+        h = self.image(x[:, :channels])
+        with torch.autocast(x.device.type, enabled=False):
+            where = self.coordinates(x[:, channels:].to(torch.float32))
+        return h + where.to(h.dtype)

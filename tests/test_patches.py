@@ -1,0 +1,336 @@
+"""The patch law, the plan, its cost, crops and coordinates."""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.patches import (
+    Group,
+    PatchLaw,
+    PatchPlan,
+    Size,
+    coordinates,
+    corners,
+    crop,
+    equivalents,
+    random_crop,
+)
+
+RATIOS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+CANVASES: list[Size] = [
+    (1, 1), (2, 3), (8, 8), (16, 16), (31, 64), (32, 2048), (65, 65), (96, 40), (128, 128)
+]  # fmt: skip
+
+
+def keys(count: int, step: int = 0) -> Tensor:
+    return rng.keys(0, "crop", step, torch.arange(count))
+
+
+def images(count: int, canvas: Size, channels: int = 2) -> Tensor:
+    """Images in which every pixel is different."""
+    size = (count, channels, *canvas)
+    return torch.arange(math.prod(size), dtype=torch.float32).reshape(size)
+
+
+# ---- The law ----
+
+
+def test_paper_law() -> None:
+    assert PatchLaw.paper() == PatchLaw(mode="stochastic")
+    law = PatchLaw.paper(0.25)
+    assert law.fractions == (1.0, 0.5, 0.25)
+    assert law.probs == pytest.approx((0.25, 0.45, 0.3))
+    assert PatchLaw.paper(0.25, latent=True).probs == (0.25, 0.75)
+    assert PatchPlan.paper((8, 8), 4, p=1.0).sizes == PatchPlan((8, 8), 4, PatchLaw.whole()).sizes
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: PatchLaw(fractions=(1.0,)), "same length, at least 1, not 1 and 3"),
+        (lambda: PatchLaw(fractions=(), probs=()), "at least 1, not 0 and 0"),
+        (lambda: PatchLaw(fractions=(1.0, 0.0, 0.25)), r"must lie in \(0, 1\], not \(1.0, 0.0"),
+        (lambda: PatchLaw(fractions=(1.5, 0.5, 0.25)), r"must lie in \(0, 1\]"),
+        (lambda: PatchLaw(probs=(0.5, 0.3, 0.3)), r"sum to 1, not \(0.5, 0.3, 0.3\)"),
+        (lambda: PatchLaw(probs=(1.2, -0.1, -0.1)), ">= 0 and sum to 1"),
+        (lambda: PatchLaw(probs=(math.nan, 0.5, 0.5)), ">= 0 and sum to 1"),
+        (lambda: PatchLaw(mode="random"), "unknown mode 'random', allowed: .*'stratified'"),  # type: ignore[arg-type]
+        (lambda: PatchLaw(multiplier="two"), "unknown multiplier 'two'"),  # type: ignore[arg-type]
+        (lambda: PatchLaw(loss_norm="sum"), "unknown loss_norm 'sum'"),  # type: ignore[arg-type]
+        (lambda: PatchLaw.paper(1.1), r"must lie in \[0, 1\], not 1.1"),
+        (lambda: PatchLaw.paper(-0.1, latent=True), r"must lie in \[0, 1\]"),
+        (lambda: PatchPlan(64, 4), r"\(height, width\), both positive, not 64"),  # type: ignore[arg-type]
+        (lambda: PatchPlan((3, 64, 64), 4), "both positive, not"),  # type: ignore[arg-type]
+        (lambda: PatchPlan((0, 64), 4), "both positive"),
+        (lambda: PatchPlan((64, 64), 0), "at least 1, not 0 and 1"),
+        (lambda: PatchPlan((64, 64), 4, divisor=0), "at least 1, not 4 and 0"),
+        (lambda: corners(keys(2), (9, 4), (8, 8)), r"crop of \(9, 4\) at pitch 1 does not fit"),
+        (lambda: corners(keys(2), (5, 4), (8, 8), 2), "at pitch 2 does not fit the canvas"),
+    ],
+)
+def test_impossible_values_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- The plan ----
+
+
+@pytest.mark.parametrize("canvas", CANVASES)
+@pytest.mark.parametrize("divisor", [1, 2, 8, 16])
+def test_any_canvas(canvas: Size, divisor: int) -> None:
+    for mode, p in itertools.product(("stratified", "stochastic", "constant_pixels"), (0.0, 0.5)):
+        plan = PatchPlan(canvas, 8, replace(PatchLaw.paper(p), mode=mode), divisor)
+        assert len({k.size for k in plan.sizes}) == len(plan.sizes)
+        assert [k.area for k in plan.sizes] == sorted((k.area for k in plan.sizes), reverse=True)
+        assert sum(k.prob for k in plan.sizes) == pytest.approx(1)
+        assert sum(k.share for k in plan.sizes) == pytest.approx(1)
+        for k in plan.sizes:
+            for side, whole in zip(k.size, canvas, strict=True):
+                assert side == whole or (0 < side < whole and side % divisor == 0)
+            assert k.area == pytest.approx(math.prod(k.size) / math.prod(canvas))
+        for group in plan.draw(seed=0, step=3):
+            assert group.count >= 1 and isinstance(group.count, int)
+            cut, pos = random_crop(images(2, canvas), group.size, key=keys(2))
+            assert cut.shape == (2, 2, *group.size) and pos.shape == (2, 2, *group.size)
+
+
+@pytest.mark.parametrize("side", [32, 64, 128, 512])
+def test_powers_of_two_have_the_published_multipliers(side: int) -> None:
+    """The published table lacks R = 32 and is wrong for 128 and 256."""
+    sizes = PatchPlan.paper((side, side), 64).sizes
+    assert [k.size for k in sizes] == [(side // f, side // f) for f in (1, 2, 4)]
+    assert [k.multiplier for k in sizes] == [1, 2, 4]
+
+
+def test_odd_rectangular_and_tiny_canvases() -> None:
+    assert [k.size for k in PatchPlan.paper((65, 65), 8).sizes] == [(65, 65), (32, 32), (16, 16)]
+    assert PatchPlan.paper((65, 65), 8).sizes[1].multiplier == pytest.approx(65 / 32)
+    wide = PatchPlan.paper((32, 2048), 8, divisor=8).sizes
+    assert [k.size for k in wide] == [(32, 2048), (16, 1024), (8, 512)]
+    collapsed = PatchPlan.paper((16, 16), 8, divisor=8).sizes
+    assert [(k.size, k.prob) for k in collapsed] == [((16, 16), 0.5), ((8, 8), 0.5)]
+    (only,) = PatchPlan.paper((8, 8), 8, divisor=8).sizes
+    assert only.size == (8, 8) and only.prob == pytest.approx(1) and only.share == 1
+
+
+def test_other_multipliers() -> None:
+    for name, expected in (("inverse_area", [1, 4, 16]), ("one", [1, 1, 1])):
+        law = replace(PatchLaw.paper(), multiplier=name)
+        assert [k.multiplier for k in PatchPlan((64, 64), 8, law).sizes] == expected
+
+
+def test_draw_follows_the_law() -> None:
+    plan = PatchPlan.paper((64, 64), 512)
+    steps = 5000
+    drawn = [plan.draw(seed=1, step=step) for step in range(steps)]
+    sizes = [groups[0].size for groups in drawn]
+    assert all(len(groups) == 1 for groups in drawn)
+    for k in plan.sizes:
+        tolerance = 4 * math.sqrt(k.prob * (1 - k.prob) / steps)
+        assert abs(sizes.count(k.size) / steps - k.prob) < tolerance
+        chosen = next(g for (g,) in drawn if g.size == k.size)
+        assert chosen.count == 512 * k.multiplier
+        assert chosen.weight * k.prob == pytest.approx(k.share)
+    assert sum(g.count for (g,) in drawn) / steps / 512 == pytest.approx(1.9, rel=0.02)
+    assert sum(equivalents(g, (64, 64)) for g in drawn) / steps / 512 == pytest.approx(
+        0.7, rel=0.02
+    )
+    assert [plan.draw(seed=1, step=s) for s in range(50)] == drawn[:50]  # any rank, any time
+    assert [plan.draw(seed=2, step=s) for s in range(50)] != drawn[:50]
+
+
+def test_gradient_shares() -> None:
+    sizes = PatchPlan.paper((64, 64), 512).sizes
+    assert [round(100 * k.share, 1) for k in sizes] == [85.1, 12.8, 2.1]
+    law = replace(PatchLaw.paper(), loss_norm="mean")
+    assert [k.share for k in PatchPlan((64, 64), 512, law).sizes] == pytest.approx([0.5, 0.3, 0.2])
+
+
+def test_stratified_counts_are_fixed() -> None:
+    plan = PatchPlan((64, 64), 32)
+    groups = plan.draw(seed=0, step=0)
+    assert [(g.size, g.count) for g in groups] == [((64, 64), 16), ((32, 32), 19), ((16, 16), 26)]
+    assert [g.weight for g in groups] == [k.share for k in plan.sizes]
+    assert all(plan.draw(seed=s, step=s) == groups for s in range(20))
+    assert equivalents(groups, (64, 64)) == 16 + 19 / 4 + 26 / 16
+    assert [g.count for g in PatchPlan((64, 64), 1).draw(seed=0, step=0)] == [1, 1, 1]
+
+
+def test_progressive_boundaries() -> None:
+    plan = PatchPlan((64, 64), 8, PatchLaw(mode="progressive"))
+    expected = {0.0: 16, 0.199: 16, 0.201: 32, 0.499: 32, 0.501: 64, 0.99: 64, 1.0: 64}
+    for progress, side in expected.items():
+        (group,) = plan.draw(seed=0, step=0, progress=progress)
+        assert group.size == (side, side)
+    weights = {16: 0.2, 32: 0.3, 64: 0.5}  # over the whole run the shares are those of the law
+    total = 0.0
+    for progress, side in ((0.1, 16), (0.3, 32), (0.7, 64)):
+        total += plan.draw(seed=0, step=0, progress=progress)[0].weight * weights[side]
+    assert total == pytest.approx(1)
+
+
+def test_constant_pixels() -> None:
+    plan = PatchPlan((64, 64), 512, PatchLaw(mode="constant_pixels"))
+    assert [round(k.prob, 3) for k in plan.sizes] == [0.714, 0.214, 0.071]
+    assert plan.cost().crops == pytest.approx(2.714, abs=5e-4)
+    assert plan.cost().step == pytest.approx(1)
+    assert plan.cost(world=16, synced=False).step == pytest.approx(1)  # nobody waits
+    for step in range(100):
+        groups = plan.draw(seed=0, step=step)
+        assert equivalents(groups, (64, 64)) == 512
+    as_crops = [k.prob * k.multiplier for k in plan.sizes]
+    paper = [k.prob * k.multiplier for k in PatchPlan.paper((64, 64), 512).sizes]
+    assert [c / sum(as_crops) for c in as_crops] == pytest.approx([c / sum(paper) for c in paper])
+
+
+# ---- The cost ----
+
+
+@pytest.mark.parametrize("attention", [0.0, 0.3, 1.0])
+def test_unsynced_cost_by_enumeration(attention: float) -> None:
+    plan = PatchPlan.paper((64, 64), 8, p=0.25)
+    costs = [
+        (k.prob, k.multiplier * (k.area * (1 - attention) + k.area**2 * attention))
+        for k in plan.sizes
+    ]
+    slowest = sum(
+        math.prod(p for p, _ in ranks) * max(c for _, c in ranks)
+        for ranks in itertools.product(costs, repeat=4)
+    )
+    assert plan.cost(world=4, synced=False, attention=attention).step == pytest.approx(slowest)
+    alone = plan.cost(world=1, synced=False, attention=attention)
+    assert alone.step == pytest.approx(plan.cost(attention=attention).step)
+
+
+@pytest.mark.parametrize("p", RATIOS)
+def test_cost_by_simulation(p: float) -> None:
+    plan = PatchPlan.paper((64, 64), 8, p=p)
+    u = rng.uniform(keys(100000), 16)
+    edges = torch.tensor([k.prob for k in plan.sizes], dtype=torch.float64).cumsum(0)[:-1]
+    chosen = torch.searchsorted(edges, u, right=True)
+    multiplier = torch.tensor([k.multiplier for k in plan.sizes])[chosen]
+    cost = torch.tensor([k.multiplier * k.area for k in plan.sizes])[chosen]
+    crops = float(multiplier.double().mean())
+    assert plan.cost().crops == pytest.approx(crops, rel=0.01)
+    assert plan.cost().step == pytest.approx(float(cost.double().mean()), rel=0.01)
+    for world in (2, 8, 16):
+        slowest = float(cost[:, :world].amax(1).double().mean())
+        assert plan.cost(world=world, synced=False).step == pytest.approx(slowest, rel=0.01)
+        unsynced = plan.cost(world=world, synced=False).crop
+        assert unsynced == pytest.approx(slowest / crops, rel=0.01)
+
+
+def test_latent_cost() -> None:
+    plan = PatchPlan.paper((32, 32), 8, latent=True)
+    assert (plan.cost().step, plan.cost().crops, plan.cost().crop) == pytest.approx(
+        (0.75, 1.5, 0.5)
+    )
+    assert plan.cost(world=8, synced=False).crop == pytest.approx(0.665, abs=5e-4)
+
+
+def cost_table() -> str:
+    """The rows of docs/cost-model.md; run this file as a script to print them."""
+    laws = [(f"{p:g}", PatchLaw.paper(p)) for p in RATIOS]
+    laws.append(("0.5, constant pixels", PatchLaw(mode="constant_pixels")))
+    rows = []
+    for name, law in laws:
+        plan = PatchPlan((64, 64), 512, law)
+        one, eight, sixteen = plan.cost(), *(plan.cost(world=w, synced=False) for w in (8, 16))
+        rows.append(
+            f"| {name} | {one.crops:.2f} | {one.step:.3f} | {one.crop:.3f} "
+            f"| {eight.crop:.3f} | {sixteen.crop:.3f} |\n"
+        )
+    return "".join(rows)
+
+
+def test_the_page_has_todays_numbers() -> None:
+    page = Path(__file__).parents[1] / "docs" / "cost-model.md"
+    assert cost_table() in page.read_text()
+
+
+# ---- Crops and coordinates ----
+
+
+@pytest.mark.parametrize("canvas", [(64, 64), (32, 2048), (65, 31), (2, 2)])
+def test_corners_of_the_canvas_are_exactly_one(canvas: Size) -> None:
+    zero = torch.zeros(1, dtype=torch.int64)
+    pos = coordinates(zero, zero, canvas, canvas)
+    assert pos.dtype == torch.float32
+    assert pos[0, :, 0, 0].tolist() == [-1, -1] and pos[0, :, -1, -1].tolist() == [1, 1]
+    assert pos[0, :, 0, -1].tolist() == [1, -1]  # x first
+    assert bool((pos[0, 0].diff(dim=1) > 0).all()) and bool((pos[0, 1].diff(dim=0) > 0).all())
+
+
+def test_an_axis_of_one_pixel_is_zero() -> None:
+    zero = torch.zeros(3, dtype=torch.int64)
+    assert coordinates(zero, zero, (1, 4), (1, 4))[:, 1].abs().max() == 0
+
+
+@pytest.mark.parametrize("canvas", [(21, 50), (64, 64), (37, 16)])
+def test_coordinates_of_a_crop_are_the_crop_of_the_coordinates(canvas: Size) -> None:
+    zero = torch.zeros(9, dtype=torch.int64)
+    grid = coordinates(zero, zero, canvas, canvas)
+    top, left = corners(keys(9), (7, 13), canvas)
+    assert torch.equal(coordinates(top, left, (7, 13), canvas), crop(grid, top, left, (7, 13)))
+
+
+def test_coordinates_outside_continue_the_scale() -> None:
+    top, left = torch.tensor([-2]), torch.tensor([3])
+    pos = coordinates(top, left, (4, 6), (5, 5))
+    assert pos[0, 0, 0].tolist() == [0.5, 1, 1.5, 2, 2.5, 3]
+    assert pos[0, 1, :, 0].tolist() == [-2, -1.5, -1, -0.5]
+
+
+def test_crops_are_slices() -> None:
+    x = images(12, (19, 30))
+    cut, pos = random_crop(x, (7, 11), key=keys(12))
+    top, left = corners(keys(12), (7, 11), (19, 30))
+    for n, (i, j) in enumerate(zip(top.tolist(), left.tolist(), strict=True)):
+        assert torch.equal(cut[n], x[n, :, i : i + 7, j : j + 11])
+    assert torch.equal(pos, coordinates(top, left, (7, 11), (19, 30)))
+    some, _ = random_crop(x[4:7], (7, 11), key=keys(12)[4:7])
+    assert torch.equal(some, cut[4:7])
+
+
+def test_a_whole_crop_is_the_identity() -> None:
+    x = images(5, (9, 6))
+    cut, pos = random_crop(x, (9, 6), key=keys(5))
+    zero = torch.zeros(5, dtype=torch.int64)
+    assert torch.equal(cut, x)
+    assert torch.equal(pos, coordinates(zero, zero, (9, 6), (9, 6)))
+
+
+def test_corners_are_uniform_with_ends_included() -> None:
+    count = 30000
+    top, left = corners(keys(count), (3, 5), (8, 10))
+    table = torch.bincount(top * 6 + left, minlength=36)
+    assert table.numel() == 36  # 6 x 6 places
+    chi2 = float(((table - count / 36) ** 2 / (count / 36)).sum())
+    assert 10 < chi2 < 66.6  # p = 0.001 at 35 degrees of freedom; too regular is wrong too
+
+
+def test_pitch_is_a_view_averaged_down() -> None:
+    x, canvas = images(6, (20, 33)), (20, 33)
+    top, left = corners(keys(6), (6, 8), canvas, pitch=2)
+    fine = crop(x, top, left, (12, 16))
+    assert torch.equal(crop(x, top, left, (6, 8), pitch=2), F.avg_pool2d(fine, 2))
+    pos = F.avg_pool2d(coordinates(top, left, (12, 16), canvas), 2)
+    assert torch.allclose(coordinates(top, left, (6, 8), canvas, pitch=2), pos, atol=1e-6)
+
+
+def test_equivalents() -> None:
+    groups = (Group((8, 8), 3, 1.0), Group((4, 2), 5, 1.0))
+    assert equivalents(groups, (8, 8)) == 3 + 5 * 8 / 64
+
+
+if __name__ == "__main__":
+    print(cost_table(), end="")
