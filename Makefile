@@ -6,11 +6,11 @@ READY := .venv/ready
 .PHONY: demo test faults lint types wheel clean
 
 demo: $(READY)
-	$(BIN)/patchdiffusion train glyphs --out demo $(DEMO)
-	@echo "look at demo/samples/ and demo/report.html"
+	$(BIN)/patchdiffusion train glyphs $(or $(DEMO),--out demo)
+	@echo "now look at samples/ and report.html in that folder"
 
 test: $(READY)
-	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not fault and not gpu" $(TESTS)
+	$(BIN)/pytest -n 2 -m "not slow and not fault and not gpu" $(TESTS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Patch Diffusion with a network from diffusers: `UNet2DModel`, pretrained or new.
+"""Patch Diffusion with a network from diffusers, `UNet2DModel`, new or pretrained.
 
 pip install 'patchdiffusion[hub]'
 python examples/diffusers_loop.py --steps 200
@@ -8,21 +8,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from diffusers.models import UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 
-from patchdiffusion import (
-    EDM,
-    Cond,
-    NetDenoiser,
-    PatchDenoiser,
-    PatchPlan,
-    Tape,
-    heun,
-    karras,
-    random_crop,
-    rng,
-)
+import patchdiffusion as pd
+from patchdiffusion import rng
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.losses import denoising_error
@@ -31,14 +21,15 @@ from patchdiffusion.picture import enlarge, grid, save_png, to_uint8
 
 
 class Adapter(nn.Module):
-    """Speaks our network contract: (x, noise, cond) -> output. Coordinates start at zero weight."""
+    """Our network contract, (x, noise, cond) -> output, for a `UNet2DModel`."""
 
     def __init__(self, unet: UNet2DModel):
         super().__init__()
-        unet.conv_in = CoordinateStem(unet.conv_in)
         self.unet = unet
+        self.unet.register_module("conv_in", CoordinateStem(unet.conv_in))  # zero weights at first
 
-    def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor, cond: pd.Cond, *, tape: pd.Tape | None = None):
+        assert cond.pos is not None
         return self.unet(torch.cat([x, cond.pos], dim=1), noise).sample
 
 
@@ -49,38 +40,39 @@ def main() -> None:
     options = parser.parse_args()
 
     pack = prepare(open_source("glyphs"))
-    images = pack.images.movedim(-1, 1)
-    levels = {"block_out_channels": (32, 64, 64), "layers_per_block": 1, "norm_num_groups": 8}
-    blocks = {"down_block_types": ("DownBlock2D",) * 3, "up_block_types": ("UpBlock2D",) * 3}
-    unet = UNet2DModel(sample_size=32, in_channels=1, out_channels=1, **levels, **blocks)
-    denoiser = NetDenoiser(Adapter(unet), EDM())
+    images = pack.images.movedim(-1, 1)  # uint8 [N, C, H, W]
+    down, up = ("DownBlock2D", "DownBlock2D"), ("UpBlock2D", "UpBlock2D")
+    unet = UNet2DModel(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=(32, 64),
+    )
+    denoiser = pd.NetDenoiser(Adapter(unet), pd.EDM())
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=1e-3)
-    plan = PatchPlan((32, 32), batch=16, divisor=4)
+    plan = pd.PatchPlan((32, 32), batch=16, divisor=2)
     for step in range(options.steps):
         loss = torch.zeros(())
         for group in plan.draw(seed=0, step=step, progress=step / options.steps):
             keys = rng.keys(0, str(group.size), step, torch.arange(group.count))
             chosen = pack.train[rng.integers(rng.subkeys(keys, "image"), len(pack.train))]
-            x, pos = random_crop(images[chosen].float() / 127.5 - 1, group.size, key=keys)
-            sigma = (rng.normal(rng.subkeys(keys, "sigma"), ()) * 1.2 - 1.2).exp()
+            x, pos = pd.random_crop(images[chosen].float() / 127.5 - 1, group.size, key=keys)
+            sigma = pd.LogNormal().draw(rng.uniform(rng.subkeys(keys, "sigma"), 1)[:, 0]).float()
             noise = rng.normal(rng.subkeys(keys, "noise"), tuple(x.shape[1:]))
-            error = denoising_error(denoiser, x, noise, sigma, Cond(pos=pos))
+            error = denoising_error(denoiser, x, noise, sigma, pd.Cond(pos=pos))
             loss = loss + group.weight * (error * (sigma**2 + 0.25) / (sigma * 0.5) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+        print(f"step {step}: loss {loss.item():.3f}", flush=True)
 
-    # PatchDenoiser gives the network the coordinates of the whole canvas.
-    whole = PatchDenoiser(denoiser, canvas=(32, 32))
-    keys = rng.keys(0, "sample", 0, torch.arange(16))
-    x = rng.normal(keys, (1, 32, 32)) * 80.0
+    whole = pd.PatchDenoiser(denoiser, canvas=(32, 32))  # gives the network its coordinates
+    x = rng.normal(rng.keys(0, "sample", 0, torch.arange(16)), (1, 32, 32)) * 80.0
     with torch.no_grad():
-        for state in heun(whole, x, karras(12)):
+        for state in pd.heun(whole, x, pd.karras(12)):
             x = state.x
     save_png(Path(options.out), enlarge(grid(to_uint8(x))))
-    print(f"wrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -256,7 +256,7 @@ def test_resampling_is_the_filter_it_says(taps: tuple[int, ...]) -> None:
     torch.testing.assert_close(layers.upsample(x, (12, 16), smooth=smooth), up)
     torch.testing.assert_close(layers.upsample(x, (11, 15), smooth=smooth), up[..., :11, :15])
     inner = F.conv2d(x, kernel, stride=2, groups=4)
-    torch.testing.assert_close(layers.downsample_padded(x, smooth=smooth), inner)
+    torch.testing.assert_close(layers.downsample(x, smooth=smooth, padded=True), inner)
 
 
 # ---- Conditions ----

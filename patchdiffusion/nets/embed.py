@@ -16,7 +16,7 @@ from patchdiffusion.nets.layers import (
     Conv,
     Key,
     Linear,
-    downsample_padded,
+    downsample,
     full_precision,
     pad_even,
 )
@@ -143,4 +143,4 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
         """x [B, C, H, W], pos float32 [B or 1, 2, H, W] or None -> [B, width, H/2, W/2]."""
         h = self.stem(pad_even(x), None if pos is None else pad_even(pos))
-        return downsample_padded(h, smooth=self.smooth)
+        return downsample(h, smooth=self.smooth, padded=True)

@@ -1,0 +1,7 @@
+"""python -m patchdiffusion"""
+
+import sys
+
+from patchdiffusion.cli import main
+
+sys.exit(main())

@@ -1,0 +1,257 @@
+"""The denoising loss against closed forms; what crops and coordinates do to it."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.analytic import GaussianMixture
+from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.denoiser import EDM, NetDenoiser, expand_sigma, per_sample
+from patchdiffusion.losses import Batch, DenoisingLoss, denoising_error
+from patchdiffusion.noise import PATHS, LogNormal, LogUniform, Prediction, convert
+from patchdiffusion.patches import Size, coordinates, corners, crop, random_crop
+from patchdiffusion.rng import Draws
+from patchdiffusion.weighting import EDMWeight, EpsWeight, FlowWeight, VWeight, Weighting
+
+
+def keys(count: int, stream: str = "test") -> Tensor:
+    return rng.keys(0, stream, 0, torch.arange(count))
+
+
+def draws(count: int, step: int = 0) -> Draws:
+    index = torch.arange(count)
+    return Draws(seed=0, step=step, index=index, rank=index, count=count)
+
+
+def batch(images: Tensor, cond: Cond | None = None) -> Batch:
+    count, size = len(images), (images.shape[-2], images.shape[-1])
+    box = torch.tensor([[0, 0, *size]]).expand(count, -1)
+    return Batch(images, cond or Cond(), torch.arange(count), box, torch.zeros(count).bool())
+
+
+class Spy:
+    """A denoiser that returns a constant and remembers its arguments."""
+
+    def __init__(self, value: float = 0.0):
+        self.value = value
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        step: Step | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        self.x, self.sigma, self.cond = x, expand_sigma(sigma, x), cond or Cond()
+        return torch.full_like(x, self.value)
+
+
+class Silent(torch.nn.Module):
+    """A network whose output is zero."""
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+        return torch.zeros_like(x)
+
+
+# ---- Values ----
+
+
+@pytest.mark.parametrize("sigma", [0.01, 1.0, 30.0])
+def test_loss_is_one_at_the_start_for_every_sigma(sigma: float) -> None:
+    images = 0.5 * rng.normal(keys(200), (1, 32, 32))
+    noise = rng.normal(keys(200, "noise"), (1, 32, 32))
+    level = torch.full((200,), sigma)
+    error = denoising_error(NetDenoiser(Silent(), EDM()), images, noise, level, Cond())
+    assert float((EDMWeight()(level) * error).mean()) == pytest.approx(1, abs=0.01)  # 2e5 draws
+
+
+def test_loss_by_hand() -> None:
+    images = rng.normal(keys(6), (2, 3, 4))
+    spy, law = Spy(0.25), LogUniform(sigma_min=0.5, sigma_max=2.0)
+    out = DenoisingLoss(law=law, weighting=EpsWeight())(spy, batch(images), draws(6))
+    expected = (0.25 - images).square().flatten(1).mean(1) / spy.sigma**2
+    assert out.per_sample.shape == (6,) and torch.allclose(out.per_sample, expected)
+    assert out.batch_loss is None and out.scalars == {}
+    assert float(spy.sigma.min()) >= 0.5 and float(spy.sigma.max()) <= 2
+    noise = (spy.x - images) / per_sample(spy.sigma, images)
+    assert torch.allclose(noise, draws(6).normal("noise", (2, 3, 4)), atol=1e-5)
+
+
+def test_the_oracle_has_the_least_loss() -> None:
+    """E |D - x0|^2 is the posterior variance for the exact denoiser and more for any other."""
+    law, count = GaussianMixture.toy(), 4000
+    x0, _ = law.sample(keys(count))
+    noise = rng.normal(keys(count, "noise"), (2,), torch.float64)
+    for level in (0.1, 0.5, 3.0):
+        sigma = torch.full((count,), level, dtype=torch.float64)
+        errors = denoising_error(law, x0, noise, sigma, Cond())
+        covariance = law.covariance(x0 + level * noise, sigma)
+        expected = covariance.diagonal(dim1=-2, dim2=-1).mean(-1)
+        gap = (errors - expected).mean() / (errors.std() / math.sqrt(count))
+        assert abs(float(gap)) < 4
+
+        def shifted(
+            x: Tensor, sigma: Tensor | float, cond: Cond | None = None, **_: object
+        ) -> Tensor:
+            return law(x, sigma) + 0.05
+
+        worse = denoising_error(shifted, x0, noise, sigma, Cond())
+        assert float(worse.mean()) > float(errors.mean())
+
+
+@pytest.mark.parametrize(
+    ("prediction", "path", "weight"),
+    [("eps", "vp", EpsWeight()), ("v", "cosine", VWeight()), ("velocity", "flow", FlowWeight())],
+)
+def test_weights_are_losses_on_other_predictions(
+    prediction: Prediction, path: str, weight: Weighting
+) -> None:
+    sigma = torch.tensor([0.05, 0.8, 6.0], dtype=torch.float64)
+    x0, wrong = rng.normal(keys(2), (3,), torch.float64)
+    t = PATHS[path].time(sigma)
+    z = PATHS[path].a(t) * (x0 + sigma * 0.3)
+    a, b = (convert(x, z, t, PATHS[path], "x0", prediction) for x in (x0, wrong))
+    assert torch.allclose((a - b) ** 2, weight(sigma) * (x0 - wrong) ** 2, rtol=1e-10)
+
+
+# ---- Draws ----
+
+
+def test_noise_levels_are_spread_over_the_law() -> None:
+    spy, images = Spy(), torch.zeros(16, 1, 2, 2)
+    for step in range(5):
+        DenoisingLoss()(spy, batch(images), draws(16, step))
+        level = LogNormal().level(spy.sigma.double()).sort().values
+        assert float(level.diff().max()) < 2 / 16 + 1e-6
+    DenoisingLoss(stratified=False)(spy, batch(torch.zeros(4000, 1, 1, 1)), draws(4000))
+    log = spy.sigma.log()
+    assert abs(float(log.mean()) + 1.2) < 4 * 1.2 / math.sqrt(4000)
+    assert abs(float(log.std()) - 1.2) < 4 * 1.2 / math.sqrt(8000)
+
+
+def test_a_group_may_have_its_own_law() -> None:
+    spy, images = Spy(), torch.zeros(8, 1, 2, 2)
+    own = LogUniform(sigma_min=5.0, sigma_max=6.0)
+    DenoisingLoss()(spy, replace(batch(images), noise=own), draws(8))
+    assert float(spy.sigma.min()) >= 5 and float(spy.sigma.max()) <= 6
+
+
+def test_labels_are_dropped_at_the_given_rate_and_nothing_else() -> None:
+    count = 20000
+    cond = Cond(labels=torch.full((count,), 7), extra=torch.ones(count, 1))
+    images, spy = torch.zeros(count, 1, 1, 1), Spy()
+    DenoisingLoss(label_dropout=0.1)(spy, batch(images, cond), draws(count))
+    assert spy.cond.labels is not None and set(spy.cond.labels.tolist()) == {-1, 7}
+    rate = float((spy.cond.labels == -1).double().mean())
+    assert abs(rate - 0.1) < 4 * math.sqrt(0.09 / count)
+    assert spy.cond.extra is cond.extra
+    assert spy.cond.seed is not None and spy.cond.seed.unique().numel() == count
+    DenoisingLoss(label_dropout=0)(spy, batch(images, cond), draws(count))
+    assert spy.cond.labels is not None and torch.equal(spy.cond.labels, torch.full((count,), 7))
+    DenoisingLoss()(spy, batch(images), draws(count))
+    assert spy.cond.labels is None
+
+
+def test_micro_batches_draw_what_the_whole_batch_draws() -> None:
+    images = rng.normal(keys(12), (1, 4, 4))
+    whole = DenoisingLoss()(Spy(), batch(images), draws(12)).per_sample
+    parts = []
+    for first in range(0, 12, 5):
+        index = torch.arange(first, min(first + 5, 12))
+        part = Draws(seed=0, step=0, index=index, rank=index, count=12)
+        parts.append(DenoisingLoss()(Spy(), batch(images[index]), part).per_sample)
+    assert torch.equal(torch.cat(parts), whole)
+
+
+# ---- Positions ----
+
+
+class Ramp:
+    """The exact denoiser of x0 = mean(position) + N(0, std^2), told or not told the position."""
+
+    mean = (0.5, -0.25)
+    std = 0.1
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        step: Step | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        assert cond is not None and cond.pos is not None
+        mean = self.means(cond.pos)
+        share = self.std**2 / (self.std**2 + expand_sigma(sigma, x) ** 2)
+        return mean + per_sample(share, x) * (x - mean)
+
+    def means(self, pos: Tensor) -> Tensor:
+        """[B, 2, h, w] -> [B, 1, h, w]."""
+        return (pos * torch.tensor(self.mean)[:, None, None]).sum(1, keepdim=True)
+
+    def images(self, count: int, canvas: Size) -> Tensor:
+        zero = torch.zeros(count, dtype=torch.int64)
+        noise = rng.normal(keys(count, "image"), (1, *canvas))
+        return self.means(coordinates(zero, zero, canvas, canvas)) + self.std * noise
+
+
+def test_coordinates_matter() -> None:
+    """Without them the best at large sigma is the mean over places: error std^2 + Var(mean).
+
+    Least squares on crops, as a network of 1x1 convolutions would fit.
+    """
+    ramp, sigma = Ramp(), 50.0
+    crops, pos = random_crop(ramp.images(3000, (16, 16)), (8, 8), key=keys(3000, "crop"))
+    noisy = crops + sigma * rng.normal(keys(3000, "noise"), (1, 8, 8))
+    one = torch.ones_like(crops)
+    target = crops.flatten()[:, None].double()
+    errors = []
+    for inputs in (torch.cat([noisy, one], 1), torch.cat([noisy, one, pos], 1)):
+        columns = inputs.movedim(1, -1).reshape(len(target), -1).double()
+        fitted = columns @ torch.linalg.lstsq(columns, target).solution
+        errors.append(float((fitted - target).square().mean()))
+    spread = float(ramp.means(pos).var())
+    assert errors[1] == pytest.approx(ramp.std**2, rel=0.01)
+    assert errors[0] / errors[1] == pytest.approx((ramp.std**2 + spread) / ramp.std**2, rel=0.02)
+    assert errors[0] / errors[1] > 5
+
+
+def test_images_are_flipped_together_with_their_coordinates() -> None:
+    ramp, canvas, size = Ramp(), (12, 18), (5, 7)
+    whole = ramp.images(200, canvas)
+    top, left = corners(keys(200, "crop"), size, canvas)
+    crops, pos = crop(whole, top, left, size), coordinates(top, left, size, canvas)
+    noise = rng.normal(keys(200, "noise"), (1, *size))
+    sigma = LogNormal().draw(rng.uniform(keys(200, "sigma"), 1)[:, 0]).float()
+
+    mirrored = crop(whole.flip(-1), top, canvas[1] - size[1] - left, size)
+    assert torch.equal(mirrored, crops.flip(-1))
+    elsewhere = coordinates(top, canvas[1] - size[1] - left, size, canvas)
+    turned = elsewhere * torch.tensor([-1.0, 1.0])[:, None, None]  # x -> -x
+    assert torch.allclose(turned, pos.flip(-1), atol=1e-6)
+
+    def loss(images: Tensor, noise: Tensor, where: Tensor) -> Tensor:
+        return EDMWeight()(sigma) * denoising_error(ramp, images, noise, sigma, Cond(pos=where))
+
+    plain = loss(crops, noise, pos)
+    together = loss(mirrored, noise.flip(-1), turned)
+    assert torch.allclose(together, plain, rtol=1e-3, atol=1e-6)
+    alone = loss(mirrored, noise.flip(-1), elsewhere)
+    assert float(alone.mean()) > 2 * float(plain.mean())
+
+
+def test_a_denoiser_blind_to_position_has_the_same_loss_with_coordinates() -> None:
+    """Whole images with ignored coordinates are plain EDM training, bit for bit."""
+    images = rng.normal(keys(5), (3, 8, 8))
+    whole, pos = random_crop(images, (8, 8), key=keys(5))
+    denoiser = NetDenoiser(Silent(), EDM())
+    plain = DenoisingLoss()(denoiser, batch(images), draws(5)).per_sample
+    with_pos = DenoisingLoss()(denoiser, batch(whole, Cond(pos=pos)), draws(5)).per_sample
+    assert torch.equal(plain, with_pos)
