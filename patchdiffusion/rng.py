@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+_INVERSE = -1018231460777725123  # of _GOLDEN modulo 2^64
 _MIX1 = -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
 _MIX2 = -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
 
@@ -45,13 +46,20 @@ def keys(seed: int, stream: str, step: int, index: Tensor) -> Tensor:
 
 def subkeys(key: Tensor, stream: str) -> Tensor:
     """Independent keys of the same samples for another purpose: int64 [B] -> int64 [B]."""
-    return _mix(key ^ seed_of(stream))
+    return _mix(key ^ _number(stream))
+
+
+@torch.compiler.assume_constant_result  # a name is a constant of a compiled block, its hash too
+def _number(stream: str) -> int:
+    return seed_of(stream)
 
 
 def bits(key: Tensor, count: int) -> Tensor:
     """`count` random 64-bit words for each key: int64 [B] -> int64 [B, count]."""
-    counter = torch.arange(1, count + 1, device=key.device) * _GOLDEN
-    return _mix(key[:, None] + counter)
+    # key + counter * _GOLDEN, in a form that the compiler does not mistake for index arithmetic,
+    # which would overflow.
+    place = key[:, None] * _INVERSE + torch.arange(1, count + 1, device=key.device)
+    return _mix(place * _GOLDEN)
 
 
 def uniform(key: Tensor, count: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from patchdiffusion.nets.layers import full_precision
+
 
 class CoordinateStem(nn.Module):
     """Lets an existing network see where a crop lies: `net.conv_in = CoordinateStem(net.conv_in)`.
@@ -33,6 +35,6 @@ class CoordinateStem(nn.Module):
         """x [B, C + 2, H, W] -> what the convolution makes of it."""
         channels = self.image.in_channels
         h = self.image(x[:, :channels])
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x):
             where = self.coordinates(x[:, channels:].to(torch.float32))
         return h + where.to(h.dtype)

@@ -71,8 +71,8 @@ class OptimConfig:
         fraction(self, "warmup", "cooldown")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
-        if not self.weight_decay >= 0:
-            raise ValueError(f"weight_decay must be >= 0, not {self.weight_decay}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be >= 0 and finite, not {self.weight_decay}")
 
     def learning_rate(self, progress: float) -> float:
         """The learning rate when a share `progress` of the run is done."""

@@ -1,0 +1,239 @@
+"""Configurations: impossible values, schedules, and which run a folder holds."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from patchdiffusion import RunConfig, SamplerConfig, TrainConfig, UNetConfig
+from patchdiffusion.codec import decode
+from patchdiffusion.denoiser import EDM
+from patchdiffusion.files import read_json
+from patchdiffusion.noise import LogNormal
+from patchdiffusion.patches import PatchLaw
+from patchdiffusion.train.config import (
+    FREE,
+    DataConfig,
+    EMAConfig,
+    OptimConfig,
+    WatchConfig,
+    replace_network,
+)
+from patchdiffusion.train.folder import check_disk, claim, set_aside, stored_config
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimConfig(lr=-1.0), "lr must be positive and finite, not -1.0"),
+        (lambda: OptimConfig(lr=0.0), "lr must be positive"),
+        (lambda: OptimConfig(lr=NAN), "lr must be positive and finite, not nan"),
+        (lambda: OptimConfig(lr=INF), "lr must be positive and finite, not inf"),
+        (lambda: OptimConfig(eps=0.0), "eps must be positive"),
+        (lambda: OptimConfig(clip=-1.0), "clip must be positive"),
+        (lambda: OptimConfig(max_skips=0), "max_skips must be positive"),
+        (lambda: OptimConfig(warmup=1.5), r"warmup must lie in \[0, 1\], not 1.5"),
+        (lambda: OptimConfig(cooldown=-0.1), "cooldown must lie in"),
+        (lambda: OptimConfig(betas=(0.9, 1.0)), r"betas must lie in \[0, 1\), not \(0.9, 1.0\)"),
+        (lambda: OptimConfig(weight_decay=-1.0), "weight_decay must be >= 0"),
+        (lambda: OptimConfig(weight_decay=NAN), "weight_decay must be >= 0"),
+        (lambda: OptimConfig(weight_decay=INF), "weight_decay must be >= 0"),
+        (lambda: EMAConfig(half_life=0.0), "half_life must be positive"),
+        (lambda: EMAConfig(ramp_up=-1.0), "ramp_up must be positive"),
+        (lambda: WatchConfig(status=0), "status must be positive"),
+        (lambda: WatchConfig(grid=0), "grid must be positive"),
+        (lambda: WatchConfig(held_out=-1), "held_out and guidance must be >= 0"),
+        (lambda: WatchConfig(guidance=NAN), "held_out and guidance must be >= 0"),
+        (lambda: TrainConfig(images=0), "images must be positive"),
+        (lambda: TrainConfig(images=INF), "images must be positive and finite"),
+        (lambda: TrainConfig(batch=0), "batch must be positive"),
+        (lambda: TrainConfig(micro_batch=0), "micro_batch must be positive"),
+        (lambda: TrainConfig(label_dropout=1.1), "label_dropout must lie in"),
+        (lambda: TrainConfig(name="a/b"), "name must be usable as a folder name, not 'a/b'"),
+        (lambda: TrainConfig(name=".."), "name must be usable"),
+        (lambda: TrainConfig(name=""), "name must be usable"),
+        (lambda: RunConfig(keep=1), "keep must be at least 2, not 1"),
+        (lambda: RunConfig(max_hours=0.0), "max_hours must be positive"),
+        (lambda: RunConfig(max_hours=NAN), "max_hours must be positive"),
+        (lambda: RunConfig(threads=0), "threads must be positive"),
+        (lambda: RunConfig(save_minutes=-1.0), "save_minutes must be >= 0"),
+        (lambda: SamplerConfig(steps=0), "at least 1 step, not 0"),
+        (lambda: SamplerConfig(guidance=-1.0), "guidance must be >= 0"),
+        (lambda: SamplerConfig(sigma_min=2.0, sigma_max=1.0), "sigma_min"),
+    ],
+)  # fmt: skip
+def test_impossible_values_are_named(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# ---- Schedules ----
+
+
+def test_learning_rate() -> None:
+    optim = OptimConfig(lr=3.0, warmup=0.1, cooldown=0.4)
+    expected = {0.0: 0.0, 0.05: 1.5, 0.1: 3.0, 0.3: 3.0, 0.6: 3.0, 0.8: 1.5, 1.0: 0.0, 1.2: 0.0}
+    for progress, rate in expected.items():
+        assert optim.learning_rate(progress) == pytest.approx(rate, abs=1e-12), progress
+
+
+def test_learning_rate_without_warmup_or_cooldown() -> None:
+    optim = OptimConfig(lr=3.0, warmup=0.0, cooldown=0.0)
+    assert [optim.learning_rate(p) for p in (0.0, 0.5, 1.0)] == [3.0] * 3
+
+
+def test_learning_rate_when_warmup_meets_cooldown() -> None:
+    optim = OptimConfig(lr=1.0, warmup=1.0, cooldown=1.0)
+    assert [optim.learning_rate(p) for p in (0.0, 0.5, 0.75)] == [0.0, 0.5, 0.25]
+
+
+def test_average_forgets_half_in_a_half_life() -> None:
+    ema = EMAConfig(half_life=100.0, ramp_up=0.05)
+    assert ema.decay(1e9, 100.0) == 0.5
+    assert ema.decay(1e9, 50.0) * ema.decay(1e9, 50.0) == pytest.approx(0.5)
+    # While little was seen the half-life is 5 % of it.
+    assert ema.decay(200.0, 10.0) == 0.5
+    assert ema.decay(1000.0, 10.0) == 0.5**0.2
+    assert ema.decay(2000.0, 10.0) == 0.5**0.1
+    assert ema.decay(4000.0, 10.0) == 0.5**0.1
+
+
+# ---- Parts that follow from the configuration ----
+
+
+def test_the_loss_weight_belongs_to_the_preconditioner() -> None:
+    assert TrainConfig(precond=EDM(sigma_data=0.3)).weighting.sigma_data == 0.3
+
+
+def test_the_plan_knows_the_network_and_the_batch() -> None:
+    config = replace_network(TrainConfig(batch=7), mult=(1, 1, 1, 1), attention=())
+    plan = config.plan((48, 64))
+    assert (plan.canvas, plan.batch, plan.divisor) == ((48, 64), 7, 8)
+    assert plan.law == config.patches
+
+
+def test_the_folder_of_a_run() -> None:
+    assert RunConfig().folder("photos") == Path("runs/photos")
+    assert RunConfig(out=Path("x")).folder("photos") == Path("x")
+
+
+# ---- Which run a folder holds ----
+
+
+def test_free_fields_exist() -> None:
+    for path in FREE:
+        value: object = TrainConfig()
+        for name in path.split("."):
+            value = getattr(value, name)
+
+
+def test_claim_writes_the_configuration_exactly(tmp_path: Path) -> None:
+    config = TrainConfig(seed=5, patches=PatchLaw.paper(0.25))
+    assert stored_config(tmp_path / "new" / "run") is None
+    assert claim(tmp_path / "new" / "run", config) is False
+    assert stored_config(tmp_path / "new" / "run") == config
+    assert claim(tmp_path / "new" / "run", config) is True
+
+
+FREE_CHANGES = {
+    "name": {"name": "other"},
+    "images": {"images": 5.0},
+    "micro_batch": {"micro_batch": 2},
+    "watch": {"watch": WatchConfig(grid=4, guidance=2.0)},
+    "data.path": {"data": DataConfig(path="elsewhere")},
+    "optim.max_skips": {"optim": OptimConfig(max_skips=3)},
+}
+
+
+@pytest.mark.parametrize("field", FREE)
+def test_some_fields_may_change(field: str, tmp_path: Path) -> None:
+    claim(tmp_path, TrainConfig())
+    changed = replace(TrainConfig(), **FREE_CHANGES[field])
+    assert claim(tmp_path, changed) is True
+    assert stored_config(tmp_path) == changed
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"seed": 1}, ["seed: 0 -> 1"]),
+        ({"batch": 32}, ["batch: 64 -> 32"]),
+        ({"clock": "steps"}, ["clock: equivalents -> steps"]),
+        ({"precision": "fp32"}, ["precision: auto -> fp32"]),
+        ({"data": DataConfig(flip=True)}, ["data.flip: False -> True"]),
+        ({"data": DataConfig(resolution=64)}, ["data.resolution: None -> 64"]),
+        ({"noise": LogNormal(mean=-1.0)}, ["noise.mean: -1.2 -> -1.0"]),
+        ({"optim": OptimConfig(lr=1.0), "network": UNetConfig(base=64)},
+         ["optim.lr: 0.0002 -> 1.0", "network.base: 128 -> 64"]),
+    ],
+)  # fmt: skip
+def test_others_make_it_another_run(
+    changes: dict[str, object], told: list[str], tmp_path: Path
+) -> None:
+    claim(tmp_path, TrainConfig())
+    with pytest.raises(ValueError) as caught:
+        claim(tmp_path, replace(TrainConfig(), **changes))  # pyright: ignore[reportArgumentType]
+    message = str(caught.value)
+    assert all(line in message for line in [*told, "--fresh", "--out", str(tmp_path)])
+    assert message.count("->") == len(told)
+    assert stored_config(tmp_path) == TrainConfig()
+
+
+def test_every_field_is_either_free_or_compared(tmp_path: Path) -> None:
+    free = {path.split(".")[0] for path in FREE}
+    compared = {"network", "precond", "noise", "patches", "ema", "clock", "batch", "seed"}
+    compared |= {"label_dropout", "precision", "data", "optim"}
+    assert free | compared == {f.name for f in dataclasses.fields(TrainConfig)}
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        claim(tmp_path, TrainConfig())
+    assert [f.name for f in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"name": ')
+    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+        stored_config(tmp_path)
+
+
+def test_set_aside_never_replaces(tmp_path: Path) -> None:
+    names = []
+    for number in range(3):
+        claim(tmp_path / "run", TrainConfig(seed=number))
+        names.append(set_aside(tmp_path / "run").name)
+    assert names == ["run.old-1", "run.old-2", "run.old-3"]
+    seeds = [read_json(tmp_path / name / "config.json")["seed"] for name in names]
+    assert seeds == [0, 1, 2]
+    assert decode(TrainConfig, read_json(tmp_path / "run.old-2/config.json")).seed == 1
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_disk_space_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "not" / "yet" / "there"
+    needed = check_disk(folder, 1_000_000, 2)
+    assert needed > 4 * 4_000_000 * 2  # weights, average and two moments, twice
+    assert check_disk(folder, 1_000_000, 5) > needed
+    asked = []
+
+    def usage(path: Path) -> Usage:
+        asked.append(Path(path))
+        return Usage(10**9, 10**9 - 1000, 1000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    with pytest.raises(ValueError, match=r"needs about 0\.\d+ GB .* only 0\.00 GB are free"):
+        check_disk(folder, 1_000_000, 2)
+    assert asked == [tmp_path]

@@ -1,0 +1,92 @@
+"""A data set and a configuration that train in a second."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from patchdiffusion import RunConfig, TrainConfig, UNetConfig, train
+from patchdiffusion.noise import LogNormal
+from patchdiffusion.patches import PatchLaw
+from patchdiffusion.report import read_log
+from patchdiffusion.train.config import DataConfig, EMAConfig, OptimConfig, WatchConfig
+from patchdiffusion.train.setup import Training, assemble, prepare_data
+
+NETWORK = UNetConfig(base=4, mult=(1, 2), blocks=1, attention=(), num_classes=2)
+LAW = PatchLaw(fractions=(1.0, 0.5), probs=(0.5, 0.5))  # 2 whole images and 4 crops from a batch 4
+STEP = 3.0
+"""Full-image equivalents in a step of this law with a batch of 4."""
+
+
+def picture(number: int, side: int = 16) -> np.ndarray:
+    """uint8 [side, side, 3], another one for each number."""
+    i, j = np.mgrid[0:side, 0:side]
+    planes = (i * (number + 3) + j * 5, i * j + 7 * number, i * i + j * number)
+    return (np.stack(planes, axis=-1) % 256).astype(np.uint8)
+
+
+def write_images(folder: Path, count: int = 40, side: int = 16) -> Path:
+    """PNG files in two class folders, even numbers in "a" and odd ones in "b"."""
+    for number in range(count):
+        file = folder / "ab"[number % 2] / f"{number:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture(number, side)).save(file)
+    return folder
+
+
+def config(path: Path, *, steps: int = 4, **changes: object) -> TrainConfig:
+    """A run of so many steps with a status line after each and one grid at the end."""
+    plain = TrainConfig(
+        data=DataConfig(path=str(path)),
+        network=NETWORK,
+        noise=LogNormal(mean=-0.5),
+        patches=LAW,
+        optim=OptimConfig(lr=1e-2, warmup=0.1),
+        ema=EMAConfig(half_life=10.0, ramp_up=0.5),
+        watch=WatchConfig(status=10**6, samples=1, grid=2, sample_steps=2, held_out=2),
+        images=steps * STEP,
+        batch=4,
+        seed=3,
+        precision="fp32",
+    )
+    return replace(plain, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def run(configuration: TrainConfig, out: Path, **changes: object) -> Path:
+    """Train, in a folder."""
+    return train(configuration, replace(RunConfig(out=out), **changes))  # pyright: ignore[reportArgumentType]
+
+
+def training(configuration: TrainConfig, out: Path, **changes: object) -> Training:
+    """A run in memory."""
+    given = replace(RunConfig(out=out), **changes)  # pyright: ignore[reportArgumentType]
+    return assemble(configuration, given, prepare_data(configuration.data))
+
+
+def history(folder: Path) -> list[tuple[object, ...]]:
+    """Everything numerical that the log says of each step; floats are exact in JSON."""
+    names = ("step", "images", "crops", "flops", "loss", "sizes", "grad_norm", "lr", "skipped")
+    records = read_log(folder)
+    return [tuple(r[n] for n in names) for r in records if r["kind"] == "status"]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """Digests of the averaged and raw weights of a run."""
+    return {k: v for k, v in digests(folder / "model").items() if k.endswith(".safetensors")}
+
+
+def randomise(network: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
+    """Fill all weights with noise, so that no part is without effect."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * scale)
