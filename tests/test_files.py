@@ -32,7 +32,9 @@ def test_sha256(tmp_path: Path) -> None:
 def test_write_atomic_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "new" / "folder" / "a.bin"
     files.write_bytes(path, b"one")
-    files.write_bytes(path, b"two")
+    with path.open("rb") as reader:
+        files.write_bytes(path, b"two")
+        assert reader.read() == b"one"  # another file took its name
     assert path.read_bytes() == b"two"
     assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
     assert mode(path) == 0o666 & ~umask()

@@ -1,0 +1,371 @@
+"""One optimizer step: gradients, micro-batches, clipping, and steps that are not finite."""
+
+import copy
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.data.feed import Feed
+from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser
+from patchdiffusion.losses import Batch, DenoisingLoss, LossOut, Objective
+from patchdiffusion.nets.unet import SongUNet, UNetConfig
+from patchdiffusion.patches import Group, PatchLaw, PatchPlan
+from patchdiffusion.train.config import OptimConfig
+from patchdiffusion.train.state import Meter
+from patchdiffusion.train.step import Stepper, autocast, best_precision, chunks
+
+CANVAS = (8, 8)
+IMAGES = torch.from_numpy(np.stack([tiny.picture(n, 8) for n in range(12)]))
+LABELS = torch.arange(12) % 2
+FREE = OptimConfig(clip=1e9, warmup=0.0)
+GROUPS = PatchPlan(CANVAS, 6, tiny.LAW, 2).draw(seed=0, step=0)  # 3 of 8x8, 6 of 4x4
+WHOLE = PatchPlan(CANVAS, 6, PatchLaw.whole(), 2).draw(seed=0, step=0)
+
+
+def make(
+    objective: Objective | None = None,
+    *,
+    network: SongUNet | None = None,
+    config: OptimConfig = FREE,
+    micro_batch: int | None = None,
+    precision: str = "fp32",
+) -> tuple[Stepper, SongUNet]:
+    """A stepper around a network in which every weight matters, and a network."""
+    if network is None:
+        network = SongUNet(replace(tiny.NETWORK, dropout=0.1))
+        tiny.randomise(network)
+    stepper = Stepper(
+        NetDenoiser(network, EDM()),
+        objective or DenoisingLoss(),
+        list(network.parameters()),
+        Feed(IMAGES, LABELS, torch.arange(12), seed=7, flip=True),
+        config=config,
+        canvas=CANVAS,
+        micro_batch=micro_batch,
+        precision=precision,
+    )
+    return stepper, network
+
+
+def take(
+    stepper: Stepper, groups: tuple[Group, ...] = GROUPS, *, step: int = 0, progress: float = 0.5
+) -> dict[str, float]:
+    meter = Meter()
+    stepper(groups, meter, step=step, position=9 * step, progress=progress)
+    return meter.read()
+
+
+def gradients(network: torch.nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return {name: gradient.clone() for name, gradient in found.items()}
+
+
+def everything(stepper: Stepper, network: torch.nn.Module) -> dict[str, Tensor]:
+    """Weights, moments and step counts."""
+    state = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for i, p in enumerate(stepper.parameters):
+        for name, value in stepper.optimizer.state.get(p, {}).items():
+            state[f"{i}/{name}"] = value.clone()
+    return state
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- Micro-batches ----
+
+
+@pytest.mark.parametrize(("count", "limit"), [(1, 1), (7, 3), (8, 4), (9, 4), (5, 100), (64, 7)])
+def test_chunks_are_few_and_even(count: int, limit: int) -> None:
+    parts = list(chunks(count, limit))
+    assert [i for part in parts for i in part] == list(range(count))
+    assert len(parts) == math.ceil(count / limit)
+    lengths = [len(part) for part in parts]
+    assert max(lengths) <= limit
+    assert max(lengths) - min(lengths) <= 1
+
+
+class Recorder:
+    """The usual objective, which remembers what it was given."""
+
+    def __init__(self) -> None:
+        self.loss = DenoisingLoss()
+        self.seen: list[tuple[Batch, rng.Draws]] = []
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: rng.Draws) -> LossOut:
+        self.seen.append((batch, draws))
+        out = self.loss(denoiser, batch, draws)
+        return LossOut(out.per_sample, {"twice": 2 * out.per_sample.mean()})
+
+    def facts(self, side: int) -> list[Tensor]:
+        """All that was given for crops of a size, in order."""
+        chosen = [(b, d) for b, d in self.seen if b.images.shape[-1] == side]
+        functions: list[Callable[[Batch, rng.Draws], Tensor]] = [
+            lambda b, d: b.images,
+            lambda b, d: b.index,
+            lambda b, d: b.box,
+            lambda b, d: d.keys("network"),
+            lambda b, d: d.stratified("sigma"),
+            lambda b, d: d.normal("noise", (3, side, side)),
+        ]
+        return [torch.cat([f(b, d) for b, d in chosen]) for f in functions]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5])
+def test_micro_batches_are_the_batch(limit: int) -> None:
+    at_once, in_parts = Recorder(), Recorder()
+    whole, network = make(at_once)
+    parts, other = make(in_parts, micro_batch=limit)
+    means, means_of_parts = take(whole), take(parts)
+    assert len(at_once.seen) == 2
+    if limit < 3:
+        assert len(in_parts.seen) > 2
+    for batch, _ in in_parts.seen:
+        assert len(batch.images) * batch.images[0, 0].numel() <= limit * math.prod(CANVAS)
+    for side in (8, 4):
+        for a, b in zip(at_once.facts(side), in_parts.facts(side), strict=True):
+            assert torch.equal(a, b)
+    expected, got = gradients(network), gradients(other)
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().item()
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-5 * scale)
+    for name in ("loss", "loss 8x8", "loss 4x4", "grad norm"):
+        assert means_of_parts[name] == pytest.approx(means[name], rel=1e-5)
+
+
+def test_losses_of_the_batch_as_a_whole_are_added_once() -> None:
+    def objective(denoiser: Denoiser, batch: Batch, draws: rng.Draws) -> LossOut:
+        out = DenoisingLoss()(denoiser, batch, draws)
+        return LossOut(0 * out.per_sample, batch_loss=torch.tensor(5.0))
+
+    for limit in (None, 1):
+        stepper, _ = make(objective, micro_batch=limit)
+        assert take(stepper)["loss"] == pytest.approx(5.0 * sum(g.weight for g in GROUPS))
+
+
+def test_further_values_of_the_objective_are_averaged() -> None:
+    stepper, _ = make(Recorder())
+    means = take(stepper)
+    expected = means["loss 8x8"] + means["loss 4x4"]  # the mean of the two, doubled
+    assert means["twice"] == pytest.approx(expected, rel=1e-6)
+
+
+# ---- What is computed ----
+
+
+def test_the_loss_is_that_of_the_papers() -> None:
+    """EDM, equation 8, summed over groups with the weights of Patch Diffusion, in float64."""
+    network = SongUNet(tiny.NETWORK)
+    tiny.randomise(network)
+    stepper, _ = make(DenoisingLoss(label_dropout=0.3), network=network)
+    reference = copy.deepcopy(network)
+    got = take(stepper)
+    total, first, areas = 0.0, 0, {8: 1.0, 4: 0.25}
+    for group in GROUPS:
+        batch, draws = stepper.feed.batch(
+            group, step=0, position=0, first=first, chunk=range(group.count)
+        )
+        first += group.count
+        sigma = torch.exp(-1.2 + 1.2 * torch.special.ndtri(draws.stratified("sigma")))
+        noise = draws.normal("noise", (3, *group.size)).double()
+        keep = ~draws.bernoulli("label dropout", 0.3)
+        assert batch.cond.labels is not None
+        cond = replace(batch.cond, labels=torch.where(keep, batch.cond.labels, -1))
+        s, sd, clean = sigma[:, None, None, None], 0.5, batch.images.double()
+        noisy = clean + s * noise
+        inner = noisy / (s**2 + sd**2).sqrt()
+        raw = reference(inner.float(), (sigma.log() / 4).float(), cond).double()
+        denoised = sd**2 / (s**2 + sd**2) * noisy + s * sd / (s**2 + sd**2).sqrt() * raw
+        weight = (s**2 + sd**2) / (s * sd) ** 2
+        # The sums over pixels of the papers, per pixel of the whole image.
+        sums = (weight * (denoised - clean) ** 2).sum(dim=(1, 2, 3))
+        loss = sums.mean().item() / (3 * 64)
+        assert got[f"loss {group.size[0]}x{group.size[1]}"] == pytest.approx(
+            loss / areas[group.size[0]], rel=1e-5
+        )
+        prob = 0.5
+        total += prob * loss
+    assert got["loss"] == pytest.approx(total / (0.5 * 1 + 0.5 * 0.25), rel=1e-5)
+
+
+def test_whole_images_with_zero_coordinate_weights_are_plain_edm() -> None:
+    """Bit for bit: losses, gradients, and the weights after a step."""
+    network = SongUNet(replace(tiny.NETWORK, coordinates=True))
+    tiny.randomise(network)
+    with torch.no_grad():
+        for name, p in network.named_parameters():
+            if "coordinates" in name:
+                p.zero_()
+    plain = SongUNet(replace(tiny.NETWORK, coordinates=False))
+    plain.load_state_dict({k: v for k, v in network.state_dict().items() if "coordinates" not in k})
+    with_coordinates, _ = make(network=network)
+    without, _ = make(network=plain)
+    a, b = take(with_coordinates, WHOLE), take(without, WHOLE)
+    assert a["loss"] == b["loss"]
+    assert a["loss 8x8"] == a["loss"]
+    own, expected = gradients(network), gradients(plain)
+    assert len(expected) == len(list(plain.parameters()))
+    for name, gradient in expected.items():
+        assert torch.equal(own[name], gradient), name
+    after = dict(network.named_parameters())
+    for name, p in plain.named_parameters():
+        assert torch.equal(after[name], p), name
+    assert any("coordinates" in name and g.any() for name, g in own.items())
+
+
+def test_gradients_are_clipped() -> None:
+    free, network = make()
+    norm = take(free)["grad norm"]
+    exact = torch.stack([g.double().square().sum() for g in gradients(network).values()]).sum()
+    assert norm == pytest.approx(exact.sqrt().item(), rel=1e-5)
+    clipped, other = make(config=replace(FREE, clip=norm / 8))
+    assert take(clipped)["grad norm"] == norm  # the log has the norm before clipping
+    for name, gradient in gradients(network).items():
+        torch.testing.assert_close(gradients(other)[name], gradient / 8, rtol=1e-4, atol=1e-12)
+    loose, third = make(config=replace(FREE, clip=norm * 1.01))
+    take(loose)
+    assert same(gradients(third), gradients(network))
+
+
+def test_the_learning_rate_follows_progress() -> None:
+    stepper, _ = make(config=OptimConfig(lr=0.5, warmup=0.5, cooldown=0.0))
+    take(stepper, progress=0.25)
+    assert stepper.optimizer.param_groups[0]["lr"] == 0.25
+
+
+def test_the_update_is_that_of_adam() -> None:
+    config = OptimConfig(lr=1e-2, warmup=0.0, cooldown=0.0, clip=1e9, weight_decay=0.1)
+    stepper, network = make(config=config)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    take(stepper)
+    for name, gradient in gradients(network).items():
+        step = gradient / (gradient.abs() + 1e-8)  # the first step of Adam
+        expected = before[name] * (1 - 1e-2 * 0.1) - 1e-2 * step
+        torch.testing.assert_close(
+            network.get_parameter(name).detach(), expected, rtol=1e-4, atol=1e-6
+        )
+
+
+def test_low_precision_is_close() -> None:
+    exact, _ = make()
+    low, network = make(precision="bf16")
+    a, b = take(exact), take(low)
+    assert b["loss"] == pytest.approx(a["loss"], rel=0.05)
+    assert b["loss"] != a["loss"]
+    assert all(p.dtype == torch.float32 for p in network.parameters())
+    assert all(g.dtype == torch.float32 for g in gradients(network).values())
+
+
+def test_precision_of_a_device() -> None:
+    cpu = torch.device("cpu")
+    assert best_precision(cpu) in ("bf16", "fp32")
+    with autocast(cpu, "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast(cpu, "fp32"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+# ---- Steps that are not finite ----
+
+
+def poison(kind: str, at: int) -> Objective:
+    """The usual objective, which fails for one crop of one step."""
+
+    def objective(denoiser: Denoiser, batch: Batch, draws: rng.Draws) -> LossOut:
+        out = DenoisingLoss()(denoiser, batch, draws)
+        if draws.step != at or batch.images.shape[-1] != 4:
+            return out
+        if kind == "nan loss":
+            return LossOut(torch.where(draws.rank == 2, torch.nan, out.per_sample))
+        if kind == "infinite loss":
+            return LossOut(torch.where(draws.rank == 2, torch.inf, out.per_sample))
+        # The loss stays what it was and its derivative is infinite.
+        assert isinstance(denoiser, NetDenoiser)
+        total = denoiser.network.get_parameter("out_conv.bias").sum()
+        return LossOut(out.per_sample + (total - total.detach()) * 3e38 * 1e6)
+
+    return objective
+
+
+@pytest.mark.parametrize("kind", ["nan loss", "infinite loss", "infinite gradient"])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_bad_step_changes_nothing(kind: str, at: int) -> None:
+    stepper, network = make(poison(kind, at))
+    clean, undisturbed = make()
+    for step in range(at):
+        take(stepper, step=step)
+        take(clean, step=step)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    moments = everything(stepper, network)
+    means = take(stepper, step=at)
+    assert means["skipped sum"] == 1
+    assert all(math.isfinite(value) for value in means.values())
+    assert ("loss" in means) == (kind == "infinite gradient")
+    assert float(stepper.skips_in_a_row) == 1
+    after = everything(stepper, network)
+    if at:
+        assert same(after, moments)
+    else:  # the moments have just been made
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+        assert not any(value.any() for name, value in after.items() if name not in before)
+    # Training goes on as if the step had never been.
+    good = take(stepper, step=at + 1)
+    assert good == take(clean, step=at + 1)
+    assert good["skipped sum"] == 0
+    assert float(stepper.skips_in_a_row) == 0
+    assert same(everything(stepper, network), everything(clean, undisturbed))
+    assert not torch.equal(before["out_conv.weight"], network.get_parameter("out_conv.weight"))
+
+
+def test_bad_steps_in_a_row_are_counted() -> None:
+    def objective(denoiser: Denoiser, batch: Batch, draws: rng.Draws) -> LossOut:
+        out = DenoisingLoss()(denoiser, batch, draws)
+        return LossOut(out.per_sample * (math.nan if draws.step in (1, 3, 4, 5) else 1.0))
+
+    stepper, _ = make(objective)
+    counts = []
+    for step in range(6):
+        take(stepper, step=step)
+        counts.append(int(stepper.skips_in_a_row))
+    assert counts == [0, 1, 0, 1, 2, 3]
+
+
+# ---- Randomness ----
+
+
+def test_global_generators_are_left_alone() -> None:
+    stepper, _ = make(micro_batch=2)
+    before = torch.get_rng_state(), str(np.random.get_state()), random.getstate()
+    first = take(stepper)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1:] == (str(np.random.get_state()), random.getstate())
+    torch.manual_seed(999)
+    again, _ = make(micro_batch=2)
+    assert take(again) == first
+
+
+def test_every_step_draws_anew() -> None:
+    recorder = Recorder()
+    stepper, _ = make(recorder)
+    take(stepper, step=0)
+    first = recorder.facts(4)
+    recorder.seen.clear()
+    take(stepper, step=1)
+    assert not any(torch.equal(a, b) for a, b in zip(first, recorder.facts(4), strict=True))
+
+
+def test_an_unused_parameter_is_no_obstacle() -> None:
+    network = SongUNet(UNetConfig(base=4, mult=(1,), blocks=1, attention=(), augment_dim=2))
+    stepper, _ = make(network=network)
+    means = take(stepper)  # nothing is augmented, so those weights have no gradient
+    assert network.embed.augment is not None and network.embed.augment.weight.grad is None
+    assert means["skipped sum"] == 0
