@@ -38,6 +38,8 @@ def read_log(folder: Path) -> list[Record]:
             record = json.loads(line)
         except ValueError:  # the last line of a crashed run may be cut short
             continue
+        if record.get("kind") == "start":  # the one before had saved nothing
+            records = []
         if record.get("kind") == "resume":
             records = [r for r in records if r.get("step", 0) <= record["step"]]
         records.append(record)

@@ -7,7 +7,8 @@ import pytest
 import tiny
 import torch
 
-from patchdiffusion.train import status
+from patchdiffusion.report import write_report
+from patchdiffusion.train import loop, status
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -17,9 +18,16 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATCHDIFFUSION_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses
-        # The yardstick of the status lines takes longer than these runs.
+        # The yardstick of the status lines and the report take longer than these runs.
         patch.setattr(status, "measured_peak", lambda device, precision: 1e9)
+        patch.setattr(loop, "write_report", lambda folder: folder / "report.html")
         yield
+
+
+@pytest.fixture
+def with_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs write their report, which takes half a second."""
+    monkeypatch.setattr(loop, "write_report", write_report)
 
 
 @pytest.fixture(scope="session")

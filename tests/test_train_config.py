@@ -23,7 +23,13 @@ from patchdiffusion.train.config import (
     WatchConfig,
     replace_network,
 )
-from patchdiffusion.train.folder import check_disk, claim, set_aside, stored_config
+from patchdiffusion.train.folder import (
+    check_disk,
+    is_same_run,
+    set_aside,
+    stored_config,
+    write_config,
+)
 
 NAN, INF = float("nan"), float("inf")
 
@@ -133,12 +139,14 @@ def test_free_fields_exist() -> None:
             value = getattr(value, name)
 
 
-def test_claim_writes_the_configuration_exactly(tmp_path: Path) -> None:
-    config = TrainConfig(seed=5, patches=PatchLaw.paper(0.25))
-    assert stored_config(tmp_path / "new" / "run") is None
-    assert claim(tmp_path / "new" / "run", config) is False
-    assert stored_config(tmp_path / "new" / "run") == config
-    assert claim(tmp_path / "new" / "run", config) is True
+def test_the_configuration_is_stored_exactly(tmp_path: Path) -> None:
+    config, folder = TrainConfig(seed=5, patches=PatchLaw.paper(0.25)), tmp_path / "new" / "run"
+    assert stored_config(folder) is None
+    assert not is_same_run(folder, config)
+    assert not folder.exists()
+    write_config(folder, config)
+    assert stored_config(folder) == config
+    assert is_same_run(folder, config)
 
 
 FREE_CHANGES = {
@@ -153,10 +161,10 @@ FREE_CHANGES = {
 
 @pytest.mark.parametrize("field", FREE)
 def test_some_fields_may_change(field: str, tmp_path: Path) -> None:
-    claim(tmp_path, TrainConfig())
+    write_config(tmp_path, TrainConfig())
     changed = replace(TrainConfig(), **FREE_CHANGES[field])
-    assert claim(tmp_path, changed) is True
-    assert stored_config(tmp_path) == changed
+    assert changed != TrainConfig()
+    assert is_same_run(tmp_path, changed)
 
 
 @pytest.mark.parametrize(
@@ -176,16 +184,16 @@ def test_some_fields_may_change(field: str, tmp_path: Path) -> None:
 def test_others_make_it_another_run(
     changes: dict[str, object], told: list[str], tmp_path: Path
 ) -> None:
-    claim(tmp_path, TrainConfig())
+    write_config(tmp_path, TrainConfig())
     with pytest.raises(ValueError) as caught:
-        claim(tmp_path, replace(TrainConfig(), **changes))  # pyright: ignore[reportArgumentType]
+        is_same_run(tmp_path, replace(TrainConfig(), **changes))  # pyright: ignore[reportArgumentType]
     message = str(caught.value)
     assert all(line in message for line in [*told, "--fresh", "--out", str(tmp_path)])
     assert message.count("->") == len(told)
     assert stored_config(tmp_path) == TrainConfig()
 
 
-def test_every_field_is_either_free_or_compared(tmp_path: Path) -> None:
+def test_every_field_is_either_free_or_compared() -> None:
     free = {path.split(".")[0] for path in FREE}
     compared = {"network", "precond", "noise", "patches", "ema", "clock", "batch", "seed"}
     compared |= {"label_dropout", "precision", "data", "optim"}
@@ -195,7 +203,7 @@ def test_every_field_is_either_free_or_compared(tmp_path: Path) -> None:
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
-        claim(tmp_path, TrainConfig())
+        is_same_run(tmp_path, TrainConfig())
     assert [f.name for f in tmp_path.iterdir()] == ["letter.txt"]
 
 
@@ -208,7 +216,7 @@ def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
 def test_set_aside_never_replaces(tmp_path: Path) -> None:
     names = []
     for number in range(3):
-        claim(tmp_path / "run", TrainConfig(seed=number))
+        write_config(tmp_path / "run", TrainConfig(seed=number))
         names.append(set_aside(tmp_path / "run").name)
     assert names == ["run.old-1", "run.old-2", "run.old-3"]
     seeds = [read_json(tmp_path / name / "config.json")["seed"] for name in names]

@@ -10,7 +10,6 @@ import tyro
 from patchdiffusion import recipes
 from patchdiffusion.cli.parse import parse, parse_some, take_first
 from patchdiffusion.recipes import Facts
-from patchdiffusion.report import write_report
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.folder import stored_config
 from patchdiffusion.train.loop import train
@@ -44,7 +43,7 @@ class TrainArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Choose the defaults, let the flags change them, train, write the report."""
+    """Choose the defaults, let the flags change them, train."""
     first, flags = take_first(arguments)
     what = first or "glyphs"
     try:
@@ -53,9 +52,7 @@ def main(arguments: Sequence[str]) -> None:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
     given = _parse(flags, _default(what, flags))
-    folder = train(given.config, given.run)
-    if not given.run.dry_run:
-        write_report(folder)
+    train(given.config, given.run)
 
 
 def _parse(flags: Sequence[str], config: TrainConfig) -> TrainArguments:

@@ -67,10 +67,12 @@ def folder(facts: Facts) -> TrainConfig:
     few = facts.count < 20_000
     if facts.device == "cpu":
         network = unet.tiny(resolution)
-        batch, images, lr = 32, 50_000.0 if resolution > 32 else 150_000.0, 1e-3
+        batch, lr = 16, 1e-3
+        images = float(min(max(150_000 * 32**2 // resolution**2, 20_000), 300_000))
     else:
         network = unet.small(resolution) if few else unet.ddpmpp(resolution)
-        batch, images, lr = 256, min(max(facts.count * 250.0, 2e6), 5e7), 4e-4 if few else 2e-4
+        batch, lr = 256, 4e-4 if few else 2e-4
+        images = min(max(facts.count * 250.0, 2e6), 5e7)
     dropout = 0.2 if facts.count < 6_000 and facts.device != "cpu" else network.dropout
     return TrainConfig(
         name=facts.name,

@@ -55,7 +55,7 @@ def fault(folder: Path) -> str | None:
             if sha256(path) != facts["sha256"]:
                 return f"{path} does not have the digest that its manifest gives"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{folder}: {error!r}"
+        return f"{folder}: {type(error).__name__}: {error}"
     return None
 
 

@@ -1,7 +1,6 @@
 """The folder of a run: made, found again, compared with what is asked for, set aside."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 from patchdiffusion.codec import decode, differences, encode
@@ -23,30 +22,35 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
-def claim(folder: Path, config: TrainConfig) -> bool:
-    """Make the folder of a new run, or check that the run in it is the same; True if it exists.
+def is_same_run(folder: Path, config: TrainConfig) -> bool:
+    """Whether a folder holds this run already; nothing is written.
 
-    Raises `ValueError` that lists the fields which make it another run.
+    Raises `ValueError` if it holds other files, or another run, with the fields that differ.
     """
     stored = stored_config(folder)
-    if stored is None and folder.exists() and any(folder.iterdir()):
-        raise ValueError(
-            f"{folder} is not empty and holds no run; choose another folder with --out"
-        )
-    if stored is not None:
-        changed = [
-            line
-            for line in differences(stored, config)
-            if not any(line.startswith((f"{free}:", f"{free}.")) for free in FREE)
-        ]
-        if changed:
+    if stored is None:
+        if folder.exists() and any(folder.iterdir()):
             raise ValueError(
-                f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
-                "use --out for another folder, or --fresh to set that run aside and start again"
+                f"{folder} is not empty and holds no run; choose another folder with --out"
             )
+        return False
+    changed = [
+        line
+        for line in differences(stored, config)
+        if not any(line.startswith((f"{free}:", f"{free}.")) for free in FREE)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
+            "use --out for another folder, or --fresh to set that run aside and start again"
+        )
+    return True
+
+
+def write_config(folder: Path, config: TrainConfig) -> None:
+    """Make the folder if needed, and write `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", encode(config))
-    return stored is not None
 
 
 def check_disk(folder: Path, parameters: int, keep: int) -> int:
@@ -61,8 +65,3 @@ def check_disk(folder: Path, parameters: int, keep: int) -> int:
             f"{free / 1e9:.2f} GB are free there; choose another folder with --out"
         )
     return needed
-
-
-def with_data_path(config: TrainConfig, path: str) -> TrainConfig:
-    """The same configuration on another data set."""
-    return replace(config, data=replace(config.data, path=path))

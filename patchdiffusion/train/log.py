@@ -49,10 +49,9 @@ class RunLog:
 
     def record(self, kind: str, **values: Any) -> None:
         """One line of `log.jsonl`."""
-        line = json.dumps({"kind": kind, "time": round(time.time(), 3), **values}, allow_nan=False)
+        facts = _finite({"kind": kind, "time": round(time.time(), 3), **values})
         try:
-            with open(self.folder / "log.jsonl", "a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+            _append(self.folder / "log.jsonl", json.dumps(facts, allow_nan=False))
         except OSError as error:
             if not self._failed:
                 self.say(f"warning: cannot write {self.folder / 'log.jsonl'}: {error}")
@@ -65,3 +64,22 @@ class RunLog:
             write_json(self.folder / "run.json", facts)
         except OSError as error:
             self.say(f"warning: cannot write {self.folder / 'run.json'}: {error}")
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what JSON cannot hold: NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line, a new one even if a crash has cut the last one short."""
+    with open(path, "a+b") as stream:
+        cut = b""
+        if stream.tell():
+            stream.seek(-1, os.SEEK_END)
+            cut = b"" if stream.read(1) == b"\n" else b"\n"
+        stream.write(cut + line.encode() + b"\n")

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from patchdiffusion.errors import Stop
+from patchdiffusion.report import write_report
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
 from patchdiffusion.train.resume import begin, save
@@ -19,7 +20,7 @@ from patchdiffusion.train.status import Status, show_samples
 
 
 def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
-    """Train until the clock shows `config.images`; returns the folder of the run.
+    """Train until the clock shows `config.images`; returns the folder of the run, with a report.
 
     The same call again goes on where the last one ended. Raises `ValueError` for a configuration
     or data that cannot work, before anything is written, and `Stop` when a run cannot go on.
@@ -47,6 +48,7 @@ def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
             "parts (or take a smaller network or resolution)",
             code=26,
         ) from error
+    training.log.say(f"report    {write_report(training.folder)}")
     return training.folder
 
 
@@ -77,7 +79,7 @@ def _loop(training: Training) -> None:
                 training.log.say(f"stopped at {quantity(now)}; the same command goes on")
                 return
     training.log.status("finished", **_place(training))
-    training.log.say(f"finished in {duration(training.state.seconds)}: {training.folder}")
+    training.log.say(f"finished in {duration(training.state.seconds)} of training")
 
 
 def one_step(training: Training) -> None:

@@ -8,24 +8,30 @@ from torch import nn
 from patchdiffusion.errors import Stop
 from patchdiffusion.model import load_model, save_model
 from patchdiffusion.train import checkpoint
-from patchdiffusion.train.folder import claim, set_aside, stored_config
+from patchdiffusion.train.folder import is_same_run, set_aside, stored_config, write_config
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import TrainState
 
 
 def begin(training: Training) -> None:
-    """Claim the folder; load the newest valid checkpoint, or the weights to start from."""
+    """Load the newest valid checkpoint, or begin a run, perhaps from other weights.
+
+    Everything that may be refused is checked before anything is written.
+    """
     run, folder, log = training.run, training.folder, training.log
-    if run.fresh and stored_config(folder) is not None:
-        log.say(f"the run that was in {folder} is now in {set_aside(folder)}")
-    exists = claim(folder, training.config)
+    fresh = run.fresh and stored_config(folder) is not None
+    exists = not fresh and is_same_run(folder, training.config)
     training.describe()
     if exists and _resume(training):
+        write_config(folder, training.config)
         return
     if run.start_from is not None:
         digest = start_from(training.network, run.start_from, training.device)
         training.ema.network.load_state_dict(training.network.state_dict())
         log.say(f"start     from the averaged weights of {run.start_from} ({digest})")
+    if fresh:
+        log.say(f"aside     the run that was in {folder} is now in {set_aside(folder)}")
+    write_config(folder, training.config)
     log.record("start", data=training.pack.fingerprint, torch=torch.__version__)
 
 

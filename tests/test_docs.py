@@ -1,0 +1,49 @@
+"""What the pages say about the tests, the files and the command line is true."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from patchdiffusion.cli import COMMANDS
+from patchdiffusion.train.config import FREE, TrainConfig
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_every_defect_names_tests_that_exist() -> None:
+    text = (ROOT / "docs" / "defects.md").read_text()
+    file = ""
+    found = 0
+    for name, test in re.findall(r"`(test_\w+\.py)?(?:::(test_\w+))?`", text):
+        file = name or file
+        if not (name or test):
+            continue
+        source = (ROOT / "tests" / file).read_text()
+        assert not test or f"def {test}(" in source, f"{file}::{test}"
+        found += 1
+    assert found >= 25
+    rows = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    for row in rows:
+        last = row.rstrip("|").rsplit("|", 1)[1]
+        assert "test" in last or "cannot arise" in last, row
+
+
+def test_pages_name_commands_that_exist() -> None:
+    for page in PAGES:
+        for command in re.findall(r"^patchdiffusion (\w+)", page.read_text(), flags=re.MULTILINE):
+            assert command in COMMANDS, f"{page.name}: {command}"
+
+
+def test_free_fields_exist() -> None:
+    for path in FREE:
+        value: object = TrainConfig()
+        for name in path.split("."):
+            value = getattr(value, name)

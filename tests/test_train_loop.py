@@ -1,0 +1,322 @@
+"""Whole runs: exact, resumable, counted by any clock."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from patchdiffusion import train
+from patchdiffusion.files import read_json
+from patchdiffusion.patches import PatchLaw
+from patchdiffusion.report import read_log
+from patchdiffusion.train import loop
+from patchdiffusion.train.config import Clock, EMAConfig, OptimConfig, RunConfig, WatchConfig
+from patchdiffusion.train.log import duration, quantity
+from patchdiffusion.train.status import measured_peak
+
+Hook = Callable[[int], None]
+
+
+def after_step(patch: pytest.MonkeyPatch, hook: Hook) -> None:
+    """Call a hook with the number of steps done, after each of them."""
+    original = loop.one_step
+
+    def one_step(training: loop.Training) -> None:
+        original(training)
+        hook(training.state.step)
+
+    patch.setattr(loop, "one_step", one_step)
+
+
+def status(folder: Path) -> str:
+    return read_json(folder / "run.json")["status"]
+
+
+# ---- The same again ----
+
+
+def test_the_same_configuration_gives_the_same_run(
+    images: Path, finished: Path, tmp_path: Path
+) -> None:
+    before = torch.get_rng_state()
+    config = tiny.config(images)
+    folder = tiny.run(config, tmp_path / "again")
+    assert len(tiny.history(folder)) == 4
+    assert tiny.history(folder) == tiny.history(finished)
+    assert tiny.weights(folder) == tiny.weights(finished)
+    assert tiny.digests(folder / "samples") == tiny.digests(finished / "samples")
+    assert torch.equal(before, torch.get_rng_state())
+    other = tiny.run(replace(config, seed=4), tmp_path / "other")
+    assert {line[4] for line in tiny.history(other)}.isdisjoint(
+        {line[4] for line in tiny.history(finished)}
+    )
+    assert set(tiny.weights(other).values()).isdisjoint(tiny.weights(finished).values())
+
+
+def test_everything_is_in_the_folder(finished: Path) -> None:
+    names = sorted(f.name for f in finished.iterdir())
+    assert names == ["checkpoints", "config.json", "log.jsonl", "model", "run.json", "samples"]
+    facts = read_json(finished / "run.json")
+    assert (facts["status"], facts["step"], facts["images"], facts["length"]) == (
+        "finished", 4, 12.0, 12.0,
+    )  # fmt: skip
+    kinds = [record["kind"] for record in read_log(finished)]
+    assert kinds == ["start", "status", "status", "status", "status", "watch"]
+    assert [f.name for f in (finished / "samples").iterdir()] == ["0000000012.png"]
+
+
+def test_the_held_out_loss_is_recorded(finished: Path) -> None:
+    record = read_log(finished)[-1]
+    held = record["held_out"]
+    assert held["loss"] > 0
+    assert set(held["sizes"]) == {"16x16", "8x8"}
+    assert held["sizes"]["16x16"] == held["loss"]
+    assert held["bands"] and all(value > 0 for value in held["bands"].values())
+    assert 0 <= record["copy_rate"] <= 1
+
+
+def test_status_lines_are_for_people(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.run(tiny.config(images, steps=2), tmp_path / "run")
+    out = capsys.readouterr().out
+    for part in ("images of 16x16, 2 classes", "M parameters", "GMAC", "sizes 16x16 + 8x8",
+                 "about 2 steps", "GB of disk", "loss", "crops/s", "FLOP/s", "% of peak", "left",
+                 "samples/0000000006.png", "held-out loss", "by noise", "finished in"):  # fmt: skip
+        assert part in out, part
+
+
+# ---- Interrupted and continued ----
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "max_hours"])
+def test_an_interrupted_run_is_the_same_run(
+    how: str, images: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder, changes = tiny.config(images), tmp_path / "run", {}
+    if how == "max_hours":
+        changes = {"max_hours": 1e-9}
+    with monkeypatch.context() as patch:
+        if how != "max_hours":
+            number = signal.Signals[how]
+            after_step(patch, lambda step: os.kill(os.getpid(), number) if step == 2 else None)
+        handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+        tiny.run(config, folder, **changes)
+        assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    assert status(folder) == "stopped"
+    assert read_json(folder / "run.json")["step"] == (1 if how == "max_hours" else 2)
+    tiny.run(config, folder)
+    assert status(folder) == "finished"
+    assert tiny.history(folder) == tiny.history(finished)
+    assert tiny.weights(folder) == tiny.weights(finished)
+
+
+def test_means_over_an_interruption_are_exact(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A status line every second step, a stop between the two: the sums go into a checkpoint."""
+    config = tiny.config(images, watch=WatchConfig(status=2, samples=1, grid=1, sample_steps=1))
+    straight = tiny.run(config, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        after_step(patch, lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None)
+        tiny.run(config, tmp_path / "stopped")
+    tiny.run(config, tmp_path / "stopped")
+    assert len(tiny.history(straight)) == 2
+    assert tiny.history(tmp_path / "stopped") == tiny.history(straight)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import tiny, torch
+from patchdiffusion.train import loop, status
+torch.set_num_threads(1)
+status.measured_peak = lambda device, precision: 1e9
+original = loop.one_step
+def one_step(training):
+    original(training)
+    if training.state.step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+loop.one_step = one_step
+tiny.run(tiny.config(Path(sys.argv[1])), Path(sys.argv[2]), save_minutes=0.0)
+"""
+
+
+def test_a_killed_run_is_the_same_run(images: Path, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(images), str(folder)],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert status(folder) == "running"  # it had no time to say otherwise
+    assert [f.name for f in sorted((folder / "checkpoints").iterdir())][-1] == "step-0000000002"
+    tiny.run(tiny.config(images), folder)
+    assert tiny.history(folder) == tiny.history(finished)
+    assert tiny.weights(folder) == tiny.weights(finished)
+
+
+def test_a_second_interrupt_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with loop.stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_training_works_in_another_thread(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    thread = threading.Thread(target=tiny.run, args=(tiny.config(images, steps=1), folder))
+    thread.start()
+    thread.join()
+    assert status(folder) == "finished"
+
+
+def test_a_finished_run_is_left_as_it_is(
+    images: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tiny.digests(finished)
+    tiny.run(tiny.config(images), finished)
+    assert "is finished; a larger --images extends it" in capsys.readouterr().out
+    after = tiny.digests(finished)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed <= {"log.jsonl"}
+    assert status(finished) == "finished"
+
+
+def test_a_finished_run_can_be_extended(images: Path, tmp_path: Path) -> None:
+    constant = OptimConfig(lr=1e-2, warmup=0.0, cooldown=0.0)
+    short, long = (tiny.config(images, steps=n, optim=constant) for n in (2, 4))
+    tiny.run(short, tmp_path / "extended")
+    folder = tiny.run(long, tmp_path / "extended")
+    straight = tiny.run(long, tmp_path / "straight")
+    assert tiny.history(folder) == tiny.history(straight)
+    assert tiny.weights(folder) == tiny.weights(straight)
+    assert read_json(folder / "run.json")["length"] == 12.0
+
+
+# ---- Clocks ----
+
+
+@pytest.mark.parametrize("clock", ["equivalents", "crops", "steps"])
+def test_counters_rates_and_averages_have_closed_forms(
+    clock: Clock, images: Path, tmp_path: Path
+) -> None:
+    law = PatchLaw(mode="stochastic", fractions=(1.0, 0.5), probs=(0.5, 0.5))
+    optim = OptimConfig(lr=1e-2, warmup=0.5, cooldown=0.25)
+    ema = EMAConfig(half_life=9.0, ramp_up=0.8)
+    config = tiny.config(images, clock=clock, images=60, optim=optim, ema=ema, patches=law)
+    training = tiny.training(config, tmp_path / "run")
+    names = ["stem.image.weight", "out_conv.weight"]
+    steps = 6
+
+    def look() -> list[torch.Tensor]:
+        return [training.network.get_parameter(n).detach().double().clone() for n in names]
+
+    passed = [look()]
+    shown, rates, sizes = [0.0], [], []
+    for k in range(steps):
+        sizes.append(training.plan.draw(seed=config.seed, step=k)[0].size)
+        loop.one_step(training)
+        rates.append(training.stepper.optimizer.param_groups[0]["lr"])
+        shown.append(training.now)
+        passed.append(look())
+    assert set(sizes) == {(16, 16), (8, 8)}
+    # Batches of 4 whole images, or of 8 crops of a quarter of the area.
+    crops = [4 if size == (16, 16) else 8 for size in sizes]
+    areas = [4.0 if size == (16, 16) else 2.0 for size in sizes]
+    advance = {"equivalents": areas, "crops": crops, "steps": [1] * steps}[clock]
+    assert shown == [sum(advance[:k]) for k in range(steps + 1)]
+    state = training.state
+    assert (state.step, state.crops, state.equivalents) == (steps, sum(crops), sum(areas))
+    assert state.flops == sum(training.flops[s] * c for s, c in zip(sizes, crops, strict=True))
+    for k, rate in enumerate(rates):
+        assert rate == pytest.approx(1e-2 * min(shown[k] / 60 / 0.5, 1.0), rel=1e-12)
+    # The average is a sum over all weights passed, whose shares are products of decays.
+    decays = [0.5 ** ((b - a) / min(9.0, 0.8 * b)) for a, b in itertools.pairwise(shown)]
+    for i, name in enumerate(names):
+        expected = torch.zeros_like(passed[0][i])
+        remaining = 1.0
+        for k in range(steps, 0, -1):
+            expected += remaining * (1 - decays[k - 1]) * passed[k][i]
+            remaining *= decays[k - 1]
+        expected += remaining * passed[0][i]
+        got = training.ema.network.get_parameter(name).double()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+        assert not torch.equal(passed[0][i], passed[-1][i])
+
+
+def test_marks_are_evenly_spaced() -> None:
+    times = [k for k in range(1, 1001) if loop.due(10, k - 1, k, 1000)]
+    assert times == list(range(100, 1001, 100))
+    assert loop.due(10, 0.0, 350.0, 1000.0)
+    assert not loop.due(10, 110.0, 190.0, 1000.0)
+
+
+def test_expected_number_of_steps(images: Path, tmp_path: Path) -> None:
+    for clock, images_seen in (("equivalents", 30.0), ("crops", 60.0), ("steps", 10.0)):
+        config = tiny.config(images, clock=clock, images=images_seen)
+        assert tiny.training(config, tmp_path / "run").total_steps == 10, clock
+
+
+# ---- Small things ----
+
+
+def test_bf16_runs(images: Path, tmp_path: Path) -> None:
+    folder = tiny.run(tiny.config(images, steps=2, precision="bf16"), tmp_path / "run")
+    assert status(folder) == "finished"
+    assert tiny.history(folder)[0][4] != tiny.history(folder)[1][4]
+
+
+def test_micro_batches_change_only_the_rounding(
+    images: Path, finished: Path, tmp_path: Path
+) -> None:
+    folder = tiny.run(tiny.config(images, micro_batch=1), tmp_path / "run")
+    got, expected = ([float(str(line[4])) for line in tiny.history(f)] for f in (folder, finished))
+    assert got == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_dry_run_writes_nothing(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny.run(tiny.config(images), tmp_path / "run", dry_run=True)
+    assert not folder.exists()
+    assert "GB of disk" in capsys.readouterr().out
+
+
+def test_the_default_folder(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train(tiny.config(images, steps=1, name="mine")) == Path("runs/mine")
+    assert status(tmp_path / "runs" / "mine") == "finished"
+    assert train(tiny.config(images, name="x"), RunConfig(dry_run=True)) == Path("runs/x")
+
+
+def test_the_yardstick() -> None:
+    assert measured_peak(torch.device("cpu"), "fp32", side=64) > 1e6
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (59.6, "1m00s"), (185, "3m05s"), (7440, "2h04m"), (273600, "3d04h"),
+     (float("inf"), "?"), (-5, "0s")],
+)  # fmt: skip
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(512, "512"), (9870, "9.87k"), (12.3e6, "12.3M"), (0.5, "0.5"), (0, "0")]
+)
+def test_quantities(value: float, text: str) -> None:
+    assert quantity(value) == text
