@@ -63,14 +63,14 @@ def _field(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _union(get_args(hint), value, where)
     if origin is Literal:
-        if value not in get_args(hint):
+        if not any(type(value) is type(a) and value == a for a in get_args(hint)):
             raise ValueError(f"{where} must be one of {get_args(hint)}, not {value!r}")
         return value
     if origin is tuple:
         return _tuple(get_args(hint), value, where)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return decode(hint, value, where)
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
         raise ValueError(f"{where} must be {hint.__name__}, not {value!r}")
@@ -84,7 +84,7 @@ def _union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if isinstance(value, dict):
         classes = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
         named = {o.__name__: o for o in classes}
-        chosen = named.get(value.get("type", ""))
+        chosen = named.get(str(value.get("type")))
         if chosen is None:
             raise ValueError(f"{where} needs a type out of {', '.join(named)}")
         return decode(chosen, value, where)

@@ -1,5 +1,6 @@
 """A trained model on disk: a folder with `config.json` and two safetensors files, no pickles."""
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from patchdiffusion.codec import decode, encode
@@ -110,14 +111,17 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
         raise ValueError(f"{folder / 'config.json'} is not a model configuration of format 1")
     file = folder / {"averaged": "model.safetensors", "raw": "raw.safetensors"}[weights]
     wanted = facts.get("sha256", {}).get(file.name)
-    found = sha256(file)
+    data = file.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
     if found != wanted:
+        if read_json(folder / "config.json") != facts:
+            raise FileNotFoundError(2, "replaced while it was read", str(file))
         raise ValueError(f"{file} is damaged: its digest is {found[:12]}, not {str(wanted)[:12]}")
     given = {key: value for key, value in facts.items() if key not in ("format", "sha256")}
     config = decode(ModelConfig, given)
     network = build(config.network)
     try:
-        network.load_state_dict(load_file(file))
+        network.load_state_dict(load(data))
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} does not fit its configuration: {reason}") from error

@@ -38,9 +38,11 @@ def read_log(folder: Path) -> list[Record]:
             record = json.loads(line)
         except ValueError:  # the last line of a crashed run may be cut short
             continue
-        if record.get("kind") == "start":  # the one before had saved nothing
+        if not isinstance(record, dict) or "kind" not in record:
+            continue
+        if record["kind"] == "start":  # the one before had saved nothing
             records = []
-        if record.get("kind") == "resume":
+        if record["kind"] == "resume":
             records = [r for r in records if r.get("step", 0) <= record["step"]]
         records.append(record)
     return records
@@ -163,12 +165,16 @@ def _numbers(status: list[Record], watch: list[Record]) -> list[tuple[str, str]]
     ]
     for record in watch[-1:]:
         if "held_out" in record:
-            rows.append(("held-out loss", f"{record['held_out']['loss']:.4f}"))
+            rows.append(("held-out loss", _loss(record["held_out"]["loss"])))
             for size, value in record["held_out"]["sizes"].items():
-                rows.append((f"held-out loss of {size} crops", f"{value:.4f}"))
+                rows.append((f"held-out loss of {size} crops", _loss(value)))
         if "copy_rate" in record:
             rows.append(("samples that are near copies", f"{record['copy_rate']:.0%}"))
     return rows
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

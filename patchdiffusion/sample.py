@@ -1,5 +1,6 @@
 """The sampling driver: seeds, batches, regions, precision and progress around a solver."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -152,6 +153,8 @@ class Pipeline:
         """
         if count < 1 or batch < 1:
             raise ValueError(f"count and batch must be at least 1, not {count} and {batch}")
+        if not -(2**63) <= seed <= 2**63 - count:
+            raise ValueError(f"seeds must be 64-bit integers, not {seed} to {seed + count - 1}")
         if size is not None and min(size) < 1:
             raise ValueError(f"a size needs positive height and width, not {size}")
         labels = self.labels(count, classes)
@@ -184,17 +187,16 @@ class Pipeline:
             if classes:
                 raise ValueError("this model was trained without classes; leave classes out")
             return None
-        chosen = (
-            list(range(total)) if classes is None else [_label(c, names, total) for c in classes]
-        )
+        chosen = [_label(c, names, total) for c in classes] if classes else list(range(total))
         return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 
 
 def _label(wanted: str | int, names: Sequence[str], total: int) -> int:
     if isinstance(wanted, str) and wanted in names:
         return names.index(wanted)
-    if str(wanted).lstrip("-").isdigit() and -1 <= int(wanted) < total:
-        return int(wanted)  # -1 is unconditional
+    with contextlib.suppress(ValueError):
+        if -1 <= int(wanted) < total:  # -1 is unconditional
+            return int(wanted)
     listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
     raise ValueError(f"unknown class {wanted!r}; this model has {listed or f'0 to {total - 1}'}")
 

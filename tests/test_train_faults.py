@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import tiny
 import torch
 from PIL import Image
 
-from patchdiffusion import rng
+from patchdiffusion import UNetConfig, rng
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.errors import Stop
 from patchdiffusion.files import read_json
@@ -22,6 +23,9 @@ from patchdiffusion.metrics.memorise import Copies
 from patchdiffusion.train import checkpoint, loop, resume, setup, watch
 from patchdiffusion.train.config import OptimConfig
 from patchdiffusion.train.log import RunLog
+
+
+Capture = pytest.CaptureFixture[str]
 
 
 class Usage(NamedTuple):
@@ -56,7 +60,7 @@ def test_a_skipped_step_is_counted_and_training_goes_on(
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     poison(monkeypatch, lambda step: step == 1)
     folder = tiny.run(tiny.config(images), tmp_path / "run")
@@ -66,8 +70,6 @@ def test_a_skipped_step_is_counted_and_training_goes_on(
     assert losses[1] is None and all(isinstance(losses[k], float) for k in (0, 2, 3))
     out = capsys.readouterr().out
     assert "loss none" in out and "skipped 1" in out
-    with pytest.raises(ValueError):
-        json.loads("NaN", parse_constant=lambda _: 1 / 0 if False else int("x"))
 
 
 def test_too_many_in_a_row_end_the_run(
@@ -76,7 +78,7 @@ def test_too_many_in_a_row_end_the_run(
     poison(monkeypatch, lambda step: step >= 2)
     optim = OptimConfig(lr=1e-2, max_skips=3)
     config = tiny.config(images, steps=9, optim=optim)
-    with pytest.raises(Stop, match="3 steps in a row .* the last checkpoint stands") as caught:
+    with pytest.raises(Stop, match=r"3 steps in a row .* the last checkpoint stands") as caught:
         tiny.run(config, tmp_path / "run", save_minutes=0.0)
     assert caught.value.code == 21
     assert status(tmp_path / "run") == "failed"
@@ -167,7 +169,7 @@ def test_a_file_in_the_way_is_one_line(images: Path, tmp_path: Path) -> None:
 
 
 def test_a_log_that_cannot_be_written_stops_nothing(
-    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], finished: Path
+    images: Path, tmp_path: Path, capsys: Capture, finished: Path
 ) -> None:
     folder = tmp_path / "run"
     resume.begin(tiny.training(tiny.config(images), folder))
@@ -203,20 +205,18 @@ def test_a_line_that_was_cut_short_does_not_swallow_the_next(tmp_path: Path) -> 
 
 
 def test_channels_and_classes_must_fit(images: Path, tmp_path: Path) -> None:
-    for changes, message in (
-        ({"channels": 1}, "the images have 3 channels and the network 1: set --network.channels 3"),
-        ({"num_classes": 5}, "the data has 2 classes and the network 5: set --network.num-classes"),
+    plain = UNetConfig(base=4, mult=(1,), blocks=1, attention=())
+    for network, message in (
+        (replace(plain, channels=1), "the images have 3 channels and the network 1: set --network"),
+        (replace(plain, num_classes=5), "the data has 2 classes and the network 5: set --network"),
     ):
-        network = tiny.UNetConfig(
-            **{"base": 4, "mult": (1,), "blocks": 1, "attention": ()}, **changes
-        )
         with pytest.raises(ValueError, match=message):
             tiny.run(tiny.config(images, network=network), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_labels_may_be_ignored(images: Path, tmp_path: Path) -> None:
-    network = tiny.UNetConfig(base=4, mult=(1,), blocks=1, attention=())
+    network = UNetConfig(base=4, mult=(1,), blocks=1, attention=())
     folder = tiny.run(tiny.config(images, steps=1, network=network), tmp_path / "run")
     assert read_json(folder / "model" / "config.json")["classes"] == []
 
@@ -231,7 +231,7 @@ def test_no_cuda_is_one_line(images: Path, tmp_path: Path) -> None:
 def test_a_single_image_trains(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     Image.fromarray(tiny.picture(1)).save(tmp_path / "one" / "only.png")
-    network = tiny.UNetConfig(base=4, mult=(1,), blocks=1, attention=())
+    network = UNetConfig(base=4, mult=(1,), blocks=1, attention=())
     folder = tiny.run(tiny.config(tmp_path / "one", steps=2, network=network), tmp_path / "run")
     assert status(folder) == "finished"
 
@@ -240,7 +240,7 @@ def test_copies_are_warned_of(
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    capsys: Capture,
 ) -> None:
     def some(samples: torch.Tensor, *rest: torch.Tensor) -> Copies:
         return Copies(0.5, torch.zeros(2).long(), torch.zeros(2))

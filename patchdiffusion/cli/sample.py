@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = auto if given.device == "auto" else given.device
     pipeline = load(path, weights=given.weights, device=device, precision=given.precision)
-    folder = _new_folder(path, given.out)
+    _check_out(given.out)
     images = pipeline.sample(
         given.count,
         seed=given.seed,
@@ -77,14 +77,18 @@ def main(arguments: Sequence[str]) -> None:
         batch=given.batch,
         progress=True,
     )
+    folder = _new_folder(path, given.out)
     _write(folder, images, pipeline, given)
     print(f"{given.count} images in {folder}")
 
 
+def _check_out(out: Path | None) -> None:
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; nothing is overwritten, use another")
+
+
 def _new_folder(path: Path, out: Path | None) -> Path:
     if out is not None:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} exists and is not empty; nothing is overwritten, use another")
         out.mkdir(parents=True, exist_ok=True)
         return out
     root = (path if (path / "model").is_dir() else path.parent) / "generated"

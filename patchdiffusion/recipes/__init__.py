@@ -9,6 +9,7 @@ import torch
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import EDM
 from patchdiffusion.nets import unet
+from patchdiffusion.noise import LogNormal
 from patchdiffusion.patches import PatchLaw
 from patchdiffusion.train.config import (
     DataConfig,
@@ -87,15 +88,20 @@ def folder(facts: Facts) -> TrainConfig:
 
 
 def glyphs(facts: Facts) -> TrainConfig:
-    """The built-in letters and signs at 32 x 32: a few minutes on two CPU cores."""
-    network = unet.tiny(32, channels=facts.channels, num_classes=facts.classes)
+    """The built-in letters and signs at 24 x 24: a few minutes on two CPU cores.
+
+    White on black, they vary more than photographs do: sigma_data and the noise law follow.
+    """
+    network = unet.tiny(32, mult=(1, 2, 4), channels=facts.channels, num_classes=facts.classes)
     return TrainConfig(
         name="glyphs",
-        data=DataConfig(path="glyphs"),
+        data=DataConfig(path="glyphs", resolution=24, channels=1),
         network=network,
-        optim=OptimConfig(lr=2e-3),
-        batch=32,
-        images=20_000,
+        precond=EDM(sigma_data=0.7),
+        noise=LogNormal(mean=-0.7),
+        optim=OptimConfig(lr=3e-3, cooldown=0.4),
+        batch=16,
+        images=14_000,
         watch=WatchConfig(status=40, samples=4),
     )
 

@@ -1,0 +1,351 @@
+"""The command line: what it takes, what it refuses, and in how many words.
+
+The list of flags and public names is frozen in `tests/snapshots`. After a change that is meant,
+delete the file; the next run of this test writes it anew and fails once.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from PIL import Image
+
+import patchdiffusion
+from patchdiffusion import cli
+from patchdiffusion.errors import Stop
+from patchdiffusion.files import read_json
+
+SMALL = [
+    "--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1",
+    "--network.attention", "--batch", "2", "--patches.fractions", "1", "--patches.probs", "1",
+    "--watch.status", "2", "--watch.samples", "1", "--watch.grid", "2",
+    "--watch.sample-steps", "1", "--watch.held-out", "2", "--images", "4", "--device", "cpu",
+]  # fmt: skip
+SNAPSHOTS = Path(__file__).parent / "snapshots"
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def trained(finished: Path, tmp_path: Path) -> Path:
+    """A finished run that may be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "trained"))
+
+
+def fails(capsys: Capture, *arguments: object, code: int = 2) -> str:
+    """Run a command that must fail with one line, which is returned."""
+    capsys.readouterr()
+    assert cli.main([str(a) for a in arguments]) == code
+    lines = capsys.readouterr().err.splitlines()
+    told = [line for line in lines if line.startswith("patchdiffusion: error: ")]
+    # Progress bars and a line about a pack that is used again may stand before.
+    assert len(told) == 1 and lines[-1] == told[0], lines
+    assert "Traceback" not in "".join(lines)
+    return told[0].removeprefix("patchdiffusion: error: ")
+
+
+def works(capsys: Capture, *arguments: object) -> str:
+    capsys.readouterr()
+    assert cli.main([str(a) for a in arguments]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def help_of(capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str) -> dict[str, str]:
+    """Every flag of a command with its help text."""
+    monkeypatch.setenv("COLUMNS", "100")  # wider help has two columns
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    rows = [row.strip("\u2502| ") for row in capsys.readouterr().out.splitlines()]
+    flags: dict[str, str] = {}
+    for row, following in zip(rows, [*rows[1:], ""], strict=True):
+        if not re.match("--[a-z]", row):
+            continue
+        invocation, _, text = row.partition("   " if "   " in row else "  ")
+        flags[invocation.split(",")[0].split()[0]] = (text or following).strip()
+    return flags
+
+
+# ---- Help and version ----
+
+
+def test_usage(capsys: Capture) -> None:
+    for arguments in ([], ["--help"], ["-h"], ["help"]):
+        out = works(capsys, *arguments)
+        assert out.startswith("usage: patchdiffusion COMMAND")
+        assert all(f"  {name}" in out for name in cli.COMMANDS)
+
+
+def test_version(capsys: Capture) -> None:
+    for flag in ("--version", "-V"):
+        assert works(capsys, flag) == f"patchdiffusion {patchdiffusion.__version__}\n"
+    assert re.fullmatch(r"\d+\.\d+\.\d+.*", patchdiffusion.__version__)
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_flag_has_a_help_text(
+    command: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = help_of(capsys, monkeypatch, command)
+    assert flags
+    for flag, text in flags.items():
+        words = re.sub(r"\(.*?\)", "", text).strip()
+        assert len(words) > 8 and not words.startswith("-"), (flag, text)
+
+
+def frozen(name: str, lines: list[str]) -> None:
+    """Compare with a snapshot, or write it if it is not there."""
+    path, text = SNAPSHOTS / f"{name}.txt", "\n".join(lines) + "\n"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="ascii")
+        pytest.fail(f"{path} was written; look at it, and run the test again")
+    assert path.read_text(encoding="ascii").splitlines() == lines, (
+        f"delete {path} if this change is meant"
+    )
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_flags_are_frozen(command: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen(f"flags-{command}", sorted(help_of(capsys, monkeypatch, command)))
+
+
+def test_public_names_are_frozen() -> None:
+    frozen("public-names", sorted(patchdiffusion.__all__))
+    for name in patchdiffusion.__all__:
+        assert getattr(patchdiffusion, name) is not None
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("fly", "unknown command 'fly'; commands are train, sample"),
+        ("train fly", "'fly' is neither an existing path nor a recipe; recipes are glyphs, folder"),
+        ("train glyphs --fly", "Unrecognized options: --fly"),
+        ("train glyphs extra", "extra"),
+        ("train glyphs --optim.lr -1", "lr must be positive and finite, not -1.0"),
+        ("train glyphs --optim.lr nan", "lr must be positive and finite, not nan"),
+        ("train glyphs --optim.lr", "--optim.lr"),
+        ("train glyphs --optim.lr fast", "--optim.lr: could not convert string to float: 'fast'"),
+        ("train glyphs --batch 2.5", "--batch: invalid literal for int"),
+        ("train glyphs --batch 0", "batch must be positive"),
+        ("train glyphs --images inf", "images must be positive and finite, not inf"),
+        ("train glyphs --data.resolution 7", "resolution is 7; allowed is one side or"),
+        ("train glyphs --data.resolution -64", "resolution is -64"),
+        ("train glyphs --data.channels 2", "--data.channels"),
+        ("train glyphs --clock hours", "--clock"),
+        ("train glyphs --keep 1", "keep must be at least 2, not 1"),
+        ("train glyphs --max-hours -1", "max_hours must be positive"),
+        ("train glyphs --patches.probs 0.5 0.2 0.2", "probs must be >= 0 and sum to 1"),
+        ("train glyphs --patches.fractions 1", "fractions and probs need the same length"),
+        ("train glyphs --precond.sigma-data 0", "sigma_data must be positive"),
+        ("train glyphs --noise.std 0", "std > 0"),
+        ("train glyphs --name a/b", "name must be usable as a folder name"),
+        ("train glyphs --optim.betas 0.9", "--optim.betas"),
+        ("train glyphs --optim.betas 0.9 1", "betas must lie in"),
+        ("train empty", "empty holds no images"),
+        ("train text", "1 of 1 images of text cannot be used"),
+        ("train cut", "1 of 1 images of cut cannot be used"),
+        ("train notes.txt", "notes.txt is a file of another kind"),
+        ("train pictures --out notes.txt", "notes.txt"),
+        ("train pictures --out notes.txt/run", "notes.txt"),
+        ("train pictures --out filled", "filled is not empty and holds no run"),
+        ("train pictures --start-from missing", "missing holds no model"),
+        ("train pictures --network.base 6", "base must be a positive multiple of 4, not 6"),
+        ("train pictures --network.attention 9", "attention must be levels in"),
+        ("train pictures --network.channels 1", "the images have 3 channels and the network 1"),
+        ("sample", "give the folder of a run or model"),
+        ("sample missing", "missing holds no model"),
+        ("sample filled", "filled holds no model"),
+        ("sample trained --steps 0", "at least 1 step, not 0"),
+        ("sample trained --steps many", "--steps"),
+        ("sample trained --count 0", "count and batch must be at least 1"),
+        ("sample trained --classes zebra", "unknown class 'zebra'; this model has 0 a, 1 b"),
+        ("sample trained --guidance -1", "guidance must be >= 0"),
+        ("sample trained --guidance nan", "guidance must be >= 0"),
+        ("sample trained --size 0 4", "positive height and width"),
+        ("sample trained --seed 99999999999999999999", "seeds must be 64-bit integers"),
+        ("sample trained --sigma-min 0", "sigma_min"),
+        ("sample trained --solver euler --churn.amount 3", "churn works with the heun solver only"),
+        ("sample trained --out filled", "filled exists and is not empty; nothing is overwritten"),
+        ("sample trained --out notes.txt", "notes.txt exists and is not empty"),
+        ("prepare", "give the images"),
+        ("prepare missing", "'missing' does not exist"),
+        ("prepare pictures --resolution 7", "resolution is 7"),
+        ("prepare pictures --holdout 0.9", "holdout is 0.9"),
+        ("prepare pictures --background no-colour", "no-colour"),
+        ("prepare pictures --out notes.txt", "notes.txt is a file"),
+        ("report", "give the folder of a run"),
+        ("report missing", "missing holds no run"),
+        ("doctor --steps 0", "steps must be at least 1, not 0"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: str, message: str, tmp_path: Path, images: Path, finished: Path, capsys: Capture
+) -> None:
+    for name in ("empty", "text", "cut", "filled"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text" / "a.png").write_text("hello")
+    data = (images / "a" / "00.png").read_bytes()
+    (tmp_path / "cut" / "a.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "filled" / "letter").write_text("dear")
+    (tmp_path / "notes.txt").write_text("note")
+    (tmp_path / "pictures").symlink_to(images)
+    if "trained" in arguments:
+        shutil.copytree(finished, tmp_path / "trained")
+    before = tiny.digests(tmp_path)
+    assert message in fails(capsys, *arguments.split())
+    assert tiny.digests(tmp_path) == before
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "trained/generated").exists()
+
+
+def test_exit_codes_of_stops(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(error: BaseException) -> Callable[[object], None]:
+        def run(arguments: object) -> None:
+            raise error
+
+        return run
+
+    for error, code, text in (
+        (Stop("no checkpoint\nis valid", code=25), 25, "no checkpoint is valid"),
+        (PermissionError(13, "Permission denied", "/run"), 2, "Permission denied: '/run'"),
+        (ImportError("x is needed"), 2, "x is needed"),
+        (ValueError(), 2, "ValueError"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+        monkeypatch.setitem(cli.COMMANDS, "train", (command(error), ""))
+        assert text in fails(capsys, "train", code=code)
+
+
+def test_from_the_shell(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "patchdiffusion", "train", "fly"],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("patchdiffusion: error: 'fly' is neither")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+# ---- What works ----
+
+
+def test_a_folder_and_nothing_else(
+    images: Path, tmp_path: Path, capsys: Capture, with_report: None
+) -> None:
+    """Trains, finishes, samples, reports, is extended; the settings are remembered."""
+    out = works(capsys, "train", images, *SMALL)
+    assert "recipe    folder:" in out
+    run = tmp_path / "runs" / "images"
+    assert read_json(run / "run.json")["status"] == "finished"
+    assert (run / "report.html").stat().st_size > 10_000
+    assert len(tiny.history(run)) == 2
+    weights = tiny.weights(run)
+    assert "is finished" in works(capsys, "train", images, *SMALL)
+    assert "is finished" in works(capsys, "train", images)
+    assert tiny.weights(run) == weights
+    assert "resume    at step 2" in works(capsys, "train", images, "--images", "6")
+    assert read_json(run / "config.json")["images"] == 6.0
+    assert read_json(run / "config.json")["network"]["base"] == 4
+    assert "seed: 0 -> 5" in fails(capsys, "train", images, "--seed", 5)
+    out = works(capsys, "train", images, *SMALL, "--seed", 5, "--fresh")
+    assert (tmp_path / "runs" / "images.old-1" / "model").is_dir()
+    works(capsys, "sample", run, "--count", 2, "--steps", 1)
+    assert (run / "generated" / "0001" / "grid.png").exists()
+
+
+def test_stopping_and_going_on(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = works(capsys, "train", images, *SMALL, "--max-hours", "1e-9")
+    assert "the same command goes on" in out
+    assert "resume    at step 1" in works(capsys, "train", images, *SMALL)
+    assert read_json(tmp_path / "runs" / "images" / "run.json")["status"] == "finished"
+
+
+def test_a_dry_run_writes_nothing(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = works(capsys, "train", images, "--dry-run")
+    assert "GB of disk in runs/images" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["one image", "one bad file", "mixed sizes"])
+def test_odd_folders(kind: str, images: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = tmp_path / "data"
+    if kind == "one image":
+        folder.mkdir()
+        Image.fromarray(tiny.picture(3)).save(folder / "only.png")
+    else:
+        shutil.copytree(images, folder)
+    if kind == "one bad file":
+        (folder / "a" / "bad.png").write_text("hello")
+    if kind == "mixed sizes":
+        Image.fromarray(tiny.picture(50)[:13, :11]).save(folder / "a" / "small.png")
+    works(capsys, "train", folder, *SMALL)
+    assert read_json(tmp_path / "runs" / "data" / "run.json")["status"] == "finished"
+    assert len(list((tmp_path / "runs" / "data" / "samples").iterdir())) == 1
+
+
+def test_samples_say_where_they_are_from(trained: Path, capsys: Capture) -> None:
+    digest = patchdiffusion.load_model(trained).digest
+    out = works(capsys, "sample", trained, "--count", 3, "--seed", 7, "--steps", 2,
+                "--classes", "b", "0")  # fmt: skip
+    folder = trained / "generated" / "0001"
+    assert str(folder) in out
+    names = ["grid.png", *(f"seed-{n:08d}.png" for n in (7, 8, 9))]
+    assert sorted(f.name for f in folder.iterdir()) == names
+    for name, seed, label in zip(names[1:], (7, 8, 9), "bab", strict=True):
+        with Image.open(folder / name) as file:
+            info = file.info
+            assert file.size == (16, 16)
+        assert (info["seed"], info["model"], info["class"]) == (str(seed), digest, label)
+        assert info["sampler"] == "heun 2 steps" and info["weights"] == "averaged"
+    with Image.open(folder / "grid.png") as file:
+        assert file.info["seeds"] == "7-9"
+
+
+def test_nothing_is_overwritten(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    few = ("--count", 1, "--steps", 1)
+    works(capsys, "sample", trained, *few)
+    before = tiny.digests(trained)
+    works(capsys, "sample", trained, *few, "--weights", "raw", "--no-singles")
+    assert {k: v for k, v in tiny.digests(trained).items() if k in before} == before
+    assert [f.name for f in (trained / "generated" / "0002").iterdir()] == ["grid.png"]
+    works(capsys, "sample", trained / "model", *few, "--out", tmp_path / "mine")
+    assert (tmp_path / "mine" / "seed-00000000.png").exists()
+    one, other = (tiny.digests(f)["seed-00000000.png"] for f in (
+        trained / "generated" / "0001", tmp_path / "mine"))  # fmt: skip
+    assert one == other
+
+
+def test_report(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert works(capsys, "report", trained).strip() == str(trained / "report.html")
+    works(capsys, "report", trained, "--out", tmp_path / "page.html")
+    for page in (tmp_path / "page.html", trained / "report.html"):
+        assert "finished; 12 of 12" in page.read_text(encoding="utf-8")
+
+
+def test_prepare(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = works(capsys, "prepare", images, "--out", tmp_path / "pack", "--resolution", 8,
+                "--channels", 1)  # fmt: skip
+    assert "40 images of 8x8 with 1 channels" in out and str(tmp_path / "pack") in out
+    assert read_json(tmp_path / "pack" / "pack.json")["shape"] == [40, 8, 8, 1]
+    assert "40 images of 8x8" in works(capsys, "doctor", tmp_path / "pack", "--steps", 1)
+
+
+def test_doctor(images: Path, capsys: Capture) -> None:
+    out = works(capsys, "doctor", images, "--device", "cpu", "--steps", 1)
+    for part in (f"patchdiffusion {patchdiffusion.__version__}", "torch", "GB free", "CPU, 1 th",
+                 "40 images of 16x16x3", "2 classes: a, b", "measured sigma_data",
+                 "ms per step", "take about", "warning: 38 images are few"):  # fmt: skip
+        assert part in out, part

@@ -1,0 +1,148 @@
+"""The page about a run, whatever state it is in."""
+
+import base64
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from patchdiffusion.files import read_json, write_json
+from patchdiffusion.report import read_log, write_report
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A finished run that may be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def page(folder: Path) -> str:
+    return write_report(folder).read_text(encoding="utf-8")
+
+
+def edit_log(folder: Path, *records: dict[str, object] | str) -> None:
+    lines = (r if isinstance(r, str) else json.dumps(r) for r in records)
+    (folder / "log.jsonl").write_text("\n".join(lines))
+
+
+def test_the_page_needs_nothing_else(run: Path) -> None:
+    text = page(run)
+    for outside in (r'(src|href)\s*=\s*"?(http|//|/|\.)', "<script", "<link", "@import", r"url\(h"):
+        assert not re.search(outside, text), outside
+    assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
+    (image,) = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    (picture,) = (run / "samples").iterdir()
+    assert base64.b64decode(image) == picture.read_bytes()
+    assert text.count("<svg") == 1 and "</svg>" in text
+
+
+def test_the_page_says_what_the_run_did(run: Path) -> None:
+    text = page(run)
+    for part in (
+        "finished; 12 of 12 equivalents, 24 crops",
+        "full-image equivalents",
+        "crops per second",
+        "share of measured peak",
+        "held-out loss of 8x8 crops",
+        "near copies",
+        "&quot;half_life&quot;: 10.0",
+        "<!-- training, 16x16 -->",  # matplotlib draws text and leaves it as a comment
+        "<!-- held out -->",
+        "after 12",
+    ):
+        assert part in text, part
+
+
+def test_another_place(run: Path, tmp_path: Path) -> None:
+    assert write_report(run, tmp_path / "deep" / "page.html") == tmp_path / "deep" / "page.html"
+    assert (tmp_path / "deep" / "page.html").stat().st_size > 1000
+    assert not (run / "report.html").exists()
+
+
+def test_a_crashed_run(run: Path) -> None:
+    write_json(run / "run.json", {"status": "running"})
+    text = (run / "log.jsonl").read_text()
+    (run / "log.jsonl").write_text(text[: text.index('"kind": "watch"') + 30])
+    made = page(run)
+    assert "running; 12 of 12" in made
+    assert "data:image/png" not in made
+
+
+def test_a_run_that_has_only_begun(run: Path) -> None:
+    for name in ("log.jsonl", "run.json"):
+        (run / name).unlink()
+    text = page(run)
+    assert "not started" in text and "No status line has been written yet." in text
+    edit_log(run, "")
+    page(run)
+    edit_log(run, '{"kind": "start", "da')
+    page(run)
+
+
+def test_missing_pictures_are_left_out(run: Path) -> None:
+    shutil.rmtree(run / "samples")
+    assert "<img" not in page(run)
+
+
+def test_a_run_in_which_everything_was_skipped(run: Path) -> None:
+    records = [r for r in read_log(run) if r["kind"] == "status"]
+    for record in records:
+        record.update(loss=None, grad_norm=None, sizes={}, skipped=record["step"])
+    edit_log(run, *records)
+    assert "of which 4 were skipped as not finite" in page(run)
+
+
+def test_losses_that_are_not_finite(run: Path) -> None:
+    records = read_log(run)
+    records[1]["sizes"]["8x8"] = None
+    records[-1]["held_out"] = {"loss": None, "bands": {"0-0.1": None}, "sizes": {"16x16": None}}
+    edit_log(run, *records)
+    assert "not finite" in page(run)
+
+
+def test_many_grids(run: Path) -> None:
+    watch = read_log(run)[-1]
+    edit_log(run, *({**watch, "images": float(n)} for n in range(10)))
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert len(records) == 10
+    text = page(run)
+    assert 2 <= text.count("<img") <= 5
+    assert "after 9" in text and "The same seeds, earlier" in text
+
+
+def test_text_is_escaped(run: Path) -> None:
+    config = read_json(run / "config.json")
+    write_json(run / "config.json", {**config, "name": "<b>x</b>&"})
+    text = page(run)
+    assert "<b>x" not in text and "&lt;b&gt;x&lt;/b&gt;&amp;" in text
+
+
+def test_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no run: config\.json is missing"):
+        write_report(tmp_path)
+
+
+# ---- The log ----
+
+
+def test_steps_that_were_done_twice_count_once(tmp_path: Path) -> None:
+    steps = [{"kind": "status", "step": n, "try": 1} for n in range(1, 5)]
+    again = [{"kind": "status", "step": n, "try": 2} for n in range(3, 6)]
+    edit_log(tmp_path, {"kind": "start"}, *steps, '{"kind": "sta', {"kind": "resume", "step": 2},
+             *again)  # fmt: skip
+    found = [(r["step"], r["try"]) for r in read_log(tmp_path) if r["kind"] == "status"]
+    assert found == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
+
+
+def test_a_second_start_begins_anew(tmp_path: Path) -> None:
+    first = [{"kind": "start"}, {"kind": "status", "step": 1}]
+    edit_log(tmp_path, *first, *first)
+    assert [r["kind"] for r in read_log(tmp_path)] == ["start", "status"]
+
+
+@pytest.mark.parametrize("line", ["", "3", "[]", "null", "\0\0\0", '{"kind"', '{"step": 3}'])
+def test_strange_lines_are_passed_over(line: str, tmp_path: Path) -> None:
+    edit_log(tmp_path, {"kind": "start"}, line, {"kind": "status", "step": 1})
+    assert [r["kind"] for r in read_log(tmp_path)] == ["start", "status"]

@@ -1,0 +1,315 @@
+"""The sampling driver: seeds, batches, regions, classes."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from patchdiffusion import Pipeline, SamplerConfig, load, sample
+from patchdiffusion.analytic import IdealDenoiser
+from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.denoiser import EDM
+from patchdiffusion.model import Model, ModelConfig, build
+from patchdiffusion.noise import LogNormal
+from patchdiffusion.picture import to_uint8
+from patchdiffusion.sample import noise_field
+from patchdiffusion.solvers import Churn
+
+CANVAS = (8, 12)
+FAST = SamplerConfig(steps=3)
+CHURNED = replace(FAST, churn=Churn(amount=20.0))
+FIVE = range(40, 45)
+
+
+def pipeline(classes: int = 3) -> Pipeline:
+    """A network whose output depends on everything."""
+    network = build(replace(tiny.NETWORK, num_classes=classes))
+    tiny.randomise(network)
+    config = ModelConfig(
+        network=replace(tiny.NETWORK, num_classes=classes),
+        precond=EDM(),
+        noise=LogNormal(),
+        canvas=CANVAS,
+        classes=("cat", "dog", "7")[:classes],
+    )
+    return Pipeline(Model(config, network.eval().requires_grad_(False), "digest"))
+
+
+def place(
+    x: Tensor,
+    sigma: Tensor | float,
+    cond: Cond | None = None,
+    *,
+    step: Step | None = None,
+    tape: Tape | None = None,
+) -> Tensor:
+    """An oracle: every pixel is its own coordinate, whatever the noise."""
+    assert cond is not None and cond.pos is not None
+    return torch.cat([cond.pos, torch.zeros_like(cond.pos[:, :1])], dim=1).to(x.dtype)
+
+
+def blend(
+    x: Tensor,
+    sigma: Tensor | float,
+    cond: Cond | None = None,
+    *,
+    step: Step | None = None,
+    tape: Tape | None = None,
+) -> Tensor:
+    """A denoiser whose result depends on every pixel by itself."""
+    assert cond is not None and cond.pos is not None
+    return 0.3 * torch.tanh(x) + 0.1 * cond.pos.sum(1, keepdim=True).to(x.dtype)
+
+
+# ---- Noise ----
+
+
+def test_noise_is_standard_normal() -> None:
+    x = noise_field(torch.arange(50), 3, (0, 0), (24, 24)).double()
+    assert x.mean().item() == pytest.approx(0.0, abs=0.01)
+    assert x.var().item() == pytest.approx(1.0, abs=0.01)
+    assert x.flatten(1).var(1).std().item() < 0.1
+    for a, b in ((x[:, :, 1:], x[:, :, :-1]), (x[..., 1:], x[..., :-1]), (x[1:], x[:-1])):
+        assert (a * b).mean().item() == pytest.approx(0.0, abs=0.01)
+    assert (x[:, 0] * x[:, 1]).mean().item() == pytest.approx(0.0, abs=0.02)
+
+
+@pytest.mark.parametrize("corner", [(0, 0), (-3, 5), (100, -40)])
+def test_regions_of_a_seed_agree_where_they_overlap(corner: tuple[int, int]) -> None:
+    seeds = torch.tensor([3, 2**40])
+    large = noise_field(seeds, 2, (corner[0] - 4, corner[1] - 6), (20, 24))
+    small = noise_field(seeds, 2, corner, (8, 7))
+    assert torch.equal(large[:, :, 4:12, 6:13], small)
+
+
+def test_noise_depends_on_the_seed_alone() -> None:
+    seeds = torch.tensor([5, 9, 5])
+    x = noise_field(seeds, 1, (0, 0), (6, 6))
+    assert torch.equal(x[0], x[2]) and not torch.equal(x[0], x[1])
+    assert torch.equal(x[1:2], noise_field(seeds[1:2], 1, (0, 0), (6, 6)))
+
+
+# ---- Batches ----
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 64])
+@pytest.mark.parametrize("config", [FAST, CHURNED, replace(FAST, solver="euler")])
+def test_any_batches_are_bit_equal_with_an_oracle(batch: int, config: SamplerConfig) -> None:
+    def draw(size: int) -> Tensor:
+        return sample(blend, seeds=FIVE, channels=3, canvas=CANVAS, config=config, batch=size)
+
+    assert torch.equal(draw(batch), draw(5))
+    one = sample(blend, seeds=[42], channels=3, canvas=CANVAS, config=config)
+    assert torch.equal(one[0], draw(batch)[2])
+
+
+@pytest.mark.parametrize("config", [FAST, CHURNED, replace(FAST, guidance=2.0)])
+def test_any_batches_are_close_with_a_network(config: SamplerConfig) -> None:
+    pipe = pipeline()
+    labels = torch.tensor([0, 1, 2, -1, 0])
+
+    def draw(size: int) -> Tensor:
+        return sample(
+            pipe.model.denoiser,
+            seeds=FIVE,
+            channels=3,
+            canvas=CANVAS,
+            labels=labels,
+            config=config,
+            batch=size,
+        )
+
+    expected = draw(5)
+    for size in (1, 2):
+        torch.testing.assert_close(
+            draw(size), expected, rtol=0, atol=1e-5 * expected.abs().max().item()
+        )
+    assert not torch.allclose(expected[0], expected[4])
+
+
+def test_the_same_seed_gives_the_same_image() -> None:
+    pipe = pipeline()
+    before = torch.get_rng_state()
+    a = pipe.sample(4, seed=10, config=FAST)
+    b = pipe.sample(2, seed=12, config=FAST, classes=[2, 0])
+    assert a.dtype == np.uint8 and a.shape == (4, *CANVAS, 3)
+    assert (a == pipe.sample(4, seed=10, config=FAST)).all()
+    assert abs(a[2:].astype(int) - b).max() <= 1
+    assert not (a == pipe.sample(4, seed=11, config=FAST)).all()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_churn_changes_the_image() -> None:
+    images = [
+        sample(blend, seeds=[1], channels=3, canvas=CANVAS, config=c) for c in (FAST, CHURNED)
+    ]
+    assert not torch.allclose(images[0], images[1])
+
+
+def test_progress_counts_images() -> None:
+    told: list[int] = []
+    sample(blend, seeds=FIVE, channels=1, canvas=(4, 4), config=FAST, batch=2,
+           progress=told.append)  # fmt: skip
+    assert told == [2, 2, 1]
+
+
+def test_no_gradients_and_any_precision() -> None:
+    def check(
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        step: Step | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        assert x.dtype == torch.float64 and not torch.is_grad_enabled()
+        return blend(x, sigma, cond)
+
+    out = sample(check, seeds=[0], channels=3, canvas=CANVAS, config=FAST, dtype=torch.float64)
+    assert out.dtype == torch.float32
+    single = sample(blend, seeds=[0], channels=3, canvas=CANVAS, config=FAST)
+    torch.testing.assert_close(out, single, rtol=0, atol=1e-3)
+
+
+def test_an_ideal_denoiser_gives_back_its_images() -> None:
+    known = torch.from_numpy(np.stack([tiny.picture(n, 8) for n in range(5)]))
+    clean = known.movedim(-1, 1).double() / 127.5 - 1
+    images = sample(IdealDenoiser(clean), seeds=range(6), channels=3, canvas=(8, 8),
+                    dtype=torch.float64)  # fmt: skip
+    for image in to_uint8(images):
+        assert min(abs(image.astype(int) - k.astype(int)).max() for k in known.numpy()) == 0
+
+
+# ---- Regions ----
+
+
+def shown(size: tuple[int, int] | None, corner: tuple[int, int] | None) -> Tensor:
+    return sample(place, seeds=[0], channels=3, canvas=CANVAS, config=FAST, size=size,
+                  corner=corner)[0, :2]  # fmt: skip
+
+
+def test_the_whole_canvas_has_its_corners_at_one() -> None:
+    whole = shown(None, None)
+    assert whole.shape == (2, *CANVAS)
+    assert whole[:, 0, 0].tolist() == [-1.0, -1.0]
+    assert whole[:, -1, -1].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(("size", "corner"), [((4, 4), (0, 0)), ((3, 5), (5, 7)), ((1, 1), (2, 3))])
+def test_a_region_is_that_part_of_the_canvas(
+    size: tuple[int, int], corner: tuple[int, int]
+) -> None:
+    top, left = corner
+    expected = shown(None, None)[:, top : top + size[0], left : left + size[1]]
+    torch.testing.assert_close(shown(size, corner), expected, rtol=0, atol=1e-6)
+
+
+def test_a_larger_canvas_lies_around_the_trained_one() -> None:
+    large = shown((16, 20), None)
+    torch.testing.assert_close(large[:, 4:12, 4:16], shown(None, None), rtol=0, atol=1e-6)
+    assert large[1, 0, 0].item() == pytest.approx(-1 - 4 * 2 / 7, rel=1e-5)
+    assert large[0, 0, -1].item() == pytest.approx(1 + 4 * 2 / 11, rel=1e-5)
+
+
+def test_a_smaller_region_is_in_the_middle() -> None:
+    torch.testing.assert_close(shown((4, 6), None), shown((4, 6), (2, 3)), rtol=0, atol=0)
+
+
+def test_overlapping_regions_of_a_pixelwise_denoiser_agree() -> None:
+    """The noise belongs to the place, so a region is a cut-out of the larger image."""
+    a = sample(blend, seeds=FIVE, channels=3, canvas=CANVAS, config=FAST, size=(20, 20),
+               corner=(-6, -4))  # fmt: skip
+    b = sample(blend, seeds=FIVE, channels=3, canvas=CANVAS, config=FAST)
+    torch.testing.assert_close(a[:, :, 6:14, 4:16], b, rtol=0, atol=1e-6)
+
+
+def test_regions_of_a_model() -> None:
+    pipe = pipeline()
+    assert pipe.sample(1, config=FAST, size=(5, 7), corner=(1, 1)).shape == (1, 5, 7, 3)
+    assert pipe.sample(1, config=FAST, size=(20, 16)).shape == (1, 20, 16, 3)
+
+
+# ---- Classes and guidance ----
+
+
+def test_classes_by_name_and_number() -> None:
+    pipe = pipeline()
+
+    def labels(*classes: str | int) -> list[int]:
+        found = pipe.labels(5, classes)
+        assert found is not None
+        return found.tolist()
+
+    assert labels("dog") == [1] * 5
+    assert labels("dog", "cat") == [1, 0, 1, 0, 1]
+    assert labels(1, "2", -1) == [1, 2, -1, 1, 2]
+    assert labels("7") == [2] * 5  # a name, although it looks like a number
+    assert labels() == [0, 1, 2, 0, 1]
+    everything = pipe.labels(4)
+    assert everything is not None and everything.tolist() == [0, 1, 2, 0]
+    assert pipeline(0).labels(4) is None
+
+
+@pytest.mark.parametrize("wanted", ["bird", 3, "3", -2, "1.0", "", "--1", "\u00b2"])
+def test_unknown_classes_are_listed(wanted: str | int) -> None:
+    with pytest.raises(ValueError, match=r"unknown class .*; this model has 0 cat, 1 dog, 2 7"):
+        pipeline().labels(1, [wanted])
+
+
+def test_a_model_without_classes_takes_none() -> None:
+    with pytest.raises(ValueError, match="was trained without classes"):
+        pipeline(0).sample(1, classes=[0])
+
+
+def test_classes_and_guidance_change_the_image() -> None:
+    pipe = pipeline()
+    a, b = (pipe.sample(1, classes=[c], config=FAST) for c in (0, 1))
+    c, d = (pipe.sample(1, classes=[0], config=replace(FAST, guidance=g)) for g in (1.0, 3.0))
+    assert not (a == b).all()
+    assert (a == c).all() and not (a == d).all()
+    null = pipe.sample(1, classes=[-1], config=FAST)
+    unguided = pipe.sample(1, classes=[0], config=replace(FAST, guidance=0.0))
+    assert abs(null.astype(int) - unguided).max() <= 1
+
+
+def test_guidance_needs_classes() -> None:
+    with pytest.raises(ValueError, match="needs class labels"):
+        pipeline(0).sample(1, config=replace(FAST, guidance=2.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"count": 0}, "count and batch must be at least 1, not 0 and 64"),
+        ({"batch": 0}, "count and batch must be at least 1"),
+        ({"size": (0, 4)}, r"positive height and width, not \(0, 4\)"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
+    ],
+)
+def test_impossible_options(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pipeline().sample(**{"count": 2, "config": FAST, **options})  # pyright: ignore[reportArgumentType]
+
+
+def test_churn_belongs_to_heun() -> None:
+    with pytest.raises(ValueError, match="churn works with the heun solver only"):
+        SamplerConfig(solver="euler", churn=Churn(amount=1.0))
+
+
+# ---- A run ----
+
+
+def test_a_run_samples_with_either_weights(finished: Path, tmp_path: Path) -> None:
+    averaged, raw = (load(finished, weights=w) for w in ("averaged", "raw"))
+    a, b = (p.sample(2, config=FAST) for p in (averaged, raw))
+    assert a.shape == (2, 16, 16, 3) and not (a == b).all()
+    moved = shutil.copytree(finished / "model", tmp_path / "elsewhere")
+    assert (load(moved).sample(2, config=FAST) == a).all()
+    low = load(finished, precision="bf16").sample(2, config=FAST)
+    assert abs(low.astype(int) - a).mean() < 8
