@@ -6,18 +6,15 @@ delete the file; the next run of this test writes it anew and fails once.
 
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
+from commands import Capture, fails, works
 from PIL import Image
 
 import patchdiffusion
 from patchdiffusion import cli
-from patchdiffusion.errors import Stop
 from patchdiffusion.files import read_json
 
 SMALL = [
@@ -27,7 +24,6 @@ SMALL = [
     "--watch.sample-steps", "1", "--watch.held-out", "2", "--images", "4", "--device", "cpu",
 ]  # fmt: skip
 SNAPSHOTS = Path(__file__).parent / "snapshots"
-Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(autouse=True)
@@ -39,24 +35,6 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(finished: Path, tmp_path: Path) -> Path:
     """A finished run that may be changed."""
     return Path(shutil.copytree(finished, tmp_path / "trained"))
-
-
-def fails(capsys: Capture, *arguments: object, code: int = 2) -> str:
-    """Run a command that must fail with one line, which is returned."""
-    capsys.readouterr()
-    assert cli.main([str(a) for a in arguments]) == code
-    lines = capsys.readouterr().err.splitlines()
-    told = [line for line in lines if line.startswith("patchdiffusion: error: ")]
-    # Progress bars and a line about a pack that is used again may stand before.
-    assert len(told) == 1 and lines[-1] == told[0], lines
-    assert "Traceback" not in "".join(lines)
-    return told[0].removeprefix("patchdiffusion: error: ")
-
-
-def works(capsys: Capture, *arguments: object) -> str:
-    capsys.readouterr()
-    assert cli.main([str(a) for a in arguments]) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
 
 
 def help_of(capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str) -> dict[str, str]:
@@ -123,120 +101,6 @@ def test_public_names_are_frozen() -> None:
     frozen("public-names", sorted(patchdiffusion.__all__))
     for name in patchdiffusion.__all__:
         assert getattr(patchdiffusion, name) is not None
-
-
-# ---- What is refused ----
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("fly", "unknown command 'fly'; commands are train, sample"),
-        ("train fly", "'fly' is neither an existing path nor a recipe; recipes are glyphs, folder"),
-        ("train glyphs --fly", "Unrecognized options: --fly"),
-        ("train glyphs extra", "extra"),
-        ("train glyphs --optim.lr -1", "lr must be positive and finite, not -1.0"),
-        ("train glyphs --optim.lr nan", "lr must be positive and finite, not nan"),
-        ("train glyphs --optim.lr", "--optim.lr"),
-        ("train glyphs --optim.lr fast", "--optim.lr: could not convert string to float: 'fast'"),
-        ("train glyphs --batch 2.5", "--batch: invalid literal for int"),
-        ("train glyphs --batch 0", "batch must be positive"),
-        ("train glyphs --images inf", "images must be positive and finite, not inf"),
-        ("train glyphs --data.resolution 7", "resolution is 7; allowed is one side or"),
-        ("train glyphs --data.resolution -64", "resolution is -64"),
-        ("train glyphs --data.channels 2", "--data.channels"),
-        ("train glyphs --clock hours", "--clock"),
-        ("train glyphs --keep 1", "keep must be at least 2, not 1"),
-        ("train glyphs --max-hours -1", "max_hours must be positive"),
-        ("train glyphs --patches.probs 0.5 0.2 0.2", "probs must be >= 0 and sum to 1"),
-        ("train glyphs --patches.fractions 1", "fractions and probs need the same length"),
-        ("train glyphs --precond.sigma-data 0", "sigma_data must be positive"),
-        ("train glyphs --noise.std 0", "std > 0"),
-        ("train glyphs --name a/b", "name must be usable as a folder name"),
-        ("train glyphs --optim.betas 0.9", "--optim.betas"),
-        ("train glyphs --optim.betas 0.9 1", "betas must lie in"),
-        ("train empty", "empty holds no images"),
-        ("train text", "1 of 1 images of text cannot be used"),
-        ("train cut", "1 of 1 images of cut cannot be used"),
-        ("train notes.txt", "notes.txt is a file of another kind"),
-        ("train pictures --out notes.txt", "notes.txt"),
-        ("train pictures --out notes.txt/run", "notes.txt"),
-        ("train pictures --out filled", "filled is not empty and holds no run"),
-        ("train pictures --start-from missing", "missing holds no model"),
-        ("train pictures --network.base 6", "base must be a positive multiple of 4, not 6"),
-        ("train pictures --network.attention 9", "attention must be levels in"),
-        ("train pictures --network.channels 1", "the images have 3 channels and the network 1"),
-        ("sample", "give the folder of a run or model"),
-        ("sample missing", "missing holds no model"),
-        ("sample filled", "filled holds no model"),
-        ("sample trained --steps 0", "at least 1 step, not 0"),
-        ("sample trained --steps many", "--steps"),
-        ("sample trained --count 0", "count and batch must be at least 1"),
-        ("sample trained --classes zebra", "unknown class 'zebra'; this model has 0 a, 1 b"),
-        ("sample trained --guidance -1", "guidance must be >= 0"),
-        ("sample trained --guidance nan", "guidance must be >= 0"),
-        ("sample trained --size 0 4", "positive height and width"),
-        ("sample trained --seed 99999999999999999999", "seeds must be 64-bit integers"),
-        ("sample trained --sigma-min 0", "sigma_min"),
-        ("sample trained --solver euler --churn.amount 3", "churn works with the heun solver only"),
-        ("sample trained --out filled", "filled exists and is not empty; nothing is overwritten"),
-        ("sample trained --out notes.txt", "notes.txt exists and is not empty"),
-        ("prepare", "give the images"),
-        ("prepare missing", "'missing' does not exist"),
-        ("prepare pictures --resolution 7", "resolution is 7"),
-        ("prepare pictures --holdout 0.9", "holdout is 0.9"),
-        ("prepare pictures --background no-colour", "no-colour"),
-        ("prepare pictures --out notes.txt", "notes.txt is a file"),
-        ("report", "give the folder of a run"),
-        ("report missing", "missing holds no run"),
-        ("doctor --steps 0", "steps must be at least 1, not 0"),
-    ],
-)
-def test_errors_are_one_line(
-    arguments: str, message: str, tmp_path: Path, images: Path, finished: Path, capsys: Capture
-) -> None:
-    for name in ("empty", "text", "cut", "filled"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "text" / "a.png").write_text("hello")
-    data = (images / "a" / "00.png").read_bytes()
-    (tmp_path / "cut" / "a.png").write_bytes(data[: len(data) // 2])
-    (tmp_path / "filled" / "letter").write_text("dear")
-    (tmp_path / "notes.txt").write_text("note")
-    (tmp_path / "pictures").symlink_to(images)
-    if "trained" in arguments:
-        shutil.copytree(finished, tmp_path / "trained")
-    before = tiny.digests(tmp_path)
-    assert message in fails(capsys, *arguments.split())
-    assert tiny.digests(tmp_path) == before
-    assert not (tmp_path / "runs").exists() and not (tmp_path / "trained/generated").exists()
-
-
-def test_exit_codes_of_stops(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    def command(error: BaseException) -> Callable[[object], None]:
-        def run(arguments: object) -> None:
-            raise error
-
-        return run
-
-    for error, code, text in (
-        (Stop("no checkpoint\nis valid", code=25), 25, "no checkpoint is valid"),
-        (PermissionError(13, "Permission denied", "/run"), 2, "Permission denied: '/run'"),
-        (ImportError("x is needed"), 2, "x is needed"),
-        (ValueError(), 2, "ValueError"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-    ):
-        monkeypatch.setitem(cli.COMMANDS, "train", (command(error), ""))
-        assert text in fails(capsys, "train", code=code)
-
-
-def test_from_the_shell(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "patchdiffusion", "train", "fly"],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.startswith("patchdiffusion: error: 'fly' is neither")
-    assert done.stderr.count("\n") == 1 and done.stdout == ""
 
 
 # ---- What works ----

@@ -1,23 +1,17 @@
-"""Checkpoints, and how a run is found again: damaged, changed, started elsewhere, set aside."""
+"""Checkpoints on disk."""
 
 import shutil
 import stat
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from PIL import Image
 
-from patchdiffusion import load_model
-from patchdiffusion.errors import Stop
-from patchdiffusion.files import read_json, write_json
+from patchdiffusion.files import write_json
 from patchdiffusion.nets.unet import SongUNet
-from patchdiffusion.report import read_log
-from patchdiffusion.train import checkpoint, loop, resume
-from patchdiffusion.train.config import DataConfig, OptimConfig, WatchConfig
+from patchdiffusion.train import checkpoint
 
 CPU = torch.device("cpu")
 TENSORS = {"weights": {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(2.0)}}
@@ -137,180 +131,3 @@ def test_a_strange_manifest_is_a_fault(manifest: object, tmp_path: Path) -> None
     folder = checkpoint.save(tmp_path, 1, TENSORS, {}, keep=2)
     write_json(folder / "manifest.json", manifest)
     assert checkpoint.fault(folder) is not None
-
-
-# ---- Runs with damaged checkpoints ----
-
-
-@pytest.mark.parametrize(("name", "damage"), [("weights.safetensors", flip), ("state.json", empty)])
-def test_a_damaged_checkpoint_is_skipped(
-    name: str,
-    damage: Callable[[Path], None],
-    images: Path,
-    finished: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    damage(folder / "checkpoints" / NEWEST / name)
-    tiny.run(tiny.config(images), folder)
-    out = capsys.readouterr().out
-    assert f"warning: skipping a checkpoint: {folder / 'checkpoints' / NEWEST / name}" in out
-    assert f"resume    at step 3 from {folder / 'checkpoints' / OLDER}" in out
-    assert tiny.history(folder) == tiny.history(finished)
-    assert tiny.weights(folder) == tiny.weights(finished)
-    assert checkpoint.fault(folder / "checkpoints" / NEWEST) is None
-
-
-def test_without_a_valid_checkpoint_nothing_is_done(
-    images: Path, finished: Path, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    for file in (folder / "checkpoints").glob("*/weights.safetensors"):
-        flip(file)
-    before = tiny.digests(folder)
-    with pytest.raises(Stop, match=r"no checkpoint in .* is valid; --fresh starts again") as caught:
-        tiny.run(tiny.config(images), folder)
-    assert caught.value.code == 25
-    assert tiny.digests(folder) == before
-
-
-def test_an_unfinished_checkpoint_is_no_checkpoint(
-    images: Path, finished: Path, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    (folder / "checkpoints" / NEWEST).rename(folder / "checkpoints" / (NEWEST + ".tmp"))
-    tiny.run(tiny.config(images), folder)
-    assert tiny.weights(folder) == tiny.weights(finished)
-    assert (folder / "checkpoints" / NEWEST).is_dir()
-
-
-def test_a_run_that_died_before_its_first_checkpoint_begins_again(
-    images: Path, finished: Path, tmp_path: Path
-) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    shutil.rmtree(folder / "checkpoints")
-    tiny.run(tiny.config(images), folder)
-    assert tiny.weights(folder) == tiny.weights(finished)
-    assert tiny.history(folder) == tiny.history(finished)
-
-
-# ---- Fresh, and from other weights ----
-
-
-def test_fresh_sets_aside(images: Path, finished: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    before = tiny.digests(folder)
-    config = tiny.config(images, steps=1, seed=9)
-    with pytest.raises(ValueError, match="another configuration"):
-        tiny.run(config, folder)
-    assert tiny.digests(folder) == before
-    tiny.run(config, folder, fresh=True)
-    assert tiny.digests(tmp_path / "run.old-1") == before
-    assert len(tiny.history(folder)) == 1
-    tiny.run(config, folder, fresh=True)
-    assert stored(tmp_path) == ["run", "run.old-1", "run.old-2"]
-
-
-def test_fresh_needs_no_older_run(images: Path, tmp_path: Path) -> None:
-    tiny.run(tiny.config(images, steps=1), tmp_path / "run", fresh=True)
-    assert stored(tmp_path) == ["run"]
-
-
-def test_fresh_leaves_other_folders_alone(images: Path, tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
-        tiny.run(tiny.config(images, steps=1), tmp_path, fresh=True)
-    assert stored(tmp_path) == ["letter.txt"]
-
-
-def test_start_from_the_averaged_weights(images: Path, finished: Path, tmp_path: Path) -> None:
-    config = tiny.config(images, seed=77)
-    for path in (finished, finished / "model"):
-        training = tiny.training(config, tmp_path / "run", start_from=path)
-        resume.begin(training)
-        expected = load_model(finished).network.state_dict()
-        for network in (training.network, training.ema.network):
-            state = network.state_dict()
-            assert all(torch.equal(state[name], value) for name, value in expected.items())
-        assert training.state.step == 0
-        shutil.rmtree(tmp_path / "run")
-
-
-def test_coordinates_may_be_gained(images: Path, tmp_path: Path) -> None:
-    without = replace(tiny.NETWORK, coordinates=False)
-    old = tiny.run(tiny.config(images, steps=2, network=without), tmp_path / "old")
-    training = tiny.training(tiny.config(images), tmp_path / "new", start_from=old)
-    resume.begin(training)
-    given, state = load_model(old).network.state_dict(), training.network.state_dict()
-    assert all(torch.equal(state[name], value) for name, value in given.items())
-    gained = [state[name] for name in state if name not in given]
-    assert gained and not any(value.any() for value in gained)
-    loop.one_step(training)  # the warm-up begins with a rate of zero
-    loop.one_step(training)
-    assert training.network.get_parameter("stem.coordinates.weight").any()
-
-
-def test_a_network_of_another_shape_is_refused(
-    images: Path, finished: Path, tmp_path: Path
-) -> None:
-    for network in (replace(tiny.NETWORK, base=8), replace(tiny.NETWORK, coordinates=False)):
-        config = tiny.config(images, network=network)
-        with pytest.raises(ValueError, match=r"cannot start from .* differs in \d+ tensors"):
-            tiny.run(config, tmp_path / "run", start_from=finished)
-        assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="holds no model"):
-        tiny.run(tiny.config(images), tmp_path / "run", start_from=tmp_path / "missing")
-
-
-# ---- Changes between two starts ----
-
-
-def test_another_data_set_is_refused_unless_allowed(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    other = tiny.write_images(tmp_path / "images")
-    Image.fromarray(255 - tiny.picture(0)).save(other / "a" / "00.png")
-    config = tiny.config(other, steps=5)
-    before = tiny.digests(folder)
-    with pytest.raises(ValueError, match=r"the data is not what .* was trained on"):
-        tiny.run(config, folder)
-    assert tiny.digests(folder) == before
-    tiny.run(config, folder, allow_data_change=True)
-    records = [r for r in read_log(folder) if r["kind"] == "data change"]
-    assert len(records) == 1
-    assert records[0]["before"] != records[0]["after"]
-    assert len(tiny.history(folder)) == 5
-
-
-def test_moved_data_is_the_same_data(finished: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    moved = tiny.write_images(tmp_path / "elsewhere" / "images")
-    tiny.run(tiny.config(moved, steps=5), folder)
-    assert len(tiny.history(folder)) == 5
-    assert read_json(folder / "config.json")["data"]["path"] == str(moved)
-
-
-def test_what_may_change_does(images: Path, finished: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    watch = WatchConfig(status=10**6, samples=1, grid=3, sample_steps=1, held_out=0)
-    config = tiny.config(images, steps=5, name="other", micro_batch=2, watch=watch)
-    config = replace(config, optim=replace(config.optim, max_skips=3))
-    tiny.run(config, folder)
-    assert len(tiny.history(folder)) == 5
-    assert "held_out" not in read_log(folder)[-1]
-
-
-def test_what_may_not_change_is_listed(images: Path, finished: Path) -> None:
-    config = tiny.config(images, batch=8, optim=OptimConfig(lr=0.5))
-    with pytest.raises(ValueError) as caught:
-        tiny.run(config, finished)
-    for text in ("batch: 4 -> 8", "optim.lr: 0.01 -> 0.5", "optim.warmup: 0.1 -> 0.02"):
-        assert text in str(caught.value)
-
-
-def test_resolution_is_another_run(images: Path, finished: Path) -> None:
-    config = tiny.config(images, data=DataConfig(path=str(images), resolution=8))
-    with pytest.raises(ValueError, match=r"data\.resolution: None -> 8"):
-        tiny.run(config, finished)

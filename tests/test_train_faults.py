@@ -24,7 +24,6 @@ from patchdiffusion.train import checkpoint, loop, resume, setup, watch
 from patchdiffusion.train.config import OptimConfig
 from patchdiffusion.train.log import RunLog
 
-
 Capture = pytest.CaptureFixture[str]
 
 

@@ -66,9 +66,9 @@ def _one_line_errors(arguments: Sequence[str]):
 
 
 def _first_paragraph(box: str) -> str:
-    """What stands in a box of tyro's above its first rule."""
-    rows = [line.strip().strip("\u2502").strip() for line in box.splitlines()]  # vertical bars
-    body = [row for row in rows if not row.startswith("\u256d")]  # without the title
-    lines = itertools.takewhile(lambda row: row and row[0] not in "\u2500\u2570", body)
+    """What stands in a box of tyro's, drawn in Unicode or ASCII, above its first inner rule."""
+    rows = [line.strip().strip("\u2502").strip() for line in box.strip().splitlines()]
+    body = rows[1:] if box.lstrip().startswith("\u256d") else rows[2:]  # without the title
+    lines = itertools.takewhile(lambda row: row and set(row) - set("-\u2500\u2570\u256f"), body)
     text = " ".join(lines) or "the arguments could not be understood"
     return re.sub(r"^Error parsing (config\.|run: |config: )?", "", text)

@@ -50,13 +50,20 @@ class UNetConfig:
     """Share of features dropped in every block while training."""
 
     def __post_init__(self) -> None:
-        for name, least in (("channels", 1), ("blocks", 1), ("num_classes", 0), ("augment_dim", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if self.base < 4 or self.base % 4:
-            raise ValueError(f"base must be a positive multiple of 4, not {self.base}")
-        if not self.mult or min(self.mult) < 1:
-            raise ValueError(f"mult must be one or more positive integers, not {self.mult}")
+        # The upper limits only catch slips: far below them a network fits no machine.
+        for name, least, most in (
+            ("channels", 1, 4096),
+            ("blocks", 1, 64),
+            ("num_classes", 0, 10**6),
+            ("augment_dim", 0, 4096),
+        ):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ValueError(f"{name} must lie in [{least}, {most}], not {value}")
+        if not 4 <= self.base <= 4096 or self.base % 4:
+            raise ValueError(f"base must be a multiple of 4 in [4, 4096], not {self.base}")
+        if not 1 <= len(self.mult) <= 12 or not all(1 <= m <= 64 for m in self.mult):
+            raise ValueError(f"mult must be 1 to 12 integers in [1, 64], not {self.mult}")
         if any(not 0 <= level < self.levels for level in self.attention):
             raise ValueError(
                 f"attention must be levels in [0, {self.levels - 1}], not {self.attention}"

@@ -1,0 +1,25 @@
+"""Commands that must work or fail."""
+
+import pytest
+
+from patchdiffusion import cli
+
+Capture = pytest.CaptureFixture[str]
+
+
+def fails(capsys: Capture, *arguments: object, code: int = 2) -> str:
+    """Run a command that must fail with one line, which is returned."""
+    capsys.readouterr()
+    assert cli.main([str(a) for a in arguments]) == code
+    lines = capsys.readouterr().err.splitlines()
+    told = [line for line in lines if line.startswith("patchdiffusion: error: ")]
+    # Progress bars and a line about a pack that is used again may stand before.
+    assert len(told) == 1 and lines[-1] == told[0], lines
+    assert not any(noise in told[0] for noise in ("---", "\u2500", "helptext", "Error parsing"))
+    return told[0].removeprefix("patchdiffusion: error: ")
+
+
+def works(capsys: Capture, *arguments: object) -> str:
+    capsys.readouterr()
+    assert cli.main([str(a) for a in arguments]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out

@@ -1,0 +1,75 @@
+"""A stepper to try things on."""
+
+from dataclasses import replace
+
+import numpy as np
+import tiny
+import torch
+from torch import Tensor
+
+from patchdiffusion.data.feed import Feed
+from patchdiffusion.denoiser import EDM, NetDenoiser
+from patchdiffusion.losses import DenoisingLoss, Objective
+from patchdiffusion.nets.unet import SongUNet
+from patchdiffusion.patches import Group, PatchLaw, PatchPlan
+from patchdiffusion.train.config import OptimConfig
+from patchdiffusion.train.state import Meter
+from patchdiffusion.train.step import Stepper
+
+CANVAS = (8, 8)
+IMAGES = torch.from_numpy(np.stack([tiny.picture(n, 8) for n in range(12)]))
+LABELS = torch.arange(12) % 2
+FREE = OptimConfig(clip=1e9, warmup=0.0)
+GROUPS = PatchPlan(CANVAS, 6, tiny.LAW, 2).draw(seed=0, step=0)  # 3 of 8x8, 6 of 4x4
+WHOLE = PatchPlan(CANVAS, 6, PatchLaw.whole(), 2).draw(seed=0, step=0)
+
+
+def make(
+    objective: Objective | None = None,
+    *,
+    network: SongUNet | None = None,
+    config: OptimConfig = FREE,
+    micro_batch: int | None = None,
+    precision: str = "fp32",
+) -> tuple[Stepper, SongUNet]:
+    """A stepper around a network in which every weight matters, and a network."""
+    if network is None:
+        network = SongUNet(replace(tiny.NETWORK, dropout=0.1))
+        tiny.randomise(network)
+    stepper = Stepper(
+        NetDenoiser(network, EDM()),
+        objective or DenoisingLoss(),
+        list(network.parameters()),
+        Feed(IMAGES, LABELS, torch.arange(12), seed=7, flip=True),
+        config=config,
+        canvas=CANVAS,
+        micro_batch=micro_batch,
+        precision=precision,
+    )
+    return stepper, network
+
+
+def take(
+    stepper: Stepper, groups: tuple[Group, ...] = GROUPS, *, step: int = 0, progress: float = 0.5
+) -> dict[str, float]:
+    meter = Meter()
+    stepper(groups, meter, step=step, position=9 * step, progress=progress)
+    return meter.read()
+
+
+def gradients(network: torch.nn.Module) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return {name: gradient.clone() for name, gradient in found.items()}
+
+
+def everything(stepper: Stepper, network: torch.nn.Module) -> dict[str, Tensor]:
+    """Weights, moments and step counts."""
+    state = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for i, p in enumerate(stepper.parameters):
+        for name, value in stepper.optimizer.state.get(p, {}).items():
+            state[f"{i}/{name}"] = value.clone()
+    return state
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -1,0 +1,145 @@
+"""What the command line refuses: one line and an exit code, never a traceback."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from commands import Capture, fails
+
+from patchdiffusion import cli
+from patchdiffusion.errors import Stop
+
+
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("fly", "unknown command 'fly'; commands are train, sample"),
+        ("train fly", "'fly' is neither an existing path nor a recipe; recipes are glyphs, folder"),
+        ("train glyphs --fly", "Unrecognized options: --fly"),
+        ("train glyphs extra", "extra"),
+        ("train glyphs --optim.lr -1", "lr must be positive and finite, not -1.0"),
+        ("train glyphs --optim.lr nan", "lr must be positive and finite, not nan"),
+        ("train glyphs --optim.lr", "--optim.lr"),
+        ("train glyphs --optim.lr fast", "--optim.lr: could not convert string to float: 'fast'"),
+        ("train glyphs --batch 2.5", "--batch: invalid literal for int"),
+        ("train glyphs --batch 0", "batch must be positive"),
+        ("train glyphs --images inf", "images must be positive and finite, not inf"),
+        ("train glyphs --data.resolution 7", "resolution is 7; allowed is one side or"),
+        ("train glyphs --data.resolution -64", "resolution is -64"),
+        ("train glyphs --data.channels 2", "--data.channels"),
+        ("train glyphs --clock hours", "--clock"),
+        ("train glyphs --keep 1", "keep must be at least 2, not 1"),
+        ("train glyphs --max-hours -1", "max_hours must be positive"),
+        ("train glyphs --patches.probs 0.5 0.2 0.2", "probs must be >= 0 and sum to 1"),
+        ("train glyphs --patches.fractions 1", "fractions and probs need the same length"),
+        ("train glyphs --precond.sigma-data 0", "sigma_data must be positive"),
+        ("train glyphs --noise.std 0", "std > 0"),
+        ("train glyphs --name a/b", "name must be usable as a folder name"),
+        ("train glyphs --optim.betas 0.9", "--optim.betas"),
+        ("train glyphs --optim.betas 0.9 1", "betas must lie in"),
+        ("train empty", "empty holds no images"),
+        ("train text", "1 of 1 images of text cannot be used"),
+        ("train cut", "1 of 1 images of cut cannot be used"),
+        ("train notes.txt", "notes.txt is a file of another kind"),
+        ("train pictures --out notes.txt", "notes.txt"),
+        ("train pictures --out notes.txt/run", "notes.txt"),
+        ("train pictures --out filled", "filled is not empty and holds no run"),
+        ("train pictures --start-from missing", "missing holds no model"),
+        ("train pictures --network.base 6", "base must be a multiple of 4 in [4, 4096], not 6"),
+        ("train pictures --network.attention 9", "attention must be levels in"),
+        ("train pictures --network.channels 1", "the images have 3 channels and the network 1"),
+        ("sample", "give the folder of a run or model"),
+        ("sample missing", "missing holds no model"),
+        ("sample filled", "filled holds no model"),
+        ("sample trained --steps 0", "at least 1 step, not 0"),
+        ("sample trained --steps many", "--steps"),
+        ("sample trained --count 0", "count and batch must be at least 1"),
+        ("sample trained --classes zebra", "unknown class 'zebra'; this model has 0 a, 1 b"),
+        ("sample trained --guidance -1", "guidance must be >= 0"),
+        ("sample trained --guidance nan", "guidance must be >= 0"),
+        ("sample trained --size 0 4", "positive height and width"),
+        ("sample trained --seed 99999999999999999999", "seeds must be 64-bit integers"),
+        ("sample trained --sigma-min 0", "sigma_min"),
+        ("sample trained --solver euler --churn.amount 3", "churn works with the heun solver only"),
+        ("sample trained --out filled", "filled exists and is not empty; nothing is overwritten"),
+        ("sample trained --out notes.txt", "notes.txt exists and is not empty"),
+        ("prepare", "give the images"),
+        ("prepare missing", "'missing' does not exist"),
+        ("prepare pictures --resolution 7", "resolution is 7"),
+        ("prepare pictures --holdout 0.9", "holdout is 0.9"),
+        ("prepare pictures --background no-colour", "no-colour"),
+        ("prepare pictures --out notes.txt", "notes.txt is a file"),
+        ("report", "give the folder of a run"),
+        ("report missing", "missing holds no run"),
+        ("doctor --steps 0", "steps must be at least 1, not 0"),
+    ],
+)
+def test_errors_are_one_line(
+    arguments: str, message: str, tmp_path: Path, images: Path, finished: Path, capsys: Capture
+) -> None:
+    for name in ("empty", "text", "cut", "filled"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text" / "a.png").write_text("hello")
+    data = (images / "a" / "00.png").read_bytes()
+    (tmp_path / "cut" / "a.png").write_bytes(data[: len(data) // 2])
+    (tmp_path / "filled" / "letter").write_text("dear")
+    (tmp_path / "notes.txt").write_text("note")
+    (tmp_path / "pictures").symlink_to(images)
+    if "trained" in arguments:
+        shutil.copytree(finished, tmp_path / "trained")
+    before = tiny.digests(tmp_path)
+    assert message in fails(capsys, *arguments.split())
+    assert tiny.digests(tmp_path) == before
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "trained/generated").exists()
+
+
+@pytest.mark.parametrize("boxes", [True, False])
+def test_errors_of_flags_in_any_terminal(
+    boxes: bool, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Unicode cannot be shown, the help is drawn with other characters."""
+    monkeypatch.setattr("tyro._fmtlib._FORCE_UTF8_BOXES", boxes)
+    for flags, message in (
+        ("--network.base 6", "network: base must be a multiple of 4 in [4, 4096], not 6"),
+        ("--batch x", "--batch: invalid literal for int() with base 10: 'x'"),
+        ("--watch.grd 3", "Unrecognized options: --watch.grd, 3"),
+        ("--optim.betas 1", "Missing value for argument '--optim.betas'. Expected 2 values."),
+    ):
+        assert fails(capsys, "train", "glyphs", *flags.split()) == message
+
+
+def test_exit_codes_of_stops(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(error: BaseException) -> Callable[[object], None]:
+        def run(arguments: object) -> None:
+            raise error
+
+        return run
+
+    for error, code, text in (
+        (Stop("no checkpoint\nis valid", code=25), 25, "no checkpoint is valid"),
+        (PermissionError(13, "Permission denied", "/run"), 2, "Permission denied: '/run'"),
+        (ImportError("x is needed"), 2, "x is needed"),
+        (ValueError(), 2, "ValueError"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ):
+        monkeypatch.setitem(cli.COMMANDS, "train", (command(error), ""))
+        assert text in fails(capsys, "train", code=code)
+
+
+def test_from_the_shell(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "patchdiffusion", "train", "fly"],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("patchdiffusion: error: 'fly' is neither")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
