@@ -100,8 +100,8 @@ def glyphs(facts: Facts) -> TrainConfig:
         precond=EDM(sigma_data=0.7),
         noise=LogNormal(mean=-0.7),
         optim=OptimConfig(lr=3e-3, cooldown=0.4),
-        batch=16,
-        images=14_000,
+        batch=32,
+        images=12_000,
         watch=WatchConfig(status=40, samples=4),
     )
 
