@@ -83,5 +83,5 @@ def _default(what: str, flags: Sequence[str]) -> TrainConfig:
         return replace(stored, data=replace(stored.data, path=early.data.path))
     pack = prepare_data(early.data)
     chosen = recipe(Facts.of(pack, early.data.path, early.device))
-    print(f"recipe    {recipe.__name__}: {' '.join((recipe.__doc__ or '').split('. ')[0].split())}")
+    print(f"recipe    {recipe.__name__}: {(recipe.__doc__ or '').strip().splitlines()[0]}")
     return replace(chosen, name=name, data=replace(early.data, flip=chosen.data.flip))

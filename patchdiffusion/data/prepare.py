@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -72,8 +71,6 @@ def prepare(
     target = None if out is None else Path(out).expanduser()
     found = _existing(source, options, target)
     if found is not None:
-        if progress:
-            print(f"using the pack {found.path}: same data, same options", file=sys.stderr)
         return found
     if len(source) == 0:
         raise ValueError(f"{source.name} holds no images")

@@ -147,8 +147,9 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack) -> Training:
     canvas = (pack.images.shape[1], pack.images.shape[2])
     plan = config.plan(canvas)
     sizes = tuple(k.size for k in plan.sizes)
-    network = build(config.network, seed=config.seed).to(device)
-    network.to(memory_format=torch.channels_last)  # as crops come; 5 % faster on a CPU
+    network = build(config.network, seed=config.seed)
+    # Weights as crops come, channels last: 5 % faster on a CPU.
+    network = network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     feed = Feed(
         pack.images,
         training_labels(config, pack),
