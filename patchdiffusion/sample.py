@@ -10,9 +10,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from patchdiffusion import rng
+from patchdiffusion.bar import progress_bar
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.guidance.cfg import CFG
@@ -159,7 +159,7 @@ class Pipeline:
             raise ValueError(f"a size needs positive height and width, not {size}")
         labels = self.labels(count, classes)
         with (
-            tqdm(total=count, unit="image", disable=not progress) as bar,
+            progress_bar(count, "image", disable=not progress) as bar,
             torch.autocast(
                 self.model.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
             ),

@@ -14,8 +14,8 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
+from patchdiffusion.bar import progress_bar
 from patchdiffusion.data.decode import fit, is_grey, to_uint8
 from patchdiffusion.data.example import MAX_LABEL, BadImage, Source
 from patchdiffusion.data.pack import Pack, pack_writer
@@ -151,7 +151,7 @@ def _make(
     report = Report(len(source), ignored=dict(getattr(source, "ignored", {})))
     report.notes = [*plan.notes, *getattr(source, "notes", ())]
     complaints = target.with_name(target.name + ".bad.txt")
-    bar = tqdm(total=len(source), desc=source.name, unit="img", disable=not progress)
+    bar = progress_bar(len(source), "image", name=source.name, disable=not progress)
     with bar, folder_atomic(target) as folder:
         with pack_writer(folder, plan.shape()) as writer:
             for result in _results(source, plan, options, workers):

@@ -93,4 +93,8 @@ def load_optimizer(
     parameters = dict(network.named_parameters())
     for path, value in tensors.items():
         name, entry = path.rsplit("/", 1)
-        optimizer.state[parameters[name]][entry] = value
+        parameter = parameters[name]
+        if value.shape == parameter.shape:
+            # Fused optimizers walk through memory: the layout must be that of the parameter.
+            value = torch.empty_like(parameter).copy_(value)
+        optimizer.state[parameter][entry] = value
