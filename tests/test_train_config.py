@@ -132,13 +132,6 @@ def test_the_folder_of_a_run() -> None:
 # ---- Which run a folder holds ----
 
 
-def test_free_fields_exist() -> None:
-    for path in FREE:
-        value: object = TrainConfig()
-        for name in path.split("."):
-            value = getattr(value, name)
-
-
 def test_the_configuration_is_stored_exactly(tmp_path: Path) -> None:
     config, folder = TrainConfig(seed=5, patches=PatchLaw.paper(0.25)), tmp_path / "new" / "run"
     assert stored_config(folder) is None
