@@ -71,4 +71,4 @@ def _first_paragraph(box: str) -> str:
     body = rows[1:] if box.lstrip().startswith("\u256d") else rows[2:]  # without the title
     lines = itertools.takewhile(lambda row: row and set(row) - set("-\u2500\u2570\u256f"), body)
     text = " ".join(lines) or "the arguments could not be understood"
-    return re.sub(r"^Error parsing (config\.|run: |config: )?", "", text)
+    return re.sub(r"^Error parsing (config\.|run: |config: |\w+Arguments: )?", "", text)

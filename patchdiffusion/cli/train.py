@@ -17,9 +17,9 @@ from patchdiffusion.train.setup import prepare_data
 
 DESCRIPTION = (
     "Train on images. The first argument is a folder, zip, array or pack of images, or one of the "
-    f"recipes {', '.join(recipes.RECIPES)}; a path gets the recipe 'folder', which chooses by "
-    "resolution, number of images and hardware. The same command again goes on with the run; "
-    "flags then change the stored configuration as far as it remains the same run."
+    f"recipes {', '.join(recipes.RECIPES)}, or a run to go on with; images get the recipe "
+    "'folder', which chooses by resolution, number and hardware. The same command again goes on "
+    "with the run; flags then change the stored configuration as far as it remains the same run."
 )
 
 
@@ -46,6 +46,9 @@ def main(arguments: Sequence[str]) -> None:
     """Choose the defaults, let the flags change them, train."""
     first, flags = take_first(arguments)
     what = first or "glyphs"
+    run = stored_config(Path(what))  # the folder of a run goes on with that run
+    if run is not None:
+        what, flags = run.data.path, [*flags, "--out", what]
     try:
         _parse(flags, _generic(what))  # wrong flags are found before any data is read
     except ValueError as error:

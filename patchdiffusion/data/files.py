@@ -189,10 +189,8 @@ def _source(name: str, path: Path, listing: _Listing, read: Callable[[str], byte
     ignored = dict(listing.ignored.most_common())
     if not listing.entries:
         others = ", ".join(f"{kind} {count}" for kind, count in ignored.items())
-        found = f"only other files ({others})" if ignored else "nothing"
-        raise ValueError(
-            f"{path} holds no images but {found}; images end in {' '.join(sorted(EXTENSIONS))}"
-        )
+        found = f"no images, only other files ({others})" if ignored else "no files"
+        raise ValueError(f"{path} holds {found}; images end in {' '.join(sorted(EXTENSIONS))}")
     entries = sorted(listing.entries, key=lambda entry: natural(entry[0]))
     keys = tuple(entry[0] for entry in entries)
     labels = None

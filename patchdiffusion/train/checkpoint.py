@@ -42,10 +42,18 @@ def _folders(root: Path) -> list[Path]:
     return sorted((f for f in found if f.name[5:].isdigit()), reverse=True)
 
 
+def clear_unfinished(root: Path) -> None:
+    """Delete what a killed save has left; a finished checkpoint has another name."""
+    for folder in root.glob("step-*.tmp"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in one line, or None."""
     try:
         files = read_json(folder / "manifest.json")["files"]
+        if "state.json" not in files:
+            return f"{folder}: the manifest does not list state.json"
         for name, facts in files.items():
             if "/" in name or "\\" in name or name.startswith("."):
                 return f"{folder}: the manifest names a file outside the folder: {name}"

@@ -16,7 +16,7 @@ from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
 from patchdiffusion.train.resume import begin, save
 from patchdiffusion.train.setup import Training, assemble, prepare_data
-from patchdiffusion.train.status import Status, show_samples
+from patchdiffusion.train.status import Status, picture_of, show_samples
 
 
 def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
@@ -34,6 +34,9 @@ def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
         return training.folder
     begin(training)
     if training.finished:
+        if not picture_of(training).exists():  # it was killed after its last checkpoint
+            show_samples(training)
+        training.log.status("finished", **_place(training))
         training.log.say(f"{training.folder} is finished; a larger --images extends it")
         return training.folder
     try:

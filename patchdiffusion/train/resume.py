@@ -8,7 +8,7 @@ from torch import nn
 from patchdiffusion.errors import Stop
 from patchdiffusion.model import load_model, save_model
 from patchdiffusion.train import checkpoint
-from patchdiffusion.train.folder import is_same_run, set_aside, stored_config, write_config
+from patchdiffusion.train.folder import is_same_run, set_aside, write_config
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import TrainState
 
@@ -19,9 +19,10 @@ def begin(training: Training) -> None:
     Everything that may be refused is checked before anything is written.
     """
     run, folder, log = training.run, training.folder, training.log
-    fresh = run.fresh and stored_config(folder) is not None
+    fresh = run.fresh and (folder / "config.json").exists()
     exists = not fresh and is_same_run(folder, training.config)
     training.describe()
+    checkpoint.clear_unfinished(folder / "checkpoints")
     if exists and _resume(training):
         write_config(folder, training.config)
         return

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -85,11 +86,16 @@ class Status:
             )
 
 
+def picture_of(training: Training) -> Path:
+    """The file of the grid that belongs to where the run stands."""
+    return training.folder / "samples" / f"{round(training.now):010d}.png"
+
+
 def show_samples(training: Training) -> None:
     """Sample the grid, measure the held-out loss, and warn if the samples are copies."""
     log = training.log
-    name = f"{round(training.now):010d}.png"
-    samples = training.watch.grid(training.averaged, training.folder / "samples" / name)
+    name = picture_of(training).name
+    samples = training.watch.grid(training.averaged, picture_of(training))
     facts = training.watch.measure(training.averaged, samples)
     log.record("watch", step=training.state.step, images=training.now, picture=name, **facts)
     told = f"        samples/{name}"
