@@ -1,9 +1,10 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Both make and reuse .venv.
 PYTHON ?= python3
+TORCH_ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test faults lint types wheel clean
+.PHONY: demo test lint types wheel clean
 
 demo: $(READY)
 	$(BIN)/patchdiffusion train glyphs $(or $(DEMO),--out demo)
@@ -26,7 +27,8 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -c constraints.txt "torch>=2.6" "hatchling>=1.27" "editables>=0.5"
+	$(BIN)/pip install --quiet -c constraints.txt $(TORCH_ARGS) "torch>=2.6"
+	$(BIN)/pip install --quiet -c constraints.txt "hatchling>=1.27" "editables>=0.5"
 	$(BIN)/pip install --quiet --no-build-isolation -c constraints.txt -e ".[dev]"
 	touch $(READY)
 

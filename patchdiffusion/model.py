@@ -62,6 +62,16 @@ class Model:
         return next(self.network.parameters()).device
 
 
+def pick_device(choice: torch.device | str = "auto") -> torch.device:
+    """cuda where there is one if `choice` is "auto"; raises `ValueError` if it cannot be had."""
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(choice)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available here; use --device cpu")
+    return device
+
+
 def build(config: UNetConfig, *, seed: int = 0) -> nn.Module:
     """A network whose initial weights are a function of the seed."""
     return NETWORKS[type(config)](config, seed=seed)

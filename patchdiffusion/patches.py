@@ -6,7 +6,7 @@ two coordinate channels, where each crop lies; it then samples whole images as u
 
     plan = PatchPlan(canvas=(64, 64), batch=32)
     for group in plan.draw(seed=0, step=step, progress=step / total):
-        crops, pos = random_crop(images[: group.count], group.size, key=keys)
+        crops, pos = random_crop(next_images(group.count), group.size, key=keys)
         loss += group.weight * denoising_loss(net, crops, pos).mean()
 """
 

@@ -41,9 +41,12 @@ def enlarge(picture: np.ndarray, shortest: int = 512) -> np.ndarray:
 
 
 def png(picture: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
-    """A PNG file of uint8 [H, W, C], C in 1, 3, 4, with text entries."""
-    if picture.shape[-1] == 1:
-        picture = picture[..., 0]
+    """A PNG file of uint8 [H, W, C] with text entries.
+
+    1 channel is grey, 3 are colour, 4 colour and alpha; of 2 the first is shown, of more three.
+    """
+    channels = picture.shape[-1]
+    picture = picture[..., 0] if channels < 3 else picture[..., : channels if channels < 5 else 3]
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_text(key, value)

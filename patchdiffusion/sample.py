@@ -2,8 +2,9 @@
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.bar import progress_bar
-from patchdiffusion.cond import Cond
+from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.guidance.cfg import CFG
-from patchdiffusion.model import Model, Weights, load_model
+from patchdiffusion.model import Model, Weights, load_model, pick_device
 from patchdiffusion.noise import karras, log_uniform
 from patchdiffusion.patches import Size
 from patchdiffusion.picture import to_uint8
@@ -102,9 +103,9 @@ def sample(
     config = config or SamplerConfig()
     size = size or canvas
     corner = corner or ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
-    denoiser = PatchDenoiser(denoiser, canvas, corner)
     if config.guidance != 1:
         denoiser = CFG(denoiser, config.guidance)
+    denoiser = PatchDenoiser(denoiser, canvas, corner)
     sigmas, solver = config.sigmas(), config.bound_solver()
     done = []
     for start in range(0, len(seeds), batch):
@@ -113,11 +114,37 @@ def sample(
         noise = functools.partial(_churn_noise, part, (channels, *size), dtype)
         x = noise_field(part, channels, corner, size).to(dtype) * sigmas[0].item()
         with torch.no_grad():
-            x = run(solver(denoiser, x, sigmas, cond=cond, noise=noise)).x
+            stamped = _Stamped(denoiser, next(_RUNS), part)
+            x = run(solver(stamped, x, sigmas, cond=cond, noise=noise)).x
         done.append(x.to("cpu", torch.float32))
         if progress:
             progress(len(part))
     return torch.cat(done)
+
+
+_RUNS = itertools.count()  # numbers trajectories, so that no cache mixes two of them
+
+
+@dataclass(frozen=True)
+class _Stamped:
+    """Completes the `Step` of a solver with the number of the trajectory and its seeds."""
+
+    denoiser: Denoiser
+    run: int
+    seeds: Tensor
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        step: Step | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        if step is not None:
+            step = replace(step, run=self.run, seeds=self.seeds)
+        return self.denoiser(x, sigma, cond, step=step, tape=tape)
 
 
 def _churn_noise(seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:
@@ -205,8 +232,8 @@ def load(
     path: Path | str,
     *,
     weights: Weights = "averaged",
-    device: torch.device | str = "cpu",
+    device: torch.device | str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Pipeline:
     """Load a run or model folder, ready to sample; see `load_model` for errors."""
-    return Pipeline(load_model(path, weights=weights, device=device), precision)
+    return Pipeline(load_model(path, weights=weights, device=pick_device(device)), precision)

@@ -56,7 +56,7 @@ class Churn:
     """S_churn, spread over the steps; at most sqrt(2) - 1 of the level is added in a step."""
     sigma_min: float = 0.0
     """Churn only at levels from here ..."""
-    sigma_max: float = math.inf
+    sigma_max: float = 1e6
     """... up to here."""
     scale: float = 1.0
     """S_noise, the standard deviation of the added noise; slightly above 1 keeps detail."""

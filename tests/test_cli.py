@@ -4,6 +4,7 @@ The list of flags and public names is frozen in `tests/snapshots`. After a chang
 delete the file; the next run of this test writes it anew and fails once.
 """
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,8 @@ from commands import Capture, fails, works
 from PIL import Image
 
 import patchdiffusion
-from patchdiffusion import cli
+from patchdiffusion import SamplerConfig, cli
+from patchdiffusion.codec import decode
 from patchdiffusion.files import read_json
 
 SMALL = [
@@ -173,7 +175,9 @@ def test_samples_say_where_they_are_from(trained: Path, capsys: Capture) -> None
             info = file.info
             assert file.size == (16, 16)
         assert (info["seed"], info["model"], info["class"]) == (str(seed), digest, label)
-        assert info["sampler"] == "heun 2 steps" and info["weights"] == "averaged"
+        sampler = decode(SamplerConfig, json.loads(info["sampler"]))
+        assert sampler == SamplerConfig(steps=2) and info["weights"] == "averaged"
+        assert json.loads(info["region"]) == {"size": None, "corner": None}
     with Image.open(folder / "grid.png") as file:
         assert file.info["seeds"] == "7-9"
 

@@ -142,7 +142,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_empty_places(tmp_path: Path):
-    assert "holds no images but nothing" in one_line(tree(tmp_path / "empty", []))
+    assert "holds no images" in one_line(tree(tmp_path / "empty", []))
     text = one_line(tree(tmp_path / "words", ["a.txt", "b.txt", "c.md"]))
     assert "only other files (.txt 2, .md 1)" in text and ".png" in text
 

@@ -230,3 +230,19 @@ def test_regions_of_a_model() -> None:
     pipe = pipeline()
     assert pipe.sample(1, config=FAST, size=(5, 7), corner=(1, 1)).shape == (1, 5, 7, 3)
     assert pipe.sample(1, config=FAST, size=(20, 16)).shape == (1, 20, 16, 3)
+
+
+def test_every_trajectory_has_a_number_and_its_seeds() -> None:
+    seen: list[Step] = []
+
+    def denoiser(x: torch.Tensor, sigma: object, cond: object = None, **given: object):
+        step = given["step"]
+        assert isinstance(step, Step)
+        seen.append(step)
+        return torch.zeros_like(x)
+
+    config = SamplerConfig(solver="euler", steps=2)
+    sample(denoiser, seeds=[5, 6, 7], channels=1, canvas=(4, 4), config=config, batch=2)
+    runs = [step.run for step in seen]
+    assert runs[0] == runs[1] != runs[2] == runs[3]
+    assert [s.seeds.tolist() for s in seen if s.seeds is not None] == [[5, 6], [5, 6], [7], [7]]

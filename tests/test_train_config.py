@@ -21,7 +21,6 @@ from patchdiffusion.train.config import (
     EMAConfig,
     OptimConfig,
     WatchConfig,
-    replace_network,
 )
 from patchdiffusion.train.folder import (
     check_disk,
@@ -118,7 +117,7 @@ def test_the_loss_weight_belongs_to_the_preconditioner() -> None:
 
 
 def test_the_plan_knows_the_network_and_the_batch() -> None:
-    config = replace_network(TrainConfig(batch=7), mult=(1, 1, 1, 1), attention=())
+    config = TrainConfig(batch=7, network=UNetConfig(mult=(1, 1, 1, 1), attention=()))
     plan = config.plan((48, 64))
     assert (plan.canvas, plan.batch, plan.divisor) == ((48, 64), 7, 8)
     assert plan.law == config.patches

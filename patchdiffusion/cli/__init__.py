@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from patchdiffusion import __version__
 from patchdiffusion.cli import doctor, prepare, report, sample, train
-from patchdiffusion.errors import Stop
+from patchdiffusion.errors import Stop, out_of_memory
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train.main, "train on a folder of images, a recipe, or go on with a run"),
@@ -47,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), error.code)
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error) or type(error).__name__, 2)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        return _fail("out of memory; use a smaller --batch or a smaller size", 26)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0

@@ -19,6 +19,7 @@ from patchdiffusion import __version__, recipes
 from patchdiffusion.cli.parse import parse, take_first
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import cache_dir
+from patchdiffusion.model import pick_device
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
 from patchdiffusion.train.loop import one_step
@@ -50,20 +51,22 @@ class DoctorArguments:
 def main(arguments: Sequence[str]) -> None:
     """Print findings; lines that need attention begin with 'warning'."""
     first, flags = take_first(arguments)
+    recipe = recipes.glyphs if first == "glyphs" else recipes.folder
+    data = replace(recipe(recipes.Facts()).data, path=first or "")
     given = parse(
         DoctorArguments,
         flags,
-        default=DoctorArguments(data=DataConfig(path=first or "glyphs")),
+        default=DoctorArguments(data=data),
         prog="patchdiffusion doctor [PATH]",
         description=DESCRIPTION,
     )
+    device = pick_device(given.device)
     _installation()
-    _hardware(given.device)
-    if first is not None:
+    _hardware(device)
+    if given.data.path:
         pack = prepare_data(given.data)
-        _images(pack)
-        recipe = recipes.glyphs if first == "glyphs" else recipes.folder
-        chosen = recipe(recipes.Facts.of(pack, first, given.device))
+        chosen = recipe(recipes.Facts.of(pack, given.data.path, device.type))
+        _images(pack, chosen.precond.sigma_data)
         _time(replace(chosen, data=given.data), pack, given)
 
 
@@ -79,9 +82,8 @@ def _installation() -> None:
         print(f"warning: {there} cannot be written; set PATCHDIFFUSION_CACHE to another folder")
 
 
-def _hardware(choice: str) -> None:
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for name in devices if choice == "auto" else [choice]:
+def _hardware(chosen: torch.device) -> None:
+    for name in sorted({"cpu", chosen.type}):
         device = torch.device(name)
         if name == "cuda":
             facts = torch.cuda.get_device_properties(0)
@@ -99,7 +101,7 @@ def _hardware(choice: str) -> None:
             print(f"warning: {best} is not the faster one here; set --precision yourself")
 
 
-def _images(pack: Pack) -> None:
+def _images(pack: Pack, sigma_data: float) -> None:
     count, height, width, channels = pack.images.shape
     print(
         f"data      {pack.name}: {count:,} images of {height}x{width}x{channels}, "
@@ -111,9 +113,11 @@ def _images(pack: Pack) -> None:
             + (" ..." if len(pack.classes) > 12 else "")
         )
     mean = ", ".join(f"{m:+.2f}" for m in pack.info.mean)
-    print(f"          mean {mean}, measured sigma_data {pack.sigma_data:.3f} (0.5 is assumed)")
-    if not 0.25 <= pack.sigma_data <= 1.0:
+    print(f"          mean {mean}; measured sigma_data {pack.sigma_data:.3f}")
+    print(f"          the recipe assumes {sigma_data:g}")
+    if not 0.5 <= pack.sigma_data / sigma_data <= 2.0:
         print(f"warning: set --precond.sigma-data {pack.sigma_data:.2f}, the measured value")
+    pack.verify()  # raises an error that names a damaged block
     if len(pack.train) < 1000:
         print(f"warning: {len(pack.train)} images are few; expect copies of them")
 

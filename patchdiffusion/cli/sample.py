@@ -1,15 +1,16 @@
 """patchdiffusion sample RUN_OR_MODEL [options]"""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from patchdiffusion import __version__
 from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.codec import encode
 from patchdiffusion.model import Weights
 from patchdiffusion.picture import grid, save_png
 from patchdiffusion.sample import Pipeline, SamplerConfig, load
@@ -63,9 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     if first is None:
         raise ValueError("give the folder of a run or model: patchdiffusion sample RUN_OR_MODEL")
     path = Path(first)
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = auto if given.device == "auto" else given.device
-    pipeline = load(path, weights=given.weights, device=device, precision=given.precision)
+    pipeline = load(path, weights=given.weights, device=given.device, precision=given.precision)
     _check_out(given.out)
     images = pipeline.sample(
         given.count,
@@ -106,8 +105,8 @@ def _write(folder: Path, images, pipeline: Pipeline, given: SampleArguments) -> 
         "software": f"patchdiffusion {__version__}",
         "model": pipeline.model.digest,
         "weights": given.weights,
-        "sampler": f"{given.sampler.solver} {given.sampler.steps} steps",
-        "guidance": f"{given.sampler.guidance:g}",
+        "sampler": json.dumps(encode(given.sampler)),
+        "region": json.dumps({"size": given.size, "corner": given.corner}),
     }
     seeds = {"seeds": f"{given.seed}-{given.seed + given.count - 1}"}
     save_png(folder / "grid.png", grid(images), {**common, **seeds})

@@ -11,7 +11,7 @@ from patchdiffusion import recipes
 from patchdiffusion.cli.parse import parse, parse_some, take_first
 from patchdiffusion.recipes import Facts
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
-from patchdiffusion.train.folder import stored_config
+from patchdiffusion.train.folder import is_run, stored_config
 from patchdiffusion.train.loop import train
 from patchdiffusion.train.setup import prepare_data
 
@@ -45,10 +45,10 @@ class TrainArguments:
 def main(arguments: Sequence[str]) -> None:
     """Choose the defaults, let the flags change them, train."""
     first, flags = take_first(arguments)
-    what = first or "glyphs"
-    run = stored_config(Path(what))  # the folder of a run goes on with that run
-    if run is not None:
-        what, flags = run.data.path, [*flags, "--out", what]
+    what = first or _early(flags).data.path or "glyphs"
+    if is_run(Path(what)):  # go on with it
+        flags = [*flags, "--out", what]
+        what = str(_stored(Path(what)).data.path)
     try:
         _parse(flags, _generic(what))  # wrong flags are found before any data is read
     except ValueError as error:
@@ -73,18 +73,42 @@ def _generic(what: str) -> TrainConfig:
     return recipe(Facts(path=what))
 
 
+def _early(flags: Sequence[str]) -> _Early:
+    return parse_some(_Early, flags, default=_Early(data=DataConfig(path="")))
+
+
+def _stored(folder: Path) -> TrainConfig:
+    config = stored_config(folder)
+    assert config is not None
+    return config
+
+
 def _default(what: str, flags: Sequence[str]) -> TrainConfig:
+    early = _early(flags)
     path = Path(what).expanduser()
-    is_data = path.exists()
-    recipe = recipes.folder if is_data else recipes.find(what)
-    data = DataConfig(path=what) if is_data else recipe(Facts()).data
-    early = parse_some(_Early, flags, default=_Early(data=data))
-    name = early.name or (path.absolute().name.split(".")[0] if is_data else what)
+    recipe = recipes.folder if path.exists() else recipes.find(what)
+    data = replace(recipe(Facts()).data, path=str(path.resolve())) if path.exists() else None
+    if data is None:
+        data = recipe(Facts()).data
+        if recipe is not recipes.glyphs:
+            data = replace(data, path=early.data.path)
+    name = early.name or (path.resolve().name.split(".")[0] or "run" if path.exists() else what)
     folder = RunConfig(out=early.out).folder(name)
-    stored = None if early.fresh else stored_config(folder)
-    if stored is not None:
-        return replace(stored, data=replace(stored.data, path=early.data.path))
-    pack = prepare_data(early.data)
-    chosen = recipe(Facts.of(pack, early.data.path, early.device))
+    if not early.fresh and is_run(folder):
+        return _same_data(_stored(folder), early.data.path or (data.path if path.exists() else ""))
+    if not data.path:
+        raise ValueError(f"the recipe {what} needs images: give them with --data.path")
+    data = parse_some(_Early, flags, default=_Early(data=data)).data
+    chosen = recipe(Facts.of(prepare_data(data), data.path, early.device))
     print(f"recipe    {recipe.__name__}: {(recipe.__doc__ or '').strip().splitlines()[0]}")
-    return replace(chosen, name=name, data=replace(early.data, flip=chosen.data.flip))
+    return replace(chosen, name=name, data=replace(data, flip=chosen.data.flip))
+
+
+def _same_data(stored: TrainConfig, given: str) -> TrainConfig:
+    """The stored configuration; refused if other images are given than it was trained on."""
+    if given and Path(given).resolve() != Path(stored.data.path).resolve():
+        raise ValueError(
+            f"there is a run of that name already, on {stored.data.path}; use --name or --out for "
+            f"another one, --fresh to set it aside, or its own folder to go on with it"
+        )
+    return stored

@@ -63,22 +63,24 @@ class Feed:
         draws = rng.Draws(self.seed, step, first + rank, rank, group.count)
         index = self.which((position + draws.index).numpy())
         flip = draws.bernoulli("flip", 0.5) if self.flip else torch.zeros(len(rank)).bool()
-        batch = gather(self.images, self.labels, index, group, draws.keys("crop"), flip)
-        moved = Batch(
-            images=batch.images.to(self.device),
-            cond=batch.cond.to(self.device),
-            index=index,
-            box=batch.box,
-            flip=flip,
-            noise=group.noise,
-        )
-        return moved, draws.to(self.device)
+        key = draws.keys("crop")
+        batch = gather(self.images, self.labels, index, group, key, flip, self.device)
+        return batch, draws.to(self.device)
 
 
 def gather(
-    images: Tensor, labels: Tensor | None, index: Tensor, group: Group, key: Tensor, flip: Tensor
+    images: Tensor,
+    labels: Tensor | None,
+    index: Tensor,
+    group: Group,
+    key: Tensor,
+    flip: Tensor,
+    device: torch.device | str = "cpu",
 ) -> Batch:
-    """Cut one crop per index out of uint8 images [N, H, W, C], at places that `key` decides."""
+    """Cut one crop per index out of uint8 images [N, H, W, C], at places that `key` decides.
+
+    Crops move to the device as bytes and become float32 there.
+    """
     canvas = (images.shape[1], images.shape[2])
     (height, width), pitch = group.size, group.pitch
     top, left = corners(key, group.size, canvas, pitch)
@@ -86,7 +88,7 @@ def gather(
     cols = left[:, None] + torch.arange(width * pitch)
     cols = torch.where(flip[:, None], canvas[1] - 1 - cols, cols)
     cut = images[index[:, None, None], rows[:, :, None], cols[:, None, :]]  # [B, h, w, C]
-    crops = cut.movedim(-1, 1).to(torch.float32).div_(127.5).sub_(1)
+    crops = cut.to(device).movedim(-1, 1).to(torch.float32).div_(127.5).sub_(1)
     if pitch > 1:
         crops = F.avg_pool2d(crops, pitch)
     sides = torch.tensor([height * pitch, width * pitch]).expand(len(index), 2)
@@ -95,7 +97,7 @@ def gather(
         cond=Cond(
             labels=None if labels is None else labels[index],
             pos=coordinates(top, left, group.size, canvas, pitch),
-        ),
+        ).to(device),
         index=index,
         box=torch.cat([top[:, None], left[:, None], sides], dim=1),
         flip=flip,

@@ -189,7 +189,7 @@ def _source(name: str, path: Path, listing: _Listing, read: Callable[[str], byte
     ignored = dict(listing.ignored.most_common())
     if not listing.entries:
         others = ", ".join(f"{kind} {count}" for kind, count in ignored.items())
-        found = f"no images, only other files ({others})" if ignored else "no files"
+        found = f"no images, only other files ({others})" if ignored else "no images"
         raise ValueError(f"{path} holds {found}; images end in {' '.join(sorted(EXTENSIONS))}")
     entries = sorted(listing.entries, key=lambda entry: natural(entry[0]))
     keys = tuple(entry[0] for entry in entries)

@@ -257,7 +257,8 @@ def _check_bad(report: Report, max_bad: float, complaints: Path, name: str) -> N
         key, reason = report.bad[0]
         raise ValueError(
             f"{bad} of {given} images of {name} cannot be used (allowed are "
-            f"{max_bad:.0%}); the first is {key}: {reason}; the list is in {complaints}"
+            f"{max_bad:.0%}); the first is {key}: {reason}; the list is in {complaints}; "
+            "patchdiffusion prepare --max-bad allows more"
         )
 
 

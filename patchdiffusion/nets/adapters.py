@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion.nets.layers import full_precision
+from patchdiffusion.nets.embed import exact_convolution
 
 
 class CoordinateStem(nn.Module):
@@ -35,6 +35,4 @@ class CoordinateStem(nn.Module):
         """x [B, C + 2, H, W] -> what the convolution makes of it."""
         channels = self.image.in_channels
         h = self.image(x[:, :channels])
-        with full_precision(x):
-            where = self.coordinates(x[:, channels:].to(torch.float32))
-        return h + where.to(h.dtype)
+        return h + exact_convolution(self.coordinates, x[:, channels:]).to(h.dtype)

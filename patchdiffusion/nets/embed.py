@@ -97,6 +97,20 @@ def whole_canvas(x: Tensor) -> Tensor:
     return coordinates(origin, origin, size, size)
 
 
+def exact_convolution(conv: nn.Conv2d, pos: Tensor) -> Tensor:
+    """A convolution of coordinates without a bias, in float32 whatever is in force around it.
+
+    Fast "float32" convolutions of GPUs (TF32) keep 11 bits of their inputs: a coarse part that
+    fits and a small rest lose nothing that matters.
+    """
+    with full_precision(pos):
+        dtype = torch.promote_types(conv.weight.dtype, torch.float32)
+        pos, weight = pos.to(dtype), conv.weight.to(dtype)
+        coarse = torch.round(pos * 128) / 128
+        split = torch.cat([coarse, pos - coarse], dim=1)
+        return F.conv2d(split, weight.repeat(1, 2, 1, 1), None, conv.stride, conv.padding)
+
+
 class Stem(nn.Module):
     """The first convolution: of the image and, separately and in float32, of the coordinates.
 
@@ -117,16 +131,7 @@ class Stem(nn.Module):
         h = self.image(x)
         if self.coordinates is None or pos is None:
             return h
-        with full_precision(x):
-            weight = self.coordinates.weight
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            pos, weight = pos.to(dtype), weight.to(dtype)
-            # Fast "float32" convolutions of GPUs (TF32) keep 11 bits of their inputs: a coarse
-            # part that fits and a small rest lose nothing that matters.
-            coarse = torch.round(pos * 128) / 128
-            split = torch.cat([coarse, pos - coarse], dim=1)
-            where = F.conv2d(split, weight.repeat(1, 2, 1, 1), padding=self.coordinates.padding)
-        return (h + where).to(h.dtype)
+        return (h + exact_convolution(self.coordinates, pos)).to(h.dtype)
 
 
 class Pyramid(nn.Module):

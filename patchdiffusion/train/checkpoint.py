@@ -52,8 +52,6 @@ def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint, in one line, or None."""
     try:
         files = read_json(folder / "manifest.json")["files"]
-        if "state.json" not in files:
-            return f"{folder}: the manifest does not list state.json"
         for name, facts in files.items():
             if "/" in name or "\\" in name or name.startswith("."):
                 return f"{folder}: the manifest names a file outside the folder: {name}"
@@ -62,6 +60,8 @@ def fault(folder: Path) -> str | None:
                 return f"{path} has {path.stat().st_size} bytes instead of {facts['bytes']}"
             if sha256(path) != facts["sha256"]:
                 return f"{path} does not have the digest that its manifest gives"
+        if "state.json" not in files:
+            return f"{folder}: the manifest does not list state.json"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder}: {type(error).__name__}: {error}"
     return None

@@ -1,6 +1,5 @@
 """What identifies a run (`TrainConfig`) and what does not (`RunConfig`)."""
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -216,9 +215,3 @@ class RunConfig:
     def folder(self, name: str) -> Path:
         """The folder of the run."""
         return self.out or Path("runs") / name
-
-
-def replace_network(config: TrainConfig, **changes: object) -> TrainConfig:
-    """A copy with some fields of the network changed."""
-    network = dataclasses.replace(config.network, **changes)  # pyright: ignore[reportArgumentType]
-    return dataclasses.replace(config, network=network)

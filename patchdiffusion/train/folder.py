@@ -14,6 +14,14 @@ def stored_config(folder: Path) -> TrainConfig | None:
     return decode(TrainConfig, read_json(path)) if path.exists() else None
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run; other folders may hold a `config.json`, too."""
+    try:
+        return read_json(folder / "config.json").get("type") == "TrainConfig"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a run to the first free NAME.old-1, NAME.old-2 ..., and return the new name."""
     number = 1
@@ -54,9 +62,10 @@ def write_config(folder: Path, config: TrainConfig) -> None:
 
 
 def check_disk(folder: Path, parameters: int, keep: int) -> int:
-    """Bytes a run will need; raises `ValueError` in one line if the disk has less."""
+    """Bytes a run needs beside what it has; raises `ValueError` if the disk has less."""
     # A checkpoint is weights, average and two moments; a model is weights and average.
-    needed = 4 * parameters * (4 * (keep + 1) + 2 * 2) + 2**26
+    there = sum(f.stat().st_size for f in folder.rglob("*.safetensors") if f.is_file())
+    needed = max(4 * parameters * (4 * (keep + 1) + 2 * 2) - there, 0) + 2**26
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

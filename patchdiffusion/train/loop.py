@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from patchdiffusion.errors import Stop
+from patchdiffusion.errors import Stop, out_of_memory
 from patchdiffusion.report import write_report
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
@@ -38,12 +38,13 @@ def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
             show_samples(training)
         training.log.status("finished", **_place(training))
         training.log.say(f"{training.folder} is finished; a larger --images extends it")
+        write_report(training.folder)
         return training.folder
     try:
         _loop(training)
     except Exception as error:
         training.log.status("failed", reason=str(error), **_place(training))
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         half = max(1, (config.micro_batch or config.batch) // 2)
         raise Stop(
@@ -66,7 +67,8 @@ def _loop(training: Training) -> None:
             before = training.now
             one_step(training)
             now, last = training.now, training.finished
-            if due(watch.status, before, now, config.images) or last:
+            early = training.state.step.bit_count() == 1  # steps 1, 2, 4, 8 ...: soon, then rarely
+            if early or due(watch.status, before, now, config.images) or last:
                 status.report()
             ending = stop.is_set() or time.monotonic() > deadline
             show = due(watch.samples, before, now, config.images) or last
@@ -103,12 +105,6 @@ def due(times: int, before: float, now: float, total: float) -> bool:
 
 def _place(training: Training) -> dict[str, object]:
     return {"step": training.state.step, "images": training.now, "length": training.config.images}
-
-
-def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return "allocate memory" in str(error) or "not enough memory" in str(error)
 
 
 @contextmanager

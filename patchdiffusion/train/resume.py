@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from patchdiffusion.errors import Stop
@@ -95,11 +96,16 @@ def save(training: Training) -> None:
     if not all(bool(torch.isfinite(value).all()) for value in (*averaged.values(), *raw.values())):
         raise Stop("weights are not finite; nothing was saved, older checkpoints stand", code=21)
     moments = checkpoint.optimizer_tensors(training.stepper.optimizer, training.network)
-    checkpoint.save(
-        training.folder / "checkpoints",
-        training.state.step,
-        {"weights": raw, "averaged": averaged, "optimizer": moments},
-        {"state": training.state.to_json(), "data": training.pack.fingerprint},
-        keep=training.run.keep,
-    )
-    save_model(training.folder / "model", training.model_config, averaged, raw)
+    try:
+        checkpoint.save(
+            training.folder / "checkpoints",
+            training.state.step,
+            {"weights": raw, "averaged": averaged, "optimizer": moments},
+            {"state": training.state.to_json(), "data": training.pack.fingerprint},
+            keep=training.run.keep,
+        )
+        save_model(training.folder / "model", training.model_config, averaged, raw)
+    except (OSError, SafetensorError) as error:
+        raise Stop(
+            f"cannot save in {training.folder}: {error}; older checkpoints stand", code=20
+        ) from error

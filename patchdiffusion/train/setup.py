@@ -13,7 +13,7 @@ from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import DenoisingLoss
-from patchdiffusion.model import ModelConfig, build
+from patchdiffusion.model import ModelConfig, build, pick_device
 from patchdiffusion.nets.count import training_flops
 from patchdiffusion.patches import PatchPlan, Size
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
@@ -26,8 +26,17 @@ from patchdiffusion.train.watch import Watch, training_labels
 
 
 def prepare_data(data: DataConfig) -> Pack:
-    """Prepare the images of a configuration, or open what was prepared before."""
-    return prepare(open_source(data.path), resolution=data.resolution, channels=data.channels)
+    """Prepare the images of a configuration, or open what was prepared before.
+
+    A pack is used as it is, unless another resolution or number of channels is asked for.
+    """
+    source = open_source(data.path)
+    if isinstance(source, Pack):
+        _, height, width, channels = source.info.shape
+        square = height if height == width else (height, width)
+        if data.resolution in (None, square, (height, width)) and data.channels in (None, channels):
+            return source
+    return prepare(source, resolution=data.resolution, channels=data.channels)
 
 
 def check_fits(config: TrainConfig, pack: Pack) -> None:
@@ -37,6 +46,10 @@ def check_fits(config: TrainConfig, pack: Pack) -> None:
         raise ValueError(
             f"the images have {channels} channels and the network {config.network.channels}: "
             f"set --network.channels {channels}"
+        )
+    if config.watch.guidance != 1 and not config.network.num_classes:
+        raise ValueError(
+            f"watch.guidance {config.watch.guidance} needs a network with classes; leave it at 1"
         )
     if config.network.num_classes not in (0, classes):
         raise ValueError(
@@ -138,15 +151,13 @@ class Training:
 def assemble(config: TrainConfig, run: RunConfig, pack: Pack) -> Training:
     """Build everything a run needs; raises `ValueError` for what does not fit together."""
     check_fits(config, pack)
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(auto if run.device == "auto" else run.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available here; use --device cpu")
+    device = pick_device(run.device)
     precision = best_precision(device) if config.precision == "auto" else config.precision
     folder = run.folder(config.name)
     canvas = (pack.images.shape[1], pack.images.shape[2])
     plan = config.plan(canvas)
-    sizes = tuple(k.size for k in plan.sizes)
+    trained = tuple(k.size for k in plan.sizes)
+    sizes = trained if canvas in trained else (canvas, *trained)
     network = build(config.network, seed=config.seed)
     # Weights as crops come, channels last: 5 % faster on a CPU.
     network = network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
@@ -181,7 +192,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack) -> Training:
         network=network,
         ema=EMA(network),
         stepper=stepper,
-        flops={size: round(training_flops(network, size)) for size in {canvas, *sizes}},
+        flops={size: round(training_flops(network, size)) for size in sizes},
         watch=Watch(config, pack, sizes, device, precision),
         state=TrainState(),
     )

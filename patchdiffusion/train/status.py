@@ -77,7 +77,7 @@ class Status:
         )
         training.log.status("running", step=state.step, images=training.now, length=config.images)
         self._mark()
-        in_a_row = int(training.stepper.skips_in_a_row)
+        in_a_row = int(training.stepper.longest_streak)
         if in_a_row >= config.optim.max_skips:
             raise Stop(
                 f"{in_a_row} steps in a row had a loss or gradient that is not finite; the last "

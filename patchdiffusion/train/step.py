@@ -25,7 +25,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 def best_precision(device: torch.device) -> str:
     """bf16 where the hardware has it (CUDA, CPUs with AMX or AVX512-BF16), else fp32."""
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     # Only private names tell; a CPU without these emulates bf16, several times slower than fp32.
     names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
     return "bf16" if any(getattr(torch.cpu, n, bool)() for n in names) else "fp32"
@@ -76,6 +76,7 @@ class Stepper:
             fused=True,
         )
         self.skips_in_a_row = torch.zeros((), device=device)
+        self.longest_streak = torch.zeros((), device=device)
 
     def __call__(
         self, groups: tuple[Group, ...], meter: Meter, *, step: int, position: int, progress: float
@@ -127,6 +128,7 @@ class Stepper:
         self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.skips_in_a_row = (self.skips_in_a_row + 1) * bad
+        self.longest_streak = torch.maximum(self.longest_streak, self.skips_in_a_row)
         meter.add("grad norm", norm)
         meter.add("skipped", bad)
 

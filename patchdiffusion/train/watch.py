@@ -26,6 +26,7 @@ class Watch:
     config: TrainConfig
     pack: Pack
     sizes: tuple[Size, ...]
+    """The whole canvas, then the other sizes of the plan."""
     device: torch.device
     precision: str
 
@@ -41,17 +42,24 @@ class Watch:
                 canvas=self.sizes[0],
                 labels=labels,
                 config=SamplerConfig(steps=watch.sample_steps, guidance=watch.guidance),
+                batch=self._batch,
                 device=self.device,
             )
         text = {"seeds": f"0-{watch.grid - 1}", "software": "patchdiffusion"}
         save_png(path, enlarge(grid(to_uint8(images))), text)
         return images
 
+    @property
+    def _batch(self) -> int:
+        return min(64, self.config.micro_batch or self.config.batch)
+
     def measure(self, denoiser: NetDenoiser, samples: Tensor) -> dict[str, object]:
         """Held-out loss (total, per band of noise, per size) and copy rate, where they apply."""
         facts: dict[str, object] = {}
-        held = self.pack.heldout[: self.config.watch.held_out]
-        if len(held):
+        count = min(self.config.watch.held_out, len(self.pack.heldout))
+        if count:
+            # Evenly spaced: packs are in the order of the folders, class after class.
+            held = self.pack.heldout[torch.arange(count) * len(self.pack.heldout) // count]
             with autocast(self.device, self.precision):
                 loss = held_out_loss(
                     denoiser,
@@ -62,6 +70,7 @@ class Watch:
                     weighting=self.config.weighting,
                     sizes=self.sizes,
                     device=self.device,
+                    batch=self._batch,
                 )
             facts["held_out"] = {"loss": loss.total, "bands": loss.bands, "sizes": loss.sizes}
         if 2 <= len(self.pack.train) <= COPY_LIMIT:
