@@ -86,16 +86,18 @@ def _stored(folder: Path) -> TrainConfig:
 def _default(what: str, flags: Sequence[str]) -> TrainConfig:
     early = _early(flags)
     path = Path(what).expanduser()
-    recipe = recipes.folder if path.exists() else recipes.find(what)
-    data = replace(recipe(Facts()).data, path=str(path.resolve())) if path.exists() else None
-    if data is None:
-        data = recipe(Facts()).data
-        if recipe is not recipes.glyphs:
-            data = replace(data, path=early.data.path)
-    name = early.name or (path.resolve().name.split(".")[0] or "run" if path.exists() else what)
+    if path.exists():
+        recipe, images = recipes.folder, str(path.resolve())
+        name = path.resolve().name.split(".")[0] or "run"
+    else:
+        recipe, images, name = recipes.find(what), early.data.path, what
+    name = early.name or name
     folder = RunConfig(out=early.out).folder(name)
     if not early.fresh and is_run(folder):
-        return _same_data(_stored(folder), early.data.path or (data.path if path.exists() else ""))
+        return _same_data(_stored(folder), early.data.path or images)
+    data = recipe(Facts()).data
+    if recipe is not recipes.glyphs or images:
+        data = replace(data, path=images)
     if not data.path:
         raise ValueError(f"the recipe {what} needs images: give them with --data.path")
     data = parse_some(_Early, flags, default=_Early(data=data)).data
