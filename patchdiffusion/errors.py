@@ -1,10 +1,32 @@
 """Errors that end a program with a documented exit code.
 
-0 finished, or stopped after a checkpoint; 2 bad configuration or data, nothing was started;
-20 disk; 21 too many steps that are not finite; 25 no valid checkpoint; 26 out of memory.
+| code | meaning |
+|---|---|
+| 0 | finished, or stopped after a checkpoint |
+| 2 | bad configuration or data; nothing was started |
+| 20 | two saves in a row failed: the disk is full or cannot be written |
+| 21 | too many steps in a row, or the weights, are not finite |
+| 22 | the gradient exploded again after a rollback |
+| 23 | the prepared images are damaged |
+| 24 | another process of the run is lost, hangs, or holds other weights |
+| 25 | no checkpoint is valid |
+| 26 | out of memory |
+| 130 | interrupted twice |
 """
 
 import torch
+import torch.distributed as c10d
+
+
+class Stop(Exception):
+    """A run cannot go on. The message is one line for the user: what happened and what helps.
+
+    An empty message says nothing: another process has told the user already.
+    """
+
+    def __init__(self, message: str, *, code: int):
+        super().__init__(message)
+        self.code = code
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -15,9 +37,10 @@ def out_of_memory(error: BaseException) -> bool:
     return "allocate memory" in text or "not enough memory" in text
 
 
-class Stop(Exception):
-    """A run cannot go on. The message is one line for the user: what happened and what helps."""
-
-    def __init__(self, message: str, *, code: int):
-        super().__init__(message)
-        self.code = code
+def peer_lost(error: BaseException) -> bool:
+    """Whether an error says that another process is gone or did not answer in time."""
+    if isinstance(error, c10d.DistError):
+        return True
+    text = str(error) if isinstance(error, RuntimeError) else ""
+    marks = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "Timed out")
+    return any(mark in text for mark in marks)

@@ -1,14 +1,21 @@
-"""Files that are either whole or absent: atomic writes, durable renames, digests."""
+"""Files that are either whole or absent: atomic writes, durable renames, digests, locks."""
 
 import contextlib
 import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nothing is locked
+    fcntl = None
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
@@ -98,3 +105,79 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+# ---- Locks ----
+
+
+@contextlib.contextmanager
+def lock(
+    path: Path,
+    what: Path,
+    *,
+    patience: float = 0.0,
+    waiting: Callable[[str], object] | None = None,
+) -> Iterator[bool]:
+    """Hold a file that only one process can hold, as the right to write `what`.
+
+    It names its holder for people to read. The system lets go of it when the process ends, however
+    it ends. Waits `patience` seconds for another holder, about which it tells `waiting` once, then
+    raises `ValueError` that names it. Gives False where files cannot be locked.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    while (taken := _take(path)) is None:
+        message = f"{what} is in use {_holder(path)}"
+        if time.monotonic() - start > patience:
+            raise ValueError(message)
+        if waiting is not None:
+            waiting(message)
+            waiting = None
+        time.sleep(0.1)
+    handle, locked = taken
+    try:
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+        os.truncate(handle, 0)
+        os.pwrite(handle, json.dumps(facts).encode() + b"\n", 0)
+        yield locked
+    finally:
+        if _is(path, handle):
+            path.unlink()
+        os.close(handle)
+
+
+def _take(path: Path) -> tuple[int, bool] | None:
+    """An open handle and whether it could be locked; None if another process holds it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    if fcntl is None:
+        return handle, False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except OSError:  # a file system without locks
+        return handle, False
+    if not _is(path, handle):  # its holder has deleted it in the meantime
+        os.close(handle)
+        return None
+    return handle, True
+
+
+def _is(path: Path, handle: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    except OSError:
+        return False
+
+
+def _holder(path: Path) -> str:
+    try:
+        facts = read_json(path)
+        return f"by process {facts['pid']} on {facts['host']} since {facts['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "by another process"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")

@@ -65,9 +65,13 @@ class DenoisingLoss:
     stratified: bool = True
     """Spread the noise levels of a group evenly over the law instead of drawing them freely."""
 
-    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+    def levels(self, draws: Draws, law: NoiseLaw | None = None) -> Tensor:
+        """The noise level of each sample, by another law if one is given: float32 [B]."""
         u = draws.stratified("sigma") if self.stratified else draws.uniform("sigma")
-        sigma = (batch.noise or self.law).draw(u).to(torch.float32)
+        return (law or self.law).draw(u).to(torch.float32)
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+        sigma = self.levels(draws, batch.noise)
         noise = draws.normal("noise", tuple(batch.images.shape[1:]))
         cond = replace(batch.cond, seed=draws.keys("network"))
         if cond.labels is not None and self.label_dropout > 0:

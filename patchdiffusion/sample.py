@@ -107,7 +107,7 @@ def sample(
         denoiser = CFG(denoiser, config.guidance)
     denoiser = PatchDenoiser(denoiser, canvas, corner)
     sigmas, solver = config.sigmas(), config.bound_solver()
-    done = []
+    done = [torch.empty(0, channels, *size)]
     for start in range(0, len(seeds), batch):
         part = torch.tensor(list(seeds[start : start + batch]), dtype=torch.int64, device=device)
         cond = Cond(labels=None if labels is None else labels[start : start + batch].to(device))

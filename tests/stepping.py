@@ -12,7 +12,9 @@ from patchdiffusion.denoiser import EDM, NetDenoiser
 from patchdiffusion.losses import DenoisingLoss, Objective
 from patchdiffusion.nets.unet import SongUNet
 from patchdiffusion.patches import Group, PatchLaw, PatchPlan
-from patchdiffusion.train.config import OptimConfig
+from patchdiffusion.train.config import GuardConfig, OptimConfig
+from patchdiffusion.train.guard import Guard
+from patchdiffusion.train.parallel import Work
 from patchdiffusion.train.state import Meter
 from patchdiffusion.train.step import Stepper
 
@@ -29,6 +31,7 @@ def make(
     *,
     network: SongUNet | None = None,
     config: OptimConfig = FREE,
+    guard: GuardConfig | None = None,
     micro_batch: int | None = None,
     precision: str = "fp32",
 ) -> tuple[Stepper, SongUNet]:
@@ -37,10 +40,9 @@ def make(
         network = SongUNet(replace(tiny.NETWORK, dropout=0.1))
         tiny.randomise(network)
     stepper = Stepper(
-        NetDenoiser(network, EDM()),
-        objective or DenoisingLoss(),
-        list(network.parameters()),
+        Work(NetDenoiser(network, EDM()), objective or DenoisingLoss()),
         Feed(IMAGES, LABELS, torch.arange(12), seed=7, flip=True),
+        Guard(guard or GuardConfig(), torch.device("cpu")),
         config=config,
         canvas=CANVAS,
         micro_batch=micro_batch,
@@ -53,7 +55,7 @@ def take(
     stepper: Stepper, groups: tuple[Group, ...] = GROUPS, *, step: int = 0, progress: float = 0.5
 ) -> dict[str, float]:
     meter = Meter()
-    stepper(groups, meter, step=step, position=9 * step, progress=progress)
+    stepper(groups, meter, step=step, cursor=(step, 9 * step), progress=progress)
     return meter.read()
 
 
@@ -66,7 +68,7 @@ def everything(stepper: Stepper, network: torch.nn.Module) -> dict[str, Tensor]:
     """Weights, moments and step counts."""
     state = {name: p.detach().clone() for name, p in network.named_parameters()}
     for i, p in enumerate(stepper.parameters):
-        for name, value in stepper.optimizer.state.get(p, {}).items():
+        for name, value in stepper.update.optimizer.state.get(p, {}).items():
             state[f"{i}/{name}"] = value.clone()
     return state
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from patchdiffusion.analytic import IdealDenoiser
 from patchdiffusion.cond import Cond
-from patchdiffusion.metrics.heldout import BANDS, HeldOut, held_out_loss
+from patchdiffusion.metrics.heldout import BANDS, HeldOut, held_out_losses, summarise
 from patchdiffusion.metrics.memorise import copy_rate
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.weighting import EDMWeight
@@ -44,7 +44,7 @@ class Recorder:
 
 
 def measure(denoiser: object, *, batch: int = 64, indices: Tensor = HELD) -> HeldOut:
-    return held_out_loss(
+    losses = held_out_losses(
         denoiser,  # pyright: ignore[reportArgumentType]
         IMAGES,
         torch.arange(60),  # the label is the number of the image
@@ -55,6 +55,7 @@ def measure(denoiser: object, *, batch: int = 64, indices: Tensor = HELD) -> Hel
         device=CPU,
         batch=batch,
     )
+    return summarise(losses)
 
 
 def test_the_loss_of_a_known_error() -> None:
@@ -110,7 +111,7 @@ def test_the_oracle_of_the_training_images_is_no_good_on_others() -> None:
     oracle = IdealDenoiser(IMAGES[:20].movedim(-1, 1) / 127.5 - 1)
 
     def whole(indices: Tensor) -> float:
-        return held_out_loss(
+        losses = held_out_losses(
             oracle,
             IMAGES,
             None,
@@ -119,7 +120,8 @@ def test_the_oracle_of_the_training_images_is_no_good_on_others() -> None:
             weighting=EDMWeight(),
             sizes=((8, 8),),
             device=CPU,
-        ).total
+        )
+        return summarise(losses).total
 
     assert whole(torch.arange(20)) < 0.1 * whole(HELD)
 

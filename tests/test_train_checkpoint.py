@@ -9,9 +9,12 @@ import pytest
 import tiny
 import torch
 
+from patchdiffusion.dist import Team
 from patchdiffusion.files import write_json
 from patchdiffusion.nets.unet import SongUNet
 from patchdiffusion.train import checkpoint
+from patchdiffusion.train.load import empty_moments, fill
+from patchdiffusion.train.optim import moments
 
 CPU = torch.device("cpu")
 TENSORS = {"weights": {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(2.0)}}
@@ -27,28 +30,30 @@ def stored(root: Path) -> list[str]:
 
 def test_round_trip(tmp_path: Path) -> None:
     state = {"step": 7, "equivalents": (1 / 3).hex()}
-    folder = checkpoint.save(tmp_path, 7, TENSORS, state, keep=2)
-    assert stored(tmp_path) == ["step-0000000007"]
+    folder = checkpoint.save(tmp_path, 7, TENSORS, state)
+    assert stored(tmp_path) == ["latest", "step-0000000007"]
+    assert (tmp_path / "latest").read_text() == "step-0000000007\n"
     assert stored(folder) == ["manifest.json", "state.json", "weights.safetensors"]
     assert list(checkpoint.candidates(tmp_path)) == [(folder, None)]
-    assert checkpoint.read_state(folder) == state
+    assert checkpoint.read_state(folder) == {"format": checkpoint.FORMAT, **state}
     read = checkpoint.read_tensors(folder, "weights", CPU)
     assert all(torch.equal(read[name], value) for name, value in TENSORS["weights"].items())
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (1, 9, 10, 100):
-        checkpoint.save(tmp_path, step, TENSORS, {}, keep=3)
+        checkpoint.save(tmp_path, step, TENSORS, {})
+        checkpoint.prune(tmp_path, 3)
     names = ["step-0000000009", "step-0000000010", "step-0000000100"]
-    assert stored(tmp_path) == names
+    assert stored(tmp_path) == ["latest", *names]
     assert [f.name for f, _ in checkpoint.candidates(tmp_path)] == names[::-1]
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, 1, TENSORS, {}, keep=2)
+    checkpoint.save(tmp_path, 1, TENSORS, {})
     with pytest.raises(ValueError):
-        checkpoint.save(tmp_path, 2, TENSORS, {"loss": float("nan")}, keep=2)
-    assert stored(tmp_path) == ["step-0000000001"]
+        checkpoint.save(tmp_path, 2, TENSORS, {"loss": float("nan")})
+    assert stored(tmp_path) == ["latest", "step-0000000001"]
 
 
 def test_no_root_is_no_checkpoint(tmp_path: Path) -> None:
@@ -56,7 +61,7 @@ def test_no_root_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_permissions_follow_the_umask(tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, 1, TENSORS, {}, keep=2)
+    folder = checkpoint.save(tmp_path, 1, TENSORS, {})
     (tmp_path / "plain").touch()
     expected = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
     assert {stat.S_IMODE(f.stat().st_mode) for f in folder.iterdir()} == {expected}
@@ -77,11 +82,11 @@ def test_optimizer_round_trip(layout: torch.memory_format, tmp_path: Path) -> No
         optimizers[which].step()
 
     step(0, seed=5)
-    tensors = checkpoint.optimizer_tensors(optimizers[0], networks[0])
+    tensors = moments(optimizers[0], networks[0])
     assert len(tensors) == 3 * len(list(networks[0].parameters()))
-    folder = checkpoint.save(tmp_path, 1, {"optimizer": tensors}, {}, keep=2)
+    folder = checkpoint.save(tmp_path, 1, {"optimizer": tensors}, {})
     read = checkpoint.read_tensors(folder, "optimizer", CPU)
-    checkpoint.load_optimizer(optimizers[1], networks[1], read)
+    fill(Team(), empty_moments(optimizers[1], networks[1], list(tensors)), read)
     networks[1].load_state_dict(networks[0].state_dict())
     for which in (0, 1):
         step(which, seed=6)
@@ -128,7 +133,7 @@ def test_damage_is_seen(
 
 @pytest.mark.parametrize("name", ["../state.json", "/etc/passwd", "a/b", "..", "a\\b"])
 def test_a_manifest_cannot_lead_outside(name: str, tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, 1, TENSORS, {}, keep=2)
+    folder = checkpoint.save(tmp_path, 1, TENSORS, {})
     write_json(folder / "manifest.json", {"files": {name: {"bytes": 1, "sha256": ""}}})
     fault = checkpoint.fault(folder)
     assert fault is not None and "outside the folder" in fault
@@ -136,6 +141,6 @@ def test_a_manifest_cannot_lead_outside(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("manifest", [[], {}, {"files": []}, {"files": {"state.json": 3}}])
 def test_a_strange_manifest_is_a_fault(manifest: object, tmp_path: Path) -> None:
-    folder = checkpoint.save(tmp_path, 1, TENSORS, {}, keep=2)
+    folder = checkpoint.save(tmp_path, 1, TENSORS, {})
     write_json(folder / "manifest.json", manifest)
     assert checkpoint.fault(folder) is not None

@@ -44,7 +44,7 @@ def test_counters_rates_and_averages_have_closed_forms(
     for k in range(steps):
         sizes.append(training.plan.draw(seed=config.seed, step=k)[0].size)
         loop.one_step(training)
-        rates.append(training.stepper.optimizer.param_groups[0]["lr"])
+        rates.append(training.stepper.update.optimizer.param_groups[0]["lr"])
         shown.append(training.now)
         passed.append(look())
     assert set(sizes) == {(16, 16), (8, 8)}
@@ -67,7 +67,7 @@ def test_counters_rates_and_averages_have_closed_forms(
             expected += remaining * (1 - decays[k - 1]) * passed[k][i]
             remaining *= decays[k - 1]
         expected += remaining * passed[0][i]
-        got = training.ema.network.get_parameter(name).double()
+        got = training.ema.network().get_parameter(name).double()
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
         assert not torch.equal(passed[0][i], passed[-1][i])
 

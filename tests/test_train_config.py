@@ -19,6 +19,7 @@ from patchdiffusion.train.config import (
     FREE,
     DataConfig,
     EMAConfig,
+    GuardConfig,
     OptimConfig,
     WatchConfig,
 )
@@ -42,7 +43,14 @@ NAN, INF = float("nan"), float("inf")
         (lambda: OptimConfig(lr=INF), "lr must be positive and finite, not inf"),
         (lambda: OptimConfig(eps=0.0), "eps must be positive"),
         (lambda: OptimConfig(clip=-1.0), "clip must be positive"),
-        (lambda: OptimConfig(max_skips=0), "max_skips must be positive"),
+        (lambda: GuardConfig(max_skips=0), "max_skips must be positive"),
+        (lambda: GuardConfig(spike=1.0), "spike must be above 1"),
+        (lambda: GuardConfig(spike=INF), "spike must be above 1 and finite, not inf"),
+        (lambda: GuardConfig(burst=0), "burst must be positive"),
+        (lambda: GuardConfig(rollbacks=-1), "rollbacks must be >= 0, not -1"),
+        (lambda: EMAConfig(profiles=(0.3,)), r"profiles must lie above 0 and below 0.2887, not"),
+        (lambda: EMAConfig(profiles=(0.1, 0.1)), "profiles must differ from each other"),
+        (lambda: EMAConfig(snapshots=0), "snapshots must be positive"),
         (lambda: OptimConfig(warmup=1.5), r"warmup must lie in \[0, 1\], not 1.5"),
         (lambda: OptimConfig(cooldown=-0.1), "cooldown must lie in"),
         (lambda: OptimConfig(betas=(0.9, 1.0)), r"betas must lie in \[0, 1\), not \(0.9, 1.0\)"),
@@ -67,6 +75,8 @@ NAN, INF = float("nan"), float("inf")
         (lambda: RunConfig(max_hours=0.0), "max_hours must be positive"),
         (lambda: RunConfig(max_hours=NAN), "max_hours must be positive"),
         (lambda: RunConfig(threads=0), "threads must be positive"),
+        (lambda: RunConfig(keep_every=0.0), "keep_every must be positive"),
+        (lambda: RunConfig(timeout_minutes=0.0), "timeout_minutes must be positive"),
         (lambda: RunConfig(save_minutes=-1.0), "save_minutes must be >= 0"),
         (lambda: SamplerConfig(steps=0), "at least 1 step, not 0"),
         (lambda: SamplerConfig(guidance=-1.0), "guidance must be >= 0"),
@@ -147,7 +157,9 @@ FREE_CHANGES = {
     "micro_batch": {"micro_batch": 2},
     "watch": {"watch": WatchConfig(grid=4, guidance=2.0)},
     "data.path": {"data": DataConfig(path="elsewhere")},
-    "optim.max_skips": {"optim": OptimConfig(max_skips=3)},
+    "guard.max_skips": {"guard": GuardConfig(max_skips=3)},
+    "guard.rollbacks": {"guard": GuardConfig(rollbacks=3)},
+    "ema.snapshots": {"ema": EMAConfig(snapshots=3)},
 }
 
 
@@ -188,7 +200,7 @@ def test_others_make_it_another_run(
 def test_every_field_is_either_free_or_compared() -> None:
     free = {path.split(".")[0] for path in FREE}
     compared = {"network", "precond", "noise", "patches", "ema", "clock", "batch", "seed"}
-    compared |= {"label_dropout", "precision", "data", "optim"}
+    compared |= {"label_dropout", "precision", "data", "optim", "guard"}
     assert free | compared == {f.name for f in dataclasses.fields(TrainConfig)}
 
 

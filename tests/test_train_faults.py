@@ -21,8 +21,9 @@ from patchdiffusion.files import read_json
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.metrics.memorise import Copies
 from patchdiffusion.train import checkpoint, loop, resume, setup, watch
-from patchdiffusion.train.config import OptimConfig
+from patchdiffusion.train.config import GuardConfig
 from patchdiffusion.train.log import RunLog
+from patchdiffusion.train.save import Saver
 
 Capture = pytest.CaptureFixture[str]
 
@@ -75,8 +76,7 @@ def test_too_many_in_a_row_end_the_run(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, lambda step: step >= 2)
-    optim = OptimConfig(lr=1e-2, max_skips=3)
-    config = tiny.config(images, steps=9, optim=optim)
+    config = tiny.config(images, steps=9, guard=GuardConfig(max_skips=3))
     with pytest.raises(Stop, match=r"3 steps in a row .* the last checkpoint stands") as caught:
         tiny.run(config, tmp_path / "run", save_minutes=0.0)
     assert caught.value.code == 21
@@ -93,16 +93,17 @@ def test_weights_that_are_not_finite_are_never_saved(
     part: str, images: Path, tmp_path: Path
 ) -> None:
     training = tiny.training(tiny.config(images), tmp_path / "run")
-    resume.begin(training)
-    loop.one_step(training)
-    resume.save(training)
+    with resume.opened(training):
+        loop.one_step(training)
+        saver = Saver(training)
+        saver()
     before = tiny.digests(tmp_path / "run")
-    network = training.network if part == "raw" else training.ema.network
+    network = training.network if part == "raw" else training.ema.network()
     with torch.no_grad():
         network.get_parameter("out_conv.bias")[0] = math.nan
     training.state.step += 1
-    with pytest.raises(Stop, match="weights are not finite; nothing was saved") as caught:
-        resume.save(training)
+    with pytest.raises(Stop, match="not finite; nothing was saved") as caught:
+        saver()
     assert caught.value.code == 21
     assert tiny.digests(tmp_path / "run") == before
 
@@ -171,7 +172,8 @@ def test_a_log_that_cannot_be_written_stops_nothing(
     images: Path, tmp_path: Path, capsys: Capture, finished: Path
 ) -> None:
     folder = tmp_path / "run"
-    resume.begin(tiny.training(tiny.config(images), folder))
+    with resume.opened(tiny.training(tiny.config(images), folder)):
+        pass
     (folder / "log.jsonl").unlink()
     (folder / "log.jsonl").mkdir()
     (folder / "run.json").mkdir()

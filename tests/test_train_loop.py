@@ -107,7 +107,7 @@ def test_an_interrupted_run_is_the_same_run(
         handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
         tiny.run(config, folder, **changes)
         assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
-    assert status(folder) == "stopped"
+    assert status(folder) == "preempted"
     assert read_json(folder / "run.json")["step"] == (1 if how == "max_hours" else 2)
     tiny.run(config, folder)
     assert status(folder) == "finished"

@@ -123,9 +123,10 @@ def test_start_from_the_averaged_weights(images: Path, finished: Path, tmp_path:
     config = tiny.config(images, seed=77)
     for path in (finished, finished / "model"):
         training = tiny.training(config, tmp_path / "run", start_from=path)
-        resume.begin(training)
+        with resume.opened(training):
+            pass
         expected = load_model(finished).network.state_dict()
-        for network in (training.network, training.ema.network):
+        for network in (training.network, training.ema.network()):
             state = network.state_dict()
             assert all(torch.equal(state[name], value) for name, value in expected.items())
         assert training.state.step == 0
@@ -136,7 +137,8 @@ def test_coordinates_may_be_gained(images: Path, tmp_path: Path) -> None:
     without = replace(tiny.NETWORK, coordinates=False)
     old = tiny.run(tiny.config(images, steps=2, network=without), tmp_path / "old")
     training = tiny.training(tiny.config(images), tmp_path / "new", start_from=old)
-    resume.begin(training)
+    with resume.opened(training):
+        pass
     given, state = load_model(old).network.state_dict(), training.network.state_dict()
     assert all(torch.equal(state[name], value) for name, value in given.items())
     gained = [state[name] for name in state if name not in given]
@@ -191,7 +193,7 @@ def test_what_may_change_does(images: Path, finished: Path, tmp_path: Path) -> N
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     watch = WatchConfig(status=10**6, samples=1, grid=3, sample_steps=1, held_out=0)
     config = tiny.config(images, steps=5, name="other", micro_batch=2, watch=watch)
-    config = replace(config, optim=replace(config.optim, max_skips=3))
+    config = replace(config, guard=replace(config.guard, max_skips=3))
     tiny.run(config, folder)
     assert len(tiny.history(folder)) == 5
     assert "held_out" not in read_log(folder)[-1]

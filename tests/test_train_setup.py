@@ -13,7 +13,6 @@ from patchdiffusion import PatchLaw
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.files import write_json
-from patchdiffusion.metrics import heldout
 from patchdiffusion.train import watch
 from patchdiffusion.train.config import DataConfig, WatchConfig
 from patchdiffusion.train.setup import check_fits, prepare_data
@@ -58,9 +57,9 @@ def test_held_out_images_are_of_all_classes(
         denoiser: object, shown: object, labels: object, indices: torch.Tensor, **_: object
     ):
         seen.append(indices)
-        return heldout.HeldOut(0.0, {}, {})
+        return {size: torch.ones(2, len(indices)).double() for size in training.watch.sizes}
 
-    monkeypatch.setattr(watch, "held_out_loss", measured)
+    monkeypatch.setattr(watch, "held_out_losses", measured)
     samples = torch.zeros(2, 3, 16, 16)
     replace(training.watch, pack=pack).measure(training.averaged, samples)
     assert seen[0].tolist() == [0, 10, 20, 30]

@@ -23,9 +23,9 @@ from patchdiffusion.model import pick_device
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
 from patchdiffusion.train.loop import one_step
+from patchdiffusion.train.machine import best_precision, synchronise
 from patchdiffusion.train.setup import assemble, prepare_data
 from patchdiffusion.train.status import measured_peak
-from patchdiffusion.train.step import best_precision
 
 DESCRIPTION = (
     "Check the installation and what the hardware can do; with images as the first argument also "
@@ -128,7 +128,7 @@ def _time(config: TrainConfig, pack: Pack, given: DoctorArguments) -> None:
     start = time.perf_counter()
     for _ in range(given.steps):
         one_step(training)
-    float(training.stepper.skips_in_a_row)  # waits for the device
+    synchronise(training.device)
     seconds = (time.perf_counter() - start) / given.steps
     total = duration(seconds * training.total_steps)
     print(

@@ -18,7 +18,7 @@ class Feed:
 
     `indices` int64 [M] are the images to draw from; each is used once in every M crops. Images
     are mirrored before they are cropped, so coordinates stay true. Crops are gathered where the
-    images lie and moved to `device`.
+    images lie, in the memory of the computer or of the device, and moved to `device` as bytes.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class Feed:
         if len(indices) == 0:
             raise ValueError("there are no images to train on")
         self.images = images
-        self.labels = labels
+        self.labels = None if labels is None else labels.to(images.device)
         self.indices = indices.numpy()
         self.seed = seed
         self.flip = flip
@@ -51,6 +51,11 @@ class Feed:
             chosen[epoch == e] = self.indices[self._order(int(e))[place[epoch == e]]]
         return torch.from_numpy(chosen)
 
+    def draws(self, group: Group, *, step: int, first: int, chunk: range) -> rng.Draws:
+        """The random draws of some crops of a group, made where the images lie."""
+        rank = torch.arange(chunk.start, chunk.stop, device=self.images.device)
+        return rng.Draws(self.seed, step, first + rank, rank, group.count)
+
     def batch(
         self, group: Group, *, step: int, position: int, first: int, chunk: range
     ) -> tuple[Batch, rng.Draws]:
@@ -59,10 +64,14 @@ class Feed:
         `position` is the number of crops drawn before this step, `first` the number drawn in
         this step before the group, and `chunk` the crops of the group that are wanted.
         """
-        rank = torch.arange(chunk.start, chunk.stop)
-        draws = rng.Draws(self.seed, step, first + rank, rank, group.count)
-        index = self.which((position + draws.index).numpy())
-        flip = draws.bernoulli("flip", 0.5) if self.flip else torch.zeros(len(rank)).bool()
+        draws = self.draws(group, step=step, first=first, chunk=chunk)
+        start = position + first
+        index = self.which(np.arange(start + chunk.start, start + chunk.stop))
+        index = _move(index, self.images.device)
+        if self.flip:
+            flip = draws.bernoulli("flip", 0.5)
+        else:
+            flip = torch.zeros(len(index), dtype=torch.bool, device=index.device)
         key = draws.keys("crop")
         batch = gather(self.images, self.labels, index, group, key, flip, self.device)
         return batch, draws.to(self.device)
@@ -84,22 +93,31 @@ def gather(
     canvas = (images.shape[1], images.shape[2])
     (height, width), pitch = group.size, group.pitch
     top, left = corners(key, group.size, canvas, pitch)
-    rows = top[:, None] + torch.arange(height * pitch)
-    cols = left[:, None] + torch.arange(width * pitch)
+    rows = top[:, None] + torch.arange(height * pitch, device=top.device)
+    cols = left[:, None] + torch.arange(width * pitch, device=top.device)
     cols = torch.where(flip[:, None], canvas[1] - 1 - cols, cols)
     cut = images[index[:, None, None], rows[:, :, None], cols[:, None, :]]  # [B, h, w, C]
-    crops = cut.to(device).movedim(-1, 1).to(torch.float32).div_(127.5).sub_(1)
+    crops = _move(cut, device).movedim(-1, 1).to(torch.float32).div_(127.5).sub_(1)
     if pitch > 1:
         crops = F.avg_pool2d(crops, pitch)
-    sides = torch.tensor([height * pitch, width * pitch]).expand(len(index), 2)
+    sides = [torch.full_like(top, height * pitch), torch.full_like(top, width * pitch)]
+    top, left = _move(top, device), _move(left, device)
     return Batch(
         images=crops,
         cond=Cond(
-            labels=None if labels is None else labels[index],
+            labels=None if labels is None else _move(labels[index], device),
             pos=coordinates(top, left, group.size, canvas, pitch),
-        ).to(device),
+        ),
         index=index,
-        box=torch.cat([top[:, None], left[:, None], sides], dim=1),
+        box=torch.stack([top, left, *(_move(side, device) for side in sides)], dim=1),
         flip=flip,
         noise=group.noise,
     )
+
+
+def _move(x: Tensor, device: torch.device | str) -> Tensor:
+    """The same values on a device, on the way there while the host goes on."""
+    device = torch.device(device)
+    if x.device.type == "cpu" and device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)

@@ -28,7 +28,7 @@ class HeldOut:
 
 
 @torch.no_grad()
-def held_out_loss(
+def held_out_losses(
     denoiser: Denoiser,
     images: Tensor,
     labels: Tensor | None,
@@ -39,38 +39,43 @@ def held_out_loss(
     sizes: tuple[Size, ...],
     device: torch.device,
     batch: int = 64,
-) -> HeldOut:
-    """Loss on `indices` [M] of uint8 images [N, H, W, C]; `sizes` are crop sizes, largest first.
+    part: range | None = None,
+) -> dict[Size, Tensor]:
+    """Losses on `indices` [M] of uint8 images [N, H, W, C] for each crop size, largest first.
 
     Each image has one noise level, spread evenly over `law`, one noise and one place per size, the
-    same in every call: values of one run, and of runs on the same data, can be compared.
+    same in every call: values of one run, and of runs on the same data, can be compared. `part`
+    chooses some of the M images. Float64 [2, len(part)] for each size: sigma and weighted loss.
     """
-    bands: dict[str, float] = {}
-    means: dict[str, float] = {}
-    total = float("nan")
+    part = range(len(indices)) if part is None else part
+    # A fixed shuffle of the strata, so that neighbouring images get different levels.
+    levels = torch.from_numpy(rng.permutation(0, "held-out level", 0, len(indices)))
+    found = {}
     for size in sizes:
-        losses, sigmas = [], []
-        for start in range(0, len(indices), batch):
-            rank = torch.arange(start, min(start + batch, len(indices)))
+        rows = [torch.zeros(2, 0, dtype=torch.float64)]
+        for start in range(part.start, part.stop, batch):
+            rank = torch.arange(start, min(start + batch, part.stop))
             draws = rng.Draws(0, 0, indices[rank], rank, len(indices))
             group = Group(size, len(indices), 1.0)
             flip = torch.zeros(len(rank)).bool()
             key = draws.keys("held-out crop")
             crops = gather(images, labels, indices[rank], group, key, flip)
-            # A fixed shuffle of the strata, so that neighbouring images get different levels.
-            place = torch.from_numpy(rng.permutation(0, "held-out level", 0, len(indices)))[rank]
-            sigma = law.draw((place + 0.5) / len(indices)).to(torch.float32).to(device)
+            sigma = law.draw((levels[rank] + 0.5) / len(indices)).to(torch.float32).to(device)
             noise = draws.normal("held-out noise", tuple(crops.images.shape[1:])).to(device)
             x = crops.images.to(device)
             error = denoising_error(denoiser, x, noise, sigma, crops.cond.to(device))
-            losses.append((weighting(sigma) * error).cpu())
-            sigmas.append(sigma.cpu())
-        loss, sigma = torch.cat(losses).double(), torch.cat(sigmas)
-        means["{}x{}".format(*size)] = loss.mean().item()
-        if size == sizes[0]:
-            total = loss.mean().item()
-            for low, high in itertools.pairwise(BANDS):
-                inside = (sigma >= low) & (sigma < high)
-                if inside.any():
-                    bands[f"{low:g}-{high:g}"] = loss[inside].mean().item()
-    return HeldOut(total, bands, means)
+            rows.append(torch.stack([sigma, weighting(sigma) * error]).cpu().double())
+        found[size] = torch.cat(rows, dim=1)
+    return found
+
+
+def summarise(losses: dict[Size, Tensor]) -> HeldOut:
+    """Means of what `held_out_losses` found, over all noise levels and within bands of them."""
+    sigma, loss = next(iter(losses.values()))
+    bands = {}
+    for low, high in itertools.pairwise(BANDS):
+        inside = (sigma >= low) & (sigma < high)
+        if inside.any():
+            bands[f"{low:g}-{high:g}"] = loss[inside].mean().item()
+    means = {"{}x{}".format(*size): rows[1].mean().item() for size, rows in losses.items()}
+    return HeldOut(loss.mean().item(), bands, means)

@@ -181,6 +181,10 @@ class SongUNet(nn.Module):
         """Total down-sampling; sides that are multiples of it need no padding."""
         return self.config.divisor
 
+    def units(self) -> list[nn.Module]:
+        """The repeated parts, which are compiled and sharded one by one."""
+        return [module for module in self.modules() if isinstance(module, Block)]
+
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """x [B, C, H, W], noise [B] -> [B, C, H, W]; no dropout unless `cond.seed` is given.
 

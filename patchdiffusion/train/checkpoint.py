@@ -1,42 +1,74 @@
 """Checkpoints: folders that are complete or absent, without pickles, verified by digest.
 
 `step-XXXXXXXXXX/` holds safetensors files, `state.json` and `manifest.json` with the size and
-SHA-256 of each file. It is filled under a temporary name, flushed, and renamed.
+SHA-256 of each file. It is filled under a temporary name, flushed, and renamed; then `latest` is
+rewritten, for people and programs that want the newest one, and older ones are pruned.
 """
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from patchdiffusion.files import folder_atomic, read_json, sha256, write_json
+from patchdiffusion.files import folder_atomic, read_json, sha256, write_bytes, write_json
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
+"""Named groups of named tensors; each group becomes one file."""
+
+FORMAT = 2
 
 
-def save(root: Path, step: int, tensors: Tensors, state: dict[str, Any], *, keep: int) -> Path:
-    """Write `root/step-.../NAME.safetensors` for each entry of `tensors`, then prune old ones."""
+# ---- Writing ----
+
+
+def size_of(tensors: Tensors) -> int:
+    """Bytes that `save` needs, with a margin."""
+    held = sum(x.numel() * x.element_size() for group in tensors.values() for x in group.values())
+    return held + held // 50 + 2**20
+
+
+def save(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Path:
+    """Write `root/step-.../NAME.safetensors` for each group, with a state of JSON values."""
     folder = root / f"step-{step:010d}"
     with folder_atomic(folder) as temporary:
         for name, group in tensors.items():
             whole = {key: value.detach().cpu().contiguous() for key, value in group.items()}
             save_file(whole, temporary / f"{name}.safetensors")
-        write_json(temporary / "state.json", state)
+        write_json(temporary / "state.json", {"format": FORMAT, "step": step, **state})
         files = {
             f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)}
             for f in sorted(temporary.iterdir())
         }
-        write_json(temporary / "manifest.json", {"format": 1, "step": step, "files": files})
-    for old in _folders(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+        write_json(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": files})
+    write_bytes(root / "latest", f"{folder.name}\n".encode())
     return folder
 
 
-def _folders(root: Path) -> list[Path]:
+def prune(root: Path, keep: int, every: float | None = None) -> None:
+    """Delete all but the newest `keep` whole ones, and the first after each multiple of `every`."""
+    newest, spared, marks = 0, set(), {}
+    for folder in folders(root):
+        if newest < keep:
+            newest += fault(folder, content=False) is None
+            spared.add(folder)
+        elif every is not None and fault(folder, content=False) is None:
+            marks[math.floor(read_state(folder)["images"] / every)] = folder  # the oldest wins
+    spared.update(folder for mark, folder in marks.items() if mark > 0)
+    for folder in folders(root):
+        if folder not in spared:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- Finding and checking ----
+
+
+def folders(root: Path) -> list[Path]:
     """All finished checkpoints, newest first."""
     found = root.glob("step-*") if root.is_dir() else iter(())
     return sorted((f for f in found if f.name[5:].isdigit()), reverse=True)
@@ -48,8 +80,8 @@ def clear_unfinished(root: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, in one line, or None."""
+def fault(folder: Path, *, content: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in one line, or None; without `content` only by sizes."""
     try:
         files = read_json(folder / "manifest.json")["files"]
         for name, facts in files.items():
@@ -58,7 +90,7 @@ def fault(folder: Path) -> str | None:
             path = folder / name
             if path.stat().st_size != facts["bytes"]:
                 return f"{path} has {path.stat().st_size} bytes instead of {facts['bytes']}"
-            if sha256(path) != facts["sha256"]:
+            if content and sha256(path) != facts["sha256"]:
                 return f"{path} does not have the digest that its manifest gives"
         if "state.json" not in files:
             return f"{folder}: the manifest does not list state.json"
@@ -69,40 +101,31 @@ def fault(folder: Path) -> str | None:
 
 def candidates(root: Path) -> Iterator[tuple[Path, str | None]]:
     """Checkpoints from the newest to the oldest, each with its fault or None."""
-    return ((folder, fault(folder)) for folder in _folders(root))
+    return ((folder, fault(folder)) for folder in folders(root))
+
+
+def set_damaged_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that it is neither used nor counted, nor lost."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+# ---- Reading ----
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The scalars of a checkpoint."""
-    return read_json(folder / "state.json")
+    """The scalars of a checkpoint; `ValueError` if another version wrote it."""
+    state = read_json(folder / "state.json")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{folder} is not a checkpoint of format {FORMAT}; --fresh starts again")
+    return state
 
 
 def read_tensors(folder: Path, name: str, device: torch.device) -> dict[str, Tensor]:
     """One group of tensors of a checkpoint."""
-    return load_file(folder / f"{name}.safetensors", device=str(device))
-
-
-# ---- Optimizers as named tensors ----
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, network: nn.Module) -> dict[str, Tensor]:
-    """The state of an optimizer, each tensor under "PARAMETER/ENTRY"."""
-    return {
-        f"{name}/{entry}": value
-        for name, parameter in network.named_parameters()
-        for entry, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer(
-    optimizer: torch.optim.Optimizer, network: nn.Module, tensors: Mapping[str, Tensor]
-) -> None:
-    """The inverse of `optimizer_tensors`."""
-    parameters = dict(network.named_parameters())
-    for path, value in tensors.items():
-        name, entry = path.rsplit("/", 1)
-        parameter = parameters[name]
-        if value.shape == parameter.shape:
-            # Fused optimizers walk through memory: the layout must be that of the parameter.
-            value = torch.empty_like(parameter).copy_(value)
-        optimizer.state[parameter][entry] = value
+    try:
+        return load_file(folder / f"{name}.safetensors", device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{folder / name}.safetensors cannot be read: {error}") from error

@@ -12,6 +12,10 @@ from patchdiffusion.patches import PatchLaw, PatchPlan, Size
 from patchdiffusion.weighting import EDMWeight
 
 Clock = Literal["equivalents", "crops", "steps"]
+Precision = Literal["fp32", "bf16", "fp16"]
+
+WIDEST = 12**-0.5
+"""Relative width of the average of all weights alike, the widest of the power-function averages."""
 
 
 def positive(owner: object, *names: str) -> None:
@@ -62,11 +66,9 @@ class OptimConfig:
     """Share of the run, at its end, over which it falls linearly to 0; 0 keeps it constant."""
     clip: float = 1.0
     """Largest gradient norm; larger gradients are scaled down."""
-    max_skips: int = 8
-    """Stop after this many steps in a row whose loss or gradient is not finite."""
 
     def __post_init__(self) -> None:
-        positive(self, "lr", "eps", "clip", "max_skips")
+        positive(self, "lr", "eps", "clip")
         fraction(self, "warmup", "cooldown")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
@@ -81,16 +83,50 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What happens when a loss or a gradient is not what it should be."""
+
+    max_skips: int = 8
+    """Stop after this many steps in a row whose loss or gradient is not finite."""
+    spike: float = 10.0
+    """A loss or gradient norm this many times the median of the last 128 steps of its kind is a
+    spike; its update is scaled down to the median norm."""
+    burst: int = 6
+    """This many spikes within 64 steps: go back to the checkpoint before them and leave out the
+    images in between."""
+    rollbacks: int = 1
+    """How often a run may go back; the next time it stops."""
+
+    def __post_init__(self) -> None:
+        positive(self, "max_skips", "burst")
+        if not 1 < self.spike < math.inf:
+            raise ValueError(f"spike must be above 1 and finite, not {self.spike}")
+        if self.rollbacks < 0:
+            raise ValueError(f"rollbacks must be >= 0, not {self.rollbacks}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """The average of the weights that is sampled from."""
+    """Averages of the weights. The first one is sampled from."""
 
     half_life: float = 500_000
     """Half-life in units of the clock."""
     ramp_up: float = 0.05
     """The half-life is at most this share of what has been seen so far."""
+    profiles: tuple[float, ...] = ()
+    """Relative widths of power-function averages to keep as well, such as 0.05 0.1; averages of
+    any width can be made of them afterwards: patchdiffusion average."""
+    snapshots: int = 64
+    """How often the profiles are stored, over the whole run."""
 
     def __post_init__(self) -> None:
-        positive(self, "half_life", "ramp_up")
+        positive(self, "half_life", "ramp_up", "snapshots")
+        if not all(0 < std < WIDEST for std in self.profiles):
+            raise ValueError(
+                f"profiles must lie above 0 and below {WIDEST:.4f}, not {self.profiles}"
+            )
+        if len(set(self.profiles)) < len(self.profiles):
+            raise ValueError(f"profiles must differ from each other, not {self.profiles}")
 
     def decay(self, seen: float, advance: float) -> float:
         """Weight of the old average when the clock advances to `seen` by `advance`."""
@@ -136,6 +172,7 @@ class TrainConfig:
     patches: PatchLaw = field(default_factory=PatchLaw)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     images: float = 1_000_000
     """Length of the run in units of the clock."""
@@ -143,12 +180,12 @@ class TrainConfig:
     """What drives length, learning rate and averages: full-image equivalents (area of all crops),
     crops (each counts as an image, as in the official code), or steps."""
     batch: int = 64
-    """Whole images per step; smaller crops come in larger numbers, see patches."""
+    """Whole images per step, over all processes; of smaller crops there are more, see patches."""
     micro_batch: int | None = None
-    """Whole images, or the same area in crops, per forward pass; None is all at once."""
+    """Whole images, or their area in crops, per process and forward pass; None is all at once."""
     label_dropout: float = 0.1
     """Share of samples trained without their label, which guidance needs."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the network; auto is bf16 where the hardware multiplies it faster."""
     seed: int = 0
     """Seed of everything random."""
@@ -171,7 +208,16 @@ class TrainConfig:
         return PatchPlan(canvas, self.batch, self.patches, self.network.divisor)
 
 
-FREE = ("name", "images", "micro_batch", "watch", "data.path", "optim.max_skips")
+FREE = (
+    "name",
+    "images",
+    "micro_batch",
+    "watch",
+    "data.path",
+    "guard.max_skips",
+    "guard.rollbacks",
+    "ema.snapshots",
+)
 """Fields that may differ when a run is resumed; all others make it another run."""
 
 
@@ -184,7 +230,13 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     threads: int | None = None
-    """CPU threads; None leaves it to PyTorch (one per core)."""
+    """CPU threads of each process; None leaves it to PyTorch (one per core)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the blocks of the network, once for each crop size; auto does so on CUDA."""
+    shard: bool = False
+    """Divide weights, moments and averages among the processes (FSDP2) instead of copying them."""
+    deterministic: bool = False
+    """On CUDA, only kernels that repeat to the last bit; 5 to 30 % slower."""
     fresh: bool = False
     """Set an existing run aside (it is renamed, not deleted) and start again."""
     start_from: Path | None = None
@@ -194,14 +246,23 @@ class RunConfig:
     save_minutes: float = 5.0
     """Time between checkpoints."""
     keep: int = 2
-    """Checkpoints kept, at least 2."""
+    """Newest checkpoints kept, at least 2."""
+    keep_every: float | None = None
+    """Also keep one checkpoint for good each time the clock has advanced by so much."""
+    timeout_minutes: float = 5.0
+    """How long a process may keep the others waiting; six times as long until the second step."""
+    auto_micro_batch: bool = False
+    """Out of memory: go on with half the micro-batch, the same training in smaller parts."""
     allow_data_change: bool = False
     """Resume although the data set is not the one the run began with."""
+    allow_config_change: bool = False
+    """Resume although fields differ that make it another run; the change is recorded."""
     dry_run: bool = False
     """Say what would be done, with cost and disk space, and stop."""
 
     def __post_init__(self) -> None:
-        for name in ("max_hours", "threads"):
+        positive(self, "timeout_minutes")
+        for name in ("max_hours", "threads", "keep_every"):
             if getattr(self, name) is not None:
                 positive(self, name)
         if not self.save_minutes >= 0:

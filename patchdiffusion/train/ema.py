@@ -1,25 +1,87 @@
-"""The exponential moving average of the weights."""
+"""Averages of the weights: an exponential one that is sampled from, and power-function profiles.
+
+Profiles are those of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
+Models", CVPR 2024 (arXiv 2312.02696), section 3: the weight of the past grows as a power of time,
+so that the average spans a fixed share of the run. `train/posthoc.py` makes others of them.
+"""
 
 import copy
 
 import torch
 from torch import Tensor, nn
 
+from patchdiffusion.train.config import EMAConfig
+from patchdiffusion.train.parallel import as_sharded, local, whole
+from patchdiffusion.train.posthoc import exponent
+
+MAIN = "averaged"
+
+
+def profile_name(std: float) -> str:
+    """The name of a profile in checkpoints and snapshots."""
+    return f"power-{std:g}"
+
 
 class EMA:
-    """A second network whose parameters follow those of the first, in float32.
+    """Averages in float32 that follow the parameters of a network, each with one kernel launch.
 
     Parameters are averaged; buffers are copied once, as networks here only have constant ones.
     """
 
-    def __init__(self, network: nn.Module):
-        self.network = copy.deepcopy(network).requires_grad_(False)
-        self._targets: list[Tensor] = list(self.network.parameters())
-        self._sources: list[Tensor] = list(network.parameters())
+    def __init__(self, network: nn.Module, config: EMAConfig):
+        self.config = config
+        self._shell = copy.deepcopy(network).requires_grad_(False)  # its weights are the average
+        self._names = [name for name, _ in network.named_parameters()]
+        self._sources = list(network.parameters())
+        self.averages: dict[str, list[Tensor]] = {MAIN: list(self._shell.parameters())}
+        for std in config.profiles:
+            self.averages[profile_name(std)] = [p.detach().clone() for p in self._sources]
+        self._sharded = False
+        self._buffers: dict[str, Tensor] = {}
+
+    def shard(self, network: nn.Module) -> None:
+        """Divide the averages like the parameters of a network that is sharded by now."""
+        self._sources = list(network.parameters())
+        for name, tensors in self.averages.items():
+            pairs = zip(tensors, self._sources, strict=True)
+            self.averages[name] = [as_sharded(t, like) for t, like in pairs]
+        self._sharded = True
+        self._buffers = {name: b.clone() for name, b in self._shell.named_buffers()}
+        self._shell.to(device="meta")
 
     @torch.no_grad()
-    def update(self, decay: float) -> None:
-        """average <- decay average + (1 - decay) weights."""
-        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            self._targets, self._sources, 1 - decay
-        )
+    def update(self, seen: float, advance: float) -> None:
+        """average += (1 - decay) (weights - average), when the clock advances to `seen`."""
+        sources = [local(p) for p in self._sources]
+        decays = [self.config.decay(seen, advance)]
+        decays += [power_decay(std, seen, advance) for std in self.config.profiles]
+        for tensors, decay in zip(self.averages.values(), decays, strict=True):
+            targets = [local(t) for t in tensors]
+            torch._foreach_lerp_(targets, sources, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    @torch.no_grad()
+    def copy(self, network: nn.Module) -> None:
+        """Begin all averages anew at the weights of a network."""
+        for tensors in self.averages.values():
+            for target, source in zip(tensors, network.parameters(), strict=True):
+                local(target).copy_(local(source))
+
+    def network(self) -> nn.Module:
+        """A network with the main average as its weights; with shards, all processes must ask."""
+        if not self._sharded:
+            return self._shell
+        device = local(self._sources[0]).device
+        network = copy.deepcopy(self._shell).to_empty(device=device)
+        network.load_state_dict(self._buffers, strict=False)
+        for target, average in zip(network.parameters(), self.averages[MAIN], strict=True):
+            target.copy_(whole(average))
+        return network
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """One of the averages by the names of the parameters."""
+        return dict(zip(self._names, self.averages[name], strict=True))
+
+
+def power_decay(std: float, seen: float, advance: float) -> float:
+    """Weight of the old average when the clock advances to `seen` (equation 127 of 2312.02696)."""
+    return (1 - advance / seen) ** (exponent(std) + 1)

@@ -30,7 +30,16 @@ def set_aside(folder: Path) -> Path:
     return folder.rename(aside)
 
 
-def is_same_run(folder: Path, config: TrainConfig) -> bool:
+def changed_fields(stored: TrainConfig, config: TrainConfig) -> list[str]:
+    """The fields that make it another run, with both values."""
+    return [
+        line
+        for line in differences(stored, config)
+        if not any(line.startswith((f"{free}:", f"{free}.")) for free in FREE)
+    ]
+
+
+def is_same_run(folder: Path, config: TrainConfig, *, allow_change: bool = False) -> bool:
     """Whether a folder holds this run already; nothing is written.
 
     Raises `ValueError` if it holds other files, or another run, with the fields that differ.
@@ -42,17 +51,19 @@ def is_same_run(folder: Path, config: TrainConfig) -> bool:
                 f"{folder} is not empty and holds no run; choose another folder with --out"
             )
         return False
-    changed = [
-        line
-        for line in differences(stored, config)
-        if not any(line.startswith((f"{free}:", f"{free}.")) for free in FREE)
-    ]
+    if not allow_change:
+        refuse_changes(folder, changed_fields(stored, config))
+    return True
+
+
+def refuse_changes(folder: Path, changed: list[str]) -> None:
+    """Raise `ValueError` that lists the fields, if there are any."""
     if changed:
         raise ValueError(
             f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
-            "use --out for another folder, or --fresh to set that run aside and start again"
+            "use --out for another folder, --fresh to set that run aside and start again, or "
+            "--allow-config-change to go on with it changed"
         )
-    return True
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 """What a run tells: status lines for people, `log.jsonl` for programs, `run.json` for both."""
 
+import contextlib
 import json
 import math
 import os
@@ -36,19 +37,35 @@ def quantity(value: float) -> str:
 
 
 class RunLog:
-    """Writes the records of a run; a failure to write is reported and never stops training."""
+    """Writes the records of a run; a failure to write is reported and never stops training.
 
-    def __init__(self, folder: Path, *, stream: TextIO | None = None):
+    A quiet one, of a process that does not speak for the others, writes nothing.
+    """
+
+    def __init__(self, folder: Path, *, stream: TextIO | None = None, quiet: bool = False):
         self.folder = folder
         self.stream = stream or sys.stdout
+        self.quiet = quiet
         self._failed = False
+        self._told_until = -1
 
     def say(self, text: str) -> None:
         """One line for people."""
-        print(text, file=self.stream, flush=True)
+        if not self.quiet:
+            print(text, file=self.stream, flush=True)
+
+    def resume(self, step: int, **values: Any) -> None:
+        """Go on at a step; what was recorded of later ones before will be marked as replayed."""
+        if not self.quiet:
+            self._told_until = _last_step(self.folder / "log.jsonl")
+        self.record("resume", step=step, **values)
 
     def record(self, kind: str, **values: Any) -> None:
         """One line of `log.jsonl`."""
+        if self.quiet:
+            return
+        if kind == "status" and values["step"] <= self._told_until:
+            values["replayed"] = True
         facts = _finite({"kind": kind, "time": round(time.time(), 3), **values})
         try:
             _append(self.folder / "log.jsonl", json.dumps(facts, allow_nan=False))
@@ -58,7 +75,9 @@ class RunLog:
             self._failed = True
 
     def status(self, status: str, **values: Any) -> None:
-        """Replace `run.json`: running, finished, stopped or failed, with where the run stands."""
+        """Replace `run.json`: running, finished, preempted or failed, with where the run stands."""
+        if self.quiet:
+            return
         facts = {"status": status, "pid": os.getpid(), "host": socket.gethostname(), **values}
         try:
             write_json(self.folder / "run.json", facts)
@@ -73,6 +92,21 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _last_step(path: Path) -> int:
+    """The highest step of the status lines in a log, -1 without any."""
+    last = -1
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for line in lines:
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    record = json.loads(line)
+                    if record["kind"] == "status":
+                        last = max(last, record["step"])
+    except OSError:
+        pass  # `record` will say so
+    return last
 
 
 def _append(path: Path, line: str) -> None:

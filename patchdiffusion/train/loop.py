@@ -1,5 +1,6 @@
 """The training loop: source -> feed -> plan -> crops -> objective -> optimizer -> average."""
 
+import itertools
 import math
 import signal
 import threading
@@ -8,99 +9,207 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from patchdiffusion.errors import Stop, out_of_memory
+from patchdiffusion.dist import Vote, join
+from patchdiffusion.errors import Stop, out_of_memory, peer_lost
 from patchdiffusion.report import write_report
 from patchdiffusion.train.config import RunConfig, TrainConfig
+from patchdiffusion.train.guard import Order
 from patchdiffusion.train.log import duration, quantity
-from patchdiffusion.train.resume import begin, save
+from patchdiffusion.train.phases import whereabouts
+from patchdiffusion.train.resume import opened, roll_back
+from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training, assemble, prepare_data
 from patchdiffusion.train.status import Status, picture_of, show_samples
+from patchdiffusion.train.verify import Verification
+from patchdiffusion.train.watch import Ending
+
+PATIENCE = 6  # times as long until the second step
+
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
     """Train until the clock shows `config.images`; returns the folder of the run, with a report.
 
-    The same call again goes on where the last one ended. Raises `ValueError` for a configuration
-    or data that cannot work, before anything is written, and `Stop` when a run cannot go on.
+    The same call again goes on where the last one ended. Every process of a run makes it. Raises
+    `ValueError` for a configuration or data that cannot work, before anything is written, and
+    `Stop` when a run cannot go on.
     """
     run = run or RunConfig()
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    training = assemble(config, run, prepare_data(config.data))
-    if run.dry_run:
-        training.describe()
-        return training.folder
-    begin(training)
-    if training.finished:
-        if not picture_of(training).exists():  # it was killed after its last checkpoint
-            show_samples(training)
-        training.log.status("finished", **_place(training))
-        training.log.say(f"{training.folder} is finished; a larger --images extends it")
-        write_report(training.folder)
-        return training.folder
-    try:
-        _loop(training)
-    except Exception as error:
-        training.log.status("failed", reason=str(error), **_place(training))
-        if not out_of_memory(error):
+    started = time.monotonic()
+    pack = prepare_data(config.data)  # takes its time, which no other process has to wait for
+    with join(PATIENCE * run.timeout_minutes) as team:
+        training = assemble(config, run, pack, team)
+        if run.dry_run:
+            training.describe()
+            return training.folder
+        try:
+            with opened(training):
+                _carry_out(training, started)
+        except Exception as error:
+            if peer_lost(error):
+                raise Stop(_lost(training, error), code=24) from error
             raise
-        half = max(1, (config.micro_batch or config.batch) // 2)
-        raise Stop(
-            f"out of memory; go on with --micro-batch {half}: the same training in smaller "
-            "parts (or take a smaller network or resolution)",
-            code=26,
-        ) from error
-    training.log.say(f"report    {write_report(training.folder)}")
-    return training.folder
+        return training.folder
 
 
-def _loop(training: Training) -> None:
-    config, watch = training.config, training.config.watch
-    status = Status(training)
-    deadline = time.monotonic() + (training.run.max_hours or math.inf) * 3600
+def _carry_out(training: Training, started: float) -> None:
+    log = training.log
+    if training.finished:
+        _catch_up(training)  # it may have been killed after its last checkpoint
+        log.status("finished", **_place(training))
+        log.say(f"{training.folder} is finished; a larger --images extends it")
+        training.team.on_lead(lambda: write_report(training.folder))
+        return
+    try:
+        with stop_signals() as stop:
+            _loop(training, stop, started)
+    except Exception as error:
+        log.status("failed", reason=str(error), **_place(training))
+        if out_of_memory(error):
+            raise Stop(_too_large(training), code=26) from error
+        raise
+    training.team.on_lead(lambda: log.say(f"report    {write_report(training.folder)}"))
+
+
+def _loop(training: Training, stop: threading.Event, started: float) -> None:
+    config, watch, run = training.config, training.config.watch, training.run
+    team, guard, phases = training.team, training.stepper.guard, training.phases
+    saver = Saver(training)
+    status = Status(training, saver)
+    vote = Vote(team, 3)
+    pixels = Verification(training.pack, wanted=team.place.local_rank == 0)
+    deadline = started + (run.max_hours or math.inf) * 3600
     saved = time.monotonic()
     training.log.status("running", **_place(training))
-    with stop_signals() as stop:
-        while not training.finished:
-            before = training.now
-            one_step(training)
-            now, last = training.now, training.finished
-            early = training.state.step.bit_count() == 1  # steps 1, 2, 4, 8 ...: soon, then rarely
-            if early or due(watch.status, before, now, config.images) or last:
-                status.report()
-            ending = stop.is_set() or time.monotonic() > deadline
-            show = due(watch.samples, before, now, config.images) or last
-            if show or ending or time.monotonic() - saved > training.run.save_minutes * 60:
-                with status.pause():
-                    save(training)
-                saved = time.monotonic()
-            if show:
-                with status.pause():
-                    show_samples(training)
-            if ending and not last:
-                training.log.status("stopped", **_place(training))
-                training.log.say(f"stopped at {quantity(now)}; the same command goes on")
-                return
+    _catch_up(training, stop.is_set)
+    for taken in itertools.count(1):
+        before = training.now
+        _step(training)
+        now, last = training.now, training.finished
+        late = time.monotonic() > deadline
+        due_save = time.monotonic() - saved > run.save_minutes * 60
+        with phases("wait"):
+            order = max(guard.observe(), pixels.order())
+            ending, save, order = vote((stop.is_set() or late, due_save, order))
+        if taken == 2:  # whatever is compiled or chosen at first is there
+            team.patience(run.timeout_minutes)
+        early = training.state.step.bit_count() == 1  # steps 1, 2, 4, 8 ...: soon, then rarely
+        if early or due(watch.status, before, now, config.images) or last:
+            status.report()
+        if order == Order.GO_BACK:
+            vote.forget()
+            with status.pause():
+                roll_back(training, saver)
+            continue
+        if order > Order.GO_BACK:
+            raise _refusal(training, Order(order), pixels)
+        show = due(watch.samples, training.state.shown, now, config.images) or last
+        if show or ending or save:
+            with status.pause(), phases("save"):
+                saver(final=bool(ending))
+            saved = time.monotonic()
+        if due(config.ema.snapshots, before, now, config.images) or last:
+            with status.pause(), phases("save"):
+                saver.snapshot()
+        if ending and not last:
+            vote.forget()
+            training.log.status("preempted", **_place(training))
+            training.log.say(f"stopped at {quantity(now)}; the same command goes on")
+            return
+        if show:
+            with status.pause(), phases("samples"):
+                show_samples(training, stop.is_set)
+        if last:
+            break
+    vote.forget()
     training.log.status("finished", **_place(training))
     training.log.say(f"finished in {duration(training.state.seconds)} of training")
+
+
+def _catch_up(training: Training, ending: Ending = bool) -> None:
+    """Show the samples that belong to where the run stands, if it ended before it could."""
+    state, config = training.state, training.config
+    missed = due(config.watch.samples, state.shown, training.now, config.images)
+    if missed or training.finished:
+        if picture_of(training).exists():
+            state.shown = training.now
+        else:
+            show_samples(training, ending)
+
+
+def _step(training: Training) -> None:
+    """One step, in smaller parts if memory runs out and that is allowed."""
+    alone = training.team.size == 1  # others would wait for the first attempt
+    while True:
+        try:
+            return one_step(training)
+        except Exception as error:
+            size = training.stepper.micro_batch or training.config.batch
+            if not (training.run.auto_micro_batch and alone and size > 1 and out_of_memory(error)):
+                raise
+        # Here the error, which kept what the step had allocated, is gone.
+        training.stepper.micro_batch = size // 2
+        training.log.say(f"note      out of memory; going on with --micro-batch {size // 2}")
+        training.log.record("micro batch", step=training.state.step, size=size // 2)
 
 
 def one_step(training: Training) -> None:
     """One optimizer step, its counters and its average."""
     config, state, before = training.config, training.state, training.now
+    phases, cursor = training.phases, training.state.cursor
+    phases.begin_step(state.step)
     progress = min(before / config.images, 1.0)
-    groups = training.plan.draw(seed=config.seed, step=state.step, progress=progress)
-    training.stepper(groups, state.meter, step=state.step, position=state.crops, progress=progress)
+    groups = training.plan.draw(seed=config.seed, step=cursor[0], progress=progress)
+    training.stepper(groups, state.meter, step=state.step, cursor=cursor, progress=progress)
     flops = sum(training.flops[group.size] * group.count for group in groups)
     state.advance(groups, training.canvas, flops)
-    training.ema.update(config.ema.decay(training.now, training.now - before))
+    with phases("average"):
+        training.ema.update(training.now, training.now - before)
+    phases.end_step()
 
 
 def due(times: int, before: float, now: float, total: float) -> bool:
     """Whether one of `times` evenly spaced marks of the run lies in (before, now]."""
     return math.floor(now / total * times) > math.floor(before / total * times)
+
+
+def _refusal(training: Training, order: Order, pixels: Verification) -> Stop:
+    """Why the run must stop, for everybody to raise."""
+    guard = training.stepper.guard
+    if order == Order.STOP_DATA:
+        problems = [text for text in training.team.gather(pixels.problem) if text]
+        return Stop(f"{problems[0]}; prepare the data again", code=23)
+    if order == Order.STOP_SKIPS:
+        return Stop(
+            f"{guard.config.max_skips} steps in a row had a loss or gradient that is not finite; "
+            "the last checkpoint stands. Try a lower --optim.lr, or --precision fp32",
+            code=21,
+        )
+    return Stop(
+        f"the gradient has exploded again after {guard.rollbacks} rollbacks; the last checkpoint "
+        "stands. Try a lower --optim.lr, or --guard.rollbacks for one more",
+        code=22,
+    )
+
+
+def _lost(training: Training, error: Exception) -> str:
+    here = training.phases
+    return (
+        f"rank {training.team.place.rank} waited in vain in {here.current} of step {here.step}: "
+        f"{whereabouts(training.folder, training.team.place)} ({str(error).splitlines()[0]})"
+    )
+
+
+def _too_large(training: Training) -> str:
+    config = training.config
+    half = max(1, (training.stepper.micro_batch or config.batch) // 2)
+    return (
+        f"out of memory; go on with --micro-batch {half}: the same training in smaller parts "
+        "(or take a smaller network or resolution)"
+    )
 
 
 def _place(training: Training) -> dict[str, object]:
@@ -109,18 +218,21 @@ def _place(training: Training) -> dict[str, object]:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set; a second SIGINT ends the program at once."""
+    """An event that SIGINT, SIGTERM and SIGUSR1 set; a second SIGINT ends the program at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # only the main thread may handle signals
         return
+    interrupts = 0
 
     def handle(number: int, frame: object) -> None:
-        if event.is_set() and number == signal.SIGINT:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if interrupts > 1:
             raise KeyboardInterrupt
         event.set()
 
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    old = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield event
     finally:

@@ -1,111 +1,203 @@
-"""How a run begins, goes on from a checkpoint, and is saved."""
+"""How a run begins, goes on from a checkpoint, and goes back to one."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor
 
+from patchdiffusion.codec import decode, encode
 from patchdiffusion.errors import Stop
-from patchdiffusion.model import load_model, save_model
+from patchdiffusion.files import lock
 from patchdiffusion.train import checkpoint
-from patchdiffusion.train.folder import is_same_run, set_aside, write_config
+from patchdiffusion.train.config import TrainConfig
+from patchdiffusion.train.folder import (
+    changed_fields,
+    is_same_run,
+    refuse_changes,
+    set_aside,
+    write_config,
+)
+from patchdiffusion.train.load import Found, load, start_from, weights_of
+from patchdiffusion.train.machine import SHARED_FACTS
+from patchdiffusion.train.phases import heartbeat
+from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
-from patchdiffusion.train.state import TrainState
+
+LOCK_PATIENCE = 5.0  # seconds; a process that was just killed may still hold the folder
 
 
-def begin(training: Training) -> None:
-    """Load the newest valid checkpoint, or begin a run, perhaps from other weights.
+@contextlib.contextmanager
+def opened(training: Training) -> Iterator[None]:
+    """Hold the folder of a run that has begun, or goes on from its newest valid checkpoint.
 
     Everything that may be refused is checked before anything is written.
     """
-    run, folder, log = training.run, training.folder, training.log
-    fresh = run.fresh and (folder / "config.json").exists()
-    exists = not fresh and is_same_run(folder, training.config)
-    training.describe()
-    checkpoint.clear_unfinished(folder / "checkpoints")
-    if exists and _resume(training):
-        write_config(folder, training.config)
-        return
-    if run.start_from is not None:
-        digest = start_from(training.network, run.start_from, training.device)
-        training.ema.network.load_state_dict(training.network.state_dict())
-        log.say(f"start     from the averaged weights of {run.start_from} ({digest})")
-    if fresh:
-        log.say(f"aside     the run that was in {folder} is now in {set_aside(folder)}")
-    write_config(folder, training.config)
-    log.record("start", data=training.pack.fingerprint, torch=torch.__version__)
+    with contextlib.ExitStack() as held:
+        begin(training, held)
+        held.enter_context(heartbeat(training.folder, training.team.place, training.phases))
+        yield
 
 
-def start_from(network: nn.Module, path: Path, device: torch.device) -> str:
-    """Copy the averaged weights of a run or model into a network; returns the model's digest.
+def begin(training: Training, held: contextlib.ExitStack) -> None:
+    """Load a checkpoint, or begin a run, perhaps from other weights; `held` gets the lock."""
+    team, run, folder = training.team, training.run, training.folder
+    team.agree("the processes disagree", _identity(training), code=2)
 
-    A network with coordinates may start from one without: their weights are zero, so that it is
-    the same function. Raises `ValueError` if anything else differs.
-    """
-    model = load_model(path, device=device)
-    given, own = model.network.state_dict(), network.state_dict()
-    wrong = [name for name in given if name not in own or given[name].shape != own[name].shape]
-    wrong += [name for name in own if name not in given and "coordinates" not in name]
-    if wrong:
-        raise ValueError(
-            f"cannot start from {path}: its network differs in {len(wrong)} tensors "
-            f"(first {wrong[0]}); use the same --network settings"
-        )
-    network.load_state_dict({**own, **given})
-    return model.digest
+    given: dict[str, Tensor] = {}
 
+    def choose() -> Found | None:
+        fresh = run.fresh and (folder / "config.json").exists()
+        allow = run.allow_config_change
+        exists = not fresh and is_same_run(folder, training.config, allow_change=allow)
+        if run.start_from is not None and not exists:
+            given.update(weights_of(run.start_from, training))
+        training.describe()
+        _take(training, held)
+        if fresh:
+            aside = set_aside(folder)
+            (aside / "lock").unlink()
+            training.log.say(f"aside     the run that was in {folder} is now in {aside}")
+            _take(training, held)
+        checkpoint.clear_unfinished(folder / "checkpoints")
+        return _newest(training) if exists else None
 
-def _resume(training: Training) -> bool:
-    root = training.folder / "checkpoints"
-    found = False
-    for folder, fault in checkpoint.candidates(root):
-        found = True
-        if fault is None:
-            _load(training, folder)
-            return True
-        training.log.say(f"warning: skipping a checkpoint: {fault}")
-    if found:
-        raise Stop(f"no checkpoint in {root} is valid; --fresh starts again", code=25)
-    return False
-
-
-def _load(training: Training, folder: Path) -> None:
-    device, log = training.device, training.log
-    facts = checkpoint.read_state(folder)
-    if facts["data"] != training.pack.fingerprint:
-        if not training.run.allow_data_change:
-            raise ValueError(
-                f"the data is not what {training.folder} was trained on (fingerprint "
-                f"{training.pack.fingerprint[:12]} instead of {facts['data'][:12]}); "
-                "--allow-data-change goes on with it"
-            )
-        log.record("data change", before=facts["data"], after=training.pack.fingerprint)
-    training.network.load_state_dict(checkpoint.read_tensors(folder, "weights", device))
-    training.ema.network.load_state_dict(checkpoint.read_tensors(folder, "averaged", device))
-    moments = checkpoint.read_tensors(folder, "optimizer", device)
-    checkpoint.load_optimizer(training.stepper.optimizer, training.network, moments)
-    training.state = TrainState.from_json(facts["state"], device)
-    log.say(f"resume    at step {training.state.step:,} from {folder}")
-    log.record("resume", step=training.state.step, data=training.pack.fingerprint)
+    found = team.on_lead(choose)
+    if found is not None:
+        load(training, found)
+        _tell_resumed(training, found)
+    elif run.start_from is not None:
+        start_from(training, given)
+    team.on_lead(lambda: write_config(folder, training.config))
+    if found is None:
+        training.log.record("start", data=training.pack.fingerprint, **training.engine)
 
 
-def save(training: Training) -> None:
-    """Write a checkpoint and the model; refuses weights that are not finite with `Stop`."""
-    averaged, raw = training.ema.network.state_dict(), training.network.state_dict()
-    if not all(bool(torch.isfinite(value).all()) for value in (*averaged.values(), *raw.values())):
-        raise Stop("weights are not finite; nothing was saved, older checkpoints stand", code=21)
-    moments = checkpoint.optimizer_tensors(training.stepper.optimizer, training.network)
+def _identity(training: Training) -> dict[str, Any]:
+    """What all processes must have in common."""
+
+    def flat(value: Any, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {where: value}
+        parts = (flat(v, f"{where}.{k}" if where else k) for k, v in value.items())
+        return {k: v for part in parts for k, v in part.items()}
+
+    engine = {name: training.engine[name] for name in SHARED_FACTS}
+    facts = {"data": training.pack.fingerprint, "engine": engine}
+    return flat(encode(training.config), "") | flat(facts, "")
+
+
+def _take(training: Training, held: contextlib.ExitStack) -> None:
+    folder = training.folder
     try:
-        checkpoint.save(
-            training.folder / "checkpoints",
-            training.state.step,
-            {"weights": raw, "averaged": averaged, "optimizer": moments},
-            {"state": training.state.to_json(), "data": training.pack.fingerprint},
-            keep=training.run.keep,
+        own = held.enter_context(lock(folder / "lock", folder, patience=LOCK_PATIENCE))
+    except ValueError as error:
+        raise ValueError(f"{error}; two processes must not train in one folder") from error
+    if not own:
+        training.log.say(
+            f"warning: files cannot be locked in {folder}; see to it that nobody else trains there"
         )
-        save_model(training.folder / "model", training.model_config, averaged, raw)
-    except (OSError, SafetensorError) as error:
+
+
+# ---- Which checkpoint ----
+
+
+def _newest(training: Training) -> Found | None:
+    """The newest valid checkpoint as its folder and facts; damaged ones are set aside."""
+    root = training.folder / "checkpoints"
+    damaged = []
+    for folder, fault in checkpoint.candidates(root):
+        if fault is None:
+            for wrong in damaged:
+                training.log.say(f"aside     {checkpoint.set_damaged_aside(wrong)}")
+            facts = checkpoint.read_state(folder)
+            _check(training, facts)
+            return Found(folder, facts)
+        training.log.say(f"warning: skipping a checkpoint: {fault}")
+        damaged.append(folder)
+    if damaged:
+        raise Stop(f"no checkpoint in {root} is valid; --fresh starts again", code=25)
+    return None
+
+
+def _check(training: Training, facts: dict[str, Any]) -> None:
+    """Refuse to go on with other data or another configuration, unless that is allowed."""
+    stored = decode(TrainConfig, facts["config"])
+    changed = changed_fields(stored, training.config)
+    if changed and not training.run.allow_config_change:
+        refuse_changes(training.folder, changed)
+    if changed:
+        training.log.record("config change", fields=changed)
+        training.log.say(f"warning: the configuration has changed: {'; '.join(changed)}")
+    before, now = (
+        facts["data"],
+        {
+            "fingerprint": training.pack.fingerprint,
+            "images": len(training.pack),
+        },
+    )
+    if before == now:
+        return
+    if not training.run.allow_data_change:
+        raise ValueError(
+            f"the data is not what {training.folder} was trained on: {now['images']:,} images "
+            f"({now['fingerprint'][:12]}) instead of {before['images']:,} "
+            f"({before['fingerprint'][:12]}); --allow-data-change goes on with it"
+        )
+    training.log.record("data change", before=before, after=now)
+
+
+def _tell_resumed(training: Training, found: Found) -> None:
+    log, state, before = training.log, training.state, found.facts["engine"]
+    log.say(f"resume    at step {state.step:,} from {found.folder}")
+    log.resume(state.step, data=training.pack.fingerprint, **training.engine)
+    now = training.engine
+    changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+    if changed:
+        log.say(f"note      not to the last bit the run it was: {', '.join(changed)}")
+
+
+# ---- Going back ----
+
+
+def roll_back(training: Training, saver: Saver) -> None:
+    """Return to the checkpoint before a burst of spikes, and leave out the images since."""
+    team, guard, cursor = training.team, training.stepper.guard, training.state.cursor
+    first, rollbacks = guard.spikes[0], guard.rollbacks
+    root = training.folder / "checkpoints"
+
+    def choose() -> Found | None:
+        for folder, fault in checkpoint.candidates(root):
+            if fault is None and int(folder.name[5:]) <= first:
+                return Found(folder, checkpoint.read_state(folder))
+        return None
+
+    found = team.on_lead(choose)
+    if found is None:
         raise Stop(
-            f"cannot save in {training.folder}: {error}; older checkpoints stand", code=20
-        ) from error
+            f"the gradient has exploded since step {first}, and no checkpoint is older; "
+            "try a lower --optim.lr",
+            code=22,
+        )
+    at = training.state.step
+    load(training, found)
+    state = training.state
+    state.move_cursor(cursor)
+    guard.rollbacks = rollbacks + 1
+    guard.spikes.clear()
+    training.log.say(
+        f"rollback  from step {at:,} to step {state.step:,}: the gradient has exploded since step "
+        f"{first:,}; the {state.passed_crops:,} crops in between are left out"
+    )
+    training.log.record("rollback", step=state.step, since=at, spikes_since=first)
+    saver()
+    team.on_lead(lambda: _forget_since(training.folder, state.step))
+
+
+def _forget_since(run: Path, step: int) -> None:
+    for root in (run / "checkpoints", run / "snapshots"):
+        for folder in checkpoint.folders(root):
+            if int(folder.name[5:]) > step:
+                shutil.rmtree(folder, ignore_errors=True)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,16 +13,28 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.denoiser import NetDenoiser
-from patchdiffusion.losses import DenoisingLoss
+from patchdiffusion.dist import Team
+from patchdiffusion.losses import DenoisingLoss, Objective
 from patchdiffusion.model import ModelConfig, build, pick_device
 from patchdiffusion.nets.count import training_flops
 from patchdiffusion.patches import PatchPlan, Size
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.ema import EMA
 from patchdiffusion.train.folder import check_disk
+from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.log import RunLog, quantity
+from patchdiffusion.train.machine import (
+    best_precision,
+    compile_units,
+    compiles,
+    engine_facts,
+    prepare_machine,
+    resident,
+)
+from patchdiffusion.train.parallel import Work, replicate, shard
+from patchdiffusion.train.phases import Phases
 from patchdiffusion.train.state import TrainState
-from patchdiffusion.train.step import Stepper, best_precision
+from patchdiffusion.train.step import Stepper
 from patchdiffusion.train.watch import Watch, training_labels
 
 
@@ -58,6 +71,16 @@ def check_fits(config: TrainConfig, pack: Pack) -> None:
         )
 
 
+def check_team(config: TrainConfig, team: Team) -> None:
+    """Raise `ValueError` unless the batch can be divided evenly among the processes."""
+    if config.batch % team.size:
+        allowed = [n for n in range(1, min(config.batch, 64) + 1) if config.batch % n == 0]
+        raise ValueError(
+            f"a batch of {config.batch} cannot be divided among {team.size} processes; "
+            f"it can among {', '.join(map(str, allowed))}"
+        )
+
+
 @dataclass
 class Training:
     """A run in memory. Nothing has been written yet."""
@@ -65,15 +88,20 @@ class Training:
     config: TrainConfig
     run: RunConfig
     pack: Pack
+    team: Team
     folder: Path
     log: RunLog
     device: torch.device
     precision: str
+    engine: dict[str, Any]
+    """What the last bits depend on, see `machine.engine_facts`."""
     canvas: Size
     plan: PatchPlan
     network: nn.Module
+    objective: Objective
     ema: EMA
     stepper: Stepper
+    phases: Phases
     flops: dict[Size, int]
     watch: Watch
     state: TrainState
@@ -90,8 +118,8 @@ class Training:
 
     @property
     def averaged(self) -> NetDenoiser:
-        """The denoiser of the averaged weights."""
-        return NetDenoiser(self.ema.network, self.config.precond, self.config.noise)
+        """The denoiser of the averaged weights; all processes must ask if they are sharded."""
+        return NetDenoiser(self.ema.network(), self.config.precond, self.config.noise)
 
     @property
     def model_config(self) -> ModelConfig:
@@ -136,7 +164,7 @@ class Training:
         say(
             f"network   {self.parameters / 1e6:.2f}M parameters, "
             f"{self.flops[self.canvas] / 6e9:.3g} GMAC per image; {self.precision} on "
-            f"{self.device}, {torch.get_num_threads()} threads"
+            f"{self.device}, {torch.get_num_threads()} threads{self._processes()}"
         )
         say(
             f"patches   {config.patches.mode}, sizes {sizes}; a step of batch {config.batch} "
@@ -147,52 +175,85 @@ class Training:
             f"steps; up to {needed / 1e9:.2g} GB of disk in {self.folder}"
         )
 
+    def _processes(self) -> str:
+        if self.team.size == 1:
+            return ""
+        return f" each, {self.team.size} processes" + (", sharded" if self.run.shard else "")
 
-def assemble(config: TrainConfig, run: RunConfig, pack: Pack) -> Training:
+
+def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None = None) -> Training:
     """Build everything a run needs; raises `ValueError` for what does not fit together."""
+    team = team or Team()
     check_fits(config, pack)
+    check_team(config, team)
     device = pick_device(run.device)
+    prepare_machine(run, device, team.place)
     precision = best_precision(device) if config.precision == "auto" else config.precision
     folder = run.folder(config.name)
     canvas = (pack.images.shape[1], pack.images.shape[2])
     plan = config.plan(canvas)
     trained = tuple(k.size for k in plan.sizes)
     sizes = trained if canvas in trained else (canvas, *trained)
-    network = build(config.network, seed=config.seed)
-    # Weights as crops come, channels last: 5 % faster on a CPU.
-    network = network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    network = build(config.network, seed=config.seed).to(device)
+    flops = {size: round(training_flops(network, size)) for size in sizes}
+    ema = _spread_out(network, config, run, team, device)
+    objective = DenoisingLoss(config.noise, config.weighting, config.label_dropout)
+    work = Work(NetDenoiser(network, config.precond, config.noise), objective)
     feed = Feed(
-        pack.images,
+        resident(pack.images, device),
         training_labels(config, pack),
         pack.train,
         seed=config.seed,
         flip=config.data.flip,
         device=device,
     )
+    phases = Phases()
     stepper = Stepper(
-        NetDenoiser(network, config.precond, config.noise),
-        DenoisingLoss(config.noise, config.weighting, config.label_dropout),
-        list(network.parameters()),
+        work if run.shard else replicate(work, team),
         feed,
+        Guard(config.guard, device),
         config=config.optim,
         canvas=canvas,
         micro_batch=config.micro_batch,
         precision=precision,
+        team=team,
+        phases=phases,
     )
     return Training(
         config=config,
         run=run,
         pack=pack,
+        team=team,
         folder=folder,
-        log=RunLog(folder),
+        log=RunLog(folder, quiet=not team.lead),
         device=device,
         precision=precision,
+        engine=engine_facts(run, device, team.place, precision),
         canvas=canvas,
         plan=plan,
         network=network,
-        ema=EMA(network),
+        objective=objective,
+        ema=ema,
         stepper=stepper,
-        flops={size: round(training_flops(network, size)) for size in sizes},
-        watch=Watch(config, pack, sizes, device, precision),
+        phases=phases,
+        flops=flops,
+        watch=Watch(config, pack, sizes, device, precision, team),
         state=TrainState(),
     )
+
+
+def _spread_out(
+    network: nn.Module, config: TrainConfig, run: RunConfig, team: Team, device: torch.device
+) -> EMA:
+    """Bring a network into the form it is trained in, and make its averages."""
+    if not run.shard:
+        # Weights as crops come, channels last: faster everywhere, and FSDP2 cannot have it.
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    ema = EMA(network, config.ema)
+    units = network.units()  # pyright: ignore[reportCallIssue]
+    if compiles(run, device):
+        compile_units(units)
+    if run.shard:
+        shard(network, units, team, device)
+        ema.shard(network)
+    return ema

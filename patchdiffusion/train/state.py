@@ -1,5 +1,6 @@
 """Everything that changes while a run goes on, and the sums behind its status lines."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,29 +15,51 @@ class Meter:
     """Sums of scalars on the device, read once per status line, so that no step waits for one."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
+        # Float64 [2, n], totals and counts, by the names that were added together.
+        self.sums: dict[tuple[str, ...], Tensor] = {}
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Add a scalar; values that are not finite count as absent, as their step is skipped."""
-        value = value.detach().to(torch.float64)
-        finite = torch.isfinite(value)
-        pair = torch.stack([torch.where(finite, value, 0.0), finite.to(torch.float64)])
-        self.sums[name] = self.sums[name] + pair if name in self.sums else pair
+    @torch.no_grad()
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        """Add scalars; those that are not finite count as absent, as their step is skipped."""
+        now = torch.stack([value.to(torch.float64) for value in values.values()])
+        finite = torch.isfinite(now)
+        pair = torch.stack([torch.where(finite, now, 0.0), finite.to(torch.float64)])
+        names = tuple(values)
+        self.sums[names] = self.sums[names] + pair if names in self.sums else pair
 
     def read(self) -> dict[str, float]:
         """Means since the last call, by name; synchronises with the device.
 
         "skipped sum" is the number of steps that were skipped.
         """
-        means = {}
-        for name, pair in self.sums.items():
-            total, count = pair.tolist()
-            if count:
-                means[name] = total / count
-            if name == "skipped":
-                means["skipped sum"] = total
+        totals: dict[str, float] = {}
+        counts: dict[str, float] = {}
+        for names, pair in self.sums.items():
+            for name, total, count in zip(names, *pair.tolist(), strict=True):
+                totals[name] = totals.get(name, 0.0) + total
+                counts[name] = counts.get(name, 0.0) + count
+        means = {name: totals[name] / count for name, count in counts.items() if count}
+        if "skipped" in totals:
+            means["skipped sum"] = totals["skipped"]
         self.sums.clear()
         return means
+
+    def to_json(self) -> list[Any]:
+        """The sums; floats as hexadecimal text, which is exact."""
+        return [
+            [list(names), [value.hex() for value in pair.flatten().tolist()]]
+            for names, pair in self.sums.items()
+        ]
+
+    @classmethod
+    def from_json(cls, data: list[Any], device: torch.device) -> "Meter":
+        """The inverse of `to_json`."""
+        meter = cls()
+        for names, values in data:
+            numbers = [float.fromhex(v) for v in values]
+            pair = torch.tensor(numbers, dtype=torch.float64, device=device).view(2, -1)
+            meter.sums[tuple(names)] = pair
+        return meter
 
 
 @dataclass
@@ -51,11 +74,26 @@ class TrainState:
     """Their area in full images."""
     flops: int = 0
     """Floating-point operations of the network, forward and backward."""
+    passed_steps: int = 0
+    """Steps whose draws were left out after a rollback."""
+    passed_crops: int = 0
+    """Their crops."""
     skipped: int = 0
     """Steps whose loss or gradient was not finite, up to the last status line."""
+    shown: float = 0.0
+    """What the clock showed when samples were drawn last."""
     seconds: float = 0.0
     """Time spent training, over all restarts."""
     meter: Meter = field(default_factory=Meter)
+
+    @property
+    def cursor(self) -> tuple[int, int]:
+        """Step and position that the draws of the next step are keyed by."""
+        return self.step + self.passed_steps, self.crops + self.passed_crops
+
+    def move_cursor(self, cursor: tuple[int, int]) -> None:
+        """Leave out all draws up to a cursor."""
+        self.passed_steps, self.passed_crops = cursor[0] - self.step, cursor[1] - self.crops
 
     def clock(self, name: Clock) -> float:
         """The counter that a clock shows."""
@@ -75,24 +113,25 @@ class TrainState:
             "crops": self.crops,
             "equivalents": self.equivalents.hex(),
             "flops": self.flops,
+            "passed": [self.passed_steps, self.passed_crops],
             "skipped": self.skipped,
+            "shown": self.shown.hex(),
             "seconds": self.seconds.hex(),
-            "meter": {k: [v.hex() for v in pair.tolist()] for k, pair in self.meter.sums.items()},
+            "meter": self.meter.to_json(),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any], device: torch.device) -> "TrainState":
         """The inverse of `to_json`."""
-        meter = Meter()
-        for name, pair in data["meter"].items():
-            values = [float.fromhex(v) for v in pair]
-            meter.sums[name] = torch.tensor(values, dtype=torch.float64, device=device)
         return cls(
             step=data["step"],
             crops=data["crops"],
             equivalents=float.fromhex(data["equivalents"]),
             flops=data["flops"],
+            passed_steps=data["passed"][0],
+            passed_crops=data["passed"][1],
             skipped=data["skipped"],
+            shown=float.fromhex(data["shown"]),
             seconds=float.fromhex(data["seconds"]),
-            meter=meter,
+            meter=Meter.from_json(data["meter"], device),
         )

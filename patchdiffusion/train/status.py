@@ -5,20 +5,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from patchdiffusion.errors import Stop
+from patchdiffusion.train.guard import Event, describe
 from patchdiffusion.train.log import duration, quantity
+from patchdiffusion.train.phases import COMPUTE, Slow
+from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
+from patchdiffusion.train.watch import Abandoned, Ending
 
 COPY_WARNING = 0.1
+MOST_EVENTS = 8  # described in full at a time
 
 
 class Status:
     """Reports means and rates since the last report; time in `pause` does not count."""
 
-    def __init__(self, training: Training):
+    def __init__(self, training: Training, saver: Saver):
         self.training = training
+        self.saver = saver
         self.peak = measured_peak(training.device, training.precision)
         self._mark()
 
@@ -26,6 +32,7 @@ class Status:
         state = self.training.state
         self._since = time.monotonic()
         self._before = (self.training.now, state.crops, state.flops)
+        self.training.phases.read()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -35,19 +42,21 @@ class Status:
         self._since += time.monotonic() - start
 
     def report(self) -> None:
-        """Print and record a status line; raises `Stop` after too many skipped steps in a row."""
+        """Print and record a status line; all processes must call it."""
         training, state, config = self.training, self.training.state, self.training.config
         means = state.meter.read()  # waits for the device
         seconds = max(time.monotonic() - self._since, 1e-9)
         now, crops, flops = self._before
         rate = (training.now - now) / seconds
-        flops_rate = (state.flops - flops) / seconds
+        crops_rate, flops_rate = (state.crops - crops) / seconds, (state.flops - flops) / seconds
         state.seconds += seconds
-        skipped = means.pop("skipped sum", 0.0)
-        state.skipped += round(skipped)
+        state.skipped += round(means.pop("skipped sum", 0.0))
         left = max(config.images - training.now, 0) / rate if rate else float("inf")
         sizes = {k[5:]: v for k, v in means.items() if k.startswith("loss ")}
         loss = means.get("loss")
+        phases, slow = training.phases.read()
+        self._tell_events()
+        self._tell_slow(slow)
         training.log.record(
             "status",
             step=state.step,
@@ -58,32 +67,94 @@ class Status:
             loss=loss,
             sizes=sizes,
             grad_norm=means.get("grad norm"),
-            lr=training.stepper.optimizer.param_groups[0]["lr"],
+            lr=training.stepper.update.optimizer.param_groups[0]["lr"],
             skipped=state.skipped,
             seconds=round(state.seconds, 3),
             images_per_second=rate,
-            crops_per_second=(state.crops - crops) / seconds,
+            crops_per_second=crops_rate,
             flops_per_second=flops_rate,
-            peak=self.peak,
+            peak=self.peak * training.team.size,
+            phases={name: round(spent, 4) for name, spent in phases.items()},
+            memory=_memory(training.device),
         )
         each = " ".join(f"{size} {value:.3f}" for size, value in sizes.items())
+        share = flops_rate / (self.peak * training.team.size)
         training.log.say(
             f"{quantity(training.now):>6}/{quantity(config.images)}"
             f"  loss {'none' if loss is None else f'{loss:.4f}'}  ({each})"
-            f"  {quantity(rate)}/s  {quantity((state.crops - crops) / seconds)} crops/s"
-            f"  {quantity(flops_rate)}FLOP/s ({flops_rate / self.peak:.0%} of peak)"
+            f"  {quantity(rate)}/s  {quantity(crops_rate)} crops/s"
+            f"  {quantity(flops_rate)}FLOP/s ({share:.0%} of peak)"
+            + _waiting(phases)
             + (f"  skipped {state.skipped}" if state.skipped else "")
+            + (f"  NOT SAVED: {self.saver.problem}" if self.saver.problem else "")
             + f"  {duration(left)} left"
         )
         training.log.status("running", step=state.step, images=training.now, length=config.images)
         self._mark()
-        in_a_row = int(training.stepper.longest_streak)
-        if in_a_row >= config.optim.max_skips:
-            raise Stop(
-                f"{in_a_row} steps in a row had a loss or gradient that is not finite; the last "
-                "checkpoint stands. Try a lower --optim.lr, or --precision fp32",
-                code=21,
+
+    def _tell_events(self) -> None:
+        """What the guard has seen, with the images and noise levels of those steps."""
+        training = self.training
+        events = training.stepper.guard.take_events()
+        for event in events[:MOST_EVENTS]:
+            training.log.say(f"guard     {describe(event)}")
+            facts: dict[str, object] = {"loss": event.loss, "grad_norm": event.norm}
+            facts["usual_norm"] = event.median
+            facts |= {"what": event.what, "groups": _draws_of(training, event)}
+            training.log.record("guard", step=event.step, **facts)
+        if len(events) > MOST_EVENTS:
+            training.log.say(f"guard     and {len(events) - MOST_EVENTS} more such steps")
+
+    def _tell_slow(self, slow: Slow | None) -> None:
+        everywhere = self.training.team.gather(slow)
+        worst = max(
+            ((s, rank) for rank, s in enumerate(everywhere) if s is not None),
+            key=lambda pair: pair[0].seconds,
+            default=None,
+        )
+        if worst is not None:
+            step, rank = worst
+            where = f" on rank {rank}" if self.training.team.size > 1 else ""
+            self.training.log.say(
+                f"slow      step {step.step}{where} took {step.seconds:.1f} s, "
+                f"{step.in_phase:.1f} s of it in {step.phase}"
             )
+
+
+def _waiting(phases: dict[str, float]) -> str:
+    """The share of time outside of the network and its update, where it matters."""
+    total = sum(phases.values())
+    other = total - sum(phases.get(name, 0.0) for name in COMPUTE)
+    return f"  {other / total:.0%} waiting" if total and other > 0.1 * total else ""
+
+
+def _draws_of(training: Training, event: Event) -> list[dict[str, object]]:
+    """Images and noise levels of a step that is over: they are functions of its number."""
+    step, position = event.cursor
+    feed, first, found = training.stepper.feed, 0, []
+    levels = getattr(training.objective, "levels", None)
+    for group in event.groups:
+        start = position + first
+        images = feed.which(np.arange(start, start + group.count)).tolist()
+        facts: dict[str, object] = {"size": list(group.size), "images": images}
+        if levels is not None:
+            draws = feed.draws(group, step=step, first=first, chunk=range(group.count))
+            facts["sigma"] = [round(sigma, 6) for sigma in levels(draws, group.noise).tolist()]
+        found.append(facts)
+        first += group.count
+    return found
+
+
+def _memory(device: torch.device) -> int:
+    """Most bytes this process has held, on the device or, on a CPU, altogether."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status", encoding="ascii") as lines:
+            peak = next(line for line in lines if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 0
 
 
 def picture_of(training: Training) -> Path:
@@ -91,12 +162,21 @@ def picture_of(training: Training) -> Path:
     return training.folder / "samples" / f"{round(training.now):010d}.png"
 
 
-def show_samples(training: Training) -> None:
-    """Sample the grid, measure the held-out loss, and warn if the samples are copies."""
+def show_samples(training: Training, ending: Ending = bool) -> None:
+    """Sample the grid, measure the held-out loss, and warn if the samples are copies.
+
+    Gives up, without a trace, when the run is to end.
+    """
     log = training.log
     name = picture_of(training).name
-    samples = training.watch.grid(training.averaged, picture_of(training))
-    facts = training.watch.measure(training.averaged, samples)
+    try:
+        averaged = training.averaged
+        samples = training.watch.grid(averaged, picture_of(training), ending)
+        facts = training.watch.measure(averaged, samples, ending)
+    except Abandoned:
+        log.say(f"        samples/{name} is left out, since the run is to end")
+        return
+    training.state.shown = training.now
     log.record("watch", step=training.state.step, images=training.now, picture=name, **facts)
     told = f"        samples/{name}"
     held = facts.get("held_out")
@@ -114,7 +194,7 @@ def show_samples(training: Training) -> None:
 
 def measured_peak(device: torch.device, precision: str, side: int = 1024) -> float:
     """FLOP/s of a square matrix product on this device, the yardstick of the status lines."""
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     side = side * 4 if device.type == "cuda" else side
     a = torch.full((side, side), 0.5, dtype=dtype, device=device)
     best = 0.0

@@ -1,41 +1,43 @@
 """One optimizer step: groups of crops, their losses, one update that is skipped when not finite."""
 
-import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from patchdiffusion.data.feed import Feed
-from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.losses import LossOut, Objective
+from patchdiffusion.dist import Team
+from patchdiffusion.losses import LossOut
 from patchdiffusion.patches import Group, Size
 from patchdiffusion.train.config import OptimConfig
+from patchdiffusion.train.guard import Guard
+from patchdiffusion.train.machine import autocast
+from patchdiffusion.train.optim import Update
+from patchdiffusion.train.parallel import synchronised
+from patchdiffusion.train.phases import Phases
 from patchdiffusion.train.state import Meter
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """bf16 autocast on a device, or nothing for fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def best_precision(device: torch.device) -> str:
-    """bf16 where the hardware has it (CUDA, CPUs with AMX or AVX512-BF16), else fp32."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    # Only private names tell; a CPU without these emulates bf16, several times slower than fp32.
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return "bf16" if any(getattr(torch.cpu, n, bool)() for n in names) else "fp32"
-
-
-def chunks(count: int, limit: int) -> Iterator[range]:
-    """Split range(count) into the fewest parts of at most `limit`, as even as possible."""
-    parts = -(-count // limit)
-    edges = [count * i // parts for i in range(parts + 1)]
+def chunks(part: range, count: int) -> Iterator[range]:
+    """Split a range into `count` ranges, as even as possible."""
+    edges = [part.start + len(part) * i // count for i in range(count + 1)]
     return (range(a, b) for a, b in itertools.pairwise(edges))
+
+
+class Pass(NamedTuple):
+    """The crops of one forward and backward pass of one process."""
+
+    number: int
+    """Which group of the step."""
+    group: Group
+    first: int
+    """Crops of the step before the group."""
+    chunk: range
+    """Crops of the group."""
+    counts: bool
+    """False where this process has less to do than others and only keeps them company."""
 
 
 class Stepper:
@@ -48,68 +50,75 @@ class Stepper:
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        objective: Objective,
-        parameters: list[nn.Parameter],
+        work: nn.Module,
         feed: Feed,
+        guard: Guard,
         *,
         config: OptimConfig,
         canvas: Size,
         micro_batch: int | None,
         precision: str,
+        team: Team | None = None,
+        phases: Phases | None = None,
     ):
-        self.denoiser = denoiser
-        self.objective = objective
-        self.parameters = parameters
+        """`work` takes a batch and its draws and returns a `LossOut`; see `parallel.Work`."""
+        self.work = work
         self.feed = feed
-        self.config = config
+        self.guard = guard
         self.canvas = canvas
         self.micro_batch = micro_batch
         self.precision = precision
-        device = parameters[0].device
-        self.optimizer = torch.optim.AdamW(
-            parameters,
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
-        self.skips_in_a_row = torch.zeros((), device=device)
-        self.longest_streak = torch.zeros((), device=device)
+        self.team = team or Team()
+        self.phases = phases or Phases()
+        self.clip = config.clip
+        self.parameters = list(work.parameters())
+        self.device = self.parameters[0].device
+        self.update = Update(self.parameters, config, scaled=precision == "fp16")
 
     def __call__(
-        self, groups: tuple[Group, ...], meter: Meter, *, step: int, position: int, progress: float
+        self,
+        groups: tuple[Group, ...],
+        meter: Meter,
+        *,
+        step: int,
+        cursor: tuple[int, int],
+        progress: float,
     ) -> None:
-        """Train on the groups of a step; `position` is the number of crops seen before it."""
-        self.optimizer.zero_grad(set_to_none=True)
-        first = 0
-        losses = []
-        for group in groups:
-            total = self._accumulate(group, meter, step=step, position=position, first=first)
-            meter.add("loss {}x{}".format(*group.size), total)
-            losses.append(group.weight * total)
-            first += group.count
-        loss = torch.stack(losses).sum()
-        meter.add("loss", loss)
-        self._update(loss, meter, progress)
+        """Train on the groups of a step; `cursor` is the step and position of its draws.
 
-    def _accumulate(
-        self, group: Group, meter: Meter, *, step: int, position: int, first: int
-    ) -> Tensor:
-        total = torch.zeros((), device=self.skips_in_a_row.device)
-        for chunk in chunks(group.count, self._limit(group)):
-            batch, draws = self.feed.batch(
-                group, step=step, position=position, first=first, chunk=chunk
-            )
-            with autocast(batch.images.device, self.precision):
-                out = self.objective(self.denoiser, batch, draws)
-            part = _mean_share(out, group.count)
-            (group.weight * part).backward()
-            total += part.detach()
-            for name, value in out.scalars.items():
-                meter.add(name, value)
-        return total
+        The position is the number of crops drawn before.
+        """
+        self.update.optimizer.zero_grad(set_to_none=True)
+        passes = self._passes(groups)
+        values: list[dict[str, Tensor]] = [{} for _ in groups]
+        for one in passes:
+            self._accumulate(one, values[one.number], cursor, last=one is passes[-1])
+        losses = self._everywhere(values)
+        kind = "+".join("{}x{}".format(*group.size) for group in groups)
+        with self.phases("update"), torch.no_grad():
+            total = torch.stack(
+                [g.weight * row["loss"] for g, row in zip(groups, losses, strict=True)]
+            ).sum()
+            norm = self.update.norm()
+            verdict = self.guard.judge(kind, total, norm, clip=self.clip, scale=self.update.scale)
+            self.update(norm, verdict.most, verdict.bad, progress)
+            self.guard.send(step, cursor, groups, verdict.report)
+            meter.add({"loss": total, "grad norm": norm, "skipped": verdict.bad})
+            for group, row in zip(groups, losses, strict=True):
+                row["loss {}x{}".format(*group.size)] = row.pop("loss")
+                meter.add(row)
+
+    def _passes(self, groups: tuple[Group, ...]) -> list[Pass]:
+        """What this process does, in as many passes as every other one."""
+        passes, first = [], 0
+        for number, group in enumerate(groups):
+            most = -(-group.count // self.team.size)
+            share = self.team.share(group.count, turn=number)
+            for chunk in chunks(share, -(-most // self._limit(group))):
+                company = chunk or range(chunk.start % group.count, chunk.start % group.count + 1)
+                passes.append(Pass(number, group, first, company, bool(chunk)))
+            first += group.count
+        return passes
 
     def _limit(self, group: Group) -> int:
         if self.micro_batch is None:
@@ -117,25 +126,33 @@ class Stepper:
         area = self.canvas[0] * self.canvas[1] / (group.size[0] * group.size[1])
         return max(1, int(self.micro_batch * area))
 
-    @torch.no_grad()
-    def _update(self, loss: Tensor, meter: Meter, progress: float) -> None:
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        bad = 1 - (torch.isfinite(loss) & torch.isfinite(norm)).to(torch.float32)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = self.config.learning_rate(progress)
-        self.optimizer.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
-        self.optimizer.step()
-        self.skips_in_a_row = (self.skips_in_a_row + 1) * bad
-        self.longest_streak = torch.maximum(self.longest_streak, self.skips_in_a_row)
-        meter.add("grad norm", norm)
-        meter.add("skipped", bad)
+    def _accumulate(
+        self, one: Pass, values: dict[str, Tensor], cursor: tuple[int, int], *, last: bool
+    ) -> None:
+        """Add the gradient of a pass, and its part of the means over its group to `values`."""
+        group, share = one.group, len(one.chunk) / one.group.count * one.counts
+        with self.phases("data"):
+            batch, draws = self.feed.batch(
+                group, step=cursor[0], position=cursor[1], first=one.first, chunk=one.chunk
+            )
+        with synchronised(self.work, last):
+            with self.phases("forward"), autocast(self.device, self.precision):
+                out: LossOut = self.work(batch, draws)
+                part = out.per_sample.sum() / group.count
+                if out.batch_loss is not None:
+                    part = part + out.batch_loss * share
+            with self.phases("backward"):
+                # Processes average their gradients, and each has its part of the whole.
+                factor = group.weight * self.team.size * one.counts
+                (part * (self.update.scale * factor)).backward()
+        means = {"loss": part.detach() * one.counts}
+        means |= {name: value.detach() * share for name, value in out.scalars.items()}
+        for name, value in means.items():
+            values[name] = values[name] + value if name in values else value
 
-
-def _mean_share(out: LossOut, count: int) -> Tensor:
-    """What some samples add to the mean over `count` of them."""
-    part = out.per_sample.sum() / count
-    if out.batch_loss is not None:
-        part = part + out.batch_loss * (len(out.per_sample) / count)
-    return part
+    def _everywhere(self, values: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The means over all processes, which have the same names in the same order."""
+        flat = [value.float() for row in values for value in row.values()]
+        with self.phases("wait"):
+            summed = iter(self.team.sum(torch.stack(flat)).unbind())
+        return [{name: next(summed) for name in row} for row in values]

@@ -1,0 +1,246 @@
+"""The processes of a run: which one this is, and the few things they tell each other.
+
+One process per device, started by `torchrun`, `accelerate launch`, or plain `srun` on a SLURM
+cluster; nothing else is needed, since all of them say so in the environment. Gradients travel
+through PyTorch's own DistributedDataParallel or FSDP2, never through this file.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as c10d
+from torch import Tensor
+from torch.distributed.distributed_c10d import (
+    _set_pg_timeout,  # pyright: ignore[reportPrivateUsage]
+)
+
+from patchdiffusion.errors import Stop
+
+T = TypeVar("T")
+
+LONGEST_WORK = 60.0  # minutes that the others wait for what the leading process does alone
+
+
+# ---- Who am I ----
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one process stands among all of them and among those of its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def lead(self) -> bool:
+        """Whether this process writes the files and speaks for all."""
+        return self.rank == 0
+
+
+def place(environ: Mapping[str, str] = os.environ) -> Place:
+    """Read it from the environment: torchrun's and accelerate's names, else those of srun."""
+    for rank, size, local_rank, local_size in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+        # Of the job step: a script of one task in a larger allocation is one process.
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ):
+        if rank in environ and size in environ:
+            here = re.match(r"\d+", environ.get(local_size, "1"))  # SLURM writes 4(x2)
+            found = Place(
+                int(environ[rank]),
+                int(environ[size]),
+                int(environ.get(local_rank, 0)),
+                int(here[0]) if here else 1,
+            )
+            if not 0 <= found.rank < found.size:
+                raise ValueError(
+                    f"{rank}={found.rank} and {size}={found.size} in the environment contradict "
+                    f"each other; ranks are 0 to {size} - 1"
+                )
+            return found
+    return Place()
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a SLURM node list such as `gpu[003-006,9],cpu1`."""
+    match = re.match(r"([^,\[]*)(?:\[(\w+)[^\]]*\])?([^,\[]*)", nodes)
+    assert match is not None  # every part may be empty
+    return "".join(part or "" for part in match.groups())
+
+
+def _complete(environ: MutableMapping[str, str], where: Place) -> None:
+    """Give PyTorch what srun does not: the address of the first process."""
+    if "RANK" in environ:
+        return
+    job = int(environ.get("SLURM_JOB_ID", 0)) + int(environ.get("SLURM_STEP_ID", 0))
+    nodes = environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+    environ.setdefault("MASTER_ADDR", first_host(nodes))
+    environ.setdefault("MASTER_PORT", str(20000 + job % 20000))
+    environ.update(RANK=str(where.rank), WORLD_SIZE=str(where.size))
+    environ.setdefault("LOCAL_RANK", str(where.local_rank))
+
+
+# ---- All of them together ----
+
+
+class Team:
+    """The processes that train together; alone, every call is immediate."""
+
+    def __init__(self, where: Place | None = None, minutes: float = 30.0):
+        self.place = where or Place()
+        self._minutes = minutes
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.place.size
+
+    @property
+    def lead(self) -> bool:
+        """Whether this process writes the files and speaks for all."""
+        return self.place.lead
+
+    def share(self, count: int, turn: int = 0) -> range:
+        """This process's part of range(count).
+
+        Parts differ by one at most; odd turns give what is left over to the last processes
+        instead of the first.
+        """
+        rank, size = self.place.rank, self.size
+        if turn % 2:
+            return range(count * rank // size, count * (rank + 1) // size)
+        return range(-(-count * rank // size), -(-count * (rank + 1) // size))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over all processes, in place, on the device of the tensor."""
+        if self.size > 1:
+            c10d.all_reduce(value)
+        return value
+
+    def spread(self, value: Tensor) -> Tensor:
+        """Replace a tensor by that of the leading process, in place."""
+        if self.size > 1:
+            c10d.broadcast(value, 0)
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes in order; anything JSON can hold, or tensors on the CPU."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        c10d.all_gather_object(found, value)
+        return found
+
+    def on_lead(self, work: Callable[[], T]) -> T:
+        """Let the leading process work; all return its result, or end with its error.
+
+        Only the leading process tells the error to the user.
+        """
+        if self.size == 1:
+            return work()
+        answer: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self.lead:
+            try:
+                answer[0] = work()
+            except (Stop, ValueError, OSError) as error:
+                failure = error
+                answer[1] = error.code if isinstance(error, Stop) else 2
+        _set_pg_timeout(timedelta(minutes=LONGEST_WORK))
+        c10d.broadcast_object_list(answer, 0)
+        _set_pg_timeout(timedelta(minutes=self._minutes))
+        if failure is not None:
+            raise failure
+        if answer[1] is not None:
+            raise Stop("", code=answer[1])
+        return answer[0]
+
+    def agree(self, name: str, facts: Mapping[str, Any], *, code: int) -> None:
+        """Raise `Stop` that names the first fact in which a process differs from the leading one.
+
+        Values are anything JSON can hold.
+        """
+        told = self.gather(json.dumps(dict(facts)))
+        first = json.loads(told[0])
+        for rank, text in enumerate(told):
+            other = json.loads(text)
+            wrong = [key for key in first | other if first.get(key) != other.get(key)]
+            if wrong:
+                key = wrong[0]
+                message = (
+                    f"{name}: rank {rank} has another {key} than rank 0 "
+                    f"({other.get(key)} instead of {first.get(key)})"
+                )
+                raise Stop(message if self.lead else "", code=code)
+
+    def patience(self, minutes: float) -> None:
+        """How long a collective may wait for another process before it fails."""
+        self._minutes = minutes
+        if self.size > 1:
+            _set_pg_timeout(timedelta(minutes=minutes))
+
+
+@contextmanager
+def join(minutes: float = 30.0) -> Iterator[Team]:
+    """Meet the other processes of this run; `minutes` is how long to wait for them.
+
+    A process group that exists already is used and left alone.
+    """
+    where = place()
+    if where.size == 1:
+        yield Team(where)
+        return
+    own = not c10d.is_initialized()
+    if own:
+        _complete(os.environ, where)
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(where.local_rank)
+        # Flags and files are agreed upon on the CPU, so that nothing waits for a device.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        c10d.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    yield Team(where, minutes)
+    if own:  # after an error the others learn of it by the closed connection
+        c10d.destroy_process_group()
+
+
+class Vote:
+    """Numbers that all processes vote on at every step; the largest of each counts.
+
+    With several processes the result is that of the step before, so that nobody waits: all see
+    the same result at the same step.
+    """
+
+    def __init__(self, team: Team, count: int):
+        self._team = team
+        self._cast = torch.zeros(count, dtype=torch.int64)
+        self._under_way: Any = None
+
+    def __call__(self, mine: Sequence[int]) -> list[int]:
+        """Cast this step's vote; returns what all agree on."""
+        if self._team.size == 1:
+            return list(mine)
+        result = self._close()
+        self._cast = torch.tensor(mine, dtype=torch.int64)
+        self._under_way = c10d.all_reduce(self._cast, c10d.ReduceOp.MAX, async_op=True)
+        return result
+
+    def forget(self) -> None:
+        """Wait for the vote that is under way, and ignore it; all processes must call this."""
+        self._close()
+        self._cast.zero_()
+
+    def _close(self) -> list[int]:
+        if self._under_way is not None:
+            self._under_way.wait()
+            self._under_way = None
+        return self._cast.tolist()

@@ -1,0 +1,130 @@
+"""Filling a run from files that only the leading process reads: a checkpoint, or a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from patchdiffusion.dist import Team
+from patchdiffusion.model import load_model
+from patchdiffusion.train import checkpoint
+from patchdiffusion.train.parallel import local
+from patchdiffusion.train.setup import Training
+from patchdiffusion.train.state import TrainState
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A valid checkpoint."""
+
+    folder: Path
+    facts: dict[str, Any]
+    """Its `state.json`."""
+
+
+def load(training: Training, found: Found) -> None:
+    """Take over everything a checkpoint holds; all processes must call it."""
+    network, facts = training.network, found.facts
+    own = dict(network.named_parameters())
+    _read(training.team, found, "weights", own | dict(network.named_buffers()))
+    for name in training.ema.averages:
+        targets = training.ema.tensors(name)
+        if name in facts["groups"]:
+            _read(training.team, found, name, targets)
+        else:  # a profile that is new
+            for key, target in targets.items():
+                local(target).copy_(local(own[key].detach()))
+    moments = empty_moments(
+        training.stepper.update.optimizer, network, facts["groups"]["optimizer"]
+    )
+    _read(training.team, found, "optimizer", moments)
+    training.state = TrainState.from_json(facts["state"], training.device)
+    training.stepper.guard.load_json(facts["guard"])
+    training.stepper.update.load_json(facts["loss_scale"])
+
+
+def _read(team: Team, found: Found, group: str, targets: Mapping[str, Tensor]) -> None:
+    given: dict[str, Tensor] = {}
+
+    def read() -> None:
+        given.update(checkpoint.read_tensors(found.folder, group, CPU))
+        shapes, wanted = ({k: v.shape for k, v in x.items()} for x in (given, targets))
+        wrong = shapes.items() ^ wanted.items()
+        if wrong:
+            raise ValueError(
+                f"{found.folder / group}.safetensors does not fit the network: "
+                f"{min(name for name, _ in wrong)} differs"
+            )
+
+    team.on_lead(read)
+    fill(team, targets, given)
+
+
+@torch.no_grad()
+def fill(team: Team, targets: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Copy what the leading process has been given to the targets of all processes."""
+    for name, target in targets.items():
+        value = given[name] if team.lead else torch.empty(target.shape, dtype=target.dtype)
+        value = value.to(target.device)
+        if isinstance(target, DTensor):
+            target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
+        else:
+            target.copy_(team.spread(value.contiguous()))
+
+
+def empty_moments(
+    optimizer: torch.optim.Optimizer, network: nn.Module, names: list[str]
+) -> dict[str, Tensor]:
+    """Empty moments of an optimizer under the names they have in a checkpoint."""
+    parameters, found = dict(network.named_parameters()), {}
+    optimizer.state.clear()
+    for path in names:
+        name, entry = path.rsplit("/", 1)
+        parameter = parameters.get(name)
+        if parameter is None:
+            raise ValueError(f"the checkpoint has moments of {name}, which the network has not")
+        # Fused kernels walk through memory: the layout must be that of the parameter.
+        scalar = entry == "step"
+        like = torch.zeros((), device=parameter.device) if scalar else torch.zeros_like(parameter)
+        found[path] = optimizer.state[parameter][entry] = like.detach()
+    return found
+
+
+# ---- Beginning with the weights of a model ----
+
+
+def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
+    """The averaged weights of a run or model that a new run may start from.
+
+    A network with coordinates may start from one without: their weights are zero, so that it is
+    the same function. Raises `ValueError` if anything else differs.
+    """
+    model = load_model(path)
+    given, own = model.network.state_dict(), _tensors(training.network)
+    wrong = [name for name in given if name not in own or given[name].shape != own[name].shape]
+    wrong += [name for name in own if name not in given and "coordinates" not in name]
+    if wrong:
+        raise ValueError(
+            f"cannot start from {path}: its network differs in {len(wrong)} tensors "
+            f"(first {wrong[0]}); use the same --network settings"
+        )
+    training.log.say(f"start     from the averaged weights of {path} ({model.digest})")
+    return given
+
+
+def start_from(training: Training, given: Mapping[str, Tensor]) -> None:
+    """Begin with weights that the leading process has; all processes must call it."""
+    names = training.team.on_lead(lambda: list(given))
+    own = _tensors(training.network)
+    fill(training.team, {name: own[name] for name in names}, given)
+    training.ema.copy(training.network)
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    return dict(network.named_parameters()) | dict(network.named_buffers())

@@ -1,0 +1,103 @@
+"""What the hardware is told before a run: threads, precision, where the pixels are, compilation."""
+
+import contextlib
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patchdiffusion.dist import Place
+from patchdiffusion.train.config import RunConfig
+
+MOST_GRAPHS = 256  # blocks differ in widths, and each size of crops has its own
+SHARE_FOR_IMAGES = 0.3  # of the free memory of a device
+
+_FORKED = [False]
+os.register_at_fork(after_in_child=lambda: _FORKED.__setitem__(0, True))
+
+
+def prepare_machine(run: RunConfig, device: torch.device, where: Place) -> None:
+    """Set what PyTorch keeps for the whole process."""
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    elif _FORKED[0]:
+        torch.set_num_threads(1)  # a forked process has lost the threads of its parent
+    elif where.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // where.local_size))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
+        torch.backends.cudnn.benchmark = not run.deterministic
+        if run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+
+def best_precision(device: torch.device) -> str:
+    """bf16 where the hardware has it (CUDA, CPUs with AMX or AVX512-BF16), else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    # Only private names tell; a CPU without these emulates bf16, several times slower than fp32.
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return "bf16" if any(getattr(torch.cpu, n, bool)() for n in names) else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """bf16 or fp16 autocast on a device, or nothing for fp32."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype)
+
+
+def resident(images: Tensor, device: torch.device) -> Tensor:
+    """The images of a pack on the device if they fit there easily, else where they are."""
+    if device.type != "cuda":
+        return images
+    free, _ = torch.cuda.mem_get_info(device)
+    return images.to(device) if images.numel() < SHARE_FOR_IMAGES * free else images
+
+
+def compiles(run: RunConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled; on a CPU that takes minutes and gains nothing."""
+    return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
+
+
+def compile_units(units: list[nn.Module], *, backend: Any = "inductor") -> None:
+    """Compile the repeated parts of a network in place, one graph for each shape they meet."""
+    limits: Any = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * MOST_GRAPHS)
+    for unit in units:
+        unit.compile(dynamic=False, fullgraph=True, backend=backend)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until a device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def engine_facts(
+    run: RunConfig, device: torch.device, where: Place, precision: str
+) -> dict[str, Any]:
+    """Everything the last bits of a run depend on, beside its configuration and data."""
+    cuda = device.type == "cuda"
+    return {
+        "version": version("patchdiffusion"),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "processes": where.size,
+        "sharded": run.shard,
+        "compiled": compiles(run, device),
+        "deterministic": run.deterministic or not cuda,
+    }
+
+
+SHARED_FACTS = ("version", "torch", "precision", "sharded", "compiled")
+"""Those that all processes of a run must have in common."""

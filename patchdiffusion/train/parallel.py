@@ -1,0 +1,74 @@
+"""Several processes on PyTorch's own engine: DistributedDataParallel or, for much memory, FSDP2."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.dist import Team
+from patchdiffusion.losses import Batch, LossOut, Objective
+from patchdiffusion.rng import Draws
+
+
+class Work(nn.Module):
+    """The objective of a denoiser as one module: whatever it does inside is synchronised."""
+
+    def __init__(self, denoiser: Denoiser, objective: Objective):
+        super().__init__()
+        self.denoiser = denoiser
+        self.objective = objective
+
+    def forward(self, batch: Batch, draws: Draws) -> LossOut:
+        """The losses of some crops."""
+        return self.objective(self.denoiser, batch, draws)
+
+
+def replicate(work: Work, team: Team) -> nn.Module:
+    """Wrap the work so that processes, each of which has all weights, average their gradients."""
+    if team.size == 1:
+        return work
+    return DistributedDataParallel(work, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def shard(network: nn.Module, units: list[nn.Module], team: Team, device: torch.device) -> None:
+    """Divide the parameters of a network among processes (FSDP2), in place.
+
+    The parameters of each unit are gathered just before they are used. Raises `ValueError` on one
+    process, where there is nothing to divide.
+    """
+    if team.size == 1:
+        raise ValueError("--shard divides a network among processes, and there is only one")
+    mesh = init_device_mesh(device.type, (team.size,))
+    for unit in units:
+        fully_shard(unit, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+
+
+def synchronised(work: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """A context for a forward and backward pass; replicas exchange gradients in the last one."""
+    if isinstance(work, DistributedDataParallel) and not last:
+        return work.no_sync()
+    return contextlib.nullcontext()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in full; all processes must ask for a sharded one."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
+    """A full tensor of the leading process, divided like another one."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor, like.device_mesh, like.placements)

@@ -1,0 +1,152 @@
+"""What a process is doing: time in each phase of a step, and a sign of life for the others."""
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from patchdiffusion.dist import Place
+
+BEAT_SECONDS = 1.0
+COMPUTE = ("forward", "backward", "update", "average")
+SLOW_SECONDS = 1.0
+SLOW_FACTOR = 5.0
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A step that took much longer than those before it."""
+
+    step: int
+    seconds: float
+    phase: str
+    in_phase: float
+
+
+class Phases:
+    """Host seconds in each phase of the steps; nested phases count for the inner one only.
+
+    On CUDA the host only launches work, so phases show what it waits for, not what the device does.
+    """
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.current = "start"
+        self.since = time.monotonic()
+        self.seconds: dict[str, float] = {}
+        self.slowest: Slow | None = None
+        self._of_step: dict[str, float] = {}
+        self._usual = 0.0
+
+    def _switch(self, name: str) -> str:
+        now = time.monotonic()
+        spent, before = now - self.since, self.current
+        self.seconds[before] = self.seconds.get(before, 0.0) + spent
+        self._of_step[before] = self._of_step.get(before, 0.0) + spent
+        self.current, self.since = name, now
+        return before
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Everything inside belongs to the phase of this name."""
+        before = self._switch(name)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def begin_step(self, step: int) -> None:
+        """What was done since the last call was a step, unless it lasted as long as a pause."""
+        self._switch("loop")
+        self.step = step
+        self._of_step = {}
+
+    def end_step(self) -> None:
+        """Remember the step if it was slow, and what made it so."""
+        self._switch("loop")
+        total = sum(self._of_step.values())
+        if self._usual and total > max(SLOW_SECONDS, SLOW_FACTOR * self._usual):
+            phase = max(self._of_step, key=lambda name: self._of_step[name])
+            if self.slowest is None or total > self.slowest.seconds:
+                self.slowest = Slow(self.step, total, phase, self._of_step[phase])
+        else:
+            self._usual = total if not self._usual else 0.9 * self._usual + 0.1 * total
+
+    def read(self) -> tuple[dict[str, float], Slow | None]:
+        """Seconds by phase and the slowest step since the last call."""
+        self._switch(self.current)
+        seconds, slowest = self.seconds, self.slowest
+        self.seconds, self.slowest = {}, None
+        return seconds, slowest
+
+
+# ---- For the other processes ----
+
+
+def _beat_file(folder: Path, rank: int) -> Path:
+    return folder / "ranks" / f"rank-{rank:04d}.json"
+
+
+@contextmanager
+def heartbeat(folder: Path, where: Place, phases: Phases) -> Iterator[None]:
+    """Keep a file that says what this process is doing, written by a thread of its own.
+
+    So it tells where the process hangs, and goes silent when it dies. Alone, nothing is written.
+    """
+    if where.size == 1:
+        yield
+        return
+    end = threading.Event()
+    file = _beat_file(folder, where.rank)
+
+    def beat() -> None:
+        while True:
+            facts = {
+                "rank": where.rank,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "step": phases.step,
+                "phase": phases.current,
+                "seconds": round(time.monotonic() - phases.since, 1),
+            }
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                temporary = file.with_suffix(".tmp")
+                temporary.write_text(json.dumps(facts))
+                temporary.replace(file)
+            except OSError:
+                pass  # a full disk is no reason to stop; the message then knows less
+            if end.wait(BEAT_SECONDS):
+                return
+
+    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+
+
+def whereabouts(folder: Path, own: Place) -> str:
+    """What the other processes were doing last, in one line."""
+    told = []
+    for rank in range(own.size):
+        file = _beat_file(folder, rank)
+        if rank == own.rank or not file.exists():
+            continue
+        try:
+            facts = json.loads(file.read_text())
+            silent = max(time.time() - file.stat().st_mtime, 0.0)
+        except (OSError, ValueError):
+            continue
+        state = f"for {facts['seconds']:.0f} s in {facts['phase']} of step {facts['step']}"
+        if silent > 5 * BEAT_SECONDS:
+            state = f"silent for {silent:.0f} s, last in {facts['phase']} of step {facts['step']}"
+        told.append(f"rank {rank} (process {facts['pid']} on {facts['host']}) {state}")
+    return "; ".join(told) or "nothing is known of the others"

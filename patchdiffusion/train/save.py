@@ -1,0 +1,176 @@
+"""What a run writes to go on later: checkpoints, the model, snapshots of averages."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from patchdiffusion.codec import encode
+from patchdiffusion.errors import Stop
+from patchdiffusion.model import save_model
+from patchdiffusion.train import checkpoint
+from patchdiffusion.train.ema import MAIN, profile_name
+from patchdiffusion.train.folder import write_config
+from patchdiffusion.train.optim import moments
+from patchdiffusion.train.parallel import local, whole
+from patchdiffusion.train.setup import Training
+
+Groups = dict[str, dict[str, Tensor]]
+DISK_FULL = 20
+
+
+class Saver:
+    """Saves a run; a save that fails is told and tried again later, two in a row end the run."""
+
+    def __init__(self, training: Training):
+        self.training = training
+        self.problem = ""
+        """Why the last save failed, or nothing."""
+
+    def __call__(self, *, final: bool = False) -> None:
+        """Write a checkpoint and the model; with `final` there is no later.
+
+        Refuses weights, averages and moments that are not finite, or differ between processes,
+        with `Stop`. All processes must call it.
+        """
+        training = self.training
+        groups = _state(training)
+        _check_finite(training, groups)
+        _check_same(training, groups)
+        facts = facts_of(training) | {"groups": {g: list(group) for g, group in groups.items()}}
+        full = _collect(groups, lead=training.team.lead)
+        problem = training.team.on_lead(lambda: _write(training, full, facts))
+        if problem and (final or self.problem):
+            raise Stop(
+                f"cannot save in {training.folder}: {problem}; older checkpoints stand",
+                code=DISK_FULL,
+            )
+        if problem:
+            training.log.say(f"warning: cannot save: {problem}; training goes on")
+        self.problem = problem
+
+    def snapshot(self) -> None:
+        """Store the power-function profiles for `patchdiffusion average`, if there are any."""
+        training = self.training
+        stds = {profile_name(std): std for std in training.config.ema.profiles}
+        if not stds:
+            return
+        groups = {name: training.ema.tensors(name) for name in stds}
+        full = _collect(groups, lead=training.team.lead)
+        facts = {"images": training.now, "profiles": stds}
+        root = training.folder / "snapshots"
+
+        def write() -> str:
+            try:
+                if not (root / f"step-{training.state.step:010d}").exists():
+                    _check_space(root, checkpoint.size_of(full))
+                    checkpoint.save(root, training.state.step, full, facts)
+            except (OSError, SafetensorError) as error:
+                return str(error)
+            return ""
+
+        if problem := training.team.on_lead(write):
+            training.log.say(f"warning: cannot save a snapshot of the averages: {problem}")
+
+
+# ---- What is saved ----
+
+
+def _state(training: Training) -> Groups:
+    """All tensors of a run, as this process has them."""
+    buffers = dict(training.network.named_buffers())
+    return {
+        "weights": dict(training.network.named_parameters()) | buffers,
+        **{name: training.ema.tensors(name) for name in training.ema.averages},
+        "optimizer": moments(training.stepper.update.optimizer, training.network),
+    }
+
+
+def facts_of(training: Training) -> dict[str, Any]:
+    """All numbers of a run; waits for the device."""
+    return {
+        "images": training.now,
+        "state": training.state.to_json(),
+        "guard": training.stepper.guard.to_json(),
+        "loss_scale": training.stepper.update.to_json(),
+        "data": {"fingerprint": training.pack.fingerprint, "images": len(training.pack)},
+        "config": encode(training.config),
+        "engine": training.engine,
+    }
+
+
+def _collect(groups: Groups, *, lead: bool) -> Groups:
+    """The same tensors in full; sharded ones are gathered one by one, for the leading process."""
+    full: Groups = {}
+    for name, group in groups.items():
+        full[name] = {}
+        for key, value in group.items():
+            if isinstance(value, DTensor):
+                gathered = whole(value.detach())
+                if lead:
+                    full[name][key] = gathered.cpu()
+            else:
+                full[name][key] = value.detach()
+    return full
+
+
+def _check_finite(training: Training, groups: Groups) -> None:
+    found = [torch.isfinite(local(x.detach())).all() for g in groups.values() for x in g.values()]
+    good = torch.stack(found).all().to(torch.float32)
+    if float(training.team.sum(good)) < training.team.size:
+        raise Stop(
+            "weights, averages or moments are not finite; nothing was saved, older checkpoints "
+            "stand",
+            code=21,
+        )
+
+
+def _check_same(training: Training, groups: Groups) -> None:
+    """Replicas must hold the same bits."""
+    if training.team.size == 1 or training.run.shard:
+        return
+    names = [f"{group}/{name}" for group in ("weights", MAIN) for name in groups[group]]
+    tensors = [x for group in ("weights", MAIN) for x in groups[group].values()]
+    sums = [x.detach().view(torch.int32).sum(dtype=torch.int64) for x in tensors]
+    facts = dict(zip(names, torch.stack(sums).tolist(), strict=True))
+    training.team.agree("the processes have drifted apart", facts, code=24)
+
+
+# ---- How ----
+
+
+def _write(training: Training, full: Groups, facts: dict[str, Any]) -> str:
+    """On the leading process: save, make room and try once more; returns what is wrong."""
+    root = training.folder / "checkpoints"
+    if not training.folder.exists():
+        training.log.say(f"warning: {training.folder} has vanished; it is made anew")
+        write_config(training.folder, training.config)
+    step, run = training.state.step, training.run
+    try:
+        try:
+            _check_space(root, checkpoint.size_of(full))
+            checkpoint.save(root, step, full, facts)
+        except PermissionError:
+            raise  # more room would not help
+        except (OSError, SafetensorError):
+            checkpoint.prune(root, 1, run.keep_every)
+            _check_space(root, checkpoint.size_of(full))
+            checkpoint.save(root, step, full, facts)
+        checkpoint.prune(root, run.keep, run.keep_every)
+        buffers = dict(training.network.named_buffers())
+        averaged = full[MAIN] | buffers
+        save_model(training.folder / "model", training.model_config, averaged, full["weights"])
+    except (OSError, SafetensorError) as error:
+        return str(error)
+    return ""
+
+
+def _check_space(root: Path, needed: int) -> None:
+    there = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise OSError(f"{root} needs {needed:,} bytes and only {free:,} are free there")
