@@ -180,7 +180,11 @@ class Team:
                     f"{name}: rank {rank} has another {key} than rank 0 "
                     f"({other.get(key)} instead of {first.get(key)})"
                 )
-                raise Stop(message if self.lead else "", code=code)
+                raise self.stop(message, code=code)
+
+    def stop(self, message: str, *, code: int) -> Stop:
+        """An error that all processes are about to raise, and one of them tells."""
+        return Stop(message if self.lead else "", code=code)
 
     def patience(self, minutes: float) -> None:
         """How long a collective may wait for another process before it fails."""

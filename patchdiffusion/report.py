@@ -42,7 +42,7 @@ def read_log(folder: Path) -> list[Record]:
             continue
         if record["kind"] == "start":  # the one before had saved nothing
             records = []
-        if record["kind"] == "resume":
+        if record["kind"] in ("resume", "rollback"):
             records = [r for r in records if r.get("step", 0) <= record["step"]]
         records.append(record)
     return records

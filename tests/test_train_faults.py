@@ -256,7 +256,8 @@ def test_copies_are_warned_of(
 def test_grids_are_what_is_measured(images: Path, tmp_path: Path) -> None:
     """The picture on disk holds the samples that the copy rate is computed of."""
     training = tiny.training(tiny.config(images), tmp_path / "run")
-    samples = training.watch.grid(training.averaged, tmp_path / "grid.png")
+    samples = training.watch.draw(training.averaged)
+    training.watch.save(samples, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as file:
         shown = np.asarray(file)
     assert samples.shape == (2, 3, 16, 16)

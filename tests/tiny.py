@@ -1,8 +1,10 @@
 """A data set and a configuration that train in a second."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +55,19 @@ def config(path: Path, *, steps: int = 4, **changes: object) -> TrainConfig:
         precision="fp32",
     )
     return replace(plain, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def change(configuration: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
+    """The same with other values, by the dotted names of the command line."""
+
+    def changed(value: Any, path: list[str], new: Any) -> Any:
+        if not path:
+            return tuple(new) if isinstance(new, list) else new
+        return replace(value, **{path[0]: changed(getattr(value, path[0]), path[1:], new)})
+
+    for name, new in changes.items():
+        configuration = changed(configuration, name.split("."), new)
+    return configuration
 
 
 def run(configuration: TrainConfig, out: Path, **changes: object) -> Path:

@@ -4,14 +4,17 @@ import sys
 from collections.abc import Callable, Sequence
 
 from patchdiffusion import __version__
-from patchdiffusion.cli import doctor, prepare, report, sample, train
-from patchdiffusion.errors import Stop, out_of_memory
+from patchdiffusion.cli import average, bench, doctor, prepare, report, sample, train
+from patchdiffusion.dist import place
+from patchdiffusion.errors import Stop, out_of_memory, peer_lost
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train.main, "train on a folder of images, a recipe, or go on with a run"),
     "sample": (sample.main, "sample images from a run or model"),
     "prepare": (prepare.main, "decode images once into a pack"),
     "report": (report.main, "write a page about a run: curves, grids, configuration"),
+    "average": (average.main, "make an average of the weights of any width after training"),
+    "bench": (bench.main, "measure training steps of each crop size and of the mixture"),
     "doctor": (doctor.main, "check the installation, a data set, and how long training takes"),
 }
 
@@ -48,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error) or type(error).__name__, 2)
     except (RuntimeError, MemoryError) as error:
+        if peer_lost(error):
+            return _fail(str(error).splitlines()[0], 24)
         if not out_of_memory(error):
             raise
         return _fail("out of memory; use a smaller --batch or a smaller size", 26)
@@ -57,5 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print("patchdiffusion: error: " + " ".join(message.split()), file=sys.stderr)
+    if message:  # else another process of the run has said it
+        rank = place().rank
+        who = f"rank {rank}: " if rank else ""
+        print(f"patchdiffusion: error: {who}{' '.join(message.split())}", file=sys.stderr)
     return code

@@ -9,6 +9,7 @@ import tyro
 
 from patchdiffusion import recipes
 from patchdiffusion.cli.parse import parse, parse_some, take_first
+from patchdiffusion.dist import place
 from patchdiffusion.recipes import Facts
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.folder import is_run, stored_config
@@ -50,11 +51,11 @@ def main(arguments: Sequence[str]) -> None:
         flags = [*flags, "--out", what]
         what = str(_stored(Path(what)).data.path)
     try:
-        _parse(flags, _generic(what))  # wrong flags are found before any data is read
+        _parse(flags, generic_config(what))  # wrong flags are found before any data is read
     except ValueError as error:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
-    given = _parse(flags, _default(what, flags))
+    given = _parse(flags, default_config(what, flags))
     train(given.config, given.run)
 
 
@@ -68,7 +69,8 @@ def _parse(flags: Sequence[str], config: TrainConfig) -> TrainArguments:
     )
 
 
-def _generic(what: str) -> TrainConfig:
+def generic_config(what: str) -> TrainConfig:
+    """What a recipe gives without having seen any images."""
     recipe = recipes.RECIPES.get(what, recipes.folder)
     return recipe(Facts(path=what))
 
@@ -83,7 +85,8 @@ def _stored(folder: Path) -> TrainConfig:
     return config
 
 
-def _default(what: str, flags: Sequence[str]) -> TrainConfig:
+def default_config(what: str, flags: Sequence[str]) -> TrainConfig:
+    """What a recipe gives for these images, or what a run was begun with; prepares the images."""
     early = _early(flags)
     path = Path(what).expanduser()
     if path.exists():
@@ -102,7 +105,8 @@ def _default(what: str, flags: Sequence[str]) -> TrainConfig:
         raise ValueError(f"the recipe {what} needs images: give them with --data.path")
     data = parse_some(_Early, flags, default=_Early(data=data)).data
     chosen = recipe(Facts.of(prepare_data(data), data.path, early.device))
-    print(f"recipe    {recipe.__name__}: {(recipe.__doc__ or '').strip().splitlines()[0]}")
+    if place().lead:
+        print(f"recipe    {recipe.__name__}: {(recipe.__doc__ or '').strip().splitlines()[0]}")
     return replace(chosen, name=name, data=replace(data, flip=chosen.data.flip))
 
 

@@ -29,7 +29,7 @@ from patchdiffusion.data.plan import (
 )
 from patchdiffusion.data.report import Report, bad_lines, write_text
 from patchdiffusion.data.split import held_out, repeats
-from patchdiffusion.files import folder_atomic
+from patchdiffusion.files import folder_atomic, lock
 
 _TASK = 32
 _PAIRS = 50
@@ -78,11 +78,20 @@ def prepare(
         # Pillow warns of odd metadata and of large images; the report is the place for that.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         plan = make_plan(source, options)
-        try:
-            return _make(source, plan, options, target, workers, progress)
-        except _ColourFoundError:
-            plan = replace(plan, channels=3, refuse_colour=False)
-            return _make(source, plan, options, target, workers, progress)
+        place = target or _default_target(source, plan, options)
+        _make_room(place, len(source) * (int(np.prod(plan.shape())) + _BYTES_PER_IMAGE))
+        guard = place.with_name(place.name + ".lock")
+        waiting = print if progress else None
+        with lock(guard, place, patience=float("inf"), waiting=waiting):
+            found = _existing(source, options, target)  # by the process that was waited for
+            if found is not None:
+                return found
+            try:
+                return _make(source, plan, options, place, workers, progress)
+            except _ColourFoundError:
+                plan = replace(plan, channels=3, refuse_colour=False)
+                place = target or _default_target(source, plan, options)
+                return _make(source, plan, options, place, workers, progress)
 
 
 class _ColourFoundError(Exception):
@@ -142,12 +151,10 @@ def _make(
     source: Source,
     plan: Plan,
     options: Options,
-    target: Path | None,
+    target: Path,
     workers: int,
     progress: bool,
 ) -> Pack:
-    target = target or _default_target(source, plan, options)
-    _check_space(target, len(source) * (int(np.prod(plan.shape())) + _BYTES_PER_IMAGE))
     report = Report(len(source), ignored=dict(getattr(source, "ignored", {})))
     report.notes = [*plan.notes, *getattr(source, "notes", ())]
     complaints = target.with_name(target.name + ".bad.txt")
@@ -179,7 +186,7 @@ def _make(
     return Pack.open(target)
 
 
-def _check_space(target: Path, needed: int) -> None:
+def _make_room(target: Path, needed: int) -> None:
     """Make the folder that will hold the pack; raise `OSError` if it cannot, or is too full."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -251,6 +251,8 @@ class RunConfig:
     """Also keep one checkpoint for good each time the clock has advanced by so much."""
     timeout_minutes: float = 5.0
     """How long a process may keep the others waiting; six times as long until the second step."""
+    track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Further places for the numbers and pictures of log.jsonl."""
     auto_micro_batch: bool = False
     """Out of memory: go on with half the micro-batch, the same training in smaller parts."""
     allow_data_change: bool = False

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from patchdiffusion.files import write_json
+from patchdiffusion.train.trackers import Trackers
 
 
 def duration(seconds: float) -> str:
@@ -46,6 +47,7 @@ class RunLog:
         self.folder = folder
         self.stream = stream or sys.stdout
         self.quiet = quiet
+        self.trackers = Trackers(self.say)
         self._failed = False
         self._told_until = -1
 

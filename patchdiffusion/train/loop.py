@@ -11,6 +11,7 @@ from pathlib import Path
 
 from patchdiffusion.dist import Vote, join
 from patchdiffusion.errors import Stop, out_of_memory, peer_lost
+from patchdiffusion.patches import Group
 from patchdiffusion.report import write_report
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.guard import Order
@@ -114,19 +115,22 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
         if due(config.ema.snapshots, before, now, config.images) or last:
             with status.pause(), phases("save"):
                 saver.snapshot()
-        if ending and not last:
-            vote.forget()
-            training.log.status("preempted", **_place(training))
-            training.log.say(f"stopped at {quantity(now)}; the same command goes on")
-            return
-        if show:
+        ending = bool(ending) and not last
+        if show and not ending:
             with status.pause(), phases("samples"):
-                show_samples(training, stop.is_set)
-        if last:
-            break
-    vote.forget()
-    training.log.status("finished", **_place(training))
-    training.log.say(f"finished in {duration(training.state.seconds)} of training")
+                ending = not show_samples(training, stop.is_set)
+        if ending or last:
+            vote.forget()
+            return _tell_end(training, "preempted" if ending else "finished")
+
+
+def _tell_end(training: Training, how: str) -> None:
+    """The run has been saved where it stands."""
+    training.log.status(how, **_place(training))
+    if how == "finished":
+        training.log.say(f"finished in {duration(training.state.seconds)} of training")
+    else:
+        training.log.say(f"stopped at {quantity(training.now)}; the same command goes on")
 
 
 def _catch_up(training: Training, ending: Ending = bool) -> None:
@@ -156,13 +160,13 @@ def _step(training: Training) -> None:
         training.log.record("micro batch", step=training.state.step, size=size // 2)
 
 
-def one_step(training: Training) -> None:
-    """One optimizer step, its counters and its average."""
+def one_step(training: Training, groups: tuple[Group, ...] | None = None) -> None:
+    """One optimizer step, its counters and its average, by the plan or with the groups given."""
     config, state, before = training.config, training.state, training.now
     phases, cursor = training.phases, training.state.cursor
     phases.begin_step(state.step)
     progress = min(before / config.images, 1.0)
-    groups = training.plan.draw(seed=config.seed, step=cursor[0], progress=progress)
+    groups = groups or training.plan.draw(seed=config.seed, step=cursor[0], progress=progress)
     training.stepper(groups, state.meter, step=state.step, cursor=cursor, progress=progress)
     flops = sum(training.flops[group.size] * group.count for group in groups)
     state.advance(groups, training.canvas, flops)
@@ -178,17 +182,17 @@ def due(times: int, before: float, now: float, total: float) -> bool:
 
 def _refusal(training: Training, order: Order, pixels: Verification) -> Stop:
     """Why the run must stop, for everybody to raise."""
-    guard = training.stepper.guard
+    guard, team = training.stepper.guard, training.team
     if order == Order.STOP_DATA:
-        problems = [text for text in training.team.gather(pixels.problem) if text]
-        return Stop(f"{problems[0]}; prepare the data again", code=23)
+        problems = [text for text in team.gather(pixels.problem) if text]
+        return team.stop(f"{problems[0]}; prepare the data again", code=23)
     if order == Order.STOP_SKIPS:
-        return Stop(
+        return team.stop(
             f"{guard.config.max_skips} steps in a row had a loss or gradient that is not finite; "
             "the last checkpoint stands. Try a lower --optim.lr, or --precision fp32",
             code=21,
         )
-    return Stop(
+    return team.stop(
         f"the gradient has exploded again after {guard.rollbacks} rollbacks; the last checkpoint "
         "stands. Try a lower --optim.lr, or --guard.rollbacks for one more",
         code=22,

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import sys
 from importlib.metadata import version
 from typing import Any
 
@@ -78,6 +79,33 @@ def synchronise(device: torch.device) -> None:
     """Wait until a device has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this process has held, on the device or, on a CPU, altogether."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        with open("/proc/self/status", encoding="ascii") as lines:
+            peak = next(line for line in lines if line.startswith("VmHWM"))
+        return int(peak.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return 0
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory` begin anew, where the system can do that."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w", encoding="ascii") as file:
+        file.write("5")
+
+
+def compiled_graphs() -> int:
+    """Graphs that have been compiled in this process."""
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")  # slow to import, if nobody has yet
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
 def engine_facts(

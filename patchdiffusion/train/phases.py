@@ -1,5 +1,6 @@
 """What a process is doing: time in each phase of a step, and a sign of life for the others."""
 
+import contextlib
 import json
 import os
 import socket
@@ -96,7 +97,8 @@ def _beat_file(folder: Path, rank: int) -> Path:
 def heartbeat(folder: Path, where: Place, phases: Phases) -> Iterator[None]:
     """Keep a file that says what this process is doing, written by a thread of its own.
 
-    So it tells where the process hangs, and goes silent when it dies. Alone, nothing is written.
+    So it tells where the process hangs, and goes silent when it dies; after a good end it is
+    deleted. Alone, nothing is written.
     """
     if where.size == 1:
         yield
@@ -126,11 +128,17 @@ def heartbeat(folder: Path, where: Place, phases: Phases) -> Iterator[None]:
 
     thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
     thread.start()
+    good = False
     try:
         yield
+        good = True
     finally:
         end.set()
         thread.join()
+        if good:
+            file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # other processes have not finished yet
+                file.parent.rmdir()
 
 
 def whereabouts(folder: Path, own: Place) -> str:

@@ -38,6 +38,10 @@ def opened(training: Training) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         begin(training, held)
         held.enter_context(heartbeat(training.folder, training.team.place, training.phases))
+        if training.team.lead:
+            trackers = training.log.trackers
+            trackers.start(training.run.track, training.folder, encode(training.config))
+            held.callback(trackers.close)
         yield
 
 
@@ -176,7 +180,7 @@ def roll_back(training: Training, saver: Saver) -> None:
 
     found = team.on_lead(choose)
     if found is None:
-        raise Stop(
+        raise team.stop(
             f"the gradient has exploded since step {first}, and no checkpoint is older; "
             "try a lower --optim.lr",
             code=22,

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from patchdiffusion.codec import encode
-from patchdiffusion.errors import Stop
 from patchdiffusion.model import save_model
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.ema import MAIN, profile_name
@@ -35,7 +34,7 @@ class Saver:
         """Write a checkpoint and the model; with `final` there is no later.
 
         Refuses weights, averages and moments that are not finite, or differ between processes,
-        with `Stop`. All processes must call it.
+        with a `Stop`. All processes must call it.
         """
         training = self.training
         groups = _state(training)
@@ -45,7 +44,7 @@ class Saver:
         full = _collect(groups, lead=training.team.lead)
         problem = training.team.on_lead(lambda: _write(training, full, facts))
         if problem and (final or self.problem):
-            raise Stop(
+            raise training.team.stop(
                 f"cannot save in {training.folder}: {problem}; older checkpoints stand",
                 code=DISK_FULL,
             )
@@ -122,7 +121,7 @@ def _check_finite(training: Training, groups: Groups) -> None:
     found = [torch.isfinite(local(x.detach())).all() for g in groups.values() for x in g.values()]
     good = torch.stack(found).all().to(torch.float32)
     if float(training.team.sum(good)) < training.team.size:
-        raise Stop(
+        raise training.team.stop(
             "weights, averages or moments are not finite; nothing was saved, older checkpoints "
             "stand",
             code=21,

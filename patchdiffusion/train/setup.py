@@ -13,7 +13,7 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.denoiser import NetDenoiser
-from patchdiffusion.dist import Team
+from patchdiffusion.dist import Team, place
 from patchdiffusion.losses import DenoisingLoss, Objective
 from patchdiffusion.model import ModelConfig, build, pick_device
 from patchdiffusion.nets.count import training_flops
@@ -49,7 +49,9 @@ def prepare_data(data: DataConfig) -> Pack:
         square = height if height == width else (height, width)
         if data.resolution in (None, square, (height, width)) and data.channels in (None, channels):
             return source
-    return prepare(source, resolution=data.resolution, channels=data.channels)
+    return prepare(
+        source, resolution=data.resolution, channels=data.channels, progress=place().lead
+    )
 
 
 def check_fits(config: TrainConfig, pack: Pack) -> None:

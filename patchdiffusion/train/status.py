@@ -10,6 +10,7 @@ import torch
 
 from patchdiffusion.train.guard import Event, describe
 from patchdiffusion.train.log import duration, quantity
+from patchdiffusion.train.machine import peak_memory
 from patchdiffusion.train.phases import COMPUTE, Slow
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
@@ -75,8 +76,11 @@ class Status:
             flops_per_second=flops_rate,
             peak=self.peak * training.team.size,
             phases={name: round(spent, 4) for name, spent in phases.items()},
-            memory=_memory(training.device),
+            memory=peak_memory(training.device),
         )
+        shown = {"loss": loss, "grad norm": means.get("grad norm"), "images per second": rate}
+        shown |= {f"loss/{size}": value for size, value in sizes.items()}
+        training.log.trackers.numbers(shown, state.step)
         each = " ".join(f"{size} {value:.3f}" for size, value in sizes.items())
         share = flops_rate / (self.peak * training.team.size)
         training.log.say(
@@ -123,7 +127,7 @@ class Status:
 
 def _waiting(phases: dict[str, float]) -> str:
     """The share of time outside of the network and its update, where it matters."""
-    total = sum(phases.values())
+    total = sum(spent for name, spent in phases.items() if name not in ("save", "samples"))
     other = total - sum(phases.get(name, 0.0) for name in COMPUTE)
     return f"  {other / total:.0%} waiting" if total and other > 0.1 * total else ""
 
@@ -145,42 +149,33 @@ def _draws_of(training: Training, event: Event) -> list[dict[str, object]]:
     return found
 
 
-def _memory(device: torch.device) -> int:
-    """Most bytes this process has held, on the device or, on a CPU, altogether."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        with open("/proc/self/status", encoding="ascii") as lines:
-            peak = next(line for line in lines if line.startswith("VmHWM"))
-        return int(peak.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return 0
-
-
 def picture_of(training: Training) -> Path:
     """The file of the grid that belongs to where the run stands."""
     return training.folder / "samples" / f"{round(training.now):010d}.png"
 
 
-def show_samples(training: Training, ending: Ending = bool) -> None:
+def show_samples(training: Training, ending: Ending = bool) -> bool:
     """Sample the grid, measure the held-out loss, and warn if the samples are copies.
 
-    Gives up, without a trace, when the run is to end.
+    Gives up when the run is to end, and returns False: they are shown when it goes on.
     """
     log = training.log
     name = picture_of(training).name
     try:
         averaged = training.averaged
-        samples = training.watch.grid(averaged, picture_of(training), ending)
+        samples = training.watch.draw(averaged, ending)
         facts = training.watch.measure(averaged, samples, ending)
+        training.watch.save(samples, picture_of(training))  # last: it says that all is done
     except Abandoned:
-        log.say(f"        samples/{name} is left out, since the run is to end")
-        return
+        log.say(f"        samples/{name} will be drawn when the run goes on")
+        return False
     training.state.shown = training.now
     log.record("watch", step=training.state.step, images=training.now, picture=name, **facts)
     told = f"        samples/{name}"
+    log.trackers.picture(picture_of(training), training.state.step)
     held = facts.get("held_out")
     if isinstance(held, dict):
+        log.trackers.numbers({"held-out loss": held["loss"]}, training.state.step)
         bands = " ".join(f"{band} {value:.3f}" for band, value in held["bands"].items())
         told += f"  held-out loss {held['loss']:.4f}  (by noise: {bands})"
     log.say(told)
@@ -190,6 +185,7 @@ def show_samples(training: Training, ending: Ending = bool) -> None:
             f"warning: {rate:.0%} of the samples are near copies of training images; stop "
             "earlier, or use more images, flips or dropout"
         )
+    return True
 
 
 def measured_peak(device: torch.device, precision: str, side: int = 1024) -> float:

@@ -44,12 +44,12 @@ class Watch:
     precision: str
     team: Team
 
-    def grid(self, denoiser: NetDenoiser, path: Path, ending: Ending = bool) -> Tensor:
-        """Sample the grid, save it as PNG, and return the images."""
+    def draw(self, denoiser: NetDenoiser, ending: Ending = bool) -> Tensor:
+        """The images of the grid: float32 [N, C, H, W]."""
         watch, network = self.config.watch, self.config.network
         share = self.team.share(watch.grid)
 
-        def draw() -> Tensor:
+        def work() -> Tensor:
             labels = torch.tensor(share) % network.num_classes if network.num_classes else None
             with autocast(self.device, self.precision):
                 return sample(
@@ -63,11 +63,13 @@ class Watch:
                     device=self.device,
                 )
 
-        images = torch.cat(self._all(draw))
+        return torch.cat(self._all(work))
+
+    def save(self, images: Tensor, path: Path) -> None:
+        """Write the grid as PNG."""
         if self.team.lead:
-            text = {"seeds": f"0-{watch.grid - 1}", "software": "patchdiffusion"}
+            text = {"seeds": f"0-{self.config.watch.grid - 1}", "software": "patchdiffusion"}
             save_png(path, enlarge(grid(to_uint8(images))), text)
-        return images
 
     @property
     def _batch(self) -> int:

@@ -1,0 +1,51 @@
+"""patchdiffusion average RUN --std 0.1"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.model import load_model, save_model
+from patchdiffusion.train.posthoc import reconstruct
+
+DESCRIPTION = (
+    "Make an average of the weights of any width after training, from the profiles that a run has "
+    "stored (train --ema.profiles 0.05 0.1). Writes a model that `sample` takes."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageArguments:
+    """Everything that can be set."""
+
+    std: float = 0.1
+    """Width of the average relative to the time it ends at; above 0, below 0.2887."""
+    at: float | None = None
+    """What the clock shows at its end; the default is the last snapshot."""
+    out: Path | None = None
+    """Folder of the model; the default is averages/std-... in the folder of the run."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Reconstruct an average and write it as a model."""
+    first, flags = take_first(arguments)
+    given = parse(
+        AverageArguments,
+        flags,
+        default=AverageArguments(),
+        prog="patchdiffusion average RUN",
+        description=DESCRIPTION,
+    )
+    if first is None:
+        raise ValueError("give the folder of a run: patchdiffusion average RUN --std 0.1")
+    run = Path(first)
+    weights, step = reconstruct(run, given.std, given.at)
+    raw = load_model(run, weights="raw")
+    at = "" if given.at is None else f"-at-{given.at:g}"
+    out = given.out or run / "averages" / f"std-{given.std:g}{at}"
+    if out.exists():
+        raise ValueError(f"{out} exists; nothing is overwritten, use another --out")
+    state = raw.network.state_dict()
+    config = replace(raw.config, step=step)
+    save_model(out, config, averaged=state | weights, raw=state)
+    print(f"the average of width {given.std:g} is in {out}")

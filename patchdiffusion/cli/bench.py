@@ -1,0 +1,187 @@
+"""patchdiffusion bench [RECIPE or PATH]"""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.cli.train import default_config, generic_config
+from patchdiffusion.codec import encode
+from patchdiffusion.dist import join
+from patchdiffusion.files import write_json
+from patchdiffusion.patches import Group
+from patchdiffusion.train.config import RunConfig, TrainConfig
+from patchdiffusion.train.profile import Cost, measure
+from patchdiffusion.train.setup import Training, assemble, prepare_data
+from patchdiffusion.train.status import measured_peak
+
+DESCRIPTION = (
+    "Measure training steps: of whole images, of each crop size alone, and of the mixture. The "
+    "first argument and the flags are those of train; nothing is written but the file you name. "
+    "Run it on an idle machine, also under torchrun."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchArguments:
+    """Everything that can be set."""
+
+    repeats: int = 9
+    """Steps of each kind that are timed; the median counts."""
+    save: Path | None = None
+    """JSON file to write."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    threads: int | None = None
+    """CPU threads of each process; None leaves it to PyTorch (one per core)."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the blocks of the network; auto does so on CUDA."""
+    shard: bool = False
+    """Divide the weights among the processes (FSDP2)."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be at least 1, not {self.repeats}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, and print a table."""
+    first, flags = take_first(arguments)
+    what = first or "glyphs"
+    _parse(flags, generic_config(what))  # wrong flags are found before any data is read
+    given = _parse(flags, default_config(what, flags))
+    with tempfile.TemporaryDirectory() as folder, join() as team:
+        run = RunConfig(
+            out=Path(folder) / "none",
+            device=given.device,
+            threads=given.threads,
+            compile=given.compile,
+            shard=given.shard,
+        )
+        training = assemble(given.config, run, prepare_data(given.config.data), team)
+        result = bench(training, given.repeats)
+    if team.lead:
+        print("\n".join(table(result)))
+        if given.save is not None:
+            write_json(given.save, result)
+
+
+def _parse(flags: Sequence[str], config: TrainConfig) -> BenchArguments:
+    return parse(
+        BenchArguments,
+        flags,
+        default=BenchArguments(config=config),
+        prog="patchdiffusion bench [RECIPE or PATH]",
+        description=DESCRIPTION,
+    )
+
+
+def bench(training: Training, repeats: int) -> dict[str, Any]:
+    """Measure every kind of step of a run, and the whole-image step it is compared with."""
+    plan, batch = training.plan, training.config.batch
+    peak = measured_peak(training.device, training.precision) * training.team.size
+    whole = measure(training, (Group(training.canvas, batch, 1.0),), repeats)
+    rows = {"whole images": _row(whole, whole, peak)}
+    parts: list[tuple[float, Cost]] = []
+    for k in plan.sizes:
+        if k.size == training.canvas:
+            parts.append((k.prob, whole))
+            continue
+        count = max(1, round(batch * k.multiplier))
+        cost = measure(training, (Group(k.size, count, 1.0),), repeats)
+        parts.append((k.prob, cost))
+        rows[f"only {k.size[0]}x{k.size[1]}"] = _row(cost, whole, peak)
+    if training.config.patches.mode == "stratified":  # all sizes in one step
+        groups = plan.draw(seed=0, step=0)
+        rows["mixture"] = _row(measure(training, groups, repeats), whole, peak)
+    else:
+        rows["mixture"] = _mixture(parts, whole, peak)
+    return {
+        "date": date.today().isoformat(),
+        "engine": training.engine,
+        "data": f"{training.pack.name}, {training.canvas[0]}x{training.canvas[1]}",
+        "parameters": training.parameters,
+        "gmac": training.flops[training.canvas] / 6e9,
+        "peak_flops": peak,
+        "repeats": repeats,
+        "config": encode(training.config),
+        "rows": rows,
+    }
+
+
+def _row(cost: Cost, whole: Cost, peak: float) -> dict[str, Any]:
+    facts = asdict(cost)
+    facts["groups"] = [{"size": list(g.size), "count": g.count} for g in cost.groups]
+    return facts | _rates(cost.seconds, cost.crops, cost.equivalents, cost.flops, whole, peak)
+
+
+def _rates(
+    seconds: float, crops: float, equivalents: float, flops: float, whole: Cost, peak: float
+) -> dict[str, float]:
+    return {
+        "crops_per_second": crops / seconds,
+        "equivalents_per_second": equivalents / seconds,
+        "flops_per_second": flops / seconds,
+        "share_of_peak": flops / seconds / peak,
+        "counted_images_against_whole": crops / seconds * whole.seconds / whole.crops,
+    }
+
+
+def _mixture(parts: list[tuple[float, Cost]], whole: Cost, peak: float) -> dict[str, Any]:
+    """What a step of random size costs on average."""
+
+    def mean(name: str) -> float:
+        return sum(prob * getattr(cost, name) for prob, cost in parts)
+
+    facts = {name: mean(name) for name in ("seconds", "equivalents", "flops", "crops", "operators")}
+    facts["outside"] = mean("outside")
+    facts |= {name: max(getattr(cost, name) for _, cost in parts) for name in ("syncs", "memory")}
+    facts["graphs"] = sum(cost.graphs for _, cost in parts)
+    facts["compile_seconds"] = sum(cost.compile_seconds for _, cost in parts)
+    rates = _rates(
+        facts["seconds"], facts["crops"], facts["equivalents"], facts["flops"], whole, peak
+    )
+    return facts | rates
+
+
+COLUMNS: dict[str, tuple[str, float, str]] = {
+    "ms": ("seconds", 1e3, ".1f"),
+    "crops/s": ("crops_per_second", 1, ".1f"),
+    "images/s": ("equivalents_per_second", 1, ".2f"),
+    "TFLOP/s": ("flops_per_second", 1e-12, ".3f"),
+    "of peak": ("share_of_peak", 1, ".0%"),
+    "as images": ("counted_images_against_whole", 1, ".2f"),
+    "operators": ("operators", 1, ".0f"),
+    "syncs": ("syncs", 1, ".0f"),
+    "graphs": ("graphs", 1, ".0f"),
+    "MiB": ("memory", 2**-20, ".0f"),
+    "outside": ("outside", 1, ".1%"),
+}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The result as a Markdown table with a line above it."""
+    engine = result["engine"]
+    lines = [
+        f"{result['data']}, {result['parameters'] / 1e6:.2f}M parameters, "
+        f"{result['gmac']:.3g} GMAC; {engine['precision']} on {engine['device']}, "
+        f"{engine['threads']} threads x {engine['processes']}; matrix products reach "
+        f"{result['peak_flops'] / 1e12:.3g} TFLOP/s",
+        "",
+        "| step | " + " | ".join(COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 1) + "|",
+    ]
+    for name, row in result["rows"].items():
+        cells = (format(row[key] * unit, form) for key, unit, form in COLUMNS.values())
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    seconds = sum(row["compile_seconds"] for row in result["rows"].values())
+    if seconds:
+        lines += ["", f"compiling took {seconds:.0f} s"]
+    lines += ["", "'as images' counts every crop as an image, relative to whole images alone"]
+    return lines

@@ -1,0 +1,126 @@
+"""What steps cost: time by phase, and counts that do not depend on the machine's mood."""
+
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from patchdiffusion.patches import Group, equivalents
+from patchdiffusion.train.loop import one_step
+from patchdiffusion.train.machine import (
+    compiled_graphs,
+    peak_memory,
+    reset_peak_memory,
+    synchronise,
+)
+from patchdiffusion.train.phases import COMPUTE
+from patchdiffusion.train.setup import Training
+
+SYNCS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
+COPIES = ("aten._to_copy", "aten.copy_", "aten.clone")
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that are called inside, those that make the host wait, and copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.copied = 0
+        """Bytes written by operators that only copy or convert."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = str(func.overloadpacket)
+        if not func.is_view:
+            self.calls[name] += 1
+        if name in COPIES:
+            self.copied += out.numel() * out.element_size()
+        return out
+
+    @property
+    def total(self) -> int:
+        """Operators that do some work."""
+        return sum(self.calls.values())
+
+    @property
+    def syncs(self) -> int:
+        """Operators whose result the host waits for."""
+        return sum(self.calls[name] for name in SYNCS)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One kind of step."""
+
+    groups: tuple[Group, ...]
+    seconds: float
+    """Median of a whole step."""
+    equivalents: float
+    flops: float
+    operators: int
+    syncs: int
+    copied: int
+    """Bytes."""
+    memory: int
+    """Most bytes held."""
+    graphs: int
+    """Compiled graphs that were made for it."""
+    compile_seconds: float
+    """What the first step took beyond a usual one."""
+    outside: float
+    """Share of the time outside forward, backward, update and average."""
+
+    @property
+    def crops(self) -> int:
+        """Crops of a step."""
+        return sum(group.count for group in self.groups)
+
+
+def measure(training: Training, groups: tuple[Group, ...], repeats: int) -> Cost:
+    """Time and count steps of given groups; two come first and are not timed."""
+    device, graphs = training.device, compiled_graphs()
+    start = time.perf_counter()
+    _step(training, groups)
+    synchronise(device)
+    first = time.perf_counter() - start
+    _step(training, groups)
+    made = compiled_graphs() - graphs
+    reset_peak_memory(device)
+    training.phases.read()
+    times = []
+    for _ in range(repeats):
+        synchronise(device)
+        start = time.perf_counter()
+        _step(training, groups)
+        synchronise(device)
+        times.append(time.perf_counter() - start)
+    phases, _ = training.phases.read()
+    held = peak_memory(device)
+    with Operators() as counted:
+        _step(training, groups)
+    usual = statistics.median(times)
+    inside = sum(phases.get(name, 0.0) for name in COMPUTE)
+    return Cost(
+        groups=groups,
+        seconds=usual,
+        equivalents=equivalents(groups, training.canvas),
+        flops=float(sum(training.flops[g.size] * g.count for g in groups)),
+        operators=counted.total,
+        syncs=counted.syncs,
+        copied=counted.copied,
+        memory=held,
+        graphs=made,
+        compile_seconds=max(first - usual, 0.0) if made else 0.0,
+        outside=1 - inside / sum(phases.values()),
+    )
+
+
+def _step(training: Training, groups: tuple[Group, ...]) -> None:
+    one_step(training, groups)
+    training.stepper.guard.observe()

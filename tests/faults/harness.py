@@ -1,0 +1,128 @@
+"""Runs `driver.py` in processes of its own, alone or as ranks, and looks at what is left."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tiny
+
+from patchdiffusion.files import read_json
+
+DRIVER = Path(__file__).with_name("driver.py")
+SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of a refusal."""
+        lines = [x for x in self.err.splitlines() if x.startswith("patchdiffusion: error: ")]
+        assert len(lines) <= 1, self.err
+        assert "Traceback" not in self.err, self.err
+        return lines[0].removeprefix("patchdiffusion: error: ") if lines else ""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def arguments(images: Path, out: Path, **spec: Any) -> list[str]:
+    return [str(DRIVER), json.dumps({"images": str(images), "out": str(out), **spec})]
+
+
+def environment(rank: int = 0, size: int = 1, port: int = 0) -> dict[str, str]:
+    own = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if size > 1:
+        own |= {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    return own
+
+
+def start(images: Path, out: Path, *, size: int = 1, **spec: Any) -> list[subprocess.Popen[str]]:
+    """Processes of one run, under way."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments(images, out, **spec)],
+            env=environment(rank, size, port),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[str]]) -> list[Ended]:
+    """Wait for the processes; none is left behind."""
+    ended = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=SECONDS)
+            ended.append(Ended(process.returncode, out, err))
+    finally:
+        for process in processes:
+            process.kill()
+    return ended
+
+
+def drive(images: Path, out: Path, *, size: int = 1, **spec: Any) -> list[Ended]:
+    """Run to the end, whatever it is."""
+    return finish(start(images, out, size=size, **spec))
+
+
+def alone(images: Path, out: Path, **spec: Any) -> Ended:
+    """One process."""
+    return drive(images, out, **spec)[0]
+
+
+def torchrun(images: Path, out: Path, *flags: str, size: int = 2, **spec: Any) -> Ended:
+    """PyTorch's own launcher, with as many processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={size}"]
+    command += [f"--master-port={free_port()}", *flags, *arguments(images, out, **spec)]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    return finish([process])[0]
+
+
+def status(folder: Path) -> str:
+    return read_json(folder / "run.json")["status"]
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """Steps of all finished checkpoints."""
+    found = (folder / "checkpoints").glob("step-*")
+    return sorted(int(f.name[5:]) for f in found if f.name[5:].isdigit())
+
+
+def lines(file: Path) -> list[Any]:
+    """The JSON values of a file, one a line."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def same_run(folder: Path, other: Path) -> None:
+    """Losses as exact numbers, digests of weights and pictures."""
+    assert tiny.history(folder) == tiny.history(other)
+    assert tiny.weights(folder) == tiny.weights(other)
+    assert tiny.digests(folder / "samples") == tiny.digests(other / "samples")

@@ -1,0 +1,305 @@
+"""What can go wrong, by name. Each function arranges for one fault in this process."""
+
+import dataclasses
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchdiffusion.data.feed import Feed
+from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.dist import place
+from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
+from patchdiffusion.rng import Draws
+from patchdiffusion.train import checkpoint, loop, setup, watch
+from patchdiffusion.train.phases import Phases
+
+# ---- Where ----
+
+
+def once(action: Callable[[], None]) -> Callable[[], None]:
+    done: list[bool] = []
+
+    def act() -> None:
+        if not done:
+            done.append(True)
+            action()
+
+    return act
+
+
+def at(phase: str, step: int, action: Callable[[], None]) -> None:
+    """Act when a phase of a step begins; steps count from 0. "after" is the end of the step."""
+    act, switch, end = once(action), Phases._switch, Phases.end_step
+
+    def switched(self: Phases, name: str) -> str:
+        before = switch(self, name)
+        if name == phase and self.step == step:
+            act()
+        return before
+
+    def ended(self: Phases) -> None:
+        end(self)
+        if phase == "after" and self.step == step:
+            act()
+
+    Phases._switch, Phases.end_step = switched, ended
+
+
+def once_ever(mark: str | None, action: Callable[[], None]) -> Callable[[], None]:
+    """The action, unless the file `mark` exists: a restarted process does not do it again."""
+
+    def act() -> None:
+        if mark is None or not os.path.exists(mark):
+            if mark is not None:
+                open(mark, "x").close()
+            action()
+
+    return act
+
+
+# ---- Signals, hangs, deaths ----
+
+
+def send(name: str, phase: str, step: int, mark: str | None = None, times: int = 1) -> None:
+    """A signal to this process."""
+
+    def act() -> None:
+        for _ in range(times):
+            os.kill(os.getpid(), getattr(signal, name))
+
+    at(phase, step, once_ever(mark, act))
+
+
+def sleep(seconds: float, phase: str, step: int, mark: str | None = None) -> None:
+    at(phase, step, once_ever(mark, lambda: time.sleep(seconds)))
+
+
+def die_in_save(stage: str, save: int, mark: str | None = None) -> None:
+    """SIGKILL after a stage of a save; saves count from 0."""
+    kill = once_ever(mark, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    saves = [-1]
+    calls = [0]
+    save_file, write_json, write_bytes = (
+        checkpoint.save_file,
+        checkpoint.write_json,
+        checkpoint.write_bytes,
+    )
+    whole = checkpoint.save
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        saves[0] += 1
+        calls[0] = 0
+        return whole(*args, **kwargs)
+
+    def after(original: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if saves[0] == save and name == "rename" and stage == "rename":
+                kill()  # the pointer is not written yet
+            result = original(*args, **kwargs)
+            calls[0] += 1
+            if saves[0] == save:
+                reached = {
+                    "file": stage == f"file {calls[0]}",
+                    "json": stage == "manifest" and str(args[0]).endswith("manifest.json"),
+                    "rename": stage == "pointer",
+                }[name]
+                if reached:
+                    kill()
+            return result
+
+        return call
+
+    checkpoint.save = counted
+    checkpoint.save_file = after(save_file, "file")
+    checkpoint.write_json = after(write_json, "json")
+    checkpoint.write_bytes = after(write_bytes, "rename")
+
+
+def send_in(name: str, where: str, time: int) -> None:
+    """A signal in the middle of the n-th sampling, evaluation or saving; times count from 0."""
+    owner, method = {
+        "samples": (watch, "sample"),
+        "evaluation": (watch, "held_out_losses"),
+        "save": (checkpoint, "save_file"),
+    }[where]
+    original, calls = getattr(owner, method), [-1]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == time:
+            os.kill(os.getpid(), getattr(signal, name))
+        return original(*args, **kwargs)
+
+    setattr(owner, method, call)
+
+
+def save_every(steps: int) -> None:
+    """Most saves that are due are left out."""
+    write = loop.Saver.__call__
+
+    def call(self: Any, *, final: bool = False) -> None:
+        if final or self.training.finished or self.training.state.step % steps == 0:
+            write(self, final=final)
+
+    loop.Saver.__call__ = call
+
+
+def record_draws() -> None:
+    """A file with everything that is drawn for each crop of each step."""
+    original, level = Feed.batch, DenoisingLoss.levels
+    folder: list[Path] = []
+    begin = loop._loop
+
+    def begun(training: Any, *args: Any) -> None:
+        folder.append(training.folder)
+        begin(training, *args)
+
+    def batch(self: Feed, group: Any, **kwargs: Any) -> Any:
+        made, draws = original(self, group, **kwargs)
+        facts = [
+            draws.index,
+            made.index,
+            made.flip.long(),
+            level(DenoisingLoss(), draws),
+            draws.keys("noise"),
+            draws.keys("network"),
+        ]
+        columns = [value.tolist() for value in facts] + [made.box.tolist()]
+        with open(folder[0] / f"draws-{place().rank}.jsonl", "a") as file:
+            for row in zip(*columns, strict=True):
+                file.write(json.dumps([draws.step, *row]) + "\n")
+        return made, draws
+
+    loop._loop, Feed.batch = begun, batch
+
+
+# ---- Numbers ----
+
+
+def scale_loss(
+    factor: float,
+    steps: list[int] | None = None,
+    positions: tuple[int, int] | None = None,
+    gradient_only: bool = False,
+) -> None:
+    """Multiply the loss of whole steps, or of crops between two positions of the sequence."""
+    usual = DenoisingLoss.__call__
+    where: list[int] = [0]
+    stepper = setup.Stepper.__call__
+
+    def step(self: Any, *args: Any, cursor: tuple[int, int], **kwargs: Any) -> None:
+        where[0] = cursor[1]
+        stepper(self, *args, cursor=cursor, **kwargs)
+
+    def loss(self: DenoisingLoss, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+        out = usual(self, denoiser, batch, draws)
+        wrong = torch.zeros(len(draws.index), dtype=torch.bool)
+        if steps is not None:
+            wrong |= draws.step in steps
+        if positions is not None:
+            place = where[0] + draws.index
+            wrong |= (place >= positions[0]) & (place < positions[1])
+        value = torch.where(wrong, out.per_sample * factor, out.per_sample)
+        if gradient_only:  # the value stays what it was
+            value = value - value.detach() + out.per_sample.detach()
+        return dataclasses.replace(out, per_sample=value)
+
+    DenoisingLoss.__call__ = loss
+    setup.Stepper.__call__ = step
+
+
+def poke(what: str, step: int, value: float = float("nan")) -> None:
+    """Write a number into one tensor of the run after a step: weights, averaged or optimizer."""
+    original = loop.one_step
+
+    def one_step(training: Any, groups: Any = None) -> None:
+        original(training, groups)
+        if training.state.step == step:
+            optimizer = training.stepper.update.optimizer
+            target = {
+                "weights": lambda: next(iter(training.network.parameters())),
+                "averaged": lambda: training.ema.averages["averaged"][0],
+                "optimizer": lambda: next(iter(optimizer.state.values()))["exp_avg"],
+            }[what]()
+            with torch.no_grad():
+                target.view(-1)[0] = value
+
+    loop.one_step = one_step
+
+
+# ---- Surroundings ----
+
+
+def raise_in(phase: str, step: int, error: str) -> None:
+    """An exception when a phase of a step begins."""
+    kinds: dict[str, Callable[[], BaseException]] = {
+        "memory": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        "bug": lambda: RuntimeError("a bug"),
+    }
+
+    def act() -> None:
+        raise kinds[error]()
+
+    at(phase, step, act)
+
+
+def remove(path: str, phase: str, step: int) -> None:
+    """Delete a folder when a phase of a step begins."""
+    import shutil
+
+    at(phase, step, lambda: shutil.rmtree(path))
+
+
+def limit_file_size(size: int, saves: list[int]) -> None:
+    """No file may grow beyond `size` bytes during some saves: a full disk, to the program."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    number = [-1]
+    write = loop.Saver.__call__
+
+    def call(self: Any, **kwargs: Any) -> None:
+        number[0] += 1
+        if number[0] not in saves:
+            return write(self, **kwargs)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            write(self, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    loop.Saver.__call__ = call
+
+
+def change_config(**changes: Any) -> None:
+    """This process is asked for another run than the others."""
+    import tiny
+
+    original = tiny.change
+    tiny.change = lambda config, given: original(config, {**given, **changes})
+
+
+FAULTS: dict[str, Callable[..., None]] = {
+    f.__name__: f
+    for f in (
+        send,
+        send_in,
+        save_every,
+        record_draws,
+        sleep,
+        die_in_save,
+        scale_loss,
+        poke,
+        raise_in,
+        remove,
+        limit_file_size,
+        change_config,
+    )
+}

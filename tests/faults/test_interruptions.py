@@ -1,0 +1,181 @@
+"""R: a run that is killed, stopped or restarted is the run that was not."""
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import harness
+import pytest
+import tiny
+from harness import alone, checkpoints, drive, same_run, status, torchrun
+
+from patchdiffusion import rng
+from patchdiffusion.report import read_log
+from patchdiffusion.train import checkpoint
+
+LONG: dict[str, Any] = {"config": {"images": 48.0}}  # 16 steps
+SAVE_ALWAYS = {"save_minutes": 0.0}
+EVERY_THIRD = {"kind": "save_every", "steps": 3}
+
+
+def kill(step: int, **more: Any) -> dict[str, Any]:
+    return {"kind": "send", "name": "SIGKILL", "phase": "after", "step": step, **more}
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_r1_kill_between_steps(seed: int, images: Path, steady: Path, tmp_path: Path) -> None:
+    folder, step = tmp_path / "run", 4 + rng.seed_of("kill", seed) % 10
+    step += step % 3 == 0  # so that something has to be done again
+    spec = {**LONG, "run": SAVE_ALWAYS}
+    ended = alone(images, folder, **spec, faults=[EVERY_THIRD, kill(step)])
+    assert ended.code == -signal.SIGKILL
+    assert status(folder) == "running"  # it had no time to say otherwise
+    saved = step // 3 * 3  # it died before it could save or tell the step it had made
+    assert max(checkpoints(folder)) == saved
+    assert alone(images, folder, **spec).code == 0
+    same_run(folder, steady)
+    replayed = [r["step"] for r in read_log(folder) if r.get("replayed")]
+    assert replayed == list(range(saved + 1, step + 1))
+
+
+def test_r2_kill_one_of_two_ranks(images: Path, steady_pair: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fault = kill(7, rank=1, mark=str(tmp_path / "killed"))
+    faults = [EVERY_THIRD, fault]
+    ended = torchrun(images, folder, "--max-restarts=1", **LONG, run=SAVE_ALWAYS, faults=faults)
+    assert ended.code == 0, ended.err
+    assert "resume    at step 6" in ended.out
+    same_run(folder, steady_pair)
+    assert [r["step"] for r in read_log(folder) if r.get("replayed")] in ([7], [7, 8])
+
+
+STAGES = ["file 1", "file 2", "manifest", "rename", "pointer"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_r3_kill_during_a_save(stage: str, images: Path, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fault = {"kind": "die_in_save", "stage": stage, "save": 2}
+    ended = alone(images, folder, run=SAVE_ALWAYS, faults=[fault])
+    assert ended.code == -signal.SIGKILL
+    done = stage in ("rename", "pointer")
+    assert checkpoints(folder) == ([1, 2, 3] if done else [1, 2])
+    named = (folder / "checkpoints" / "latest").read_text().strip()
+    assert named == f"step-{3 if stage == 'pointer' else 2:010d}"
+    again = alone(images, folder)
+    assert again.code == 0, again.err
+    assert f"resume    at step {3 if done else 2}" in again.out
+    assert not list((folder / "checkpoints").glob("*.tmp"))
+    same_run(folder, finished)
+
+
+def draws(folder: Path) -> dict[int, list[list[Any]]]:
+    """What was drawn in each step by all ranks, in the order of the step."""
+    found: dict[int, dict[int, list[Any]]] = {}
+    for file in folder.glob("draws-*.jsonl"):
+        for line in harness.lines(file):
+            step, index, *rest = line
+            found.setdefault(step, {})[index] = rest
+    return {step: [rows[i] for i in sorted(rows)] for step, rows in found.items()}
+
+
+def test_r4_another_number_of_ranks(images: Path, steady: Path, tmp_path: Path) -> None:
+    """1 -> 2 -> 1 ranks: the same images, levels, crops and flips in every step."""
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    record = {"kind": "record_draws"}
+    config = {**LONG["config"], "data.flip": True}
+
+    def stop(step: int) -> dict[str, Any]:
+        return {"kind": "send", "name": "SIGTERM", "phase": "after", "step": step}
+
+    assert alone(images, straight, config=config, faults=[record]).code == 0
+    for size, faults in ((1, [stop(3)]), (2, [stop(8)]), (1, [])):
+        ended = drive(images, folder, size=size, config=config, faults=[record, *faults])
+        assert [e.code for e in ended] == [0] * size, ended
+        assert "not to the last bit" in ended[0].out or size == 1
+    assert status(folder) == "finished"
+    got, expected = draws(folder), draws(straight)
+    assert got == expected
+    assert sorted(expected) == list(range(16)) and len(expected[0]) == 6
+    losses = [[float(str(x[4])) for x in tiny.history(f)] for f in (folder, straight)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_r5_other_micro_batches(images: Path, steady: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    stop = {"kind": "send", "name": "SIGTERM", "phase": "after", "step": 5}
+    record = {"kind": "record_draws"}
+    assert alone(images, folder, **LONG, faults=[record, stop]).code == 0
+    config = {**LONG["config"], "micro_batch": 1}
+    assert alone(images, folder, config=config, faults=[record]).code == 0
+    straight = tmp_path / "straight"
+    assert alone(images, straight, **LONG, faults=[record]).code == 0
+    assert draws(folder) == draws(straight)
+    losses = [[float(str(x[4])) for x in tiny.history(f)] for f in (folder, steady)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_r6_sigterm_for_one_of_two_ranks(images: Path, steady_pair: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fault = {"kind": "send", "name": "SIGTERM", "phase": "backward", "step": 5, "rank": 1}
+    ended = drive(images, folder, size=2, **LONG, faults=[fault])
+    assert [e.code for e in ended] == [0, 0], ended
+    assert status(folder) == "preempted"
+    (step,) = checkpoints(folder)
+    assert step in (6, 7)  # all learn of it one step later
+    assert checkpoint.fault(folder / "checkpoints" / f"step-{step:010d}") is None
+    assert [e.code for e in drive(images, folder, size=2, **LONG)] == [0, 0]
+    same_run(folder, steady_pair)
+
+
+def test_r7_one_interrupt(images: Path, steady: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fault = {"kind": "send", "name": "SIGINT", "phase": "forward", "step": 4}
+    ended = alone(images, folder, **LONG, faults=[fault])
+    assert (ended.code, status(folder)) == (0, "preempted")
+    assert checkpoints(folder) == [5]
+    assert alone(images, folder, **LONG).code == 0
+    same_run(folder, steady)
+
+
+def test_r7_two_interrupts(images: Path, steady: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fault = {"kind": "send", "name": "SIGINT", "phase": "forward", "step": 4, "times": 2}
+    ended = alone(images, folder, **LONG, run=SAVE_ALWAYS, faults=[fault])
+    assert (ended.code, ended.error) == (130, "interrupted")
+    assert checkpoints(folder) == [3, 4]
+    assert alone(images, folder, **LONG).code == 0
+    same_run(folder, steady)
+
+
+@pytest.mark.parametrize("phase", ["samples", "evaluation", "save"])
+def test_r8_sigterm_in_between(phase: str, images: Path, steady: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    config = {**LONG["config"], "watch.samples": 4}
+    straight = tmp_path / "straight"
+    tiny.run(tiny.change(tiny.config(images), config), straight)
+    fault = {"kind": "send_in", "name": "SIGTERM", "where": phase, "time": 1}
+    ended = alone(images, folder, config=config, faults=[fault])
+    assert (ended.code, status(folder)) == (0, "preempted"), ended.err
+    assert "will be drawn when the run goes on" in ended.out
+    drawn = 0 if phase == "save" else 1  # before it was told to stop
+    assert len(tiny.digests(folder / "samples")) == drawn
+    assert alone(images, folder, config=config).code == 0
+    assert tiny.history(folder) == tiny.history(straight)
+    assert tiny.weights(folder) == tiny.weights(straight)
+    assert tiny.digests(folder / "samples") == tiny.digests(straight / "samples")
+    watched = [r["images"] for r in read_log(folder) if r["kind"] == "watch"]
+    assert watched == [12.0, 24.0, 36.0, 48.0]
+
+
+def test_r9_time_budget(images: Path, steady: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    slow = [{"kind": "sleep", "seconds": 0.5, "phase": "data", "step": s} for s in range(3, 16)]
+    ended = alone(images, folder, **LONG, run={"max_hours": 2.0 / 3600}, faults=slow)
+    assert (ended.code, status(folder)) == (0, "preempted")
+    times = [r["time"] for r in read_log(folder)]
+    assert times[-1] - times[0] < 2.0 + 0.5 + 0.5  # the budget, a step, and some air
+    (step,) = checkpoints(folder)
+    assert 3 < step < 16
+    assert alone(images, folder, **LONG).code == 0
+    same_run(folder, steady)
