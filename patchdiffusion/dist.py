@@ -8,6 +8,8 @@ through PyTorch's own DistributedDataParallel or FSDP2, never through this file.
 import json
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +19,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as c10d
 from torch import Tensor
-from torch.distributed.distributed_c10d import (
-    _set_pg_timeout,  # pyright: ignore[reportPrivateUsage]
-)
+from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from patchdiffusion.errors import Stop
 
@@ -211,10 +212,45 @@ def join(minutes: float = 30.0) -> Iterator[Team]:
             torch.cuda.set_device(where.local_rank)
         # Flags and files are agreed upon on the CPU, so that nothing waits for a device.
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        c10d.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        patience = timedelta(minutes=minutes)
+        store, _, _ = next(rendezvous("env://", where.rank, where.size, timeout=patience))
+        store = PrefixStore(_meet(store, where, 60 * minutes), store)
+        c10d.init_process_group(
+            backend, store=store, rank=where.rank, world_size=where.size, timeout=patience
+        )
     yield Team(where, minutes)
     if own:  # after an error the others learn of it by the closed connection
         c10d.destroy_process_group()
+
+
+def _meet(store: Store, where: Place, seconds: float) -> str:
+    """A name that only the processes of this attempt share.
+
+    A launcher that restarts processes may give them the store of the attempt before, with the
+    addresses of processes that are gone. So everybody greets the leading process, under the name
+    it has chosen, until it greets back. Raises `Stop` if they do not meet in time.
+    """
+    end, own = time.monotonic() + seconds, uuid.uuid4().hex
+    if where.lead:
+        store.set("lead", own)
+    greeted: set[int] = set()
+    while time.monotonic() < end:
+        if where.lead:
+            for rank in set(range(1, where.size)) - greeted:
+                if store.check([f"{own}/{rank}"]):
+                    store.set(f"{own}/welcome/{rank}", store.get(f"{own}/{rank}").decode())
+                    greeted.add(rank)
+            if len(greeted) == where.size - 1:
+                return own
+        elif store.check(["lead"]):
+            name = store.get("lead").decode()
+            store.set(f"{name}/{where.rank}", own)
+            welcome = f"{name}/welcome/{where.rank}"
+            if store.check([welcome]) and store.get(welcome).decode() == own:
+                return name
+        time.sleep(0.02)
+    missing = sorted(set(range(1, where.size)) - greeted) if where.lead else [0]
+    raise Stop(f"rank {where.rank} has waited in vain for the ranks {missing}", code=24)
 
 
 class Vote:

@@ -200,10 +200,12 @@ def _refusal(training: Training, order: Order, pixels: Verification) -> Stop:
 
 
 def _lost(training: Training, error: Exception) -> str:
-    here = training.phases
+    here, own = training.phases, training.team.place
+    closed = "Connection" in str(error)
     return (
-        f"rank {training.team.place.rank} waited in vain in {here.current} of step {here.step}: "
-        f"{whereabouts(training.folder, training.team.place)} ({str(error).splitlines()[0]})"
+        f"{'another process has ended' if closed else 'another process does not answer'}; this is "
+        f"rank {own.rank} in {here.broken_in or here.current} of step {here.step}; "
+        f"{whereabouts(training.folder, own)}"
     )
 
 

@@ -1,6 +1,7 @@
 """Several processes on PyTorch's own engine: DistributedDataParallel or, for much memory, FSDP2."""
 
 import contextlib
+import inspect
 from typing import Any
 
 import torch
@@ -33,7 +34,11 @@ def replicate(work: Work, team: Team) -> nn.Module:
     """Wrap the work so that processes, each of which has all weights, average their gradients."""
     if team.size == 1:
         return work
-    return DistributedDataParallel(work, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Buffers are constants here; PyTorch 2.13 has given the switch another name.
+    known = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    buffers: dict[str, Any] = {name: False}
+    return DistributedDataParallel(work, gradient_as_bucket_view=True, **buffers)
 
 
 def shard(network: nn.Module, units: list[nn.Module], team: Team, device: torch.device) -> None:

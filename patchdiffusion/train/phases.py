@@ -41,6 +41,8 @@ class Phases:
         self.since = time.monotonic()
         self.seconds: dict[str, float] = {}
         self.slowest: Slow | None = None
+        self.broken_in = ""
+        """The phase in which an error was raised, or nothing."""
         self._of_step: dict[str, float] = {}
         self._usual = 0.0
 
@@ -58,6 +60,9 @@ class Phases:
         before = self._switch(name)
         try:
             yield
+        except BaseException:
+            self.broken_in = self.broken_in or name
+            raise
         finally:
             self._switch(before)
 

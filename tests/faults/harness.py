@@ -15,6 +15,8 @@ from patchdiffusion.files import read_json
 
 DRIVER = Path(__file__).with_name("driver.py")
 SECONDS = 120.0
+LONG: dict[str, Any] = {"config": {"images": 48.0}}  # 16 steps
+SAVE_ALWAYS = {"save_minutes": 0.0}
 
 
 @dataclass(frozen=True)

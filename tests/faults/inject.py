@@ -80,6 +80,17 @@ def sleep(seconds: float, phase: str, step: int, mark: str | None = None) -> Non
     at(phase, step, once_ever(mark, lambda: time.sleep(seconds)))
 
 
+def slow_down(seconds: float) -> None:
+    """Every step takes longer."""
+    end = Phases.end_step
+
+    def ended(self: Phases) -> None:
+        time.sleep(seconds)
+        end(self)
+
+    Phases.end_step = ended
+
+
 def die_in_save(stage: str, save: int, mark: str | None = None) -> None:
     """SIGKILL after a stage of a save; saves count from 0."""
     kill = once_ever(mark, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -294,6 +305,7 @@ FAULTS: dict[str, Callable[..., None]] = {
         save_every,
         record_draws,
         sleep,
+        slow_down,
         die_in_save,
         scale_loss,
         poke,

@@ -7,14 +7,12 @@ from typing import Any
 import harness
 import pytest
 import tiny
-from harness import alone, checkpoints, drive, same_run, status, torchrun
+from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, same_run, status, torchrun
 
 from patchdiffusion import rng
 from patchdiffusion.report import read_log
 from patchdiffusion.train import checkpoint
 
-LONG: dict[str, Any] = {"config": {"images": 48.0}}  # 16 steps
-SAVE_ALWAYS = {"save_minutes": 0.0}
 EVERY_THIRD = {"kind": "save_every", "steps": 3}
 
 

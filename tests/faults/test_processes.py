@@ -1,0 +1,266 @@
+"""C: processes that hang, die or disagree, and every way to start them."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import harness
+import pytest
+import tiny
+from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, same_run, status, torchrun
+
+from patchdiffusion.dist import Place, first_host, place
+
+
+def test_c1_a_rank_hangs(images: Path, tmp_path: Path) -> None:
+    fault = {"kind": "sleep", "seconds": 600, "phase": "data", "step": 3, "rank": 1}
+    processes = harness.start(
+        images, tmp_path / "run", size=2, **LONG, run={"timeout_minutes": 0.05}, faults=[fault]
+    )
+    out, err = processes[0].communicate(timeout=60)
+    ended = harness.Ended(processes[0].returncode, out, err)
+    processes[1].kill()
+    harness.finish(processes[1:])
+    assert ended.code == 24
+    assert "another process does not answer; this is rank 0 in " in ended.error
+    assert "rank 1 (process " in ended.error and "s in data of step 3" in ended.error
+    assert status(tmp_path / "run") == "failed"
+
+
+def test_c1_nobody_comes(images: Path, tmp_path: Path) -> None:
+    run = {"timeout_minutes": 0.005}  # six times as long until the second step
+    process = harness.start(images, tmp_path / "run", size=2, **LONG, run=run)
+    process[1].kill()
+    (first, _) = harness.finish(process)
+    assert first.code == 24
+    assert "1/2 clients joined" in first.error
+
+
+def test_c2_another_configuration(images: Path, tmp_path: Path) -> None:
+    fault = {"kind": "change_config", "rank": 1, "optim.lr": 0.5}
+    ended = drive(images, tmp_path / "run", size=2, **LONG, faults=[fault])
+    assert [e.code for e in ended] == [2, 2]
+    assert "rank 1 has another optim.lr than rank 0 (0.5 instead of 0.01)" in ended[0].error
+    assert ended[1].error == ""  # one of them tells
+    assert not (tmp_path / "run").exists()
+
+
+def test_c2_another_plan(images: Path, tmp_path: Path) -> None:
+    fault = {"kind": "change_config", "rank": 1, "patches.mode": "stochastic"}
+    ended = drive(images, tmp_path / "run", size=2, **LONG, faults=[fault])
+    assert [e.code for e in ended] == [2, 2]
+    assert "rank 1 has another patches.mode than rank 0" in ended[0].error
+
+
+def test_c2_other_weights(images: Path, tmp_path: Path) -> None:
+    fault = {"kind": "poke", "what": "weights", "step": 4, "value": 0.5, "rank": 1}
+    ended = drive(images, tmp_path / "run", size=2, **LONG, run=SAVE_ALWAYS, faults=[fault])
+    assert [e.code for e in ended] == [24, 24]
+    assert "the processes have drifted apart: rank 1 has another weights/" in ended[0].error
+    assert checkpoints(tmp_path / "run") == [2, 3]
+
+
+def test_c3_rank_0_dies_while_saving(images: Path, steady_pair: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    mark = str(tmp_path / "killed")
+    fault = {"kind": "die_in_save", "stage": "file 2", "save": 4, "rank": 0, "mark": mark}
+    ended = torchrun(images, folder, "--max-restarts=1", **LONG, run=SAVE_ALWAYS, faults=[fault])
+    assert ended.code == 0, ended.err
+    assert "resume    at step 5" in ended.out  # the fifth save was that of step 6
+    same_run(folder, steady_pair)
+
+
+def test_c4_a_batch_that_cannot_be_divided(images: Path, tmp_path: Path) -> None:
+    ended = drive(images, tmp_path / "run", size=3, **LONG)
+    assert [e.code for e in ended] == [2, 2, 2]
+    told = "a batch of 4 cannot be divided among 3 processes; it can among 1, 2, 4"
+    assert told in ended[0].error
+    assert not (tmp_path / "run").exists()
+
+
+def test_c4_fewer_processes_than_before(images: Path, steady: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    stop = {"kind": "send", "name": "SIGTERM", "phase": "after", "step": 5}
+    assert torchrun(images, folder, **LONG, faults=[stop]).code == 0
+    assert status(folder) == "preempted"
+    ended = torchrun(images, folder, size=1, **LONG)
+    assert ended.code == 0, ended.err
+    assert "processes 2 -> 1" in ended.out
+    got, expected = ([float(str(x[4])) for x in tiny.history(f)] for f in (folder, steady))
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+# ---- Divided weights ----
+
+
+def test_shards_and_replicas_share_checkpoints(
+    images: Path, steady: Path, steady_pair: Path, tmp_path: Path
+) -> None:
+    """replicas -> shards -> one process, and the numbers of a run that was never interrupted."""
+    folder = tmp_path / "run"
+    stops = [{"kind": "send", "name": "SIGTERM", "phase": "after", "step": s} for s in (4, 9)]
+    first = drive(images, folder, size=2, **LONG, faults=stops[:1])
+    second = drive(images, folder, size=2, **LONG, run={"shard": True}, faults=stops[1:])
+    third = drive(images, folder, **LONG)
+    assert [e.code for e in (*first, *second, *third)] == [0] * 5, (first, second, third)
+    assert "sharded False -> True" in second[0].out
+    assert "2 processes, sharded" in second[0].out
+    got, expected = ([float(str(x[4])) for x in tiny.history(f)] for f in (folder, steady))
+    assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_sharded_run_is_exact(images: Path, tmp_path: Path) -> None:
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    sharded = {"run": {"shard": True}}
+    assert [e.code for e in drive(images, straight, size=2, **LONG, **sharded)] == [0, 0]
+    stop = {"kind": "send", "name": "SIGTERM", "phase": "after", "step": 5, "rank": 0}
+    assert [e.code for e in drive(images, folder, size=2, **LONG, **sharded, faults=[stop])] == [
+        0,
+        0,
+    ]
+    assert [e.code for e in drive(images, folder, size=2, **LONG, **sharded)] == [0, 0]
+    same_run(folder, straight)
+
+
+def test_one_process_cannot_be_divided(images: Path, tmp_path: Path) -> None:
+    ended = alone(images, tmp_path / "run", **LONG, run={"shard": True})
+    assert (ended.code, "there is only one" in ended.error) == (2, True)
+
+
+# ---- Ways to start ----
+
+
+def test_two_hosts_one_of_which_is_lost(images: Path, steady_pair: Path, tmp_path: Path) -> None:
+    """Two agents; the one without the store is killed with its process, and started again."""
+    folder, port = tmp_path / "run", harness.free_port()
+    arguments = harness.arguments(images, folder, **LONG, run=SAVE_ALWAYS, faults=[SLOW])
+
+    def agent(number: int) -> subprocess.Popen[str]:
+        flags = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
+        flags += [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=two-hosts"]
+        flags += [f"--rdzv-conf=is_host={number == 0},join_timeout=60,last_call_timeout=1"]
+        flags += ["--local-addr=127.0.0.1"]
+        return subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *flags, *arguments],
+            # With a shared store PyTorch 2.13 leaves a new agent waiting for an old address.
+            env={**harness.environment(), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    agents = [agent(0), agent(1)]
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "checkpoints" / "step-0000000003").exists():
+            assert time.monotonic() < deadline and agents[1].poll() is None
+            time.sleep(0.05)
+        _kill_host(agents[1].pid)
+        agents[1].communicate()
+        agents[1] = agent(1)
+        ended = harness.finish(agents)
+    finally:
+        for process in agents:
+            _kill_host(process.pid)
+    assert [e.code for e in ended] == [0, 0], ended
+    assert "resume    at step" in ended[0].out + ended[1].out
+    same_run(folder, steady_pair)
+
+
+SLOW = {"kind": "slow_down", "seconds": 0.25}
+
+
+def _kill_host(agent: int) -> None:
+    """SIGKILL for a process and all it has started, as when its machine goes down."""
+    parents = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            pid, rest = entry.parent.name, entry.read_text().rsplit(")", 1)[1].split()
+            parents[int(pid)] = int(rest[1])
+    family = {agent}
+    while grown := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= grown
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_srun_is_understood(images: Path, steady_pair: Path, tmp_path: Path) -> None:
+    """What srun tells each task is enough, without any launcher."""
+    port = harness.free_port()
+    processes = []
+    for rank in range(2):
+        own = {
+            **harness.environment(),
+            "SLURM_PROCID": str(rank),
+            "SLURM_LOCALID": str(rank),
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_STEP_TASKS_PER_NODE": "2",
+            "SLURM_STEP_NODELIST": "localhost",
+            "SLURM_JOB_ID": "77",
+            "MASTER_PORT": str(port),
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, *harness.arguments(images, tmp_path / "run", **LONG)],
+                env=own,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    ended = harness.finish(processes)
+    assert [e.code for e in ended] == [0, 0], ended
+    same_run(tmp_path / "run", steady_pair)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("localhost", "localhost"),
+        ("gpu003", "gpu003"),
+        ("gpu[003-006,9],cpu1", "gpu003"),
+        ("rack1-gpu[7]", "rack1-gpu7"),
+        ("a[01-02]-ib,b1", "a01-ib"),
+        ("node-a,node-b", "node-a"),
+    ],
+)
+def test_the_first_of_a_list_of_nodes(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_a_task_in_a_larger_allocation_is_one_process() -> None:
+    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "5"}
+    assert place(batch) == Place()
+    step = {**batch, "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
+    assert place({**step, "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}) == Place(5, 8, 1, 4)
+    with pytest.raises(ValueError, match="RANK=2 and WORLD_SIZE=2 in the environment contradict"):
+        place({"RANK": "2", "WORLD_SIZE": "2"})
+
+
+def test_the_command_line_under_torchrun(images: Path, tmp_path: Path) -> None:
+    network = ["--network.base", "4", "--network.mult", "1", "--network.blocks", "1"]
+    options = [*network, "--network.attention", "--batch", "4", "--images", "9", "--device", "cpu"]
+    options += ["--watch.samples", "1", "--watch.grid", "3"]
+    flags = ["--nproc-per-node=2", f"--master-port={harness.free_port()}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "patchdiffusion"]
+    done = subprocess.run(
+        [*command, "train", str(images), *options],
+        cwd=tmp_path,
+        env=harness.environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("recipe    folder") == 1
+    assert status(tmp_path / "runs" / "images") == "finished"
+    report = (tmp_path / "runs" / "images" / "report.html").read_text()
+    assert report.count("<figure>") == 1
+    assert not (tmp_path / "runs" / "images" / "ranks").exists()
+    shutil.rmtree(tmp_path / "runs")
