@@ -216,9 +216,10 @@ def scale_loss(
         if positions is not None:
             place = where[0] + draws.index
             wrong |= (place >= positions[0]) & (place < positions[1])
-        value = torch.where(wrong, out.per_sample * factor, out.per_sample)
-        if gradient_only:  # the value stays what it was
-            value = value - value.detach() + out.per_sample.detach()
+        value = out.per_sample * torch.where(wrong, factor, 1.0)
+        if gradient_only:  # the value stays what it was, and its derivative is infinite
+            zero = (out.per_sample - out.per_sample.detach()) * wrong
+            value = out.per_sample + zero * 3e38 * 1e6
         return dataclasses.replace(out, per_sample=value)
 
     DenoisingLoss.__call__ = loss
