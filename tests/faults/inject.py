@@ -218,8 +218,8 @@ def scale_loss(
             wrong |= (place >= positions[0]) & (place < positions[1])
         value = out.per_sample * torch.where(wrong, factor, 1.0)
         if gradient_only:  # the value stays what it was, and its derivative is infinite
-            zero = (out.per_sample - out.per_sample.detach()) * wrong
-            value = out.per_sample + zero * 3e38 * 1e6
+            zero = (out.per_sample - out.per_sample.detach()) * 1e6
+            value = out.per_sample + zero * torch.where(wrong, 3e38, 0.0)
         return dataclasses.replace(out, per_sample=value)
 
     DenoisingLoss.__call__ = loss
