@@ -14,8 +14,6 @@ import pytest
 import tiny
 from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, same_run, status, torchrun
 
-from patchdiffusion.dist import Place, first_host, place
-
 
 def test_c1_a_rank_hangs(images: Path, tmp_path: Path) -> None:
     fault = {"kind": "sleep", "seconds": 600, "phase": "data", "step": 3, "rank": 1}
@@ -217,30 +215,6 @@ def test_srun_is_understood(images: Path, steady_pair: Path, tmp_path: Path) -> 
     ended = harness.finish(processes)
     assert [e.code for e in ended] == [0, 0], ended
     same_run(tmp_path / "run", steady_pair)
-
-
-@pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("localhost", "localhost"),
-        ("gpu003", "gpu003"),
-        ("gpu[003-006,9],cpu1", "gpu003"),
-        ("rack1-gpu[7]", "rack1-gpu7"),
-        ("a[01-02]-ib,b1", "a01-ib"),
-        ("node-a,node-b", "node-a"),
-    ],
-)
-def test_the_first_of_a_list_of_nodes(nodes: str, first: str) -> None:
-    assert first_host(nodes) == first
-
-
-def test_a_task_in_a_larger_allocation_is_one_process() -> None:
-    batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "5"}
-    assert place(batch) == Place()
-    step = {**batch, "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
-    assert place({**step, "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}) == Place(5, 8, 1, 4)
-    with pytest.raises(ValueError, match="RANK=2 and WORLD_SIZE=2 in the environment contradict"):
-        place({"RANK": "2", "WORLD_SIZE": "2"})
 
 
 def test_the_command_line_under_torchrun(images: Path, tmp_path: Path) -> None:
