@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as c10d
-from torch.distributed.distributed_c10d import HashStore, Store
+from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.distributed_c10d import Store
 
 from patchdiffusion import dist
 from patchdiffusion.dist import Place, Team, Vote, first_host, join, place
