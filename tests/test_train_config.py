@@ -239,6 +239,9 @@ def test_disk_space_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     needed = check_disk(folder, 1_000_000, 2)
     assert needed > 4 * 4_000_000 * 2  # weights, average and two moments, twice
     assert check_disk(folder, 1_000_000, 5) > needed
+    # Two more averages in three checkpoints at a time, and in 64 snapshots.
+    more = check_disk(folder, 1_000_000, 2, profiles=2, snapshots=64)
+    assert more - needed == 4_000_000 * 2 * (3 + 64)
     asked = []
 
     def usage(path: Path) -> Usage:

@@ -133,6 +133,17 @@ def test_start_from_the_averaged_weights(images: Path, finished: Path, tmp_path:
         shutil.rmtree(tmp_path / "run")
 
 
+def test_a_run_that_died_early_starts_from_the_same_weights(
+    images: Path, finished: Path, tmp_path: Path
+) -> None:
+    config = tiny.config(images, steps=1, seed=77)
+    straight = tiny.run(config, tmp_path / "straight", start_from=finished)
+    with resume.opened(tiny.training(config, tmp_path / "run", start_from=finished)):
+        pass  # it has begun and saved nothing
+    folder = tiny.run(config, tmp_path / "run", start_from=finished)
+    assert tiny.weights(folder) == tiny.weights(straight)
+
+
 def test_coordinates_may_be_gained(images: Path, tmp_path: Path) -> None:
     without = replace(tiny.NETWORK, coordinates=False)
     old = tiny.run(tiny.config(images, steps=2, network=without), tmp_path / "old")

@@ -72,11 +72,14 @@ def write_config(folder: Path, config: TrainConfig) -> None:
     write_json(folder / "config.json", encode(config))
 
 
-def check_disk(folder: Path, parameters: int, keep: int) -> int:
+def check_disk(
+    folder: Path, parameters: int, keep: int, *, profiles: int = 0, snapshots: int = 0
+) -> int:
     """Bytes a run needs beside what it has; raises `ValueError` if the disk has less."""
-    # A checkpoint is weights, average and two moments; a model is weights and average.
+    # A checkpoint is weights, two moments and the averages; a model is weights and an average.
+    copies = (4 + profiles) * (keep + 1) + 2 * 2 + profiles * snapshots
     there = sum(f.stat().st_size for f in folder.rglob("*.safetensors") if f.is_file())
-    needed = max(4 * parameters * (4 * (keep + 1) + 2 * 2) - there, 0) + 2**26
+    needed = max(4 * parameters * copies - there, 0) + 2**26
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

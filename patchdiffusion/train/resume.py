@@ -66,7 +66,10 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
             training.log.say(f"aside     the run that was in {folder} is now in {aside}")
             _take(training, held)
         checkpoint.clear_unfinished(folder / "checkpoints")
-        return _newest(training) if exists else None
+        newest = _newest(training) if exists else None
+        if newest is None and run.start_from is not None and not given:  # it died early
+            given.update(weights_of(run.start_from, training))
+        return newest
 
     found = team.on_lead(choose)
     if found is not None:
@@ -169,6 +172,7 @@ def _tell_resumed(training: Training, found: Found) -> None:
 def roll_back(training: Training, saver: Saver) -> None:
     """Return to the checkpoint before a burst of spikes, and leave out the images since."""
     team, guard, cursor = training.team, training.stepper.guard, training.state.cursor
+    guard.observe(wait=True)
     first, rollbacks = guard.spikes[0], guard.rollbacks
     root = training.folder / "checkpoints"
 

@@ -156,7 +156,13 @@ class Training:
     def describe(self) -> None:
         """Say what this run is and takes; raises `ValueError` if the disk is too full."""
         config, pack, say = self.config, self.pack, self.log.say
-        needed = check_disk(self.folder, self.parameters, self.run.keep)
+        needed = check_disk(
+            self.folder,
+            self.parameters,
+            self.run.keep,
+            profiles=len(config.ema.profiles),
+            snapshots=config.ema.snapshots,
+        )
         sizes = " + ".join(f"{k.size[0]}x{k.size[1]}" for k in self.plan.sizes)
         classes = f", {len(pack.classes)} classes" if config.network.num_classes else ""
         say(
