@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from patchdiffusion import errors
 from patchdiffusion.cli import COMMANDS
 from patchdiffusion.train.config import FREE, TrainConfig
 
@@ -30,10 +31,18 @@ def test_every_defect_names_tests_that_exist() -> None:
         assert not test or f"def {test}(" in source, f"{file}::{test}"
         found += 1
     assert found >= 25
-    rows = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
-    for row in rows:
-        last = row.rstrip("|").rsplit("|", 1)[1]
-        assert "test" in last or "cannot arise" in last, row
+    named = set(re.findall(r"`([a-z]\d_|two_hosts)`", text))
+    assert len(named) > 30
+    for name in named:
+        assert re.search(rf"test_(\w+_)?{name}", tests), f"{name} is no test of tests/faults"
+
+
+def test_the_exit_codes_are_the_same_everywhere() -> None:
+    """The page and the module say the same."""
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    said = re.findall(r"^\| (\d+) \| (.*) \|$", page, re.MULTILINE)
+    assert said == re.findall(r"^\| (\d+) \| (.*) \|$", errors.__doc__ or "", re.MULTILINE)
+    assert len(said) == 10
 
 
 def test_pages_name_commands_that_exist() -> None:
