@@ -31,6 +31,16 @@ def test_every_defect_names_tests_that_exist() -> None:
         assert not test or f"def {test}(" in source, f"{file}::{test}"
         found += 1
     assert found >= 25
+    rows = [line for line in text.splitlines() if line.startswith("|") and "---" not in line]
+    for row in rows:
+        last = row.rstrip("|").rsplit("|", 1)[1]
+        assert "test" in last or "cannot arise" in last, row
+
+
+def test_every_promise_of_the_reliability_page_is_a_test() -> None:
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    files = (ROOT / "tests" / "faults").glob("test_*.py")
+    tests = "\n".join(re.findall(r"def (test_\w+)", "\n".join(f.read_text() for f in files)))
     named = set(re.findall(r"`([a-z]\d_|two_hosts)`", text))
     assert len(named) > 30
     for name in named:
