@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, durable renames, digests."""
+"""Files that are either whole or absent: atomic writes, durable renames, digests, the cache."""
 
 import contextlib
 import hashlib
@@ -12,6 +12,15 @@ from typing import Any
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+
+def cache_dir() -> Path:
+    """$PATCHDIFFUSION_CACHE, else $XDG_CACHE_HOME/patchdiffusion, else ~/.cache/patchdiffusion."""
+    if own := os.environ.get("PATCHDIFFUSION_CACHE"):
+        return Path(own)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "patchdiffusion"
+    return Path.home() / ".cache" / "patchdiffusion"
 
 
 def sha256(path: Path) -> str:
