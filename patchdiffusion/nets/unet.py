@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
@@ -215,7 +214,7 @@ class SongUNet(nn.Module):
                     h = torch.cat([h, skips.pop()], dim=1)
                 h = run(f"dec.{level}.{part}", block, h, sizes[level])
                 h = _put(tape, f"dec.{level}.{part}", h)
-        return self.out_conv(F.silu(self.out_norm(h)))
+        return self.out_conv(self.out_norm(h, silu=True))
 
     def _positions(self, x: Tensor, cond: Cond) -> Tensor | None:
         if x.ndim != 4 or x.shape[1] != self.config.channels:
