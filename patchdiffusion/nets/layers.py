@@ -215,7 +215,9 @@ class Block(nn.Module):
         that samples up.
         """
         h = self.conv0(self._sampled(self.norm0(x, silu=True), size))
-        h = self.conv1(self.norm1(h, self.affine(emb), silu=True, key=key, drop=self.drop))
+        with full_precision(emb):
+            shift = self.affine(emb)
+        h = self.conv1(self.norm1(h, shift, silu=True, key=key, drop=self.drop))
         x = self._sampled(x, size)
         x = (h + (x if self.skip is None else self.skip(x))) * HALF
         return x if self.attention is None else (x + self.attention(x)) * HALF
