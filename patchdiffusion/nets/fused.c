@@ -111,7 +111,7 @@ INLINE f32 dropout(f32 v, const struct call *a, uint64_t key, uint64_t i, int al
             u64 word = mix((u64){0} + key + ((i + lane) / 4 + 1) * golden);
             draws[lane] = (uint16_t)(word[0] >> (i + lane) % 4 * 16);
         }
-    return pick((i32)upper(draws) >= a->level * 65536, v * a->scale, (f32){0});
+    return v * pick((i32)upper(draws) >= a->level * 65536, (f32){0} + a->scale, (f32){0});
 }
 
 /* ---- One column of one chunk: values at i, i + c, ... ---- */
@@ -139,6 +139,8 @@ INLINE void moments(const struct call *a, const struct column *k, f32 *mean, f32
 INLINE void forward(const struct call *a, const struct column *k, void *y, int n, int low, int silu,
                     int drop) {
     for (int64_t q = 0, i = k->i, inner = k->inner; q < k->pixels; q++, i += a->c, inner += a->c) {
+        /* While this sample is written, the next one comes nearer. */
+        __builtin_prefetch((const char *)a->x + (low ? 2 : 4) * (i + a->p * a->c), 0, 2);
         f32 z = (load(a->x, i, low, n) + k->offset) * k->slope + k->bias;
         if (silu) z *= sigmoid(z);
         if (drop) z = dropout(z, a, k->key, inner, drop == 1);
@@ -196,7 +198,7 @@ INLINE void finish(const struct call *a, const struct column *k, void *gx, f32 b
 
 struct plan {
     int64_t width, columns, pixels, chunks; /* channels rounded up; pixels of a chunk */
-    int outer, inner;                       /* threads over samples, within a sample */
+    int outer, inner; /* threads over samples or within each, never nested: that makes new ones */
 };
 
 static struct plan planned(const struct call *a) {
@@ -296,7 +298,7 @@ static void backward_sample(const struct call *a, const struct plan *l, int64_t 
     for (int64_t chunk = 0; chunk < l->chunks; chunk++)
         for (int64_t j = 0; j < l->columns; j++) {
             struct column k = column(a, l, s, chunk, j, channels);
-            f32 found[3];
+            f32 found[3] = {{0}};
             BY_FLAGS(backward, lanes(a, j), a->low, a->silu, a->key != NULL, a, &k, gy, gx, found);
             for (int i = 0; i < 3; i++) *row(parts, l->width, 3 * chunk + i, j) = found[i];
         }
@@ -330,13 +332,16 @@ static void backward_sample(const struct call *a, const struct plan *l, int64_t 
 
 int norm_forward(const struct call *a, void *y) {
     struct plan l = planned(a);
-    int64_t room = (3 + 2 * l.chunks) * l.width;
+    int64_t room = (3 + 2 * l.chunks) * l.width, each = a->b / l.outer;
     float *rooms = aligned_alloc(64, l.outer * room * sizeof(float));
     if (!rooms) return 1;
-#pragma omp parallel for schedule(static) num_threads(l.outer) if (l.outer > 1)
-    for (int64_t t = 0; t < l.outer; t++)
-        for (int64_t s = t * a->b / l.outer; s < (t + 1) * a->b / l.outer; s++)
-            forward_sample(a, &l, s, y, rooms + t * room);
+    if (l.outer == 1)
+        for (int64_t i = 0; i < a->b; i++) forward_sample(a, &l, i, y, rooms);
+    else
+#pragma omp parallel for schedule(static) num_threads(l.outer)
+        for (int64_t t = 0; t < l.outer; t++)
+            for (int64_t i = t * each; i < (t + 1) * each; i++)
+                forward_sample(a, &l, i, y, rooms + t * room);
     free(rooms);
     return 0;
 }
@@ -345,14 +350,18 @@ int norm_forward(const struct call *a, void *y) {
 int norm_backward(const struct call *a, const void *gy, void *gx, float *gweight, float *gbias,
                   float *gshift) {
     struct plan l = planned(a);
-    int64_t room = (5 + 3 * l.chunks) * l.width, sums = 3 * l.width;
+    int64_t room = (5 + 3 * l.chunks) * l.width, each = a->b / l.outer, sums = 3 * l.width;
     float *rooms = aligned_alloc(64, (l.outer * room + a->b * sums) * sizeof(float));
     if (!rooms) return 1;
     float *all = rooms + l.outer * room;
-#pragma omp parallel for schedule(static) num_threads(l.outer) if (l.outer > 1)
-    for (int64_t t = 0; t < l.outer; t++)
-        for (int64_t s = t * a->b / l.outer; s < (t + 1) * a->b / l.outer; s++)
-            backward_sample(a, &l, s, gy, gx, gshift, all + s * sums, rooms + t * room);
+    if (l.outer == 1)
+        for (int64_t i = 0; i < a->b; i++)
+            backward_sample(a, &l, i, gy, gx, gshift, all + i * sums, rooms);
+    else
+#pragma omp parallel for schedule(static) num_threads(l.outer)
+        for (int64_t t = 0; t < l.outer; t++)
+            for (int64_t i = t * each; i < (t + 1) * each; i++)
+                backward_sample(a, &l, i, gy, gx, gshift, all + i * sums, rooms + t * room);
     for (int64_t c = 0; c < a->c; c++) {
         double weight = 0, bias = 0;
         for (int64_t s = 0; s < a->b; s++) {
@@ -364,5 +373,20 @@ int norm_backward(const struct call *a, const void *gy, void *gx, float *gweight
         gbias[c] = (float)bias;
     }
     free(rooms);
+    return 0;
+}
+
+/* y = (a + b) * scale, n values each. */
+INLINE void sum(const void *a, const void *b, void *y, float scale, int64_t i, int low, int n) {
+    store(y, i, (load(a, i, low, n) + load(b, i, low, n)) * scale, low, n);
+}
+
+int residual(const void *a, const void *b, void *y, int64_t n, float scale, int low, int threads) {
+    int64_t whole = n / LANES * LANES;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < whole; i += LANES)
+        if (low) sum(a, b, y, scale, i, 1, LANES);
+        else sum(a, b, y, scale, i, 0, LANES);
+    if (whole < n) sum(a, b, y, scale, whole, low, (int)(n - whole));
     return 0;
 }

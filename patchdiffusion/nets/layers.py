@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchdiffusion.nets.fused import group_norm
+from patchdiffusion.nets.fused import group_norm, residual
 from patchdiffusion.rng import seed_of
 
 Key = Callable[[str], torch.Generator]  # name of a parameter within a module -> its own generator
-HALF = 0.5**0.5  # keeps the variance of a sum of two branches
 
 
 # ---- Layers that are filled by seed and not by the global generator ----
@@ -219,8 +218,8 @@ class Block(nn.Module):
             shift = self.affine(emb)
         h = self.conv1(self.norm1(h, shift, silu=True, key=key, drop=self.drop))
         x = self._sampled(x, size)
-        x = (h + (x if self.skip is None else self.skip(x))) * HALF
-        return x if self.attention is None else (x + self.attention(x)) * HALF
+        x = residual(h, x if self.skip is None else self.skip(x))
+        return x if self.attention is None else residual(x, self.attention(x))
 
     def _sampled(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if self.resample == "down":

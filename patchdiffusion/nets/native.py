@@ -15,6 +15,7 @@ from patchdiffusion.files import cache_dir, write_atomic
 # No fast-math: NaN and infinity must come out where they should.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 _PATIENCE = 60  # seconds
+_PROCESSOR_FIELDS = ("model name", "flags", "Features", "CPU implementer", "CPU part")
 
 
 class UnavailableError(Exception):
@@ -37,10 +38,13 @@ def compiled(source: Path) -> ctypes.CDLL:
     parts = [source.read_text(), *compiler, *FLAGS, *libraries, version, _processor()]
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     library = cache_dir() / "kernels" / f"{source.stem}-{digest}.so"
+
+    def make(out: Path) -> None:
+        _output([*compiler, *FLAGS, str(source), *libraries, "-o", str(out)])
+
     try:
         if not library.exists():
-            command = [*compiler, *FLAGS, str(source), *libraries, "-o"]
-            write_atomic(library, lambda out: print(end=_output([*command, str(out)])))
+            write_atomic(library, make)
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise UnavailableError(str(error)) from error
@@ -66,6 +70,3 @@ def _processor() -> str:
     except OSError:
         return f"{platform.machine()} {platform.processor()}"
     return "\n".join(x for x in lines if x.split(":")[0].strip() in _PROCESSOR_FIELDS)
-
-
-_PROCESSOR_FIELDS = ("model name", "flags", "Features", "CPU implementer", "CPU part")
