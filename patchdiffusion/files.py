@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, durable renames, digests, locks."""
+"""Files that are whole or absent: atomic writes, durable renames, digests, locks, the cache."""
 
 import contextlib
 import hashlib
@@ -19,6 +19,15 @@ except ImportError:  # not on Windows, where nothing is locked
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+
+
+def cache_dir() -> Path:
+    """$PATCHDIFFUSION_CACHE, else $XDG_CACHE_HOME/patchdiffusion, else ~/.cache/patchdiffusion."""
+    if own := os.environ.get("PATCHDIFFUSION_CACHE"):
+        return Path(own)
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "patchdiffusion"
+    return Path.home() / ".cache" / "patchdiffusion"
 
 
 def sha256(path: Path) -> str:

@@ -98,16 +98,24 @@ def bernoulli(key: Tensor, probability: float) -> Tensor:
     return uniform(key, 1)[:, 0] < probability
 
 
-def keep_mask(key: Tensor, shape: tuple[int, ...], drop: float) -> Tensor:
-    """Dropout masks, True where a value is kept: bool [B, *shape]; four draws per 64-bit word.
+def keep_level(drop: float) -> int:
+    """The least draw in int16 that a dropout of probability `drop` keeps.
 
     Raises `ValueError` unless 0 <= drop < 1.
     """
     if not 0 <= drop < 1:
         raise ValueError(f"the dropout probability must lie in [0, 1), not {drop}")
+    return min(round(drop * 2**16), 2**16 - 1) - 2**15  # 2^15 would wrap around in int16
+
+
+def keep_mask(key: Tensor, shape: tuple[int, ...], drop: float) -> Tensor:
+    """Dropout masks, True where a value is kept: bool [B, *shape]; four draws per 64-bit word.
+
+    Raises `ValueError` unless 0 <= drop < 1.
+    """
+    level = keep_level(drop)
     numel = reduce(mul, shape, 1)
     word = bits(key, (numel + 3) // 4)
-    level = min(round(drop * 2**16), 2**16 - 1) - 2**15  # 2^15 would wrap around in int16
     return (word.view(torch.int16) >= level)[:, :numel].reshape(len(key), *shape)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from patchdiffusion.data.example import BadImage, Example
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.plan import count_workers
-from patchdiffusion.data.prepare import cache_dir, prepare
+from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 
 
@@ -291,11 +291,6 @@ def test_default_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     second = prepare(open_source(root), progress=False)
     assert second.path != first.path and first.path.exists()
     assert sorted(os.listdir(root)) == ["0.png", "1.png", "2.png", "3.png", "new.png"]
-    monkeypatch.delenv("PATCHDIFFUSION_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_dir() == tmp_path / "xdg" / "patchdiffusion"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_dir() == Path.home() / ".cache" / "patchdiffusion"
 
 
 def test_places_that_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -21,6 +21,16 @@ def umask() -> int:
     return value
 
 
+def test_the_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATCHDIFFUSION_CACHE", str(tmp_path / "own"))
+    assert files.cache_dir() == tmp_path / "own"
+    monkeypatch.delenv("PATCHDIFFUSION_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert files.cache_dir() == tmp_path / "xdg" / "patchdiffusion"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert files.cache_dir() == Path.home() / ".cache" / "patchdiffusion"
+
+
 def test_sha256(tmp_path: Path) -> None:
     data = bytes(range(256)) * 5000
     (tmp_path / "a").write_bytes(data)

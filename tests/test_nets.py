@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.nets import embed, layers
+from patchdiffusion.nets import embed, fused, layers
 from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.count import count
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
@@ -222,7 +222,7 @@ def test_mode_does_not_matter_and_no_seed_means_no_dropout() -> None:
 
 def test_dropout_keeps_the_mean() -> None:
     key = keys(0, "dropout", 0, torch.arange(16))
-    out = layers.dropout(torch.ones(16, 8, 32, 32), key, 0.25)
+    out = fused.dropout(torch.ones(16, 8, 32, 32), key, 0.25)
     assert (out == 0).float().mean() == pytest.approx(0.25, abs=0.01)
     assert out.mean() == pytest.approx(1.0, abs=0.01)
     assert out.unique().numel() == 2

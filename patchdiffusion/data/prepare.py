@@ -29,20 +29,11 @@ from patchdiffusion.data.plan import (
 )
 from patchdiffusion.data.report import Report, bad_lines, write_text
 from patchdiffusion.data.split import held_out, repeats
-from patchdiffusion.files import folder_atomic, lock
+from patchdiffusion.files import cache_dir, folder_atomic, lock
 
 _TASK = 32
 _PAIRS = 50
 _BYTES_PER_IMAGE = 256  # names, labels and checksums, generously
-
-
-def cache_dir() -> Path:
-    """$PATCHDIFFUSION_CACHE, else $XDG_CACHE_HOME/patchdiffusion, else ~/.cache/patchdiffusion."""
-    if own := os.environ.get("PATCHDIFFUSION_CACHE"):
-        return Path(own)
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "patchdiffusion"
-    return Path.home() / ".cache" / "patchdiffusion"
 
 
 def prepare(

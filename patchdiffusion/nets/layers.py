@@ -1,4 +1,4 @@
-"""Building blocks of convolutional networks: seeded layers, resampling, dropout by key.
+"""Building blocks of convolutional networks: seeded layers, resampling, the residual block.
 
 Shapes: B batch, C channels, H and W height and width (any size), E size of the embedding.
 """
@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from patchdiffusion.rng import keep_mask, seed_of
+from patchdiffusion.nets.fused import group_norm, residual
+from patchdiffusion.rng import seed_of
 
 Key = Callable[[str], torch.Generator]  # name of a parameter within a module -> its own generator
-HALF = 0.5**0.5  # keeps the variance of a sum of two branches
 
 
 # ---- Layers that are filled by seed and not by the global generator ----
@@ -105,9 +105,18 @@ class Norm(nn.GroupNorm):
     def draw(self, key: Key) -> None:
         self.reset_parameters()  # ones and zeros
 
-    def forward(self, input: Tensor) -> Tensor:
-        # The CPU kernel accumulates bfloat16 in float32, CUDA's autocast runs the whole in float32.
-        return super().forward(input).to(input.dtype)
+    def forward(
+        self,
+        input: Tensor,
+        shift: Tensor | None = None,
+        *,
+        silu: bool = False,
+        key: Tensor | None = None,
+        drop: float = 0.0,
+    ) -> Tensor:
+        """Normalise [B, C, H, W] + shift [B, C], then SiLU if asked, then dropout if key [B]."""
+        settings = {"groups": self.num_groups, "eps": self.eps, "silu": silu, "drop": drop}
+        return group_norm(input, self.weight, self.bias, shift, key, **settings)
 
 
 # ---- Resampling ----
@@ -149,13 +158,7 @@ def upsample(x: Tensor, size: tuple[int, int], *, smooth: bool) -> Tensor:
     return x[..., : size[0], : size[1]]
 
 
-# ---- Dropout and precision ----
-
-
-def dropout(x: Tensor, key: Tensor, drop: float) -> Tensor:
-    """Zero a share of [B, C, H, W] chosen by each sample's own key int64 [B] and scale the rest."""
-    keep = 1 - round(drop * 2**16) / 2**16  # what `keep_mask` can express
-    return x * keep_mask(key, tuple(x.shape[1:]), drop) * (1 / keep)
+# ---- Precision ----
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -210,16 +213,13 @@ class Block(nn.Module):
         `key` int64 [B] is that of the dropout, None is no dropout; `size` is H', W' of a block
         that samples up.
         """
-        h = self._sampled(F.silu(self.norm0(x)), size)
-        h = self.conv0(h)
-        h = h + self.affine(emb)[:, :, None, None].to(h.dtype)
-        h = F.silu(self.norm1(h))
-        if key is not None and self.drop > 0:
-            h = dropout(h, key, self.drop)
-        h = self.conv1(h)
+        h = self.conv0(self._sampled(self.norm0(x, silu=True), size))
+        with full_precision(emb):
+            shift = self.affine(emb)
+        h = self.conv1(self.norm1(h, shift, silu=True, key=key, drop=self.drop))
         x = self._sampled(x, size)
-        x = (h + (x if self.skip is None else self.skip(x))) * HALF
-        return x if self.attention is None else (x + self.attention(x)) * HALF
+        x = residual(h, x if self.skip is None else self.skip(x))
+        return x if self.attention is None else residual(x, self.attention(x))
 
     def _sampled(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         if self.resample == "down":

@@ -9,14 +9,13 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.embed import Embedding, EmbeddingKind, Pyramid, Stem, whole_canvas
-from patchdiffusion.nets.layers import HALF, Block, Conv, Norm, initialise
+from patchdiffusion.nets.fused import join, residual
+from patchdiffusion.nets.layers import Block, Conv, Norm, initialise
 from patchdiffusion.rng import subkeys
 
 
@@ -208,7 +207,7 @@ class SongUNet(nn.Module):
                 h = run(f"enc.{level}.{part}", block, h)
                 if part == "down" and self.pyramid:
                     # From here on x is the pyramid, which the features of each level join.
-                    x = h = (h + self.pyramid[str(level)](x, pos)) * HALF
+                    x = h = residual(h, self.pyramid[str(level)](x, pos))
                 skips.append(_put(tape, f"enc.{level}.{part}", h))
             sizes.append((h.shape[-2], h.shape[-1]))
         for part, block in self.mid.named_children():
@@ -216,10 +215,10 @@ class SongUNet(nn.Module):
         for level in reversed(range(self.config.levels)):
             for part, block in self.dec[level].named_children():
                 if part != "up":
-                    h = torch.cat([h, skips.pop()], dim=1)
+                    h = join(h, skips.pop())
                 h = run(f"dec.{level}.{part}", block, h, sizes[level])
                 h = _put(tape, f"dec.{level}.{part}", h)
-        return self.out_conv(F.silu(self.out_norm(h)))
+        return self.out_conv(self.out_norm(h, silu=True))
 
     def _positions(self, x: Tensor, cond: Cond) -> Tensor | None:
         if x.ndim != 4 or x.shape[1] != self.config.channels:

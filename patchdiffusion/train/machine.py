@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.dist import Place
+from patchdiffusion.memory import keep_freed
+from patchdiffusion.nets import fused
 from patchdiffusion.train.config import RunConfig
 
 MOST_GRAPHS = 256  # blocks differ in widths, and each size of crops has its own
@@ -22,6 +24,8 @@ os.register_at_fork(after_in_child=lambda: _FORKED.__setitem__(0, True))
 
 def prepare_machine(run: RunConfig, device: torch.device, where: Place) -> None:
     """Set what PyTorch keeps for the whole process."""
+    if device.type == "cpu":
+        keep_freed()
     if run.threads:
         torch.set_num_threads(run.threads)
     elif _FORKED[0]:
@@ -123,6 +127,7 @@ def engine_facts(
         "processes": where.size,
         "sharded": run.shard,
         "compiled": compiles(run, device),
+        "kernels": "CUDA" if cuda else fused.status(),
         "deterministic": run.deterministic or not cuda,
     }
 

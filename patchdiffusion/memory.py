@@ -1,0 +1,22 @@
+"""Memory that this process has freed and will soon need again."""
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def keep_freed() -> bool:
+    """Keep freed memory for reuse instead of returning it to the system; False if that cannot be.
+
+    Every training step allocates the same feature maps. On a CPU glibc gives them back in between
+    and the next step faults them in again, page by page: 50,000 faults of DDPM++ at 64 x 64. The
+    peak of memory does not change.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):  # musl
+        return False
+    # Up to 1 GiB from the heap, which is never trimmed.
+    return bool(libc.mallopt(_MMAP_THRESHOLD, 2**30) and libc.mallopt(_TRIM_THRESHOLD, -1))
