@@ -1,14 +1,18 @@
 """What can go wrong, by name. Each function arranges for one fault in this process."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 
 from patchdiffusion.data.feed import Feed
@@ -263,16 +267,11 @@ def raise_in(phase: str, step: int, error: str) -> None:
 
 def remove(path: str, phase: str, step: int) -> None:
     """Delete a folder when a phase of a step begins."""
-    import shutil
-
     at(phase, step, lambda: shutil.rmtree(path))
 
 
-def limit_file_size(size: int, saves: list[int]) -> None:
-    """No file may grow beyond `size` bytes during some saves: a full disk, to the program."""
-    import resource
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+def during_saves(saves: list[int], begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Something lasts as long as some of the saves; they count from 0."""
     number = [-1]
     write = loop.Saver.__call__
 
@@ -280,20 +279,78 @@ def limit_file_size(size: int, saves: list[int]) -> None:
         number[0] += 1
         if number[0] not in saves:
             return write(self, **kwargs)
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        begin()
         try:
             write(self, **kwargs)
         finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            end()
 
     loop.Saver.__call__ = call
 
 
+def forbid(path: str) -> None:
+    """Nothing can be made below a folder, as where `chmod` has taken the right to write.
+
+    For root, as whom these tests may run, `chmod` means nothing.
+    """
+    unnamed = getattr(os, "O_TMPFILE", -1)  # files that are opened by the name of their folder
+
+    def refuse(call: Callable[..., Any]) -> Callable[..., Any]:
+        def checked(name: Any, *args: Any, **kwargs: Any) -> Any:
+            inside = args and args[0] & unnamed == unnamed
+            made = Path(name) / "file" if inside else Path(name)
+            if Path(path) in made.parents:
+                raise PermissionError(13, "Permission denied", str(name))
+            return call(name, *args, **kwargs)
+
+        return checked
+
+    os.open, os.mkdir = refuse(os.open), refuse(os.mkdir)
+
+
+def limit_file_size(size: int, saves: list[int]) -> None:
+    """No file may grow beyond `size` bytes during some saves: a full disk, to the program."""
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+    def limit(to: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (to, hard))
+
+    during_saves(saves, lambda: limit(size), lambda: limit(hard))
+
+
+def fill_disk(free: int, saves: list[int] | None = None) -> None:
+    """The disk says that only so many bytes are free, during some saves or all the time."""
+    usage = shutil.disk_usage
+    full = usage("/")._replace(free=free)
+
+    def fill() -> None:
+        shutil.disk_usage = lambda path: full
+
+    def empty() -> None:
+        shutil.disk_usage = usage
+
+    if saves is None:
+        fill()
+    else:
+        during_saves(saves, fill, empty)
+
+
+def wait_for(thread: str, phase: str, step: int) -> None:
+    """A phase of a step begins when the threads of a name have ended."""
+
+    def act() -> None:
+        for found in threading.enumerate():
+            if found.name == thread:
+                found.join()
+
+    at(phase, step, act)
+
+
 def change_config(**changes: Any) -> None:
     """This process is asked for another run than the others."""
-    import tiny
-
     original = tiny.change
     tiny.change = lambda config, given: original(config, {**given, **changes})
 
@@ -312,7 +369,29 @@ FAULTS: dict[str, Callable[..., None]] = {
         poke,
         raise_in,
         remove,
+        forbid,
         limit_file_size,
+        fill_disk,
+        wait_for,
         change_config,
     )
 }
+
+OWNERS = (
+    *(Phases, Feed, DenoisingLoss, loop.Saver, setup.Stepper),
+    *(checkpoint, loop, watch, tiny, shutil, os),
+)
+"""Classes and modules in which the faults above replace something."""
+
+
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """At the end everything that faults have replaced is what it was."""
+    before = [(owner, dict(vars(owner))) for owner in OWNERS]
+    try:
+        yield
+    finally:
+        for owner, values in before:
+            for name, value in values.items():
+                if vars(owner)[name] is not value:
+                    setattr(owner, name, value)
