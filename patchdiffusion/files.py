@@ -76,6 +76,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
+def check_writable(folder: Path) -> None:
+    """Raise `OSError` that names the folder if no file can be made in it."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OSError(f"files cannot be made in {folder}: {error.strerror}") from error
+
+
 @contextlib.contextmanager
 def folder_atomic(path: Path) -> Iterator[Path]:
     """A context with `<path>.tmp` to fill; on success it is flushed and renamed to `path`."""
