@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from PIL import Image
 
 from patchdiffusion import load_model
 from patchdiffusion.files import read_json
@@ -127,24 +126,6 @@ def test_a_network_of_another_shape_is_refused(
 
 
 # ---- Changes between two starts ----
-
-
-def test_another_data_set_is_refused_unless_allowed(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    other = tiny.write_images(tmp_path / "images")
-    Image.fromarray(255 - tiny.picture(0)).save(other / "a" / "00.png")
-    config = tiny.config(other, steps=5)
-    before = tiny.digests(folder)
-    with pytest.raises(ValueError, match=r"the data is not what .* was trained on"):
-        tiny.run(config, folder)
-    assert tiny.digests(folder) == before
-    tiny.run(config, folder, allow_data_change=True)
-    records = [r for r in read_log(folder) if r["kind"] == "data change"]
-    assert len(records) == 1
-    assert records[0]["before"] != records[0]["after"]
-    assert len(tiny.history(folder)) == 5
 
 
 def test_moved_data_is_the_same_data(finished: Path, tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,58 +13,17 @@ from typing import Any
 
 import tiny
 import torch
+from moments import at, once_ever
+from surroundings import damage_pack, fill_disk, forbid, limit_file_size, raise_in, remove
 
 from patchdiffusion.data.feed import Feed
+from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.dist import place
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.rng import Draws
 from patchdiffusion.train import checkpoint, loop, setup, watch
 from patchdiffusion.train.phases import Phases
-
-# ---- Where ----
-
-
-def once(action: Callable[[], None]) -> Callable[[], None]:
-    done: list[bool] = []
-
-    def act() -> None:
-        if not done:
-            done.append(True)
-            action()
-
-    return act
-
-
-def at(phase: str, step: int, action: Callable[[], None]) -> None:
-    """Act when a phase of a step begins; steps count from 0. "after" is the end of the step."""
-    act, switch, end = once(action), Phases._switch, Phases.end_step
-
-    def switched(self: Phases, name: str) -> str:
-        before = switch(self, name)
-        if name == phase and self.step == step:
-            act()
-        return before
-
-    def ended(self: Phases) -> None:
-        end(self)
-        if phase == "after" and self.step == step:
-            act()
-
-    Phases._switch, Phases.end_step = switched, ended
-
-
-def once_ever(mark: str | None, action: Callable[[], None]) -> Callable[[], None]:
-    """The action, unless the file `mark` exists: a restarted process does not do it again."""
-
-    def act() -> None:
-        if mark is None or not os.path.exists(mark):
-            if mark is not None:
-                open(mark, "x").close()
-            action()
-
-    return act
-
 
 # ---- Signals, hangs, deaths ----
 
@@ -252,103 +210,6 @@ def poke(what: str, step: int, value: float = float("nan")) -> None:
 # ---- Surroundings ----
 
 
-def raise_in(phase: str, step: int, error: str) -> None:
-    """An exception when a phase of a step begins."""
-    kinds: dict[str, Callable[[], BaseException]] = {
-        "memory": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        "bug": lambda: RuntimeError("a bug"),
-    }
-
-    def act() -> None:
-        raise kinds[error]()
-
-    at(phase, step, act)
-
-
-def remove(path: str, phase: str, step: int) -> None:
-    """Delete a folder when a phase of a step begins."""
-    at(phase, step, lambda: shutil.rmtree(path))
-
-
-def during_saves(saves: list[int], begin: Callable[[], None], end: Callable[[], None]) -> None:
-    """Something lasts as long as some of the saves; they count from 0."""
-    number = [-1]
-    write = loop.Saver.__call__
-
-    def call(self: Any, **kwargs: Any) -> None:
-        number[0] += 1
-        if number[0] not in saves:
-            return write(self, **kwargs)
-        begin()
-        try:
-            write(self, **kwargs)
-        finally:
-            end()
-
-    loop.Saver.__call__ = call
-
-
-def forbid(path: str) -> None:
-    """Nothing can be made below a folder, as where `chmod` has taken the right to write.
-
-    For root, as whom these tests may run, `chmod` means nothing.
-    """
-    unnamed = getattr(os, "O_TMPFILE", -1)  # files that are opened by the name of their folder
-
-    def refuse(call: Callable[..., Any]) -> Callable[..., Any]:
-        def checked(name: Any, *args: Any, **kwargs: Any) -> Any:
-            inside = args and args[0] & unnamed == unnamed
-            made = Path(name) / "file" if inside else Path(name)
-            if Path(path) in made.parents:
-                raise PermissionError(13, "Permission denied", str(name))
-            return call(name, *args, **kwargs)
-
-        return checked
-
-    os.open, os.mkdir = refuse(os.open), refuse(os.mkdir)
-
-
-def limit_file_size(size: int, saves: list[int]) -> None:
-    """No file may grow beyond `size` bytes during some saves: a full disk, to the program."""
-    import resource
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-
-    def limit(to: int) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (to, hard))
-
-    during_saves(saves, lambda: limit(size), lambda: limit(hard))
-
-
-def fill_disk(free: int, saves: list[int] | None = None) -> None:
-    """The disk says that only so many bytes are free, during some saves or all the time."""
-    usage = shutil.disk_usage
-    full = usage("/")._replace(free=free)
-
-    def fill() -> None:
-        shutil.disk_usage = lambda path: full
-
-    def empty() -> None:
-        shutil.disk_usage = usage
-
-    if saves is None:
-        fill()
-    else:
-        during_saves(saves, fill, empty)
-
-
-def wait_for(thread: str, phase: str, step: int) -> None:
-    """A phase of a step begins when the threads of a name have ended."""
-
-    def act() -> None:
-        for found in threading.enumerate():
-            if found.name == thread:
-                found.join()
-
-    at(phase, step, act)
-
-
 def change_config(**changes: Any) -> None:
     """This process is asked for another run than the others."""
     original = tiny.change
@@ -372,13 +233,13 @@ FAULTS: dict[str, Callable[..., None]] = {
         forbid,
         limit_file_size,
         fill_disk,
-        wait_for,
+        damage_pack,
         change_config,
     )
 }
 
 OWNERS = (
-    *(Phases, Feed, DenoisingLoss, loop.Saver, setup.Stepper),
+    *(Phases, Pack, Feed, DenoisingLoss, loop.Saver, setup.Stepper),
     *(checkpoint, loop, watch, tiny, shutil, os),
 )
 """Classes and modules in which the faults above replace something."""
