@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from patchdiffusion.files import read_json, write_bytes
+from patchdiffusion.files import parse_json, read_json, write_bytes
 
 Record = dict[str, Any]
 
@@ -35,7 +35,7 @@ def read_log(folder: Path) -> list[Record]:
     records: list[Record] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:  # the last line of a crashed run may be cut short
             continue
         if not isinstance(record, dict) or "kind" not in record:

@@ -1,6 +1,8 @@
 """A data set and a configuration that train in a second."""
 
 import hashlib
+import struct
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +39,27 @@ def write_images(folder: Path, count: int = 40, side: int = 16) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture(number, side)).save(file)
     return folder
+
+
+def raw_png(
+    width: int,
+    height: int,
+    *,
+    depth: int = 8,
+    colour: int = 0,
+    rows: bytes = b"",
+    packed: bytes | None = None,
+) -> bytes:
+    """A PNG file that says what it is told to; `packed` are rows that are compressed already."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    content = zlib.compress(rows) if packed is None else packed
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", content), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def config(path: Path, *, steps: int = 4, **changes: object) -> TrainConfig:

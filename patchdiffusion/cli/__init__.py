@@ -1,5 +1,6 @@
 """The command line: `patchdiffusion COMMAND ...`."""
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 
@@ -35,6 +36,8 @@ USAGE = "\n".join(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code. Errors of the user are one line and code 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # no name that it cannot show may end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0

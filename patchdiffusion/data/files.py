@@ -1,7 +1,6 @@
 """Image files as a `Source`: a folder, a zip, or either of them with an EDM `dataset.json`."""
 
 import hashlib
-import json
 import os
 import re
 import stat
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from patchdiffusion.data.decode import EXTENSIONS, decode
 from patchdiffusion.data.example import MAX_LABEL, BadImage, Example
+from patchdiffusion.files import parse_json
 
 _MAX_BYTES = 2**30
 _LABEL_FILE = "dataset.json"
@@ -196,10 +196,10 @@ def _source(name: str, path: Path, listing: _Listing, read: Callable[[str], byte
     labels = None
     notes = listing.notes
     if listing.label_file:
-        labels, classes = _edm_labels(path, read(_LABEL_FILE), keys)
+        labels, classes, note = _edm_labels(path, read(_LABEL_FILE), keys)
     else:
         labels, classes, note = _folder_labels(keys)
-        notes += note
+    notes += note
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(repr(entry).encode())
@@ -227,8 +227,10 @@ def _folder_labels(
 def _pairs(path: Path, content: bytes) -> Iterator[tuple[str, int]]:
     rule = '{"labels": [["name.png", 3], ...]} or {"labels": null}'
     try:
-        rows = json.loads(content)["labels"] or []
+        rows = parse_json(content)["labels"] or []
         for key, label in rows:
+            if not isinstance(key, str):
+                raise TypeError(f"{key!r} is not the name of an image")
             if isinstance(label, bool) or not isinstance(label, int) or label < 0:
                 raise ValueError(f"the label of {key!r} is {label!r}, not an integer from 0")
             yield key, label
@@ -241,10 +243,10 @@ def _pairs(path: Path, content: bytes) -> Iterator[tuple[str, int]]:
 
 def _edm_labels(
     path: Path, content: bytes, keys: tuple[str, ...]
-) -> tuple[tuple[int, ...] | None, tuple[str, ...]]:
+) -> tuple[tuple[int, ...] | None, tuple[str, ...], tuple[str, ...]]:
     table = dict(_pairs(path, content))
     if not table:
-        return None, ()
+        return None, (), ()
     missing = [key for key in keys if key not in table]
     if missing:
         raise ValueError(
@@ -254,4 +256,9 @@ def _edm_labels(
     labels = tuple(table[key] for key in keys)
     if max(labels) > MAX_LABEL:
         raise ValueError(f"{_LABEL_FILE} of {path} has the label {max(labels)} > {MAX_LABEL}")
-    return labels, tuple(str(i) for i in range(max(labels) + 1))
+    classes = tuple(str(i) for i in range(max(labels) + 1))
+    absent = sorted(table.keys() - set(keys))
+    if not absent:
+        return labels, classes, ()
+    told = f"{len(absent)} images that are not there, the first is {absent[0]!r}"
+    return labels, classes, (f"{_LABEL_FILE} names {told}",)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from patchdiffusion.data.example import Example
 from patchdiffusion.data.split import digest
-from patchdiffusion.files import read_json, write_json
+from patchdiffusion.files import parse_json, read_json, write_json
 
 FORMAT = 1
 _BLOCK_BYTES = 2**22
@@ -126,7 +126,7 @@ class Pack:
     def keys(self) -> list[tuple[str, str | None]]:
         """Name and group of each image, read on first use."""
         with open(self.path / "keys.jsonl", encoding="ascii") as lines:
-            keys = [(key, group) for key, group in map(json.loads, lines)]
+            keys = [(key, group) for key, group in map(parse_json, lines)]
         if len(keys) != len(self):
             raise ValueError(f"{self.path}/keys.jsonl has {len(keys)} lines, not {len(self)}")
         return keys

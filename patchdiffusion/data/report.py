@@ -74,7 +74,7 @@ class Report:
 
 def bad_lines(bad: Iterable[tuple[str, str]]) -> list[str]:
     """One line for each refused image."""
-    return [f"{key}: {reason}" for key, reason in bad]
+    return [_printable(f"{key}: {reason}") for key, reason in bad]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -82,8 +82,13 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
+def _printable(text: str) -> str:
+    """Names of files may hold line breaks, and sequences that terminals obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def _section(title: str, lines: Iterable[str]) -> list[str]:
-    listed = list(lines)
+    listed = [_printable(line) for line in lines]
     if not listed:
         return []
     rest = [f"  ... and {len(listed) - _SHOWN} more"] if len(listed) > _SHOWN else []

@@ -84,6 +84,8 @@ def fault(folder: Path, *, content: bool = True) -> str | None:
     """What is wrong with a checkpoint, in one line, or None; without `content` only by sizes."""
     try:
         files = read_json(folder / "manifest.json")["files"]
+        if not (folder / "manifest.json").read_bytes().endswith(b"}\n"):
+            return f"{folder / 'manifest.json'} has been cut short"
         for name, facts in files.items():
             if "/" in name or "\\" in name or name.startswith("."):
                 return f"{folder}: the manifest names a file outside the folder: {name}"

@@ -46,7 +46,8 @@ def is_same_run(folder: Path, config: TrainConfig, *, allow_change: bool = False
     """
     stored = stored_config(folder)
     if stored is None:
-        if folder.exists() and any(folder.iterdir()):
+        # A process that was killed at once has left its lock, and nothing else.
+        if folder.exists() and any(f.name != "lock" for f in folder.iterdir()):
             raise ValueError(
                 f"{folder} is not empty and holds no run; choose another folder with --out"
             )
@@ -84,7 +85,7 @@ def check_disk(
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"{folder} needs about {needed / 1e9:.2f} GB for checkpoints, and only "
-            f"{free / 1e9:.2f} GB are free there; choose another folder with --out"
+            f"{folder} needs about {needed:,} bytes for checkpoints, and only {free:,} are free "
+            "there; choose another folder with --out"
         )
     return needed

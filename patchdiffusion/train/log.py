@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from patchdiffusion.files import write_json
+from patchdiffusion.files import parse_json, write_json
 from patchdiffusion.train.trackers import Trackers
 
 
@@ -103,7 +103,7 @@ def _last_step(path: Path) -> int:
         with open(path, encoding="utf-8") as lines:
             for line in lines:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
-                    record = json.loads(line)
+                    record = parse_json(line)
                     if record["kind"] == "status":
                         last = max(last, record["step"])
     except OSError:

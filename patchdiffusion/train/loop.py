@@ -110,7 +110,7 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
         show = due(watch.samples, training.state.shown, now, config.images) or last
         if show or ending or save:
             with status.pause(), phases("save"):
-                saver(final=bool(ending))
+                saver(final=bool(ending) or last)
             saved = time.monotonic()
         if due(config.ema.snapshots, before, now, config.images) or last:
             with status.pause(), phases("save"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from patchdiffusion.codec import decode, encode
 from patchdiffusion.errors import Stop
-from patchdiffusion.files import lock
+from patchdiffusion.files import check_writable, lock
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.folder import (
@@ -65,7 +65,11 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
             (aside / "lock").unlink()
             training.log.say(f"aside     the run that was in {folder} is now in {aside}")
             _take(training, held)
-        checkpoint.clear_unfinished(folder / "checkpoints")
+        elif not exists:  # perhaps the process that was waited for has begun it
+            exists = is_same_run(folder, training.config, allow_change=allow)
+        if (folder / "checkpoints").exists():
+            check_writable(folder / "checkpoints")
+            checkpoint.clear_unfinished(folder / "checkpoints")
         newest = _newest(training) if exists else None
         if newest is None and run.start_from is not None and not given:  # it died early
             given.update(weights_of(run.start_from, training))

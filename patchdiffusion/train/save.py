@@ -145,11 +145,11 @@ def _check_same(training: Training, groups: Groups) -> None:
 def _write(training: Training, full: Groups, facts: dict[str, Any]) -> str:
     """On the leading process: save, make room and try once more; returns what is wrong."""
     root = training.folder / "checkpoints"
-    if not training.folder.exists():
-        training.log.say(f"warning: {training.folder} has vanished; it is made anew")
-        write_config(training.folder, training.config)
     step, run = training.state.step, training.run
     try:
+        if not (training.folder / "config.json").exists():  # the folder itself the log makes anew
+            training.log.say(f"warning: {training.folder} has vanished; it is made anew")
+            write_config(training.folder, training.config)
         try:
             _check_space(root, checkpoint.size_of(full))
             checkpoint.save(root, step, full, facts)

@@ -157,22 +157,29 @@ def picture_of(training: Training) -> Path:
 def show_samples(training: Training, ending: Ending = bool) -> bool:
     """Sample the grid, measure the held-out loss, and warn if the samples are copies.
 
-    Gives up when the run is to end, and returns False: they are shown when it goes on.
+    Gives up when the run is to end, and returns False: they are shown when it goes on. A grid that
+    cannot be written is told, and left out.
     """
     log = training.log
-    name = picture_of(training).name
+    name, problem = picture_of(training).name, ""
     try:
         averaged = training.averaged
         samples = training.watch.draw(averaged, ending)
         facts = training.watch.measure(averaged, samples, ending)
-        training.watch.save(samples, picture_of(training))  # last: it says that all is done
     except Abandoned:
         log.say(f"        samples/{name} will be drawn when the run goes on")
         return False
+    try:
+        training.watch.save(samples, picture_of(training))  # last: it says that all is done
+    except OSError as error:
+        problem = str(error)
     training.state.shown = training.now
     log.record("watch", step=training.state.step, images=training.now, picture=name, **facts)
     told = f"        samples/{name}"
-    log.trackers.picture(picture_of(training), training.state.step)
+    if problem:
+        log.say(f"warning: cannot write samples/{name}: {problem}")
+    else:
+        log.trackers.picture(picture_of(training), training.state.step)
     held = facts.get("held_out")
     if isinstance(held, dict):
         log.trackers.numbers({"held-out loss": held["loss"]}, training.state.step)

@@ -1,5 +1,6 @@
 """Undisturbed runs, which the disturbed ones must equal."""
 
+import shutil
 from pathlib import Path
 
 import harness
@@ -28,3 +29,9 @@ def steady_pair(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ended = harness.drive(images, folder, size=2, config={"images": 48.0})
     assert [e.code for e in ended] == [0, 0], ended
     return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A finished run of four steps, with a checkpoint of each, that may be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))

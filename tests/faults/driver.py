@@ -5,7 +5,9 @@ python driver.py '{"images": ..., "out": ..., "config": {...}, "run": {...}, "fa
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -18,12 +20,8 @@ from patchdiffusion.dist import place
 from patchdiffusion.train import loop, status
 
 
-def main() -> int:
-    spec = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    # The yardstick of the status lines and the report take longer than these runs.
-    status.measured_peak = lambda device, precision: 1e9
-    loop.write_report = lambda folder: folder
+def carry_out(spec: Mapping[str, Any]) -> int:
+    """Train with faults; the exit codes and the one line of an error are the command line's."""
     for fault in spec.get("faults", []):
         fault = dict(fault)
         if fault.pop("rank", place().rank) == place().rank:
@@ -33,9 +31,16 @@ def main() -> int:
     def train(arguments: object) -> None:
         tiny.run(config, Path(spec["out"]), **spec.get("run", {}))
 
-    # The exit codes and the one line of an error are those of the command line.
     cli.COMMANDS["train"] = (train, "")
     return cli.main(["train"])
+
+
+def main() -> int:
+    torch.set_num_threads(1)
+    # The yardstick of the status lines and the report take longer than these runs.
+    status.measured_peak = lambda device, precision: 1e9
+    loop.write_report = lambda folder: folder
+    return carry_out(json.loads(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,39 @@
-"""Runs `driver.py` in processes of its own, alone or as ranks, and looks at what is left."""
+"""Runs `driver.py` here, in a process of its own, or as ranks, and looks at what is left."""
 
+import contextlib
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import driver
+import inject
 import tiny
 
-from patchdiffusion.files import read_json
+from patchdiffusion import cli
+from patchdiffusion.files import read_json, sha256, write_json
 
 DRIVER = Path(__file__).with_name("driver.py")
 SECONDS = 120.0
 LONG: dict[str, Any] = {"config": {"images": 48.0}}  # 16 steps
 SAVE_ALWAYS = {"save_minutes": 0.0}
+NEWEST, OLDER = "step-0000000004", "step-0000000003"
+FILES = (
+    "averaged.safetensors",
+    "manifest.json",
+    "optimizer.safetensors",
+    "state.json",
+    "weights.safetensors",
+)
+"""Of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +51,19 @@ class Ended:
         assert len(lines) <= 1, self.err
         assert "Traceback" not in self.err, self.err
         return lines[0].removeprefix("patchdiffusion: error: ") if lines else ""
+
+
+def here(images: Path, out: Path, **spec: Any) -> Ended:
+    """A run in this process, which is afterwards as it was; ten times as quick as another one."""
+    told, wrong = io.StringIO(), io.StringIO()
+    with (
+        inject.undone(),
+        mock.patch.dict(cli.COMMANDS),
+        contextlib.redirect_stdout(told),
+        contextlib.redirect_stderr(wrong),
+    ):
+        code = driver.carry_out({"images": images, "out": out, **spec})
+    return Ended(code, told.getvalue(), wrong.getvalue())
 
 
 def free_port() -> int:
@@ -73,6 +103,25 @@ def start(images: Path, out: Path, *, size: int = 1, **spec: Any) -> list[subpro
         )
         for rank in range(size)
     ]
+
+
+def script(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """A Python program of its own, under way."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Wait for something that a process does."""
+    deadline = time.monotonic() + SECONDS
+    while not reached():
+        assert time.monotonic() < deadline and process.poll() is None, finish([process])
+        time.sleep(0.02)
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[Ended]:
@@ -116,6 +165,16 @@ def checkpoints(folder: Path) -> list[int]:
     """Steps of all finished checkpoints."""
     found = (folder / "checkpoints").glob("step-*")
     return sorted(int(f.name[5:]) for f in found if f.name[5:].isdigit())
+
+
+def reseal(folder: Path) -> None:
+    """Rewrite the manifest of a checkpoint, so that it vouches for the files as they are."""
+    files = {
+        f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)}
+        for f in folder.iterdir()
+        if f.name != "manifest.json"
+    }
+    write_json(folder / "manifest.json", {"files": files})
 
 
 def lines(file: Path) -> list[Any]:

@@ -1,67 +1,29 @@
 """What can go wrong, by name. Each function arranges for one fault in this process."""
 
+import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
+from moments import at, once_ever
+from surroundings import damage_pack, fill_disk, forbid, limit_file_size, raise_in, remove
 
 from patchdiffusion.data.feed import Feed
+from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.dist import place
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.rng import Draws
 from patchdiffusion.train import checkpoint, loop, setup, watch
 from patchdiffusion.train.phases import Phases
-
-# ---- Where ----
-
-
-def once(action: Callable[[], None]) -> Callable[[], None]:
-    done: list[bool] = []
-
-    def act() -> None:
-        if not done:
-            done.append(True)
-            action()
-
-    return act
-
-
-def at(phase: str, step: int, action: Callable[[], None]) -> None:
-    """Act when a phase of a step begins; steps count from 0. "after" is the end of the step."""
-    act, switch, end = once(action), Phases._switch, Phases.end_step
-
-    def switched(self: Phases, name: str) -> str:
-        before = switch(self, name)
-        if name == phase and self.step == step:
-            act()
-        return before
-
-    def ended(self: Phases) -> None:
-        end(self)
-        if phase == "after" and self.step == step:
-            act()
-
-    Phases._switch, Phases.end_step = switched, ended
-
-
-def once_ever(mark: str | None, action: Callable[[], None]) -> Callable[[], None]:
-    """The action, unless the file `mark` exists: a restarted process does not do it again."""
-
-    def act() -> None:
-        if mark is None or not os.path.exists(mark):
-            if mark is not None:
-                open(mark, "x").close()
-            action()
-
-    return act
-
 
 # ---- Signals, hangs, deaths ----
 
@@ -248,52 +210,8 @@ def poke(what: str, step: int, value: float = float("nan")) -> None:
 # ---- Surroundings ----
 
 
-def raise_in(phase: str, step: int, error: str) -> None:
-    """An exception when a phase of a step begins."""
-    kinds: dict[str, Callable[[], BaseException]] = {
-        "memory": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        "bug": lambda: RuntimeError("a bug"),
-    }
-
-    def act() -> None:
-        raise kinds[error]()
-
-    at(phase, step, act)
-
-
-def remove(path: str, phase: str, step: int) -> None:
-    """Delete a folder when a phase of a step begins."""
-    import shutil
-
-    at(phase, step, lambda: shutil.rmtree(path))
-
-
-def limit_file_size(size: int, saves: list[int]) -> None:
-    """No file may grow beyond `size` bytes during some saves: a full disk, to the program."""
-    import resource
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    number = [-1]
-    write = loop.Saver.__call__
-
-    def call(self: Any, **kwargs: Any) -> None:
-        number[0] += 1
-        if number[0] not in saves:
-            return write(self, **kwargs)
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            write(self, **kwargs)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-
-    loop.Saver.__call__ = call
-
-
 def change_config(**changes: Any) -> None:
     """This process is asked for another run than the others."""
-    import tiny
-
     original = tiny.change
     tiny.change = lambda config, given: original(config, {**given, **changes})
 
@@ -312,7 +230,29 @@ FAULTS: dict[str, Callable[..., None]] = {
         poke,
         raise_in,
         remove,
+        forbid,
         limit_file_size,
+        fill_disk,
+        damage_pack,
         change_config,
     )
 }
+
+OWNERS = (
+    *(Phases, Pack, Feed, DenoisingLoss, loop.Saver, setup.Stepper),
+    *(checkpoint, loop, watch, tiny, shutil, os),
+)
+"""Classes and modules in which the faults above replace something."""
+
+
+@contextlib.contextmanager
+def undone() -> Iterator[None]:
+    """At the end everything that faults have replaced is what it was."""
+    before = [(owner, dict(vars(owner))) for owner in OWNERS]
+    try:
+        yield
+    finally:
+        for owner, values in before:
+            for name, value in values.items():
+                if vars(owner)[name] is not value:
+                    setattr(owner, name, value)
