@@ -242,9 +242,12 @@ def test_every_step_draws_anew() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first, recorder.facts(4), strict=True))
 
 
-def test_an_unused_parameter_is_no_obstacle() -> None:
+def test_every_parameter_has_a_gradient() -> None:
+    """Replicas would wait for it."""
     network = SongUNet(UNetConfig(base=4, mult=(1,), blocks=1, attention=(), augment_dim=2))
     stepper, _ = make(network=network)
-    means = take(stepper)  # nothing is augmented, so those weights have no gradient
-    assert network.embed.augment is not None and network.embed.augment.weight.grad is None
+    means = take(stepper)
+    assert all(p.grad is not None for p in network.parameters())
+    assert network.embed.augment is not None and network.embed.augment.weight.grad is not None
+    assert not network.embed.augment.weight.grad.any()  # nothing is augmented
     assert means["skipped sum"] == 0

@@ -20,6 +20,7 @@ from patchdiffusion.cli.parse import parse, take_first
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import cache_dir
 from patchdiffusion.model import pick_device
+from patchdiffusion.nets import fused
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
 from patchdiffusion.train.loop import one_step
@@ -97,6 +98,8 @@ def _hardware(chosen: torch.device) -> None:
         told = ", ".join(f"{p} {quantity(s)}FLOP/s" for p, s in speeds.items())
         best = best_precision(device)
         print(f"          matrix products: {told}; training uses {best}")
+        if name == "cpu":
+            print(f"          between convolutions: {fused.status()}")
         if speeds[best] < 0.8 * max(speeds.values()):
             print(f"warning: {best} is not the faster one here; set --precision yourself")
 

@@ -79,8 +79,10 @@ class Embedding(nn.Module):
             h = h.to(dtype)  # [B, D]
             if self.label is not None:
                 h = h + self.label(self._one_hot(cond.labels, h) * math.sqrt(self.num_classes))
-            if self.augment is not None and cond.augment is not None:
-                h = h + self.augment(cond.augment.to(dtype))
+            if self.augment is not None:
+                # None is zero: every parameter has a gradient, for which other processes wait.
+                none = h.new_zeros(len(h), self.augment.in_features)
+                h = h + self.augment(none if cond.augment is None else cond.augment.to(dtype))
             return F.silu(self.layer1(F.silu(self.layer0(h))))
 
     def _one_hot(self, labels: Tensor | None, like: Tensor) -> Tensor:

@@ -127,9 +127,15 @@ def engine_facts(
         "processes": where.size,
         "sharded": run.shard,
         "compiled": compiles(run, device),
-        "kernels": "CUDA" if cuda else fused.status(),
+        "kernels": _kernels(run, device),
         "deterministic": run.deterministic or not cuda,
     }
+
+
+def _kernels(run: RunConfig, device: torch.device) -> str:
+    if compiles(run, device):
+        return "compiled blocks"
+    return "operators" if device.type == "cuda" else fused.status()
 
 
 SHARED_FACTS = ("version", "torch", "precision", "sharded", "compiled")

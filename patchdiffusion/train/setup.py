@@ -172,7 +172,8 @@ class Training:
         say(
             f"network   {self.parameters / 1e6:.2f}M parameters, "
             f"{self.flops[self.canvas] / 6e9:.3g} GMAC per image; {self.precision} on "
-            f"{self.device}, {torch.get_num_threads()} threads{self._processes()}"
+            f"{self.device}, {torch.get_num_threads()} threads{self._processes()}; "
+            f"{self.engine['kernels']}"
         )
         say(
             f"patches   {config.patches.mode}, sizes {sizes}; a step of batch {config.batch} "
