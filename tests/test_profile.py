@@ -12,7 +12,7 @@ from stepping import GROUPS, make, take
 
 from patchdiffusion.nets import fused
 from patchdiffusion.patches import Group, PatchLaw
-from patchdiffusion.train import machine, profile
+from patchdiffusion.train import machine
 from patchdiffusion.train.loop import one_step
 from patchdiffusion.train.profile import Operators, measure
 from patchdiffusion.train.setup import Training
@@ -55,15 +55,12 @@ def test_operators_of_a_step(images: Path, tmp_path: Path, monkeypatch: pytest.M
     """Raise these numbers only with a reason: each operator is a launch on a GPU."""
     monkeypatch.setattr(fused, "_library", lambda: (None, "operators (a test)"))
     run = training(images, tmp_path)
-    for _ in range(2):
-        cost = measure(run, whole(run), 1)
+    cost = measure(run, whole(run), 1)
     parameters = len(list(run.network.parameters()))
-    assert parameters == 53
-    assert cost.operators <= 1110
+    assert parameters == 73
+    assert cost.operators <= 740
     assert cost.syncs == 0
-    # Of data: the crops as float32, and their coordinates; of the rest, the scalars of the log.
-    pixels = 4 * 16 * 16
-    assert cost.copied <= 4 * pixels * (3 + 2) * 3 + 20_000
+    assert cost.copied <= 136_400  # most of it queries, keys and values, and crops as float32
 
 
 def test_micro_batches_cost_passes_and_nothing_else(images: Path, tmp_path: Path) -> None:
@@ -76,7 +73,8 @@ def test_micro_batches_cost_passes_and_nothing_else(images: Path, tmp_path: Path
         counts[size] = measure(run, whole(run), 1).operators
     one_pass = counts[2] - counts[None]
     assert counts[1] - counts[2] == 2 * one_pass
-    assert one_pass < 0.8 * counts[None]
+    sums = len(list(run.network.parameters()))  # of gradients, one operator each
+    assert 0 < counts[None] - (one_pass - sums) < 100
 
 
 def test_only_the_crop_is_converted(images: Path, tmp_path: Path) -> None:
@@ -93,8 +91,9 @@ def test_only_the_crop_is_converted(images: Path, tmp_path: Path) -> None:
     assert copied[0] == copied[1] < 6 * 4 * 4 * 3 * 4 * 4
 
 
-def test_one_graph_for_each_block_and_size(images: Path, tmp_path: Path) -> None:
-    """As many graphs as blocks times sizes, no breaks, and none after each size has been met."""
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_one_graph_for_each_kind_of_block_and_size(images: Path, tmp_path: Path) -> None:
+    """Equal blocks share graphs, nothing breaks them, and none is made once each size was met."""
     torch._dynamo.reset()
     run = training(images, tmp_path)
     units = run.network.units()  # pyright: ignore[reportCallIssue]
@@ -104,7 +103,8 @@ def test_one_graph_for_each_block_and_size(images: Path, tmp_path: Path) -> None
     for groups in (whole(run), half):
         one_step(run, groups)
         made.append(machine.compiled_graphs() - before)
-    assert made == [len(units), 2 * len(units)]
+    assert len(units) == 5
+    assert made == [3, 6]  # first, middle and last blocks
     limits = torch._dynamo.config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(limits, "error_on_recompile", True)
@@ -149,4 +149,3 @@ def test_time_outside_is_a_share(images: Path, tmp_path: Path) -> None:
     assert 0 < cost.outside < 1
     assert cost.crops == 8 and cost.equivalents == 2.0
     assert cost.memory > 10**7
-    assert profile.SYNCS
