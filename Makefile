@@ -4,7 +4,7 @@ TORCH_ARGS ?=
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint types wheel clean
+.PHONY: demo test faults lint types wheel clean
 
 demo: $(READY)
 	$(BIN)/patchdiffusion train glyphs $(or $(DEMO),--out demo)
@@ -12,6 +12,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/pytest -n 2 -m "not slow and not fault and not gpu" $(TESTS)
+
+faults: $(READY)
+	$(BIN)/pytest -n 2 -m "fault and not slow" tests/faults
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from stepping import CANVAS, FREE, GROUPS, WHOLE, gradients, make, same, take
+from stepping import CANVAS, FREE, GROUPS, WHOLE, everything, gradients, make, same, take
 from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
+from patchdiffusion.train import optim
 from patchdiffusion.train.config import OptimConfig
+from patchdiffusion.train.guard import Order
 from patchdiffusion.train.machine import autocast, best_precision
 from patchdiffusion.train.step import chunks
 
@@ -207,6 +209,54 @@ def test_low_precision_is_close() -> None:
     assert b["loss"] != a["loss"]
     assert all(p.dtype == torch.float32 for p in network.parameters())
     assert all(g.dtype == torch.float32 for g in gradients(network).values())
+
+
+def test_half_precision_is_close() -> None:
+    """The loss is scaled by 2^16, of which neither weights nor logs show anything."""
+    exact, plain = make(config=replace(FREE, clip=0.1))
+    low, scaled = make(config=replace(FREE, clip=0.1), precision="fp16")
+    low.update.scale.fill_(2.0**10)
+    a, b = take(exact), take(low)
+    assert b["loss"] == pytest.approx(a["loss"], rel=0.01)
+    assert b["grad norm"] == pytest.approx(a["grad norm"], rel=0.02)
+    assert b["skipped sum"] == 0
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(scaled.get_parameter(name), p, rtol=0, atol=2.1e-2)
+    near = [
+        torch.allclose(scaled.get_parameter(n), p, atol=1e-3) for n, p in plain.named_parameters()
+    ]
+    assert sum(near) > 0.8 * len(near)  # the first step of Adam is the sign of a gradient
+
+
+def test_a_scale_that_is_too_large_is_halved_and_costs_a_step() -> None:
+    stepper, network = make(precision="fp16")
+    stepper.update.scale.fill_(2.0**24)
+    before = everything(stepper, network)
+    scales = [2.0**24]
+    for step in range(40):
+        lost = take(stepper, step=step)["skipped sum"]
+        scales.append(float(stepper.update.scale))
+        assert scales[-1] == scales[-2] / (2 if lost else 1)
+        if not lost:
+            break
+        assert all(
+            torch.equal(v, before[k])
+            for k, v in everything(stepper, network).items()
+            if k in before
+        )
+    assert 4 < len(scales) < 20
+    assert stepper.guard.order == Order.GO_ON
+
+
+def test_the_scale_grows_after_many_good_steps() -> None:
+    update = make(precision="fp16")[0].update
+    update.load_json([4.0, optim.GROWTH_STEPS - 2])
+    good = torch.zeros(())
+    scales = []
+    for _ in range(3):
+        update._adapt(good)
+        scales.append(update.to_json())
+    assert scales == [[4.0, optim.GROWTH_STEPS - 1], [8.0, 0.0], [8.0, 1.0]]
 
 
 def test_precision_of_a_device() -> None:
