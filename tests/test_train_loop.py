@@ -15,8 +15,8 @@ import torch
 
 from patchdiffusion.files import read_json
 from patchdiffusion.report import read_log
-from patchdiffusion.train import loop
-from patchdiffusion.train.config import OptimConfig, WatchConfig
+from patchdiffusion.train import loop, optim
+from patchdiffusion.train.config import OptimConfig, Precision, WatchConfig
 
 Hook = Callable[[int], None]
 
@@ -127,6 +127,23 @@ def test_means_over_an_interruption_are_exact(
     tiny.run(config, tmp_path / "stopped")
     assert len(tiny.history(straight)) == 3  # after steps 1, 2 and 4
     assert tiny.history(tmp_path / "stopped") == tiny.history(straight)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_an_interrupted_run_of_low_precision_is_the_same_run(
+    precision: Precision, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim, "FIRST_SCALE", 2.0**22)  # too large: halved while the run goes on
+    config = tiny.config(images, steps=12, precision=precision)
+    straight = tiny.run(config, tmp_path / "straight")
+    with monkeypatch.context() as patch:
+        after_step(patch, lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None)
+        tiny.run(config, tmp_path / "stopped")
+    tiny.run(config, tmp_path / "stopped")
+    assert tiny.history(tmp_path / "stopped") == tiny.history(straight)
+    assert tiny.weights(tmp_path / "stopped") == tiny.weights(straight)
+    skipped = tiny.history(straight)[-1][-1]
+    assert skipped == (0 if precision == "bf16" else 5)
 
 
 KILLED = """

@@ -127,15 +127,15 @@ def engine_facts(
         "processes": where.size,
         "sharded": run.shard,
         "compiled": compiles(run, device),
-        "kernels": _kernels(run, device),
+        "kernels": _kernels(run, device, precision),
         "deterministic": run.deterministic or not cuda,
     }
 
 
-def _kernels(run: RunConfig, device: torch.device) -> str:
+def _kernels(run: RunConfig, device: torch.device, precision: str) -> str:
     if compiles(run, device):
         return "compiled blocks"
-    return "operators" if device.type == "cuda" else fused.status()
+    return "operators" if device.type == "cuda" or precision == "fp16" else fused.status()
 
 
 SHARED_FACTS = ("version", "torch", "precision", "sharded", "compiled")
