@@ -1,0 +1,51 @@
+"""Files from the network: whole and with the right digest, or not at all."""
+
+import time
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+
+from patchdiffusion.files import cache_dir, sha256, write_atomic
+
+TRIES = 3
+WAIT = 2.0  # seconds before the second try, twice as long before the third
+TIMEOUT = 30.0  # seconds without a byte
+_CHUNK = 2**20
+
+
+def fetch(url: str, *, digest: str, hint: str) -> Path:
+    """The file behind a URL, from the cache if it has been fetched before.
+
+    `digest` is how its SHA-256 begins. After three failures `OSError` says what went wrong and
+    gives the `hint`, how to do without a network.
+    """
+    path = cache_dir() / "downloads" / f"{digest}-{url.rsplit('/', 1)[1]}"
+    if path.exists():
+        _check(path, digest)
+        return path
+    for number in range(TRIES):
+        try:
+            write_atomic(path, lambda temporary: _download(url, temporary, digest))
+            return path
+        except (OSError, HTTPException, ValueError) as error:
+            failure = error
+            if number + 1 < TRIES:
+                time.sleep(WAIT * 2**number)
+    raise OSError(f"{url} could not be fetched ({failure}); {hint}") from failure
+
+
+def _download(url: str, path: Path, digest: str) -> None:
+    with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, open(path, "wb") as file:
+        expected = answer.headers.get("Content-Length")
+        while block := answer.read(_CHUNK):
+            file.write(block)
+    size = path.stat().st_size
+    if expected is not None and size != int(expected):
+        raise OSError(f"the connection ended after {size:,} of {int(expected):,} bytes")
+    _check(path, digest)
+
+
+def _check(path: Path, digest: str) -> None:
+    found = sha256(path)
+    if not found.startswith(digest):
+        raise ValueError(f"{path.name}: SHA-256 begins with {found[: len(digest)]}, not {digest}")

@@ -1,0 +1,87 @@
+"""Two sets of images by their features: everything that is said about a model's samples at once."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.dist import Team
+from patchdiffusion.metrics.frechet import Moments, frechet_distance
+from patchdiffusion.metrics.kernel import kernel_distance
+from patchdiffusion.metrics.prdc import prdc
+
+KEPT = 10_000
+"""Features that neighbours are looked for among; more take too long and change little."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Features of one set of images: moments of all, and the first `KEPT` themselves."""
+
+    moments: Moments
+    kept: Tensor
+    """float32 [min(N, KEPT), D]."""
+
+    @classmethod
+    def of(cls, batches: Iterable[Tensor]) -> "Gathered | None":
+        """From features [B, D] that arrive in pieces; None if there are none."""
+        moments, kept, room = None, [], KEPT
+        for batch in batches:
+            here = Moments.of(batch)
+            moments = here if moments is None else moments.merge(here)
+            kept.append(batch[:room])
+            room -= len(kept[-1])
+        return None if moments is None else cls(moments, torch.cat(kept))
+
+    @classmethod
+    def everywhere(cls, team: Team, own: "Gathered | None") -> "Gathered":
+        """Those of all processes, in their order."""
+        found: Gathered | None = None
+        told = None if own is None else (own.moments.to_tensors(), own.kept)
+        for part in team.gather(told):
+            if part is not None:
+                other = cls(Moments.from_tensors(part[0]), part[1])
+                found = other if found is None else found._and(other)
+        if found is None:
+            raise ValueError("there are no images to compare")
+        return found
+
+    def _and(self, other: "Gathered") -> "Gathered":
+        kept = torch.cat([self.kept, other.kept])[:KEPT]
+        return Gathered(self.moments.merge(other.moments), kept)
+
+
+def compare(real: Gathered, samples: Gathered, *, nearest: int = 5) -> dict[str, float]:
+    """Frechet distance of all features; kernel distance and neighbours of those that are kept."""
+    kernel, spread = kernel_distance(real.kept, samples.kept)
+    found = {
+        "frechet_distance": frechet_distance(real.moments, samples.moments),
+        "kernel_distance": kernel,
+        "kernel_distance_std": spread,
+    }
+    if min(len(real.kept), len(samples.kept)) > nearest:
+        found |= asdict(prdc(real.kept, samples.kept, nearest=nearest))
+    return found
+
+
+def crops(images: Tensor, first: int, *, side: int, each: int, seed: int = 0) -> Tensor:
+    """Crops at full resolution, for canvases that an extractor would shrink.
+
+    uint8 [B, H, W, C] to [B each, side, side, C]; images are numbered from `first`, and the places
+    of an image's crops depend on its number only.
+    """
+    height, width = images.shape[1:3]
+    if side > min(height, width):
+        raise ValueError(f"crops of {side} pixels do not fit into images of {height}x{width}")
+    number = torch.arange(len(images) * each) + first * each
+    key = rng.keys(seed, "metric crop", 0, number)
+    tops = rng.integers(rng.subkeys(key, "top"), height - side + 1).tolist()
+    lefts = rng.integers(rng.subkeys(key, "left"), width - side + 1).tolist()
+    return torch.stack(
+        [
+            images[i // each, top : top + side, left : left + side]
+            for i, (top, left) in enumerate(zip(tops, lefts, strict=True))
+        ]
+    )

@@ -1,0 +1,151 @@
+"""What images are compared by: networks that turn each of them into a vector.
+
+An extractor is anything that takes uint8 [B, H, W, 3] and returns floating point [B, D]. Distances
+in one feature space say nothing about those in another: every result names its extractor.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchdiffusion.fetch import fetch
+from patchdiffusion.files import sha256
+from patchdiffusion.metrics.inception import Inception, resize_antialiased, resize_legacy
+from patchdiffusion.require import require
+
+INCEPTION_DIGEST = "6726825d"
+INCEPTION_URL = (
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+    f"pt_inception-2015-12-05-{INCEPTION_DIGEST}.pth"
+)
+DINOV2 = "facebook/dinov2-large"
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A function of images with all that its numbers depend on."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    """uint8 [B, H, W, 3] -> [B, D]"""
+    device: torch.device
+    facts: dict[str, str] = field(default_factory=dict)
+    """Preprocessing and digest of the weights, for the card of a result."""
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 [B, H, W, C] with 1 or 3 channels -> float32 [B, D] on the CPU.
+
+        Raises `ValueError` for other images, and if the function returns something else.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+            raise ValueError(
+                f"features are made of uint8 [B, H, W, 1 or 3], not {images.dtype} "
+                f"{list(images.shape)}"
+            )
+        found = self.function(images.to(self.device).expand(-1, -1, -1, 3))
+        if found.ndim != 2 or len(found) != len(images):
+            raise ValueError(
+                f"{self.name} must return [B, D], not {list(found.shape)} for {len(images)} images"
+            )
+        return found.to("cpu", torch.float32)
+
+
+def extractor(
+    name: str, *, weights: Path | None = None, device: str | torch.device = "cpu"
+) -> Extractor:
+    """An extractor by name.
+
+    "inception" is that of 2015 with antialiased resizing, "inception-legacy" with the resizing of
+    TensorFlow 1, "dinov2" the class token of DINOv2 ViT-L/14 (Stein et al., NeurIPS 2023), and
+    "module:callable" your own: called without arguments it must return a function of uint8
+    [B, 3, H, W] that returns [B, D]. `weights` is a file or folder that is there already; without
+    it, published weights are fetched once, into the cache.
+    """
+    device = torch.device(device)
+    if name in ("inception", "inception-legacy"):
+        return _inception(name, weights, device)
+    if name == "dinov2":
+        return _dinov2(weights, device)
+    if ":" in name:
+        return _own(name, device)
+    raise ValueError(
+        f"unknown extractor {name!r}; allowed are inception, inception-legacy, dinov2, "
+        "and your own as module:callable"
+    )
+
+
+def features(
+    extract: Extractor, images: Tensor, indices: Tensor | None = None, *, batch: int = 64
+) -> Iterator[Tensor]:
+    """Features of uint8 images [N, H, W, C], or of some of them, batch after batch."""
+    chosen = torch.arange(len(images)) if indices is None else indices
+    for part in chosen.split(batch):
+        yield extract(images[part])
+
+
+# ---- The extractors ----
+
+
+def _inception(name: str, path: Path | None, device: torch.device) -> Extractor:
+    path = path or fetch(
+        INCEPTION_URL,
+        digest=INCEPTION_DIGEST,
+        hint="without a network, give the file with --features.weights",
+    )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        net = Inception()
+        counters = {k for k in net.state_dict() if k.endswith("num_batches_tracked")}
+        missing, unknown = net.load_state_dict(state, strict=False)
+    except Exception as error:  # whatever torch.load makes of a file that is none of its own
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} does not hold the weights of Inception: {first}") from error
+    if wrong := sorted(set(missing) - counters) + unknown:
+        raise ValueError(
+            f"{path} does not hold the weights of Inception: {wrong[0]} does not match"
+        )
+    net = net.eval().requires_grad_(False).to(device)
+    resize = resize_legacy if name.endswith("legacy") else resize_antialiased
+
+    def function(images: Tensor) -> Tensor:
+        x = resize(images.movedim(-1, 1).float())
+        return net((x - 128) / 128)
+
+    how = "TensorFlow 1 bilinear" if name.endswith("legacy") else "antialiased bicubic"
+    facts = {"resize": f"{how} to 299 x 299", "values": "(x - 128) / 128"}
+    return Extractor(name, function, device, {**facts, "weights": sha256(path)[:16]})
+
+
+def _dinov2(path: Path | None, device: torch.device) -> Extractor:
+    source = str(path or DINOV2)
+    transformers = require("transformers", extra="features")
+    net = transformers.Dinov2Model.from_pretrained(source).eval().requires_grad_(False).to(device)
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in _IMAGENET)
+    side = 224
+
+    def function(images: Tensor) -> Tensor:
+        x = images.movedim(-1, 1).float() / 255
+        x = F.interpolate(x, (side, side), mode="bicubic", antialias=True, align_corners=False)
+        return net((x.clamp(0, 1) - mean) / std).pooler_output
+
+    facts = {"resize": f"antialiased bicubic to {side} x {side}", "values": "ImageNet mean and std"}
+    return Extractor("dinov2", function, device, {**facts, "weights": source})
+
+
+def _own(name: str, device: torch.device) -> Extractor:
+    module, _, attribute = name.partition(":")
+    try:
+        made: Any = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the extractor {name} cannot be loaded: {error}") from error
+    if isinstance(made, torch.nn.Module):
+        made = made.eval().requires_grad_(False).to(device)
+    return Extractor(name, lambda images: made(images.movedim(-1, 1)), device)
