@@ -4,6 +4,7 @@ import time
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
+from urllib.error import HTTPError
 
 from patchdiffusion.files import cache_dir, sha256, write_atomic
 
@@ -29,6 +30,8 @@ def fetch(url: str, *, digest: str, hint: str) -> Path:
             return path
         except (OSError, HTTPException, ValueError) as error:
             failure = error
+            if isinstance(error, HTTPError):
+                error.close()
             if number + 1 < TRIES:
                 time.sleep(WAIT * 2**number)
     raise OSError(f"{url} could not be fetched ({failure}); {hint}") from failure

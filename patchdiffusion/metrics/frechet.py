@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features, each taken as a Gaussian (Heusel et al., 2017).
+"""The Frechet distance of two sets of features, each taken as a Gaussian (Heusel et al., 2017).
 
 With features of the Inception network of 2015 it is known as FID. Everything is float64.
 """

@@ -17,7 +17,7 @@ class PRDC:
     recall: float
     """Share of real images inside of a ball around a sample."""
     density: float
-    """Balls around real images that a sample lies in, over their expected number (Naeem et al., 2020)."""
+    """Balls around real images that a sample lies in, over their number (Naeem et al., 2020)."""
     coverage: float
     """Share of real images with a sample in their ball."""
 
