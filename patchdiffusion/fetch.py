@@ -9,7 +9,7 @@ from urllib.error import HTTPError
 from patchdiffusion.files import cache_dir, sha256, write_atomic
 
 TRIES = 3
-WAIT = 2.0  # seconds before the second try, twice as long before the third
+WAIT = 2.0  # seconds before the second try, and twice as long before the third
 TIMEOUT = 30.0  # seconds without a byte
 _CHUNK = 2**20
 
@@ -24,17 +24,17 @@ def fetch(url: str, *, digest: str, hint: str) -> Path:
     if path.exists():
         _check(path, digest)
         return path
-    for number in range(TRIES):
+    for left in reversed(range(TRIES)):
         try:
             write_atomic(path, lambda temporary: _download(url, temporary, digest))
-            return path
+            break
         except (OSError, HTTPException, ValueError) as error:
-            failure = error
             if isinstance(error, HTTPError):
                 error.close()
-            if number + 1 < TRIES:
-                time.sleep(WAIT * 2**number)
-    raise OSError(f"{url} could not be fetched ({failure}); {hint}") from failure
+            if not left:
+                raise OSError(f"{url} could not be fetched ({error}); {hint}") from error
+            time.sleep(WAIT * (TRIES - left))
+    return path
 
 
 def _download(url: str, path: Path, digest: str) -> None:

@@ -185,12 +185,7 @@ class Pipeline:
         if size is not None and min(size) < 1:
             raise ValueError(f"a size needs positive height and width, not {size}")
         labels = self.labels(count, classes)
-        with (
-            progress_bar(count, "image", disable=not progress) as bar,
-            torch.autocast(
-                self.model.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"
-            ),
-        ):
+        with progress_bar(count, "image", disable=not progress) as bar, self.autocast():
             images = sample(
                 self.model.denoiser,
                 seeds=range(seed, seed + count),
@@ -205,6 +200,11 @@ class Pipeline:
                 progress=bar.update,
             )
         return to_uint8(images)
+
+    def autocast(self) -> torch.autocast:
+        """A context in which the network has the precision of this pipeline."""
+        low = self.precision == "bf16"
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=low)
 
     def labels(self, count: int, classes: Sequence[str | int] | None = None) -> Tensor | None:
         """Label of each image, `classes` in turn: int64 [count], or None without classes."""

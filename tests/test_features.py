@@ -70,20 +70,21 @@ def test_inception_has_the_published_shape(inception: Inception) -> None:
 
 
 def test_inception_passes_what_it_should(inception: Inception) -> None:
-    sizes = {}
-    hooks = [
-        m.register_forward_hook(lambda m, _, out, n=n: sizes.update({n: tuple(out.shape[1:])}))
-        for n, m in inception.named_children()
-    ]
+    sizes: dict[nn.Module, tuple[int, ...]] = {}
+
+    def note(module: nn.Module, _: object, out: Tensor) -> None:
+        sizes[module] = tuple(out.shape[1:])
+
+    hooks = [m.register_forward_hook(note) for m in inception.children()]
     with torch.no_grad():
         found = inception(torch.rand(2, 3, 299, 299) * 2 - 1)
     for hook in hooks:
         hook.remove()
     assert found.shape == (2, 2048) and found.isfinite().all() and float(found.std()) > 1e-3
-    assert sizes["Conv2d_1a_3x3"] == (32, 149, 149)
-    assert sizes["Mixed_5d"] == (288, 35, 35)
-    assert sizes["Mixed_6e"] == (768, 17, 17)
-    assert sizes["Mixed_7c"] == (2048, 8, 8)
+    assert sizes[inception.Conv2d_1a_3x3] == (32, 149, 149)
+    assert sizes[inception.Mixed_5d] == (288, 35, 35)
+    assert sizes[inception.Mixed_6e] == (768, 17, 17)
+    assert sizes[inception.Mixed_7c] == (2048, 8, 8)
 
 
 def test_pools_of_the_graph() -> None:

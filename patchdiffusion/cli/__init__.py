@@ -5,13 +5,14 @@ import sys
 from collections.abc import Callable, Sequence
 
 from patchdiffusion import __version__
-from patchdiffusion.cli import average, bench, doctor, prepare, report, sample, train
+from patchdiffusion.cli import average, bench, doctor, evaluate, prepare, report, sample, train
 from patchdiffusion.dist import place
 from patchdiffusion.errors import Stop, out_of_memory, peer_lost
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train.main, "train on a folder of images, a recipe, or go on with a run"),
     "sample": (sample.main, "sample images from a run or model"),
+    "evaluate": (evaluate.main, "measure a run, a model or images against real images"),
     "prepare": (prepare.main, "decode images once into a pack"),
     "report": (report.main, "write a page about a run: curves, grids, configuration"),
     "average": (average.main, "make an average of the weights of any width after training"),

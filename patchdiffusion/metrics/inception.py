@@ -72,16 +72,16 @@ class InceptionC(nn.Module):
 
     def __init__(self, cin: int, mid: int):
         super().__init__()
-        across, down = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+        across, down = ((1, 7), 1, (0, 3)), ((7, 1), 1, (3, 0))
         self.branch1x1 = BasicConv2d(cin, 192, 1)
         self.branch7x7_1 = BasicConv2d(cin, mid, 1)
-        self.branch7x7_2 = BasicConv2d(mid, mid, **across)
-        self.branch7x7_3 = BasicConv2d(mid, 192, **down)
+        self.branch7x7_2 = BasicConv2d(mid, mid, *across)
+        self.branch7x7_3 = BasicConv2d(mid, 192, *down)
         self.branch7x7dbl_1 = BasicConv2d(cin, mid, 1)
-        self.branch7x7dbl_2 = BasicConv2d(mid, mid, **down)
-        self.branch7x7dbl_3 = BasicConv2d(mid, mid, **across)
-        self.branch7x7dbl_4 = BasicConv2d(mid, mid, **down)
-        self.branch7x7dbl_5 = BasicConv2d(mid, 192, **across)
+        self.branch7x7dbl_2 = BasicConv2d(mid, mid, *down)
+        self.branch7x7dbl_3 = BasicConv2d(mid, mid, *across)
+        self.branch7x7dbl_4 = BasicConv2d(mid, mid, *down)
+        self.branch7x7dbl_5 = BasicConv2d(mid, 192, *across)
         self.branch_pool = BasicConv2d(cin, 192, 1)
 
     def forward(self, x: Tensor) -> Tensor:

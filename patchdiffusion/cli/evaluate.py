@@ -1,0 +1,210 @@
+"""patchdiffusion evaluate RUN [options]"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from patchdiffusion.bar import progress_bar
+from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.codec import decode
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.prepare import prepare
+from patchdiffusion.data.source import open_source
+from patchdiffusion.dist import Team, join
+from patchdiffusion.files import read_json, write_json
+from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
+from patchdiffusion.metrics.features import extractor
+from patchdiffusion.model import Weights, pick_device
+from patchdiffusion.sample import Pipeline, load
+from patchdiffusion.train.config import DataConfig, TrainConfig
+from patchdiffusion.train.log import duration
+from patchdiffusion.train.setup import prepare_data
+
+DESCRIPTION = (
+    "Measure a run or model, given as the first argument: its loss on held-out images, and its "
+    "samples beside the real images (Frechet and kernel distance, precision, recall, density, "
+    "coverage, copies). A folder or zip of images takes the place of a model as well. The quick "
+    "default shows a trend; --full is the protocol of publications. Also under torchrun."
+)
+FULL = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureArguments:
+    """What images are compared by."""
+
+    extractor: str = "inception"
+    """inception, inception-legacy, dinov2, module:callable, or none to measure the loss only."""
+    weights: Path | None = None
+    """File or folder with the weights; None fetches published ones once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Everything that can be set."""
+
+    data: str | None = None
+    """Images to compare with; None takes those that the run was trained on."""
+    full: bool = False
+    """50,000 samples and all held-out images."""
+    weights: Weights = "averaged"
+    """averaged: what one wants; raw: the weights as trained."""
+    features: FeatureArguments = field(default_factory=FeatureArguments)
+    save: Path | None = None
+    """JSON file to write; None is evaluations/0001.json, 0002.json, ... beside the model."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of the network that is measured."""
+    config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = field(
+        default_factory=EvaluationConfig
+    )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, print a table, and write a file."""
+    first, flags = take_first(arguments)
+    given = parse(
+        EvaluateArguments,
+        flags,
+        default=EvaluateArguments(),
+        prog="patchdiffusion evaluate RUN",
+        description=DESCRIPTION,
+    )
+    if first is None:
+        raise ValueError("give a run, a model or images: patchdiffusion evaluate RUN")
+    path, device = Path(first), pick_device(given.device)
+    pipeline = _model(path, given, device)
+    if pipeline is None and given.data is None:
+        raise ValueError(f"{path} holds no model; images are compared with --data PATH")
+    config = given.config
+    if given.full:
+        config = replace(config, samples=FULL, held_out=10**9)
+    with join() as team:
+        evaluation = Evaluation(
+            pack=_reference(path, given.data, pipeline, team),
+            config=config,
+            extract=_extractor(given, team, device),
+            team=team,
+        )
+        result = _measured(evaluation, pipeline, path)
+        if team.lead:
+            print("\n".join(table(result)))
+            file = given.save or _new_file(path, pipeline is not None)
+            write_json(file, result)
+            print(f"written to {file}")
+
+
+def _model(path: Path, given: EvaluateArguments, device: torch.device) -> Pipeline | None:
+    """The model at a path, or None if there are images."""
+    if path.is_dir() and not any(
+        (path / n).exists() for n in ("model", "log.jsonl", "config.json")
+    ):
+        return None
+    if path.is_file():
+        return None
+    return load(path, weights=given.weights, device=device, precision=given.precision)
+
+
+def _extractor(given: EvaluateArguments, team: Team, device: torch.device):
+    name, weights = given.features.extractor, given.features.weights
+    if name == "none" or not given.config.samples:
+        return None
+    team.on_lead(lambda: extractor(name, weights=weights) and None)  # fetched by one of them
+    return extractor(name, weights=weights, device=device)
+
+
+def _reference(path: Path, data: str | None, pipeline: Pipeline | None, team: Team) -> Pack:
+    """The real images, decoded as those that the model was trained on."""
+    wanted = _trained_on(path) if data is None else DataConfig(path=data)
+    if pipeline is not None:
+        model = pipeline.model.config
+        pack = Pack.open(team.on_lead(lambda: str(prepare_data(wanted).path)))
+        if (*pack.info.shape[1:],) == (*model.canvas, model.network.channels):
+            return pack
+        wanted = replace(wanted, resolution=model.canvas, channels=model.network.channels)
+    return Pack.open(team.on_lead(lambda: str(prepare_data(wanted).path)))
+
+
+def _trained_on(path: Path) -> DataConfig:
+    """What a run was trained on, by its configuration."""
+    file = (path if (path / "model").is_dir() else path.parent) / "config.json"
+    try:
+        return decode(TrainConfig, read_json(file)).data
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} does not say what it was trained on; give --data PATH") from error
+
+
+def _measured(evaluation: Evaluation, pipeline: Pipeline | None, path: Path) -> dict[str, Any]:
+    images = None
+    if pipeline is None:
+        shape = evaluation.pack.info.shape
+        source = open_source(str(path))
+        images = prepare(source, resolution=shape[1:3], channels=shape[3], holdout=0).images
+    count = evaluation.config.samples if images is None else len(images)
+    team = evaluation.team
+    if team.lead and evaluation.extract is not None:
+        seconds = evaluation.estimate(pipeline, count)
+        print(
+            f"this will take about {duration(seconds)}: {count:,} samples, "
+            f"{min(evaluation.config.reference, len(evaluation.pack)):,} real images"
+        )
+    total = 0 if evaluation.extract is None else (count + evaluation.unknown) // team.size
+    with progress_bar(total, "image", disable=not team.lead) as bar:
+        watched = replace(evaluation, progress=bar.update)
+        if pipeline is not None:
+            return watched.of_model(pipeline)
+        assert images is not None
+        return watched.of_images(images, str(path))
+
+
+def _new_file(path: Path, model: bool) -> Path:
+    if not model:
+        return Path("evaluation.json")
+    root = (path if (path / "model").is_dir() else path.parent) / "evaluations"
+    number = 1
+    while (file := root / f"{number:04d}.json").exists():
+        number += 1
+    return file
+
+
+ROWS = {
+    "frechet_distance": "Frechet distance",
+    "kernel_distance": "kernel distance",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "copy_rate": "copies of training images",
+}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The numbers for people, each with what it depends on."""
+    lines, card = [], result["card"]
+    if held := result.get("held_out"):
+        bands = "  ".join(f"{band} {loss:.3f}" for band, loss in held["bands"].items())
+        lines.append(
+            f"{'held-out loss':<28}{held['loss']:.4f} +- {held['standard_error']:.4f} on "
+            f"{held['images']:,} images (by noise: {bands})"
+        )
+    for name, label in ROWS.items():
+        if name in result:
+            spread = result.get(f"{name}_std")
+            told = "" if not spread else f" +- {spread:.3g}"
+            lines.append(f"{label:<28}{result[name]:.4g}{told}")
+    if "extractor" in card:
+        facts = ", ".join(str(v) for v in card["extractor"].values())
+        lines.append(
+            f"by {facts}; {card['samples']:,} samples against {card['reference']:,} images "
+            f"of {card['data']['name']}"
+        )
+        if card["samples"] < FULL:
+            lines.append(
+                "a Frechet distance of fewer than 50,000 samples is larger; compare like with like"
+            )
+    return lines

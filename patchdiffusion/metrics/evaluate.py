@@ -1,0 +1,281 @@
+"""How good is a model? Its loss on held-out images, and its samples beside real ones."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from patchdiffusion import __version__, rng
+from patchdiffusion.codec import encode
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.dist import Team
+from patchdiffusion.files import cache_dir, write_atomic
+from patchdiffusion.metrics.compare import Gathered, compare, crops
+from patchdiffusion.metrics.features import Extractor
+from patchdiffusion.metrics.frechet import Moments
+from patchdiffusion.metrics.heldout import held_out_losses, summarise
+from patchdiffusion.metrics.memorise import copy_rate
+from patchdiffusion.sample import Pipeline, SamplerConfig
+from patchdiffusion.weighting import EDMWeight
+
+COPY_LIMIT = 20_000  # images; larger sets are neither quick to search nor likely to be repeated
+_TRIAL = 8  # images of the measurements that the estimate is made of
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured, on how many images."""
+
+    samples: int = 1000
+    """Images to sample; 0 measures the loss only."""
+    held_out: int = 512
+    """Held-out images that the loss is measured on; 0 measures none."""
+    reference: int = 50_000
+    """Real images that samples are compared with, at most."""
+    seed: int = 1_000_000
+    """Seed of the first sample."""
+    crop: int = 0
+    """Side of crops at full resolution that are compared instead of whole images; 0 is none."""
+    nearest: int = 5
+    """Neighbours that precision, recall, density and coverage are defined by."""
+    batch: int = 64
+    """Images at a time."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+
+    def __post_init__(self) -> None:
+        least = {"samples": 0, "held_out": 0, "reference": 2, "crop": 0, "nearest": 1, "batch": 1}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if self.samples == 1:
+            raise ValueError("samples must be 0 or at least 2, not 1")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model, or images, beside the images of a pack, on any number of processes."""
+
+    pack: Pack
+    config: EvaluationConfig
+    extract: Extractor | None
+    team: Team = field(default_factory=Team)
+    progress: Callable[[int], object] = bool
+    """Is called with the number of images that are done at a time."""
+
+    def __post_init__(self) -> None:
+        if self.extract is not None and len(self.pack) < 2:
+            raise ValueError(f"{self.pack.name} holds {len(self.pack)} image; a comparison needs 2")
+
+    # ---- Of a model ----
+
+    def of_model(self, pipeline: Pipeline) -> dict[str, Any]:
+        """Every number and its card, ready for JSON; alike on all processes."""
+        result: dict[str, Any] = {}
+        if self.config.held_out and len(self.pack.heldout):
+            result["held_out"] = self.held_out(pipeline)
+        if self.extract is not None and self.config.samples:
+            result |= self._against(lambda part: self._sampled(pipeline, part))
+        result["card"] = self.card(pipeline)
+        return result
+
+    def held_out(self, pipeline: Pipeline) -> dict[str, Any]:
+        """Weighted denoising loss of whole held-out images, with fixed noise."""
+        held = self.pack.heldout
+        count = min(self.config.held_out, len(held))
+        chosen = held[torch.arange(count) * len(held) // count]
+        model = pipeline.model.config
+        with pipeline.autocast():
+            found = held_out_losses(
+                pipeline.model.denoiser,
+                self.pack.images,
+                self.pack.labels if model.network.num_classes else None,
+                chosen,
+                law=model.noise,
+                weighting=EDMWeight(sigma_data=model.precond.sigma_data),
+                sizes=(model.canvas,),
+                device=pipeline.model.device,
+                batch=self.config.batch,
+                part=self.team.share(count),
+            )
+        table = torch.cat(self.team.gather(found[model.canvas]), dim=1)  # [2, count]
+        loss = summarise({model.canvas: table})
+        error = float(table[1].std() / count**0.5)
+        return {"loss": loss.total, "standard_error": error, "bands": loss.bands, "images": count}
+
+    def _sampled(self, pipeline: Pipeline, part: range) -> Iterator[np.ndarray]:
+        """Samples of these numbers, with the classes of the real images."""
+        labels = self.labels(pipeline)
+        for start in range(part.start, part.stop, self.config.batch):
+            numbers = range(start, min(start + self.config.batch, part.stop))
+            yield pipeline.sample(
+                len(numbers),
+                seed=self.config.seed + start,
+                classes=None if labels is None else labels[numbers.start : numbers.stop],
+                config=self.config.sampler,
+                batch=self.config.batch,
+            )
+            self.progress(len(numbers))
+
+    def labels(self, pipeline: Pipeline) -> list[int] | None:
+        """The class of each sample: as frequent as in the data."""
+        if not pipeline.model.config.network.num_classes or self.pack.labels is None:
+            return None
+        order = torch.from_numpy(rng.permutation(0, "evaluation labels", 0, len(self.pack)))
+        return self.pack.labels[order[torch.arange(self.config.samples) % len(order)]].tolist()
+
+    # ---- Of images ----
+
+    def of_images(self, images: Tensor, name: str) -> dict[str, Any]:
+        """The same for images that somebody has made: uint8 [N, H, W, C]."""
+        if self.extract is None:
+            raise ValueError("images can only be compared by features; name an extractor")
+
+        def made(part: range) -> Iterator[np.ndarray]:
+            for start in range(part.start, part.stop, self.config.batch):
+                stop = min(start + self.config.batch, part.stop)
+                yield images[start:stop].numpy()
+                self.progress(stop - start)
+
+        result = self._against(made, count=len(images))
+        result["card"] = self.card(None) | {"images": name, "samples": len(images)}
+        return result
+
+    def _against(
+        self, made: Callable[[range], Iterator[np.ndarray]], count: int | None = None
+    ) -> dict[str, Any]:
+        real = self.reference()
+        count = self.config.samples if count is None else count
+        first: list[Tensor] = []
+        part = self.team.share(count)
+
+        def features() -> Iterator[Tensor]:
+            done = part.start
+            for images in map(torch.from_numpy, made(part)):
+                first.append(images)
+                yield self._features(images, done)
+                done += len(images)
+
+        samples = Gathered.everywhere(self.team, Gathered.of(features()))
+        found: dict[str, Any] = compare(real, samples, nearest=self.config.nearest)
+        if 2 <= len(self.pack.train) <= COPY_LIMIT:
+            flat = torch.cat(first).movedim(-1, 1).float() / 127.5 - 1 if first else None
+            rates = None
+            if flat is not None:
+                rate = copy_rate(flat, self.pack.images, self.pack.train).rate
+                rates = (rate * len(flat), len(flat))
+            told = [r for r in self.team.gather(rates) if r is not None]
+            found["copy_rate"] = sum(r[0] for r in told) / sum(r[1] for r in told)
+        return found
+
+    def _features(self, images: Tensor, first: int) -> Tensor:
+        assert self.extract is not None
+        if self.config.crop:
+            images = crops(images, first, side=self.config.crop, each=1)
+        return self.extract(images)
+
+    # ---- The real images ----
+
+    def reference(self) -> Gathered:
+        """Features of the real images, computed once for each extractor and data set."""
+        file = self._stored()
+        if file is not None and file.exists():
+            tensors = load_file(file)
+            return Gathered(Moments.from_tensors(tensors), tensors["kept"])
+        order = torch.from_numpy(rng.permutation(0, "reference", 0, len(self.pack)))
+        chosen = order[: self.config.reference]
+        part = self.team.share(len(chosen))
+
+        def features() -> Iterator[Tensor]:
+            for start in range(part.start, part.stop, self.config.batch):
+                stop = min(start + self.config.batch, part.stop)
+                yield self._features(self.pack.images[chosen[start:stop]], start)
+                self.progress(stop - start)
+
+        found = Gathered.everywhere(self.team, Gathered.of(features()))
+        if file is not None and self.team.lead:
+            tensors = {**found.moments.to_tensors(), "kept": found.kept}
+            write_atomic(file, lambda temporary: save_file(tensors, temporary))
+        return found
+
+    @property
+    def unknown(self) -> int:
+        """Real images whose features are still to be computed."""
+        stored = self._stored()
+        known = self.extract is None or (stored is not None and stored.exists())
+        return 0 if known else min(self.config.reference, len(self.pack))
+
+    def _stored(self) -> Path | None:
+        """Where the features are kept; code of one's own may have changed since."""
+        extract = self.extract
+        if extract is None or "weights" not in extract.facts:
+            return None
+        count = min(self.config.reference, len(self.pack))
+        facts = [self.pack.fingerprint, extract.name, extract.facts, count, self.config.crop]
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        return cache_dir() / "features" / f"{name}.safetensors"
+
+    # ---- What a number means ----
+
+    def card(self, pipeline: Pipeline | None) -> dict[str, Any]:
+        """Everything that the numbers depend on."""
+        card: dict[str, Any] = {
+            "date": date.today().isoformat(),
+            "versions": {"patchdiffusion": __version__, "torch": torch.__version__},
+            "data": {
+                "name": self.pack.name,
+                "fingerprint": self.pack.fingerprint[:16],
+                "size": list(self.pack.info.shape[1:]),
+            },
+        }
+        if self.extract is not None:
+            card["extractor"] = {"name": self.extract.name, **self.extract.facts}
+            card["reference"] = min(self.config.reference, len(self.pack))
+            card |= {"crop": self.config.crop, "nearest": self.config.nearest}
+        if pipeline is not None:
+            card["model"] = {
+                "digest": pipeline.model.digest,
+                "equivalents": pipeline.model.config.images,
+                "precision": pipeline.precision,
+            }
+            if self.extract is not None:
+                last = self.config.seed + self.config.samples - 1
+                card["samples"] = self.config.samples
+                card["seeds"] = f"{self.config.seed}-{last}"
+                card["sampler"] = encode(self.config.sampler)
+                card["classes"] = "as in the data" if self.labels(pipeline) else "none"
+        return card
+
+    def estimate(self, pipeline: Pipeline | None, samples: int) -> float:
+        """Seconds that features and samples will take, from a few images of each."""
+        if self.extract is None:
+            return 0.0
+        some = self.pack.images[: min(_TRIAL, len(self.pack))]
+        each = _time(lambda: self._features(some, 0)) / len(some)
+        seconds = each * (samples + self.unknown)
+        if pipeline is not None and samples:
+            config = replace(self.config.sampler, steps=1)
+            labels = (self.labels(pipeline) or [])[:_TRIAL] or None
+            once = _time(lambda: pipeline.sample(_TRIAL, classes=labels, config=config))
+            evaluations = 2 * self.config.sampler.steps - 1
+            if self.config.sampler.solver == "euler":
+                evaluations = self.config.sampler.steps
+            seconds += once / _TRIAL * samples * evaluations
+        return seconds / self.team.size
+
+
+def _time(work: Callable[[], object]) -> float:
+    work()
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
