@@ -110,7 +110,7 @@ class Evaluation:
             )
         table = torch.cat(self.team.gather(found[model.canvas]), dim=1)  # [2, count]
         loss = summarise({model.canvas: table})
-        error = float(table[1].std() / count**0.5)
+        error = float(table[1].std(correction=0) / max(count - 1, 1) ** 0.5)
         return {"loss": loss.total, "standard_error": error, "bands": loss.bands, "images": count}
 
     def _sampled(self, pipeline: Pipeline, part: range) -> Iterator[np.ndarray]:

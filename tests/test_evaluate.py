@@ -1,0 +1,209 @@
+"""Evaluation of models and images: numbers, cards, classes, what is computed once."""
+
+import json
+import shutil
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from commands import Capture, fails, works
+from torch import Tensor
+
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.dist import Place, Team
+from patchdiffusion.metrics.compare import Gathered, compare
+from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
+from patchdiffusion.metrics.features import Extractor
+from patchdiffusion.sample import SamplerConfig, load
+from patchdiffusion.train.config import DataConfig
+from patchdiffusion.train.setup import prepare_data
+
+CONFIG = EvaluationConfig(
+    samples=20, held_out=2, nearest=3, batch=7, sampler=SamplerConfig(steps=2)
+)
+
+
+def colours(images: Tensor) -> Tensor:
+    """Means and deviations of the channels of uint8 [B, H, W, 3]: [B, 6]."""
+    flat = images.float().flatten(1, 2)
+    return torch.cat([flat.mean(1), flat.std(1)], dim=1)
+
+
+class Counting:
+    """An extractor that counts what it is given."""
+
+    def __init__(self) -> None:
+        self.images = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.images += len(images)
+        return colours(images)
+
+
+def extractor(function: object = colours, **facts: str) -> Extractor:
+    return Extractor("colours", function, torch.device("cpu"), facts)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(scope="module")
+def pack(images: Path) -> Pack:
+    return prepare_data(DataConfig(path=str(images)))
+
+
+# ---- Numbers ----
+
+
+def test_numbers_are_those_of_all_images(pack: Pack, finished: Path) -> None:
+    pipeline = load(finished, device="cpu")
+    evaluation = Evaluation(pack, CONFIG, extractor())
+    result = evaluation.of_model(pipeline)
+    labels = evaluation.labels(pipeline)
+    made = pipeline.sample(20, seed=CONFIG.seed, classes=labels, config=CONFIG.sampler, batch=20)
+    real, samples = (Gathered.of([colours(x)]) for x in (pack.images, torch.from_numpy(made)))
+    assert real is not None and samples is not None
+    expected = compare(real, samples, nearest=3)
+    assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-3)
+    assert result["held_out"]["images"] == 2
+    assert result["copy_rate"] == 0.0
+    assert result["card"]["samples"] == 20 and result["card"]["reference"] == 40
+    assert result["card"]["seeds"] == "1000000-1000019"
+    json.dumps(result, allow_nan=False)
+
+
+def test_classes_are_as_frequent_as_in_the_data(pack: Pack, finished: Path) -> None:
+    assert pack.labels is not None
+    uneven = replace(pack, labels=torch.where(torch.arange(40) < 30, 1, 0))
+    config = replace(CONFIG, samples=80)
+    labels = Evaluation(uneven, config, None).labels(load(finished, device="cpu"))
+    assert labels is not None and labels.count(1) == 60 and labels[:40] == labels[40:]
+    assert labels != sorted(labels)
+
+
+def test_each_process_has_its_share(pack: Pack, finished: Path) -> None:
+    """Two processes in turn make what one makes."""
+    pipeline, told = load(finished, device="cpu"), []
+
+    class Half(Team):
+        def gather(self, value: object) -> list[object]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            told.append(value)
+            return [value]
+
+    for rank in range(2):
+        team = Half(Place(rank, 2))
+        Evaluation(pack, CONFIG, extractor(), team).of_model(pipeline)
+    halves = len(told) // 2
+    assert halves == 4  # held-out losses, reference, samples, copies
+    losses = torch.cat([told[0], told[halves]], dim=1)
+    assert losses.shape == (2, 2)
+    whole = Evaluation(pack, CONFIG, extractor()).of_model(pipeline)
+    assert float(losses[1].mean()) == pytest.approx(whole["held_out"]["loss"])
+    sets = []
+    for number in (1, 2):
+        parts = iter((told[number], told[halves + number]))
+        sets.append(Gathered.everywhere(_Told(list(parts)), None))
+    assert [s.moments.count for s in sets] == [40, 20]
+    found = compare(*sets, nearest=3)
+    assert found == pytest.approx({name: whole[name] for name in found}, rel=1e-3, abs=1e-3)
+
+
+class _Told(Team):
+    def __init__(self, values: list[object]):
+        super().__init__()
+        self.values = values
+
+    def gather(self, value: object) -> list[object]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.values
+
+
+def test_real_images_are_read_once(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATCHDIFFUSION_CACHE", str(tmp_path))
+    known, own = Counting(), Counting()
+    found = []
+    for counting, facts in ((known, {"weights": "0123"}), (own, {})):
+        for _ in range(2):
+            evaluation = Evaluation(pack, CONFIG, extractor(counting, **facts))
+            found.append(evaluation.of_images(pack.images[:10], "ten"))
+    assert known.images == 40 + 10 + 10
+    assert own.images == 2 * (40 + 10)  # which may have changed in between
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    assert found[0]["frechet_distance"] == found[1]["frechet_distance"]
+    for change in ({"crop": 8}, {"reference": 20}):
+        config = replace(CONFIG, **change)
+        Evaluation(pack, config, extractor(known, weights="0123")).of_images(pack.images[:10], "")
+    Evaluation(pack, CONFIG, extractor(known, weights="4567")).of_images(pack.images[:10], "")
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 4
+
+
+def test_real_images_have_no_distance_from_themselves(pack: Pack) -> None:
+    result = Evaluation(pack, CONFIG, extractor()).of_images(pack.images, "the same")
+    assert result["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert result["precision"] == result["recall"] == result["coverage"] == 1
+    assert result["copy_rate"] > 0.9
+    assert result["card"]["images"] == "the same"
+
+
+# ---- The command ----
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module with an extractor."""
+    module = types.ModuleType("own_colours")
+    module.make = lambda: lambda images: colours(images.movedim(1, -1))  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "own_colours", module)
+    return "own_colours:make"
+
+
+def test_evaluate_a_run(own: str, finished: Path, tmp_path: Path, capsys: Capture) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    options = ["--features.extractor", own, "--samples", 12, "--sampler.steps", 1]
+    out = works(capsys, "evaluate", folder, *options)
+    for text in ("this will take about", "held-out loss", "Frechet distance", "kernel distance",
+                 "coverage", "copies of training images", "12 samples against 40 images",
+                 "evaluations/0001.json"):  # fmt: skip
+        assert text in out, text
+    result = json.loads((folder / "evaluations" / "0001.json").read_text())
+    assert result["card"]["extractor"] == {"name": own}
+    assert result["card"]["sampler"]["steps"] == 1
+    works(
+        capsys, "evaluate", folder / "model", *options, "--data", tiny.write_images(tmp_path / "x")
+    )
+    again = json.loads((folder / "evaluations" / "0002.json").read_text())
+    assert again["frechet_distance"] == pytest.approx(result["frechet_distance"], rel=1e-3)
+    assert again["card"]["data"]["fingerprint"] == result["card"]["data"]["fingerprint"]
+
+
+def test_evaluate_the_loss_only(finished: Path, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "loss.json"
+    out = works(capsys, "evaluate", finished, "--features.extractor", "none", "--save", file)
+    assert "held-out loss" in out and "Frechet" not in out
+    assert set(json.loads(file.read_text())) == {"held_out", "card"}
+
+
+def test_evaluate_images(own: str, images: Path, tmp_path: Path, capsys: Capture) -> None:
+    file = tmp_path / "result.json"
+    options = ["--data", images, "--features.extractor", own, "--save", file]
+    works(capsys, "evaluate", images, *options)
+    assert json.loads(file.read_text())["frechet_distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_evaluate_refuses(
+    own: str, finished: Path, images: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    assert "give a run, a model or images" in fails(capsys, "evaluate")
+    assert "images are compared with --data PATH" in fails(capsys, "evaluate", images)
+    assert "samples must be 0 or at least 2" in fails(capsys, "evaluate", finished, "--samples", 1)
+    assert "nearest must be at least 1" in fails(capsys, "evaluate", finished, "--nearest", 0)
+    unknown = fails(capsys, "evaluate", finished, "--features.extractor", "vgg")
+    assert "unknown extractor 'vgg'" in unknown
+    missing = fails(capsys, "evaluate", finished, "--features.weights", tmp_path / "none.pth")
+    assert "none.pth" in missing
+    model = Path(shutil.copytree(finished / "model", tmp_path / "model"))
+    assert "give --data PATH" in fails(capsys, "evaluate", model)
+    crop = ["--features.extractor", own, "--crop", 99]
+    assert "crops of 99 pixels do not fit" in fails(capsys, "evaluate", finished, *crop)
