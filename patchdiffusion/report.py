@@ -170,6 +170,8 @@ def _numbers(status: list[Record], watch: list[Record]) -> list[tuple[str, str]]
                 rows.append((f"held-out loss of {size} crops", _loss(value)))
         if "copy_rate" in record:
             rows.append(("samples that are near copies", f"{record['copy_rate']:.0%}"))
+        if "distance" in record:
+            rows.append(("Frechet distance of a few samples", f"{record['distance']:.4g}"))
     return rows
 
 

@@ -18,8 +18,9 @@ from patchdiffusion.dist import Place, Team
 from patchdiffusion.metrics.compare import Gathered, compare
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.metrics.features import Extractor
+from patchdiffusion.report import read_log
 from patchdiffusion.sample import SamplerConfig, load
-from patchdiffusion.train.config import DataConfig
+from patchdiffusion.train.config import DataConfig, WatchConfig
 from patchdiffusion.train.setup import prepare_data
 
 CONFIG = EvaluationConfig(
@@ -102,20 +103,10 @@ def test_each_process_has_its_share(pack: Pack, finished: Path) -> None:
     assert float(losses[1].mean()) == pytest.approx(whole["held_out"]["loss"])
     sets = []
     for number in (1, 2):
-        parts = iter((told[number], told[halves + number]))
-        sets.append(Gathered.everywhere(_Told(list(parts)), None))
+        sets.append(Gathered.together([told[number], told[halves + number]]))
     assert [s.moments.count for s in sets] == [40, 20]
     found = compare(*sets, nearest=3)
     assert found == pytest.approx({name: whole[name] for name in found}, rel=1e-3, abs=1e-3)
-
-
-class _Told(Team):
-    def __init__(self, values: list[object]):
-        super().__init__()
-        self.values = values
-
-    def gather(self, value: object) -> list[object]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.values
 
 
 def test_real_images_are_read_once(
@@ -207,3 +198,27 @@ def test_evaluate_refuses(
     assert "give --data PATH" in fails(capsys, "evaluate", model)
     crop = ["--features.extractor", own, "--crop", 99]
     assert "crops of 99 pixels do not fit" in fails(capsys, "evaluate", finished, *crop)
+
+
+# ---- While a run trains ----
+
+
+def test_a_run_follows_the_distance(
+    own: str, images: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    watch = WatchConfig(status=99, samples=2, grid=2, sample_steps=2, held_out=2, distance=12)
+    config = tiny.config(images, watch=replace(watch, extractor=own))
+    folder = tiny.run(config, tmp_path / "run")
+    assert "of 12 samples" in capsys.readouterr().out
+    found = [r["distance"] for r in read_log(folder) if r["kind"] == "watch"]
+    assert len(found) == 2 and found[0] != found[1] and min(found) > 0
+    again = tiny.run(config, tmp_path / "again")
+    assert [r["distance"] for r in read_log(again) if r["kind"] == "watch"] == found
+    assert tiny.weights(folder) == tiny.weights(tiny.run(tiny.config(images), tmp_path / "plain"))
+    pipeline = load(folder, device="cpu")
+    evaluated = Evaluation(
+        prepare_data(config.data),
+        EvaluationConfig(samples=12, sampler=SamplerConfig(steps=2)),
+        extractor(),
+    ).of_model(pipeline)
+    assert evaluated["frechet_distance"] == pytest.approx(found[1], rel=0.01)

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchdiffusion.dist import Team
 from patchdiffusion.metrics import compare as comparing
 from patchdiffusion.metrics.compare import Gathered, compare, crops
 from patchdiffusion.metrics.frechet import Moments, frechet_distance
@@ -202,7 +201,7 @@ def test_gathered_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     x, y = normal(100, 5).float(), normal(90, 5, seed=1).float()
     real = Gathered.of([x])
     parts = Gathered.of(x.split(17))
-    samples = Gathered.everywhere(Team(), Gathered.of(y.split(40)))
+    samples = Gathered.together([Gathered.of(y[:80].split(40)), None, Gathered.of([y[80:]])])
     assert real is not None and parts is not None
     assert torch.equal(parts.kept, x[:60])
     assert compare(real, samples) == pytest.approx(compare(parts, samples), rel=1e-9)

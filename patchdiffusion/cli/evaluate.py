@@ -17,7 +17,7 @@ from patchdiffusion.data.source import open_source
 from patchdiffusion.dist import Team, join
 from patchdiffusion.files import read_json, write_json
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
-from patchdiffusion.metrics.features import extractor
+from patchdiffusion.metrics.features import Extractor, extractor
 from patchdiffusion.model import Weights, pick_device
 from patchdiffusion.sample import Pipeline, load
 from patchdiffusion.train.config import DataConfig, TrainConfig
@@ -110,12 +110,11 @@ def _model(path: Path, given: EvaluateArguments, device: torch.device) -> Pipeli
     return load(path, weights=given.weights, device=device, precision=given.precision)
 
 
-def _extractor(given: EvaluateArguments, team: Team, device: torch.device):
+def _extractor(given: EvaluateArguments, team: Team, device: torch.device) -> Extractor | None:
     name, weights = given.features.extractor, given.features.weights
     if name == "none" or not given.config.samples:
         return None
-    team.on_lead(lambda: extractor(name, weights=weights) and None)  # fetched by one of them
-    return extractor(name, weights=weights, device=device)
+    return extractor(name, weights=weights, device=device, team=team)
 
 
 def _reference(path: Path, data: str | None, pipeline: Pipeline | None, team: Team) -> Pack:

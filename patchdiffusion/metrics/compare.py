@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.dist import Team
 from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.kernel import kernel_distance
 from patchdiffusion.metrics.prdc import prdc
@@ -36,21 +35,18 @@ class Gathered:
         return None if moments is None else cls(moments, torch.cat(kept))
 
     @classmethod
-    def everywhere(cls, team: Team, own: "Gathered | None") -> "Gathered":
-        """Those of all processes, in their order."""
+    def together(cls, parts: Iterable["Gathered | None"]) -> "Gathered":
+        """Those of several processes, in their order."""
         found: Gathered | None = None
-        told = None if own is None else (own.moments.to_tensors(), own.kept)
-        for part in team.gather(told):
-            if part is not None:
-                other = cls(Moments.from_tensors(part[0]), part[1])
-                found = other if found is None else found._and(other)
+        for part in parts:
+            if found is None or part is None:
+                found = part or found
+            else:
+                kept = torch.cat([found.kept, part.kept])[:KEPT]
+                found = cls(found.moments.merge(part.moments), kept)
         if found is None:
             raise ValueError("there are no images to compare")
         return found
-
-    def _and(self, other: "Gathered") -> "Gathered":
-        kept = torch.cat([self.kept, other.kept])[:KEPT]
-        return Gathered(self.moments.merge(other.moments), kept)
 
 
 def compare(real: Gathered, samples: Gathered, *, nearest: int = 5) -> dict[str, float]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patchdiffusion import __version__, rng
+from patchdiffusion import rng
 from patchdiffusion.codec import encode
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.dist import Team
@@ -28,6 +29,7 @@ from patchdiffusion.sample import Pipeline, SamplerConfig
 from patchdiffusion.weighting import EDMWeight
 
 COPY_LIMIT = 20_000  # images; larger sets are neither quick to search nor likely to be repeated
+SEED = 1_000_000  # of the first sample: none that people look at
 _TRIAL = 8  # images of the measurements that the estimate is made of
 
 Say = Callable[[str], object]
@@ -43,7 +45,7 @@ class EvaluationConfig:
     """Held-out images that the loss is measured on; 0 measures none."""
     reference: int = 50_000
     """Real images that samples are compared with, at most."""
-    seed: int = 1_000_000
+    seed: int = SEED
     """Seed of the first sample."""
     crop: int = 0
     """Side of crops at full resolution that are compared instead of whole images; 0 is none."""
@@ -128,11 +130,10 @@ class Evaluation:
             self.progress(len(numbers))
 
     def labels(self, pipeline: Pipeline) -> list[int] | None:
-        """The class of each sample: as frequent as in the data."""
+        """The class of each sample."""
         if not pipeline.model.config.network.num_classes or self.pack.labels is None:
             return None
-        order = torch.from_numpy(rng.permutation(0, "evaluation labels", 0, len(self.pack)))
-        return self.pack.labels[order[torch.arange(self.config.samples) % len(order)]].tolist()
+        return sample_labels(self.pack.labels, self.config.samples).tolist()
 
     # ---- Of images ----
 
@@ -166,7 +167,7 @@ class Evaluation:
                 yield self._features(images, done)
                 done += len(images)
 
-        samples = Gathered.everywhere(self.team, Gathered.of(features()))
+        samples = Gathered.together(self.team.gather(Gathered.of(features())))
         found: dict[str, Any] = compare(real, samples, nearest=self.config.nearest)
         if 2 <= len(self.pack.train) <= COPY_LIMIT:
             flat = torch.cat(first).movedim(-1, 1).float() / 127.5 - 1 if first else None
@@ -202,7 +203,7 @@ class Evaluation:
                 yield self._features(self.pack.images[chosen[start:stop]], start)
                 self.progress(stop - start)
 
-        found = Gathered.everywhere(self.team, Gathered.of(features()))
+        found = Gathered.together(self.team.gather(Gathered.of(features())))
         if file is not None and self.team.lead:
             tensors = {**found.moments.to_tensors(), "kept": found.kept}
             write_atomic(file, lambda temporary: save_file(tensors, temporary))
@@ -231,7 +232,7 @@ class Evaluation:
         """Everything that the numbers depend on."""
         card: dict[str, Any] = {
             "date": date.today().isoformat(),
-            "versions": {"patchdiffusion": __version__, "torch": torch.__version__},
+            "versions": {"patchdiffusion": version("patchdiffusion"), "torch": torch.__version__},
             "data": {
                 "name": self.pack.name,
                 "fingerprint": self.pack.fingerprint[:16],
@@ -272,6 +273,12 @@ class Evaluation:
                 evaluations = self.config.sampler.steps
             seconds += once / _TRIAL * samples * evaluations
         return seconds / self.team.size
+
+
+def sample_labels(labels: Tensor, count: int) -> Tensor:
+    """Classes as frequent as in the data, in a fixed order: int64 [N] -> int64 [count]."""
+    order = torch.from_numpy(rng.permutation(0, "evaluation labels", 0, len(labels)))
+    return labels[order[torch.arange(count) % len(order)]]
 
 
 def _time(work: Callable[[], object]) -> float:

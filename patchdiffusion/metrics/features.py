@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from patchdiffusion.dist import Team
 from patchdiffusion.fetch import fetch
 from patchdiffusion.files import sha256
 from patchdiffusion.metrics.inception import Inception, resize_antialiased, resize_legacy
@@ -59,7 +60,11 @@ class Extractor:
 
 
 def extractor(
-    name: str, *, weights: Path | None = None, device: str | torch.device = "cpu"
+    name: str,
+    *,
+    weights: Path | None = None,
+    device: str | torch.device = "cpu",
+    team: Team | None = None,
 ) -> Extractor:
     """An extractor by name.
 
@@ -67,9 +72,14 @@ def extractor(
     TensorFlow 1, "dinov2" the class token of DINOv2 ViT-L/14 (Stein et al., NeurIPS 2023), and
     "module:callable" your own: called without arguments it must return a function of uint8
     [B, 3, H, W] that returns [B, D]. `weights` is a file or folder that is there already; without
-    it, published weights are fetched once, into the cache.
+    it, published weights are fetched once, into the cache, by one process of a team.
     """
-    device = torch.device(device)
+    if team is not None and team.size > 1:
+        team.on_lead(lambda: _made(name, weights, torch.device("cpu")) and None)
+    return _made(name, weights, torch.device(device))
+
+
+def _made(name: str, weights: Path | None, device: torch.device) -> Extractor:
     if name in ("inception", "inception-legacy"):
         return _inception(name, weights, device)
     if name == "dinov2":

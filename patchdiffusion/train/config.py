@@ -149,9 +149,17 @@ class WatchConfig:
     """Classifier-free guidance weight of the grids."""
     held_out: int = 256
     """Held-out images that the loss is measured on with every grid; 0 measures none."""
+    distance: int = 0
+    """Samples whose Frechet distance from the data is measured with every grid; 0 measures none."""
+    extractor: str = "inception"
+    """Features of that distance: inception, inception-legacy, dinov2 or module:callable."""
+    extractor_weights: str | None = None
+    """File or folder with its weights; None fetches published ones once."""
 
     def __post_init__(self) -> None:
         positive(self, "status", "samples", "grid", "sample_steps")
+        if self.distance < 0 or self.distance == 1:
+            raise ValueError(f"distance must be 0 or at least 2 samples, not {self.distance}")
         if self.held_out < 0 or not 0 <= self.guidance < math.inf:
             raise ValueError(
                 "held_out and guidance must be >= 0 and finite, "

@@ -15,6 +15,7 @@ from patchdiffusion.data.source import open_source
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.dist import Team, place
 from patchdiffusion.losses import DenoisingLoss, Objective
+from patchdiffusion.metrics.features import Extractor, extractor
 from patchdiffusion.model import ModelConfig, build, pick_device
 from patchdiffusion.nets.count import training_flops
 from patchdiffusion.patches import PatchPlan, Size
@@ -246,9 +247,17 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         stepper=stepper,
         phases=phases,
         flops=flops,
-        watch=Watch(config, pack, sizes, device, precision, team),
+        watch=Watch(config, pack, sizes, device, precision, team, _extractor(config, team, device)),
         state=TrainState(),
     )
+
+
+def _extractor(config: TrainConfig, team: Team, device: torch.device) -> Extractor | None:
+    watch = config.watch
+    if not watch.distance:
+        return None
+    weights = None if watch.extractor_weights is None else Path(watch.extractor_weights)
+    return extractor(watch.extractor, weights=weights, device=device, team=team)
 
 
 def _spread_out(

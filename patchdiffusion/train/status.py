@@ -185,6 +185,9 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
         log.trackers.numbers({"held-out loss": held["loss"]}, training.state.step)
         bands = " ".join(f"{band} {value:.3f}" for band, value in held["bands"].items())
         told += f"  held-out loss {held['loss']:.4f}  (by noise: {bands})"
+    if isinstance(distance := facts.get("distance"), float):
+        log.trackers.numbers({"Frechet distance": distance}, training.state.step)
+        told += f"  distance {distance:.4g} of {training.config.watch.distance:,} samples"
     log.say(told)
     rate = facts.get("copy_rate")
     if isinstance(rate, float) and rate > COPY_WARNING:

@@ -1,8 +1,9 @@
 """What a run shows of itself on the way: sample grids, held-out loss, a warning about copies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,16 @@ from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.dist import Team
+from patchdiffusion.metrics.compare import Gathered
+from patchdiffusion.metrics.evaluate import (
+    COPY_LIMIT,
+    SEED,
+    Evaluation,
+    EvaluationConfig,
+    sample_labels,
+)
+from patchdiffusion.metrics.features import Extractor
+from patchdiffusion.metrics.frechet import frechet_distance
 from patchdiffusion.metrics.heldout import held_out_losses, summarise
 from patchdiffusion.metrics.memorise import copy_rate
 from patchdiffusion.patches import Size
@@ -19,8 +30,7 @@ from patchdiffusion.sample import SamplerConfig, sample
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.machine import autocast
 
-COPY_LIMIT = 20_000  # images; larger sets are neither quick to search nor likely to be repeated
-
+T = TypeVar("T")
 Ending = Callable[[], bool]
 
 
@@ -43,27 +53,30 @@ class Watch:
     device: torch.device
     precision: str
     team: Team
+    extract: Extractor | None = None
+    """Features of the Frechet distance, if it is to be measured."""
 
     def draw(self, denoiser: NetDenoiser, ending: Ending = bool) -> Tensor:
         """The images of the grid: float32 [N, C, H, W]."""
-        watch, network = self.config.watch, self.config.network
-        share = self.team.share(watch.grid)
+        classes = self.config.network.num_classes
+        share = self.team.share(self.config.watch.grid)
+        labels = torch.tensor(share) % classes if classes else None
+        watched = _Abandonable(denoiser, ending)
+        return torch.cat(self._all(lambda: self._sample(watched, share, labels)))
 
-        def work() -> Tensor:
-            labels = torch.tensor(share) % network.num_classes if network.num_classes else None
-            with autocast(self.device, self.precision):
-                return sample(
-                    _Abandonable(denoiser, ending),
-                    seeds=share,
-                    channels=network.channels,
-                    canvas=self.sizes[0],
-                    labels=labels,
-                    config=SamplerConfig(steps=watch.sample_steps, guidance=watch.guidance),
-                    batch=self._batch,
-                    device=self.device,
-                )
-
-        return torch.cat(self._all(work))
+    def _sample(self, denoiser: Denoiser, seeds: range, labels: Tensor | None) -> Tensor:
+        watch = self.config.watch
+        with autocast(self.device, self.precision):
+            return sample(
+                denoiser,
+                seeds=seeds,
+                channels=self.config.network.channels,
+                canvas=self.sizes[0],
+                labels=labels,
+                config=SamplerConfig(steps=watch.sample_steps, guidance=watch.guidance),
+                batch=self._batch,
+                device=self.device,
+            )
 
     def save(self, images: Tensor, path: Path) -> None:
         """Write the grid as PNG."""
@@ -78,7 +91,7 @@ class Watch:
     def measure(
         self, denoiser: NetDenoiser, samples: Tensor, ending: Ending = bool
     ) -> dict[str, object]:
-        """Held-out loss (total, per band of noise, per size) and copy rate, where they apply."""
+        """Held-out loss (total, per band, per size), copies and distance, where they apply."""
         facts: dict[str, object] = {}
         count = min(self.config.watch.held_out, len(self.pack.heldout))
         if count:
@@ -107,17 +120,40 @@ class Watch:
         if self.team.lead and 2 <= len(self.pack.train) <= COPY_LIMIT:
             copies = copy_rate(samples, self.pack.images, self.pack.train)
             facts["copy_rate"] = copies.rate
+        if self.extract is not None:
+            facts["distance"] = self._distance(denoiser, self.extract, ending)
         return facts
 
-    def _all(self, work: Callable[[], Tensor]) -> list[Tensor]:
+    def _distance(self, denoiser: NetDenoiser, extract: Extractor, ending: Ending) -> float:
+        """The Frechet distance of a few samples: a trend, too large as a number."""
+        count = self.config.watch.distance
+        real = Evaluation(self.pack, EvaluationConfig(), extract, self.team).reference()
+        labels = training_labels(self.config, self.pack)
+        labels = None if labels is None else sample_labels(labels, count)
+        part = self.team.share(count)
+        watched = _Abandonable(denoiser, ending)
+
+        def features() -> Iterator[Tensor]:
+            for start in range(part.start, part.stop, self._batch):
+                numbers = range(start, min(start + self._batch, part.stop))
+                chosen = None if labels is None else labels[numbers.start : numbers.stop]
+                seeds = range(SEED + numbers.start, SEED + numbers.stop)
+                images = self._sample(watched, seeds, chosen)
+                yield extract(torch.from_numpy(to_uint8(images)))
+
+        samples = Gathered.together(self._all(lambda: Gathered.of(features())))
+        return frechet_distance(real.moments, samples.moments)
+
+    def _all(self, work: Callable[[], T]) -> list[T]:
+        """What all processes have made, unless one of them gave up."""
         try:
-            made = work()
+            made = [work()]
         except Abandoned:
-            made = None
+            made = []
         found = self.team.gather(made)
-        if any(part is None for part in found):
+        if not all(found):
             raise Abandoned
-        return [part for part in found if part is not None]
+        return [value for (value,) in found]
 
 
 @dataclass(frozen=True)
