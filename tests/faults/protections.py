@@ -10,6 +10,7 @@ test still passes or an entry is out of date.
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import shutil
@@ -84,6 +85,7 @@ def table() -> list[Protection]:
         return [Protection.of(entry) for entry in tomllib.load(stream)["protection"]]
 
 
+@functools.cache
 def all_tests() -> dict[str, Path]:
     """The names of all tests of faults, and where they are."""
     files = sorted(FOLDER.glob("test_*.py"))

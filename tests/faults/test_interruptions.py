@@ -49,6 +49,14 @@ def test_r2_kill_one_of_two_ranks(images: Path, steady_pair: Path, tmp_path: Pat
     assert [r["step"] for r in read_log(folder) if r.get("replayed")] in ([7], [7, 8])
 
 
+def test_r2_the_others_end(images: Path, tmp_path: Path) -> None:
+    """Without a launcher that starts all again."""
+    ended = drive(images, tmp_path / "run", size=2, **LONG, faults=[kill(5, rank=1)])
+    assert [e.code for e in ended] == [24, -signal.SIGKILL]
+    assert ended[0].error.startswith("another process has ended; this is rank 0 in ")
+    assert status(tmp_path / "run") == "failed"
+
+
 STAGES = ["file 1", "file 2", "manifest", "rename", "pointer"]
 
 
