@@ -216,6 +216,12 @@ def change_config(**changes: Any) -> None:
     tiny.change = lambda config, given: original(config, {**given, **changes})
 
 
+def other_data(path: str) -> None:
+    """This process finds other images where the others find theirs."""
+    prepare = loop.prepare_data
+    loop.prepare_data = lambda data: prepare(dataclasses.replace(data, path=path))
+
+
 FAULTS: dict[str, Callable[..., None]] = {
     f.__name__: f
     for f in (
@@ -235,6 +241,7 @@ FAULTS: dict[str, Callable[..., None]] = {
         fill_disk,
         damage_pack,
         change_config,
+        other_data,
     )
 }
 
