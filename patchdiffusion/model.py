@@ -42,6 +42,10 @@ class ModelConfig:
     step: int = 0
     """Optimizer steps."""
 
+    def __post_init__(self) -> None:
+        if min(self.canvas) < 1:
+            raise ValueError(f"canvas must be a positive height and width, not {self.canvas}")
+
 
 @dataclass(frozen=True)
 class Model:
