@@ -228,7 +228,7 @@ def test_s1_json_of_another_form(
         if folder != newest:
             shutil.rmtree(folder)
     file, command = {
-        "config": (run / "config.json", ("train", run)),
+        "config": (run / "config.json", ("train", run, "--dry-run")),
         "model": (run / "model" / "config.json", ("sample", run)),
         "state": (newest / "state.json", ("train", run)),
         "manifest": (newest / "manifest.json", ("train", run)),
