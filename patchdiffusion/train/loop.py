@@ -59,7 +59,8 @@ def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
 def _carry_out(training: Training, started: float) -> None:
     log = training.log
     if training.finished:
-        _catch_up(training)  # it may have been killed after its last checkpoint
+        Saver(training).catch_up()  # it may have been killed after its last checkpoint
+        _catch_up(training)
         log.status("finished", **_place(training))
         log.say(f"{training.folder} is finished; a larger --images extends it")
         training.team.on_lead(lambda: _report(training))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import tiny
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from patchdiffusion import cli
@@ -23,7 +24,7 @@ from patchdiffusion.train.config import RunConfig
 quick = settings(
     derandomize=True,
     max_examples=150,
-    phases=(Phase.generate,),
+    phases=(Phase.explicit, Phase.generate),
     report_multiple_bugs=False,
     deadline=None,
     database=None,
@@ -78,6 +79,10 @@ def test_s4_any_value_in_config_json(command: str, run: Path, images: Path) -> N
     more = {"train": ["--dry-run"], "sample": ["--steps", "1", "--count", "1", "--batch", "1"]}
 
     @quick
+    @example(("optim", "lr") if command == "train" else ("images",), float("nan"), False)
+    @example(("watch", "grid") if command == "train" else ("canvas",), 10**400, False)
+    @example(("optim",) if command == "train" else ("canvas",), [-1, 2], False)
+    @example(("precond", "sigma_data"), 1e300, False)
     @given(st.sampled_from(paths), st.sampled_from(VALUES), st.booleans())
     def attempt(path: tuple[str, ...], value: Any, unknown: bool) -> None:
         path = (*path[:-1], "surprise") if unknown else path
@@ -85,7 +90,8 @@ def test_s4_any_value_in_config_json(command: str, run: Path, images: Path) -> N
         code, error = tried(command, run, *more[command])
         assert code in (0, 2), (path, value, error)
         assert not error or names(error, path), (path, value, error)
-        assert code == 2 or not unknown, (path, value)
+        refused = unknown or (isinstance(value, float) and not math.isfinite(value))
+        assert code == 2 or not refused, (path, value)
         shutil.rmtree(run / "generated", ignore_errors=True)
 
     attempt()
