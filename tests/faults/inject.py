@@ -14,7 +14,16 @@ from typing import Any
 import tiny
 import torch
 from moments import at, once_ever
-from surroundings import damage_pack, fill_disk, forbid, limit_file_size, raise_in, remove
+from surroundings import (
+    block,
+    damage_pack,
+    fill_disk,
+    forbid,
+    jump,
+    limit_file_size,
+    raise_in,
+    remove,
+)
 
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
@@ -236,6 +245,8 @@ FAULTS: dict[str, Callable[..., None]] = {
         poke,
         raise_in,
         remove,
+        block,
+        jump,
         forbid,
         limit_file_size,
         fill_disk,
@@ -247,7 +258,7 @@ FAULTS: dict[str, Callable[..., None]] = {
 
 OWNERS = (
     *(Phases, Pack, Feed, DenoisingLoss, loop.Saver, setup.Stepper),
-    *(checkpoint, loop, watch, tiny, shutil, os),
+    *(checkpoint, loop, watch, tiny, shutil, os, time),
 )
 """Classes and modules in which the faults above replace something."""
 

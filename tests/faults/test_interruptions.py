@@ -100,6 +100,22 @@ def test_r3_files_are_flushed_before_they_get_their_name(
     assert told[named + 1] == "flush checkpoints"
 
 
+@pytest.mark.parametrize("stage", ["rename", "pointer"])
+def test_r3_kill_before_the_last_model(
+    stage: str, images: Path, finished: Path, tmp_path: Path
+) -> None:
+    """All is done; only the model and the last snapshot of its averages are missing."""
+    folder = tmp_path / "run"
+    config = {"ema.profiles": [0.1], "ema.snapshots": 1}
+    fault = {"kind": "die_in_save", "stage": stage, "save": 3}
+    ended = alone(images, folder, config=config, run=SAVE_ALWAYS, faults=[fault])
+    assert ended.code == -signal.SIGKILL and checkpoints(folder)[-1] == 4
+    again = harness.here(images, folder, config=config)
+    assert again.code == 0 and "is finished" in again.out
+    same_run(folder, finished)
+    assert sorted(f.name for f in (folder / "snapshots").iterdir()) == ["latest", "step-0000000004"]
+
+
 def draws(folder: Path) -> dict[int, list[list[Any]]]:
     """What was drawn in each step by all ranks, in the order of the step."""
     found: dict[int, dict[int, list[Any]]] = {}
