@@ -43,6 +43,8 @@ def decode(cls: type[T], value: Any, where: str = "") -> T:
         return cls(**parts)
     except TypeError as error:
         raise ValueError(f"{where or cls.__name__} is incomplete: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}" if where else str(error)) from error
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -60,6 +62,8 @@ def _join(where: str, name: str) -> str:
 
 def _field(hint: Any, value: Any, where: str) -> Any:
     origin = get_origin(hint)
+    if hint is Any:
+        return value
     if origin in (Union, types.UnionType):
         return _union(get_args(hint), value, where)
     if origin is Literal:
@@ -68,6 +72,12 @@ def _field(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple:
         return _tuple(get_args(hint), value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be an object, not {value!r}")
+        return {
+            key: _field(get_args(hint)[1], item, _join(where, key)) for key, item in value.items()
+        }
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return decode(hint, value, where)
     if hint is float and type(value) is int and abs(value) < 2**1023:

@@ -66,7 +66,7 @@ class EDM:
     """Standard deviation of the data in [-1, 1] units."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_data < float("inf"):
+        if not 0 < self.sigma_data < 1e18:  # its square must be finite, too
             raise ValueError(f"sigma_data must be positive and finite, not {self.sigma_data}")
 
     def scales(self, sigma: Tensor) -> Scales:

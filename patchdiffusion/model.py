@@ -42,6 +42,10 @@ class ModelConfig:
     step: int = 0
     """Optimizer steps."""
 
+    def __post_init__(self) -> None:
+        if min(self.canvas) < 1:
+            raise ValueError(f"canvas must be a positive height and width, not {self.canvas}")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -120,7 +124,8 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
     if not isinstance(facts, dict) or facts.get("format") != 1:
         raise ValueError(f"{folder / 'config.json'} is not a model configuration of format 1")
     file = folder / {"averaged": "model.safetensors", "raw": "raw.safetensors"}[weights]
-    wanted = facts.get("sha256", {}).get(file.name)
+    digests = facts.get("sha256")
+    wanted = digests.get(file.name) if isinstance(digests, dict) else None
     data = file.read_bytes()
     found = hashlib.sha256(data).hexdigest()
     if found != wanted:
@@ -128,10 +133,16 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
             raise FileNotFoundError(2, "replaced while it was read", str(file))
         raise ValueError(f"{file} is damaged: its digest is {found[:12]}, not {str(wanted)[:12]}")
     given = {key: value for key, value in facts.items() if key not in ("format", "sha256")}
-    config = decode(ModelConfig, given)
+    try:
+        config = decode(ModelConfig, given)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
     network = build(config.network)
     try:
-        network.load_state_dict(load(data))
+        given, own = load(data), network.state_dict()
+        network.load_state_dict(given)
+        if wrong := [name for name, value in given.items() if value.dtype != own[name].dtype]:
+            raise RuntimeError(f"{wrong[0]} is of {given[wrong[0]].dtype}")
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} does not fit its configuration: {reason}") from error

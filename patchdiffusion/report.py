@@ -40,9 +40,12 @@ def read_log(folder: Path) -> list[Record]:
             continue
         if not isinstance(record, dict) or "kind" not in record:
             continue
+        back = record["kind"] in ("resume", "rollback")
+        if not isinstance(record.get("step", None if back else 0), int):
+            continue
         if record["kind"] == "start":  # the one before had saved nothing
             records = []
-        if record["kind"] in ("resume", "rollback"):
+        if back:
             records = [r for r in records if r.get("step", 0) <= record["step"]]
         records.append(record)
     return records
@@ -51,7 +54,7 @@ def read_log(folder: Path) -> list[Record]:
 def write_report(folder: Path, out: Path | None = None) -> Path:
     """Write the page of a run, by default `folder/report.html`; returns its path.
 
-    Raises `ValueError` if the folder holds no run.
+    Raises `ValueError` if the folder holds no run, or records that no run writes.
     """
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run: config.json is missing")
@@ -59,7 +62,12 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
     state = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
     records = read_log(folder)
     out = out or folder / "report.html"
-    write_bytes(out, _page(folder, config, state, records).encode())
+    try:
+        page = _page(folder, config, state, records)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the records of {folder} are not what a run writes ({why})") from error
+    write_bytes(out, page.encode())
     return out
 
 
@@ -98,7 +106,8 @@ def _summary(config: Record, state: Record, status: list[Record]) -> str:
 
 def _pictures(folder: Path, watch: list[Record]) -> Iterable[str]:
     """The newest grid large, and up to four earlier ones beside each other."""
-    shown = [r for r in watch if (folder / "samples" / r["picture"]).exists()]
+    there = {file.name for file in (folder / "samples").glob("*.png")}
+    shown = [r for r in watch if r["picture"] in there]
     if not shown:
         return
     yield "<h2>Samples from the averaged weights</h2>"

@@ -1,5 +1,6 @@
 """patchdiffusion bench [RECIPE or PATH]"""
 
+import functools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -86,20 +87,19 @@ def bench(training: Training, repeats: int) -> dict[str, Any]:
     """Measure every kind of step of a run, and the whole-image step it is compared with."""
     plan, batch = training.plan, training.config.batch
     peak = measured_peak(training.device, training.precision) * training.team.size
-    whole = measure(training, (Group(training.canvas, batch, 1.0),), repeats)
+    cost = functools.cache(lambda groups: measure(training, groups, repeats))
+    whole = cost((Group(training.canvas, batch, 1.0),))
     rows = {"whole images": _row(whole, whole, peak)}
     parts: list[tuple[float, Cost]] = []
     for k in plan.sizes:
-        if k.size == training.canvas:
-            parts.append((k.prob, whole))
-            continue
         count = max(1, round(batch * k.multiplier))
-        cost = measure(training, (Group(k.size, count, 1.0),), repeats)
-        parts.append((k.prob, cost))
-        rows[f"only {k.size[0]}x{k.size[1]}"] = _row(cost, whole, peak)
+        part = cost((Group(k.size, count, 1.0),))
+        parts.append((k.prob, part))
+        if part is not whole:
+            rows[f"only {k.size[0]}x{k.size[1]}"] = _row(part, whole, peak)
     if training.config.patches.mode == "stratified":  # all sizes in one step
         groups = plan.draw(seed=0, step=0)
-        rows["mixture"] = _row(measure(training, groups, repeats), whole, peak)
+        rows["mixture"] = _row(cost(groups), whole, peak)
     else:
         rows["mixture"] = _mixture(parts, whole, peak)
     return {

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import warnings
 import zlib
 from array import array
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchdiffusion.codec import decode
 from patchdiffusion.data.example import Example
 from patchdiffusion.data.split import digest
 from patchdiffusion.files import parse_json, read_json, write_json
@@ -81,7 +83,7 @@ class Pack:
         path = Path(path)
         info = _read_info(path / "pack.json")
         count = info.shape[0]
-        _expect(path / "images.bin", int(np.prod(info.shape, dtype=np.int64)))
+        _expect(path / "images.bin", math.prod(info.shape))
         mapped = np.memmap(path / "images.bin", np.uint8, "r", shape=info.shape)
         with warnings.catch_warnings():
             # Read-only on purpose: a private writable mapping would count as memory in full.
@@ -91,6 +93,8 @@ class Pack:
         if info.labels_crc32 is not None:
             _expect(path / "labels.bin", 4 * count)
             stored = np.fromfile(path / "labels.bin", "<i4")
+            if not ((stored >= -1) & (stored < len(info.classes))).all():
+                raise ValueError(f"{path}/labels.bin names classes that pack.json does not have")
             labels = torch.from_numpy(stored.astype(np.int64))
         held = torch.zeros(count, dtype=torch.bool)
         held[list(info.heldout)] = True
@@ -125,8 +129,11 @@ class Pack:
     @functools.cached_property
     def keys(self) -> list[tuple[str, str | None]]:
         """Name and group of each image, read on first use."""
-        with open(self.path / "keys.jsonl", encoding="ascii") as lines:
-            keys = [(key, group) for key, group in map(parse_json, lines)]
+        try:
+            with open(self.path / "keys.jsonl", encoding="ascii") as lines:
+                keys = [(key, group) for key, group in map(parse_json, lines)]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path}/keys.jsonl is damaged: {error}") from error
         if len(keys) != len(self):
             raise ValueError(f"{self.path}/keys.jsonl has {len(keys)} lines, not {len(self)}")
         return keys
@@ -173,9 +180,11 @@ def _read_info(file: Path) -> PackInfo:
     names = {f.name for f in fields(PackInfo)}
     if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != names:
         raise ValueError(f"{file} is not a pack of format {FORMAT}; prepare the data again")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-    info = PackInfo(**values)
-    count = info.shape[0] if len(info.shape) == 4 and min(info.shape) > 0 else 0
+    try:
+        info = decode(PackInfo, content)
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}") from error
+    count = info.shape[0] if min(info.shape) > 0 else 0
     blocks = -(-count // info.block) if info.block > 0 else 0
     if not count or len(info.crc32) != blocks or not all(0 <= i < count for i in info.heldout):
         raise ValueError(f"{file} contradicts itself (shape, blocks or held-out images)")

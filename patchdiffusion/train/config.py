@@ -19,10 +19,10 @@ WIDEST = 12**-0.5
 
 
 def positive(owner: object, *names: str) -> None:
-    """Raise `ValueError` unless the named fields are finite and above 0."""
+    """Raise `ValueError` unless the named fields are above 0 and no larger than 64 bits count."""
     for name in names:
         value = getattr(owner, name)
-        if not (value > 0 and math.isfinite(value)):
+        if not 0 < value < 2**63:
             raise ValueError(f"{name} must be positive and finite, not {value}")
 
 

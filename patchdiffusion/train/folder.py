@@ -11,11 +11,19 @@ from patchdiffusion.train.config import FREE, TrainConfig
 def stored_config(folder: Path) -> TrainConfig | None:
     """The configuration of the run in a folder, or None if there is no run."""
     path = folder / "config.json"
-    return decode(TrainConfig, read_json(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    stored = read_json(path)
+    try:
+        return decode(TrainConfig, stored)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run; other folders may hold a `config.json`, too."""
+    if (folder / "config.json").exists() and (folder / "log.jsonl").exists():
+        return True  # even if it is damaged: its samples are not a data set
     try:
         return read_json(folder / "config.json").get("type") == "TrainConfig"
     except (OSError, ValueError, AttributeError):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from patchdiffusion.codec import decode
 from patchdiffusion.dist import Team
 from patchdiffusion.model import load_model
 from patchdiffusion.train import checkpoint
@@ -26,6 +27,63 @@ class Found:
     folder: Path
     facts: dict[str, Any]
     """Its `state.json`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _State:
+    step: int
+    crops: int
+    equivalents: str
+    flops: int
+    passed: tuple[int, int]
+    skipped: int
+    shown: str
+    seconds: str
+    meter: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Guard:
+    past: dict[str, tuple[str, ...]]
+    seen: dict[str, int]
+    skips_in_a_row: int
+    spikes: tuple[int, ...]
+    rollbacks: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    fingerprint: str
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """The form of `state.json`."""
+
+    format: int
+    step: int
+    images: float
+    state: _State
+    guard: _Guard
+    loss_scale: tuple[float, float]
+    data: _Data
+    config: dict[str, Any]
+    engine: dict[str, Any]
+    groups: dict[str, tuple[str, ...]]
+
+
+def find(folder: Path) -> Found:
+    """A checkpoint whose digests are right; `ValueError` if its facts have another form."""
+    facts = checkpoint.read_state(folder)
+    try:
+        groups = decode(_Facts, facts).groups
+    except ValueError as error:
+        raise ValueError(f"{folder / 'state.json'} is not that of a run: {error}") from error
+    for group in ("weights", "optimizer"):
+        if group not in groups:
+            raise ValueError(f"{folder} has no {group}")
+    return Found(folder, facts)
 
 
 def load(training: Training, found: Found) -> None:
@@ -54,8 +112,8 @@ def _read(team: Team, found: Found, group: str, targets: Mapping[str, Tensor]) -
 
     def read() -> None:
         given.update(checkpoint.read_tensors(found.folder, group, CPU))
-        shapes, wanted = ({k: v.shape for k, v in x.items()} for x in (given, targets))
-        wrong = shapes.items() ^ wanted.items()
+        forms, wanted = ({k: (v.shape, v.dtype) for k, v in x.items()} for x in (given, targets))
+        wrong = forms.items() ^ wanted.items()
         if wrong:
             raise ValueError(
                 f"{found.folder / group}.safetensors does not fit the network: "

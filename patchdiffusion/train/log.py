@@ -48,13 +48,17 @@ class RunLog:
         self.stream = stream or sys.stdout
         self.quiet = quiet
         self.trackers = Trackers(self.say)
-        self._failed = False
+        self._failed: set[str] = set()
         self._told_until = -1
 
     def say(self, text: str) -> None:
-        """One line for people."""
-        if not self.quiet:
+        """One line for people, as long as somebody listens."""
+        if self.quiet or "stream" in self._failed:
+            return
+        try:
             print(text, file=self.stream, flush=True)
+        except (OSError, ValueError):  # a pipe or terminal that was closed
+            self._failed.add("stream")
 
     def resume(self, step: int, **values: Any) -> None:
         """Go on at a step; what was recorded of later ones before will be marked as replayed."""
@@ -72,9 +76,7 @@ class RunLog:
         try:
             _append(self.folder / "log.jsonl", json.dumps(facts, allow_nan=False))
         except OSError as error:
-            if not self._failed:
-                self.say(f"warning: cannot write {self.folder / 'log.jsonl'}: {error}")
-            self._failed = True
+            self._warn("log.jsonl", error)
 
     def status(self, status: str, **values: Any) -> None:
         """Replace `run.json`: running, finished, preempted or failed, with where the run stands."""
@@ -84,7 +86,12 @@ class RunLog:
         try:
             write_json(self.folder / "run.json", facts)
         except OSError as error:
-            self.say(f"warning: cannot write {self.folder / 'run.json'}: {error}")
+            self._warn("run.json", error)
+
+    def _warn(self, name: str, error: OSError) -> None:
+        if name not in self._failed:
+            self.say(f"warning: cannot write {self.folder / name}: {error}")
+        self._failed.add(name)
 
 
 def _finite(value: Any) -> Any:

@@ -59,10 +59,11 @@ def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
 def _carry_out(training: Training, started: float) -> None:
     log = training.log
     if training.finished:
-        _catch_up(training)  # it may have been killed after its last checkpoint
+        Saver(training).catch_up()  # it may have been killed after its last checkpoint
+        _catch_up(training)
         log.status("finished", **_place(training))
         log.say(f"{training.folder} is finished; a larger --images extends it")
-        training.team.on_lead(lambda: write_report(training.folder))
+        training.team.on_lead(lambda: _report(training))
         return
     try:
         with stop_signals() as stop:
@@ -72,7 +73,17 @@ def _carry_out(training: Training, started: float) -> None:
         if out_of_memory(error):
             raise Stop(_too_large(training), code=26) from error
         raise
-    training.team.on_lead(lambda: log.say(f"report    {write_report(training.folder)}"))
+    if written := training.team.on_lead(lambda: _report(training)):
+        log.say(f"report    {written}")
+
+
+def _report(training: Training) -> str:
+    """Where the page is; nothing if it cannot be written, which is no fault of the training."""
+    try:
+        return str(write_report(training.folder))
+    except (OSError, ValueError) as error:
+        training.log.say(f"warning: there is no report: {error}")
+        return ""
 
 
 def _loop(training: Training, stop: threading.Event, started: float) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patchdiffusion.dist import Place
+from patchdiffusion.files import read_json
 
 BEAT_SECONDS = 1.0
 COMPUTE = ("forward", "backward", "update", "average")
@@ -154,12 +155,13 @@ def whereabouts(folder: Path, own: Place) -> str:
         if rank == own.rank or not file.exists():
             continue
         try:
-            facts = json.loads(file.read_text())
+            facts = read_json(file)
             silent = max(time.time() - file.stat().st_mtime, 0.0)
-        except (OSError, ValueError):
+            where = f"in {facts['phase']} of step {facts['step']}"
+            state = f"for {facts['seconds']:.0f} s {where}"
+            if silent > 5 * BEAT_SECONDS:
+                state = f"silent for {silent:.0f} s, last {where}"
+            told.append(f"rank {rank} (process {facts['pid']} on {facts['host']}) {state}")
+        except (OSError, ValueError, KeyError, TypeError):
             continue
-        state = f"for {facts['seconds']:.0f} s in {facts['phase']} of step {facts['step']}"
-        if silent > 5 * BEAT_SECONDS:
-            state = f"silent for {silent:.0f} s, last in {facts['phase']} of step {facts['step']}"
-        told.append(f"rank {rank} (process {facts['pid']} on {facts['host']}) {state}")
     return "; ".join(told) or "nothing is known of the others"

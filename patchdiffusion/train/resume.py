@@ -20,7 +20,7 @@ from patchdiffusion.train.folder import (
     set_aside,
     write_config,
 )
-from patchdiffusion.train.load import Found, load, start_from, weights_of
+from patchdiffusion.train.load import Found, find, load, start_from, weights_of
 from patchdiffusion.train.machine import SHARED_FACTS
 from patchdiffusion.train.phases import heartbeat
 from patchdiffusion.train.save import Saver
@@ -123,9 +123,9 @@ def _newest(training: Training) -> Found | None:
         if fault is None:
             for wrong in damaged:
                 training.log.say(f"aside     {checkpoint.set_damaged_aside(wrong)}")
-            facts = checkpoint.read_state(folder)
-            _check(training, facts)
-            return Found(folder, facts)
+            found = find(folder)
+            _check(training, found.facts)
+            return found
         training.log.say(f"warning: skipping a checkpoint: {fault}")
         damaged.append(folder)
     if damaged:
@@ -183,7 +183,7 @@ def roll_back(training: Training, saver: Saver) -> None:
     def choose() -> Found | None:
         for folder, fault in checkpoint.candidates(root):
             if fault is None and int(folder.name[5:]) <= first:
-                return Found(folder, checkpoint.read_state(folder))
+                return find(folder)
         return None
 
     found = team.on_lead(choose)

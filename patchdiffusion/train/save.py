@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from patchdiffusion.codec import encode
+from patchdiffusion.files import read_json
 from patchdiffusion.model import save_model
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.ema import MAIN, profile_name
@@ -51,6 +52,24 @@ class Saver:
         if problem:
             training.log.say(f"warning: cannot save: {problem}; training goes on")
         self.problem = problem
+
+    def catch_up(self) -> None:
+        """Write the model and the last snapshot if the run ended between its checkpoint and them.
+
+        All processes must call it.
+        """
+        training = self.training
+        if training.team.on_lead(self._model_is_old):
+            full = _collect(_state(training), lead=training.team.lead)
+            training.team.on_lead(lambda: _write_model(training, full))
+        self.snapshot()
+
+    def _model_is_old(self) -> bool:
+        try:
+            facts = read_json(self.training.folder / "model" / "config.json")
+            return facts["step"] != self.training.state.step
+        except (OSError, ValueError, LookupError, TypeError):
+            return True
 
     def snapshot(self) -> None:
         """Store the power-function profiles for `patchdiffusion average`, if there are any."""
@@ -160,12 +179,16 @@ def _write(training: Training, full: Groups, facts: dict[str, Any]) -> str:
             _check_space(root, checkpoint.size_of(full))
             checkpoint.save(root, step, full, facts)
         checkpoint.prune(root, run.keep, run.keep_every)
-        buffers = dict(training.network.named_buffers())
-        averaged = full[MAIN] | buffers
-        save_model(training.folder / "model", training.model_config, averaged, full["weights"])
+        _write_model(training, full)
     except (OSError, SafetensorError) as error:
         return str(error)
     return ""
+
+
+def _write_model(training: Training, full: Groups) -> None:
+    buffers = dict(training.network.named_buffers())
+    averaged = full[MAIN] | buffers
+    save_model(training.folder / "model", training.model_config, averaged, full["weights"])
 
 
 def _check_space(root: Path, needed: int) -> None:

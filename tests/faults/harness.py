@@ -22,7 +22,7 @@ from patchdiffusion import cli
 from patchdiffusion.files import read_json, sha256, write_json
 
 DRIVER = Path(__file__).with_name("driver.py")
-SECONDS = 120.0
+SECONDS = float(os.environ.get("FAULT_SECONDS", "120"))
 LONG: dict[str, Any] = {"config": {"images": 48.0}}  # 16 steps
 SAVE_ALWAYS = {"save_minutes": 0.0}
 NEWEST, OLDER = "step-0000000004", "step-0000000003"

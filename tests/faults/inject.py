@@ -14,7 +14,16 @@ from typing import Any
 import tiny
 import torch
 from moments import at, once_ever
-from surroundings import damage_pack, fill_disk, forbid, limit_file_size, raise_in, remove
+from surroundings import (
+    block,
+    damage_pack,
+    fill_disk,
+    forbid,
+    jump,
+    limit_file_size,
+    raise_in,
+    remove,
+)
 
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
@@ -216,6 +225,12 @@ def change_config(**changes: Any) -> None:
     tiny.change = lambda config, given: original(config, {**given, **changes})
 
 
+def other_data(path: str) -> None:
+    """This process finds other images where the others find theirs."""
+    prepare = loop.prepare_data
+    loop.prepare_data = lambda data: prepare(dataclasses.replace(data, path=path))
+
+
 FAULTS: dict[str, Callable[..., None]] = {
     f.__name__: f
     for f in (
@@ -230,17 +245,20 @@ FAULTS: dict[str, Callable[..., None]] = {
         poke,
         raise_in,
         remove,
+        block,
+        jump,
         forbid,
         limit_file_size,
         fill_disk,
         damage_pack,
         change_config,
+        other_data,
     )
 }
 
 OWNERS = (
     *(Phases, Pack, Feed, DenoisingLoss, loop.Saver, setup.Stepper),
-    *(checkpoint, loop, watch, tiny, shutil, os),
+    *(checkpoint, loop, watch, tiny, shutil, os, time),
 )
 """Classes and modules in which the faults above replace something."""
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,26 @@ def raise_in(phase: str, step: int, error: str) -> None:
 def remove(path: str, phase: str, step: int) -> None:
     """Delete a folder when a phase of a step begins."""
     at(phase, step, lambda: shutil.rmtree(path))
+
+
+def block(path: str, phase: str, step: int) -> None:
+    """A folder takes the place of a file, which cannot be written any more."""
+
+    def act() -> None:
+        Path(path).unlink(missing_ok=True)
+        Path(path).mkdir()
+
+    at(phase, step, act)
+
+
+def jump(seconds: float, phase: str, step: int) -> None:
+    """Somebody sets the clock."""
+    clock = time.time
+
+    def act() -> None:
+        time.time = lambda: clock() + seconds
+
+    at(phase, step, act)
 
 
 def forbid(path: str) -> None:

@@ -65,6 +65,23 @@ def test_d1_disk_full_at_a_save(images: Path, steady: Path, tmp_path: Path) -> N
     same_run(folder, steady)
 
 
+def test_d1_older_checkpoints_make_room(
+    images: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for two, and three are to be kept."""
+    folder, usage = tmp_path / "run", shutil.disk_usage(tmp_path)
+
+    def small(path: object) -> object:
+        return usage._replace(free=1000) if len(checkpoints(folder)) > 1 else usage
+
+    monkeypatch.setattr(shutil, "disk_usage", small)
+    ended = here(images, folder, run={**SAVE_ALWAYS, "keep": 3})
+    assert (ended.code, status(folder)) == (0, "finished")
+    assert "cannot save" not in ended.out
+    assert checkpoints(folder) == [3, 4]
+    same_run(folder, finished)
+
+
 def test_d1_disk_full_at_the_last_save(images: Path, finished: Path, tmp_path: Path) -> None:
     """A run whose end is not on disk is not finished."""
     folder = tmp_path / "run"

@@ -1,15 +1,17 @@
 """R: a run that is killed, stopped or restarted is the run that was not."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import harness
 import pytest
 import tiny
-from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, same_run, status, torchrun
+import torch
+from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, here, same_run, status, torchrun
 
-from patchdiffusion import rng
+from patchdiffusion import files, rng
 from patchdiffusion.report import read_log
 from patchdiffusion.train import checkpoint
 
@@ -47,6 +49,14 @@ def test_r2_kill_one_of_two_ranks(images: Path, steady_pair: Path, tmp_path: Pat
     assert [r["step"] for r in read_log(folder) if r.get("replayed")] in ([7], [7, 8])
 
 
+def test_r2_the_others_end(images: Path, tmp_path: Path) -> None:
+    """Without a launcher that starts all again."""
+    ended = drive(images, tmp_path / "run", size=2, **LONG, faults=[kill(5, rank=1)])
+    assert [e.code for e in ended] == [24, -signal.SIGKILL]
+    assert ended[0].error.startswith("another process has ended; this is rank 0 in ")
+    assert status(tmp_path / "run") == "failed"
+
+
 STAGES = ["file 1", "file 2", "manifest", "rename", "pointer"]
 
 
@@ -65,6 +75,45 @@ def test_r3_kill_during_a_save(stage: str, images: Path, finished: Path, tmp_pat
     assert f"resume    at step {3 if done else 2}" in again.out
     assert not list((folder / "checkpoints").glob("*.tmp"))
     same_run(folder, finished)
+
+
+def test_r3_files_are_flushed_before_they_get_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut keeps names and loses content, unless that was flushed before."""
+    told: list[str] = []
+
+    def telling(what: str, act: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *arguments: Path) -> Any:
+            told.append(f"{what} {path.name}")
+            return act(path, *arguments)
+
+        return call
+
+    monkeypatch.setattr(files, "fsync", telling("flush", files.fsync))
+    monkeypatch.setattr(Path, "rename", telling("rename", Path.rename))
+    root, name = tmp_path / "checkpoints", "step-0000000007"
+    checkpoint.save(root, 7, {"weights": {"a": torch.zeros(3)}}, {})
+    named = told.index(f"rename {name}.tmp")
+    content = ("weights.safetensors", "state.json", "manifest.json", f"{name}.tmp")
+    assert {f"flush {file}" for file in content} <= set(told[:named])
+    assert told[named + 1] == "flush checkpoints"
+
+
+@pytest.mark.parametrize("stage", ["rename", "pointer"])
+def test_r3_kill_before_the_last_model(
+    stage: str, images: Path, finished: Path, tmp_path: Path
+) -> None:
+    """All is done; only the model and the last snapshot of its averages are missing."""
+    folder = tmp_path / "run"
+    config = {"ema.profiles": [0.1], "ema.snapshots": 1}
+    fault = {"kind": "die_in_save", "stage": stage, "save": 3}
+    ended = alone(images, folder, config=config, run=SAVE_ALWAYS, faults=[fault])
+    assert ended.code == -signal.SIGKILL and checkpoints(folder)[-1] == 4
+    again = harness.here(images, folder, config=config)
+    assert again.code == 0 and "is finished" in again.out
+    same_run(folder, finished)
+    assert sorted(f.name for f in (folder / "snapshots").iterdir()) == ["latest", "step-0000000004"]
 
 
 def draws(folder: Path) -> dict[int, list[list[Any]]]:
@@ -124,6 +173,17 @@ def test_r6_sigterm_for_one_of_two_ranks(images: Path, steady_pair: Path, tmp_pa
     assert checkpoint.fault(folder / "checkpoints" / f"step-{step:010d}") is None
     assert [e.code for e in drive(images, folder, size=2, **LONG)] == [0, 0]
     same_run(folder, steady_pair)
+
+
+def test_r6_sigusr1(images: Path, finished: Path, tmp_path: Path) -> None:
+    """Schedulers can send it some time before they end a job."""
+    folder = tmp_path / "run"
+    fault = {"kind": "send", "name": "SIGUSR1", "phase": "forward", "step": 1}
+    ended = alone(images, folder, faults=[fault])
+    assert (ended.code, status(folder)) == (0, "preempted")
+    assert checkpoints(folder) == [2]
+    assert here(images, folder).code == 0
+    same_run(folder, finished)
 
 
 def test_r7_one_interrupt(images: Path, steady: Path, tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ import harness
 import pytest
 import tiny
 import torch
-from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, status
+from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, here, status
 
 from patchdiffusion.report import read_log
-from patchdiffusion.train import checkpoint
+from patchdiffusion.train import checkpoint, loop
 
 STEPS = 96
 LONGER: dict[str, Any] = {"config": {"images": 3.0 * STEPS, "optim.cooldown": 0.0}}
@@ -108,6 +108,20 @@ def test_n4_a_spike(images: Path, longer: Path, tmp_path: Path) -> None:
     assert records(longer, "guard") == []
 
 
+def test_n4_the_gradient_of_a_spike_has_the_usual_norm(images: Path, tmp_path: Path) -> None:
+    """What the first moments have taken in, where clipping alone would allow much more."""
+    folder, at = tmp_path / "run", 40
+    config = {**LONGER["config"], "images": 3.0 * (at + 1), "optim.clip": 1e6}
+    faults = [{"kind": "scale_loss", "factor": 1000.0, "steps": [at]}]
+    faults += [{"kind": "save_every", "steps": at}]
+    assert here(images, folder, config=config, run=SAVE_ALWAYS, faults=faults).code == 0
+    (record,) = records(folder, "guard")
+    before, after = (weights_of(folder, step, "optimizer") for step in (at, at + 1))
+    taken = [(after[k] - 0.9 * before[k]) / 0.1 for k in before if k.endswith("/exp_avg")]
+    norm = float(torch.nn.utils.get_total_norm(taken))
+    assert norm == pytest.approx(record["usual_norm"], rel=1e-3)
+
+
 def test_n5_a_bad_window_of_images(images: Path, longer: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     window = (6 * 40, 6 * 48)  # crops of the steps 40 to 47
@@ -138,6 +152,25 @@ def test_n5_a_window_that_does_not_end(images: Path, tmp_path: Path) -> None:
     # The count is part of the run: it cannot be forgotten by starting again.
     again = alone(images, folder, **LONGER, run=SAVE_ALWAYS, faults=faults)
     assert again.code == 22
+    assert len(records(folder, "rollback")) == 1
+
+
+def test_n5_nothing_newer_is_left(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that ends at once after it went back must not go on from what it went back from."""
+    folder, back = tmp_path / "run", loop.roll_back
+
+    def back_and_out(*arguments: Any) -> None:
+        assert max(checkpoints(folder)) > 40
+        back(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "roll_back", back_and_out)
+    fault = {"kind": "scale_loss", "factor": 1000.0, "positions": (6 * 40, 6 * 48)}
+    faults = [fault, {"kind": "save_every", "steps": 4}]
+    assert here(images, folder, **LONGER, run=SAVE_ALWAYS, faults=faults).code == 130
+    assert max(checkpoints(folder)) == 40
 
 
 def test_n5_on_two_ranks(images: Path, tmp_path: Path) -> None:
