@@ -9,6 +9,7 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.cond import Cond
+from patchdiffusion.data.augment import Augmentation, warp
 from patchdiffusion.losses import Batch
 from patchdiffusion.patches import Group, coordinates, corners
 
@@ -29,8 +30,10 @@ class Feed:
         *,
         seed: int,
         flip: bool = False,
+        augment: Augmentation | None = None,
         device: torch.device | str = "cpu",
     ):
+        """`augment` None tells the network nothing; otherwise it must take the labels."""
         if len(indices) == 0:
             raise ValueError("there are no images to train on")
         self.images = images
@@ -38,6 +41,7 @@ class Feed:
         self.indices = indices.numpy()
         self.seed = seed
         self.flip = flip
+        self.augment = augment
         self.device = torch.device(device)
         self._order = lru_cache(maxsize=2)(
             lambda epoch: rng.permutation(seed, "order", epoch, len(self.indices))
@@ -73,7 +77,8 @@ class Feed:
         else:
             flip = torch.zeros(len(index), dtype=torch.bool, device=index.device)
         key = draws.keys("crop")
-        batch = gather(self.images, self.labels, index, group, key, flip, self.device)
+        done = None if self.augment is None else self.augment.labels(draws.keys("augment"))
+        batch = gather(self.images, self.labels, index, group, key, flip, self.device, done)
         return batch, draws.to(self.device)
 
 
@@ -85,19 +90,29 @@ def gather(
     key: Tensor,
     flip: Tensor,
     device: torch.device | str = "cpu",
+    augment: Tensor | None = None,
 ) -> Batch:
     """Cut one crop per index out of uint8 images [N, H, W, C], at places that `key` decides.
 
-    Crops move to the device as bytes and become float32 there.
+    Crops move to the device as bytes and become float32 there. `augment` [B, 9] says how each
+    image is changed before.
     """
     canvas = (images.shape[1], images.shape[2])
     (height, width), pitch = group.size, group.pitch
     top, left = corners(key, group.size, canvas, pitch)
     rows = top[:, None] + torch.arange(height * pitch, device=top.device)
     cols = left[:, None] + torch.arange(width * pitch, device=top.device)
-    cols = torch.where(flip[:, None], canvas[1] - 1 - cols, cols)
-    cut = images[index[:, None, None], rows[:, :, None], cols[:, None, :]]  # [B, h, w, C]
-    crops = _move(cut, device).movedim(-1, 1).to(torch.float32).div_(127.5).sub_(1)
+    seen = torch.where(flip[:, None], canvas[1] - 1 - cols, cols)
+    cut = images[index[:, None, None], rows[:, :, None], seen[:, None, :]]  # [B, h, w, C]
+    crops = _move(cut, device).movedim(-1, 1).to(torch.float32)
+    if augment is not None:
+        whole = images[index]
+        whole = torch.where(flip[:, None, None, None], whole.flip(2), whole)
+        changed = warp(whole, augment, rows, cols)
+        augment = _move(augment, device)
+        some = augment.any(dim=1)[:, None, None, None]
+        crops = torch.where(some, _move(changed, device), crops)
+    crops = crops.div_(127.5).sub_(1)
     if pitch > 1:
         crops = F.avg_pool2d(crops, pitch)
     sides = [torch.full_like(top, height * pitch), torch.full_like(top, width * pitch)]
@@ -107,6 +122,7 @@ def gather(
         cond=Cond(
             labels=None if labels is None else _move(labels[index], device),
             pos=coordinates(top, left, group.size, canvas, pitch),
+            augment=augment,
         ),
         index=index,
         box=torch.stack([top, left, *(_move(side, device) for side in sides)], dim=1),

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from patchdiffusion.data.augment import Augmentation
 from patchdiffusion.denoiser import EDM
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import LogNormal
@@ -46,6 +47,12 @@ class DataConfig:
     """1 grey, 3 colour, 4 with alpha; None chooses from the images."""
     flip: bool = False
     """Mirror images left to right at random, before they are cropped."""
+    augment: Augmentation = field(default_factory=Augmentation)
+    """Changes that the network is told of; needs --network.augment-dim 9."""
+
+    def __post_init__(self) -> None:
+        if self.flip and self.augment.p and "xflip" in self.augment.operations:
+            raise ValueError("flip and the operation xflip of augment do the same: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)

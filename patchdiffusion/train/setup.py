@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchdiffusion.data.augment import LABELS
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
@@ -62,6 +63,11 @@ def check_fits(config: TrainConfig, pack: Pack) -> None:
         raise ValueError(
             f"the images have {channels} channels and the network {config.network.channels}: "
             f"set --network.channels {channels}"
+        )
+    if config.data.augment.p and config.network.augment_dim != LABELS:
+        raise ValueError(
+            f"the augmentation has {LABELS} numbers and the network takes "
+            f"{config.network.augment_dim}: set --network.augment-dim {LABELS}"
         )
     if config.watch.guidance != 1 and not config.network.num_classes:
         raise ValueError(
@@ -215,6 +221,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         pack.train,
         seed=config.seed,
         flip=config.data.flip,
+        augment=config.data.augment if config.data.augment.p else None,
         device=device,
     )
     phases = Phases()

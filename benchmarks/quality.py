@@ -1,0 +1,258 @@
+"""Quality against cost: several configurations and seeds, one figure and one table.
+
+    python benchmarks/quality.py run emoji --data emoji-128.zip --jobs 2 --minutes 60
+    python benchmarks/quality.py show emoji
+
+`benchmarks/quality/NAME.toml` says what is compared. `run` trains everything that has no result
+yet; killed or stopped by --minutes it goes on where it was. Every run leaves one small file in
+`benchmarks/results/quality/NAME`, from which `show` makes a figure and a table.
+
+The held-out loss is that of whole images with fixed noise, from averaged weights, on the way of
+one run per seed: learning rates do not fall, so every point is where a shorter run would end.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "results" / "quality"
+Point = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One configuration with one seed."""
+
+    experiment: str
+    plan: str
+    seed: int
+    flags: tuple[str, ...]
+
+    @property
+    def result(self) -> Path:
+        """The file that it leaves."""
+        return RESULTS / self.experiment / f"{self.plan}-{self.seed}.json"
+
+    def command(self, data: str, folder: Path, threads: int) -> list[str]:
+        """The same command begins and resumes it."""
+        command = [sys.executable, "-u", "-m", "patchdiffusion", "train", data, *self.flags]
+        command += ["--seed", str(self.seed), "--out", str(folder), "--threads", str(threads)]
+        return [*command, "--save-minutes", "2"]
+
+
+def experiment(name: str) -> tuple[dict[str, Any], list[Run]]:
+    """What a file describes."""
+    with open(ROOT / "quality" / f"{name}.toml", "rb") as stream:
+        facts = tomllib.load(stream)
+    runs = []
+    for plan in facts["plan"]:
+        flags = (*shlex.split(facts["flags"]), *shlex.split(plan["flags"]))
+        for seed in plan.get("seeds", facts["seeds"]):
+            runs.append(Run(name, plan["name"], seed, flags))
+    return facts, runs
+
+
+# ---- Training ----
+
+
+def run_all(runs: list[Run], given: argparse.Namespace) -> None:
+    """Train what has no result, some at a time, until all is done or the time is over."""
+    end = time.monotonic() + 60 * given.minutes
+    waiting = [r for r in runs if not r.result.exists()]
+    busy: list[tuple[Run, Path, subprocess.Popen[bytes]]] = []
+    print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
+    while waiting or busy:
+        while waiting and len(busy) < given.jobs and time.monotonic() < end - 60:
+            busy.append(_begin(waiting.pop(0), given, end))
+        for entry in list(busy):
+            run, folder, process = entry
+            if process.poll() is not None:
+                busy.remove(entry)
+                _finish(run, folder, process.returncode)
+        if not busy and time.monotonic() >= end - 60:
+            return
+        time.sleep(1)
+
+
+def _begin(
+    run: Run, given: argparse.Namespace, end: float
+) -> tuple[Run, Path, subprocess.Popen[bytes]]:
+    folder = given.work / run.experiment / f"{run.plan}-{run.seed}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    command = run.command(given.data, folder, given.threads)
+    command += ["--max-hours", str((end - time.monotonic()) / 3600)]
+    print(f"begin  {run.plan}, seed {run.seed}", flush=True)
+    own = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
+    with open(f"{folder}.txt", "ab") as log:
+        return run, folder, subprocess.Popen(command, stdout=log, stderr=log, env=own)
+
+
+def _finish(run: Run, folder: Path, code: int) -> None:
+    status = json.loads((folder / "run.json").read_text())["status"] if not code else "failed"
+    print(f"{status:<10} {run.plan}, seed {run.seed}", flush=True)
+    if code:
+        raise SystemExit(f"{run.plan}, seed {run.seed} ended with code {code}: see {folder}.txt")
+    if status == "finished":
+        result = collect(run, folder)
+        run.result.parent.mkdir(parents=True, exist_ok=True)
+        run.result.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def collect(run: Run, folder: Path) -> dict[str, Any]:
+    """The curve of a finished run, and what it is a curve of."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    status = [r for r in records if r["kind"] == "status"]
+    watch = {r["step"]: r for r in records if r["kind"] == "watch" and "held_out" in r}
+    start = next(r for r in records if r["kind"] == "start")
+    curve = []
+    for step, record in sorted(watch.items()):
+        near = min(status, key=lambda r: abs(r["step"] - step))
+        scale = step / near["step"]  # steps of a plan cost the same on average
+        curve.append(
+            {
+                "step": step,
+                "equivalents": record["images"],
+                "crops": round(near["crops"] * scale),
+                "flops": near["flops"] * scale,
+                "seconds": near["seconds"] * scale,
+                "loss": record["held_out"]["loss"],
+                "bands": record["held_out"]["bands"],
+                **{name: record[name] for name in ("distance", "copy_rate") if name in record},
+            }
+        )
+    engine = start.get("engine", {})
+    return {
+        "experiment": run.experiment,
+        "plan": run.plan,
+        "seed": run.seed,
+        "flags": list(run.flags),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.machine(),
+        "engine": engine,
+        "curve": curve,
+    }
+
+
+# ---- Showing ----
+
+
+def results(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
+    """What there is, by plan."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        if run.result.exists():
+            found.setdefault(run.plan, []).append(json.loads(run.result.read_text()))
+    return found
+
+
+def cost_to_reach(curve: list[Point], value: float, cost: str) -> float:
+    """Where a curve first falls to a value, between points by logarithms; infinity if never."""
+    for before, after in zip(curve, curve[1:], strict=False):
+        if after["loss"] <= value < before["loss"]:
+            part = math.log(before["loss"] / value) / math.log(before["loss"] / after["loss"])
+            return math.exp(
+                math.log(before[cost]) * (1 - part) + math.log(after[cost]) * part
+            )
+    return math.inf
+
+
+def best(curve: list[Point]) -> Point:
+    """The point of the lowest loss, after which a run only overfits."""
+    return min(curve, key=lambda point: point["loss"])
+
+
+def table(found: dict[str, list[dict[str, Any]]], baseline: str) -> Iterator[str]:
+    """Losses at the end, at their best, and what it costs to be as good as the baseline's best."""
+    base = {r["seed"]: r["curve"] for r in found[baseline]}
+    yield f"| plan | seeds | last loss | best loss | at PFLOP | FLOPs to the best of {baseline} |"
+    yield "|---|---|---|---|---|---|"
+    for plan, made in found.items():
+        last = [r["curve"][-1]["loss"] for r in made]
+        lowest = [best(r["curve"]) for r in made]
+        shares = []
+        for r in made:
+            if r["seed"] in base:
+                goal = best(base[r["seed"]])
+                shares.append(cost_to_reach(r["curve"], goal["loss"], "flops") / goal["flops"])
+        told = " ".join("never" if math.isinf(s) else f"{s:.2f}" for s in shares) or "-"
+        yield (
+            f"| {plan} | {len(made)} | {_spread(last)} | {_spread([p['loss'] for p in lowest])} | "
+            f"{statistics.mean(p['flops'] for p in lowest) / 1e15:.2f} | {told} |"
+        )
+
+
+def _spread(values: list[float]) -> str:
+    middle = statistics.mean(values)
+    if len(values) == 1:
+        return f"{middle:.4f}"
+    return f"{middle:.4f} +- {(max(values) - min(values)) / 2:.4f}"
+
+
+def figure(found: dict[str, list[dict[str, Any]]], title: str, out: Path) -> None:
+    """Loss against FLOPs and against images, one line for each run."""
+    from matplotlib.figure import Figure
+
+    page = Figure(figsize=(10, 4), layout="constrained")
+    for axes, cost, label in zip(
+        page.subplots(1, 2, sharey=True),
+        ("flops", "crops"),
+        ("floating-point operations of training", "crops seen (the paper's images)"),
+        strict=True,
+    ):
+        for number, (plan, made) in enumerate(found.items()):
+            for r in made:
+                points = [(p[cost], p["loss"]) for p in r["curve"]]
+                style = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "lw": 1.1}
+                axes.plot(*zip(*points, strict=True), label=plan if r is made[0] else None, **style)
+        axes.set_xlabel(label)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+    page.axes[0].set_ylabel("held-out loss, whole images")
+    page.axes[0].legend(fontsize=8)
+    page.suptitle(title)
+    page.savefig(out, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("action", choices=("run", "show"))
+    parser.add_argument("experiment", help="name of a file in benchmarks/quality")
+    parser.add_argument("--data", help="images to train on")
+    parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where runs are")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="when to stop")
+    parser.add_argument("--only", nargs="*", default=[], help="names of plans")
+    given = parser.parse_args()
+    facts, runs = experiment(given.experiment)
+    runs = [r for r in runs if not given.only or r.plan in given.only]
+    if given.action == "run":
+        if given.data is None:
+            parser.error("run needs --data")
+        run_all(runs, given)
+        return
+    found = results(runs)
+    if facts["baseline"] not in found:
+        parser.error(f"there are no results of {facts['baseline']} yet")
+    print("\n".join(table(found, facts["baseline"])))
+    out = ROOT.parent / "docs" / f"quality-{given.experiment}.png"
+    figure(found, facts["title"], out)
+    print(f"\n{out}")
+
+
+if __name__ == "__main__":
+    main()
