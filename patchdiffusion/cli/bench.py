@@ -95,7 +95,9 @@ def bench(training: Training, repeats: int) -> dict[str, Any]:
     ]
     together = training.config.patches.mode == "stratified"  # all sizes in one step
     mixed = plan.draw(seed=0, step=0)
-    kinds = list(dict.fromkeys([whole, *sizes, *([mixed] if together else [])]))
+    kinds = list(dict.fromkeys([whole, *sizes]))
+    if together and mixed not in kinds:
+        kinds.append(mixed)
     costs = dict(zip(kinds, measure(training, kinds, repeats), strict=True))
     rows = {"whole images": _row(costs[whole], costs[whole], peak)}
     for size in sizes:
