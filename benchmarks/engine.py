@@ -45,9 +45,17 @@ class Bench:
         self.raw: list[Result] = []
 
     def __call__(
-        self, options: str, *, cores: list[str] | None = None, kernels: bool = True
+        self,
+        options: str,
+        *,
+        cores: list[str] | None = None,
+        kernels: bool = True,
+        together: bool = True,
     ) -> Result:
-        """One process for each entry of `cores`, a list for `taskset`; by default one on all."""
+        """One process for each entry of `cores`, a list for `taskset`; by default one on all.
+
+        If they are not `together`, each trains for itself; the result is that of the last one.
+        """
         cores = cores or [",".join(map(str, range(os.cpu_count() or 1)))]
         port = _free_port()
         command = [sys.executable, "-m", "patchdiffusion", *self.common, *options.split()]
@@ -55,7 +63,7 @@ class Bench:
         for rank, allowed in enumerate(cores):
             own = {**os.environ, "PATCHDIFFUSION_KERNELS": str(int(kernels))}
             own |= {"OMP_NUM_THREADS": str(len(allowed.split(",")))}
-            if len(cores) > 1:
+            if len(cores) > 1 and together:
                 own |= {"RANK": str(rank), "WORLD_SIZE": str(len(cores)), "MASTER_PORT": str(port)}
                 own |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(len(cores))}
                 own |= {"MASTER_ADDR": "127.0.0.1"}
@@ -75,7 +83,8 @@ class Bench:
                 raise SystemExit(f"{' '.join(command)} failed: {err}")
         result: Result = json.loads(self.file.read_text())
         del result["config"]
-        self.raw.append({"options": options, "cores": cores, "kernels": kernels, **result})
+        told = {"options": options, "cores": cores, "kernels": kernels, "together": together}
+        self.raw.append(told | result)
         print(f"    {options} on {len(cores)} x {cores[0]}: {_told(result)}", flush=True)
         return result
 
@@ -113,7 +122,8 @@ def best_against_eager(bench: Bench, turns: int) -> Result:
         for _ in range(turns)
     ]
     slow, fast = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {"fp32_eager": slow, "best": fast, "ratio": fast / slow}
+    ratio = statistics.median(b / a for a, b in pairs)
+    return {"fp32_eager": slow, "best": fast, "ratio": ratio}
 
 
 def mixture(bench: Bench, turns: int) -> Result:
@@ -133,14 +143,27 @@ def mixture(bench: Bench, turns: int) -> Result:
 
 
 def scaling(bench: Bench, turns: int) -> Result:
-    """Two processes on one core each against one on one core; the same batch in all."""
+    """Two processes on one core each against one on one core; the same batch in all.
+
+    The limit of the machine is two processes that have nothing to do with each other.
+    """
     whole = "--patches.fractions 1 --patches.probs 1 --batch 16 --micro-batch 8"
-    pairs = [
-        (_rate(bench(whole, cores=["0"])), _rate(bench(whole, cores=["0", "1"])))
+    rates = [
+        (
+            _rate(bench(whole, cores=["0"])),
+            _rate(bench(whole, cores=["0", "1"])),
+            2 * _rate(bench(whole, cores=["0", "1"], together=False)),
+        )
         for _ in range(turns)
     ]
-    one, two = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {"one": one, "two": two, "ratio": two / one}
+    one, two, limit = (statistics.median(column) for column in zip(*rates, strict=True))
+    return {
+        "one": one,
+        "two": two,
+        "ratio": statistics.median(b / a for a, b, _ in rates),
+        "limit": limit,
+        "ratio of the limit": statistics.median(c / a for a, _, c in rates),
+    }
 
 
 def start(data: str, turns: int, folder: Path) -> Result:

@@ -55,7 +55,7 @@ def test_operators_of_a_step(images: Path, tmp_path: Path, monkeypatch: pytest.M
     """Raise these numbers only with a reason: each operator is a launch on a GPU."""
     monkeypatch.setattr(fused, "_library", lambda: (None, "operators (a test)"))
     run = training(images, tmp_path)
-    cost = measure(run, whole(run), 1)
+    (cost,) = measure(run, [whole(run)], 1)
     parameters = len(list(run.network.parameters()))
     assert parameters == 73
     assert cost.operators <= 740
@@ -70,7 +70,7 @@ def test_micro_batches_cost_passes_and_nothing_else(images: Path, tmp_path: Path
         run = tiny.training(
             tiny.config(images, network=SMALL, patches=LAW, micro_batch=size), tmp_path
         )
-        counts[size] = measure(run, whole(run), 1).operators
+        counts[size] = measure(run, [whole(run)], 1)[0].operators
     one_pass = counts[2] - counts[None]
     assert counts[1] - counts[2] == 2 * one_pass
     sums = len(list(run.network.parameters()))  # of gradients, one operator each
@@ -145,7 +145,7 @@ def test_bench_refuses(images: Path, capsys: Capture) -> None:
 
 
 def test_time_outside_is_a_share(images: Path, tmp_path: Path) -> None:
-    cost = measure(training(images, tmp_path), (Group((8, 8), 8, 1.0),), 2)
+    (cost,) = measure(training(images, tmp_path), [(Group((8, 8), 8, 1.0),)], 2)
     assert 0 < cost.outside < 1
     assert cost.crops == 8 and cost.equivalents == 2.0
     assert cost.memory > 10**7

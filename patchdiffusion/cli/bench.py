@@ -1,6 +1,5 @@
 """patchdiffusion bench [RECIPE or PATH]"""
 
-import functools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -83,25 +82,32 @@ def _parse(flags: Sequence[str], config: TrainConfig) -> BenchArguments:
     )
 
 
+Kind = tuple[Group, ...]
+
+
 def bench(training: Training, repeats: int) -> dict[str, Any]:
     """Measure every kind of step of a run, and the whole-image step it is compared with."""
     plan, batch = training.plan, training.config.batch
     peak = measured_peak(training.device, training.precision) * training.team.size
-    cost = functools.cache(lambda groups: measure(training, groups, repeats))
-    whole = cost((Group(training.canvas, batch, 1.0),))
-    rows = {"whole images": _row(whole, whole, peak)}
-    parts: list[tuple[float, Cost]] = []
-    for k in plan.sizes:
-        count = max(1, round(batch * k.multiplier))
-        part = cost((Group(k.size, count, 1.0),))
-        parts.append((k.prob, part))
-        if part is not whole:
-            rows[f"only {k.size[0]}x{k.size[1]}"] = _row(part, whole, peak)
-    if training.config.patches.mode == "stratified":  # all sizes in one step
-        groups = plan.draw(seed=0, step=0)
-        rows["mixture"] = _row(cost(groups), whole, peak)
+    whole: Kind = (Group(training.canvas, batch, 1.0),)
+    sizes: list[Kind] = [
+        (Group(k.size, max(1, round(batch * k.multiplier)), 1.0),) for k in plan.sizes
+    ]
+    together = training.config.patches.mode == "stratified"  # all sizes in one step
+    mixed = plan.draw(seed=0, step=0)
+    kinds = list(dict.fromkeys([whole, *sizes]))
+    if together and mixed not in kinds:
+        kinds.append(mixed)
+    costs = dict(zip(kinds, measure(training, kinds, repeats), strict=True))
+    rows = {"whole images": _row(costs[whole], costs[whole], peak)}
+    for size in sizes:
+        if size != whole:
+            rows["only {}x{}".format(*size[0].size)] = _row(costs[size], costs[whole], peak)
+    if together:
+        rows["mixture"] = _row(costs[mixed], costs[whole], peak)
     else:
-        rows["mixture"] = _mixture(parts, whole, peak)
+        parts = [(k.prob, costs[size]) for k, size in zip(plan.sizes, sizes, strict=True)]
+        rows["mixture"] = _mixture(parts, costs[whole], peak)
     return {
         "date": date.today().isoformat(),
         "engine": training.engine,

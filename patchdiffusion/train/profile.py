@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,43 +85,59 @@ class Cost:
         return sum(group.count for group in self.groups)
 
 
-def measure(training: Training, groups: tuple[Group, ...], repeats: int) -> Cost:
-    """Time and count steps of given groups; two come first and are not timed."""
-    device, graphs = training.device, compiled_graphs()
+def measure(training: Training, kinds: Sequence[tuple[Group, ...]], repeats: int) -> list[Cost]:
+    """Time and count steps of some kinds, of which each comes twice before it is timed.
+
+    The kinds take turns, so that a machine that slows down for a while slows all of them.
+    """
+    device, ready = training.device, [_prepare(training, groups) for groups in kinds]
+    times: list[list[float]] = [[] for _ in kinds]
+    shares: list[Counter[str]] = [Counter() for _ in kinds]
+    for _ in range(repeats):
+        for groups, taken, share in zip(kinds, times, shares, strict=True):
+            training.phases.read()
+            taken.append(_timed(training, groups))
+            share.update(training.phases.read()[0])
+    costs = []
+    for groups, (first, made), taken, share in zip(kinds, ready, times, shares, strict=True):
+        reset_peak_memory(device)
+        _step(training, groups)
+        held = peak_memory(device)
+        with Operators() as counted:
+            _step(training, groups)
+        usual = statistics.median(taken)
+        costs.append(
+            Cost(
+                groups=groups,
+                seconds=usual,
+                equivalents=equivalents(groups, training.canvas),
+                flops=float(sum(training.flops[g.size] * g.count for g in groups)),
+                operators=counted.total,
+                syncs=counted.syncs,
+                copied=counted.copied,
+                memory=held,
+                graphs=made,
+                compile_seconds=max(first - usual, 0.0) if made else 0.0,
+                outside=1 - sum(share[name] for name in COMPUTE) / sum(share.values()),
+            )
+        )
+    return costs
+
+
+def _prepare(training: Training, groups: tuple[Group, ...]) -> tuple[float, int]:
+    """Seconds of the first step, and the graphs that were compiled for it."""
+    graphs = compiled_graphs()
+    first = _timed(training, groups)
+    _step(training, groups)
+    return first, compiled_graphs() - graphs
+
+
+def _timed(training: Training, groups: tuple[Group, ...]) -> float:
+    synchronise(training.device)
     start = time.perf_counter()
     _step(training, groups)
-    synchronise(device)
-    first = time.perf_counter() - start
-    _step(training, groups)
-    made = compiled_graphs() - graphs
-    reset_peak_memory(device)
-    training.phases.read()
-    times = []
-    for _ in range(repeats):
-        synchronise(device)
-        start = time.perf_counter()
-        _step(training, groups)
-        synchronise(device)
-        times.append(time.perf_counter() - start)
-    phases, _ = training.phases.read()
-    held = peak_memory(device)
-    with Operators() as counted:
-        _step(training, groups)
-    usual = statistics.median(times)
-    inside = sum(phases.get(name, 0.0) for name in COMPUTE)
-    return Cost(
-        groups=groups,
-        seconds=usual,
-        equivalents=equivalents(groups, training.canvas),
-        flops=float(sum(training.flops[g.size] * g.count for g in groups)),
-        operators=counted.total,
-        syncs=counted.syncs,
-        copied=counted.copied,
-        memory=held,
-        graphs=made,
-        compile_seconds=max(first - usual, 0.0) if made else 0.0,
-        outside=1 - inside / sum(phases.values()),
-    )
+    synchronise(training.device)
+    return time.perf_counter() - start
 
 
 def _step(training: Training, groups: tuple[Group, ...]) -> None:
