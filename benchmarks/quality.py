@@ -12,6 +12,7 @@ one run per seed: learning rates do not fall, so every point is where a shorter 
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -160,12 +161,10 @@ def results(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
 
 def cost_to_reach(curve: list[Point], value: float, cost: str) -> float:
     """Where a curve first falls to a value, between points by logarithms; infinity if never."""
-    for before, after in zip(curve, curve[1:], strict=False):
+    for before, after in itertools.pairwise(curve):
         if after["loss"] <= value < before["loss"]:
             part = math.log(before["loss"] / value) / math.log(before["loss"] / after["loss"])
-            return math.exp(
-                math.log(before[cost]) * (1 - part) + math.log(after[cost]) * part
-            )
+            return math.exp(math.log(before[cost]) * (1 - part) + math.log(after[cost]) * part)
     return math.inf
 
 

@@ -30,7 +30,7 @@ class Augmentation:
     """Which operations are drawn, and how often."""
 
     p: float = 0.0
-    """Probability of each operation; 0 changes nothing. EDM takes .12 for CIFAR-10, .15 for faces."""
+    """Probability of each operation; 0 changes nothing. EDM has .12 for CIFAR-10, .15 for faces."""
     operations: tuple[Operation, ...] = OPERATIONS
     """xflip is drawn for every second image whatever p is, the others with probability p."""
 

@@ -50,10 +50,6 @@ class DataConfig:
     augment: Augmentation = field(default_factory=Augmentation)
     """Changes that the network is told of; needs --network.augment-dim 9."""
 
-    def __post_init__(self) -> None:
-        if self.flip and self.augment.p and "xflip" in self.augment.operations:
-            raise ValueError("flip and the operation xflip of augment do the same: leave one out")
-
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:

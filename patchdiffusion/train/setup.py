@@ -64,7 +64,13 @@ def check_fits(config: TrainConfig, pack: Pack) -> None:
             f"the images have {channels} channels and the network {config.network.channels}: "
             f"set --network.channels {channels}"
         )
-    if config.data.augment.p and config.network.augment_dim != LABELS:
+    augment = config.data.augment
+    if config.data.flip and augment.p and "xflip" in augment.operations:
+        raise ValueError(
+            "data.flip and the operation xflip of data.augment do the same: leave one out, for "
+            "example by --data.no-flip"
+        )
+    if augment.p and config.network.augment_dim != LABELS:
         raise ValueError(
             f"the augmentation has {LABELS} numbers and the network takes "
             f"{config.network.augment_dim}: set --network.augment-dim {LABELS}"
