@@ -41,6 +41,10 @@ def test_an_entry_that_is_out_of_date_is_told() -> None:
         (["PASSED {ordinary}", "PASSED tests/faults/test_a.py::test_b[c d]"], "STILL PASSES"),
         (["FAILED {ordinary} - x", "FAILED tests/faults/test_a.py::test_b - x"], "BREAKS"),
         (["PASSED {ordinary}", "ERROR tests/faults/test_a.py::test_b - x"], "CANNOT TELL"),
+        (
+            ["PASSED {ordinary}", "PASSED tests/a.py::test_b", "ERROR tests/a.py::test_b - x"],
+            "FAILS as it",
+        ),
         (["PASSED {ordinary}"], "CANNOT TELL"),
     ],
 )

@@ -144,18 +144,20 @@ def _run(command: Sequence[str], copy: Path, seconds: float) -> str | None:
 def judge(told: str) -> tuple[bool, str]:
     """The same from what pytest tells of an ordinary test and of those that must fail."""
     lines = re.findall(r"^(PASSED|FAILED|ERROR) \S*?(\w+\.py::.+?)(?: - (.*))?$", told, re.M)
-    of: dict[str, list[str]] = {"PASSED": [], "FAILED": [], "ERROR": []}
+    of: dict[str, set[str]] = {"PASSED": set(), "FAILED": set(), "ERROR": set()}
     for outcome, node, _ in lines:
-        of[outcome].append(node)
-    if not any(ORDINARY.endswith(node) for node in of["PASSED"]):
+        of[outcome].add(node)
+    ordinary = {node for node in of["PASSED"] if ORDINARY.endswith(node)}
+    if not ordinary:
         return False, f"BREAKS what is ordinary:\n{told[-2000:]}"
-    still = [node for node in of["PASSED"] if not ORDINARY.endswith(node)]
-    if still:
-        return False, f"STILL PASSES: {', '.join(still)}"
-    if not of["FAILED"] or of["ERROR"]:
+    # A test that passes and ends in an error has found something when it looked around afterwards.
+    if still := of["PASSED"] - of["ERROR"] - ordinary:
+        return False, f"STILL PASSES: {', '.join(sorted(still))}"
+    failed = of["FAILED"] | of["PASSED"] & of["ERROR"]
+    if not failed or of["ERROR"] - failed:
         return False, f"CANNOT TELL:\n{told[-2000:]}"
-    why = next(reason for outcome, _, reason in lines if outcome == "FAILED")
-    return True, f"FAILS as it should ({len(of['FAILED'])} failed): {why[:100]}"
+    why = next(reason for outcome, _, reason in lines if outcome in ("FAILED", "ERROR"))
+    return True, f"FAILS as it should ({len(failed)} failed): {why[:100]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
