@@ -12,8 +12,9 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define LANES 16   /* channels worked on together: a column */
-#define CHUNK 8192 /* values of a chunk; what a pass reads of them stays in the nearest cache */
+#define LANES 16    /* channels worked on together: a column */
+#define CHUNK 8192  /* values of a chunk; what a pass reads of them stays in the nearest cache */
+#define GRAIN 32768 /* values that are worth waking another thread for, as in ATen */
 
 /* The compiler's own vectors, which it maps to whatever the machine has. */
 typedef float f32 __attribute__((vector_size(64)));
@@ -198,7 +199,8 @@ INLINE void finish(const struct call *a, const struct column *k, void *gx, f32 b
 
 struct plan {
     int64_t width, columns, pixels, chunks; /* channels rounded up; pixels of a chunk */
-    int outer, inner; /* threads over samples or within each, never nested: that makes new ones */
+    int threads;    /* as many samples at once */
+    int64_t each;   /* samples of each thread; those left over are divided within, one by one */
 };
 
 static struct plan planned(const struct call *a) {
@@ -207,9 +209,14 @@ static struct plan planned(const struct call *a) {
     l.width = l.columns * LANES;
     l.pixels = CHUNK / l.width > 1 ? CHUNK / l.width : 1;
     l.chunks = (a->p + l.pixels - 1) / l.pixels;
-    l.outer = a->b % a->threads == 0 ? a->threads : 1;
-    l.inner = l.outer == 1 ? a->threads : 1;
+    l.threads = a->b * a->p * a->c < GRAIN ? 1 : a->threads;
+    l.each = a->b / l.threads;
     return l;
+}
+
+/* Threads of a single sample; parallel regions are never nested, which would make new ones. */
+static int within(const struct plan *l) {
+    return l->chunks < l->threads ? 1 : l->threads;
 }
 
 INLINE int lanes(const struct call *a, int64_t j) {
@@ -269,9 +276,9 @@ static void statistics(const struct call *a, const struct plan *l, int64_t s, co
 }
 
 static void forward_sample(const struct call *a, const struct plan *l, int64_t s, void *y,
-                           float *room) {
+                           float *room, int threads) {
     float *channels = room, *parts = room + 3 * l->width;
-#pragma omp parallel for schedule(static) num_threads(l->inner) if (l->inner > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t chunk = 0; chunk < l->chunks; chunk++)
         for (int64_t j = 0; j < l->columns; j++) {
             struct column k = column(a, l, s, chunk, j, NULL);
@@ -280,7 +287,7 @@ static void forward_sample(const struct call *a, const struct plan *l, int64_t s
         }
     statistics(a, l, s, parts);
     coefficients(a, l, s, channels);
-#pragma omp parallel for schedule(static) num_threads(l->inner) if (l->inner > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t chunk = 0; chunk < l->chunks; chunk++)
         for (int64_t j = 0; j < l->columns; j++) {
             struct column k = column(a, l, s, chunk, j, channels);
@@ -290,11 +297,11 @@ static void forward_sample(const struct call *a, const struct plan *l, int64_t s
 
 /* sums [3, width]: of the gradient of z, of that times x + offset, of x + offset. */
 static void backward_sample(const struct call *a, const struct plan *l, int64_t s, const void *gy,
-                            void *gx, float *gshift, float *sums, float *room) {
+                            void *gx, float *gshift, float *sums, float *room, int threads) {
     float *channels = room, *factors = room + 3 * l->width, *parts = room + 5 * l->width;
     int64_t size = a->c / a->groups;
     coefficients(a, l, s, channels);
-#pragma omp parallel for schedule(static) num_threads(l->inner) if (l->inner > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t chunk = 0; chunk < l->chunks; chunk++)
         for (int64_t j = 0; j < l->columns; j++) {
             struct column k = column(a, l, s, chunk, j, channels);
@@ -319,7 +326,7 @@ static void backward_sample(const struct call *a, const struct plan *l, int64_t 
                                        by_value * sums[2 * l->width + c] + by_group * a->p;
         }
     }
-#pragma omp parallel for schedule(static) num_threads(l->inner) if (l->inner > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t chunk = 0; chunk < l->chunks; chunk++)
         for (int64_t j = 0; j < l->columns; j++) {
             struct column k = column(a, l, s, chunk, j, channels);
@@ -332,16 +339,15 @@ static void backward_sample(const struct call *a, const struct plan *l, int64_t 
 
 int norm_forward(const struct call *a, void *y) {
     struct plan l = planned(a);
-    int64_t room = (3 + 2 * l.chunks) * l.width, each = a->b / l.outer;
-    float *rooms = aligned_alloc(64, l.outer * room * sizeof(float));
+    int64_t room = (3 + 2 * l.chunks) * l.width;
+    float *rooms = aligned_alloc(64, l.threads * room * sizeof(float));
     if (!rooms) return 1;
-    if (l.outer == 1)
-        for (int64_t i = 0; i < a->b; i++) forward_sample(a, &l, i, y, rooms);
-    else
-#pragma omp parallel for schedule(static) num_threads(l.outer)
-        for (int64_t t = 0; t < l.outer; t++)
-            for (int64_t i = t * each; i < (t + 1) * each; i++)
-                forward_sample(a, &l, i, y, rooms + t * room);
+#pragma omp parallel for schedule(static) num_threads(l.threads) if (l.threads > 1 && l.each)
+    for (int64_t t = 0; t < l.threads; t++)
+        for (int64_t i = t * l.each; i < (t + 1) * l.each; i++)
+            forward_sample(a, &l, i, y, rooms + t * room, 1);
+    for (int64_t i = l.threads * l.each; i < a->b; i++)
+        forward_sample(a, &l, i, y, rooms, within(&l));
     free(rooms);
     return 0;
 }
@@ -350,18 +356,16 @@ int norm_forward(const struct call *a, void *y) {
 int norm_backward(const struct call *a, const void *gy, void *gx, float *gweight, float *gbias,
                   float *gshift) {
     struct plan l = planned(a);
-    int64_t room = (5 + 3 * l.chunks) * l.width, each = a->b / l.outer, sums = 3 * l.width;
-    float *rooms = aligned_alloc(64, (l.outer * room + a->b * sums) * sizeof(float));
+    int64_t room = (5 + 3 * l.chunks) * l.width, sums = 3 * l.width;
+    float *rooms = aligned_alloc(64, (l.threads * room + a->b * sums) * sizeof(float));
     if (!rooms) return 1;
-    float *all = rooms + l.outer * room;
-    if (l.outer == 1)
-        for (int64_t i = 0; i < a->b; i++)
-            backward_sample(a, &l, i, gy, gx, gshift, all + i * sums, rooms);
-    else
-#pragma omp parallel for schedule(static) num_threads(l.outer)
-        for (int64_t t = 0; t < l.outer; t++)
-            for (int64_t i = t * each; i < (t + 1) * each; i++)
-                backward_sample(a, &l, i, gy, gx, gshift, all + i * sums, rooms + t * room);
+    float *all = rooms + l.threads * room;
+#pragma omp parallel for schedule(static) num_threads(l.threads) if (l.threads > 1 && l.each)
+    for (int64_t t = 0; t < l.threads; t++)
+        for (int64_t i = t * l.each; i < (t + 1) * l.each; i++)
+            backward_sample(a, &l, i, gy, gx, gshift, all + i * sums, rooms + t * room, 1);
+    for (int64_t i = l.threads * l.each; i < a->b; i++)
+        backward_sample(a, &l, i, gy, gx, gshift, all + i * sums, rooms, within(&l));
     for (int64_t c = 0; c < a->c; c++) {
         double weight = 0, bias = 0;
         for (int64_t s = 0; s < a->b; s++) {
@@ -383,7 +387,7 @@ INLINE void sum(const void *a, const void *b, void *y, float scale, int64_t i, i
 
 int residual(const void *a, const void *b, void *y, int64_t n, float scale, int low, int threads) {
     int64_t whole = n / LANES * LANES;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && n >= GRAIN)
     for (int64_t i = 0; i < whole; i += LANES)
         if (low) sum(a, b, y, scale, i, 1, LANES);
         else sum(a, b, y, scale, i, 0, LANES);
