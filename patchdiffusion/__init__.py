@@ -6,12 +6,7 @@ run = train(auto("photos"))
 images = load(run).sample(16)
 """
 
-import os
 from importlib.metadata import version
-
-# Before torch is loaded: CPU threads that wait then sleep instead of spinning. If anything else
-# runs on the machine, spinning makes training many times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = version("patchdiffusion")
 

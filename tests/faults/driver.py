@@ -3,6 +3,7 @@
 python driver.py '{"images": ..., "out": ..., "config": {...}, "run": {...}, "faults": [...]}'
 """
 
+import faulthandler
 import json
 import sys
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ def carry_out(spec: Mapping[str, Any]) -> int:
 
 
 def main() -> int:
+    faulthandler.enable()  # SIGABRT of the harness
     torch.set_num_threads(1)
     # The yardstick of the status lines and the report take longer than these runs.
     status.measured_peak = lambda device, precision: 1e9

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,8 @@ DRIVER = Path(__file__).with_name("driver.py")
 SECONDS = float(os.environ.get("FAULT_SECONDS", "120"))
 LONG: dict[str, Any] = {"config": {"images": 48.0}}  # 16 steps
 SAVE_ALWAYS = {"save_minutes": 0.0}
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = iter(range(15000 + 1000 * WORKER, 16000 + 1000 * WORKER))
 NEWEST, OLDER = "step-0000000004", "step-0000000003"
 FILES = (
     "averaged.safetensors",
@@ -67,9 +70,15 @@ def here(images: Path, out: Path, **spec: Any) -> Ended:
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port that nothing uses before the processes that are told of it.
+
+    Those the system hands out are not: a connection of another test can be given the same one.
+    """
+    for port in PORTS:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError("no port is left")
 
 
 def arguments(images: Path, out: Path, **spec: Any) -> list[str]:
@@ -125,11 +134,18 @@ def wait_until(reached: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def finish(processes: list[subprocess.Popen[str]]) -> list[Ended]:
-    """Wait for the processes; none is left behind."""
+    """Wait for the processes; none is left behind.
+
+    One that hangs is told to end by SIGABRT, at which `driver.py` writes where it was.
+    """
     ended = []
     try:
         for process in processes:
-            out, err = process.communicate(timeout=SECONDS)
+            try:
+                out, err = process.communicate(timeout=SECONDS)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGABRT)
+                out, err = process.communicate(timeout=10)
             ended.append(Ended(process.returncode, out, err))
     finally:
         for process in processes:
