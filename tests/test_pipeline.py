@@ -7,32 +7,14 @@ from pathlib import Path
 import pytest
 import tiny
 
-from patchdiffusion import Pipeline, SamplerConfig, load
-from patchdiffusion.denoiser import EDM
-from patchdiffusion.model import Model, ModelConfig, build
-from patchdiffusion.noise import LogNormal
+from patchdiffusion import SamplerConfig, load
 from patchdiffusion.solvers import Churn
 
-CANVAS = (8, 12)
 FAST = SamplerConfig(steps=3)
 
 
-def pipeline(classes: int = 3) -> Pipeline:
-    """A network whose output depends on everything."""
-    network = build(replace(tiny.NETWORK, num_classes=classes))
-    tiny.randomise(network)
-    config = ModelConfig(
-        network=replace(tiny.NETWORK, num_classes=classes),
-        precond=EDM(),
-        noise=LogNormal(),
-        canvas=CANVAS,
-        classes=("cat", "dog", "7")[:classes],
-    )
-    return Pipeline(Model(config, network.eval().requires_grad_(False), "digest"))
-
-
 def test_classes_by_name_and_number() -> None:
-    pipe = pipeline()
+    pipe = tiny.pipeline()
 
     def labels(*classes: str | int) -> list[int]:
         found = pipe.labels(5, classes)
@@ -46,22 +28,22 @@ def test_classes_by_name_and_number() -> None:
     assert labels() == [0, 1, 2, 0, 1]
     everything = pipe.labels(4)
     assert everything is not None and everything.tolist() == [0, 1, 2, 0]
-    assert pipeline(0).labels(4) is None
+    assert tiny.pipeline(0).labels(4) is None
 
 
 @pytest.mark.parametrize("wanted", ["bird", 3, "3", -2, "1.0", "", "--1", "\u00b2"])
 def test_unknown_classes_are_listed(wanted: str | int) -> None:
     with pytest.raises(ValueError, match=r"unknown class .*; this model has 0 cat, 1 dog, 2 7"):
-        pipeline().labels(1, [wanted])
+        tiny.pipeline().labels(1, [wanted])
 
 
 def test_a_model_without_classes_takes_none() -> None:
     with pytest.raises(ValueError, match="was trained without classes"):
-        pipeline(0).sample(1, classes=[0])
+        tiny.pipeline(0).sample(1, classes=[0])
 
 
 def test_classes_and_guidance_change_the_image() -> None:
-    pipe = pipeline()
+    pipe = tiny.pipeline()
     a, b = (pipe.sample(1, classes=[c], config=FAST) for c in (0, 1))
     c, d = (pipe.sample(1, classes=[0], config=replace(FAST, guidance=g)) for g in (1.0, 3.0))
     assert not (a == b).all()
@@ -73,7 +55,7 @@ def test_classes_and_guidance_change_the_image() -> None:
 
 def test_guidance_needs_classes() -> None:
     with pytest.raises(ValueError, match="needs class labels"):
-        pipeline(0).sample(1, config=replace(FAST, guidance=2.0))
+        tiny.pipeline(0).sample(1, config=replace(FAST, guidance=2.0))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +70,7 @@ def test_guidance_needs_classes() -> None:
 )
 def test_impossible_options(options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        pipeline().sample(**{"count": 2, "config": FAST, **options})  # pyright: ignore[reportArgumentType]
+        tiny.pipeline().sample(**{"count": 2, "config": FAST, **options})  # pyright: ignore[reportArgumentType]
 
 
 def test_churn_belongs_to_heun() -> None:

@@ -8,34 +8,17 @@ import tiny
 import torch
 from torch import Tensor
 
-from patchdiffusion import Pipeline, SamplerConfig, sample
+from patchdiffusion import SamplerConfig, sample
 from patchdiffusion.analytic import IdealDenoiser
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import EDM
-from patchdiffusion.model import Model, ModelConfig, build
-from patchdiffusion.noise import LogNormal
 from patchdiffusion.picture import to_uint8
 from patchdiffusion.sample import noise_field
 from patchdiffusion.solvers import Churn
 
-CANVAS = (8, 12)
+CANVAS = tiny.CANVAS
 FAST = SamplerConfig(steps=3)
 CHURNED = replace(FAST, churn=Churn(amount=20.0))
 FIVE = range(40, 45)
-
-
-def pipeline(classes: int = 3) -> Pipeline:
-    """A network whose output depends on everything."""
-    network = build(replace(tiny.NETWORK, num_classes=classes))
-    tiny.randomise(network)
-    config = ModelConfig(
-        network=replace(tiny.NETWORK, num_classes=classes),
-        precond=EDM(),
-        noise=LogNormal(),
-        canvas=CANVAS,
-        classes=("cat", "dog", "7")[:classes],
-    )
-    return Pipeline(Model(config, network.eval().requires_grad_(False), "digest"))
 
 
 def place(
@@ -108,7 +91,7 @@ def test_any_batches_are_bit_equal_with_an_oracle(batch: int, config: SamplerCon
 
 @pytest.mark.parametrize("config", [FAST, CHURNED, replace(FAST, guidance=2.0)])
 def test_any_batches_are_close_with_a_network(config: SamplerConfig) -> None:
-    pipe = pipeline()
+    pipe = tiny.pipeline()
     labels = torch.tensor([0, 1, 2, -1, 0])
 
     def draw(size: int) -> Tensor:
@@ -131,7 +114,7 @@ def test_any_batches_are_close_with_a_network(config: SamplerConfig) -> None:
 
 
 def test_the_same_seed_gives_the_same_image() -> None:
-    pipe = pipeline()
+    pipe = tiny.pipeline()
     before = torch.get_rng_state()
     a = pipe.sample(4, seed=10, config=FAST)
     b = pipe.sample(2, seed=12, config=FAST, classes=[2, 0])
@@ -227,7 +210,7 @@ def test_overlapping_regions_of_a_pixelwise_denoiser_agree() -> None:
 
 
 def test_regions_of_a_model() -> None:
-    pipe = pipeline()
+    pipe = tiny.pipeline()
     assert pipe.sample(1, config=FAST, size=(5, 7), corner=(1, 1)).shape == (1, 5, 7, 3)
     assert pipe.sample(1, config=FAST, size=(20, 16)).shape == (1, 20, 16, 3)
 

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from patchdiffusion import RunConfig, TrainConfig, UNetConfig, train
+from patchdiffusion import Pipeline, RunConfig, TrainConfig, UNetConfig, train
+from patchdiffusion.denoiser import EDM
+from patchdiffusion.model import Model, ModelConfig, build
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.patches import PatchLaw
 from patchdiffusion.report import read_log
@@ -21,6 +23,8 @@ from patchdiffusion.train.setup import Training, assemble, prepare_data
 
 NETWORK = UNetConfig(base=4, mult=(1, 2), blocks=1, attention=(), num_classes=2)
 LAW = PatchLaw(fractions=(1.0, 0.5), probs=(0.5, 0.5))  # 2 whole images and 4 crops from a batch 4
+CANVAS = (8, 12)
+"""Of `pipeline`: not square."""
 STEP = 3.0
 """Full-image equivalents in a step of this law with a batch of 4."""
 
@@ -128,3 +132,17 @@ def randomise(network: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> No
     with torch.no_grad():
         for p in network.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * scale)
+
+
+def pipeline(classes: int = 3) -> Pipeline:
+    """A model whose output depends on everything."""
+    network = build(replace(NETWORK, num_classes=classes))
+    randomise(network)
+    config = ModelConfig(
+        network=replace(NETWORK, num_classes=classes),
+        precond=EDM(),
+        noise=LogNormal(),
+        canvas=CANVAS,
+        classes=("cat", "dog", "7")[:classes],
+    )
+    return Pipeline(Model(config, network.eval().requires_grad_(False), "digest"))
