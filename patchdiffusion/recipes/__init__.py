@@ -101,7 +101,7 @@ def glyphs(facts: Facts) -> TrainConfig:
         noise=LogNormal(mean=-0.7),
         optim=OptimConfig(lr=3e-3, cooldown=0.4),
         batch=32,
-        images=12_000,
+        images=20_000,
         watch=WatchConfig(status=40, samples=4),
     )
 
