@@ -99,6 +99,25 @@ class UniformTime:
         return ((t - self.margin) / (1 - 2 * self.margin)).clamp(0, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The levels of another law between two of its quantiles, times a scale."""
+
+    law: NoiseLaw
+    low: float = 0.0
+    high: float = 1.0
+    scale: float = 1.0
+
+    def draw(self, u: Tensor) -> Tensor:
+        """Sigma at the quantiles u."""
+        return self.law.draw(self.low + (self.high - self.low) * u) * self.scale
+
+    def level(self, sigma: Tensor) -> Tensor:
+        """The quantile of sigma, clamped to [0, 1]."""
+        u = self.law.level(sigma / self.scale)
+        return ((u - self.low) / (self.high - self.low)).clamp(0, 1)
+
+
 # ---- Paths: z_t = a(t) x0 + s(t) eps ----
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.noise import NoiseLaw
+from patchdiffusion.noise import NoiseLaw, Part
 
 Size = tuple[int, int]  # height, width
 Mode = Literal["stratified", "stochastic", "progressive", "constant_pixels"]
@@ -49,6 +49,12 @@ class PatchLaw:
     """How the number of crops grows as they shrink; the paper uses 1, 2, 4: inverse_side."""
     loss_norm: LossNorm = "area"
     """area: a crop's gradient counts with its area, as in the paper; mean: all crops alike."""
+    levels: tuple[tuple[float, float], ...] = ()
+    """Noise levels of each size, from one quantile of the run's noise law to another; by default
+    every size sees all of them."""
+    pitches: tuple[int, ...] = ()
+    """Image pixels that make a pixel of each size along a side: fraction 1 and pitch 2 is the
+    whole image at half its resolution, with half the noise; by default 1 for every size."""
 
     def __post_init__(self) -> None:
         if not self.fractions or len(self.fractions) != len(self.probs):
@@ -65,6 +71,21 @@ class PatchLaw:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}, allowed: {get_args(kind)}"
                 )
+
+        for name, given in (("levels", self.levels), ("pitches", self.pitches)):
+            if given and len(given) != len(self.fractions):
+                raise ValueError(f"{name} needs one entry per fraction, or none, not {len(given)}")
+        if not all(0 <= low < high <= 1 for low, high in self.levels):
+            raise ValueError(f"levels must be quantiles 0 <= low < high <= 1, not {self.levels}")
+        if not all(pitch >= 1 for pitch in self.pitches):
+            raise ValueError(f"pitches must be at least 1, not {self.pitches}")
+
+    @property
+    def views(self) -> tuple[tuple[float, float, int, tuple[float, float]], ...]:
+        """Fraction, probability, pitch and levels of each size."""
+        count = len(self.fractions)
+        pitches, levels = self.pitches or (1,) * count, self.levels or ((0.0, 1.0),) * count
+        return tuple(zip(self.fractions, self.probs, pitches, levels, strict=True))
 
     @classmethod
     def paper(cls, p: float = 0.5, *, latent: bool = False) -> "PatchLaw":
@@ -103,6 +124,16 @@ class Group:
     noise: NoiseLaw | None = None
     """Noise law of this group; None is the law of the run."""
 
+    @property
+    def name(self) -> str:
+        """What logs call it: its size, then its pitch and noise levels where they are special."""
+        name = "{}x{}".format(*self.size)
+        if self.pitch > 1:
+            name += f"@{self.pitch}"
+        if isinstance(self.noise, Part) and (self.noise.low, self.noise.high) != (0.0, 1.0):
+            name += f"[{self.noise.low:g}-{self.noise.high:g}]"
+        return name
+
 
 @dataclass(frozen=True)
 class PatchSize:
@@ -113,6 +144,12 @@ class PatchSize:
     prob: float
     multiplier: float
     share: float
+    pitch: int = 1
+    noise: NoiseLaw | None = None
+
+    def group(self, count: int, weight: float = 1.0) -> Group:
+        """So many crops of this size."""
+        return Group(self.size, max(1, count), weight, self.pitch, self.noise)
 
 
 @dataclass(frozen=True)
@@ -128,8 +165,12 @@ class PatchPlan:
     batch: int
     law: PatchLaw = PatchLaw()
     divisor: int = 1
+    noise: NoiseLaw | None = None
+    """Noise law of the run, which a law of sizes with levels or pitches divides."""
 
     def __post_init__(self) -> None:
+        if self.noise is None and (self.law.levels or self.law.pitches):
+            raise ValueError("a patch law with levels or pitches needs the noise law of the run")
         if isinstance(self.canvas, int) or len(self.canvas) != 2 or min(self.canvas) < 1:
             raise ValueError(f"canvas must be (height, width), both positive, not {self.canvas}")
         if self.batch < 1 or self.divisor < 1:
@@ -153,14 +194,14 @@ class PatchPlan:
     @cached_property
     def sizes(self) -> tuple[PatchSize, ...]:
         """The distinct sizes with a positive probability, largest first."""
-        total = self.canvas[0] * self.canvas[1]
-        probs: dict[Size, float] = {}
-        for fraction, prob in zip(self.law.fractions, self.law.probs, strict=True):
-            size = (self._side(0, fraction), self._side(1, fraction))
-            probs[size] = probs.get(size, 0.0) + prob
-        found = sorted(
-            ((h * w / total, (h, w), p) for (h, w), p in probs.items() if p), reverse=True
-        )
+        total = math.prod(self.canvas)
+        probs: dict[tuple[Size, int, NoiseLaw | None], float] = {}
+        for fraction, prob, pitch, levels in self.law.views:
+            size = (self._side(0, fraction, pitch), self._side(1, fraction, pitch))
+            view = (size, pitch, self._noise(pitch, levels))
+            probs[view] = probs.get(view, 0.0) + prob
+        found = [(math.prod(view[0]) / total, view, p) for view, p in probs.items() if p]
+        found.sort(key=lambda one: (one[0], one[1][0]), reverse=True)
         power = {"inverse_side": -0.5, "inverse_area": -1.0, "one": 0.0}[self.law.multiplier]
         multipliers = [a**power for a, _, _ in found]
         by_area = self.law.loss_norm == "area"
@@ -171,21 +212,36 @@ class PatchPlan:
             drawn = [i / sum(images) for i in images]
             multipliers = [1 / a for a, _, _ in found]
         return tuple(
-            PatchSize(size, a, prob, m, share / sum(shares))
-            for (a, size, _), prob, m, share in zip(found, drawn, multipliers, shares, strict=True)
+            PatchSize(size, a, prob, m, share / sum(shares), pitch, noise)
+            for (a, (size, pitch, noise), _), prob, m, share in zip(
+                found, drawn, multipliers, shares, strict=True
+            )
         )
 
-    def _side(self, axis: int, fraction: float) -> int:
-        side = self.canvas[axis]
-        if fraction == 1:
+    def _side(self, axis: int, fraction: float, pitch: int) -> int:
+        side, divisor = self.canvas[axis], self.divisor
+        if fraction == 1 and pitch == 1:
             return side
-        rounded = round(fraction * side / self.divisor) * self.divisor
-        return min(max(rounded, self.divisor), side)
+        most = side if pitch == 1 else side // pitch // divisor * divisor
+        if most < 1:
+            raise ValueError(
+                f"a canvas of {self.canvas} is too small for pitch {pitch} and a network that "
+                f"divides sides by {divisor}"
+            )
+        rounded = round(fraction * side / pitch / divisor) * divisor
+        return min(max(rounded, divisor), most)
+
+    def _noise(self, pitch: int, levels: tuple[float, float]) -> NoiseLaw | None:
+        if self.noise is None or (pitch == 1 and levels == (0.0, 1.0)):
+            return None
+        return Part(law=self.noise, low=levels[0], high=levels[1], scale=1 / pitch)
 
     def draw(self, *, seed: int, step: int, progress: float = 0.0) -> tuple[Group, ...]:
         """The groups of one step; `progress` in [0, 1] is the share of the run that is done."""
         if self.law.mode == "stratified":
-            return tuple(self._group(k, k.share, k.prob) for k in self.sizes)
+            return tuple(
+                k.group(round(self.batch * k.multiplier * k.prob), k.share) for k in self.sizes
+            )
         if self.law.mode == "progressive":
             order, u = self.sizes[::-1], progress
         else:
@@ -193,10 +249,8 @@ class PatchPlan:
             order, u = self.sizes, float(rng.uniform(key, 1))
         edges = list(itertools.accumulate(k.prob for k in order))
         chosen = order[min(bisect.bisect_right(edges, u), len(order) - 1)]
-        return (self._group(chosen, chosen.share / chosen.prob, 1.0),)
-
-    def _group(self, k: PatchSize, weight: float, part: float) -> Group:
-        return Group(k.size, max(1, round(self.batch * k.multiplier * part)), weight)
+        count = round(self.batch * chosen.multiplier)
+        return (chosen.group(count, chosen.share / chosen.prob),)
 
     def cost(self, *, world: int = 1, synced: bool = True, attention: float = 0.0) -> "Cost":
         """Expected cost, in full images; `attention` is its quadratic share of a full image.

@@ -16,6 +16,7 @@ from patchdiffusion.noise import (
     LogNormal,
     LogUniform,
     NoiseLaw,
+    Part,
     Path,
     Prediction,
     UniformTime,
@@ -31,6 +32,7 @@ LAWS: list[NoiseLaw] = [
     UniformTime(),
     UniformTime(path="cosine"),
     UniformTime(path="flow"),
+    Part(law=LogNormal(), low=0.3, high=0.9, scale=0.5),
 ]
 QUANTILES = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
 TIMES = torch.linspace(0.02, 0.95, 40, dtype=torch.float64)
@@ -56,6 +58,16 @@ def test_levels_of_any_sigma_lie_in_0_1(law: NoiseLaw) -> None:
     level = law.level(torch.tensor([1e-8, 1e-3, 1.0, 80.0, 1e6], dtype=torch.float64))
     assert bool(((level >= 0) & (level <= 1)).all())
     assert bool((level.diff() >= 0).all())
+
+
+def test_parts_of_a_law_are_the_law() -> None:
+    law, u = LogNormal(), QUANTILES
+    assert torch.equal(Part(law=law).draw(u), law.draw(u))
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    low, high = Part(law=law, low=0.25, high=0.75, scale=0.5).draw(ends).tolist()
+    assert [low, high] == (0.5 * law.draw(torch.tensor([0.25, 0.75]).double())).tolist()
+    halves = torch.cat([Part(law=law, high=0.5).draw(u), Part(law=law, low=0.5).draw(u)])
+    assert close(halves, law.draw(torch.cat([0.5 * u, 0.5 + 0.5 * u])))
 
 
 def test_log_normal_is_edms() -> None:

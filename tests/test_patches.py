@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchdiffusion import rng
+from patchdiffusion.noise import LogNormal, Part
 from patchdiffusion.patches import (
     Group,
+    Mode,
     PatchLaw,
     PatchPlan,
     Size,
@@ -24,6 +26,14 @@ from patchdiffusion.patches import (
     random_crop,
 )
 
+LAW = LogNormal()
+JOINT = PatchLaw(
+    fractions=(1.0, 0.5, 1.0),
+    probs=(0.5, 0.25, 0.25),
+    levels=((0.0, 1.0), (0.0, 0.6), (0.5, 1.0)),
+    pitches=(1, 1, 2),
+)
+"""Whole images, crops at low noise, whole images at half their resolution at high noise."""
 RATIOS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 CANVASES: list[Size] = [
     (1, 1), (2, 3), (8, 8), (16, 16), (31, 64), (32, 2048), (65, 65), (96, 40), (128, 128)
@@ -65,6 +75,12 @@ def test_paper_law() -> None:
         (lambda: PatchLaw(mode="random"), "unknown mode 'random', allowed: .*'stratified'"),  # type: ignore[arg-type]
         (lambda: PatchLaw(multiplier="two"), "unknown multiplier 'two'"),  # type: ignore[arg-type]
         (lambda: PatchLaw(loss_norm="sum"), "unknown loss_norm 'sum'"),  # type: ignore[arg-type]
+        (lambda: PatchLaw(levels=((0.0, 1.0),)), "levels needs one entry per fraction, .*not 1"),
+        (lambda: PatchLaw(pitches=(1, 1)), "pitches needs one entry per fraction, or none, not 2"),
+        (lambda: PatchLaw(levels=((0, 1), (0.5, 0.5), (0, 1))), "quantiles 0 <= low < high <= 1"),
+        (lambda: PatchLaw(pitches=(1, 1, 0)), r"pitches must be at least 1, not \(1, 1, 0\)"),
+        (lambda: PatchPlan((8, 8), 4, JOINT), "needs the noise law of the run"),
+        (lambda: PatchPlan((8, 8), 4, JOINT, 8, LAW).sizes, r"\(8, 8\) is too small for pitch 2"),
         (lambda: PatchLaw.paper(1.1), r"must lie in \[0, 1\], not 1.1"),
         (lambda: PatchLaw.paper(-0.1, latent=True), r"must lie in \[0, 1\]"),
         (lambda: PatchPlan(64, 4), r"\(height, width\), both positive, not 64"),  # type: ignore[arg-type]
@@ -193,6 +209,34 @@ def test_constant_pixels() -> None:
 
 
 # ---- The cost ----
+
+
+def test_levels_and_pitches_that_change_nothing() -> None:
+    neutral = PatchLaw(levels=((0.0, 1.0),) * 3, pitches=(1, 1, 1))
+    plain, other = PatchPlan((64, 64), 16, divisor=4), PatchPlan((64, 64), 16, neutral, 4, LAW)
+    assert plain.sizes == other.sizes
+    assert plain.draw(seed=0, step=3) == other.draw(seed=0, step=3)
+
+
+@pytest.mark.parametrize("mode", ["stratified", "constant_pixels"])
+def test_joint_law_of_size_and_noise(mode: Mode) -> None:
+    plan = PatchPlan((64, 48), 16, replace(JOINT, mode=mode), 8, LAW)
+    whole, coarse, crops = plan.sizes
+    assert [k.size for k in plan.sizes] == [(64, 48), (32, 24), (32, 24)]
+    assert [k.area for k in plan.sizes] == [1, 0.25, 0.25]
+    assert sorted([coarse.pitch, crops.pitch]) == [1, 2]
+    if coarse.pitch == 1:
+        coarse, crops = crops, coarse
+    assert whole.noise is None
+    assert crops.noise == Part(law=LAW, high=0.6)
+    assert coarse.noise == Part(law=LAW, low=0.5, scale=0.5)
+    assert [k.group(2).name for k in (whole, coarse, crops)] == [
+        "64x48", "32x24@2[0.5-1]", "32x24[0-0.6]"
+    ]  # fmt: skip
+    groups = {g for step in range(99) for g in plan.draw(seed=0, step=step)}
+    assert {(g.pitch, g.noise) for g in groups} == {(k.pitch, k.noise) for k in plan.sizes}
+    top, left = corners(keys(5), coarse.size, plan.canvas, coarse.pitch)
+    assert not top.any() and not left.any()  # all of the image
 
 
 @pytest.mark.parametrize("attention", [0.0, 0.3, 1.0])

@@ -14,6 +14,7 @@ import tiny
 import torch
 
 from patchdiffusion.files import read_json
+from patchdiffusion.patches import PatchLaw
 from patchdiffusion.report import read_log
 from patchdiffusion.train import loop, optim
 from patchdiffusion.train.config import OptimConfig, Precision, WatchConfig
@@ -216,3 +217,17 @@ def test_a_finished_run_can_be_extended(images: Path, tmp_path: Path) -> None:
     assert tiny.history(folder) == tiny.history(straight)
     assert tiny.weights(folder) == tiny.weights(straight)
     assert read_json(folder / "run.json")["length"] == 12.0
+
+
+def test_sizes_with_levels_and_pitches_of_their_own(images: Path, tmp_path: Path) -> None:
+    law = PatchLaw(
+        fractions=(1.0, 1.0, 0.5),
+        probs=(0.5, 0.25, 0.25),
+        levels=((0.0, 1.0), (0.5, 1.0), (0.0, 0.5)),
+        pitches=(1, 2, 1),
+    )
+    folder = tiny.run(tiny.config(images, patches=law), tmp_path / "run")
+    (*_, status) = (r for r in read_log(folder) if r["kind"] == "status")
+    assert set(status["sizes"]) == {"16x16", "8x8@2[0.5-1]", "8x8[0-0.5]"}
+    (*_, watched) = (r for r in read_log(folder) if r["kind"] == "watch")
+    assert set(watched["held_out"]["sizes"]) == {"16x16", "8x8"}  # crops of all levels

@@ -90,9 +90,7 @@ def bench(training: Training, repeats: int) -> dict[str, Any]:
     plan, batch = training.plan, training.config.batch
     peak = measured_peak(training.device, training.precision) * training.team.size
     whole: Kind = (Group(training.canvas, batch, 1.0),)
-    sizes: list[Kind] = [
-        (Group(k.size, max(1, round(batch * k.multiplier)), 1.0),) for k in plan.sizes
-    ]
+    sizes: list[Kind] = [(k.group(round(batch * k.multiplier)),) for k in plan.sizes]
     together = training.config.patches.mode == "stratified"  # all sizes in one step
     mixed = plan.draw(seed=0, step=0)
     kinds = list(dict.fromkeys([whole, *sizes]))
@@ -102,7 +100,7 @@ def bench(training: Training, repeats: int) -> dict[str, Any]:
     rows = {"whole images": _row(costs[whole], costs[whole], peak)}
     for size in sizes:
         if size != whole:
-            rows["only {}x{}".format(*size[0].size)] = _row(costs[size], costs[whole], peak)
+            rows[f"only {size[0].name}"] = _row(costs[size], costs[whole], peak)
     if together:
         rows["mixture"] = _row(costs[mixed], costs[whole], peak)
     else:

@@ -216,7 +216,7 @@ class TrainConfig:
 
     def plan(self, canvas: Size) -> PatchPlan:
         """The patch plan on a canvas."""
-        return PatchPlan(canvas, self.batch, self.patches, self.network.divisor)
+        return PatchPlan(canvas, self.batch, self.patches, self.network.divisor, self.noise)
 
 
 FREE = (

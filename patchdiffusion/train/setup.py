@@ -176,7 +176,7 @@ class Training:
             profiles=len(config.ema.profiles),
             snapshots=config.ema.snapshots,
         )
-        sizes = " + ".join(f"{k.size[0]}x{k.size[1]}" for k in self.plan.sizes)
+        sizes = " + ".join(k.group(1).name for k in self.plan.sizes)
         classes = f", {len(pack.classes)} classes" if config.network.num_classes else ""
         say(
             f"data      {pack.name}: {len(pack.train):,} images of {self.canvas[0]}x"
@@ -214,9 +214,9 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     folder = run.folder(config.name)
     canvas = (pack.images.shape[1], pack.images.shape[2])
     plan = config.plan(canvas)
-    trained = tuple(k.size for k in plan.sizes)
-    sizes = trained if canvas in trained else (canvas, *trained)
     network = build(config.network, seed=config.seed).to(device)
+    sizes = dict.fromkeys([canvas, *(k.size for k in plan.sizes)])
+    crops = dict.fromkeys([canvas, *(k.size for k in plan.sizes if k.pitch == 1)])
     flops = {size: round(training_flops(network, size)) for size in sizes}
     ema = _spread_out(network, config, run, team, device)
     objective = DenoisingLoss(config.noise, config.weighting, config.label_dropout)
@@ -260,7 +260,9 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         stepper=stepper,
         phases=phases,
         flops=flops,
-        watch=Watch(config, pack, sizes, device, precision, team, _extractor(config, team, device)),
+        watch=Watch(
+            config, pack, tuple(crops), device, precision, team, _extractor(config, team, device)
+        ),
         state=TrainState(),
     )
 

@@ -94,7 +94,7 @@ class Stepper:
         for one in passes:
             self._accumulate(one, values[one.number], cursor, last=one is passes[-1])
         losses = self._everywhere(values)
-        kind = "+".join("{}x{}".format(*group.size) for group in groups)
+        kind = "+".join(group.name for group in groups)
         with self.phases("update"), torch.no_grad():
             total = torch.stack(
                 [g.weight * row["loss"] for g, row in zip(groups, losses, strict=True)]
@@ -105,7 +105,7 @@ class Stepper:
             self.guard.send(step, cursor, groups, verdict.report)
             meter.add({"loss": total, "grad norm": norm, "skipped": verdict.bad})
             for group, row in zip(groups, losses, strict=True):
-                row["loss {}x{}".format(*group.size)] = row.pop("loss")
+                row[f"loss {group.name}"] = row.pop("loss")
                 meter.add(row)
 
     def _passes(self, groups: tuple[Group, ...]) -> list[Pass]:

@@ -49,7 +49,7 @@ class Watch:
     config: TrainConfig
     pack: Pack
     sizes: tuple[Size, ...]
-    """The whole canvas, then the other sizes of the plan."""
+    """The whole canvas, then the sizes of the plan's crops."""
     device: torch.device
     precision: str
     team: Team
