@@ -71,7 +71,6 @@ class PatchLaw:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}, allowed: {get_args(kind)}"
                 )
-
         for name, given in (("levels", self.levels), ("pitches", self.pitches)):
             if given and len(given) != len(self.fractions):
                 raise ValueError(f"{name} needs one entry per fraction, or none, not {len(given)}")
