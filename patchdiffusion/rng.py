@@ -49,9 +49,13 @@ def subkeys(key: Tensor, stream: str) -> Tensor:
     return _mix(key ^ _number(stream))
 
 
-@torch.compiler.assume_constant_result  # a name is a constant of a compiled block, its hash too
 def _number(stream: str) -> int:
     return seed_of(stream)
+
+
+# A name is a constant of a compiled block, its hash too. This is what the decorator
+# torch.compiler.assume_constant_result does, which takes a second to import the compiler.
+vars(_number)["_dynamo_marked_constant"] = True
 
 
 def bits(key: Tensor, count: int) -> Tensor:

@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from patchdiffusion.codec import decode
 from patchdiffusion.dist import Team
 from patchdiffusion.model import load_model
 from patchdiffusion.train import checkpoint
-from patchdiffusion.train.parallel import local
+from patchdiffusion.train.parallel import as_sharded, is_sharded, local
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import TrainState
 
@@ -130,8 +129,8 @@ def fill(team: Team, targets: Mapping[str, Tensor], given: Mapping[str, Tensor])
     for name, target in targets.items():
         value = given[name] if team.lead else torch.empty(target.shape, dtype=target.dtype)
         value = value.to(target.device)
-        if isinstance(target, DTensor):
-            target.copy_(distribute_tensor(value, target.device_mesh, target.placements))
+        if is_sharded(target):
+            target.copy_(as_sharded(value, target))
         else:
             target.copy_(team.spread(value.contiguous()))
 

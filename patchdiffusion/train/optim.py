@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from patchdiffusion.train.config import OptimConfig
+from patchdiffusion.train.parallel import whole
 
 FIRST_SCALE = 2.0**16
 GROWTH_STEPS = 2000
@@ -41,7 +41,7 @@ class Update:
         """The norm of the gradient over all processes, without the loss scale."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm) / self.scale
+        return whole(norm) / self.scale
 
     @torch.no_grad()
     def __call__(self, norm: Tensor, most: Tensor, bad: Tensor, progress: float) -> None:

@@ -2,13 +2,11 @@
 
 import contextlib
 import inspect
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from patchdiffusion.denoiser import Denoiser
@@ -49,6 +47,9 @@ def shard(network: nn.Module, units: list[nn.Module], team: Team, device: torch.
     """
     if team.size == 1:
         raise ValueError("--shard divides a network among processes, and there is only one")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (team.size,))
     for unit in units:
         fully_shard(unit, mesh=mesh)
@@ -62,18 +63,26 @@ def synchronised(work: nn.Module, last: bool) -> contextlib.AbstractContextManag
     return contextlib.nullcontext()
 
 
-def local(tensor: Tensor) -> Tensor:
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, of which there is none before half a second of imports."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Tensor:
     """What this process holds of a tensor, sharing its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """A tensor in full; all processes must ask for a sharded one."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def as_sharded(tensor: Tensor, like: Tensor) -> Tensor:
-    """A full tensor of the leading process, divided like another one."""
-    if not isinstance(like, DTensor):
+def as_sharded(tensor: Tensor, like: Any) -> Tensor:
+    """A full tensor of the leading process, divided like another one, if that is."""
+    if not is_sharded(like):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor, like.device_mesh, like.placements)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from patchdiffusion.codec import encode
 from patchdiffusion.files import read_json
@@ -16,7 +15,7 @@ from patchdiffusion.train import checkpoint
 from patchdiffusion.train.ema import MAIN, profile_name
 from patchdiffusion.train.folder import write_config
 from patchdiffusion.train.optim import moments
-from patchdiffusion.train.parallel import local, whole
+from patchdiffusion.train.parallel import is_sharded, local, whole
 from patchdiffusion.train.setup import Training
 
 Groups = dict[str, dict[str, Tensor]]
@@ -127,7 +126,7 @@ def _collect(groups: Groups, *, lead: bool) -> Groups:
     for name, group in groups.items():
         full[name] = {}
         for key, value in group.items():
-            if isinstance(value, DTensor):
+            if is_sharded(value):
                 gathered = whole(value.detach())
                 if lead:
                     full[name][key] = gathered.cpu()
