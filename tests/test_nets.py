@@ -70,27 +70,41 @@ def test_zero_coordinate_weights_are_the_base_network(config: UNetConfig, low: b
         assert torch.equal(without(x, noise, replace(cond, pos=pos)), expected)
 
 
-@pytest.mark.parametrize("config", [LITTLE, NCSN])
+@pytest.mark.parametrize("config", [LITTLE, NCSN, replace(LITTLE, waves=2)])
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)])
 def test_coordinates_equal_concatenated_channels(config: UNetConfig, size: tuple[int, int]) -> None:
     ours = alive(config)
-    joined = SongUNet(replace(config, channels=5, coordinates=False))
+    more = config.position_channels
+    joined = SongUNet(replace(config, channels=3 + more, coordinates=False))
     state = {k: v for k, v in ours.state_dict().items() if "coordinates" not in k}
     for key, value in ours.state_dict().items():
         if key.endswith("coordinates.weight"):
             image = key.replace("coordinates", "image")
             state[image] = torch.cat([state[image], value], dim=1)
     for key in ("out_conv.weight", "out_conv.bias"):
-        state[key] = F.pad(state[key], [0, 0] * (state[key].ndim - 1) + [0, 2])
+        state[key] = F.pad(state[key], [0, 0] * (state[key].ndim - 1) + [0, more])
     joined.load_state_dict(state)
     x, noise, cond = batch(size=size)
     pos = coordinates(torch.tensor([0, 3, 9]), torch.tensor([1, 0, 20]), size, (20, 30))
     with torch.no_grad():
-        expected = joined(torch.cat([x, pos], dim=1), noise, cond)[:, :3]
+        told = embed.waves(pos, config.waves) if config.waves else pos
+        expected = joined(torch.cat([x, told], dim=1), noise, cond)[:, :3]
         found = ours(x, noise, replace(cond, pos=pos))
         elsewhere = ours(x, noise, cond)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     assert (found - elsewhere).abs().max() > 1e-3
+
+
+def test_waves_are_sines_and_cosines_of_the_place() -> None:
+    pos = coordinates(torch.tensor([0]), torch.tensor([0]), (1, 65), (1, 65))
+    told = embed.waves(pos, 3)
+    assert told.shape == (1, 12, 1, 65)
+    x = torch.linspace(-1, 1, 65)
+    for k in range(3):  # x, then y, of each frequency; sines, then cosines
+        angle = math.pi / 2 * 2**k * x
+        torch.testing.assert_close(told[0, 2 * k, 0], angle.sin())
+        torch.testing.assert_close(told[0, 6 + 2 * k, 0], angle.cos())
+    assert len({tuple(column.tolist()) for column in told[0, :, 0].T}) == 65  # all different
 
 
 def test_no_position_is_the_whole_canvas() -> None:
@@ -104,7 +118,7 @@ def test_no_position_is_the_whole_canvas() -> None:
 
 
 def test_coordinates_survive_low_precision_on_large_canvases() -> None:
-    stem = embed.Stem(1, 4, coordinates=True)
+    stem = embed.Stem(1, 4, coordinates=2)
     assert stem.coordinates is not None
     layers.initialise(stem, 0)
     with torch.no_grad():

@@ -99,6 +99,17 @@ def whole_canvas(x: Tensor) -> Tensor:
     return coordinates(origin, origin, size, size)
 
 
+def waves(pos: Tensor, count: int) -> Tensor:
+    """Sines and cosines of coordinates at doubling frequencies (arXiv 2006.10739).
+
+    pos [B, A, ...] in [-1, 1] -> float32 [B, 2 A count, ...]; the slowest wave is half a period
+    across the canvas, so that no two places share all of them.
+    """
+    octaves = 2.0 ** torch.arange(count, device=pos.device)
+    angles = math.pi / 2 * torch.einsum("k,b...->bk...", octaves, pos.float())
+    return torch.cat([angles.sin(), angles.cos()], dim=1).flatten(1, 2)
+
+
 def exact_convolution(conv: nn.Conv2d, pos: Tensor) -> Tensor:
     """A convolution of coordinates without a bias, in float32 whatever is in force around it.
 
@@ -121,15 +132,17 @@ class Stem(nn.Module):
     the start, they add exactly nothing.
     """
 
-    def __init__(self, channels: int, width: int, *, coordinates: bool, padding: int = 1):
+    def __init__(self, channels: int, width: int, *, coordinates: int, padding: int = 1):
         super().__init__()
         self.image = Conv(channels, width, padding=padding)
         self.coordinates = (
-            Conv(2, width, scale=0.0, bias=False, padding=padding) if coordinates else None
+            Conv(coordinates, width, scale=0.0, bias=False, padding=padding)
+            if coordinates
+            else None
         )
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], pos float32 [B or 1, 2, H, W] or None -> [B, width, H', W']."""
+        """x [B, C, H, W], pos float32 [B or 1, P, H, W] or None -> [B, width, H', W']."""
         h = self.image(x)
         if self.coordinates is None or pos is None:
             return h
@@ -142,12 +155,12 @@ class Pyramid(nn.Module):
     The convolution runs beyond the border as far as the filter reaches, as published.
     """
 
-    def __init__(self, channels: int, width: int, *, coordinates: bool, smooth: bool):
+    def __init__(self, channels: int, width: int, *, coordinates: int, smooth: bool):
         super().__init__()
         self.smooth = smooth
         self.stem = Stem(channels, width, coordinates=coordinates, padding=2 if smooth else 1)
 
     def forward(self, x: Tensor, pos: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], pos float32 [B or 1, 2, H, W] or None -> [B, width, H/2, W/2]."""
+        """x [B, C, H, W], pos float32 [B or 1, P, H, W] or None -> [B, width, H/2, W/2]."""
         h = self.stem(pad_even(x), None if pos is None else pad_even(pos))
         return downsample(h, smooth=self.smooth, padded=True)

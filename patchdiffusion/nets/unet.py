@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.attention import Attention
-from patchdiffusion.nets.embed import Embedding, EmbeddingKind, Pyramid, Stem, whole_canvas
+from patchdiffusion.nets.embed import (
+    Embedding,
+    EmbeddingKind,
+    Pyramid,
+    Stem,
+    waves,
+    whole_canvas,
+)
 from patchdiffusion.nets.fused import join, residual
 from patchdiffusion.nets.layers import Block, Conv, Norm, initialise
 from patchdiffusion.rng import subkeys
@@ -39,6 +46,8 @@ class UNetConfig:
     """Number of augmentation parameters the network is told."""
     coordinates: bool = True
     """Whether the network is told where each pixel lies on the canvas."""
+    waves: int = 0
+    """Tell it by sines and cosines of so many frequencies instead of two linear channels."""
     embedding: EmbeddingKind = "positional"
     """Noise features: positional (DDPM++) or random Fourier frequencies (NCSN++)."""
     encoder: Literal["standard", "residual"] = "standard"
@@ -55,6 +64,7 @@ class UNetConfig:
             ("blocks", 1, 64),
             ("num_classes", 0, 10**6),
             ("augment_dim", 0, 4096),
+            ("waves", 0, 16),
         ):
             value = getattr(self, name)
             if not least <= value <= most:
@@ -82,6 +92,11 @@ class UNetConfig:
         return len(self.mult)
 
     @property
+    def position_channels(self) -> int:
+        """Channels that say where each pixel lies."""
+        return (4 * self.waves or 2) if self.coordinates else 0
+
+    @property
     def divisor(self) -> int:
         """Total down-sampling; sides that are multiples of it need no padding."""
         return 2 ** (self.levels - 1)
@@ -103,7 +118,7 @@ class SongUNet(nn.Module):
         self.embed = Embedding(
             config.base, config.embedding, config.num_classes, config.augment_dim
         )
-        self.stem = Stem(config.channels, config.base, coordinates=config.coordinates)
+        self.stem = Stem(config.channels, config.base, coordinates=config.position_channels)
         self.enc = nn.ModuleList()
         self.pyramid = nn.ModuleDict()
         self.dec = nn.ModuleList()
@@ -131,7 +146,7 @@ class SongUNet(nn.Module):
                     self.pyramid[str(level)] = Pyramid(
                         config.channels if level == 1 else widths[level - 2],
                         width,
-                        coordinates=config.coordinates and level == 1,
+                        coordinates=config.position_channels if level == 1 else 0,
                         smooth=len(config.filter) > 2,
                     )
             for i in range(config.blocks):
@@ -225,14 +240,13 @@ class SongUNet(nn.Module):
             raise ValueError(f"x must be [B, {self.config.channels}, H, W], not {tuple(x.shape)}")
         if not self.config.coordinates:
             return None
-        if cond.pos is None:
-            return whole_canvas(x)
-        if cond.pos.shape != (x.shape[0], 2, *x.shape[2:]):
+        if cond.pos is not None and cond.pos.shape != (x.shape[0], 2, *x.shape[2:]):
             raise ValueError(
                 f"cond.pos must be {(x.shape[0], 2, *x.shape[2:])} for x {tuple(x.shape)}, "
                 f"not {tuple(cond.pos.shape)}"
             )
-        return cond.pos
+        pos = whole_canvas(x) if cond.pos is None else cond.pos
+        return waves(pos, self.config.waves) if self.config.waves else pos
 
 
 def _put(tape: Tape | None, name: str, activation: Tensor) -> Tensor:
