@@ -70,7 +70,7 @@ def test_zero_coordinate_weights_are_the_base_network(config: UNetConfig, low: b
         assert torch.equal(without(x, noise, replace(cond, pos=pos)), expected)
 
 
-@pytest.mark.parametrize("config", [LITTLE, NCSN, replace(LITTLE, waves=2)])
+@pytest.mark.parametrize("config", [LITTLE, NCSN, replace(NCSN, waves=2)])
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)])
 def test_coordinates_equal_concatenated_channels(config: UNetConfig, size: tuple[int, int]) -> None:
     ours = alive(config)
