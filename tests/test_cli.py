@@ -7,6 +7,8 @@ delete the file; the next run of this test writes it anew and fails once.
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -217,3 +219,11 @@ def test_doctor(images: Path, capsys: Capture) -> None:
                  "40 images of 16x16x3", "2 classes: a, b", "measured sigma_data",
                  "ms per step", "take about", "warning: 38 images are few"):  # fmt: skip
         assert part in out, part
+
+
+def test_commands_start_without_the_compiler() -> None:
+    """Which takes a second to import, and shards half of one."""
+    program = "import sys, patchdiffusion.cli; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    slow = {"patchdiffusion.cli", "torch._dynamo", "torch.distributed.tensor", "sympy"}
+    assert slow & set(done.stdout.split()) == {"patchdiffusion.cli"}
