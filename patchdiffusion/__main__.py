@@ -1,7 +1,5 @@
 """python -m patchdiffusion"""
 
-import sys
+from patchdiffusion.cli import program
 
-from patchdiffusion.cli import main
-
-sys.exit(main())
+program()

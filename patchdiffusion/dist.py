@@ -5,16 +5,18 @@ cluster; nothing else is needed, since all of them say so in the environment. Gr
 through PyTorch's own DistributedDataParallel or FSDP2, never through this file.
 """
 
+import atexit
 import json
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as c10d
@@ -221,6 +223,27 @@ def join(minutes: float = 30.0) -> Iterator[Team]:
     yield Team(where, minutes)
     if own:  # after an error the others learn of it by the closed connection
         c10d.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an exit code, after everything that is registered with `atexit`.
+
+    One of several ends without taking the interpreter apart: a group that something still refers
+    to, as DTensor's caches do, keeps its threads, and a thread that drops a tensor of Python's
+    while that happens aborts the process (pytorch/pytorch pull request 179291).
+    """
+    with suppress(ValueError):  # an environment that contradicts itself, which `main` has told
+        if place().size > 1:
+            _end(code)
+    sys.exit(code)
+
+
+def _end(code: int) -> NoReturn:
+    atexit._run_exitfuncs()
+    with suppress(OSError):  # nobody reads any more
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _meet(store: Store, where: Place, seconds: float) -> str:

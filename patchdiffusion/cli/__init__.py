@@ -3,10 +3,11 @@
 import io
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from patchdiffusion import __version__
 from patchdiffusion.cli import average, bench, doctor, evaluate, prepare, report, sample, train
-from patchdiffusion.dist import place
+from patchdiffusion.dist import leave, place
 from patchdiffusion.errors import Stop, out_of_memory, peer_lost
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
@@ -32,6 +33,11 @@ USAGE = "\n".join(
         "patchdiffusion --version prints the version.",
     ]
 )
+
+
+def program() -> NoReturn:
+    """The command `patchdiffusion`."""
+    leave(main())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,7 +32,7 @@ def compiled(source: Path) -> ctypes.CDLL:
         raise UnavailableError("switched off by PATCHDIFFUSION_KERNELS=0")
     compiler = shlex.split(os.environ.get("CC") or "cc")
     # Torch's own OpenMP library, so that one pool of threads serves both.
-    pools = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp*.so*"))
+    pools = sorted((Path(torch.__file__).parent / "lib").glob("lib*omp[.-]*"))
     libraries = [*map(str, pools[:1]), "-Wl,--as-needed", "-lm"]
     version = _output([*compiler, "--version"])
     parts = [source.read_text(), *compiler, *FLAGS, *libraries, version, _processor()]

@@ -17,7 +17,7 @@ import tiny
 import torch
 
 from patchdiffusion import cli
-from patchdiffusion.dist import place
+from patchdiffusion.dist import leave, place
 from patchdiffusion.train import loop, status
 
 
@@ -46,4 +46,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

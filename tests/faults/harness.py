@@ -114,11 +114,13 @@ def start(images: Path, out: Path, *, size: int = 1, **spec: Any) -> list[subpro
     ]
 
 
-def script(code: str, *arguments: object) -> subprocess.Popen[str]:
+def script(
+    code: str, *arguments: object, rank: int = 0, size: int = 1, port: int = 0
+) -> subprocess.Popen[str]:
     """A Python program of its own, under way."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment(),
+        env=environment(rank, size, port),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

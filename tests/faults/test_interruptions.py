@@ -52,7 +52,7 @@ def test_r2_kill_one_of_two_ranks(images: Path, steady_pair: Path, tmp_path: Pat
 def test_r2_the_others_end(images: Path, tmp_path: Path) -> None:
     """Without a launcher that starts all again."""
     ended = drive(images, tmp_path / "run", size=2, **LONG, faults=[kill(5, rank=1)])
-    assert [e.code for e in ended] == [24, -signal.SIGKILL]
+    assert [e.code for e in ended] == [24, -signal.SIGKILL], ended
     assert ended[0].error.startswith("another process has ended; this is rank 0 in ")
     assert status(tmp_path / "run") == "failed"
 
@@ -171,7 +171,8 @@ def test_r6_sigterm_for_one_of_two_ranks(images: Path, steady_pair: Path, tmp_pa
     (step,) = checkpoints(folder)
     assert step in (6, 7)  # all learn of it one step later
     assert checkpoint.fault(folder / "checkpoints" / f"step-{step:010d}") is None
-    assert [e.code for e in drive(images, folder, size=2, **LONG)] == [0, 0]
+    ended = drive(images, folder, size=2, **LONG)
+    assert [e.code for e in ended] == [0, 0], ended
     same_run(folder, steady_pair)
 
 

@@ -179,7 +179,7 @@ def test_o3_on_two_ranks(images: Path, tmp_path: Path) -> None:
     fault = out_of_memory("forward", 2, rank=1)
     run = {"auto_micro_batch": True, "timeout_minutes": 0.2}
     ended = drive(images, tmp_path / "run", size=2, run=run, faults=[fault])
-    assert [e.code for e in ended] == [24, 26]
+    assert [e.code for e in ended] == [24, 26], ended
     assert "--micro-batch 2" in ended[1].error and ended[1].error.startswith("rank 1: ")
     assert ended[0].error.startswith("another process has ended")
 
