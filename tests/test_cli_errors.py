@@ -69,7 +69,10 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("sample trained --size 0 4", "positive height and width"),
         ("sample trained --seed 99999999999999999999", "seeds must be 64-bit integers"),
         ("sample trained --sigma-min 0", "sigma_min"),
-        ("sample trained --solver euler --churn.amount 3", "churn works with the heun solver only"),
+        (
+            "sample trained --solver euler --churn.amount 3",
+            "churn works with heun, midpoint, ralston, not with euler",
+        ),
         ("sample trained --out filled", "filled exists and is not empty; nothing is overwritten"),
         ("sample trained --out notes.txt", "notes.txt exists and is not empty"),
         ("prepare", "give the images"),

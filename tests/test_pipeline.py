@@ -73,8 +73,10 @@ def test_impossible_options(options: dict[str, int], message: str) -> None:
         tiny.pipeline().sample(**{"count": 2, "config": FAST, **options})  # pyright: ignore[reportArgumentType]
 
 
-def test_churn_belongs_to_heun() -> None:
-    with pytest.raises(ValueError, match="churn works with the heun solver only"):
+def test_churn_belongs_to_two_stages() -> None:
+    with pytest.raises(
+        ValueError, match="churn works with heun, midpoint, ralston, not with euler"
+    ):
         SamplerConfig(solver="euler", churn=Churn(amount=1.0))
 
 
