@@ -308,7 +308,10 @@ def time_uniform(
         raise ValueError(f"power must be positive, not {power}")
     ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
     low, high = PATHS[path].time(ends) ** (1 / power)
-    return _then_zero(PATHS[path].sigma((low + _ramp(n) * (high - low)) ** power))
+    levels = PATHS[path].sigma((low + _ramp(n) * (high - low)) ** power)
+    if not bool(((levels > 0) & levels.isfinite()).all()):
+        raise ValueError(f"the {path} path has no room for sigma_max {sigma_max} or {sigma_min}")
+    return _then_zero(levels)
 
 
 def flow_uniform(
