@@ -228,6 +228,15 @@ def test_no_churn_is_the_plain_solver(name: str) -> None:
         assert torch.equal(solve(solver, TOY, noisy(9), karras(5)), plain)
 
 
+def test_scale_of_the_churned_noise() -> None:
+    """One step to 0 returns D at the raised level, of a denoiser that returns its input."""
+    x, z = noisy(5), noise_of(keys(5), (2,), torch.float64)
+    solver = partial(heun, churn=Churn(amount=0.25, scale=1.5))
+    last = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    end = solve(solver, lambda x, *_, **__: x, x, last, noise=z)
+    assert torch.allclose(end, x + math.sqrt(2.5**2 - 2**2) * 1.5 * z(0), rtol=0, atol=1e-13)
+
+
 def test_churn_evaluates_at_the_raised_level() -> None:
     denoiser, levels = Gaussian(), karras(4)
     churn = Churn(amount=1.0)

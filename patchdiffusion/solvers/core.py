@@ -101,7 +101,7 @@ Move = tuple[Tensor, Tensor, History]  # x at level b, the denoised image, what 
 
 
 class Method:
-    """A solver made of the rule of one step, of whose options the keywords are options here, too.
+    """A solver made of the rule of one step; the keyword-only options of the rule are its own.
 
     Bind them with `functools.partial`: `partial(ddim, eta=0.5)`.
     """

@@ -28,7 +28,7 @@ def extrapolated(here: Here, denoised: Tensor) -> Tensor:
 def dpmpp_3m(here: Here, x: Tensor) -> Move:
     """Third order, n evaluations: the exact integral of a parabola through three images.
 
-    DPM-Solver++(3M) as its derivation has it (arXiv 2211.01095, appendix A).
+    DPM-Solver++(3M) as its derivation has it (arXiv 2211.01095).
     """
     return _parabola(here, x, 2.0)
 

@@ -69,7 +69,7 @@ def euler_maruyama(
     """First order, n evaluations: dz = (u - w S) dt + sqrt(2 w) dW (SiT, arXiv 2401.08740).
 
     In the frame z = a(t) x of a path, by default the straight one, with w = eta diffusion(t), by
-    default eta s(t). The step to 0 is the denoised image.
+    default eta s(t), and the step to 0 is the denoised image.
     """
     denoised = here.denoise(x)
     if here.b == 0:
