@@ -281,16 +281,59 @@ def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float
     _check_grid(n, sigma_min, sigma_max)
     if not rho > 0:
         raise ValueError(f"rho must be positive, not {rho}")
-    ramp = torch.linspace(1, 0, n, dtype=torch.float64) if n > 1 else torch.ones(1).double()
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return torch.cat([(low + ramp * (high - low)) ** rho, torch.zeros(1, dtype=torch.float64)])
+    return _then_zero((low + _ramp(n) * (high - low)) ** rho)
 
 
 def log_uniform(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
-    """Levels evenly spaced in ln sigma, then 0: the limit of `karras` for large rho."""
+    """Levels evenly spaced in ln sigma, that is in logSNR, then 0: `karras` of a large rho."""
     _check_grid(n, sigma_min, sigma_max)
-    ramp = torch.linspace(1, 0, n, dtype=torch.float64) if n > 1 else torch.ones(1).double()
-    levels = sigma_min * (sigma_max / sigma_min) ** ramp
+    return _then_zero(sigma_min * (sigma_max / sigma_min) ** _ramp(n))
+
+
+def time_uniform(
+    n: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    *,
+    path: Literal["vp", "cosine", "flow"] = "vp",
+    power: float = 1.0,
+) -> Tensor:
+    """Levels evenly spaced in t^(1/power) of a path, then 0; power 2 is the quadratic grid of DDIM.
+
+    On the VP path with power 1 these are the evenly spaced times of DDPM (arXiv 2006.11239).
+    """
+    _check_grid(n, sigma_min, sigma_max)
+    if not power > 0:
+        raise ValueError(f"power must be positive, not {power}")
+    ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
+    low, high = PATHS[path].time(ends) ** (1 / power)
+    levels = PATHS[path].sigma((low + _ramp(n) * (high - low)) ** power)
+    if not bool(((levels > 0) & levels.isfinite()).all()):
+        raise ValueError(f"the {path} path has no room for sigma_max {sigma_max} or {sigma_min}")
+    return _then_zero(levels)
+
+
+def flow_uniform(
+    n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, shift: float = 1.0
+) -> Tensor:
+    """Levels evenly spaced in flow time tau before the shift, then 0 (arXiv 2403.03206, eq. 23).
+
+    The shift tau' = k tau / (1 + (k - 1) tau) is sigma' = k sigma; above 1 it moves steps to high
+    noise, which large images need. Both ends stay where they are.
+    """
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be positive and finite, not {shift}")
+    _check_grid(n, sigma_min, sigma_max)
+    return shift * time_uniform(n, sigma_min / shift, sigma_max / shift, path="flow")
+
+
+def _ramp(n: int) -> Tensor:
+    """n numbers from 1 to 0; 1 alone for a single step, which begins at the top."""
+    return torch.linspace(1, 0, n, dtype=torch.float64) if n > 1 else torch.ones(1).double()
+
+
+def _then_zero(levels: Tensor) -> Tensor:
     return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
 

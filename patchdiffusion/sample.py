@@ -18,28 +18,32 @@ from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.model import Model, Weights, load_model, pick_device
-from patchdiffusion.noise import karras, log_uniform
+from patchdiffusion.noise import flow_uniform, karras, log_uniform, time_uniform
 from patchdiffusion.patches import Size
 from patchdiffusion.picture import to_uint8
-from patchdiffusion.solvers import SOLVERS, Churn, Solver, heun, run
+from patchdiffusion.solvers import SOLVERS, Churn, Solver, SolverName, run
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """How to get from noise to an image."""
 
-    solver: Literal["heun", "euler"] = "heun"
-    """heun takes two evaluations a step, euler one."""
+    solver: SolverName = "heun"
+    """heun, midpoint, ralston and dpmpp_2s take two evaluations a step, the others one."""
     steps: int = 18
     """Number of steps."""
     sigma_min: float = 0.002
     """Smallest noise level before 0."""
     sigma_max: float = 80.0
     """Noise level to begin with."""
-    grid: Literal["karras", "log_uniform"] = "karras"
-    """How the levels are spaced."""
+    grid: Literal["karras", "log_uniform", "uniform_t", "quadratic", "flow"] = "karras"
+    """How the levels are spaced: by rho, in log SNR, in time or its root (VP), in flow time."""
     rho: float = 7.0
     """Exponent of the karras spacing."""
+    shift: float = 1.0
+    """Factor on the noise levels of the flow spacing between its ends."""
+    eta: float | None = None
+    """Amount of fresh noise of a stochastic solver; None is 0 for ddim and 1 for the others."""
     churn: Churn = field(default_factory=Churn)
     guidance: float = 1.0
     """Classifier-free guidance weight; 1 is none."""
@@ -48,20 +52,40 @@ class SamplerConfig:
         self.sigmas()  # raises on impossible values
         if not 0 <= self.guidance < float("inf"):
             raise ValueError(f"guidance must be >= 0 and finite, not {self.guidance}")
-        if self.churn.amount and self.solver != "heun":
-            raise ValueError(f"churn works with the heun solver only, not with {self.solver}")
+        if self.rho != 7 and self.grid != "karras":
+            raise ValueError(f"rho works with the karras grid only, not with {self.grid}")
+        if self.shift != 1 and self.grid != "flow":
+            raise ValueError(f"shift works with the flow grid only, not with {self.grid}")
+        for option in self._options():
+            able = [name for name, solver in SOLVERS.items() if option in solver.options]
+            if self.solver not in able:
+                raise ValueError(f"{option} works with {', '.join(able)}, not with {self.solver}")
+        most = 1.0 if self.solver in ("ddim", "ancestral") else 100.0
+        if self.eta is not None and not 0 <= self.eta <= most:
+            raise ValueError(f"eta of {self.solver} must be in [0, {most:g}], not {self.eta}")
 
     def sigmas(self) -> Tensor:
         """The noise levels: float64 [steps + 1]."""
-        if self.grid == "karras":
-            return karras(self.steps, self.sigma_min, self.sigma_max, self.rho)
-        return log_uniform(self.steps, self.sigma_min, self.sigma_max)
+        ends = (self.steps, self.sigma_min, self.sigma_max)
+        match self.grid:
+            case "karras":
+                return karras(*ends, self.rho)
+            case "log_uniform":
+                return log_uniform(*ends)
+            case "uniform_t":
+                return time_uniform(*ends)
+            case "quadratic":
+                return time_uniform(*ends, power=2)
+            case "flow":
+                return flow_uniform(*ends, self.shift)
 
     def bound_solver(self) -> Solver:
         """The solver with its options."""
-        if self.churn.amount:
-            return functools.partial(heun, churn=self.churn)
-        return SOLVERS[self.solver]
+        return functools.partial(SOLVERS[self.solver], **self._options())
+
+    def _options(self) -> dict[str, object]:
+        given = {"churn": self.churn if self.churn.amount else None, "eta": self.eta}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def noise_field(seeds: Tensor, channels: int, corner: tuple[int, int], size: Size) -> Tensor:
@@ -111,7 +135,7 @@ def sample(
     for start in range(0, len(seeds), batch):
         part = torch.tensor(list(seeds[start : start + batch]), dtype=torch.int64, device=device)
         cond = Cond(labels=None if labels is None else labels[start : start + batch].to(device))
-        noise = functools.partial(_churn_noise, part, (channels, *size), dtype)
+        noise = functools.partial(_fresh_noise, part, (channels, *size), dtype)
         x = noise_field(part, channels, corner, size).to(dtype) * sigmas[0].item()
         with torch.no_grad():
             stamped = _Stamped(denoiser, next(_RUNS), part)
@@ -147,7 +171,7 @@ class _Stamped:
         return self.denoiser(x, sigma, cond, step=step, tape=tape)
 
 
-def _churn_noise(seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:
+def _fresh_noise(seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:
     return rng.normal(rng.keys(0, "churn", index, seeds), shape).to(dtype)
 
 

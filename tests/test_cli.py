@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tiny
@@ -20,6 +21,7 @@ import patchdiffusion
 from patchdiffusion import SamplerConfig, cli
 from patchdiffusion.codec import decode
 from patchdiffusion.files import read_json
+from patchdiffusion.solvers import SolverName
 
 SMALL = [
     "--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1",
@@ -182,6 +184,14 @@ def test_samples_say_where_they_are_from(trained: Path, capsys: Capture) -> None
         assert json.loads(info["region"]) == {"size": None, "corner": None}
     with Image.open(folder / "grid.png") as file:
         assert file.info["seeds"] == "7-9"
+
+
+@pytest.mark.parametrize("solver", get_args(SolverName))
+def test_every_solver_samples(solver: str, trained: Path, capsys: Capture) -> None:
+    options = ("--count", 1, "--steps", 3, "--grid", "flow", "--shift", 2, "--no-singles")
+    works(capsys, "sample", trained, "--solver", solver, *options)
+    with Image.open(trained / "generated" / "0001" / "grid.png") as file:
+        assert json.loads(file.info["sampler"])["solver"] == solver
 
 
 def test_nothing_is_overwritten(trained: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -2,11 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
 from patchdiffusion import errors
 from patchdiffusion.cli import COMMANDS
+from patchdiffusion.sample import SamplerConfig
+from patchdiffusion.solvers import SOLVERS
 from patchdiffusion.train.config import FREE, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -59,6 +62,14 @@ def test_pages_name_commands_that_exist() -> None:
     for page in PAGES:
         for command in re.findall(r"^patchdiffusion (\w+)", page.read_text(), flags=re.MULTILINE):
             assert command in COMMANDS, f"{page.name}: {command}"
+
+
+def test_every_solver_and_grid_has_its_place_in_the_page() -> None:
+    text = (ROOT / "docs" / "solvers.md").read_text()
+    grids = get_args(get_type_hints(SamplerConfig)["grid"])
+    assert len(grids) == 5
+    for name in (*SOLVERS, *grids):
+        assert f"`{name}`" in text, name
 
 
 def test_free_fields_exist() -> None:

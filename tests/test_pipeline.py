@@ -1,14 +1,20 @@
 """Sampling from a trained model: classes, guidance, options."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
+import numpy as np
 import pytest
 import tiny
+import torch
+from torch import Tensor
 
 from patchdiffusion import SamplerConfig, load
-from patchdiffusion.solvers import Churn
+from patchdiffusion.noise import flow_uniform, karras, log_uniform, time_uniform
+from patchdiffusion.solvers import Churn, SolverName
 
 FAST = SamplerConfig(steps=3)
 
@@ -73,9 +79,62 @@ def test_impossible_options(options: dict[str, int], message: str) -> None:
         tiny.pipeline().sample(**{"count": 2, "config": FAST, **options})  # pyright: ignore[reportArgumentType]
 
 
-def test_churn_belongs_to_heun() -> None:
-    with pytest.raises(ValueError, match="churn works with the heun solver only"):
-        SamplerConfig(solver="euler", churn=Churn(amount=1.0))
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SamplerConfig(solver="euler", churn=Churn(amount=1.0)),
+         "churn works with heun, midpoint, ralston, not with euler"),
+        (lambda: SamplerConfig(solver="dpmpp_2m", churn=Churn(amount=1.0)), "not with dpmpp_2m"),
+        (lambda: SamplerConfig(solver="ancestral", churn=Churn(amount=1.0)), "not with ancestral"),
+        (lambda: SamplerConfig(eta=0.0),
+         "eta works with ddim, ancestral, sde_dpmpp_1, .*, euler_maruyama, not with heun"),
+        (lambda: SamplerConfig(solver="unipc", eta=1.0), "eta works with .*, not with unipc"),
+        (lambda: SamplerConfig(solver="ddim", eta=1.5), r"eta of ddim must be in \[0, 1\], not 1"),
+        (lambda: SamplerConfig(solver="sde_dpmpp_1", eta=-1.0), r"in \[0, 100\], not -1"),
+        (lambda: SamplerConfig(solver="euler_maruyama", eta=float("nan")), "not nan"),
+        (lambda: SamplerConfig(shift=3.0), "shift works with the flow grid only, not with karras"),
+        (lambda: SamplerConfig(grid="flow", shift=-1.0), "shift must be positive and finite"),
+        (lambda: SamplerConfig(grid="flow", rho=5.0), "rho works with the karras grid only"),
+    ],
+)  # fmt: skip
+def test_impossible_combinations(make: Callable[[], SamplerConfig], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("solver", get_args(SolverName))
+def test_every_solver_samples_from_a_model(solver: SolverName) -> None:
+    image = tiny.pipeline().sample(1, config=SamplerConfig(solver=solver, steps=4))
+    assert image.shape == (1, *tiny.CANVAS, 3) and image.std() > 0
+
+
+def test_options_reach_the_solver() -> None:
+    def image(**given: object) -> np.ndarray:
+        config = SamplerConfig(**{"steps": 4, **given})  # pyright: ignore[reportArgumentType]
+        return tiny.pipeline().sample(2, config=config)
+
+    plain = image(solver="euler")
+    assert (image(solver="ddim") == plain).all()
+    assert (image(solver="ancestral", eta=0.0) == plain).all()
+    assert not (image(solver="ancestral") == plain).all()
+    assert (image(solver="ddim", eta=1.0) == image(solver="ancestral")).all()
+    assert not (image(churn=Churn(amount=9.0)) == image()).all()
+
+
+@pytest.mark.parametrize(
+    ("given", "grid"),
+    [
+        ({"rho": 5.0}, lambda: karras(9, 0.01, 50.0, 5.0)),
+        ({"grid": "log_uniform"}, lambda: log_uniform(9, 0.01, 50.0)),
+        ({"grid": "uniform_t"}, lambda: time_uniform(9, 0.01, 50.0)),
+        ({"grid": "quadratic"}, lambda: time_uniform(9, 0.01, 50.0, power=2.0)),
+        ({"grid": "flow", "shift": 3.0}, lambda: flow_uniform(9, 0.01, 50.0, 3.0)),
+    ],
+)
+def test_grids_of_the_sampler(given: dict[str, object], grid: Callable[[], Tensor]) -> None:
+    config = SamplerConfig(steps=9, sigma_min=0.01, sigma_max=50.0, **given)  # pyright: ignore[reportArgumentType]
+    assert torch.equal(config.sigmas(), grid())
 
 
 # ---- A run ----

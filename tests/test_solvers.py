@@ -1,189 +1,181 @@
-"""Solvers on denoisers with closed forms: published errors, orders, marginals, restarts."""
+"""What every solver keeps to: its evaluations, restarts, batches, precision, churn, resets."""
 
 import math
-from functools import cache, partial
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
+from solving import ALL, DETERMINISTIC, TOY, TWO_STAGES, Gaussian, keys, noise_of, noisy
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, expand_sigma, per_sample
 from patchdiffusion.noise import karras
-from patchdiffusion.solvers import SOLVERS, Churn, Noise, Solver, State, euler, heun, run, solve
+from patchdiffusion.solvers import (
+    SOLVERS,
+    Churn,
+    Solver,
+    SolverName,
+    State,
+    crossings,
+    dpmpp_2m,
+    euler,
+    heun,
+    run,
+    solve,
+    unipc,
+)
 
-TOY = GaussianMixture.toy()
-
-
-def keys(count: int) -> Tensor:
-    return rng.keys(0, "x", 0, torch.arange(count))
-
-
-def grid(steps: int, rho: float = 7.0) -> Tensor:
-    """From 10 to 0.05, without the final 0."""
-    return karras(steps + 1, 0.05, 10.0, rho)[:-1]
-
-
-@cache
-def start() -> Tensor:
-    """Exact samples of the toy mixture at sigma 10."""
-    clean, _ = TOY.sample(keys(1000))
-    return (clean + 10 * rng.normal(keys(1000), (2,), torch.float64))[:400]
+every_solver = pytest.mark.parametrize("name", list(ALL))
 
 
-@cache
-def reference() -> Tensor:
-    return solve(heun, TOY, start(), grid(320))
+def test_the_names() -> None:
+    assert get_args(SolverName) == tuple(SOLVERS)
 
 
-@cache
-def error(solver: Solver, steps: int, rho: float = 7.0) -> float:
-    """RMS distance to the reference."""
-    end = solve(solver, TOY, start(), grid(steps, rho))
-    return float((end - reference()).square().sum(-1).mean().sqrt())
+# ---- Euler and Heun, written out ----
 
 
-def slope(solver: Solver, few: int, many: int) -> float:
-    return math.log(error(solver, few) / error(solver, many)) / math.log(many / few)
+def plain_euler(x: Tensor, levels: list[float]) -> Tensor:
+    for a, b in pairwise(levels):
+        denoised = TOY(x, a)
+        x = denoised + (b / a) * (x - denoised)
+    return x
 
 
-class Gaussian:
-    """N(mean, std^2) in every pixel, element by element; remembers the steps it was handed."""
-
-    def __init__(self, mean: float = 0.3, std: float = 0.5):
-        self.mean = mean
-        self.std = std
-        self.steps: list[Step | None] = []
-        self.sigmas: list[float] = []
-
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        step: Step | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        self.steps.append(step)
-        sigma = expand_sigma(sigma, x)
-        self.sigmas.append(float(sigma[0]))
-        share = self.std**2 / (self.std**2 + sigma**2)
-        return self.mean + per_sample(share, x) * (x - self.mean)
+def plain_heun(x: Tensor, levels: list[float], gamma: float, seeds: Tensor) -> Tensor:
+    noise = noise_of(seeds, (2,))
+    for i, (a, b) in enumerate(pairwise(levels)):
+        if gamma:
+            x = x + math.sqrt((a * (1 + gamma)) ** 2 - a**2) * noise(i)
+            a = a * (1 + gamma)
+        slope = (x - TOY(x, a)) / a
+        x_next = x + (b - a) * slope
+        if b > 0:
+            x_next = x + (b - a) * (slope + (x_next - TOY(x_next, b)) / b) / 2
+        x = x_next
+    return x
 
 
-def noise_of(key: Tensor, shape: tuple[int, ...]) -> Noise:
-    return lambda i: rng.normal(rng.subkeys(key, f"churn {i}"), shape)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_euler_and_heun_bit_for_bit(dtype: torch.dtype) -> None:
+    x, sigmas = noisy(50).to(dtype) * 8, karras(11)
+    levels = sigmas.tolist()
+    assert torch.equal(solve(euler, TOY, x, sigmas), plain_euler(x, levels))
+    assert torch.equal(solve(heun, TOY, x, sigmas), plain_heun(x, levels, 0.0, keys(50)))
+    churned = solve(ALL["churned heun"], TOY, x, sigmas, noise=noise_of(keys(50), (2,)))
+    assert torch.equal(churned, plain_heun(x, levels, math.sqrt(2) - 1, keys(50)))
 
 
-# ---- Accuracy ----
+# ---- Evaluations ----
+
+
+@every_solver
+def test_evaluations_and_the_steps_handed_down(name: str) -> None:
+    """2n - 1 of two stages, else n."""
+    denoiser, levels = Gaussian(), karras(5)
+    list(ALL[name](denoiser, torch.ones(2, 3), levels, noise=noise_of(keys(2), (3,))))
+    stages = (0, 1) if name.removeprefix("churned ") in TWO_STAGES else (0,)
+    places = [(i, stage) for i in range(5) for stage in stages][: 9 if len(stages) == 2 else 5]
+    assert denoiser.steps == [Step(0, i, s, tuple(levels.tolist())) for i, s in places]
+    if not name.startswith("churned"):
+        assert denoiser.sigmas[:: len(stages)] == pytest.approx(levels[:-1].tolist())
 
 
 @pytest.mark.parametrize(
-    ("nfe", "published"), [(9, 0.125), (19, 0.025), (35, 0.0065), (79, 0.0013)]
+    ("name", "place"),
+    [
+        ("heun", lambda a, b: b),
+        ("midpoint", lambda a, b: (a + b) / 2),
+        ("ralston", lambda a, b: a + 2 / 3 * (b - a)),
+        ("dpmpp_2s", lambda a, b: math.sqrt(a * b)),
+    ],
 )
-def test_heun_has_the_published_error(nfe: int, published: float) -> None:
-    assert error(heun, (nfe + 1) // 2) == pytest.approx(published, rel=0.15)
-
-
-@pytest.mark.parametrize(("nfe", "published"), [(9, 0.117), (19, 0.061)])
-def test_euler_has_the_published_error(nfe: int, published: float) -> None:
-    """With more steps a handful of samples that end in another mode decide: see the slope."""
-    assert error(euler, nfe) == pytest.approx(published, rel=0.15)
-
-
-def test_orders() -> None:
-    assert 1.8 < slope(heun, 40, 80) < 2.2
-    assert 1.8 < slope(heun, 20, 80) < 2.2
-    few, many = (
-        (solve(euler, TOY, start(), grid(n)) - reference()).norm(dim=1).median() for n in (40, 160)
-    )
-    assert 0.9 < math.log(float(few / many), 4) < 1.1  # RMS would show a few samples only
-    for nfe in (19, 35, 79):
-        assert error(heun, (nfe + 1) // 2) < error(euler, nfe)
-
-
-@pytest.mark.parametrize("solver", [euler, heun])
-def test_rho_7_beats_rho_1(solver: Solver) -> None:
-    assert error(solver, 10, 7.0) < error(solver, 10, 1.0)
-
-
-@pytest.mark.parametrize("name", list(SOLVERS))
-def test_solution_of_a_gaussian(name: str) -> None:
-    """x - m shrinks by sqrt((std^2 + b^2) / (std^2 + a^2)) from level a to b."""
-    x = 80 * rng.normal(keys(50), (3,), torch.float64)
-    end = solve(SOLVERS[name], Gaussian(), x, karras(2000))
-    exact = 0.3 + (x - 0.3) * 0.5 / math.sqrt(0.5**2 + 80**2)
-    assert float((end - exact).abs().max()) < (5e-3 if name == "euler" else 2e-5)
-
-
-def test_the_last_step_to_zero_is_the_denoised_image() -> None:
-    x = rng.normal(keys(3), (2,), torch.float64)
-    for solver in (euler, heun):
-        state = run(solver(TOY, x, torch.tensor([0.7, 0.0], dtype=torch.float64)))
-        assert torch.equal(state.denoised, TOY(x, 0.7))
-        assert torch.allclose(state.x, state.denoised, atol=1e-14)
-
-
-# ---- What the denoiser is told ----
-
-
-def test_euler_hands_down_its_steps() -> None:
+def test_level_of_the_second_stage(name: str, place: Callable[[float, float], float]) -> None:
     denoiser, levels = Gaussian(), karras(5)
-    list(euler(denoiser, torch.ones(2, 3), levels))
-    assert denoiser.steps == [Step(0, i, 0, tuple(levels.tolist())) for i in range(5)]
-    assert denoiser.sigmas == pytest.approx(levels[:-1].tolist())
+    list(SOLVERS[name](denoiser, torch.ones(2, 3), levels))
+    expected = [place(a, b) for a, b in pairwise(levels[:-1].tolist())]
+    assert denoiser.sigmas[1::2] == pytest.approx(expected)
 
 
-def test_heun_hands_down_its_steps() -> None:
-    denoiser, levels = Gaussian(), karras(5)
-    list(heun(denoiser, torch.ones(2, 3), levels))
-    places = [(i, stage) for i in range(5) for stage in (0, 1)][:-1]  # 2 n - 1 evaluations
-    assert denoiser.steps == [Step(0, i, s, tuple(levels.tolist())) for i, s in places]
-    assert denoiser.sigmas == pytest.approx([float(levels[i + stage]) for i, stage in places])
+@every_solver
+def test_the_last_step_to_zero_is_the_denoised_image(name: str) -> None:
+    noise, last = noise_of(keys(3), (2,)), torch.tensor([0.7, 0.0], dtype=torch.float64)
+    for sigmas in (last, karras(6, 0.1, 0.7)):
+        state = run(ALL[name](TOY, noisy(3), sigmas, noise=noise))
+        assert torch.allclose(state.x, state.denoised, rtol=0, atol=1e-14)
+    if not name.startswith("churned"):
+        assert torch.equal(run(ALL[name](TOY, noisy(3), last)).denoised, TOY(noisy(3), 0.7))
 
 
-def test_condition_reaches_the_denoiser() -> None:
+@every_solver
+def test_condition_reaches_the_denoiser(name: str) -> None:
     labels = torch.tensor([0, 1, 2] * 20)
     x = 80 * rng.normal(keys(60), (2,), torch.float64)
-    for solver in (euler, heun):
-        end = solve(solver, TOY, x, karras(30), cond=Cond(labels=labels))
-        assert torch.equal(TOY.posterior(end, 0.01).argmax(1), labels)
+    noise = noise_of(keys(60), (2,))
+    end = solve(ALL[name], TOY, x, karras(30), cond=Cond(labels=labels), noise=noise)
+    assert torch.equal(TOY.posterior(end, 0.01).argmax(1), labels)
 
 
 # ---- Restarts, batches, precision ----
 
 
-@pytest.mark.parametrize("solver", [euler, heun, partial(heun, churn=Churn(amount=9.0))])
-def test_restart_midway_is_bit_equal(solver: Solver) -> None:
-    x, levels, noise = start()[:20], karras(9), noise_of(keys(20), (2,))
-    whole: list[State] = list(solver(TOY, x, levels, noise=noise))
+@every_solver
+@pytest.mark.parametrize("resets", [(), (3, 6)])
+def test_restart_midway_is_bit_equal(name: str, resets: tuple[int, ...]) -> None:
+    solver, x, levels, noise = ALL[name], noisy(20), karras(9), noise_of(keys(20), (2,))
+    whole: list[State] = list(solver(TOY, x, levels, noise=noise, resets=resets))
     assert [s.step for s in whole] == list(range(1, 10))
-    for middle in (whole[0], whole[4], whole[7]):
-        rest = list(solver(TOY, middle.x, levels, noise=noise, first=middle.step))
-        assert [s.step for s in rest] == [s.step for s in whole[middle.step :]]
-        for a, b in zip(rest, whole[middle.step :], strict=True):
-            assert torch.equal(a.x, b.x) and torch.equal(a.denoised, b.denoised)
+    for s in (whole[n] for n in (0, 1, 2, 4, 7)):
+        again = solver(
+            TOY, s.x, levels, noise=noise, first=s.step, history=s.history, resets=resets
+        )
+        for a, b in zip(again, whole[s.step :], strict=True):
+            assert (
+                a.step == b.step and torch.equal(a.x, b.x) and torch.equal(a.denoised, b.denoised)
+            )
 
 
-@pytest.mark.parametrize("solver", [euler, heun, partial(heun, churn=Churn(amount=9.0))])
-def test_a_seed_gives_its_sample_in_any_batch(solver: Solver) -> None:
+@pytest.mark.parametrize(
+    "name", ["dpmpp_2m", "dpmpp_3m", "dpmpp_3m_published", "unipc", "ab2", "sde_dpmpp_2m"]
+)
+def test_history_is_what_a_multistep_solver_needs(name: str) -> None:
+    x, levels, noise = noisy(20), karras(9), noise_of(keys(20), (2,))
+    whole = list(SOLVERS[name](TOY, x, levels, noise=noise))
+    forgetful = SOLVERS[name](TOY, whole[3].x, levels, noise=noise, first=4)
+    assert not torch.allclose(run(forgetful).x, whole[-1].x, rtol=0, atol=1e-6)
+
+
+@every_solver
+def test_a_seed_gives_its_sample_in_any_batch(name: str) -> None:
     def sample(key: Tensor) -> Tensor:
-        x = 80 * rng.normal(key, (1, 5, 7))
-        return solve(solver, Gaussian(), x, karras(9), noise=noise_of(key, (1, 5, 7)))
+        x, noise = 80 * rng.normal(key, (1, 5, 7)), noise_of(key, (1, 5, 7))
+        return solve(ALL[name], Gaussian(), x, karras(9), noise=noise)
 
     together = sample(keys(14))
     for size in (1, 7):
-        apart = torch.cat([sample(part) for part in keys(14).split(size)])
-        assert torch.equal(apart, together)
+        assert torch.equal(torch.cat([sample(part) for part in keys(14).split(size)]), together)
 
 
-def test_precision_of_the_state_is_that_of_x() -> None:
-    for dtype in (torch.float32, torch.float64):
-        for solver in (euler, heun):
-            assert solve(solver, TOY, start()[:3].to(dtype), karras(4)).dtype == dtype
+@every_solver
+def test_precision_is_that_of_x(name: str) -> None:
+    x, noise = 8 * noisy(100), noise_of(keys(100), (2,), torch.float64)
+    double = solve(ALL[name], TOY, x, karras(20), noise=noise)
+    single = solve(ALL[name], TOY, x.float(), karras(20), noise=lambda i: noise(i).float())
+    assert (double.dtype, single.dtype) == (torch.float64, torch.float32)
+    assert float((double - single).abs().median()) < 1e-5
+
+
+@every_solver
+def test_any_shape(name: str) -> None:
+    """Solvers must not look at the shape of x."""
+    for shape in ((4,), (3, 5, 7), (2, 3, 5, 7)):
+        noise = noise_of(keys(2), shape)
+        end = solve(ALL[name], Gaussian(), torch.ones(2, *shape), karras(3), noise=noise)
+        assert end.shape == (2, *shape)
 
 
 def test_solve_needs_no_gradient_and_a_step() -> None:
@@ -194,29 +186,30 @@ def test_solve_needs_no_gradient_and_a_step() -> None:
         run(euler(TOY, x, karras(2), first=2))
 
 
-# ---- Churn ----
+# ---- Noise and options ----
 
 
-def test_churn_keeps_the_marginal() -> None:
-    """Mean and covariance stay those of the mixture however much noise is replaced."""
-    count = 3000
-    clean, _ = TOY.sample(keys(count))
-    x = clean + 10 * rng.normal(keys(count), (2,), torch.float64)
-    churn = Churn(amount=40.0)
-    noise: Noise = lambda i: rng.normal(  # noqa: E731
-        rng.subkeys(keys(count), f"churn {i}"), (2,), torch.float64
-    )
-    end = solve(partial(heun, churn=churn), TOY, x, karras(40, 0.01, 10.0), noise=noise)
-    mean = TOY.weights @ TOY.means
-    second = sum(
-        w * (torch.outer(m, m) + v * torch.eye(2))
-        for w, m, v in zip(TOY.weights, TOY.means, (0.15**2, 0.25**2, 0.2**2), strict=True)
-    )
-    cov = second - torch.outer(mean, mean)
-    assert float((end.mean(0) - mean).abs().max()) < 4 * math.sqrt(float(cov.max()) / count)
-    assert float((end.T.cov() - cov).abs().max()) < 0.04
-    plain = solve(heun, TOY, x, karras(40, 0.01, 10.0))
-    assert float((end - plain).norm(dim=1).mean()) > 0.3  # and it did something
+@every_solver
+def test_noise_is_needed_or_unused(name: str) -> None:
+    if name in DETERMINISTIC or name == "ddim":
+        solve(ALL[name], TOY, noisy(2), karras(3))
+        return
+    with pytest.raises(ValueError, match="needs noise: pass noise=, a function of the step index"):
+        solve(ALL[name], TOY, noisy(2), karras(3))
+
+
+def test_an_unknown_option_is_refused() -> None:
+    with pytest.raises(TypeError, match="eta"):
+        run(euler(TOY, noisy(2), karras(3), eta=1.0))
+
+
+@pytest.mark.parametrize(
+    ("name", "eta"), [("ddim", 1.1), ("ancestral", -0.1), ("sde_dpmpp_1", -1.0),
+                      ("sde_dpmpp_2m", math.nan), ("euler_maruyama", -1.0)]
+)  # fmt: skip
+def test_an_impossible_eta_is_refused(name: str, eta: float) -> None:
+    with pytest.raises(ValueError, match="eta"):
+        run(SOLVERS[name](TOY, noisy(2), karras(3), noise=noise_of(keys(2), (2,)), eta=eta))
 
 
 def test_churn_gamma() -> None:
@@ -227,16 +220,21 @@ def test_churn_gamma() -> None:
     assert churn.gamma(0.05, 256) == churn.gamma(50.0, 256) > 0
 
 
-def test_no_churn_is_plain_heun() -> None:
-    x = start()[:9]
-    plain = solve(heun, TOY, x, karras(5))
+@pytest.mark.parametrize("name", ["heun", "midpoint", "ralston"])
+def test_no_churn_is_the_plain_solver(name: str) -> None:
+    plain = solve(SOLVERS[name], TOY, noisy(9), karras(5))
     for churn in (Churn(), Churn(amount=9.0, sigma_min=90.0)):
-        assert torch.equal(solve(partial(heun, churn=churn), TOY, x, karras(5)), plain)
+        solver = partial(SOLVERS[name], churn=churn)
+        assert torch.equal(solve(solver, TOY, noisy(9), karras(5)), plain)
 
 
-def test_churn_needs_noise() -> None:
-    with pytest.raises(ValueError, match="churn needs noise: pass noise="):
-        run(heun(TOY, start()[:2], karras(3), churn=Churn(amount=1.0)))
+def test_scale_of_the_churned_noise() -> None:
+    """One step to 0 returns D at the raised level, of a denoiser that returns its input."""
+    x, z = noisy(5), noise_of(keys(5), (2,), torch.float64)
+    solver = partial(heun, churn=Churn(amount=0.25, scale=1.5))
+    last = torch.tensor([2.0, 0.0], dtype=torch.float64)
+    end = solve(solver, lambda x, *_, **__: x, x, last, noise=z)
+    assert torch.allclose(end, x + math.sqrt(2.5**2 - 2**2) * 1.5 * z(0), rtol=0, atol=1e-13)
 
 
 def test_churn_evaluates_at_the_raised_level() -> None:
@@ -255,9 +253,46 @@ def test_impossible_churn_is_refused(values: dict[str, float]) -> None:
         Churn(**values)
 
 
-def test_every_solver_takes_every_denoiser() -> None:
-    """Solvers must not look at the shape of x."""
-    denoiser: Denoiser = Gaussian()
-    for solver in SOLVERS.values():
-        for shape in ((4,), (3, 5, 7), (2, 3, 5, 7)):
-            assert solve(solver, denoiser, torch.ones(2, *shape), karras(3)).shape == (2, *shape)
+# ---- Resets ----
+
+
+def test_crossings_of_a_guidance_interval() -> None:
+    """Inside is low < sigma <= high: a step is told where it begins on another side."""
+    sigmas = torch.tensor([9.0, 5.0, 3.0, 2.0, 1.0, 0.5, 0.0])
+    inside = [1.0 < s <= 5.0 for s in sigmas.tolist()]
+    changes = {i for i in range(1, 6) if inside[i] != inside[i - 1]}
+    assert crossings(sigmas, (1.0, 5.0)) == changes == {1, 4}
+    assert crossings(sigmas, (1.5, 1.7, 40.0)) == {4}
+    assert crossings(sigmas, (0.0, 0.2)) == {6}  # the step to 0 ends there, and none begins
+    assert crossings(sigmas, ()) == frozenset()
+
+
+class Jump:
+    """One Gaussian above a level and another below: a guidance interval with its edge there."""
+
+    def __init__(self, edge: float):
+        self.edge = edge
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        step: Step | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        return (Gaussian(-2.0, 0.1) if float(sigma) > self.edge else Gaussian())(x, sigma)
+
+
+@pytest.mark.parametrize("solver", [dpmpp_2m, unipc])
+def test_after_a_reset_a_solver_starts_anew(solver: Solver) -> None:
+    """As if the rest were a run of its own: nothing is extrapolated across the edge."""
+    sigmas, x = karras(12), 80 * rng.normal(keys(20), (2,), torch.float64)
+    (edge,) = resets = crossings(sigmas, [1.0])
+    whole = list(solver(Jump(1.0), x, sigmas, resets=resets))
+    anew = run(solver(Gaussian(), whole[edge - 1].x, sigmas, first=edge)).x
+    assert torch.equal(whole[-1].x, anew)
+    exact = 0.3 + (whole[edge - 1].x - 0.3) * 0.5 / math.sqrt(0.25 + float(sigmas[edge]) ** 2)
+    mixed = run(solver(Jump(1.0), x, sigmas)).x
+    assert float((anew - exact).abs().max()) < 0.5 * float((mixed - exact).abs().max())

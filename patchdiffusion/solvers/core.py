@@ -1,0 +1,179 @@
+"""What all solvers share: the state, the loop over the steps, and what a rule sees of a step.
+
+A solver is the rule of one step, from level a down to level b, under the loop of `Method`. Rules
+are written in the frame x = x0 + sigma eps, where the probability-flow equation is
+dx/dsigma = (x - D(x, sigma)) / sigma; in lambda = -ln sigma its exact solution over a step is
+x_b = (b / a) x_a + b int e^lambda D dlambda (DPM-Solver++, arXiv 2211.01095, proposition 4.1).
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
+from functools import update_wrapper
+from inspect import Parameter, signature
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.cond import Cond, Step
+from patchdiffusion.denoiser import Denoiser
+
+History = tuple[Tensor, ...]
+Noise = Callable[[int], Tensor]  # index of the step -> standard normal [B, C, *S]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a solver stands after a step."""
+
+    x: Tensor
+    """[B, C, *S], the noisy image at level sigmas[step]."""
+    denoised: Tensor
+    """[B, C, *S], the last estimate of the clean image."""
+    step: int
+    """Number of steps done; pass it as `first`, with x and history, to go on from here."""
+    history: History = ()
+    """What a multistep solver remembers of earlier steps, the latest first."""
+
+
+class Solver(Protocol):
+    """x [B, C, *S] at level sigmas[first]; sigmas decreasing, float64 [n + 1], ending in 0.
+
+    The history is dropped before each step in `resets`: see `crossings`.
+    """
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        cond: Cond | None = None,
+        noise: Noise | None = None,
+        first: int = 0,
+        history: History = (),
+        resets: Collection[int] = (),
+    ) -> Iterator[State]: ...
+
+
+@dataclass(frozen=True)
+class Here:
+    """One step of a solver, as its rule sees it."""
+
+    denoiser: Denoiser
+    cond: Cond | None
+    source: Noise | None
+    levels: tuple[float, ...]
+    index: int
+    past: History
+    """What the rule kept of the steps before; empty at the start, after a reset and before 0."""
+
+    @property
+    def a(self) -> float:
+        """The level the step begins at."""
+        return self.levels[self.index]
+
+    @property
+    def b(self) -> float:
+        """The level it ends at."""
+        return self.levels[self.index + 1]
+
+    def width(self, back: int = 0) -> float:
+        """ln(a / b) of this step, or of one further back; b must not be 0."""
+        return math.log(self.levels[self.index - back] / self.levels[self.index - back + 1])
+
+    def denoise(self, x: Tensor, sigma: float | None = None, stage: int = 0) -> Tensor:
+        """Evaluate the denoiser, at level a unless another is given."""
+        step = Step(run=0, index=self.index, stage=stage, sigmas=self.levels)
+        return self.denoiser(x, self.a if sigma is None else sigma, self.cond, step=step)
+
+    def perturb(self, x: Tensor, std: float) -> Tensor:
+        """Add noise, at most once a step; 0 adds none and needs none."""
+        if std == 0:
+            return x
+        if self.source is None:
+            raise ValueError("this solver needs noise: pass noise=, a function of the step index")
+        return x + std * self.source(self.index)
+
+
+Move = tuple[Tensor, Tensor, History]  # x at level b, the denoised image, what to remember
+
+
+class Method:
+    """A solver made of the rule of one step; the keyword-only options of the rule are its own.
+
+    Bind them with `functools.partial`: `partial(ddim, eta=0.5)`.
+    """
+
+    def __init__(self, rule: Callable[..., Move]):
+        """rule(here, x, **options) -> Move."""
+        update_wrapper(self, rule)
+        self.rule = rule
+        self.options = frozenset(
+            name
+            for name, p in signature(rule).parameters.items()
+            if p.kind is Parameter.KEYWORD_ONLY
+        )
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        cond: Cond | None = None,
+        noise: Noise | None = None,
+        first: int = 0,
+        history: History = (),
+        resets: Collection[int] = (),
+        **options: object,
+    ) -> Iterator[State]:
+        """As `Solver`, with the options of the rule."""
+        levels = tuple(sigmas.tolist())
+        for i in range(first, len(levels) - 1):
+            past = () if i in resets or levels[i + 1] == 0 else history
+            here = Here(denoiser, cond, noise, levels, i, past)
+            x, denoised, history = self.rule(here, x, **options)
+            yield State(x, denoised, i + 1, history)
+
+
+def towards(denoised: Tensor, x: Tensor, ratio: float) -> Tensor:
+    """Shrink the distance of x from a clean image: the exact step if that image stays the same."""
+    return denoised + ratio * (x - denoised)
+
+
+def crossings(sigmas: Tensor, edges: Iterable[float]) -> frozenset[int]:
+    """Steps that begin across an edge from the step before: what to pass as `resets`.
+
+    `edges` are levels at which the denoiser jumps, such as both ends of a guidance interval
+    low < sigma <= high. Estimates of different denoisers must not be extrapolated together.
+    """
+    levels = sigmas.tolist()
+    pairs = [(i, levels[i - 1], levels[i]) for i in range(1, len(levels))]
+    return frozenset(i for edge in edges for i, above, level in pairs if level <= edge < above)
+
+
+def run(solution: Iterator[State]) -> State:
+    """The last state of a solver."""
+    state = None
+    for state in solution:  # noqa: B007
+        pass
+    if state is None:
+        raise ValueError("the solver has no steps left to do")
+    return state
+
+
+@torch.no_grad()
+def solve(
+    solver: Solver,
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    cond: Cond | None = None,
+    noise: Noise | None = None,
+    resets: Collection[int] = (),
+) -> Tensor:
+    """The clean image at the end of a solver, without gradients."""
+    return run(solver(denoiser, x, sigmas, cond=cond, noise=noise, resets=resets)).x
