@@ -11,7 +11,7 @@ from importlib.metadata import version
 __version__ = version("patchdiffusion")
 
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, PatchDenoiser
+from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.model import load_model
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
@@ -51,6 +51,7 @@ __all__ = [
     "Denoiser",
     "NetDenoiser",
     "PatchDenoiser",
+    "as_denoiser",
     "EDM",
     "LogNormal",
     "karras",

@@ -1,5 +1,7 @@
 """The one contract, D(x, sigma, cond) -> E[x0 | x], and the wrappers that give it to a network."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -7,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.noise import VP, NoiseLaw
+from patchdiffusion.ddpm import DDPM, Schedule, check_table
+from patchdiffusion.noise import VP, NoiseLaw, Path, Prediction, convert
 from patchdiffusion.patches import Size, coordinates
 
 
@@ -51,6 +54,10 @@ class Scales(NamedTuple):
     inner: Tensor
     noise: Tensor
 
+    def denoised(self, x: Tensor, raw: Tensor) -> Tensor:
+        """c_skip x + c_out F, in the precision of x."""
+        return per_sample(self.skip, x) * x + per_sample(self.out, x) * raw.to(x.dtype)
+
 
 class Precond(Protocol):
     """Which parameterisation a network is trained in."""
@@ -66,13 +73,32 @@ class EDM:
     """Standard deviation of the data in [-1, 1] units."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_data < 1e18:  # its square must be finite, too
-            raise ValueError(f"sigma_data must be positive and finite, not {self.sigma_data}")
+        _check_sigma_data(self.sigma_data)
 
     def scales(self, sigma: Tensor) -> Scales:
         total = sigma**2 + self.sigma_data**2
         out = sigma * self.sigma_data * total.rsqrt()
         return Scales(self.sigma_data**2 / total, out, total.rsqrt(), sigma.log() / 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrigFlow:
+    """The network predicts (dz/dt) / sigma_data on z = cos(t) x0 + sin(t) sigma_data eps.
+
+    EDM with the sign of the network flipped and c_noise = t = atan(sigma / sigma_data) (arXiv
+    2410.11081, section 3). With sigma_data 1 it predicts v, which is the velocity of the cosine
+    path (GVP, 2401.08740) over pi / 2.
+    """
+
+    sigma_data: float = 0.5
+    """Standard deviation of the data in [-1, 1] units."""
+
+    def __post_init__(self) -> None:
+        _check_sigma_data(self.sigma_data)
+
+    def scales(self, sigma: Tensor) -> Scales:
+        edm = EDM(sigma_data=self.sigma_data).scales(sigma)
+        return edm._replace(out=-edm.out, noise=(sigma / self.sigma_data).atan())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,9 +108,33 @@ class EpsVP:
     steps: int = 1000
     """c_noise = (steps - 1) t, the time scale of the discrete model."""
 
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+
     def scales(self, sigma: Tensor) -> Scales:
         inner = (sigma**2 + 1).rsqrt()
         return Scales(torch.ones_like(sigma), -sigma, inner, (self.steps - 1) * VP().time(sigma))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsDDPM:
+    """The network predicts eps and is told the discrete step of the noise level (DDPM)."""
+
+    schedule: Schedule = "linear"
+    """linear: beta from 1e-4 to .02 if there are 1000 steps; cosine: that of improved DDPM."""
+    steps: int = 1000
+    """Number of steps."""
+    nearest: bool = False
+    """Between two steps tell the nearer one, instead of a fraction."""
+
+    def __post_init__(self) -> None:
+        check_table(self.schedule, self.steps)
+
+    def scales(self, sigma: Tensor) -> Scales:
+        step = DDPM(schedule=self.schedule, steps=self.steps).index(sigma).to(sigma.dtype)
+        inner = (sigma**2 + 1).rsqrt()
+        noise = step.round() if self.nearest else step
+        return Scales(torch.ones_like(sigma), -sigma, inner, noise)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,19 +144,29 @@ class V:
     steps: int = 1000
     """c_noise = (steps - 1) t of the VP path."""
 
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+
     def scales(self, sigma: Tensor) -> Scales:
         total = sigma**2 + 1
         noise = (self.steps - 1) * VP().time(sigma)
         return Scales(1 / total, -sigma * total.rsqrt(), total.rsqrt(), noise)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FlowMatching:
-    """The network predicts eps - x0 on the straight path; c_noise is the flow time (2210.02747)."""
+    """The network predicts eps - x0, the velocity of the straight path (arXiv 2210.02747)."""
+
+    time_scale: float = 1000.0
+    """c_noise = time_scale t; embeddings by sines tell small times apart only if it is large."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.time_scale < math.inf:
+            raise ValueError(f"time_scale must be positive and finite, not {self.time_scale}")
 
     def scales(self, sigma: Tensor) -> Scales:
         inner = 1 / (1 + sigma)
-        return Scales(inner, -sigma * inner, inner, sigma * inner)
+        return Scales(inner, -sigma * inner, inner, self.time_scale * (sigma * inner))
 
 
 @dataclass(frozen=True)
@@ -116,6 +176,42 @@ class X0:
     def scales(self, sigma: Tensor) -> Scales:
         inner = (sigma**2 + 1).rsqrt()
         return Scales(torch.zeros_like(sigma), torch.ones_like(sigma), inner, sigma.log() / 4)
+
+
+Parameterisation = EDM | EpsVP | EpsDDPM | V | X0 | FlowMatching | TrigFlow
+"""Those that a run may be trained in and a model file may name."""
+
+
+@dataclass(frozen=True)
+class OnPath:
+    """Any prediction on any path, of data times `data_scale`; c_noise is the time of the path."""
+
+    path: Path
+    prediction: Prediction
+    data_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.data_scale < math.inf:
+            raise ValueError(f"data_scale must be positive and finite, not {self.data_scale}")
+        self.scales(torch.ones(1))  # raises if there is no such prediction
+
+    def scales(self, sigma: Tensor) -> Scales:
+        # In float64, since 1 - t cancels; x0 is linear in z and in the prediction.
+        t = self.path.time(sigma.double() * self.data_scale)
+        a, none, one = self.path.a(t), torch.zeros_like(t), torch.ones_like(t)
+        skip = a * convert(none, one, t, self.path, self.prediction, "x0")
+        out = convert(one, none, t, self.path, self.prediction, "x0") / self.data_scale
+        return Scales(*(c.to(sigma.dtype) for c in (skip, out, a * self.data_scale, t)))
+
+
+def _check_sigma_data(value: float) -> None:
+    if not 0 < value < 1e18:  # its square must be finite, too
+        raise ValueError(f"sigma_data must be positive and finite, not {value}")
+
+
+def _check_steps(value: int) -> None:
+    if not 2 <= value <= 1_000_000:
+        raise ValueError(f"steps must lie in [2, 1000000], not {value}")
 
 
 # ---- Concrete denoisers ----
@@ -148,7 +244,44 @@ class NetDenoiser(nn.Module):
         scales = self.precond.scales(sigma)
         inner = (per_sample(scales.inner, x) * x).to(torch.float32)
         raw = self.network(inner, scales.noise.to(torch.float32), cond, tape=tape)
-        return per_sample(scales.skip, x) * x + per_sample(scales.out, x) * raw.to(x.dtype)
+        return scales.denoised(x, raw)
+
+
+class ForeignDenoiser:
+    """What `as_denoiser` makes."""
+
+    def __init__(self, model: "ForeignModel", precond: Precond):
+        self.model = model
+        self.precond = precond
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        step: Step | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        scales = self.precond.scales(expand_sigma(sigma, x))
+        raw = self.model(per_sample(scales.inner, x) * x, scales.noise, cond or Cond())
+        return scales.denoised(x, raw)
+
+
+ForeignModel = Callable[[Tensor, Tensor, Cond], Tensor]
+"""z_t [B, C, *S], t [B] and a condition -> a prediction at z_t, in the shape of z_t."""
+
+
+def as_denoiser(
+    model: ForeignModel, path: Path, prediction: Prediction, data_scale: float = 1.0
+) -> ForeignDenoiser:
+    """Make a denoiser of a network that was trained elsewhere, on data times `data_scale`.
+
+    z_t = a(t) k x0 + s(t) eps with k the scale; t in [0, 1] is 1 at noise alone, in the precision
+    of x. Then D(x, sigma) = D_model(k x, k sigma) / k (arXiv 2510.21890). Raises `ValueError` for
+    an unknown prediction or an impossible scale.
+    """
+    return ForeignDenoiser(model, OnPath(path, prediction, data_scale))
 
 
 class PatchDenoiser:

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, per_sample
 from patchdiffusion.noise import LogNormal, NoiseLaw
 from patchdiffusion.rng import Draws
-from patchdiffusion.weighting import EDMWeight, Weighting
+from patchdiffusion.weighting import EDMWeight, LogVariance, Weighting
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,9 @@ class LossOut:
     """Further values for the log, by name; means over the batch."""
     batch_loss: Tensor | None = None
     """A term that belongs to the batch as a whole, added once per micro-batch."""
+    reported: Tensor | None = None
+    """[B], what the log shows and the guard judges instead of a `per_sample` that may be below
+    0."""
 
 
 class Objective(Protocol):
@@ -79,6 +82,28 @@ class DenoisingLoss:
             cond = replace(cond, labels=torch.where(drop, -1, cond.labels))
         per_crop = denoising_error(denoiser, batch.images, noise, sigma, cond)
         return LossOut(per_sample=self.weighting(sigma) * per_crop)
+
+
+class UncertaintyLoss(nn.Module):
+    """loss / exp(u) + u with a learned u(sigma), the log-variance of the loss (EDM2, 2312.02696).
+
+    At its minimum u = ln E[loss | sigma]: the denoiser then descends the mean of the logarithm of
+    its loss, to which every noise level contributes the same. Reports the loss itself.
+    """
+
+    def __init__(self, loss: DenoisingLoss, log_variance: LogVariance):
+        super().__init__()
+        self.loss = loss
+        self.log_variance = log_variance
+
+    def levels(self, draws: Draws, law: NoiseLaw | None = None) -> Tensor:
+        """The noise level of each sample: float32 [B]."""
+        return self.loss.levels(draws, law)
+
+    def forward(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+        out = self.loss(denoiser, batch, draws)
+        u = self.log_variance(self.levels(draws, batch.noise))
+        return replace(out, per_sample=out.per_sample / u.exp() + u, reported=out.per_sample)
 
 
 def denoising_error(

@@ -13,10 +13,10 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from patchdiffusion.codec import decode, encode
-from patchdiffusion.denoiser import EDM, NetDenoiser
+from patchdiffusion.denoiser import NetDenoiser, Parameterisation
 from patchdiffusion.files import folder_atomic, read_json, sha256, write_json
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
-from patchdiffusion.noise import LogNormal
+from patchdiffusion.weighting import Law
 
 Weights = Literal["averaged", "raw"]
 
@@ -29,8 +29,8 @@ class ModelConfig:
     """What is needed to use a model, beside its weights."""
 
     network: UNetConfig
-    precond: EDM
-    noise: LogNormal
+    precond: Parameterisation
+    noise: Law
     canvas: tuple[int, int]
     """Height and width of the images it was trained on."""
     classes: tuple[str, ...] = ()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class NoiseLaw(Protocol):
-    """A distribution of sigma, given by its quantile function."""
+    """A distribution of sigma, given by its quantile function; 0 and 1 give the ends of it."""
 
     def draw(self, u: Tensor) -> Tensor:
         """Sigma at the quantiles u in (0, 1): [B] -> [B]."""
@@ -40,10 +40,7 @@ class LogNormal:
     """Standard deviation of ln sigma."""
 
     def __post_init__(self) -> None:
-        if not (self.std > 0 and math.isfinite(self.std) and math.isfinite(self.mean)):
-            raise ValueError(
-                f"LogNormal needs a finite mean and std > 0, not mean={self.mean}, std={self.std}"
-            )
+        _check_normal(self, self.mean, self.std)
 
     def draw(self, u: Tensor) -> Tensor:
         """Sigma at the quantiles u."""
@@ -52,6 +49,40 @@ class LogNormal:
     def level(self, sigma: Tensor) -> Tensor:
         """The quantile of sigma."""
         return torch.special.ndtr((sigma.log() - self.mean) / self.std)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitNormal:
+    """The logit of the flow time ~ Normal(mean, std^2), then shifted (arXiv 2403.03206).
+
+    The same law as LogNormal(mean + ln shift, std): ln sigma is the logit of the flow time, and
+    the shift k t / (1 + (k - 1) t) of a time multiplies sigma by k.
+    """
+
+    mean: float = 0.0
+    """Mean of the logit of the time, 0 at no noise and 1 at noise alone."""
+    std: float = 1.0
+    """Standard deviation of the logit of the time."""
+    shift: float = 1.0
+    """Towards more noise if above 1, as large images need."""
+
+    def __post_init__(self) -> None:
+        _check_normal(self, self.mean, self.std)
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"LogitNormal needs a finite shift > 0, not {self.shift}")
+
+    @property
+    def log_normal(self) -> LogNormal:
+        """The same law of sigma."""
+        return LogNormal(mean=self.mean + math.log(self.shift), std=self.std)
+
+    def draw(self, u: Tensor) -> Tensor:
+        """Sigma at the quantiles u."""
+        return self.log_normal.draw(u)
+
+    def level(self, sigma: Tensor) -> Tensor:
+        """The quantile of sigma."""
+        return self.log_normal.level(sigma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +372,13 @@ def _check_grid(n: int, sigma_min: float, sigma_max: float) -> None:
     if n < 1:
         raise ValueError(f"a sampling grid needs at least 1 step, not {n}")
     _check_range(sigma_min, sigma_max)
+
+
+def _check_normal(law: object, mean: float, std: float) -> None:
+    if not (std > 0 and math.isfinite(std) and math.isfinite(mean)):
+        raise ValueError(
+            f"{type(law).__name__} needs a finite mean and std > 0, not mean={mean}, std={std}"
+        )
 
 
 def _check_range(sigma_min: float, sigma_max: float) -> None:

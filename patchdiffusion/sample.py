@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.model import Model, Weights, load_model, pick_device
-from patchdiffusion.noise import flow_uniform, karras, log_uniform, time_uniform
+from patchdiffusion.noise import NoiseLaw, flow_uniform, karras, log_uniform, time_uniform
 from patchdiffusion.patches import Size
 from patchdiffusion.picture import to_uint8
 from patchdiffusion.solvers import SOLVERS, Churn, Solver, SolverName, run
@@ -32,10 +33,10 @@ class SamplerConfig:
     """heun, midpoint, ralston and dpmpp_2s take two evaluations a step, the others one."""
     steps: int = 18
     """Number of steps."""
-    sigma_min: float = 0.002
-    """Smallest noise level before 0."""
-    sigma_max: float = 80.0
-    """Noise level to begin with."""
+    sigma_min: float | None = None
+    """Smallest noise level before 0; None is 0.002, or the smallest of training if that is more."""
+    sigma_max: float | None = None
+    """Noise level to begin with; None is 80, or the largest of training if that is less."""
     grid: Literal["karras", "log_uniform", "uniform_t", "quadratic", "flow"] = "karras"
     """How the levels are spaced: by rho, in log SNR, in time or its root (VP), in flow time."""
     rho: float = 7.0
@@ -64,9 +65,27 @@ class SamplerConfig:
         if self.eta is not None and not 0 <= self.eta <= most:
             raise ValueError(f"eta of {self.solver} must be in [0, {most:g}], not {self.eta}")
 
-    def sigmas(self) -> Tensor:
-        """The noise levels: float64 [steps + 1]."""
-        ends = (self.steps, self.sigma_min, self.sigma_max)
+    def ends(self, law: NoiseLaw | None = None) -> tuple[float, float]:
+        """The smallest and the largest noise level, for a model trained on the levels of `law`.
+
+        Raises `ValueError` for levels that it never draws.
+        """
+        low, high = (0.0, math.inf) if law is None else _support(law)
+        for name in ("sigma_min", "sigma_max"):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(
+                    f"{name} {value:g} lies outside the noise levels of training, "
+                    f"{low:.4g} to {high:.4g}"
+                )
+        return (
+            max(0.002, low) if self.sigma_min is None else self.sigma_min,
+            min(80.0, high) if self.sigma_max is None else self.sigma_max,
+        )
+
+    def sigmas(self, law: NoiseLaw | None = None) -> Tensor:
+        """The noise levels, see `ends`: float64 [steps + 1]."""
+        ends = (self.steps, *self.ends(law))
         match self.grid:
             case "karras":
                 return karras(*ends, self.rho)
@@ -86,6 +105,11 @@ class SamplerConfig:
     def _options(self) -> dict[str, object]:
         given = {"churn": self.churn if self.churn.amount else None, "eta": self.eta}
         return {name: value for name, value in given.items() if value is not None}
+
+
+def _support(law: NoiseLaw) -> tuple[float, float]:
+    low, high = law.draw(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    return low, high
 
 
 def noise_field(seeds: Tensor, channels: int, corner: tuple[int, int], size: Size) -> Tensor:
@@ -116,13 +140,15 @@ def sample(
     batch: int = 64,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    law: NoiseLaw | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Sample one image per seed: float32 [N, C, *size] in about [-1, 1], on the CPU.
 
     An image depends on its seed and label, not on the batch it is computed in. `size` defaults to
     the canvas; `corner` (top, left) places a region of another size, by default in the middle.
-    The solver runs in `dtype`. `progress` is called with the number of images done at a time.
+    The solver runs in `dtype`, at noise levels that `law` draws if it is given. `progress` is
+    called with the number of images done at a time.
     """
     config = config or SamplerConfig()
     size = size or canvas
@@ -130,7 +156,7 @@ def sample(
     if config.guidance != 1:
         denoiser = CFG(denoiser, config.guidance)
     denoiser = PatchDenoiser(denoiser, canvas, corner)
-    sigmas, solver = config.sigmas(), config.bound_solver()
+    sigmas, solver = config.sigmas(law), config.bound_solver()
     done = [torch.empty(0, channels, *size)]
     for start in range(0, len(seeds), batch):
         part = torch.tensor(list(seeds[start : start + batch]), dtype=torch.int64, device=device)
@@ -221,6 +247,7 @@ class Pipeline:
                 corner=corner,
                 batch=batch,
                 device=self.model.device,
+                law=self.model.config.noise,
                 progress=bar.update,
             )
         return to_uint8(images)

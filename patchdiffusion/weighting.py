@@ -1,19 +1,39 @@
 """How much an error of the denoised image counts: weights lambda(sigma) on |D - x0|^2.
 
 Each weight turns the loss on the image into the loss on another prediction (arXiv 2510.21890):
-what is trained is the product of the weight and the density of the noise law.
+what is trained is the product of the weight and the density of the noise law. The signal-to-noise
+ratio is SNR = 1 / sigma^2.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from patchdiffusion import rng
+from patchdiffusion.ddpm import DDPMSteps
+from patchdiffusion.denoiser import (
+    EDM,
+    X0,
+    EpsDDPM,
+    EpsVP,
+    FlowMatching,
+    Parameterisation,
+    TrigFlow,
+    V,
+)
+from patchdiffusion.noise import LogitNormal, LogNormal, LogUniform, UniformTime
 
 
 class Weighting(Protocol):
     """A weight for each noise level: [B] -> [B]."""
 
     def __call__(self, sigma: Tensor) -> Tensor: ...
+
+
+# ---- Losses on other predictions ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +45,14 @@ class EDMWeight:
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+
+@dataclass(frozen=True)
+class X0Weight:
+    """1: the mean squared error of the image."""
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return torch.ones_like(sigma)
 
 
 @dataclass(frozen=True)
@@ -49,3 +77,138 @@ class FlowWeight:
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return (1 + sigma) ** 2 / sigma**2
+
+
+@dataclass(frozen=True)
+class ScoreWeight:
+    """1 / sigma^4: the mean squared error of the score."""
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return sigma**-4
+
+
+# ---- Weights that leave out what matters less ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinSNRWeight:
+    """min(SNR, gamma) (arXiv 2303.09556): eps, v and x0 networks have the same on the image."""
+
+    gamma: float = 5.0
+    """Largest weight; a smaller one cares less for low noise."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "gamma")
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return (sigma**-2).clamp(max=self.gamma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftMinSNRWeight:
+    """SNR gamma / (SNR + gamma), a smooth min(SNR, gamma) (arXiv 2401.11605)."""
+
+    gamma: float = 4.0
+    """Weight at no noise; the published one is 1 / sigma_data^2."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "gamma")
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return 1 / (sigma**2 + 1 / self.gamma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class P2Weight:
+    """SNR / (k + SNR)^gamma: the error of eps with less weight on low noise (arXiv 2204.00227)."""
+
+    gamma: float = 1.0
+    """How much less; 0 is the error of eps itself."""
+    k: float = 1.0
+    """SNR from which on the weight is reduced."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "k")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma must be >= 0 and finite, not {self.gamma}")
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return sigma**-2 / (self.k + sigma**-2) ** self.gamma
+
+
+def _positive(owner: object, name: str) -> None:
+    value = getattr(owner, name)
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be positive and finite, not {value}")
+
+
+# ---- What belongs to a parameterisation ----
+
+LossWeight = (
+    EDMWeight
+    | X0Weight
+    | EpsWeight
+    | VWeight
+    | FlowWeight
+    | ScoreWeight
+    | MinSNRWeight
+    | SoftMinSNRWeight
+    | P2Weight
+)
+Law = LogNormal | LogitNormal | LogUniform | UniformTime | DDPMSteps
+
+
+def natural_weight(precond: Parameterisation) -> LossWeight:
+    """The mean squared error of what the network puts out; of X0, min-SNR as its authors train."""
+    match precond:
+        case EDM() | TrigFlow():
+            return EDMWeight(sigma_data=precond.sigma_data)
+        case EpsVP() | EpsDDPM():
+            return EpsWeight()
+        case V():
+            return VWeight()
+        case FlowMatching():
+            return FlowWeight()
+        case X0():
+            return MinSNRWeight()
+
+
+def natural_law(precond: Parameterisation) -> Law:
+    """The noise levels that a parameterisation was published with."""
+    match precond:
+        case EDM() | TrigFlow() | X0():
+            return LogNormal()
+        case EpsVP():
+            return UniformTime(path="vp")
+        case EpsDDPM():
+            return DDPMSteps(schedule=precond.schedule, steps=precond.steps)
+        case V():
+            return UniformTime(path="cosine")
+        case FlowMatching():
+            return UniformTime(path="flow")
+
+
+# ---- Learned ----
+
+
+class LogVariance(nn.Module):
+    """u(sigma), a sum of cosines of ln(sigma) / 4 with learned weights (EDM2, arXiv 2312.02696).
+
+    Zero at the start. Frequencies ~ N(0, 1) and phases are fixed, the same in every run.
+    """
+
+    freqs: Tensor
+    phases: Tensor
+
+    def __init__(self, channels: int = 128):
+        super().__init__()
+        key = rng.keys(0, "log variance", 0, torch.arange(channels))
+        self.register_buffer("freqs", rng.normal(rng.subkeys(key, "freqs"), ()))
+        self.register_buffer("phases", rng.uniform(rng.subkeys(key, "phases"), 1)[:, 0].float())
+        self.weight = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """[B] -> float32 [B]."""
+        turns = sigma.float().log()[:, None] / 4 * self.freqs + self.phases
+        # Not a matrix product, which autocast would round to its low precision.
+        return (math.sqrt(2) * (2 * math.pi * turns).cos() * self.weight).sum(1)

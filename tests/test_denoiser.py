@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 import torch
@@ -10,21 +11,26 @@ from torch import Tensor, nn
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianField, GaussianMixture
 from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.ddpm import DDPM
 from patchdiffusion.denoiser import (
     EDM,
     X0,
+    EpsDDPM,
     EpsVP,
     FlowMatching,
     NetDenoiser,
+    Parameterisation,
     PatchDenoiser,
     Precond,
+    TrigFlow,
     V,
+    as_denoiser,
     expand_sigma,
     per_sample,
 )
-from patchdiffusion.noise import VP, LogNormal, Prediction, convert
+from patchdiffusion.noise import VE, VP, Cosine, Flow, LogNormal, Path, Prediction, convert
 from patchdiffusion.patches import coordinates
-from patchdiffusion.weighting import EDMWeight, EpsWeight, FlowWeight, VWeight, Weighting
+from patchdiffusion.weighting import natural_weight
 
 TOY = GaussianMixture.toy()
 SIGMA = torch.logspace(-2.5, 2, 30, dtype=torch.float64)
@@ -48,50 +54,42 @@ class Exact(nn.Module):
     It recovers sigma from c_noise and x from its scaled input, so both are tested too.
     """
 
-    def __init__(self, sigma_of: Callable[[Tensor], Tensor], predict: Prediction, flow: bool):
+    def __init__(self, path: Path, predict: Prediction, sigma_of: Callable[[Tensor], Tensor]):
         super().__init__()
-        self.sigma_of = sigma_of
+        self.path = path
         self.predict: Prediction = predict
-        self.flow = flow
+        self.sigma_of = sigma_of
 
     def forward(self, z: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         sigma = self.sigma_of(noise)
-        a = 1 / (1 + sigma) if self.flow else (1 + sigma**2).rsqrt()
-        x0 = TOY(z / per_sample(a, z), sigma)
-        path = _Level(per_sample(a, z), per_sample(sigma * a, z))
-        return convert(x0, z, noise, path, "x0", self.predict)
+        time = self.path.time(sigma)
+        x = z / per_sample(self.path.a(time), z)
+        return convert(TOY(x, sigma), z, per_sample(time, z), self.path, "x0", self.predict)
 
 
-class _Level:
-    """The coefficients of the straight or of a variance-preserving path at known levels."""
+class Circle(Exact):
+    """The network of TrigFlow: the velocity at cos(t) x0 + sin(t) sd eps, over sd, of its input."""
 
-    def __init__(self, a: Tensor, s: Tensor):
-        self.values = a, s
-
-    def a(self, t: Tensor) -> Tensor:
-        return self.values[0]
-
-    def s(self, t: Tensor) -> Tensor:
-        return self.values[1]
-
-    def da(self, t: Tensor) -> Tensor:
-        return -torch.ones_like(self.values[0])
-
-    def ds(self, t: Tensor) -> Tensor:
-        return torch.ones_like(self.values[0])
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return self.values[1] / self.values[0]
-
-    def time(self, sigma: Tensor) -> Tensor:
-        raise NotImplementedError
+    def forward(self, z: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+        sigma, t = self.sigma_of(noise), per_sample(noise, z)
+        x = z * SD / t.cos()
+        x0 = TOY(x, sigma)
+        eps = (x - x0) / per_sample(sigma, z)
+        return t.cos() * eps - t.sin() * x0 / SD
 
 
+SD = 0.7
+DISCRETE = DDPM(schedule="cosine", steps=500)
 EXACT: dict[str, tuple[Precond, Exact]] = {
-    "eps": (EpsVP(), Exact(lambda c: VP().sigma(c / 999), "eps", flow=False)),
-    "v": (V(), Exact(lambda c: VP().sigma(c / 999), "v", flow=False)),
-    "flow": (FlowMatching(), Exact(lambda c: c / (1 - c), "velocity", flow=True)),
-    "x0": (X0(), Exact(lambda c: (4 * c).exp(), "x0", flow=False)),
+    "eps": (EpsVP(), Exact(VP(), "eps", lambda c: VP().sigma(c / 999))),
+    "ddpm": (
+        EpsDDPM(schedule="cosine", steps=500),
+        Exact(DISCRETE, "eps", lambda c: DISCRETE.sigma(c / 499)),
+    ),
+    "v": (V(), Exact(VP(), "v", lambda c: VP().sigma(c / 999))),
+    "flow": (FlowMatching(), Exact(Flow(), "velocity", lambda c: c / (1000 - c))),
+    "x0": (X0(), Exact(VP(), "x0", lambda c: (4 * c).exp())),
+    "trigflow": (TrigFlow(sigma_data=SD), Circle(Flow(), "velocity", lambda c: SD * c.tan())),
 }
 
 
@@ -107,13 +105,15 @@ def noisy() -> Tensor:
 @pytest.mark.parametrize("name", list(EXACT))
 def test_preconditioner_around_an_exact_network_is_the_exact_denoiser(name: str) -> None:
     precond, network = EXACT[name]
-    x, scales = noisy(), precond.scales(SIGMA)
+    inside = (0.01 if name == "ddpm" else 0) < SIGMA  # its first discrete level
+    x, sigma = noisy()[inside], SIGMA[inside]
+    scales = precond.scales(sigma)
     raw = network(per_sample(scales.inner, x) * x, scales.noise, Cond())
     denoised = per_sample(scales.skip, x) * x + per_sample(scales.out, x) * raw
-    assert float((denoised - TOY(x, SIGMA)).abs().max()) < 1e-12
-    wrapped = NetDenoiser(network, precond)(x, SIGMA)  # the network itself works in float32
+    assert float((denoised - TOY(x, sigma)).abs().max()) < 1e-12
+    wrapped = NetDenoiser(network, precond)(x, sigma)  # the network itself works in float32
     assert wrapped.dtype == torch.float64
-    error = (wrapped - TOY(x, SIGMA)).abs().amax(1) / (1 + SIGMA)
+    error = (wrapped - TOY(x, sigma)).abs().amax(1) / (1 + sigma)
     assert float(error.max()) < 2e-4
 
 
@@ -129,39 +129,112 @@ def test_edm_scales() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precond", "weight"),
-    [
-        (EDM(), EDMWeight()),
-        (EpsVP(), EpsWeight()),
-        (V(), VWeight()),
-        (FlowMatching(), FlowWeight()),
-    ],
+    "precond",
+    [EDM(sigma_data=0.7), EpsVP(), EpsDDPM(), V(), FlowMatching(), TrigFlow(sigma_data=0.7)],
+    ids=repr,
 )
-def test_weight_times_c_out_squared_is_one(precond: Precond, weight: Weighting) -> None:
+def test_natural_weight_times_c_out_squared_is_one(precond: Parameterisation) -> None:
     """Every noise level counts the same for the network's own output."""
-    product = weight(SIGMA) * precond.scales(SIGMA).out ** 2
+    product = natural_weight(precond)(SIGMA) * precond.scales(SIGMA).out ** 2
     assert float((product - 1).abs().max()) < 1e-12
 
 
 def test_denoised_tends_to_x_without_noise() -> None:
     network = Recorder(factor=0.5)
     x = rng.normal(rng.keys(0, "x", 0, torch.arange(4)), (3, 8, 8), torch.float64)
-    for precond in (EDM(), EpsVP(), V(), FlowMatching()):
+    for precond in (EDM(), EpsVP(), EpsDDPM(), V(), FlowMatching(), TrigFlow()):
         denoised = NetDenoiser(network, precond)(x, 1e-6)
         assert float((denoised - x).abs().max()) < 1e-4
 
 
 def test_a_network_of_zero_output_gives_c_skip_x() -> None:
     x = noisy()
-    for precond in (EDM(), EpsVP(), V(), FlowMatching(), X0()):
+    for precond in (EDM(), EpsVP(), EpsDDPM(), V(), FlowMatching(), TrigFlow(), X0()):
         denoised = NetDenoiser(Recorder(), precond)(x, SIGMA)
         assert torch.equal(denoised, per_sample(precond.scales(SIGMA).skip, x) * x)
 
 
+def test_trigflow_is_edm_with_the_other_sign() -> None:
+    edm, trig = EDM(sigma_data=0.7).scales(SIGMA), TrigFlow(sigma_data=0.7).scales(SIGMA)
+    assert torch.equal(trig.skip, edm.skip) and torch.equal(trig.inner, edm.inner)
+    assert torch.equal(trig.out, -edm.out)
+
+
+def test_trigflow_of_unit_data_is_v() -> None:
+    v, trig = V().scales(SIGMA), TrigFlow(sigma_data=1.0).scales(SIGMA)
+    for a, b in zip(v[:3], trig[:3], strict=True):
+        assert torch.allclose(a, b, rtol=1e-14)
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
-def test_impossible_sigma_data_is_refused(value: float) -> None:
+@pytest.mark.parametrize("precond", [EDM, TrigFlow])
+def test_impossible_sigma_data_is_refused(
+    precond: type[EDM] | type[TrigFlow], value: float
+) -> None:
     with pytest.raises(ValueError, match="sigma_data must be positive and finite"):
-        EDM(sigma_data=value)
+        precond(sigma_data=value)
+
+
+def test_impossible_time_scales_are_refused() -> None:
+    for precond in (EpsVP, V):
+        for steps in (1, 10**400):
+            with pytest.raises(ValueError, match=r"steps must lie in \[2, 1000000\]"):
+                precond(steps=steps)
+    for scale in (0.0, math.inf):
+        with pytest.raises(ValueError, match="time_scale must be positive and finite"):
+            FlowMatching(time_scale=scale)
+
+
+# ---- Networks from elsewhere ----
+
+
+PATHS_HERE: list[Path] = [VP(), Cosine(), Flow(), VE(), DDPM(), DISCRETE]
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 0.18215])
+@pytest.mark.parametrize("prediction", get_args(Prediction))
+@pytest.mark.parametrize("path", PATHS_HERE, ids=repr)
+def test_a_foreign_network_that_is_exact_is_the_exact_denoiser(
+    path: Path, prediction: Prediction, scale: float
+) -> None:
+    def model(z: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Trained on data times the scale, with noise of its own path."""
+        x = z / per_sample(path.a(t), z)
+        x0 = scale * TOY(x / scale, path.sigma(t) / scale)
+        return convert(x0, z, per_sample(t, z), path, "x0", prediction)
+
+    denoiser = as_denoiser(model, path, prediction, scale)
+    inside = (SIGMA > 0.06) & (SIGMA < 100)  # what every table has at every scale
+    x, sigma = noisy()[inside], SIGMA[inside]
+    assert float((denoiser(x, sigma) - TOY(x, sigma)).abs().max()) < 1e-11
+    single = denoiser(x.float(), sigma.float())
+    assert single.dtype == torch.float32
+    assert float((single - TOY(x, sigma)).abs().max()) < 2e-3
+
+
+def test_a_foreign_network_sees_its_time_and_the_condition() -> None:
+    seen: list[Tensor] = []
+
+    def model(z: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        assert cond.labels is not None
+        seen.extend([z, t, cond.labels])
+        return torch.zeros_like(z)
+
+    labels = torch.tensor([3, -1])
+    x = torch.ones(2, 1, 2, 2)
+    denoised = as_denoiser(model, Flow(), "velocity", 2.0)(x, 0.5, Cond(labels=labels))
+    assert torch.equal(seen[2], labels)
+    assert torch.equal(seen[1], torch.tensor([0.5, 0.5]))  # sigma 1 of data that is twice as large
+    assert torch.equal(seen[0], x)  # 2 (1 - t) x
+    assert torch.allclose(denoised, 0.5 * x)
+
+
+def test_foreign_networks_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="unknown prediction 'noise', allowed"):
+        as_denoiser(lambda z, t, cond: z, Flow(), "noise")  # pyright: ignore[reportArgumentType]
+    for scale in (0.0, -1.0, math.nan):
+        with pytest.raises(ValueError, match="data_scale must be positive and finite"):
+            as_denoiser(lambda z, t, cond: z, Flow(), "eps", scale)
 
 
 # ---- NetDenoiser ----

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
+from patchdiffusion.ddpm import DDPM
 from patchdiffusion.noise import (
     PATHS,
     VP,
+    LogitNormal,
     LogNormal,
     LogUniform,
     NoiseLaw,
@@ -30,12 +32,15 @@ from patchdiffusion.noise import (
 LAWS: list[NoiseLaw] = [
     LogNormal(),
     LogNormal(mean=0.5, std=2.0),
+    LogitNormal(),
+    LogitNormal(mean=-0.4, std=1.2, shift=3.0),
     LogUniform(),
     UniformTime(),
     UniformTime(path="cosine"),
     UniformTime(path="flow"),
     Part(law=LogNormal(), low=0.3, high=0.9, scale=0.5),
 ]
+ALL_PATHS: dict[str, Path] = {**PATHS, "ddpm": DDPM(), "ddpm-cosine": DDPM(schedule="cosine")}
 QUANTILES = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
 TIMES = torch.linspace(0.02, 0.95, 40, dtype=torch.float64)
 
@@ -85,10 +90,51 @@ def test_log_normal_is_a_logit_normal_flow_time() -> None:
     assert close(time.logit(), 0.3 + 0.8 * torch.special.ndtri(QUANTILES))
 
 
-def test_uniform_flow_time_has_density_1_over_1_plus_sigma_squared() -> None:
+def test_the_shift_of_flow_times_multiplies_sigma() -> None:
+    """The law of shifted logit-normal times, drawn as it is defined."""
+    time = (0.2 + 0.7 * torch.special.ndtri(QUANTILES)).sigmoid()
+    shifted = 3 * time / (1 + 2 * time)
+    law = LogitNormal(mean=0.2, std=0.7, shift=3.0)
+    assert close(PATHS["flow"].time(law.draw(QUANTILES)), shifted)
+    assert torch.equal(LogitNormal(mean=0.3, std=0.8).draw(QUANTILES),
+                       LogNormal(mean=0.3, std=0.8).draw(QUANTILES))  # fmt: skip
+
+
+def vp_density(sigma: Tensor) -> Tensor:
+    """dt / dsigma with (1 + sigma^2) = exp(B), B' = beta."""
+    t = VP().time(sigma)
+    return 2 * sigma / ((1 + sigma**2) * (0.1 + 19.9 * t))
+
+
+@pytest.mark.parametrize(
+    ("path", "density"),
+    [
+        ("flow", lambda sigma: (1 + sigma) ** -2),
+        ("cosine", lambda sigma: 2 / math.pi / (1 + sigma**2)),
+        ("vp", vp_density),
+    ],
+)
+def test_densities_of_uniform_times(
+    path: Literal["flow", "cosine", "vp"], density: Callable[[Tensor], Tensor]
+) -> None:
     sigma = torch.tensor([0.01, 0.5, 1.0, 7.0], dtype=torch.float64, requires_grad=True)
-    (density,) = torch.autograd.grad(UniformTime(path="flow").level(sigma).sum(), sigma)
-    assert close(density, (1 + sigma.detach()) ** -2, 3e-5)  # the margin
+    (found,) = torch.autograd.grad(UniformTime(path=path).level(sigma).sum(), sigma)
+    assert close(found, density(sigma.detach()), 3e-5)  # the margin
+
+
+@pytest.mark.parametrize(
+    ("law", "low", "high"),
+    [
+        (LogNormal(), 0, math.inf),
+        (LogitNormal(shift=3.0), 0, math.inf),
+        (LogUniform(), 0.02, 100),
+        (UniformTime(path="flow"), 1e-5, 1e5),
+        (UniformTime(path="vp"), 1.0002e-3, 152.0),
+    ],
+)
+def test_the_ends_of_a_law(law: NoiseLaw, low: float, high: float) -> None:
+    ends = law.draw(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    assert ends == pytest.approx([low, high], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +143,8 @@ def test_uniform_flow_time_has_density_1_over_1_plus_sigma_squared() -> None:
         (lambda: LogNormal(std=0.0), "std > 0"),
         (lambda: LogNormal(mean=math.nan), "finite mean"),
         (lambda: LogNormal(std=math.inf), "std > 0"),
+        (lambda: LogitNormal(std=0.0), "LogitNormal needs a finite mean and std > 0"),
+        (lambda: LogitNormal(shift=0.0), "finite shift > 0, not 0.0"),
         (lambda: LogUniform(sigma_min=0.0), "0 < sigma_min < sigma_max"),
         (lambda: LogUniform(sigma_min=2.0, sigma_max=1.0), "0 < sigma_min < sigma_max"),
         (lambda: UniformTime(margin=0.5), r"margin in \(0, 0.5\)"),
@@ -116,7 +164,7 @@ def test_impossible_values_are_refused(make: Callable[[], object], message: str)
 # ---- Paths ----
 
 
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("path", ALL_PATHS.values(), ids=ALL_PATHS)
 def test_derivatives_are_those_of_autograd(path: Path) -> None:
     t = TIMES.clone().requires_grad_()
     for value, derivative in ((path.a, path.da), (path.s, path.ds)):
@@ -132,9 +180,10 @@ def test_time_inverts_sigma(path: Path) -> None:
     assert close(path.sigma(TIMES), path.s(TIMES) / path.a(TIMES))
 
 
-@pytest.mark.parametrize("name", ["vp", "cosine"])
+@pytest.mark.parametrize("name", ["vp", "cosine", "ddpm", "ddpm-cosine"])
 def test_variance_is_preserved(name: str) -> None:
-    assert close(PATHS[name].a(TIMES) ** 2 + PATHS[name].s(TIMES) ** 2, torch.ones_like(TIMES))
+    path = ALL_PATHS[name]
+    assert close(path.a(TIMES) ** 2 + path.s(TIMES) ** 2, torch.ones_like(TIMES))
 
 
 def test_vp_is_the_published_schedule() -> None:
@@ -152,7 +201,7 @@ def test_vp_time_keeps_its_digits_in_float32() -> None:
 # ---- Conversions ----
 
 
-@pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("path", ALL_PATHS.values(), ids=ALL_PATHS)
 @pytest.mark.parametrize(
     ("source", "target"), list(itertools.product(get_args(Prediction), repeat=2))
 )

@@ -11,7 +11,7 @@ import pytest
 
 from patchdiffusion import RunConfig, SamplerConfig, TrainConfig, UNetConfig
 from patchdiffusion.codec import decode
-from patchdiffusion.denoiser import EDM
+from patchdiffusion.denoiser import EDM, V
 from patchdiffusion.files import read_json
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.patches import PatchLaw
@@ -30,6 +30,7 @@ from patchdiffusion.train.folder import (
     stored_config,
     write_config,
 )
+from patchdiffusion.weighting import EDMWeight, EpsWeight, P2Weight
 
 NAN, INF = float("nan"), float("inf")
 
@@ -123,7 +124,9 @@ def test_average_forgets_half_in_a_half_life() -> None:
 
 
 def test_the_loss_weight_belongs_to_the_preconditioner() -> None:
-    assert TrainConfig(precond=EDM(sigma_data=0.3)).weighting.sigma_data == 0.3
+    config = TrainConfig(precond=EDM(sigma_data=0.3))
+    assert config.loss_weight == EDMWeight(sigma_data=0.3)
+    assert replace(config, weighting=P2Weight()).loss_weight == P2Weight()
 
 
 def test_the_plan_knows_the_network_and_the_batch() -> None:
@@ -181,6 +184,9 @@ def test_some_fields_may_change(field: str, tmp_path: Path) -> None:
         ({"data": DataConfig(flip=True)}, ["data.flip: False -> True"]),
         ({"data": DataConfig(resolution=64)}, ["data.resolution: None -> 64"]),
         ({"noise": LogNormal(mean=-1.0)}, ["noise.mean: -1.2 -> -1.0"]),
+        ({"precond": V()}, ["precond: EDM(sigma_data=0.5) -> V(steps=1000)"]),
+        ({"weighting": EpsWeight()}, ["weighting: None -> EpsWeight()"]),
+        ({"log_variance": 8}, ["log_variance: 0 -> 8"]),
         ({"optim": OptimConfig(lr=1.0), "network": UNetConfig(base=64)},
          ["optim.lr: 0.0002 -> 1.0", "network.base: 128 -> 64"]),
     ],
@@ -200,7 +206,8 @@ def test_others_make_it_another_run(
 def test_every_field_is_either_free_or_compared() -> None:
     free = {path.split(".")[0] for path in FREE}
     compared = {"network", "precond", "noise", "patches", "ema", "clock", "batch", "seed"}
-    compared |= {"label_dropout", "precision", "data", "optim", "guard"}
+    compared |= {"weighting", "log_variance", "label_dropout", "precision", "data", "optim"}
+    compared |= {"guard"}
     assert free | compared == {f.name for f in dataclasses.fields(TrainConfig)}
 
 

@@ -92,6 +92,22 @@ def test_losses_of_the_batch_as_a_whole_are_added_once() -> None:
         assert take(stepper)["loss"] == pytest.approx(5.0 * sum(g.weight for g in GROUPS))
 
 
+def test_a_loss_below_zero_is_reported_as_something_else() -> None:
+    """The log and the guard see what is reported; the gradient is that of the loss."""
+
+    def objective(denoiser: Denoiser, batch: Batch, draws: rng.Draws) -> LossOut:
+        out = DenoisingLoss()(denoiser, batch, draws)
+        return LossOut(out.per_sample.log() - 9, reported=out.per_sample)
+
+    for limit in (None, 1):
+        plain, network = make(micro_batch=limit)
+        other, same_network = make(objective, micro_batch=limit)
+        means, expected = take(other), take(plain)
+        for name in ("loss", "loss 8x8", "loss 4x4"):
+            assert means[name] == expected[name] > 0
+        assert not same(gradients(same_network), gradients(network))
+
+
 def test_further_values_of_the_objective_are_averaged() -> None:
     stepper, _ = make(Recorder())
     means = take(stepper)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.cli.parts import Parts, choose
 from patchdiffusion.cli.train import default_config, generic_config
 from patchdiffusion.codec import encode
 from patchdiffusion.dist import join
@@ -43,6 +44,7 @@ class BenchArguments:
     """Compile the blocks of the network; auto does so on CUDA."""
     shard: bool = False
     """Divide the weights among the processes (FSDP2)."""
+    parts: Annotated[Parts, tyro.conf.arg(name="")] = field(default_factory=Parts)
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -76,7 +78,7 @@ def _parse(flags: Sequence[str], config: TrainConfig) -> BenchArguments:
     return parse(
         BenchArguments,
         flags,
-        default=BenchArguments(config=config),
+        default=BenchArguments(config=choose(config, flags)),
         prog="patchdiffusion bench [RECIPE or PATH]",
         description=DESCRIPTION,
     )

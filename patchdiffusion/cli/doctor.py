@@ -19,6 +19,7 @@ from patchdiffusion import __version__, recipes
 from patchdiffusion.cli.parse import parse, take_first
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import cache_dir
+from patchdiffusion.denoiser import EDM
 from patchdiffusion.model import pick_device
 from patchdiffusion.nets import fused
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.data.path:
         pack = prepare_data(given.data)
         chosen = recipe(recipes.Facts.of(pack, given.data.path, device.type))
+        assert isinstance(chosen.precond, EDM)  # of both recipes
         _images(pack, chosen.precond.sigma_data)
         _time(replace(chosen, data=given.data), pack, given)
 

@@ -21,7 +21,12 @@ def parse(cls: type[T], arguments: Sequence[str], *, default: T, prog: str, desc
     """
     with _one_line_errors(arguments):
         return tyro.cli(
-            cls, args=list(arguments), default=default, prog=prog, description=description
+            cls,
+            args=list(arguments),
+            default=default,
+            prog=prog,
+            description=description,
+            config=(tyro.conf.AvoidSubcommands,),  # a union has the flags of its default's type
         )
 
 

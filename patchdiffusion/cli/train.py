@@ -9,6 +9,7 @@ import tyro
 
 from patchdiffusion import recipes
 from patchdiffusion.cli.parse import parse, parse_some, take_first
+from patchdiffusion.cli.parts import Parts, choose
 from patchdiffusion.dist import place
 from patchdiffusion.recipes import Facts
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
@@ -40,6 +41,7 @@ class TrainArguments:
     """Everything that can be set."""
 
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
+    parts: Annotated[Parts, tyro.conf.arg(name="")] = field(default_factory=Parts)
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
 
 
@@ -51,7 +53,8 @@ def main(arguments: Sequence[str]) -> None:
         flags = [*flags, "--out", what]
         what = str(_stored(Path(what)).data.path)
     try:
-        _parse(flags, generic_config(what))  # wrong flags are found before any data is read
+        # Wrong flags are found before any data is read.
+        _parse(flags, _begun(what, _early(flags)) or generic_config(what))
     except ValueError as error:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
@@ -63,7 +66,7 @@ def _parse(flags: Sequence[str], config: TrainConfig) -> TrainArguments:
     return parse(
         TrainArguments,
         flags,
-        default=TrainArguments(config=config),
+        default=TrainArguments(config=choose(config, flags)),
         prog="patchdiffusion train [RECIPE or PATH]",
         description=DESCRIPTION,
     )
@@ -91,13 +94,10 @@ def default_config(what: str, flags: Sequence[str]) -> TrainConfig:
     path = Path(what).expanduser()
     if path.exists():
         recipe, images = recipes.folder, str(path.resolve())
-        name = path.resolve().name.split(".")[0] or "run"
     else:
-        recipe, images, name = recipes.find(what), early.data.path, what
-    name = early.name or name
-    folder = RunConfig(out=early.out).folder(name)
-    if not early.fresh and is_run(folder):
-        return _same_data(_stored(folder), early.data.path or images)
+        recipe, images = recipes.find(what), early.data.path
+    if (stored := _begun(what, early)) is not None:
+        return _same_data(stored, early.data.path or images)
     data = recipe(Facts()).data
     if recipe is not recipes.glyphs or images:
         data = replace(data, path=images)
@@ -107,7 +107,19 @@ def default_config(what: str, flags: Sequence[str]) -> TrainConfig:
     chosen = recipe(Facts.of(prepare_data(data), data.path, early.device))
     if place().lead:
         print(f"recipe    {recipe.__name__}: {(recipe.__doc__ or '').strip().splitlines()[0]}")
-    return replace(chosen, name=name, data=replace(data, flip=chosen.data.flip))
+    return replace(chosen, name=_name(what, early), data=replace(data, flip=chosen.data.flip))
+
+
+def _name(what: str, early: _Early) -> str:
+    path = Path(what).expanduser()
+    own = path.resolve().name.split(".")[0] or "run"
+    return early.name or (own if path.exists() else what)
+
+
+def _begun(what: str, early: _Early) -> TrainConfig | None:
+    """The configuration of the run that these flags go on with, if there is one."""
+    folder = RunConfig(out=early.out).folder(_name(what, early))
+    return _stored(folder) if not early.fresh and is_run(folder) else None
 
 
 def _same_data(stored: TrainConfig, given: str) -> TrainConfig:

@@ -26,7 +26,7 @@ from patchdiffusion.metrics.frechet import Moments
 from patchdiffusion.metrics.heldout import held_out_losses, summarise
 from patchdiffusion.metrics.memorise import copy_rate
 from patchdiffusion.sample import Pipeline, SamplerConfig
-from patchdiffusion.weighting import EDMWeight
+from patchdiffusion.weighting import natural_weight
 
 COPY_LIMIT = 20_000  # images; larger sets are neither quick to search nor likely to be repeated
 SEED = 1_000_000  # of the first sample: none that people look at
@@ -104,7 +104,7 @@ class Evaluation:
                 self.pack.labels if model.network.num_classes else None,
                 chosen,
                 law=model.noise,
-                weighting=EDMWeight(sigma_data=model.precond.sigma_data),
+                weighting=natural_weight(model.precond),
                 sizes=(model.canvas,),
                 device=pipeline.model.device,
                 batch=self.config.batch,

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from patchdiffusion.data.augment import Augmentation
-from patchdiffusion.denoiser import EDM
+from patchdiffusion.ddpm import DDPMSteps
+from patchdiffusion.denoiser import EDM, EpsDDPM, Parameterisation
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.patches import PatchLaw, PatchPlan, Size
-from patchdiffusion.weighting import EDMWeight
+from patchdiffusion.weighting import Law, LossWeight, natural_weight
 
 Clock = Literal["equivalents", "crops", "steps"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -178,8 +179,13 @@ class TrainConfig:
     """Name of the run and, by default, of its folder."""
     data: DataConfig = field(default_factory=DataConfig)
     network: UNetConfig = field(default_factory=UNetConfig)
-    precond: EDM = field(default_factory=EDM)
-    noise: LogNormal = field(default_factory=LogNormal)
+    precond: Parameterisation = field(default_factory=EDM)
+    noise: Law = field(default_factory=LogNormal)
+    weighting: LossWeight | None = None
+    """Weight of the loss; None is the one that belongs to the parameterisation."""
+    log_variance: int = 0
+    """Size of a learned log-variance of the loss, by which all noise levels count alike; EDM2 has
+    128, 0 learns none."""
     patches: PatchLaw = field(default_factory=PatchLaw)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -208,15 +214,29 @@ class TrainConfig:
             positive(self, "micro_batch")
         if not self.name or self.name in (".", "..") or {"/", "\\", "\0"} & set(self.name):
             raise ValueError(f"name must be usable as a folder name, not {self.name!r}")
+        if not 0 <= self.log_variance <= 65536:
+            raise ValueError(f"log_variance must lie in [0, 65536], not {self.log_variance}")
+        _check_steps(self.precond, self.noise)
 
     @property
-    def weighting(self) -> EDMWeight:
-        """The loss weight that belongs to the preconditioner."""
-        return EDMWeight(sigma_data=self.precond.sigma_data)
+    def loss_weight(self) -> LossWeight:
+        """The chosen weight, or the one that belongs to the parameterisation."""
+        return self.weighting or natural_weight(self.precond)
 
     def plan(self, canvas: Size) -> PatchPlan:
         """The patch plan on a canvas."""
         return PatchPlan(canvas, self.batch, self.patches, self.network.divisor, self.noise)
+
+
+def _check_steps(precond: Parameterisation, noise: Law) -> None:
+    """Raise `ValueError` if a network of discrete steps is trained on those of another table."""
+    if isinstance(precond, EpsDDPM) and isinstance(noise, DDPMSteps):
+        told, drawn = (precond.schedule, precond.steps), (noise.schedule, noise.steps)
+        if told != drawn:
+            raise ValueError(
+                f"precond.schedule and precond.steps are {told} and those of noise {drawn}: "
+                "give both the same"
+            )
 
 
 FREE = (

@@ -97,10 +97,15 @@ def load(training: Training, found: Found) -> None:
         else:  # a profile that is new
             for key, target in targets.items():
                 local(target).copy_(local(own[key].detach()))
-    moments = empty_moments(
-        training.stepper.update.optimizer, network, facts["groups"]["optimizer"]
-    )
+    optimizer = training.stepper.update.optimizer
+    optimizer.state.clear()
+    moments = empty_moments(optimizer, network, facts["groups"]["optimizer"])
     _read(training.team, found, "optimizer", moments)
+    if learned := _tensors(training.learner):  # what a changed objective adds begins anew
+        names = facts["groups"].get("objective", [])
+        moments = empty_moments(optimizer, training.learner, [n for n in names if "/" in n])
+        if names:
+            _read(training.team, found, "objective", learned | moments)
     training.state = TrainState.from_json(facts["state"], training.device)
     training.stepper.guard.load_json(facts["guard"])
     training.stepper.update.load_json(facts["loss_scale"])
@@ -140,7 +145,6 @@ def empty_moments(
 ) -> dict[str, Tensor]:
     """Empty moments of an optimizer under the names they have in a checkpoint."""
     parameters, found = dict(network.named_parameters()), {}
-    optimizer.state.clear()
     for path in names:
         name, entry = path.rsplit("/", 1)
         parameter = parameters.get(name)

@@ -100,10 +100,13 @@ class Saver:
 def _state(training: Training) -> Groups:
     """All tensors of a run, as this process has them."""
     buffers = dict(training.network.named_buffers())
+    learner, optimizer = training.learner, training.stepper.update.optimizer
+    learned = dict(learner.named_parameters()) | dict(learner.named_buffers())
     return {
         "weights": dict(training.network.named_parameters()) | buffers,
         **{name: training.ema.tensors(name) for name in training.ema.averages},
-        "optimizer": moments(training.stepper.update.optimizer, training.network),
+        "optimizer": moments(optimizer, training.network),
+        **({"objective": learned | moments(optimizer, learner)} if learned else {}),
     }
 
 
@@ -150,8 +153,9 @@ def _check_same(training: Training, groups: Groups) -> None:
     """Replicas must hold the same bits."""
     if training.team.size == 1 or training.run.shard:
         return
-    names = [f"{group}/{name}" for group in ("weights", MAIN) for name in groups[group]]
-    tensors = [x for group in ("weights", MAIN) for x in groups[group].values()]
+    alike = [group for group in ("weights", MAIN, "objective") if group in groups]
+    names = [f"{group}/{name}" for group in alike for name in groups[group]]
+    tensors = [x for group in alike for x in groups[group].values()]
     sums = [x.detach().view(torch.int32).sum(dtype=torch.int64) for x in tensors]
     facts = dict(zip(names, torch.stack(sums).tolist(), strict=True))
     training.team.agree("the processes have drifted apart", facts, code=24)

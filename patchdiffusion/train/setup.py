@@ -15,7 +15,7 @@ from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.dist import Team, place
-from patchdiffusion.losses import DenoisingLoss, Objective
+from patchdiffusion.losses import DenoisingLoss, Objective, UncertaintyLoss
 from patchdiffusion.metrics.features import Extractor, extractor
 from patchdiffusion.model import ModelConfig, build, pick_device
 from patchdiffusion.nets.count import training_flops
@@ -38,6 +38,7 @@ from patchdiffusion.train.phases import Phases
 from patchdiffusion.train.state import TrainState
 from patchdiffusion.train.step import Stepper
 from patchdiffusion.train.watch import Watch, training_labels
+from patchdiffusion.weighting import LogVariance
 
 
 def prepare_data(data: DataConfig) -> Pack:
@@ -137,6 +138,11 @@ class Training:
         return NetDenoiser(self.ema.network(), self.config.precond, self.config.noise)
 
     @property
+    def learner(self) -> nn.Module:
+        """What the objective itself learns, which is no part of the model; mostly nothing."""
+        return self.objective if isinstance(self.objective, nn.Module) else nn.Module()
+
+    @property
     def model_config(self) -> ModelConfig:
         """What is needed to use the model of this run."""
         return ModelConfig(
@@ -219,7 +225,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     crops = dict.fromkeys([canvas, *(k.size for k in plan.sizes if k.pitch == 1)])
     flops = {size: round(training_flops(network, size)) for size in sizes}
     ema = _spread_out(network, config, run, team, device)
-    objective = DenoisingLoss(config.noise, config.weighting, config.label_dropout)
+    objective = _objective(config, run, team, device)
     work = Work(NetDenoiser(network, config.precond, config.noise), objective)
     feed = Feed(
         resident(pack.images, device),
@@ -265,6 +271,16 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         ),
         state=TrainState(),
     )
+
+
+def _objective(config: TrainConfig, run: RunConfig, team: Team, device: torch.device) -> Objective:
+    loss = DenoisingLoss(config.noise, config.loss_weight, config.label_dropout)
+    if not config.log_variance:
+        return loss
+    learned = LogVariance(config.log_variance).to(device)
+    if run.shard:  # the optimizer takes sharded weights or whole ones, not both
+        shard(learned, [], team, device)
+    return UncertaintyLoss(loss, learned)
 
 
 def _extractor(config: TrainConfig, team: Team, device: torch.device) -> Extractor | None:

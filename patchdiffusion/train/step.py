@@ -145,7 +145,8 @@ class Stepper:
                 # Processes average their gradients, and each has its part of the whole.
                 factor = group.weight * self.team.size * one.counts
                 (part * (self.update.scale * factor)).backward()
-        means = {"loss": part.detach() * one.counts}
+        shown = part if out.reported is None else out.reported.sum() / group.count
+        means = {"loss": shown.detach() * one.counts}
         means |= {name: value.detach() * share for name, value in out.scalars.items()}
         for name, value in means.items():
             values[name] = values[name] + value if name in values else value

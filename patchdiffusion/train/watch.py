@@ -29,6 +29,7 @@ from patchdiffusion.picture import enlarge, grid, save_png, to_uint8
 from patchdiffusion.sample import SamplerConfig, sample
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.machine import autocast
+from patchdiffusion.weighting import natural_weight
 
 T = TypeVar("T")
 Ending = Callable[[], bool]
@@ -76,6 +77,7 @@ class Watch:
                 config=SamplerConfig(steps=watch.sample_steps, guidance=watch.guidance),
                 batch=self._batch,
                 device=self.device,
+                law=self.config.noise,
             )
 
     def save(self, images: Tensor, path: Path) -> None:
@@ -106,7 +108,7 @@ class Watch:
                         training_labels(self.config, self.pack),
                         held,
                         law=self.config.noise,
-                        weighting=self.config.weighting,
+                        weighting=natural_weight(self.config.precond),
                         sizes=self.sizes,
                         device=self.device,
                         batch=self._batch,

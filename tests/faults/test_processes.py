@@ -9,11 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import harness
 import pytest
 import tiny
+import torch
 from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, same_run, status, torchrun
+from safetensors.torch import load_file
 
 
 def test_c1_a_rank_hangs(images: Path, tmp_path: Path) -> None:
@@ -132,6 +135,31 @@ def test_a_sharded_run_is_exact(images: Path, tmp_path: Path) -> None:
         ended = drive(images, out, size=2, **LONG, **sharded, faults=faults)
         assert [e.code for e in ended] == [0, 0], ended
     same_run(folder, straight)
+
+
+def test_a_learned_log_variance_is_the_same_everywhere(images: Path, tmp_path: Path) -> None:
+    """One process, replicas, and shards that are interrupted."""
+    spec: dict[str, Any] = {"config": {"images": 24.0, "log_variance": 8}}
+    stop = {"kind": "send", "name": "SIGTERM", "phase": "after", "step": 5, "rank": 0}
+    kinds: dict[str, dict[str, Any]] = {
+        "one": {},
+        "replicas": {"size": 2},
+        "shards": {"size": 2, "run": {"shard": True}},
+    }
+    found = []
+    for name, kind in kinds.items():
+        if name == "shards":
+            drive(images, tmp_path / name, **spec, **kind, faults=[stop])
+            assert status(tmp_path / name) == "preempted"
+        ended = drive(images, tmp_path / name, **spec, **kind)
+        assert all(e.code == 0 for e in ended), ended
+        newest = max((tmp_path / name / "checkpoints").iterdir())
+        found.append(load_file(newest / "objective.safetensors"))
+    assert found[0]["log_variance.weight/step"].item() == 8
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        for name, value in found[0].items():
+            assert torch.allclose(other[name], value, rtol=1e-3, atol=1e-6), name
 
 
 PENDING = """

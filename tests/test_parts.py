@@ -1,0 +1,279 @@
+"""Words for parameterisations, noise laws and loss weights, and training with each of them."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from commands import Capture, fails, works
+from safetensors.torch import load_file
+
+from patchdiffusion import TrainConfig, load, load_model, recipes
+from patchdiffusion.cli.parts import NOISES, PRECONDS, WEIGHTINGS, choose
+from patchdiffusion.ddpm import DDPMSteps
+from patchdiffusion.denoiser import (
+    EDM,
+    EpsDDPM,
+    EpsVP,
+    FlowMatching,
+    Parameterisation,
+    TrigFlow,
+    V,
+)
+from patchdiffusion.files import read_json, write_json
+from patchdiffusion.noise import LogitNormal, LogNormal, LogUniform, UniformTime
+from patchdiffusion.patches import PatchLaw
+from patchdiffusion.recipes import Facts
+from patchdiffusion.report import read_log
+from patchdiffusion.sample import SamplerConfig
+from patchdiffusion.train.folder import stored_config
+from patchdiffusion.weighting import (
+    EDMWeight,
+    EpsWeight,
+    Law,
+    LossWeight,
+    MinSNRWeight,
+    P2Weight,
+    natural_law,
+)
+
+GLYPHS = recipes.glyphs(Facts())
+
+
+def chosen(flags: str, config: TrainConfig = GLYPHS) -> TrainConfig:
+    return choose(config, flags.split())
+
+
+# ---- Words ----
+
+
+@pytest.mark.parametrize(
+    ("table", "types"),
+    [(PRECONDS, Parameterisation), (NOISES, Law), (WEIGHTINGS, LossWeight | None)],
+)
+def test_every_type_has_one_word(table: dict[str, object], types: object) -> None:
+    assert len(table) == len(get_args(types))
+    assert {type(value) for value in table.values()} == set(get_args(types))
+
+
+def test_without_words_nothing_changes() -> None:
+    for recipe in recipes.RECIPES.values():
+        config = recipe(Facts())
+        assert chosen("--batch 3 --unknown 5", config) == config
+
+
+def test_a_word_for_what_is_there_changes_nothing() -> None:
+    assert chosen("--precond edm --noise lognormal --weighting natural") == GLYPHS
+    flow = replace(
+        GLYPHS, precond=FlowMatching(), noise=LogitNormal(mean=2.0), weighting=P2Weight()
+    )
+    assert chosen("--precond flow --noise logit-normal --weighting p2", flow) == flow
+    assert chosen("--precond flow", flow) == flow
+
+
+@pytest.mark.parametrize("word", [word for word in PRECONDS if word != "v"])
+def test_a_parameterisation_comes_with_its_law_and_its_weight(word: str) -> None:
+    begun = replace(GLYPHS, precond=V(), noise=LogUniform(), weighting=P2Weight())
+    config = chosen(f"--precond {word}", begun)
+    assert type(config.precond) is type(PRECONDS[word])
+    assert config.noise == natural_law(config.precond)
+    assert config.weighting is None
+
+
+def test_what_parts_have_in_common_is_kept() -> None:
+    config = chosen("--precond trigflow")
+    assert config.precond == TrigFlow(sigma_data=0.7)
+    assert config.noise == GLYPHS.noise  # chosen for this data, and natural to both
+    assert chosen("--precond v", replace(GLYPHS, precond=EpsVP(steps=300))).precond == V(steps=300)
+    assert chosen("--weighting edm").weighting == EDMWeight(sigma_data=0.7)
+
+
+def test_the_words_may_be_combined() -> None:
+    config = chosen("--precond flow --noise lognormal --weighting min-snr")
+    assert config.precond == FlowMatching()
+    assert config.noise == LogNormal(mean=-0.7)  # the recipe's
+    assert config.weighting == MinSNRWeight()
+    assert chosen("--precond v --noise uniform-time").noise == UniformTime(path="cosine")
+    assert chosen("--noise loguniform").noise == LogUniform()
+    assert chosen("--weighting natural", replace(GLYPHS, weighting=P2Weight())).weighting is None
+
+
+def test_words_and_fields(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    works(
+        capsys, "train", images, "--out", tmp_path / "run", *SMALL, "--precond", "ddpm",
+        "--precond.schedule", "cosine", "--noise.schedule", "cosine", "--precond.nearest",
+        "--weighting", "p2", "--weighting.gamma", 0.5,
+    )  # fmt: skip
+    config = stored_config(tmp_path / "run")
+    assert config is not None
+    assert config.precond == EpsDDPM(schedule="cosine", nearest=True)
+    assert config.noise == DDPMSteps(schedule="cosine")
+    assert config.weighting == P2Weight(gamma=0.5)
+    # Its own fields are known when it goes on, and its type is part of what it is.
+    assert "is finished" in works(capsys, "train", tmp_path / "run", "--weighting.gamma", 0.5)
+    again = ("train", images, "--out", tmp_path / "run")
+    assert "is finished" in works(capsys, *again, "--precond", "ddpm", "--noise.schedule", "cosine")
+    error = fails(capsys, *again, "--precond", "v")
+    assert "precond: EpsDDPM(schedule='cosine', steps=1000, nearest=True) -> V(steps=1000)" in error
+    assert "UniformTime(path='cosine'" in error and "weighting: P2Weight" in error
+    assert "weighting.gamma: 0.5 -> 1.0" in fails(capsys, *again, "--weighting.gamma", 1)
+
+
+SMALL = [
+    "--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1",
+    "--network.attention", "--batch", "2", "--patches.fractions", "1", "--patches.probs", "1",
+    "--watch.status", "2", "--watch.samples", "1", "--watch.grid", "2",
+    "--watch.sample-steps", "1", "--watch.held-out", "2", "--images", "2", "--device", "cpu",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--precond fly", "unknown precond 'fly', allowed: edm, eps, ddpm, v, x0, flow, trigflow"),
+        ("--noise fly", "unknown noise 'fly', allowed: lognormal, logit-normal, loguniform"),
+        ("--weighting fly", "unknown weighting 'fly', allowed: natural, edm, x0, eps, v, flow"),
+        ("--precond", "Missing value for argument '--precond'"),
+        ("--precond flow --precond.sigma-data 0.5", "Unrecognized options: --precond.sigma-data"),
+        ("--precond flow --noise.mean 1", "Unrecognized options: --noise.mean"),
+        ("--precond eps --precond.steps 1", "steps must lie in [2, 1000000], not 1"),
+        ("--precond flow --precond.time-scale 0", "time_scale must be positive"),
+        ("--precond ddpm --precond.steps 500", "precond.schedule and precond.steps are"),
+        ("--noise uniform-time --noise.path ve", "--noise.path"),
+        ("--weighting min-snr --weighting.gamma 0", "gamma must be positive"),
+        ("--log-variance -1", "log_variance must lie in [0, 65536], not -1"),
+    ],
+)
+def test_wrong_words_are_one_line(flags: str, message: str, capsys: Capture) -> None:
+    assert message in fails(capsys, "train", "glyphs", *flags.split())
+
+
+# ---- Training ----
+
+EVERYWHERE = PatchLaw(
+    fractions=(1.0, 1.0, 0.5), probs=(0.4, 0.2, 0.4), pitches=(1, 2, 1),
+    levels=((0.0, 1.0), (0.5, 1.0), (0.0, 0.6)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("word", list(PRECONDS))
+def test_every_parameterisation_trains_resumes_and_samples(
+    word: str, images: Path, tmp_path: Path
+) -> None:
+    """On patches with laws of size and noise, by steps."""
+    config = tiny.config(images, patches=EVERYWHERE, images=2, clock="steps")
+    config = choose(config, ["--precond", word])
+    folder = tiny.run(config, tmp_path / "run", max_hours=1e-9)
+    assert len(tiny.history(folder)) == 1
+    tiny.run(config, folder)
+    assert len(tiny.history(folder)) == 2
+    watched = read_log(folder)[-1]
+    assert watched["kind"] == "watch" and np.isfinite(watched["held_out"]["loss"])
+    model = load_model(folder)
+    assert model.config.precond == config.precond and model.config.noise == config.noise
+    assert model.denoiser.law == config.noise
+    drawn = load(folder).sample(2, config=SamplerConfig(steps=4))
+    assert drawn.shape == (2, 16, 16, 3) and drawn.std() > 1
+
+
+def objective_of(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").iterdir())
+    return load_file(newest / "objective.safetensors")
+
+
+def test_a_learned_log_variance_is_saved_and_goes_on(images: Path, tmp_path: Path) -> None:
+    config = tiny.config(images, log_variance=8)
+    straight = tiny.run(config, tmp_path / "straight")
+    folder = tiny.run(config, tmp_path / "run", max_hours=1e-9)
+    tiny.run(config, folder)
+    assert tiny.weights(folder) == tiny.weights(straight)
+    assert tiny.history(folder) == tiny.history(straight)
+    got, expected = objective_of(folder), objective_of(straight)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+    assert bool(got["log_variance.weight"].any())
+    assert got["log_variance.weight/step"].item() == 4
+    plain = tiny.run(tiny.config(images), tmp_path / "plain")
+    first = [tiny.history(f)[0][4:6] for f in (folder, plain)]
+    assert first[0] == first[1]  # at the start it changes no loss
+    assert tiny.weights(folder) != tiny.weights(plain)
+    names = [load_model(f).network.state_dict().keys() for f in (folder, plain)]
+    assert names[0] == names[1]
+    assert not (max((plain / "checkpoints").iterdir()) / "objective.safetensors").exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 8), (8, 0)])
+def test_a_log_variance_may_be_added_and_dropped(
+    before: int, after: int, images: Path, tmp_path: Path
+) -> None:
+    folder = tiny.run(tiny.config(images, steps=2, log_variance=before), tmp_path / "run")
+    config = tiny.config(images, steps=4, log_variance=after)
+    with pytest.raises(ValueError, match=f"log_variance: {before} -> {after}"):
+        tiny.run(config, folder)
+    tiny.run(config, folder, allow_config_change=True)
+    assert len(tiny.history(folder)) == 4
+    if after:
+        assert objective_of(folder)["log_variance.weight/step"].item() == 2
+
+
+def test_the_weight_of_training_does_not_move_the_held_out_loss(
+    images: Path, tmp_path: Path
+) -> None:
+    """So that runs with different weights can be compared."""
+    losses = []
+    for weighting in (None, EpsWeight(), P2Weight()):
+        config = tiny.config(images, weighting=weighting)
+        training = tiny.training(config, tmp_path / "run")
+        facts = training.watch.measure(training.averaged, torch.zeros(2, 3, 16, 16))
+        losses.append(facts["held_out"])
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_runs_and_models_of_before_are_read(finished: Path, images: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    stored = read_json(folder / "config.json")
+    del stored["weighting"], stored["log_variance"]
+    write_json(folder / "config.json", stored)
+    assert stored["precond"]["type"] == "EDM" and stored["noise"]["type"] == "LogNormal"
+    assert stored_config(folder) == tiny.config(images)
+    tiny.run(tiny.config(images, steps=5), folder)
+    assert load_model(folder).config.precond == EDM()
+
+
+# ---- Noise levels of sampling ----
+
+
+def test_samplers_stay_within_the_levels_of_training() -> None:
+    plain = SamplerConfig()
+    for law in (None, LogNormal(), LogitNormal(), UniformTime(path="vp"), UniformTime(path="flow")):
+        assert plain.ends(law) == (0.002, 80.0)
+        assert torch.equal(
+            plain.sigmas(law), SamplerConfig(sigma_min=0.002, sigma_max=80.0).sigmas()
+        )
+    assert plain.ends(LogUniform(sigma_min=0.02, sigma_max=50.0)) == (0.02, 50.0)
+    assert plain.ends(DDPMSteps()) == (pytest.approx(0.0100005, rel=1e-6), 80.0)
+    own = SamplerConfig(sigma_min=0.1, sigma_max=150.0, grid="log_uniform")
+    assert own.ends(DDPMSteps()) == (0.1, 150.0)
+    assert own.sigmas(DDPMSteps())[0].item() == pytest.approx(150.0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (SamplerConfig(sigma_max=158.0), "sigma_max 158 lies outside the noise levels of training"),
+        (SamplerConfig(sigma_min=0.005), r"sigma_min 0.005 lies outside .* 0.01 to 157.4"),
+    ],
+)
+def test_levels_that_were_never_trained_are_refused(config: SamplerConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config.sigmas(DDPMSteps())
+
+
+def test_the_command_refuses_them_too(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    works(capsys, "train", images, "--out", tmp_path / "run", *SMALL, "--precond", "eps")
+    assert "152" in fails(capsys, "sample", tmp_path / "run", "--count", 1, "--sigma-max", 200)
+    works(capsys, "sample", tmp_path / "run", "--count", 1, "--sigma-max", 150, "--steps", 2)
