@@ -48,7 +48,7 @@ class SamplerConfig:
     guidance: float = 1.0
     """Weight of classifier-free guidance, or of a guide model if there is one; 1 is none."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide at levels above the first number, up to the second; None guides at all."""
+    """Guide at levels above the first number, up to the second; None is at all of them."""
     guidance_rescale: float = 0.0
     """Share, 0 to 1, of the contrast that guidance adds which is taken back."""
     guidance_channels: int | None = None
