@@ -1,6 +1,7 @@
 """Classifier-free guidance on distributions for which it is known exactly."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -206,7 +207,7 @@ def test_some_channels_only() -> None:
         ({"channels": 0}, "at least 1 channel, not 0"),
     ],
 )
-def test_impossible_options_are_refused(options: dict, message: str) -> None:
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CFG(TOY, 2.0, **options)
     with pytest.raises(ValueError, match=message):
