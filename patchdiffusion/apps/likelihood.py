@@ -66,6 +66,7 @@ class LikelihoodConfig:
         return karras(self.steps + 1, self.sigma_min, self.sigma_max)[:-1].flip(0)
 
 
+@torch.no_grad()
 def log_likelihood(
     denoiser: Denoiser,
     x0: Tensor,
@@ -94,7 +95,7 @@ def log_likelihood(
                 trace += (probe * back).flatten(1).sum(1, dtype=torch.float64)
         if config.method == "hutchinson":
             trace = trace / config.probes
-        return (x - denoised).detach() / sigma, (x[0].numel() - trace) / sigma
+        return (x - denoised) / sigma, (x[0].numel() - trace) / sigma
 
     x, gained = x0, torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
     levels = config.levels().tolist()
