@@ -92,6 +92,10 @@ class Step:
     slot: tuple = ()
     seeds: Tensor | None = None
 
+    def within(self, name: str) -> "Step":
+        """The same place inside a wrapper that calls a denoiser, or several, more than once."""
+        return replace(self, slot=(*self.slot, name))
+
 
 class Tape:
     """Collects the activations named in `wants`, and auxiliary losses; the only side channel."""

@@ -1,7 +1,7 @@
 """The one contract, D(x, sigma, cond) -> E[x0 | x], and the wrappers that give it to a network."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -30,6 +30,23 @@ class Denoiser(Protocol):
         step: Step | None = None,
         tape: Tape | None = None,
     ) -> Tensor: ...
+
+
+def edges(denoiser: Denoiser) -> tuple[float, ...]:
+    """The levels at which a denoiser jumps: what its attribute `edges` says, or none.
+
+    It is one function of x where sigma <= edge and another where sigma > edge, so a multistep
+    solver must not use estimates from the other side. Wrappers pass on what they wrap.
+    """
+    return getattr(denoiser, "edges", ())
+
+
+def parts(denoiser: Denoiser) -> Iterator[object]:
+    """A denoiser and all those that it is made of."""
+    yield denoiser
+    for name in ("denoiser", "main", "guide"):
+        if (inner := getattr(denoiser, name, None)) is not None:
+            yield from parts(inner)
 
 
 def expand_sigma(sigma: Tensor | float, x: Tensor) -> Tensor:
@@ -295,6 +312,10 @@ class PatchDenoiser:
         self.denoiser = denoiser
         self.canvas = canvas
         self.corner = corner
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        return edges(self.denoiser)
 
     def __call__(
         self,

@@ -16,8 +16,12 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.bar import progress_bar
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, PatchDenoiser
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser, edges
+from patchdiffusion.guidance.auto import AutoGuidance
 from patchdiffusion.guidance.cfg import CFG
+from patchdiffusion.guidance.extrapolate import Extrapolation
+from patchdiffusion.guidance.interval import Interval
+from patchdiffusion.guidance.threshold import Clamp, DynamicThreshold
 from patchdiffusion.model import Model, Weights, load_model, pick_device
 from patchdiffusion.noise import NoiseLaw, flow_uniform, karras, log_uniform, time_uniform
 from patchdiffusion.patches import Size
@@ -47,12 +51,20 @@ class SamplerConfig:
     """Amount of fresh noise of a stochastic solver; None is 0 for ddim and 1 for the others."""
     churn: Churn = field(default_factory=Churn)
     guidance: float = 1.0
-    """Classifier-free guidance weight; 1 is none."""
+    """Weight of classifier-free guidance, or of a guide model if there is one; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide at levels above the first number, up to the second; None is at all of them."""
+    guidance_rescale: float = 0.0
+    """Share, 0 to 1, of the contrast that guidance adds which is taken back."""
+    guidance_channels: int | None = None
+    """Guide so many channels, the first ones; None guides all (DiT models: 3 of 4)."""
+    threshold: Literal["clamp"] | float | None = None
+    """clamp: estimates into [-1, 1]; a number such as 0.995: that share of each image, and the
+    image is scaled to fit (dynamic thresholding)."""
 
     def __post_init__(self) -> None:
         self.sigmas()  # raises on impossible values
-        if not 0 <= self.guidance < float("inf"):
-            raise ValueError(f"guidance must be >= 0 and finite, not {self.guidance}")
+        self._check_guidance()
         if self.rho != 7 and self.grid != "karras":
             raise ValueError(f"rho works with the karras grid only, not with {self.grid}")
         if self.shift != 1 and self.grid != "flow":
@@ -64,6 +76,43 @@ class SamplerConfig:
         most = 1.0 if self.solver in ("ddim", "ancestral") else 100.0
         if self.eta is not None and not 0 <= self.eta <= most:
             raise ValueError(f"eta of {self.solver} must be in [0, {most:g}], not {self.eta}")
+
+    def _check_guidance(self) -> None:
+        Extrapolation(
+            weight=self.guidance, rescale=self.guidance_rescale, channels=self.guidance_channels
+        )
+        Interval.of(self.guidance_interval)
+        if self.guidance == 1 and (
+            self.guidance_interval or self.guidance_rescale or self.guidance_channels
+        ):
+            raise ValueError(
+                "guidance_interval, guidance_rescale and guidance_channels shape the guidance, and "
+                "guidance is 1, which is none"
+            )
+        if isinstance(self.threshold, int | float) and not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must be clamp or in (0, 1], not {self.threshold}")
+
+    def guided(self, denoiser: Denoiser, guide: Denoiser | None = None) -> Denoiser:
+        """The denoiser with guidance, by `guide` if there is one, and then the threshold."""
+        if guide is not None and self.guidance == 1:
+            raise ValueError("a guide has no effect at guidance 1; set another weight")
+        if self.guidance != 1:
+            made = (
+                functools.partial(CFG, denoiser)
+                if guide is None
+                else functools.partial(AutoGuidance, denoiser, guide)
+            )
+            denoiser = made(
+                self.guidance,
+                interval=self.guidance_interval,
+                rescale=self.guidance_rescale,
+                channels=self.guidance_channels,
+            )
+        if self.threshold is None:
+            return denoiser
+        if self.threshold == "clamp":
+            return Clamp(denoiser)
+        return DynamicThreshold(denoiser, self.threshold)
 
     def ends(self, law: NoiseLaw | None = None) -> tuple[float, float]:
         """The smallest and the largest noise level, for a model trained on the levels of `law`.
@@ -135,6 +184,7 @@ def sample(
     canvas: Size,
     labels: Tensor | None = None,
     config: SamplerConfig | None = None,
+    guide: Denoiser | None = None,
     size: Size | None = None,
     corner: tuple[int, int] | None = None,
     batch: int = 64,
@@ -147,15 +197,14 @@ def sample(
 
     An image depends on its seed and label, not on the batch it is computed in. `size` defaults to
     the canvas; `corner` (top, left) places a region of another size, by default in the middle.
+    With a `guide`, a worse denoiser, the weight `config.guidance` is that of `AutoGuidance`.
     The solver runs in `dtype`, at noise levels that `law` draws if it is given. `progress` is
     called with the number of images done at a time.
     """
     config = config or SamplerConfig()
     size = size or canvas
     corner = corner or ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
-    if config.guidance != 1:
-        denoiser = CFG(denoiser, config.guidance)
-    denoiser = PatchDenoiser(denoiser, canvas, corner)
+    denoiser = PatchDenoiser(config.guided(denoiser, guide), canvas, corner)
     sigmas, solver = config.sigmas(law), config.bound_solver()
     done = [torch.empty(0, channels, *size)]
     for start in range(0, len(seeds), batch):
@@ -182,6 +231,10 @@ class _Stamped:
     denoiser: Denoiser
     run: int
     seeds: Tensor
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        return edges(self.denoiser)
 
     def __call__(
         self,
@@ -210,6 +263,18 @@ class Pipeline:
 
     model: Model
     precision: Literal["fp32", "bf16"] = "fp32"
+    guide: Model | None = None
+    """A smaller or earlier model that autoguidance leads away from."""
+
+    def __post_init__(self) -> None:
+        if self.guide is not None:
+            found, wanted = _interface(self.guide), _interface(self.model)
+            for name in wanted:
+                if found[name] != wanted[name]:
+                    raise ValueError(
+                        f"the guide has {name} {found[name]} and the model {wanted[name]}; "
+                        "they must be alike"
+                    )
 
     def sample(
         self,
@@ -243,6 +308,7 @@ class Pipeline:
                 canvas=self.model.config.canvas,
                 labels=labels,
                 config=config,
+                guide=None if self.guide is None else self.guide.denoiser,
                 size=size,
                 corner=corner,
                 batch=batch,
@@ -269,6 +335,13 @@ class Pipeline:
         return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 
 
+def _interface(model: Model) -> dict[str, object]:
+    """What a model and its guide must have in common."""
+    config = model.config
+    classes = ", ".join(config.classes) or config.network.num_classes
+    return {"canvas": config.canvas, "channels": config.network.channels, "classes": classes}
+
+
 def _label(wanted: str | int, names: Sequence[str], total: int) -> int:
     if isinstance(wanted, str) and wanted in names:
         return names.index(wanted)
@@ -285,6 +358,14 @@ def load(
     weights: Weights = "averaged",
     device: torch.device | str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
+    guide: Path | str | None = None,
+    guide_weights: Weights = "averaged",
 ) -> Pipeline:
-    """Load a run or model folder, ready to sample; see `load_model` for errors."""
-    return Pipeline(load_model(path, weights=weights, device=pick_device(device)), precision)
+    """Load a run or model folder, ready to sample; see `load_model` for errors.
+
+    `guide` is that of another model for autoguidance; raises `ValueError` if it does not fit.
+    """
+    device = pick_device(device)
+    model = load_model(path, weights=weights, device=device)
+    other = None if guide is None else load_model(guide, weights=guide_weights, device=device)
+    return Pipeline(model, precision, other)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from patchdiffusion.apps.likelihood import LikelihoodConfig, held_out_bits
 from patchdiffusion.bar import progress_bar
 from patchdiffusion.cli.parse import parse, take_first
 from patchdiffusion.codec import decode
@@ -25,10 +26,11 @@ from patchdiffusion.train.log import duration
 from patchdiffusion.train.setup import prepare_data
 
 DESCRIPTION = (
-    "Measure a run or model, given as the first argument: its loss on held-out images, and its "
-    "samples beside the real images (Frechet and kernel distance, precision, recall, density, "
-    "coverage, copies). A folder or zip of images takes the place of a model as well. The quick "
-    "default shows a trend; --full is the protocol of publications. Also under torchrun."
+    "Measure a run or model, given as the first argument: its loss on held-out images, how many "
+    "bits it needs for them (--bits.images), and its samples beside the real images (Frechet and "
+    "kernel distance, precision, recall, density, coverage, copies). A folder or zip of images "
+    "takes the place of a model as well. The quick default shows a trend; --full is the protocol "
+    "of publications. Also under torchrun."
 )
 FULL = 50_000
 
@@ -44,6 +46,21 @@ class FeatureArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BitsArguments:
+    """The likelihood of held-out images."""
+
+    images: int = 0
+    """Held-out images whose bits per dimension are measured, at most; 0 measures none."""
+    equation: Annotated[LikelihoodConfig, tyro.conf.arg(name="")] = field(
+        default_factory=LikelihoodConfig
+    )
+
+    def __post_init__(self) -> None:
+        if self.images < 0:
+            raise ValueError(f"bits.images must be at least 0, not {self.images}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateArguments:
     """Everything that can be set."""
 
@@ -54,6 +71,7 @@ class EvaluateArguments:
     weights: Weights = "averaged"
     """averaged: what one wants; raw: the weights as trained."""
     features: FeatureArguments = field(default_factory=FeatureArguments)
+    bits: BitsArguments = field(default_factory=BitsArguments)
     save: Path | None = None
     """JSON file to write; None is evaluations/0001.json, 0002.json, ... beside the model."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -81,6 +99,8 @@ def main(arguments: Sequence[str]) -> None:
     pipeline = _model(path, given, device)
     if pipeline is None and given.data is None:
         raise ValueError(f"{path} holds no model; images are compared with --data PATH")
+    if pipeline is None and given.bits.images:
+        raise ValueError(f"{path} holds no model, which --bits.images {given.bits.images} is about")
     config = given.config
     if given.full:
         config = replace(config, samples=FULL, held_out=10**9)
@@ -91,7 +111,10 @@ def main(arguments: Sequence[str]) -> None:
             extract=_extractor(given, team, device),
             team=team,
         )
+        bits = _bits(evaluation, pipeline, given.bits) if pipeline and given.bits.images else None
         result = _measured(evaluation, pipeline, path)
+        if bits is not None:
+            result["bits"], result["card"]["bits"] = bits
         if team.lead:
             print("\n".join(table(result)))
             file = given.save or _new_file(path, pipeline is not None)
@@ -161,6 +184,23 @@ def _measured(evaluation: Evaluation, pipeline: Pipeline | None, path: Path) -> 
         return watched.of_images(images, str(path))
 
 
+def _bits(
+    evaluation: Evaluation, pipeline: Pipeline, bits: BitsArguments
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    pack, team = evaluation.pack, evaluation.team
+    count = len(pack.some_held_out(bits.images)) // team.size
+    with progress_bar(count, "likelihood", disable=not team.lead) as bar:
+        return held_out_bits(
+            pipeline,
+            pack,
+            bits.equation,
+            images=bits.images,
+            batch=evaluation.config.batch,
+            team=team,
+            progress=bar.update,
+        )
+
+
 def _new_file(path: Path, model: bool) -> Path:
     if not model:
         return Path("evaluation.json")
@@ -190,6 +230,12 @@ def table(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"{'held-out loss':<28}{held['loss']:.4f} +- {held['standard_error']:.4f} on "
             f"{held['images']:,} images (by noise: {bands})"
+        )
+    if bits := result.get("bits"):
+        how = card["bits"]
+        lines.append(
+            f"{'bits per dimension':<28}{bits['bits_per_dim']:.4f} +- {bits['standard_error']:.4f} "
+            f"at most, on {bits['images']:,} images ({how['method']}, {how['steps']} steps)"
         )
     for name, label in ROWS.items():
         if name in result:

@@ -34,6 +34,10 @@ class SampleArguments:
     """Names or numbers of classes, taken in turn; none is all of them in turn, -1 no class."""
     weights: Weights = "averaged"
     """averaged: what one wants; raw: the weights as trained."""
+    autoguide: Path | None = None
+    """A worse model, smaller or earlier, to lead away from; --guidance is then its weight."""
+    autoguide_weights: Weights = "averaged"
+    """Which weights of that model."""
     size: tuple[int, int] | None = None
     """Height and width; the default is the size the model was trained on."""
     corner: tuple[int, int] | None = None
@@ -64,7 +68,14 @@ def main(arguments: Sequence[str]) -> None:
     if first is None:
         raise ValueError("give the folder of a run or model: patchdiffusion sample RUN_OR_MODEL")
     path = Path(first)
-    pipeline = load(path, weights=given.weights, device=given.device, precision=given.precision)
+    pipeline = load(
+        path,
+        weights=given.weights,
+        device=given.device,
+        precision=given.precision,
+        guide=given.autoguide,
+        guide_weights=given.autoguide_weights,
+    )
     _check_out(given.out)
     images = pipeline.sample(
         given.count,
@@ -108,6 +119,8 @@ def _write(folder: Path, images, pipeline: Pipeline, given: SampleArguments) -> 
         "sampler": json.dumps(encode(given.sampler)),
         "region": json.dumps({"size": given.size, "corner": given.corner}),
     }
+    if pipeline.guide is not None:
+        common |= {"guide": pipeline.guide.digest, "guide-weights": given.autoguide_weights}
     seeds = {"seeds": f"{given.seed}-{given.seed + given.count - 1}"}
     save_png(folder / "grid.png", grid(images), {**common, **seeds})
     for i, image in enumerate(images if given.singles else ()):

@@ -138,6 +138,11 @@ class Pack:
             raise ValueError(f"{self.path}/keys.jsonl has {len(keys)} lines, not {len(self)}")
         return keys
 
+    def some_held_out(self, most: int) -> Tensor:
+        """Indices of at most so many held-out images, evenly spaced: classes follow each other."""
+        count = min(most, len(self.heldout))
+        return self.heldout[torch.arange(count) * len(self.heldout) // max(count, 1)]
+
     def __len__(self) -> int:
         return self.info.shape[0]
 

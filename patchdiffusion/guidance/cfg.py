@@ -1,10 +1,14 @@
 """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598)."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, expand_sigma
+from patchdiffusion.denoiser import Denoiser, edges, parts
+from patchdiffusion.guidance.extrapolate import Extrapolation
+from patchdiffusion.guidance.interval import Interval
 
 
 class CFG:
@@ -12,14 +16,33 @@ class CFG:
 
     weight 1 is the plain conditional denoiser and costs one evaluation, bit for bit the same;
     0 is the unconditional one. A condition without labels and context cannot be guided:
-    `ValueError`.
+    `ValueError`. So does another CFG inside, which would drop the class twice.
     """
 
-    def __init__(self, denoiser: Denoiser, weight: float):
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"the guidance weight must be >= 0 and finite, not {weight}")
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        weight: float,
+        *,
+        interval: tuple[float, float] | None = None,
+        rescale: float = 0.0,
+        channels: int | None = None,
+    ):
+        """Guide where interval[0] < sigma <= interval[1]; elsewhere the condition alone counts.
+
+        There, a level that is a number (as solvers have it) costs one evaluation. `rescale` and
+        `channels` are those of `Extrapolation`; published DiT models guide 3 of 4 channels.
+        """
+        if any(isinstance(part, CFG) for part in parts(denoiser)):
+            raise ValueError("there is a CFG inside this CFG already; guide once")
         self.denoiser = denoiser
-        self.weight = weight
+        self.extrapolate = Extrapolation(weight=weight, rescale=rescale, channels=channels)
+        self.interval = Interval.of(interval)
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        own = () if self.extrapolate.weight == 1 else self.interval.edges
+        return (*own, *edges(self.denoiser))
 
     def __call__(
         self,
@@ -30,18 +53,50 @@ class CFG:
         step: Step | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        if self.weight == 1:
+        weight = self.extrapolate.weight
+        if weight == 1:
             return self.denoiser(x, sigma, cond, step=step, tape=tape)
         if cond is None or (cond.labels is None and cond.context is None):
             raise ValueError(
-                f"guidance weight {self.weight} needs class labels, and none are given; use 1"
+                f"guidance weight {weight} needs class labels, and none are given; use 1"
             )
+        if self.interval.excludes(sigma):
+            return self.denoiser(x, sigma, cond, step=step, tape=tape)
         both = self.denoiser(
             torch.cat([x, x]),
-            torch.cat([expand_sigma(sigma, x)] * 2),
+            torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma,
             cond.cat(cond.null()),
-            step=step,
+            step=step and _twice(step),
             tape=tape,
         )
         conditional, unconditional = both.chunk(2)
-        return unconditional + self.weight * (conditional - unconditional)
+        guided = self.extrapolate(conditional, unconditional)
+        return self.interval.choose(sigma, guided, conditional)
+
+
+def _twice(step: Step) -> Step:
+    """The same place for a batch of twice the size, which no cache may mix with single ones."""
+    seeds = None if step.seeds is None else torch.cat([step.seeds, step.seeds])
+    return replace(step.within("cfg"), seeds=seeds)
+
+
+class Unconditional:
+    """A denoiser that never learns the class: the base of classifier guidance, or a guide."""
+
+    def __init__(self, denoiser: Denoiser):
+        self.denoiser = denoiser
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        return edges(self.denoiser)
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        step: Step | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        return self.denoiser(x, sigma, cond and cond.null(), step=step, tape=tape)

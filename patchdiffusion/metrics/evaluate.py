@@ -93,9 +93,8 @@ class Evaluation:
 
     def held_out(self, pipeline: Pipeline) -> dict[str, Any]:
         """Weighted denoising loss of whole held-out images, with fixed noise."""
-        held = self.pack.heldout
-        count = min(self.config.held_out, len(held))
-        chosen = held[torch.arange(count) * len(held) // count]
+        chosen = self.pack.some_held_out(self.config.held_out)
+        count = len(chosen)
         model = pipeline.model.config
         with pipeline.autocast():
             found = held_out_losses(
@@ -254,6 +253,8 @@ class Evaluation:
                 card["samples"] = self.config.samples
                 card["seeds"] = f"{self.config.seed}-{last}"
                 card["sampler"] = encode(self.config.sampler)
+                if pipeline.guide is not None:
+                    card["guide"] = pipeline.guide.digest
                 card["classes"] = "as in the data" if self.labels(pipeline) else "none"
         return card
 

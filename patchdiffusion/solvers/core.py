@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond, Step
-from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.denoiser import Denoiser, edges
 
 History = tuple[Tensor, ...]
 Noise = Callable[[int], Tensor]  # index of the step -> standard normal [B, C, *S]
@@ -40,7 +40,8 @@ class State:
 class Solver(Protocol):
     """x [B, C, *S] at level sigmas[first]; sigmas decreasing, float64 [n + 1], ending in 0.
 
-    The history is dropped before each step in `resets`: see `crossings`.
+    The history is dropped before each step in `resets`, and where the denoiser says that it jumps:
+    see `denoiser.edges`.
     """
 
     def __call__(
@@ -131,6 +132,7 @@ class Method:
     ) -> Iterator[State]:
         """As `Solver`, with the options of the rule."""
         levels = tuple(sigmas.tolist())
+        resets = {*resets, *crossings(sigmas, edges(denoiser))}
         for i in range(first, len(levels) - 1):
             past = () if i in resets or levels[i + 1] == 0 else history
             here = Here(denoiser, cond, noise, levels, i, past)
@@ -143,15 +145,15 @@ def towards(denoised: Tensor, x: Tensor, ratio: float) -> Tensor:
     return denoised + ratio * (x - denoised)
 
 
-def crossings(sigmas: Tensor, edges: Iterable[float]) -> frozenset[int]:
-    """Steps that begin across an edge from the step before: what to pass as `resets`.
+def crossings(sigmas: Tensor, jumps: Iterable[float]) -> frozenset[int]:
+    """Steps that begin across a jump from the step before: what to pass as `resets`.
 
-    `edges` are levels at which the denoiser jumps, such as both ends of a guidance interval
+    `jumps` are levels at which the denoiser changes, such as both ends of a guidance interval
     low < sigma <= high. Estimates of different denoisers must not be extrapolated together.
     """
     levels = sigmas.tolist()
     pairs = [(i, levels[i - 1], levels[i]) for i in range(1, len(levels))]
-    return frozenset(i for edge in edges for i, above, level in pairs if level <= edge < above)
+    return frozenset(i for jump in jumps for i, above, level in pairs if level <= jump < above)
 
 
 def run(solution: Iterator[State]) -> State:

@@ -95,10 +95,8 @@ class Watch:
     ) -> dict[str, object]:
         """Held-out loss (total, per band, per size), copies and distance, where they apply."""
         facts: dict[str, object] = {}
-        count = min(self.config.watch.held_out, len(self.pack.heldout))
-        if count:
-            # Evenly spaced: packs are in the order of the folders, class after class.
-            held = self.pack.heldout[torch.arange(count) * len(self.pack.heldout) // count]
+        held = self.pack.some_held_out(self.config.watch.held_out)
+        if len(held):
 
             def losses() -> Tensor:
                 with autocast(self.device, self.precision):
@@ -112,7 +110,7 @@ class Watch:
                         sizes=self.sizes,
                         device=self.device,
                         batch=self._batch,
-                        part=self.team.share(count),
+                        part=self.team.share(len(held)),
                     )
                 return torch.stack(list(found.values()))
 

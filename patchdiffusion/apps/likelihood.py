@@ -1,0 +1,194 @@
+"""How probable does a model find an image? Likelihoods by the probability-flow equation.
+
+Along dx/dsigma = (x - D) / sigma the density changes by the divergence (n - tr dD/dx) / sigma, so
+
+    ln p(x0) = ln N(x(sigma_max); 0, sigma_max^2 I) + int (n - tr dD/dx) / sigma dsigma
+
+from sigma_min, where x is x0, to sigma_max (Song et al., ICLR 2021, arXiv 2011.13456, equation
+39; Grathwohl et al., arXiv 1810.01367). This is the law of what the deterministic sampler reaches
+at sigma_min from N(0, sigma_max^2 I), whether or not D is a score.
+
+The trace is exact, or an unbiased estimate from random probes; the steps leave an error of second
+order that nothing bounds (on mixtures of Gaussians 0.02 nats too much per dimension at 50 steps,
+0.005 at 100, 0.001 at 200). `bits_per_dim` estimates an upper bound, see there.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.codec import encode
+from patchdiffusion.cond import Cond
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser
+from patchdiffusion.dist import Team
+from patchdiffusion.noise import karras
+from patchdiffusion.sample import Pipeline
+
+HALF_RANGE = 127.5
+"""Levels of an 8-bit image in one unit of data: 0 and 255 are -1 and 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodConfig:
+    """How the equation and its divergence are computed."""
+
+    method: Literal["hutchinson", "exact"] = "hutchinson"
+    """hutchinson estimates the divergence by probes; exact has a probe for every number of x."""
+    steps: int = 100
+    """Steps of Heun's rule, two evaluations each."""
+    probes: int = 1
+    """Random probes in an evaluation, each a backward pass; of hutchinson only."""
+    sigma_min: float = 0.002
+    """Noise level at which the density is measured."""
+    sigma_max: float = 80.0
+    """Noise level at which x is taken for pure noise."""
+    seed: int = 0
+    """Seed of the probes, and of the dequantisation of 8-bit images."""
+
+    def __post_init__(self) -> None:
+        self.levels()  # raises on impossible values
+        if self.probes < 1:
+            raise ValueError(f"probes must be at least 1, not {self.probes}")
+        if self.method == "exact" and self.probes > 1:
+            raise ValueError(f"{self.probes} probes are for hutchinson; exact has its own")
+
+    def levels(self) -> Tensor:
+        """Increasing noise levels: float64 [steps + 1]."""
+        if self.steps < 1:
+            raise ValueError(f"a likelihood needs at least 1 step, not {self.steps}")
+        return karras(self.steps + 1, self.sigma_min, self.sigma_max)[:-1].flip(0)
+
+
+@torch.no_grad()
+def log_likelihood(
+    denoiser: Denoiser,
+    x0: Tensor,
+    *,
+    cond: Cond | None = None,
+    config: LikelihoodConfig | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """ln p(x0) in nats, a density per unit of x: [B, C, *S] -> float64 [B].
+
+    The equation is solved in the precision of x0. `index` int64 [B] are numbers of the samples,
+    from which probes are drawn; by default 0 ... B - 1. Whatever wraps the denoiser counts: for
+    whole images of a model trained on patches give a `PatchDenoiser`.
+    """
+    config = config or LikelihoodConfig()
+    index = torch.arange(len(x0), device=x0.device) if index is None else index
+
+    def rates(x: Tensor, sigma: float, evaluation: int) -> tuple[Tensor, Tensor]:
+        """dx/dsigma, and the divergence of it [B]."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            denoised = denoiser(x, sigma, cond)
+            trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+            for probe in _probes(x, config, rng.keys(config.seed, "probe", evaluation, index)):
+                (back,) = torch.autograd.grad(denoised, x, probe, retain_graph=True)
+                trace += (probe * back).flatten(1).sum(1, dtype=torch.float64)
+        if config.method == "hutchinson":
+            trace = trace / config.probes
+        return (x - denoised) / sigma, (x[0].numel() - trace) / sigma
+
+    x, gained = x0, torch.zeros(len(x0), dtype=torch.float64, device=x0.device)
+    levels = config.levels().tolist()
+    for i, (a, b) in enumerate(itertools.pairwise(levels)):
+        slope, growth = rates(x, a, 2 * i)
+        ahead, growth_ahead = rates(x + (b - a) * slope, b, 2 * i + 1)
+        x = x + (b - a) * (slope + ahead) / 2
+        gained += (b - a) * (growth + growth_ahead) / 2
+    square = (x.double() / levels[-1]).square().flatten(1).sum(1)
+    return gained - square / 2 - x[0].numel() * math.log(levels[-1] * math.sqrt(2 * math.pi))
+
+
+def _probes(x: Tensor, config: LikelihoodConfig, key: Tensor) -> Iterator[Tensor]:
+    """Directions v with sum v v^T = I: the unit vectors, or random signs, on average over them."""
+    n = x[0].numel()
+    if config.method == "exact":
+        for unit in torch.eye(n, dtype=x.dtype, device=x.device):
+            yield unit.reshape(x[:1].shape).expand_as(x)
+    else:  # others in every evaluation, so that their errors average out along the way
+        for number in range(config.probes):
+            negative = rng.bits(rng.subkeys(key, f"{number}"), n) < 0
+            yield torch.where(negative, -1.0, 1.0).to(x.dtype).reshape(x.shape)
+
+
+def bits_per_dim(
+    denoiser: Denoiser,
+    images: Tensor,
+    *,
+    cond: Cond | None = None,
+    config: LikelihoodConfig | None = None,
+    index: Tensor | None = None,
+) -> Tensor:
+    """Bits for each number of 8-bit images: uint8 [B, H, W, C] -> float64 [B].
+
+    An unbiased estimate, but for the error of the steps, of an upper bound on -log2 P / (H W C),
+    where P is the probability that a sample rounds to just this image: p over a cube with sides
+    of 1 / 127.5. By Jensen's inequality the mean of -log2 p over the cube, plus log2(127.5) per
+    number, is not less; it is taken at one point, drawn uniformly by `config.seed` and `index`.
+    """
+    config = config or LikelihoodConfig()
+    index = torch.arange(len(images), device=images.device) if index is None else index
+    n = images[0].numel()
+    offset = rng.uniform(rng.keys(config.seed, "dequantisation", 0, index), n) - 0.5
+    x0 = ((images + offset.reshape(images.shape)) / HALF_RANGE - 1).float().movedim(-1, 1)
+    nats = log_likelihood(denoiser, x0, cond=cond, config=config, index=index)
+    return math.log2(HALF_RANGE) - nats / (n * math.log(2))
+
+
+def held_out_bits(
+    pipeline: Pipeline,
+    pack: Pack,
+    config: LikelihoodConfig,
+    *,
+    images: int,
+    batch: int = 64,
+    team: Team | None = None,
+    progress: Callable[[int], object] = bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Mean bits per dimension of held-out images and what they depend on; alike on all processes.
+
+    Of whole images, without guidance, under their classes if the model has any. Raises
+    `ValueError` if the pack holds no image out.
+    """
+    chosen = pack.some_held_out(images)
+    if not len(chosen):
+        raise ValueError(f"{pack.name} has no held-out images to measure bits per dimension on")
+    model, device, team = pipeline.model, pipeline.model.device, team or Team()
+    denoiser = PatchDenoiser(model.denoiser, model.config.canvas)
+    labels = pack.labels if model.config.network.num_classes else None
+    share, found = team.share(len(chosen)), []
+    for start in range(share.start, share.stop, batch):
+        part = chosen[start : min(start + batch, share.stop)]
+        cond = None if labels is None else Cond(labels=labels[part].to(device))
+        with pipeline.autocast():
+            bits = bits_per_dim(
+                denoiser,
+                pack.images[part].to(device),
+                cond=cond,
+                config=config,
+                index=part.to(device),
+            )
+        found.append(bits.cpu())
+        progress(len(part))
+    bits = torch.cat(team.gather(torch.cat(found) if found else torch.empty(0).double()))
+    numbers = {
+        "bits_per_dim": float(bits.mean()),
+        "standard_error": float(bits.std(correction=0) / max(len(bits) - 1, 1) ** 0.5),
+        "images": len(bits),
+    }
+    card = {
+        "estimates": "an upper bound",
+        "dequantisation": "uniform within half a level, one draw for each image",
+        "classes": "none" if labels is None else "as in the data",
+        **encode(config),
+    }
+    return numbers, card

@@ -1,0 +1,80 @@
+"""Classifier guidance (Dhariwal and Nichol, arXiv 2105.05233)."""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.denoiser import Denoiser, edges, expand_sigma, per_sample
+from patchdiffusion.guidance.interval import Interval
+
+
+class Classifier(Protocol):
+    """Noisy x [B, C, *S] at levels sigma [B] -> logits [B, K], each sample by itself."""
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor: ...
+
+
+class ClassifierGuidance:
+    """D + weight sigma^2 grad_x ln p(class | x; sigma): Bayes' rule for the score, in D.
+
+    At weight 1 an exact classifier makes `Unconditional(D)` exactly the conditional denoiser. A
+    sample without class (-1) is not guided. Gradients are taken whatever the mode outside, and
+    through the guided result where x asks for them.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        classifier: Classifier,
+        weight: float,
+        *,
+        interval: tuple[float, float] | None = None,
+    ):
+        """weight 0, and levels outside of `interval`, are the denoiser bit for bit."""
+        if not 0 <= weight < float("inf"):
+            raise ValueError(f"the guidance weight must be >= 0 and finite, not {weight}")
+        self.denoiser = denoiser
+        self.classifier = classifier
+        self.weight = weight
+        self.interval = Interval.of(interval)
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        own = () if self.weight == 0 else self.interval.edges
+        return (*own, *edges(self.denoiser))
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        step: Step | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        """Raises `ValueError` without labels and under `torch.inference_mode`."""
+        denoised = self.denoiser(x, sigma, cond, step=step, tape=tape)
+        if self.weight == 0:
+            return denoised
+        if cond is None or cond.labels is None:
+            raise ValueError(f"classifier guidance of weight {self.weight} needs class labels")
+        if self.interval.excludes(sigma):
+            return denoised
+        levels = expand_sigma(sigma, x)
+        slope = self._slope(x, levels, cond.labels)
+        guided = denoised + per_sample(self.weight * levels**2, x) * slope
+        return self.interval.choose(sigma, guided, denoised)
+
+    def _slope(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+        """The gradient of ln p(label | x; sigma) in x."""
+        if torch.is_inference_mode_enabled():
+            raise ValueError("classifier guidance needs gradients: use no_grad, not inference_mode")
+        with torch.enable_grad():
+            watched = x if x.requires_grad else x.detach().requires_grad_()
+            logits = self.classifier(watched, sigma)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            named = logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+            total = named.where(labels >= 0, 0).sum()
+            return torch.autograd.grad(total, watched, create_graph=x.requires_grad)[0]

@@ -1,0 +1,46 @@
+"""From a reference through an estimate and beyond: what guidance by two denoisers shares."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.denoiser import per_sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extrapolation:
+    """reference + weight (estimate - reference); weight 1 is the estimate, 0 the reference."""
+
+    weight: float
+    """At least 0."""
+    rescale: float = 0.0
+    """Share of the guided image that is brought back to the standard deviation of the estimate,
+    sample by sample (arXiv 2305.08891, equations 15 and 16)."""
+    channels: int | None = None
+    """Guide only so many channels, the first ones; the others stay those of the estimate."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"the guidance weight must be >= 0 and finite, not {self.weight}")
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"the guidance rescale must lie in [0, 1], not {self.rescale}")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"guidance needs at least 1 channel, not {self.channels}")
+
+    def __call__(self, estimate: Tensor, reference: Tensor) -> Tensor:
+        """Both [B, C, *S] -> the same; raises `ValueError` if there are fewer channels."""
+        guided = reference + self.weight * (estimate - reference)
+        if self.channels is not None:
+            if self.channels > guided.shape[1]:
+                raise ValueError(f"{guided.shape[1]} channels cannot be guided as {self.channels}")
+            guided = torch.cat([guided[:, : self.channels], estimate[:, self.channels :]], dim=1)
+        if self.rescale:
+            wanted, found = _std(estimate), _std(guided)
+            ratio = torch.where(found > 0, wanted / found, 1)  # a flat image has no contrast
+            guided = guided * per_sample(1 + self.rescale * (ratio - 1), guided)
+        return guided
+
+
+def _std(x: Tensor) -> Tensor:
+    return x.flatten(1).std(dim=1, correction=0)
