@@ -45,7 +45,8 @@ def optimise(
     reward the mean converges to the maximum of r(z) - (z - m)^T C^-1 (z - m) / (2 scale) where
     scale C times the curvature of r is less than 1; a smaller `step`, the part of the new
     gradient in the direction, damps it where it is more. `finetune` trains the denoiser on a
-    round, which moves m along, towards the maximum of r itself. Raises `ValueError` for impossible numbers.
+    round, which moves m along, towards the maximum of r itself. Raises `ValueError` for
+    impossible numbers.
     """
     if rounds < 1 or not 0 < step <= 1:
         raise ValueError(f"optimisation needs rounds >= 1 and 0 < step <= 1, not {rounds}, {step}")
