@@ -1,0 +1,188 @@
+"""Guidance by a reward or a measurement of the clean image: no training, one gradient more.
+
+The Jacobian J of a denoiser is the posterior covariance Cov[x0 | x] = C = sigma^2 J (the second
+formula of Tweedie). What the score gains, D gains times sigma^2, so the gradient in x of
+ln p(y | x) ~ f(D(x)) moves the denoised image by sigma^2 J^T grad f(D) = C grad f(D): one product
+with C, which is one backward pass. Rewards see the clean estimate, never the noisy image.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.denoiser import Denoiser, expand_sigma, per_sample
+
+Reward = Callable[[Tensor], Tensor]  # clean images [B, *S] -> [B], each for itself
+Covariance = Callable[[Tensor], Tensor]  # v [B, *S] -> Cov[x0 | x] v, [B, *S]
+
+
+def gradient(reward: Reward, x: Tensor) -> Tensor:
+    """The gradient of a reward at x [B, *S], also under `no_grad`: [B, *S].
+
+    It can be differentiated again if x requires a gradient and gradients are on. Raises
+    `ValueError` for a reward that is not one number per image or has no gradient.
+    """
+    differentiable = torch.is_grad_enabled() and x.requires_grad
+    with torch.enable_grad():
+        point = x if differentiable else x.detach().requires_grad_()
+        value = reward(point)
+        if value.shape != (len(x),):
+            raise ValueError(
+                f"a reward must be one number per image, [{len(x)}], not {list(value.shape)}"
+            )
+        if not value.requires_grad:
+            raise ValueError("this reward has no gradient; use steering or best_of instead")
+        return torch.autograd.grad(value.sum(), point, create_graph=differentiable)[0]
+
+
+# ---- Guides: what is added to the denoised image ----
+
+
+class Guide(Protocol):
+    """Which way to go: denoised [B, *S] and products with Cov[x0 | x] -> a change of denoised."""
+
+    def __call__(self, denoised: Tensor, covariance: Covariance) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Tilt:
+    """Towards p(x0) exp(scale r(x0)), the best of E[r] - KL / scale: C grad r(D).
+
+    Exact for a linear reward and Gaussian data, for which the mean moves by scale Cov grad r and
+    the covariance stays (arXiv 2404.07771; 2404.14743). With the `logp` of a `Measurement` this
+    is diffusion posterior sampling (2209.14687), which takes C for 0 in the
+    likelihood and is over-confident.
+    """
+
+    reward: Reward
+
+    def __call__(self, denoised: Tensor, covariance: Covariance) -> Tensor:
+        return covariance(gradient(self.reward, denoised))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """Towards p(x0 | y) for y = A x0 + noise: C A^T (noise^2 I + A C A^T)^-1 (y - A D).
+
+    Exact if A is linear and the posterior Gaussian (arXiv 2310.06721); another `measure`
+    is linearised at D. With a reward as `measure` and the wanted reward as `value` it samples
+    images of that reward. Costs a backward pass for each of the m numbers measured.
+    """
+
+    measure: Callable[[Tensor], Tensor]
+    """Clean images [B, *S] -> what is measured, [B] or [B, m]."""
+    value: Tensor | float
+    """What was found, y: of the shape of the measurement, or what broadcasts to it."""
+    noise: float
+    """Standard deviation of the error of y, positive."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.noise < math.inf:
+            raise ValueError(f"noise of a measurement must be positive, not {self.noise}")
+
+    def residual(self, x: Tensor) -> Tensor:
+        """y - A x: x [B, *S] -> [B, m]."""
+        measured = self.measure(x)
+        value = torch.as_tensor(self.value).to(measured)
+        if torch.broadcast_shapes(value.shape, measured.shape) != measured.shape:
+            raise ValueError(f"values {list(value.shape)} for measurements {list(measured.shape)}")
+        return (value - measured).reshape(len(x), -1)
+
+    def logp(self, x: Tensor) -> Tensor:
+        """ln p(y | x0 = x) up to a constant: [B]."""
+        return -self.residual(x).square().sum(1) / (2 * self.noise**2)
+
+    def __call__(self, denoised: Tensor, covariance: Covariance) -> Tensor:
+        residual = self.residual(denoised)
+        rows = [gradient(partial(self._entry, j), denoised) for j in range(residual.shape[1])]
+        columns = torch.stack([covariance(row) for row in rows]).flatten(2)  # C A^T, [m, B, n]
+        spread = torch.einsum("ibn,jbn->bij", torch.stack(rows).flatten(2), columns)
+        spread = spread + self.noise**2 * torch.eye(len(rows)).to(spread)
+        weight = torch.linalg.solve(spread, residual)
+        return torch.einsum("bj,jbn->bn", weight, columns).reshape(denoised.shape)
+
+    def _entry(self, j: int, x: Tensor) -> Tensor:
+        return -self.residual(x)[:, j]
+
+
+# ---- The denoiser that follows one ----
+
+
+class GradientGuidance:
+    """D + scale * guide(D, Cov[x0 | x]), with gradients that it switches on for itself.
+
+    `scale` 1 is the density the guide aims at and 0 is the denoiser, bit for bit in one
+    evaluation. Guided are only noise levels under `below`, by at most `clip` times |x - D| for
+    each image. Without `jacobian` the covariance is taken for sigma^2 I: no backward pass through
+    the network, but far too strong where sigma exceeds the spread of the data, and off its
+    support; use it with `clip`. Networks run without autocast here. Can be differentiated in x,
+    so that it nests.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        guide: Guide,
+        scale: float = 1.0,
+        *,
+        below: float = math.inf,
+        clip: float = math.inf,
+        jacobian: bool = True,
+    ):
+        if not math.isfinite(scale):
+            raise ValueError(f"the scale of guidance must be finite, not {scale}")
+        if not (below > 0 and clip > 0):
+            raise ValueError(f"below and clip must be positive, not {below} and {clip}")
+        self.denoiser = denoiser
+        self.guide = guide
+        self.scale = scale
+        self.below = below
+        self.clip = clip
+        self.jacobian = jacobian
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        step: Step | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        levels = per_sample(expand_sigma(sigma, x), x)
+        if self.scale == 0 or not bool((levels < self.below).any()):
+            return self.denoiser(x, sigma, cond, step=step, tape=tape)
+        if torch.is_inference_mode_enabled():
+            raise ValueError("guidance needs gradients: use torch.no_grad, not inference_mode")
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        # Gradients through half precision are too coarse to be multiplied by sigma^2.
+        with torch.autocast(x.device.type, enabled=False):
+            point = x if differentiable else x.detach().requires_grad_(self.jacobian)
+            with torch.set_grad_enabled(self.jacobian or differentiable):
+                seen = self.denoiser(point, sigma, cond, step=step, tape=tape)
+            denoised = seen if differentiable else seen.detach()
+
+            def covariance(v: Tensor) -> Tensor:
+                if self.jacobian:
+                    (v,) = torch.autograd.grad(
+                        seen, point, v, retain_graph=True, create_graph=differentiable
+                    )
+                return levels**2 * v
+
+            change = self.scale * self.guide(denoised, covariance)
+        if self.clip < math.inf:
+            change = change * self._share(change, x - denoised)
+        return torch.where(levels < self.below, denoised + change, denoised).to(x.dtype)
+
+    def _share(self, change: Tensor, noise: Tensor) -> Tensor:
+        """By how much the change of each image must shrink: [B, 1, ...]."""
+        longest = self.clip * noise.flatten(1).norm(dim=1)
+        length = change.flatten(1).norm(dim=1)
+        share = longest / length.clamp(min=torch.finfo(length.dtype).tiny)
+        return per_sample(share.clamp(max=1), change)

@@ -1,0 +1,119 @@
+"""Steering by selection: for rewards that have no gradient, or too steep a one.
+
+Feynman-Kac steering (Singhal et al., arXiv 2501.06848) runs many particles and lets those whose
+clean estimates gain reward replace the others on the way; best-of-n waits until the end.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.cond import Cond
+from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.guidance.reward import Reward
+from patchdiffusion.solvers import Noise, Solver, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steering:
+    """A solver of p(x0) exp(scale r(x0)), for many particles, made of a stochastic solver.
+
+    The batch is a row of groups of particles that compete with each other only. Step k multiplies
+    their weights by exp(scale (r(D_k) - r(D_k-1))), which telescopes to exp(scale r(x0)). A group
+    is resampled when its effective size falls below `least` of it, and after the last step, so
+    that the result is without weights; scale 0 is the solver itself, bit for bit. A multistep
+    solver begins anew after a resampling. Caches of a network must not lie below: particles
+    change places.
+    """
+
+    solver: Solver
+    """What moves the particles; without noise of its own, copies would stay copies."""
+    reward: Reward
+    """Clean images [B, *S] -> [B]."""
+    scale: float
+    """How much a unit of reward counts: nats."""
+    particles: int = 64
+    """Images in a group; they share one condition."""
+    least: float = 0.5
+    """Effective size, as a part of the group, below which it is resampled."""
+    seed: int = 0
+    """Of the resampling."""
+
+    def __post_init__(self) -> None:
+        if self.particles < 1 or not 0 <= self.least <= 1:
+            raise ValueError(
+                "steering needs particles >= 1 and 0 <= least <= 1, not "
+                f"{self.particles} and {self.least}"
+            )
+
+    def __call__(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        sigmas: Tensor,
+        *,
+        cond: Cond | None = None,
+        noise: Noise | None = None,
+        first: int = 0,
+    ) -> Iterator[State]:
+        """x [G * particles, *S]; raises `ValueError` without noise or if groups do not fit."""
+        if noise is None:
+            raise ValueError("steering needs noise: pass noise=, a function of the step index")
+        self._check(x, cond)
+        last = len(sigmas) - 1
+        solution = self.solver(denoiser, x, sigmas, cond=cond, noise=noise, first=first)
+        before = log_weight = x.new_zeros(len(x), dtype=torch.float64)
+        for step in range(first + 1, last + 1):
+            state = next(solution)
+            value = self.scale * self.reward(state.x if step == last else state.denoised).double()
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"the reward is not finite after step {step}")
+            order, log_weight = self._select(log_weight + value - before, step, step == last)
+            before = value[order]
+            if bool((order != torch.arange(len(order), device=order.device)).any()):
+                state = State(state.x[order], state.denoised[order], step)
+                solution = self.solver(
+                    denoiser, state.x, sigmas, cond=cond, noise=noise, first=step
+                )
+            yield state
+
+    def _select(self, log_weight: Tensor, step: int, all_groups: bool) -> tuple[Tensor, Tensor]:
+        """Who takes each place, int64 [B], and the weights there; systematic resampling."""
+        log_weight = log_weight.unflatten(0, (-1, self.particles))
+        weight = log_weight.softmax(1)
+        group = torch.arange(len(weight), device=weight.device)[:, None]
+        place = torch.arange(self.particles, device=weight.device)
+        shift = rng.uniform(rng.keys(self.seed, "resampling", step, group[:, 0]), 1)
+        teeth = (place + shift) / self.particles
+        chosen = torch.searchsorted(weight.cumsum(1), teeth).clamp(max=self.particles - 1)
+        size = 1 / weight.square().sum(1, keepdim=True)
+        poor = (size < self.least * self.particles) | all_groups
+        order = group * self.particles + torch.where(poor, chosen, place)
+        return order.flatten(), log_weight.masked_fill(poor, 0).flatten()
+
+    def _check(self, x: Tensor, cond: Cond | None) -> None:
+        n = self.particles
+        if len(x) % n:
+            raise ValueError(f"a batch of {len(x)} cannot be divided into groups of {n} particles")
+
+        def alike(t: Tensor) -> Tensor:
+            if not torch.equal(t, t[::n].repeat_interleave(n, dim=0)):
+                raise ValueError(f"the {n} particles of a group must share one condition")
+            return t
+
+        (cond or Cond()).map(alike)
+
+
+def best_of(samples: Tensor, reward: Reward, count: int) -> Tensor:
+    """The best of each `count` samples in a row: [N * count, *S] -> [N, *S].
+
+    At a divergence of at most ln count - (count - 1) / count nats from the samples. Raises
+    `ValueError` if they cannot be divided so.
+    """
+    if count < 1 or len(samples) % count:
+        raise ValueError(f"{len(samples)} samples cannot be divided into groups of {count}")
+    best = reward(samples).reshape(-1, count).argmax(1)
+    return samples[best + count * torch.arange(len(best), device=best.device)]

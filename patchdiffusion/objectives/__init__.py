@@ -1,0 +1,1 @@
+"""Objectives that are not plain denoising, and wrappers that change what one trains on."""

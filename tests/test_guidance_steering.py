@@ -1,0 +1,185 @@
+"""Feynman-Kac steering and best-of-n against what they sample in the limit."""
+
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.analytic import GaussianMixture
+from patchdiffusion.cond import Cond, Step
+from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.guidance.steering import Steering, best_of
+from patchdiffusion.noise import karras
+from patchdiffusion.solvers import Noise, State, heun, run, solve
+
+TOY = GaussianMixture.toy()
+COVS = torch.tensor([0.15, 0.25, 0.2], dtype=torch.float64)
+
+
+def keys(count: int) -> Tensor:
+    return rng.keys(0, "x", 0, torch.arange(count))
+
+
+def noise_of(count: int) -> Noise:
+    return lambda i: rng.normal(rng.subkeys(keys(count), f"step {i}"), (2,), torch.float64)
+
+
+def ancestral(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    cond: Cond | None = None,
+    noise: Noise | None = None,
+    first: int = 0,
+) -> Iterator[State]:
+    """DDPM: x_b is drawn from its distribution given x_a and x0 = D(x_a)."""
+    assert noise is not None
+    levels = tuple(sigmas.tolist())
+    for i in range(first, len(levels) - 1):
+        a, b = levels[i], levels[i + 1]
+        denoised = denoiser(x, a, cond, step=Step(run=0, index=i, stage=0, sigmas=levels))
+        x = denoised + (b / a) ** 2 * (x - denoised)
+        if b > 0:
+            x = x + b * math.sqrt(1 - (b / a) ** 2) * noise(i)
+        yield State(x, denoised, i + 1)
+
+
+def first_coordinate(x: Tensor) -> Tensor:
+    return x[:, 0]
+
+
+def tilted_masses(scale: float) -> Tensor:
+    """Weights of the mixture p(x) exp(scale x_1)."""
+    logit = TOY.weights.log() + scale * TOY.means[:, 0] + (scale * COVS) ** 2 / 2
+    return logit.softmax(0)
+
+
+def masses(x: Tensor, groups: int) -> Tensor:
+    """Share of each component in each group: [groups, 3]."""
+    return TOY.posterior(x, 1e-3).reshape(groups, -1, 3).mean(1)
+
+
+@pytest.mark.parametrize("least", [0.5, 0.0, 1.0])
+def test_masses_of_the_tilted_mixture(least: float) -> None:
+    """Resampled when poor, only at the end (importance sampling), and after every step."""
+    exact = tilted_masses(1.0)
+    assert exact.tolist() == pytest.approx([0.171, 0.519, 0.310], abs=6e-4)
+    groups, n = 20, 256
+    x = 80 * rng.normal(keys(groups * n), (2,), torch.float64)
+    sigmas, noise = karras(60), noise_of(groups * n)
+    steering = Steering(
+        solver=ancestral, reward=first_coordinate, scale=1.0, particles=n, least=least
+    )
+    found = masses(solve(steering, TOY, x, sigmas, noise=noise), groups)
+    error = found.std(0) / math.sqrt(groups)
+    assert bool((found.std(0) < 0.08).all())
+    assert bool(((found.mean(0) - exact).abs() < 4 * error + 0.01).all())
+    prior = masses(solve(ancestral, TOY, x, sigmas, noise=noise), groups).mean(0)
+    assert prior.tolist() == pytest.approx([0.5, 0.3, 0.2], abs=0.02)
+
+
+def test_scale_0_is_the_solver_bit_for_bit() -> None:
+    x, sigmas, noise = 80 * noise_of(64)(-1), karras(8), noise_of(64)
+    plain = list(ancestral(TOY, x, sigmas, noise=noise))
+    steering = Steering(solver=ancestral, reward=first_coordinate, scale=0.0, particles=16)
+    steered = list(steering(TOY, x, sigmas, noise=noise))
+    assert [state.step for state in steered] == list(range(1, 9))
+    for a, b in zip(plain, steered, strict=True):
+        assert torch.equal(a.x, b.x) and torch.equal(a.denoised, b.denoised)
+
+
+def test_groups_do_not_see_each_other() -> None:
+    sigmas = karras(20)
+    steering = Steering(solver=ancestral, reward=first_coordinate, scale=5.0, particles=32)
+    x = 80 * noise_of(64)(-1)
+    both = run(steering(TOY, x, sigmas, noise=noise_of(64))).x
+    alone = run(steering(TOY, x[:32], sigmas, noise=noise_of(32))).x
+    assert torch.equal(both[:32], alone)
+    assert not torch.equal(both[:32].sort(0).values, both[32:].sort(0).values)
+
+
+def jump(
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    *,
+    cond: Cond | None = None,
+    noise: Noise | None = None,
+    first: int = 0,
+) -> Iterator[State]:
+    """Moves nothing: particle and estimate are x."""
+    for i in range(first, len(sigmas) - 1):
+        yield State(x, x, i + 1)
+
+
+def test_copies_are_the_weights_rounded_up_or_down() -> None:
+    x = rng.normal(keys(50), (1,), torch.float64)
+    weight = 50 * first_coordinate(x).softmax(0)
+    for seed in range(5):
+        steering = Steering(
+            solver=jump, reward=first_coordinate, scale=1.0, particles=50, seed=seed
+        )
+        end = run(steering(TOY, x, karras(1), noise=noise_of(50))).x
+        copies = (end == x.T).sum(0)
+        assert bool(((copies - weight).abs() < 1).all()) and int(copies.sum()) == 50
+
+
+def test_resampling_waits_until_the_weights_are_uneven() -> None:
+    """Rewards that do not change count once, however often they are seen."""
+    x = torch.tensor([[0.0], [0.0], [0.0], [2.0]], dtype=torch.float64)
+    weight = x[:, 0].softmax(0)
+    size = 1 / float(weight.square().sum()) / 4
+    for least, resampled in ((size + 0.01, True), (size - 0.01, False)):
+        steering = Steering(
+            solver=jump, reward=first_coordinate, scale=1.0, particles=4, least=least, seed=1
+        )
+        states = list(steering(TOY, x, karras(3), noise=noise_of(4)))
+        assert torch.equal(states[0].x, x) is not resampled
+        assert torch.equal(states[0].x, states[1].x)
+        assert int((states[2].x == 2).sum()) in (2, 3)  # 4 weight[3] = 2.84
+
+
+def test_a_restart_goes_on_with_the_chosen_particles() -> None:
+    """Equal ends of x, the estimate, and what the solver is handed next."""
+    x = rng.normal(keys(8), (2,), torch.float64)
+    steering = Steering(solver=jump, reward=first_coordinate, scale=20.0, particles=8, least=1.0)
+    states = list(steering(TOY, x, karras(4), noise=noise_of(8)))
+    assert torch.equal(states[0].x, states[0].denoised)
+    assert len(states[0].x.unique(dim=0)) < 8
+    best = x[x[:, 0].argmax()]
+    assert torch.equal(states[-1].x[-1], best)
+
+
+def test_what_cannot_work_is_refused() -> None:
+    x, sigmas, noise = 80 * noise_of(6)(-1), karras(2), noise_of(6)
+    steering = Steering(solver=ancestral, reward=first_coordinate, scale=1.0, particles=3)
+    with pytest.raises(ValueError, match="steering needs noise"):
+        next(steering(TOY, x, sigmas))
+    with pytest.raises(ValueError, match="batch of 5 cannot be divided into groups of 3"):
+        next(steering(TOY, x[:5], sigmas, noise=noise))
+    same, mixed = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 2])
+    next(steering(TOY, x, sigmas, noise=noise, cond=Cond(labels=same)))
+    with pytest.raises(ValueError, match="the 3 particles of a group must share one condition"):
+        next(steering(TOY, x, sigmas, noise=noise, cond=Cond(labels=mixed)))
+    wild = Steering(solver=ancestral, reward=lambda x: x[:, 0] / 0, scale=1.0, particles=3)
+    with pytest.raises(ValueError, match="the reward is not finite after step 1"):
+        next(wild(TOY, x, sigmas, noise=noise))
+    for wrong in ({"particles": 0}, {"least": 1.5}):
+        with pytest.raises(ValueError, match="particles >= 1 and 0 <= least <= 1"):
+            Steering(solver=heun, reward=first_coordinate, scale=1.0, **wrong)
+
+
+def test_best_of_n() -> None:
+    """The largest of four standard normals is 1.0294 on average."""
+    x = rng.normal(keys(40_000), (2,), torch.float64)
+    best = best_of(x, first_coordinate, 4)
+    assert best.shape == (10_000, 2)
+    assert torch.equal(best[7], x[28:32][x[28:32, 0].argmax()])
+    assert float(best[:, 0].mean()) == pytest.approx(1.0294, abs=4 * 0.70 / 100)
+    assert torch.equal(best_of(x, first_coordinate, 1), x)
+    with pytest.raises(ValueError, match="10 samples cannot be divided into groups of 4"):
+        best_of(x[:10], first_coordinate, 4)
