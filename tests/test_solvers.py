@@ -272,6 +272,7 @@ class Jump:
 
     def __init__(self, edge: float):
         self.edge = edge
+        self.edges: tuple[float, ...] = ()
 
     def __call__(
         self,
@@ -293,6 +294,9 @@ def test_after_a_reset_a_solver_starts_anew(solver: Solver) -> None:
     whole = list(solver(Jump(1.0), x, sigmas, resets=resets))
     anew = run(solver(Gaussian(), whole[edge - 1].x, sigmas, first=edge)).x
     assert torch.equal(whole[-1].x, anew)
+    told = Jump(1.0)
+    told.edges = (1.0,)  # what guided denoisers say of themselves
+    assert torch.equal(run(solver(told, x, sigmas)).x, anew)
     exact = 0.3 + (whole[edge - 1].x - 0.3) * 0.5 / math.sqrt(0.25 + float(sigmas[edge]) ** 2)
     mixed = run(solver(Jump(1.0), x, sigmas)).x
     assert float((anew - exact).abs().max()) < 0.5 * float((mixed - exact).abs().max())
