@@ -3,6 +3,7 @@
 import json
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,14 @@ def test_open_gives_what_was_prepared(pack: Pack):
     assert again.name == "numbers" and again.classes == ("0", "1", "2")
     assert len(again.info.crc32) == 3
     again.verify()
+
+
+def test_some_of_the_held_out_images_are_spread_over_all(pack: Pack):
+    ten = replace(pack, heldout=torch.arange(10) * 2)
+    assert ten.some_held_out(4).tolist() == [0, 4, 10, 14]
+    assert torch.equal(ten.some_held_out(99), ten.heldout)
+    none = replace(pack, heldout=torch.arange(0))
+    assert len(ten.some_held_out(0)) == len(none.some_held_out(3)) == 0
 
 
 def anonymous_kib() -> int:

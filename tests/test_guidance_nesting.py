@@ -123,6 +123,7 @@ def test_no_weight_no_class_or_no_level_is_no_guidance() -> None:
     x, sigma, cond = inputs()
     assert cond.labels is not None
     assert torch.equal(ClassifierGuidance(TOY, bayes, 0.0)(x, sigma, cond), TOY(x, sigma, cond))
+    assert torch.equal(ClassifierGuidance(TOY, bayes, 0.0)(x, sigma), TOY(x, sigma))  # unlabelled
     some = ClassifierGuidance(TOY, bayes, 2.0, interval=(0.3, 2.0))
     assert torch.equal(some(x, 0.3, cond), TOY(x, 0.3, cond))
     assert not torch.allclose(some(x, 2.0, cond), TOY(x, 2.0, cond), atol=1e-3)
