@@ -4,8 +4,7 @@ patchdiffusion train glyphs --out runs/glyphs
 python examples/optimise_glyphs.py runs/glyphs --reward symmetry
 
 Rows of the picture are strengths of the guidance. The judge is the distance to the nearest
-training image, compared with that of held-out images of the same reward: where it grows beyond
-theirs while the reward still rises, what is drawn is no glyph any more.
+training image, compared with that of held-out images of like reward, and how many have as much.
 """
 
 import argparse
@@ -55,7 +54,7 @@ def main() -> None:
 
     reward, strengths = REWARDS[options.reward]
     rewards_held_out, distances_held_out = reward(held_out), distance(held_out)
-    print(f"strength  {options.reward:>8}  distance  distance of held-out images like that")
+    print(f"strength  {options.reward:>8}  distance  held out: like that  have as much")
     shown = []
     for strength in strengths:
         images = sample(
@@ -68,8 +67,9 @@ def main() -> None:
         )
         mean = float(reward(images).mean())
         peers = (rewards_held_out - mean).abs().topk(20, largest=False).indices
-        like_that = float(distances_held_out[peers].mean())
-        print(f"{strength:8}  {mean:8.3f}  {float(distance(images).mean()):8.3f}  {like_that:8.3f}")
+        judged = float(distance(images).mean()), float(distances_held_out[peers].mean())
+        share = float((rewards_held_out >= mean).float().mean())
+        print(f"{strength:8}  {mean:8.3f}  {judged[0]:8.3f}  {judged[1]:19.3f}  {share:12.1%}")
         shown.append(images)
     save_png(Path(options.out), enlarge(grid(to_uint8(torch.cat(shown)), options.count), 1024))
     print(f"wrote {options.out}")

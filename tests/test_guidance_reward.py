@@ -294,6 +294,6 @@ def test_what_cannot_work_is_refused() -> None:
         GradientGuidance(TOY, Tilt(linear))(x, sigma)
     with pytest.raises(ValueError, match="finite, not nan"):
         GradientGuidance(TOY, Tilt(linear), math.nan)
-    for wrong in ({"below": 0.0}, {"clip": -1.0}):
+    for below, clip in ((0.0, 1.0), (1.0, -1.0)):
         with pytest.raises(ValueError, match="must be positive"):
-            GradientGuidance(TOY, Tilt(linear), **wrong)
+            GradientGuidance(TOY, Tilt(linear), below=below, clip=clip)

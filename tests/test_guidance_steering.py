@@ -58,21 +58,24 @@ def tilted_masses(scale: float) -> Tensor:
     return logit.softmax(0)
 
 
+def test_tilted_masses() -> None:
+    assert tilted_masses(1.0).tolist() == pytest.approx([0.171, 0.519, 0.310], abs=6e-4)
+
+
 def masses(x: Tensor, groups: int) -> Tensor:
     """Share of each component in each group: [groups, 3]."""
     return TOY.posterior(x, 1e-3).reshape(groups, -1, 3).mean(1)
 
 
-@pytest.mark.parametrize("least", [0.5, 0.0, 1.0])
-def test_masses_of_the_tilted_mixture(least: float) -> None:
+@pytest.mark.parametrize(("scale", "least"), [(1.0, 0.5), (3.0, 0.5), (1.0, 0.0), (1.0, 1.0)])
+def test_masses_of_the_tilted_mixture(scale: float, least: float) -> None:
     """Resampled when poor, only at the end (importance sampling), and after every step."""
-    exact = tilted_masses(1.0)
-    assert exact.tolist() == pytest.approx([0.171, 0.519, 0.310], abs=6e-4)
+    exact = tilted_masses(scale)
     groups, n = 20, 256
     x = 80 * rng.normal(keys(groups * n), (2,), torch.float64)
     sigmas, noise = karras(60), noise_of(groups * n)
     steering = Steering(
-        solver=ancestral, reward=first_coordinate, scale=1.0, particles=n, least=least
+        solver=ancestral, reward=first_coordinate, scale=scale, particles=n, least=least
     )
     found = masses(solve(steering, TOY, x, sigmas, noise=noise), groups)
     error = found.std(0) / math.sqrt(groups)
@@ -119,6 +122,7 @@ def jump(
 def test_copies_are_the_weights_rounded_up_or_down() -> None:
     x = rng.normal(keys(50), (1,), torch.float64)
     weight = 50 * first_coordinate(x).softmax(0)
+    ends = []
     for seed in range(5):
         steering = Steering(
             solver=jump, reward=first_coordinate, scale=1.0, particles=50, seed=seed
@@ -126,6 +130,8 @@ def test_copies_are_the_weights_rounded_up_or_down() -> None:
         end = run(steering(TOY, x, karras(1), noise=noise_of(50))).x
         copies = (end == x.T).sum(0)
         assert bool(((copies - weight).abs() < 1).all()) and int(copies.sum()) == 50
+        ends.append(end)
+    assert len(torch.stack(ends).unique(dim=0)) > 1  # which way is a matter of the seed
 
 
 def test_resampling_waits_until_the_weights_are_uneven() -> None:
@@ -168,9 +174,12 @@ def test_what_cannot_work_is_refused() -> None:
     wild = Steering(solver=ancestral, reward=lambda x: x[:, 0] / 0, scale=1.0, particles=3)
     with pytest.raises(ValueError, match="the reward is not finite after step 1"):
         next(wild(TOY, x, sigmas, noise=noise))
-    for wrong in ({"particles": 0}, {"least": 1.5}):
+    wide = Steering(solver=ancestral, reward=lambda x: x, scale=1.0, particles=3)
+    with pytest.raises(ValueError, match=r"one number per image, \[6\], not \[6, 2\]"):
+        next(wide(TOY, x, sigmas, noise=noise))
+    for n, least in ((0, 0.5), (3, 1.5)):
         with pytest.raises(ValueError, match="particles >= 1 and 0 <= least <= 1"):
-            Steering(solver=heun, reward=first_coordinate, scale=1.0, **wrong)
+            Steering(solver=heun, reward=first_coordinate, scale=1.0, particles=n, least=least)
 
 
 def test_best_of_n() -> None:

@@ -99,9 +99,10 @@ def test_fine_tuning_moves_on_to_the_optimum_of_the_reward() -> None:
 
 
 def test_impossible_loops_are_refused() -> None:
-    for wrong in ({"rounds": 0}, {"rounds": 3, "step": 0.0}, {"rounds": 3, "step": 1.5}):
+    for rounds, step in ((0, 1.0), (3, 0.0), (3, 1.5)):
+        run = optimise(GAUSSIAN, quadratic, generate, guidance(1.0), rounds=rounds, step=step)
         with pytest.raises(ValueError, match="rounds >= 1 and 0 < step <= 1"):
-            next(optimise(GAUSSIAN, quadratic, generate, guidance(1.0), **wrong))
+            next(run)
 
 
 # ---- Rewards that few images have taught ----

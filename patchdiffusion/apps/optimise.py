@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.guidance.reward import Guide, Reward, Tilt, gradient
+from patchdiffusion.guidance.reward import Guide, Reward, Tilt, gradient, rewards_of
 from patchdiffusion.objectives.reward import LinearReward
 
 
@@ -52,11 +52,11 @@ def optimise(
         raise ValueError(f"optimisation needs rounds >= 1 and 0 < step <= 1, not {rounds}, {step}")
     samples = generate(denoiser, 0)
     direction = torch.zeros_like(samples[0])
-    yield (last := Round(samples, reward(samples), direction))
+    yield (last := Round(samples, rewards_of(reward, samples), direction))
     for k in range(1, rounds + 1):
         (slope,) = gradient(reward, last.samples.mean(0, keepdim=True))
         direction = direction + step * (slope - direction)
         samples = generate(guidance(denoiser, Tilt(LinearReward(direction))), k)
-        yield (last := Round(samples, reward(samples), direction))
+        yield (last := Round(samples, rewards_of(reward, samples), direction))
         if finetune is not None:
             denoiser = finetune(denoiser, last)

@@ -22,20 +22,26 @@ Reward = Callable[[Tensor], Tensor]  # clean images [B, *S] -> [B], each for its
 Covariance = Callable[[Tensor], Tensor]  # v [B, *S] -> Cov[x0 | x] v, [B, *S]
 
 
+def rewards_of(reward: Reward, x: Tensor) -> Tensor:
+    """The reward of each image: x [B, *S] -> [B]; `ValueError` if it is of another shape."""
+    value = reward(x)
+    if value.shape != (len(x),):
+        raise ValueError(
+            f"a reward must be one number per image, [{len(x)}], not {list(value.shape)}"
+        )
+    return value
+
+
 def gradient(reward: Reward, x: Tensor) -> Tensor:
     """The gradient of a reward at x [B, *S], also under `no_grad`: [B, *S].
 
     It can be differentiated again if x requires a gradient and gradients are on. Raises
-    `ValueError` for a reward that is not one number per image or has no gradient.
+    `ValueError` for a reward without a gradient.
     """
     differentiable = torch.is_grad_enabled() and x.requires_grad
     with torch.enable_grad():
         point = x if differentiable else x.detach().requires_grad_()
-        value = reward(point)
-        if value.shape != (len(x),):
-            raise ValueError(
-                f"a reward must be one number per image, [{len(x)}], not {list(value.shape)}"
-            )
+        value = rewards_of(reward, point)
         if not value.requires_grad:
             raise ValueError("this reward has no gradient; use steering or best_of instead")
         return torch.autograd.grad(value.sum(), point, create_graph=differentiable)[0]
@@ -163,7 +169,7 @@ class GradientGuidance:
         differentiable = torch.is_grad_enabled() and x.requires_grad
         # Gradients through half precision are too coarse to be multiplied by sigma^2.
         with torch.autocast(x.device.type, enabled=False):
-            point = x if differentiable else x.detach().requires_grad_(self.jacobian)
+            point = x if differentiable else x.detach().requires_grad_()
             with torch.set_grad_enabled(self.jacobian or differentiable):
                 seen = self.denoiser(point, sigma, cond, step=step, tape=tape)
             denoised = seen if differentiable else seen.detach()

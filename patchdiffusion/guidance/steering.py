@@ -13,7 +13,7 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.guidance.reward import Reward
+from patchdiffusion.guidance.reward import Reward, rewards_of
 from patchdiffusion.solvers import Noise, Solver, State
 
 
@@ -25,8 +25,8 @@ class Steering:
     their weights by exp(scale (r(D_k) - r(D_k-1))), which telescopes to exp(scale r(x0)). A group
     is resampled when its effective size falls below `least` of it, and after the last step, so
     that the result is without weights; scale 0 is the solver itself, bit for bit. A multistep
-    solver begins anew after a resampling. Caches of a network must not lie below: particles
-    change places.
+    solver begins anew after a resampling, and so do the weights if steering itself is begun at a
+    later step. Caches of a network must not lie below: particles change places.
     """
 
     solver: Solver
@@ -40,7 +40,7 @@ class Steering:
     least: float = 0.5
     """Effective size, as a part of the group, below which it is resampled."""
     seed: int = 0
-    """Of the resampling."""
+    """Of the resampling; another one for each batch."""
 
     def __post_init__(self) -> None:
         if self.particles < 1 or not 0 <= self.least <= 1:
@@ -68,7 +68,7 @@ class Steering:
         before = log_weight = x.new_zeros(len(x), dtype=torch.float64)
         for step in range(first + 1, last + 1):
             state = next(solution)
-            value = self.scale * self.reward(state.x if step == last else state.denoised).double()
+            value = self.scale * rewards_of(self.reward, state.denoised).double()
             if not bool(value.isfinite().all()):
                 raise ValueError(f"the reward is not finite after step {step}")
             order, log_weight = self._select(log_weight + value - before, step, step == last)
@@ -115,5 +115,5 @@ def best_of(samples: Tensor, reward: Reward, count: int) -> Tensor:
     """
     if count < 1 or len(samples) % count:
         raise ValueError(f"{len(samples)} samples cannot be divided into groups of {count}")
-    best = reward(samples).reshape(-1, count).argmax(1)
+    best = rewards_of(reward, samples).reshape(-1, count).argmax(1)
     return samples[best + count * torch.arange(len(best), device=best.device)]
