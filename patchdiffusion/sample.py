@@ -19,17 +19,20 @@ from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.model import Model, Weights, load_model, pick_device
 from patchdiffusion.noise import karras, log_uniform
+from patchdiffusion.objectives import FewStep, denoises
+from patchdiffusion.objectives.flowmap import FlowMap, PatchMap, jump
 from patchdiffusion.patches import Size
 from patchdiffusion.picture import to_uint8
-from patchdiffusion.solvers import SOLVERS, Churn, Solver, heun, run
+from patchdiffusion.solvers import SOLVERS, Churn, Noise, Solver, heun, run
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
     """How to get from noise to an image."""
 
-    solver: Literal["heun", "euler"] = "heun"
-    """heun takes two evaluations a step, euler one."""
+    solver: Literal["auto", "heun", "euler", "map"] = "auto"
+    """heun takes two evaluations a step, euler one; map is that of few-step models; auto is heun,
+    or map for them."""
     steps: int = 18
     """Number of steps."""
     sigma_min: float = 0.002
@@ -43,13 +46,40 @@ class SamplerConfig:
     churn: Churn = field(default_factory=Churn)
     guidance: float = 1.0
     """Classifier-free guidance weight; 1 is none."""
+    gamma: float | None = None
+    """Share of the noise that map draws anew after each jump but the last; None is what suits."""
 
     def __post_init__(self) -> None:
         self.sigmas()  # raises on impossible values
         if not 0 <= self.guidance < float("inf"):
             raise ValueError(f"guidance must be >= 0 and finite, not {self.guidance}")
-        if self.churn.amount and self.solver != "heun":
+        if self.churn.amount and self.solver not in ("auto", "heun"):
             raise ValueError(f"churn works with the heun solver only, not with {self.solver}")
+        if self.gamma is not None and not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must lie in [0, 1], not {self.gamma}")
+        if self.gamma is not None and self.solver not in ("auto", "map"):
+            raise ValueError(f"gamma works with the map solver only, not with {self.solver}")
+
+    def fitting(self, objective: FewStep | None) -> "SamplerConfig":
+        """The same with the solver for a model trained for this.
+
+        Raises `ValueError` for a solver or an option that such a model does not have.
+        """
+        few = objective is not None
+        chosen = replace(self, solver="map" if few else "heun") if self.solver == "auto" else self
+        if chosen.solver == "map" and not few:
+            raise ValueError("the solver map is for few-step models; use heun or euler")
+        if chosen.solver != "map" and not denoises(objective):
+            raise ValueError(
+                f"a consistency model denoises in one jump and not step by step: use --solver map, "
+                f"not {chosen.solver}"
+            )
+        if chosen.solver == "map" and self.guidance != 1:
+            raise ValueError(
+                f"a few-step model cannot be guided by {self.guidance} when it is sampled; "
+                "MeanFlow is when it is trained: --objective.guidance"
+            )
+        return chosen
 
     def sigmas(self) -> Tensor:
         """The noise levels: float64 [steps + 1]."""
@@ -61,7 +91,7 @@ class SamplerConfig:
         """The solver with its options."""
         if self.churn.amount:
             return functools.partial(heun, churn=self.churn)
-        return SOLVERS[self.solver]
+        return SOLVERS["heun" if self.solver == "auto" else self.solver]
 
 
 def noise_field(seeds: Tensor, channels: int, corner: tuple[int, int], size: Size) -> Tensor:
@@ -80,7 +110,7 @@ def noise_field(seeds: Tensor, channels: int, corner: tuple[int, int], size: Siz
 
 
 def sample(
-    denoiser: Denoiser,
+    model: Denoiser | FlowMap,
     *,
     seeds: Sequence[int],
     channels: int,
@@ -99,27 +129,44 @@ def sample(
     An image depends on its seed and label, not on the batch it is computed in. `size` defaults to
     the canvas; `corner` (top, left) places a region of another size, by default in the middle.
     The solver runs in `dtype`. `progress` is called with the number of images done at a time.
+    A flow map takes `config.steps` jumps.
     """
     config = config or SamplerConfig()
     size = size or canvas
     corner = corner or ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
-    if config.guidance != 1:
-        denoiser = CFG(denoiser, config.guidance)
-    denoiser = PatchDenoiser(denoiser, canvas, corner)
-    sigmas, solver = config.sigmas(), config.bound_solver()
     done = [torch.empty(0, channels, *size)]
     for start in range(0, len(seeds), batch):
         part = torch.tensor(list(seeds[start : start + batch]), dtype=torch.int64, device=device)
         cond = Cond(labels=None if labels is None else labels[start : start + batch].to(device))
         noise = functools.partial(_churn_noise, part, (channels, *size), dtype)
-        x = noise_field(part, channels, corner, size).to(dtype) * sigmas[0].item()
+        x = noise_field(part, channels, corner, size).to(dtype)
         with torch.no_grad():
-            stamped = _Stamped(denoiser, next(_RUNS), part)
-            x = run(solver(stamped, x, sigmas, cond=cond, noise=noise)).x
+            if isinstance(model, FlowMap):
+                x = _jump(PatchMap(model, canvas, corner), x, cond, noise, config)
+            else:
+                denoiser = model if config.guidance == 1 else CFG(model, config.guidance)
+                stamped = _Stamped(PatchDenoiser(denoiser, canvas, corner), next(_RUNS), part)
+                x = _solve(stamped, x, cond, noise, config)
         done.append(x.to("cpu", torch.float32))
         if progress:
             progress(len(part))
     return torch.cat(done)
+
+
+def _solve(
+    denoiser: Denoiser, noisy: Tensor, cond: Cond, noise: Noise, config: SamplerConfig
+) -> Tensor:
+    sigmas, solver = config.sigmas(), config.bound_solver()
+    x = noisy * sigmas[0].item()
+    return run(solver(denoiser, x, sigmas, cond=cond, noise=noise)).x
+
+
+def _jump(
+    flow_map: FlowMap, noisy: Tensor, cond: Cond, noise: Noise, config: SamplerConfig
+) -> Tensor:
+    times = flow_map.times(config.steps)
+    z = noisy * flow_map.path.s(times[0]).item()
+    return run(jump(flow_map, z, times, cond=cond, noise=noise, gamma=config.gamma)).x
 
 
 _RUNS = itertools.count()  # numbers trajectories, so that no cache mixes two of them
@@ -185,9 +232,11 @@ class Pipeline:
         if size is not None and min(size) < 1:
             raise ValueError(f"a size needs positive height and width, not {size}")
         labels = self.labels(count, classes)
+        config = self.sampler(config or SamplerConfig())
+        flow_map = self.model.flow_map if config.solver == "map" else None
         with progress_bar(count, "image", disable=not progress) as bar, self.autocast():
             images = sample(
-                self.model.denoiser,
+                flow_map or self.model.denoiser,
                 seeds=range(seed, seed + count),
                 channels=self.model.config.network.channels,
                 canvas=self.model.config.canvas,
@@ -200,6 +249,10 @@ class Pipeline:
                 progress=bar.update,
             )
         return to_uint8(images)
+
+    def sampler(self, config: SamplerConfig) -> SamplerConfig:
+        """The same with the solver that this model takes; `ValueError` if it takes none such."""
+        return config.fitting(self.model.config.objective)
 
     def autocast(self) -> torch.autocast:
         """A context in which the network has the precision of this pipeline."""

@@ -16,7 +16,7 @@ MOST_LINES = 400
 LAYERS: tuple[str, ...] = (
     "require errors bar files fetch memory codec dist rng noise patches cond picture",
     "denoiser analytic weighting losses nets",
-    "objectives guidance solvers accel data model",
+    "guidance solvers objectives accel data model",
     "sample metrics report",
     "train",
     "apps interop",

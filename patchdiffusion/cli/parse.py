@@ -5,12 +5,13 @@ import io
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TypeVar
 
 import tyro
 
 T = TypeVar("T")
+_CONFIG = (tyro.conf.AvoidSubcommands,)  # the flags of a union are those of its default's type
 
 
 def parse(cls: type[T], arguments: Sequence[str], *, default: T, prog: str, description: str) -> T:
@@ -21,7 +22,12 @@ def parse(cls: type[T], arguments: Sequence[str], *, default: T, prog: str, desc
     """
     with _one_line_errors(arguments):
         return tyro.cli(
-            cls, args=list(arguments), default=default, prog=prog, description=description
+            cls,
+            args=list(arguments),
+            default=default,
+            prog=prog,
+            description=description,
+            config=_CONFIG,
         )
 
 
@@ -29,8 +35,29 @@ def parse_some(cls: type[T], arguments: Sequence[str], *, default: T) -> T:
     """The same from those flags that the class knows; all others are left for later."""
     quiet = [a for a in arguments if a not in ("-h", "--help")]
     with _one_line_errors(quiet):
-        value, _ = tyro.cli(cls, args=quiet, default=default, return_unknown_args=True)
+        value, _ = tyro.cli(
+            cls, args=quiet, default=default, return_unknown_args=True, config=_CONFIG
+        )
     return value
+
+
+def take_word(
+    arguments: Sequence[str], flag: str, words: Collection[str]
+) -> tuple[str | None, list[str]]:
+    """What a flag that chooses between types of a field says, if it is given, and all others.
+
+    Given twice, the last one counts. Raises `ValueError` unless it is one of the words.
+    """
+    chosen, rest, left = None, [], iter(arguments)
+    for argument in left:
+        name, joined, value = argument.partition("=")
+        if name != flag:
+            rest.append(argument)
+            continue
+        chosen = value if joined else next(left, "nothing")
+        if chosen not in words:
+            raise ValueError(f"{flag} must be one of {', '.join(words)}, not {chosen!r}")
+    return chosen, rest
 
 
 def take_first(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:

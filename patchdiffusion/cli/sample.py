@@ -105,7 +105,7 @@ def _write(folder: Path, images, pipeline: Pipeline, given: SampleArguments) -> 
         "software": f"patchdiffusion {__version__}",
         "model": pipeline.model.digest,
         "weights": given.weights,
-        "sampler": json.dumps(encode(given.sampler)),
+        "sampler": json.dumps(encode(pipeline.sampler(given.sampler))),
         "region": json.dumps({"size": given.size, "corner": given.corner}),
     }
     seeds = {"seeds": f"{given.seed}-{given.seed + given.count - 1}"}

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from patchdiffusion import recipes
-from patchdiffusion.cli.parse import parse, parse_some, take_first
+from patchdiffusion.cli.parse import parse, parse_some, take_first, take_word
 from patchdiffusion.dist import place
 from patchdiffusion.recipes import Facts
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
@@ -20,7 +20,8 @@ DESCRIPTION = (
     "Train on images. The first argument is a folder, zip, array or pack of images, or one of the "
     f"recipes {', '.join(recipes.RECIPES)}, or a run to go on with; images get the recipe "
     "'folder', which chooses by resolution, number and hardware. The same command again goes on "
-    "with the run; flags then change the stored configuration as far as it remains the same run."
+    "with the run; flags then change the stored configuration as far as it remains the same run. "
+    f"--objective {'|'.join(recipes.OBJECTIVES)} chooses what is trained, with its own flags."
 )
 
 
@@ -46,16 +47,18 @@ class TrainArguments:
 def main(arguments: Sequence[str]) -> None:
     """Choose the defaults, let the flags change them, train."""
     first, flags = take_first(arguments)
+    objective, flags = take_word(flags, "--objective", recipes.OBJECTIVES)
     what = first or _early(flags).data.path or "glyphs"
     if is_run(Path(what)):  # go on with it
         flags = [*flags, "--out", what]
         what = str(_stored(Path(what)).data.path)
     try:
-        _parse(flags, generic_config(what))  # wrong flags are found before any data is read
+        # Wrong flags are found before any data is read.
+        _parse(flags, recipes.with_objective(generic_config(what), objective))
     except ValueError as error:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
-    given = _parse(flags, default_config(what, flags))
+    given = _parse(flags, recipes.with_objective(default_config(what, flags), objective))
     train(given.config, given.run)
 
 

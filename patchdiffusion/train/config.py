@@ -9,6 +9,7 @@ from patchdiffusion.data.augment import Augmentation
 from patchdiffusion.denoiser import EDM
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import LogNormal
+from patchdiffusion.objectives import FewStep
 from patchdiffusion.patches import PatchLaw, PatchPlan, Size
 from patchdiffusion.weighting import EDMWeight
 
@@ -180,6 +181,7 @@ class TrainConfig:
     network: UNetConfig = field(default_factory=UNetConfig)
     precond: EDM = field(default_factory=EDM)
     noise: LogNormal = field(default_factory=LogNormal)
+    objective: FewStep | None = None
     patches: PatchLaw = field(default_factory=PatchLaw)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -206,6 +208,8 @@ class TrainConfig:
         fraction(self, "label_dropout")
         if self.micro_batch is not None:
             positive(self, "micro_batch")
+        if self.objective is not None:
+            self.objective.check(self.network)
         if not self.name or self.name in (".", "..") or {"/", "\\", "\0"} & set(self.name):
             raise ValueError(f"name must be usable as a folder name, not {self.name!r}")
 

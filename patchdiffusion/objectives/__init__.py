@@ -1,0 +1,18 @@
+"""Objectives beside plain denoising: (denoiser, batch, draws) -> `LossOut`."""
+
+from patchdiffusion.denoiser import EDM, Precond
+from patchdiffusion.objectives.consistency import ConsistencyConfig
+from patchdiffusion.objectives.meanflow import MeanFlowConfig
+
+FewStep = ConsistencyConfig | MeanFlowConfig
+"""The objectives of few-step models."""
+
+
+def parameterisation(objective: FewStep | None, precond: EDM) -> Precond:
+    """How the network of a model is preconditioned, by what it is trained for."""
+    return precond if objective is None else objective.precond(precond)
+
+
+def denoises(objective: FewStep | None) -> bool:
+    """Whether a model trained for this is a denoiser, so that solvers work and errors tell."""
+    return objective is None or objective.denoises
