@@ -132,9 +132,9 @@ class Levels:
     rho: float = 7.0
 
     def at(self, place: Tensor, count: int) -> Tensor:
-        """The levels at places 0 ... count - 1 of a grid of `count`: float32, like place."""
+        """The levels at places 0 ... count - 1 of a grid of `count`: float32, shape of place."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        level = (low + place / (count - 1) * (high - low)) ** self.rho
+        level = (low + place.double() / (count - 1) * (high - low)) ** self.rho
         return level.clamp(self.sigma_min, self.sigma_max).to(torch.float32)  # the ends exactly
 
     def place(self, sigma: Tensor, count: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 import contextlib
 import sys
+import warnings
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -23,9 +25,18 @@ def derivative(
         d if isinstance(d, Tensor) else torch.full_like(x, d)
         for x, d in zip(at, along, strict=True)
     )
+    _prepare()
     # Fused attention has no forward derivative, and low precision too few digits for one.
     with full_precision(at[0]), sdpa_kernel(SDPBackend.MATH), _eager():
         return torch.func.jvp(function, at, directions)[1]
+
+
+@cache
+def _prepare() -> None:
+    """Load PyTorch's forward derivatives, which warn of what PyTorch itself uses (2.13)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch._decomp.decompositions_for_jvp  # noqa: F401
 
 
 def _eager() -> contextlib.AbstractContextManager[object]:
