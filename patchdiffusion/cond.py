@@ -30,6 +30,8 @@ class Cond:
     """[B, D], a pooled embedding."""
     level: Tensor | None = None
     """[B], noise percentile, filled in by the denoiser."""
+    span: Tensor | None = None
+    """[B], how far a flow map goes, in its own units; 0 or None is nowhere: a denoiser."""
     seed: Tensor | None = None
     """int64 [B], keys of draws inside the network such as dropout; None is evaluation."""
 

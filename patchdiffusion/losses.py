@@ -30,6 +30,8 @@ class Batch:
     """bool [B], whether the image was mirrored before it was cropped."""
     noise: NoiseLaw | None = None
     """Noise law of this group; None is the law of the objective."""
+    progress: float = 0.0
+    """Share of the run that is done."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,7 @@ class DenoisingLoss:
         sigma = self.levels(draws, batch.noise)
         noise = draws.normal("noise", tuple(batch.images.shape[1:]))
         cond = replace(batch.cond, seed=draws.keys("network"))
-        if cond.labels is not None and self.label_dropout > 0:
-            drop = draws.bernoulli("label dropout", self.label_dropout)
-            cond = replace(cond, labels=torch.where(drop, -1, cond.labels))
+        cond = drop_labels(cond, draws, self.label_dropout)
         per_crop = denoising_error(denoiser, batch.images, noise, sigma, cond)
         return LossOut(per_sample=self.weighting(sigma) * per_crop)
 
@@ -104,6 +104,14 @@ class UncertaintyLoss(nn.Module):
         out = self.loss(denoiser, batch, draws)
         u = self.log_variance(self.levels(draws, batch.noise))
         return replace(out, per_sample=out.per_sample / u.exp() + u, reported=out.per_sample)
+
+
+def drop_labels(cond: Cond, draws: Draws, share: float) -> Cond:
+    """The same condition without the label of a share of the samples."""
+    if cond.labels is None or share == 0:
+        return cond
+    drop = draws.bernoulli("label dropout", share)
+    return replace(cond, labels=torch.where(drop, -1, cond.labels))
 
 
 def denoising_error(

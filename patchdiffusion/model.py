@@ -16,6 +16,8 @@ from patchdiffusion.codec import decode, encode
 from patchdiffusion.denoiser import NetDenoiser, Parameterisation
 from patchdiffusion.files import folder_atomic, read_json, sha256, write_json
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
+from patchdiffusion.objectives import FewStep, parameterisation
+from patchdiffusion.objectives.flowmap import FlowMap
 from patchdiffusion.weighting import Law
 
 Weights = Literal["averaged", "raw"]
@@ -41,6 +43,8 @@ class ModelConfig:
     """Full-image equivalents seen in training."""
     step: int = 0
     """Optimizer steps."""
+    objective: FewStep | None = None
+    """What a few-step model was trained for; None is denoising."""
 
     def __post_init__(self) -> None:
         if min(self.canvas) < 1:
@@ -58,7 +62,14 @@ class Model:
     @property
     def denoiser(self) -> NetDenoiser:
         """D(x, sigma, cond)."""
-        return NetDenoiser(self.network, self.config.precond, self.config.noise)
+        precond = parameterisation(self.config.objective, self.config.precond)
+        return NetDenoiser(self.network, precond, self.config.noise)
+
+    @property
+    def flow_map(self) -> FlowMap | None:
+        """What a few-step model samples with."""
+        objective = self.config.objective
+        return None if objective is None else objective.flow_map(self.denoiser)
 
     @property
     def device(self) -> torch.device:

@@ -3,9 +3,8 @@
 import contextlib
 import functools
 import itertools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,148 +16,13 @@ from patchdiffusion import rng
 from patchdiffusion.bar import progress_bar
 from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser, edges
-from patchdiffusion.guidance.auto import AutoGuidance
-from patchdiffusion.guidance.cfg import CFG
-from patchdiffusion.guidance.extrapolate import Extrapolation
-from patchdiffusion.guidance.interval import Interval
-from patchdiffusion.guidance.threshold import Clamp, DynamicThreshold
 from patchdiffusion.model import Model, Weights, load_model, pick_device
-from patchdiffusion.noise import NoiseLaw, flow_uniform, karras, log_uniform, time_uniform
+from patchdiffusion.noise import NoiseLaw
+from patchdiffusion.objectives.flowmap import FlowMap, PatchMap, jump
 from patchdiffusion.patches import Size
 from patchdiffusion.picture import to_uint8
-from patchdiffusion.solvers import SOLVERS, Churn, Solver, SolverName, run
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplerConfig:
-    """How to get from noise to an image."""
-
-    solver: SolverName = "heun"
-    """heun, midpoint, ralston and dpmpp_2s take two evaluations a step, the others one."""
-    steps: int = 18
-    """Number of steps."""
-    sigma_min: float | None = None
-    """Smallest noise level before 0; None is 0.002, or the smallest of training if that is more."""
-    sigma_max: float | None = None
-    """Noise level to begin with; None is 80, or the largest of training if that is less."""
-    grid: Literal["karras", "log_uniform", "uniform_t", "quadratic", "flow"] = "karras"
-    """How the levels are spaced: by rho, in log SNR, in time or its root (VP), in flow time."""
-    rho: float = 7.0
-    """Exponent of the karras spacing."""
-    shift: float = 1.0
-    """Factor on the noise levels of the flow spacing between its ends."""
-    eta: float | None = None
-    """Amount of fresh noise of a stochastic solver; None is 0 for ddim and 1 for the others."""
-    churn: Churn = field(default_factory=Churn)
-    guidance: float = 1.0
-    """Weight of classifier-free guidance, or of a guide model if there is one; 1 is none."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guide at levels above the first number, up to the second; None is at all of them."""
-    guidance_rescale: float = 0.0
-    """Share, 0 to 1, of the contrast that guidance adds which is taken back."""
-    guidance_channels: int | None = None
-    """Guide so many channels, the first ones; None guides all (DiT models: 3 of 4)."""
-    threshold: Literal["clamp"] | float | None = None
-    """clamp: estimates into [-1, 1]; a number such as 0.995: that share of each image, and the
-    image is scaled to fit (dynamic thresholding)."""
-
-    def __post_init__(self) -> None:
-        self.sigmas()  # raises on impossible values
-        self._check_guidance()
-        if self.rho != 7 and self.grid != "karras":
-            raise ValueError(f"rho works with the karras grid only, not with {self.grid}")
-        if self.shift != 1 and self.grid != "flow":
-            raise ValueError(f"shift works with the flow grid only, not with {self.grid}")
-        for option in self._options():
-            able = [name for name, solver in SOLVERS.items() if option in solver.options]
-            if self.solver not in able:
-                raise ValueError(f"{option} works with {', '.join(able)}, not with {self.solver}")
-        most = 1.0 if self.solver in ("ddim", "ancestral") else 100.0
-        if self.eta is not None and not 0 <= self.eta <= most:
-            raise ValueError(f"eta of {self.solver} must be in [0, {most:g}], not {self.eta}")
-
-    def _check_guidance(self) -> None:
-        Extrapolation(
-            weight=self.guidance, rescale=self.guidance_rescale, channels=self.guidance_channels
-        )
-        Interval.of(self.guidance_interval)
-        if self.guidance == 1 and (
-            self.guidance_interval or self.guidance_rescale or self.guidance_channels
-        ):
-            raise ValueError(
-                "guidance_interval, guidance_rescale and guidance_channels shape the guidance, and "
-                "guidance is 1, which is none"
-            )
-        if isinstance(self.threshold, int | float) and not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be clamp or in (0, 1], not {self.threshold}")
-
-    def guided(self, denoiser: Denoiser, guide: Denoiser | None = None) -> Denoiser:
-        """The denoiser with guidance, by `guide` if there is one, and then the threshold."""
-        if guide is not None and self.guidance == 1:
-            raise ValueError("a guide has no effect at guidance 1; set another weight")
-        if self.guidance != 1:
-            made = (
-                functools.partial(CFG, denoiser)
-                if guide is None
-                else functools.partial(AutoGuidance, denoiser, guide)
-            )
-            denoiser = made(
-                self.guidance,
-                interval=self.guidance_interval,
-                rescale=self.guidance_rescale,
-                channels=self.guidance_channels,
-            )
-        if self.threshold is None:
-            return denoiser
-        if self.threshold == "clamp":
-            return Clamp(denoiser)
-        return DynamicThreshold(denoiser, self.threshold)
-
-    def ends(self, law: NoiseLaw | None = None) -> tuple[float, float]:
-        """The smallest and the largest noise level, for a model trained on the levels of `law`.
-
-        Raises `ValueError` for levels that it never draws.
-        """
-        low, high = (0.0, math.inf) if law is None else _support(law)
-        for name in ("sigma_min", "sigma_max"):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(
-                    f"{name} {value:g} lies outside the noise levels of training, "
-                    f"{low:.4g} to {high:.4g}"
-                )
-        return (
-            max(0.002, low) if self.sigma_min is None else self.sigma_min,
-            min(80.0, high) if self.sigma_max is None else self.sigma_max,
-        )
-
-    def sigmas(self, law: NoiseLaw | None = None) -> Tensor:
-        """The noise levels, see `ends`: float64 [steps + 1]."""
-        ends = (self.steps, *self.ends(law))
-        match self.grid:
-            case "karras":
-                return karras(*ends, self.rho)
-            case "log_uniform":
-                return log_uniform(*ends)
-            case "uniform_t":
-                return time_uniform(*ends)
-            case "quadratic":
-                return time_uniform(*ends, power=2)
-            case "flow":
-                return flow_uniform(*ends, self.shift)
-
-    def bound_solver(self) -> Solver:
-        """The solver with its options."""
-        return functools.partial(SOLVERS[self.solver], **self._options())
-
-    def _options(self) -> dict[str, object]:
-        given = {"churn": self.churn if self.churn.amount else None, "eta": self.eta}
-        return {name: value for name, value in given.items() if value is not None}
-
-
-def _support(law: NoiseLaw) -> tuple[float, float]:
-    low, high = law.draw(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
-    return low, high
+from patchdiffusion.sampler import SamplerConfig
+from patchdiffusion.solvers import Noise, run
 
 
 def noise_field(seeds: Tensor, channels: int, corner: tuple[int, int], size: Size) -> Tensor:
@@ -177,7 +41,7 @@ def noise_field(seeds: Tensor, channels: int, corner: tuple[int, int], size: Siz
 
 
 def sample(
-    denoiser: Denoiser,
+    model: Denoiser | FlowMap,
     *,
     seeds: Sequence[int],
     channels: int,
@@ -198,27 +62,50 @@ def sample(
     An image depends on its seed and label, not on the batch it is computed in. `size` defaults to
     the canvas; `corner` (top, left) places a region of another size, by default in the middle.
     With a `guide`, a worse denoiser, the weight `config.guidance` is that of `AutoGuidance`.
-    The solver runs in `dtype`, at noise levels that `law` draws if it is given. `progress` is
-    called with the number of images done at a time.
+    The solver runs in `dtype`, at noise levels that `law` draws if it is given; a flow map takes
+    `config.steps` jumps. `progress` is called with the number of images done at a time.
     """
     config = config or SamplerConfig()
     size = size or canvas
     corner = corner or ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
-    denoiser = PatchDenoiser(config.guided(denoiser, guide), canvas, corner)
-    sigmas, solver = config.sigmas(law), config.bound_solver()
     done = [torch.empty(0, channels, *size)]
     for start in range(0, len(seeds), batch):
         part = torch.tensor(list(seeds[start : start + batch]), dtype=torch.int64, device=device)
         cond = Cond(labels=None if labels is None else labels[start : start + batch].to(device))
         noise = functools.partial(_fresh_noise, part, (channels, *size), dtype)
-        x = noise_field(part, channels, corner, size).to(dtype) * sigmas[0].item()
+        x = noise_field(part, channels, corner, size).to(dtype)
         with torch.no_grad():
-            stamped = _Stamped(denoiser, next(_RUNS), part)
-            x = run(solver(stamped, x, sigmas, cond=cond, noise=noise)).x
+            if isinstance(model, FlowMap):
+                x = _jump(PatchMap(model, canvas, corner), x, cond, noise, config)
+            else:
+                denoiser = PatchDenoiser(config.guided(model, guide), canvas, corner)
+                stamped = _Stamped(denoiser, next(_RUNS), part)
+                x = _solve(stamped, x, cond, noise, config, law)
         done.append(x.to("cpu", torch.float32))
         if progress:
             progress(len(part))
     return torch.cat(done)
+
+
+def _solve(
+    denoiser: Denoiser,
+    noisy: Tensor,
+    cond: Cond,
+    noise: Noise,
+    config: SamplerConfig,
+    law: NoiseLaw | None,
+) -> Tensor:
+    sigmas, solver = config.sigmas(law), config.bound_solver()
+    x = noisy * sigmas[0].item()
+    return run(solver(denoiser, x, sigmas, cond=cond, noise=noise)).x
+
+
+def _jump(
+    flow_map: FlowMap, noisy: Tensor, cond: Cond, noise: Noise, config: SamplerConfig
+) -> Tensor:
+    times = flow_map.times(config.steps)
+    z = noisy * flow_map.path.s(times[0]).item()
+    return run(jump(flow_map, z, times, cond=cond, noise=noise, gamma=config.gamma)).x
 
 
 _RUNS = itertools.count()  # numbers trajectories, so that no cache mixes two of them
@@ -300,9 +187,11 @@ class Pipeline:
         if size is not None and min(size) < 1:
             raise ValueError(f"a size needs positive height and width, not {size}")
         labels = self.labels(count, classes)
+        config = self.sampler(config or SamplerConfig())
+        flow_map = self.model.flow_map if config.solver == "map" else None
         with progress_bar(count, "image", disable=not progress) as bar, self.autocast():
             images = sample(
-                self.model.denoiser,
+                flow_map or self.model.denoiser,
                 seeds=range(seed, seed + count),
                 channels=self.model.config.network.channels,
                 canvas=self.model.config.canvas,
@@ -317,6 +206,10 @@ class Pipeline:
                 progress=bar.update,
             )
         return to_uint8(images)
+
+    def sampler(self, config: SamplerConfig) -> SamplerConfig:
+        """The same with the solver that this model takes; `ValueError` if it takes none such."""
+        return config.fitting(self.model.config.objective)
 
     def autocast(self) -> torch.autocast:
         """A context in which the network has the precision of this pipeline."""

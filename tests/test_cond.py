@@ -20,6 +20,7 @@ def full(batch: int = 3) -> Cond:
         augment=torch.linspace(2, 3, batch * 9).reshape(batch, 9),
         extra=torch.linspace(3, 4, batch * 7).reshape(batch, 7),
         level=torch.linspace(0, 1, batch),
+        span=torch.linspace(4, 5, batch),
         seed=count + 77,
     )
 

@@ -16,8 +16,8 @@ MOST_LINES = 400
 LAYERS: tuple[str, ...] = (
     "require errors bar files fetch memory codec dist rng noise ddpm patches cond picture",
     "denoiser analytic weighting losses nets",
-    "objectives solvers guidance accel data model",
-    "sample metrics report",
+    "solvers guidance objectives accel data model",
+    "sampler sample metrics report",
     "train",
     "apps interop",
     "recipes cli",

@@ -9,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from patchdiffusion import recipes
 from patchdiffusion.cli.parse import parse_some
 from patchdiffusion.ddpm import DDPMSteps
 from patchdiffusion.denoiser import (
@@ -84,6 +85,8 @@ class Parts:
     """Law of the noise levels in training."""
     weighting: Annotated[str | None, _one_of(WEIGHTINGS)] = None
     """Weight of the loss at each noise level."""
+    objective: Annotated[str | None, _one_of(recipes.OBJECTIVES)] = None
+    """What is trained: a denoiser, or a model that samples in a few steps."""
 
 
 def choose(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
@@ -93,6 +96,7 @@ def choose(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
     Raises `ValueError` for unknown words.
     """
     words = parse_some(Parts, flags, default=Parts())
+    config = recipes.with_objective(config, words.objective)
     precond = _pick("precond", PRECONDS, words.precond, config.precond)
     noise, weighting = config.noise, config.weighting
     if type(precond) is not type(config.precond):

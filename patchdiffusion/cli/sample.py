@@ -116,7 +116,7 @@ def _write(folder: Path, images, pipeline: Pipeline, given: SampleArguments) -> 
         "software": f"patchdiffusion {__version__}",
         "model": pipeline.model.digest,
         "weights": given.weights,
-        "sampler": json.dumps(encode(given.sampler)),
+        "sampler": json.dumps(encode(pipeline.sampler(given.sampler))),
         "region": json.dumps({"size": given.size, "corner": given.corner}),
     }
     if pipeline.guide is not None:

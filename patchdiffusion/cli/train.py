@@ -98,8 +98,8 @@ def default_config(what: str, flags: Sequence[str]) -> TrainConfig:
         recipe, images = recipes.find(what), early.data.path
     if (stored := _begun(what, early)) is not None:
         return _same_data(stored, early.data.path or images)
-    data = recipe(Facts()).data
-    if recipe is not recipes.glyphs or images:
+    data = recipe(Facts(path="")).data  # some recipes bring images of their own
+    if images:
         data = replace(data, path=images)
     if not data.path:
         raise ValueError(f"the recipe {what} needs images: give them with --data.path")

@@ -25,6 +25,7 @@ from patchdiffusion.metrics.features import Extractor
 from patchdiffusion.metrics.frechet import Moments
 from patchdiffusion.metrics.heldout import held_out_losses, summarise
 from patchdiffusion.metrics.memorise import copy_rate
+from patchdiffusion.objectives import denoises
 from patchdiffusion.sample import Pipeline, SamplerConfig
 from patchdiffusion.weighting import natural_weight
 
@@ -84,7 +85,8 @@ class Evaluation:
     def of_model(self, pipeline: Pipeline) -> dict[str, Any]:
         """Every number and its card, ready for JSON; alike on all processes."""
         result: dict[str, Any] = {}
-        if self.config.held_out and len(self.pack.heldout):
+        known = denoises(pipeline.model.config.objective)
+        if self.config.held_out and len(self.pack.heldout) and known:
             result["held_out"] = self.held_out(pipeline)
         if self.extract is not None and self.config.samples:
             result |= self._against(lambda part: self._sampled(pipeline, part))
@@ -252,7 +254,7 @@ class Evaluation:
                 last = self.config.seed + self.config.samples - 1
                 card["samples"] = self.config.samples
                 card["seeds"] = f"{self.config.seed}-{last}"
-                card["sampler"] = encode(self.config.sampler)
+                card["sampler"] = encode(pipeline.sampler(self.config.sampler))
                 if pipeline.guide is not None:
                     card["guide"] = pipeline.guide.digest
                 card["classes"] = "as in the data" if self.labels(pipeline) else "none"
@@ -269,9 +271,8 @@ class Evaluation:
             config = replace(self.config.sampler, steps=1)
             labels = (self.labels(pipeline) or [])[:_TRIAL] or None
             once = _time(lambda: pipeline.sample(_TRIAL, classes=labels, config=config))
-            evaluations = 2 * self.config.sampler.steps - 1
-            if self.config.sampler.solver == "euler":
-                evaluations = self.config.sampler.steps
+            heun = pipeline.sampler(self.config.sampler).solver == "heun"
+            evaluations = self.config.sampler.steps * (1 + heun) - heun
             seconds += once / _TRIAL * samples * evaluations
         return seconds / self.team.size
 

@@ -91,6 +91,8 @@ def _operators(
     x: Tensor, weight: Tensor, bias: Tensor, shift: Tensor | None, key: Tensor | None, how: _How
 ) -> Tensor:
     h = x if shift is None else x + shift[:, :, None, None].to(x.dtype)
+    if torch._C._are_functorch_transforms_active():
+        h = h.contiguous()  # the forward derivative of a group norm takes no other layout
     # The CPU kernel accumulates bfloat16 in float32, CUDA's autocast runs the whole in float32.
     h = F.group_norm(h, how.groups, weight, bias, how.eps).to(x.dtype)
     h = F.silu(h) if how.silu else h

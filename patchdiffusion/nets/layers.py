@@ -79,13 +79,17 @@ class Conv(nn.Conv2d):
 
 
 class Linear(nn.Linear):
-    """A linear layer; weights Xavier-uniform, bias zero."""
+    """A linear layer; weights Xavier-uniform times `scale`, bias zero."""
+
+    def __init__(self, cin: int, cout: int, *, scale: float = 1.0, bias: bool = True):
+        self.scale = scale
+        super().__init__(cin, cout, bias=bias)
 
     def reset_parameters(self) -> None:
         """Nothing: the default would consume the global generator."""
 
     def draw(self, key: Key) -> None:
-        _xavier(self.weight, 1.0, key("weight"))
+        _xavier(self.weight, self.scale, key("weight"))
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

@@ -56,6 +56,8 @@ class UNetConfig:
     """Resampling filter: 1 1 (DDPM++) or 1 3 3 1 (NCSN++)."""
     dropout: float = 0.0
     """Share of features dropped in every block while training."""
+    span: bool = False
+    """Whether the network is told how far it goes, as few-step models of two times are."""
 
     def __post_init__(self) -> None:
         # The upper limits only catch slips: far below them a network fits no machine.
@@ -116,7 +118,11 @@ class SongUNet(nn.Module):
         self.config = config
         widths = [config.base * m for m in config.mult]
         self.embed = Embedding(
-            config.base, config.embedding, config.num_classes, config.augment_dim
+            config.base,
+            config.embedding,
+            config.num_classes,
+            config.augment_dim,
+            span=config.span,
         )
         self.stem = Stem(config.channels, config.base, coordinates=config.position_channels)
         self.enc = nn.ModuleList()
@@ -202,8 +208,8 @@ class SongUNet(nn.Module):
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """x [B, C, H, W], noise [B] -> [B, C, H, W]; no dropout unless `cond.seed` is given.
 
-        Uses labels, augment, pos and seed of the condition. Raises `ValueError` if the channels
-        of x or the shape of cond.pos [B, 2, H, W] do not fit.
+        Uses labels, augment, pos, span and seed of the condition. Raises `ValueError` if the
+        channels of x or the shape of cond.pos [B, 2, H, W] do not fit.
         """
         emb = self.embed(noise, cond)  # [B, E]
         pos = self._positions(x, cond)

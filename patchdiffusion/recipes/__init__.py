@@ -10,6 +10,7 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import EDM
 from patchdiffusion.nets import unet
 from patchdiffusion.noise import LogNormal
+from patchdiffusion.objectives import ConsistencyConfig, FewStep, MeanFlowConfig
 from patchdiffusion.patches import PatchLaw
 from patchdiffusion.train.config import (
     DataConfig,
@@ -137,11 +138,53 @@ def faces64(facts: Facts) -> TrainConfig:
     )
 
 
+def meanflow(facts: Facts) -> TrainConfig:
+    """The demo as a few-step model: MeanFlow with patches, sampled in one to four evaluations.
+
+    Coordinates do not move along the path, so that patches change nothing in its derivative.
+    """
+    demo = glyphs(facts)
+    config = with_objective(demo, "meanflow")
+    return replace(config, name="meanflow", optim=replace(demo.optim, lr=1e-3), images=60_000)
+
+
+# ---- Objectives ----
+
+OBJECTIVES: dict[str, type[FewStep] | None] = {
+    "denoising": None,
+    "consistency": ConsistencyConfig,
+    "meanflow": MeanFlowConfig,
+}
+
+
+def with_objective(config: TrainConfig, name: str | None) -> TrainConfig:
+    """The same for another objective, with the noise law and network that belong to it.
+
+    A configuration of that objective stays as it is. None is the objective that it has. Raises
+    `ValueError` for an unknown name.
+    """
+    if name is not None and name not in OBJECTIVES:
+        raise ValueError(f"unknown objective {name!r}, allowed: {', '.join(OBJECTIVES)}")
+    if name is None or isinstance(config.objective, OBJECTIVES[name] or type(None)):
+        return config
+    if name == "denoising":
+        return replace(config, objective=None)
+    meanflow = name == "meanflow"
+    return replace(
+        config,
+        objective=MeanFlowConfig() if meanflow else ConsistencyConfig(),
+        noise=LogNormal(mean=-0.4, std=1.0) if meanflow else LogNormal(mean=-1.1, std=2.0),
+        network=replace(config.network, span=meanflow),
+        watch=replace(config.watch, sample_steps=2),
+    )
+
+
 RECIPES: dict[str, Recipe] = {
     "glyphs": glyphs,
     "folder": folder,
     "cifar10": cifar10,
     "faces64": faces64,
+    "meanflow": meanflow,
 }
 
 

@@ -10,6 +10,7 @@ from patchdiffusion.ddpm import DDPMSteps
 from patchdiffusion.denoiser import EDM, EpsDDPM, Parameterisation
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import LogNormal
+from patchdiffusion.objectives import FewStep
 from patchdiffusion.patches import PatchLaw, PatchPlan, Size
 from patchdiffusion.weighting import Law, LossWeight, natural_weight
 
@@ -186,6 +187,7 @@ class TrainConfig:
     log_variance: int = 0
     """Size of a learned log-variance of the loss, by which all noise levels count alike; EDM2 has
     128, 0 learns none."""
+    objective: FewStep | None = None
     patches: PatchLaw = field(default_factory=PatchLaw)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -212,11 +214,21 @@ class TrainConfig:
         fraction(self, "label_dropout")
         if self.micro_batch is not None:
             positive(self, "micro_batch")
+        if self.objective is not None:
+            self._check_objective(self.objective)
         if not self.name or self.name in (".", "..") or {"/", "\\", "\0"} & set(self.name):
             raise ValueError(f"name must be usable as a folder name, not {self.name!r}")
         if not 0 <= self.log_variance <= 65536:
             raise ValueError(f"log_variance must lie in [0, 65536], not {self.log_variance}")
         _check_steps(self.precond, self.noise)
+
+    def _check_objective(self, objective: FewStep) -> None:
+        objective.check(self.network)
+        if not isinstance(self.precond, EDM) or self.weighting or self.log_variance:
+            raise ValueError(
+                "precond, weighting and log_variance are for denoising; "
+                f"{type(objective).__name__} has its own, leave them alone"
+            )
 
     @property
     def loss_weight(self) -> LossWeight:

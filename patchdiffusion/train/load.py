@@ -163,13 +163,14 @@ def empty_moments(
 def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     """The averaged weights of a run or model that a new run may start from.
 
-    A network with coordinates may start from one without: their weights are zero, so that it is
-    the same function. Raises `ValueError` if anything else differs.
+    A network with coordinates or a span may start from one without: their weights are zero, so that
+    it is the same function. Raises `ValueError` if anything else differs.
     """
     model = load_model(path)
     given, own = model.network.state_dict(), _tensors(training.network)
     wrong = [name for name in given if name not in own or given[name].shape != own[name].shape]
-    wrong += [name for name in own if name not in given and "coordinates" not in name]
+    gained = ("coordinates.", "embed.span.")
+    wrong += [name for name in own if name not in given and not any(g in name for g in gained)]
     if wrong:
         raise ValueError(
             f"cannot start from {path}: its network differs in {len(wrong)} tensors "

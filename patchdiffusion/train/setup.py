@@ -13,12 +13,13 @@ from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
-from patchdiffusion.denoiser import NetDenoiser
+from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.dist import Team, place
 from patchdiffusion.losses import DenoisingLoss, Objective, UncertaintyLoss
 from patchdiffusion.metrics.features import Extractor, extractor
-from patchdiffusion.model import ModelConfig, build, pick_device
+from patchdiffusion.model import ModelConfig, build, load_model, pick_device
 from patchdiffusion.nets.count import training_flops
+from patchdiffusion.objectives import FewStep, parameterisation
 from patchdiffusion.patches import PatchPlan, Size
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.ema import EMA
@@ -80,6 +81,11 @@ def check_fits(config: TrainConfig, pack: Pack) -> None:
         raise ValueError(
             f"watch.guidance {config.watch.guidance} needs a network with classes; leave it at 1"
         )
+    if config.watch.guidance != 1 and config.objective is not None:
+        raise ValueError(
+            f"watch.guidance {config.watch.guidance} cannot be had of a few-step model; leave it "
+            "at 1"
+        )
     if config.network.num_classes not in (0, classes):
         raise ValueError(
             f"the data has {classes} classes and the network {config.network.num_classes}: "
@@ -135,7 +141,7 @@ class Training:
     @property
     def averaged(self) -> NetDenoiser:
         """The denoiser of the averaged weights; all processes must ask if they are sharded."""
-        return NetDenoiser(self.ema.network(), self.config.precond, self.config.noise)
+        return denoiser_of(self.ema.network(), self.config)
 
     @property
     def learner(self) -> nn.Module:
@@ -151,6 +157,7 @@ class Training:
             noise=self.config.noise,
             canvas=self.canvas,
             classes=self.pack.classes if self.config.network.num_classes else (),
+            objective=self.config.objective,
             data=self.pack.name,
             images=self.state.equivalents,
             step=self.state.step,
@@ -160,6 +167,11 @@ class Training:
     def parameters(self) -> int:
         """Number of trained parameters."""
         return sum(p.numel() for p in self.network.parameters())
+
+    @property
+    def macs(self) -> float:
+        """Multiply-accumulates of the network for one image."""
+        return self.flops[self.canvas] / (6 + 2 * _passes(self.config))
 
     @property
     def total_steps(self) -> int:
@@ -190,7 +202,7 @@ class Training:
         )
         say(
             f"network   {self.parameters / 1e6:.2f}M parameters, "
-            f"{self.flops[self.canvas] / 6e9:.3g} GMAC per image; {self.precision} on "
+            f"{self.macs / 1e9:.3g} GMAC per image; {self.precision} on "
             f"{self.device}, {torch.get_num_threads()} threads{self._processes()}; "
             f"{self.engine['kernels']}"
         )
@@ -223,10 +235,11 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     network = build(config.network, seed=config.seed).to(device)
     sizes = dict.fromkeys([canvas, *(k.size for k in plan.sizes)])
     crops = dict.fromkeys([canvas, *(k.size for k in plan.sizes if k.pitch == 1)])
-    flops = {size: round(training_flops(network, size)) for size in sizes}
+    share = 1 + _passes(config) / 3  # of what `training_flops` counts: one pass, and back
+    flops = {size: round(training_flops(network, size) * share) for size in sizes}
     ema = _spread_out(network, config, run, team, device)
-    objective = _objective(config, run, team, device)
-    work = Work(NetDenoiser(network, config.precond, config.noise), objective)
+    objective = _objective(config, run, ema, team, device)
+    work = Work(denoiser_of(network, config), objective)
     feed = Feed(
         resident(pack.images, device),
         training_labels(config, pack),
@@ -273,7 +286,26 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     )
 
 
-def _objective(config: TrainConfig, run: RunConfig, team: Team, device: torch.device) -> Objective:
+def _passes(config: TrainConfig) -> float:
+    """Forward passes of a step beside the usual one."""
+    return 0.0 if config.objective is None else config.objective.passes
+
+
+def denoiser_of(network: nn.Module, config: TrainConfig) -> NetDenoiser:
+    """A network as the denoiser that is trained, or that a few-step model is made of."""
+    precond = parameterisation(config.objective, config.precond)
+    return NetDenoiser(network, precond, config.noise)
+
+
+def _objective(
+    config: TrainConfig, run: RunConfig, ema: EMA, team: Team, device: torch.device
+) -> Objective:
+    if config.objective is not None:
+        if run.shard:
+            raise ValueError("--shard works with --objective denoising only; leave one of them out")
+        average = denoiser_of(ema.network(), config)
+        teacher = _teacher(config.objective, config, device)
+        return config.objective.loss(config.noise, config.label_dropout, average, teacher)
     loss = DenoisingLoss(config.noise, config.loss_weight, config.label_dropout)
     if not config.log_variance:
         return loss
@@ -281,6 +313,23 @@ def _objective(config: TrainConfig, run: RunConfig, team: Team, device: torch.de
     if run.shard:  # the optimizer takes sharded weights or whole ones, not both
         shard(learned, [], team, device)
     return UncertaintyLoss(loss, learned)
+
+
+def _teacher(objective: FewStep, config: TrainConfig, device: torch.device) -> Denoiser | None:
+    """The denoiser that is distilled, if there is one; `ValueError` if it does not fit."""
+    path = getattr(objective, "teacher", None)
+    if path is None:
+        return None
+    model = load_model(path, device=device)
+    own = (config.network.channels, config.network.num_classes)
+    other = (model.config.network.channels, model.config.network.num_classes)
+    if own != other or model.config.objective is not None:
+        raise ValueError(
+            f"the teacher {path} must denoise images of {own[0]} channels and {own[1]} classes; "
+            f"it has {other[0]} and {other[1]}"
+            + (" and is itself a few-step model" if model.config.objective else "")
+        )
+    return model.denoiser
 
 
 def _extractor(config: TrainConfig, team: Team, device: torch.device) -> Extractor | None:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ class Stepper:
         passes = self._passes(groups)
         values: list[dict[str, Tensor]] = [{} for _ in groups]
         for one in passes:
-            self._accumulate(one, values[one.number], cursor, last=one is passes[-1])
+            self._accumulate(one, values[one.number], cursor, progress, last=one is passes[-1])
         losses = self._everywhere(values)
         kind = "+".join(group.name for group in groups)
         with self.phases("update"), torch.no_grad():
@@ -127,7 +128,13 @@ class Stepper:
         return max(1, int(self.micro_batch * area))
 
     def _accumulate(
-        self, one: Pass, values: dict[str, Tensor], cursor: tuple[int, int], *, last: bool
+        self,
+        one: Pass,
+        values: dict[str, Tensor],
+        cursor: tuple[int, int],
+        progress: float,
+        *,
+        last: bool,
     ) -> None:
         """Add the gradient of a pass, and its part of the means over its group to `values`."""
         group, share = one.group, len(one.chunk) / one.group.count * one.counts
@@ -135,6 +142,7 @@ class Stepper:
             batch, draws = self.feed.batch(
                 group, step=cursor[0], position=cursor[1], first=one.first, chunk=one.chunk
             )
+            batch = replace(batch, progress=progress)
         with synchronised(self.work, last):
             with self.phases("forward"), autocast(self.device, self.precision):
                 out: LossOut = self.work(batch, draws)

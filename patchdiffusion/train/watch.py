@@ -24,6 +24,8 @@ from patchdiffusion.metrics.features import Extractor
 from patchdiffusion.metrics.frechet import frechet_distance
 from patchdiffusion.metrics.heldout import held_out_losses, summarise
 from patchdiffusion.metrics.memorise import copy_rate
+from patchdiffusion.objectives import denoises
+from patchdiffusion.objectives.flowmap import FlowMap
 from patchdiffusion.patches import Size
 from patchdiffusion.picture import enlarge, grid, save_png, to_uint8
 from patchdiffusion.sample import SamplerConfig, sample
@@ -62,14 +64,21 @@ class Watch:
         classes = self.config.network.num_classes
         share = self.team.share(self.config.watch.grid)
         labels = torch.tensor(share) % classes if classes else None
-        watched = _Abandonable(denoiser, ending)
+        watched = self._sampler(denoiser, ending)
         return torch.cat(self._all(lambda: self._sample(watched, share, labels)))
 
-    def _sample(self, denoiser: Denoiser, seeds: range, labels: Tensor | None) -> Tensor:
+    def _sampler(self, denoiser: NetDenoiser, ending: Ending) -> Denoiser | FlowMap:
+        """What images are made with; a few evaluations need not be broken off."""
+        objective = self.config.objective
+        if objective is not None:
+            return objective.flow_map(denoiser)
+        return _Abandonable(denoiser, ending)
+
+    def _sample(self, model: Denoiser | FlowMap, seeds: range, labels: Tensor | None) -> Tensor:
         watch = self.config.watch
         with autocast(self.device, self.precision):
             return sample(
-                denoiser,
+                model,
                 seeds=seeds,
                 channels=self.config.network.channels,
                 canvas=self.sizes[0],
@@ -96,7 +105,7 @@ class Watch:
         """Held-out loss (total, per band, per size), copies and distance, where they apply."""
         facts: dict[str, object] = {}
         held = self.pack.some_held_out(self.config.watch.held_out)
-        if len(held):
+        if len(held) and denoises(self.config.objective):
 
             def losses() -> Tensor:
                 with autocast(self.device, self.precision):
@@ -131,7 +140,7 @@ class Watch:
         labels = training_labels(self.config, self.pack)
         labels = None if labels is None else sample_labels(labels, count)
         part = self.team.share(count)
-        watched = _Abandonable(denoiser, ending)
+        watched = self._sampler(denoiser, ending)
 
         def features() -> Iterator[Tensor]:
             for start in range(part.start, part.stop, self._batch):

@@ -1,0 +1,218 @@
+"""Few-step models of a Gaussian mixture in the plane: the table of docs/few-steps.md.
+
+    python benchmarks/few_steps.py
+
+Trains the same small network by each objective and prints how far samples of 1, 2, 4 and 20 steps
+are from the data: the sliced Wasserstein distance of 20,000 points, along 64 directions. Two draws
+of the data themselves are the floor. About two minutes on one core.
+"""
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from patchdiffusion import rng
+from patchdiffusion.analytic import GaussianMixture
+from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.denoiser import (
+    EDM,
+    Denoiser,
+    FlowMatching,
+    NetDenoiser,
+    Precond,
+    expand_sigma,
+    per_sample,
+)
+from patchdiffusion.losses import Batch, DenoisingLoss, Objective
+from patchdiffusion.nets.embed import positional
+from patchdiffusion.nets.layers import Linear, initialise
+from patchdiffusion.noise import Flow, LogNormal, Path
+from patchdiffusion.objectives.consistency import ConsistencyConfig
+from patchdiffusion.objectives.ctm import TrajectoryLoss, TrajectoryMap
+from patchdiffusion.objectives.flowmap import FlowMap, jump
+from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowMap
+from patchdiffusion.solvers import run
+from patchdiffusion.weighting import EDMWeight, FlowWeight
+
+DATA = GaussianMixture.toy()
+SPREAD = 0.88
+"""Its standard deviation."""
+LARGEST = 20.0
+"""Noise level at which consistency models begin."""
+LAW = LogNormal(mean=0.0, std=1.6)
+BATCH = 256
+COUNT = 20_000
+STEPS = (1, 2, 4, 20)
+
+
+class MLP(nn.Module):
+    """Three layers of 128 for points of the plane, told the noise and the span."""
+
+    def __init__(self, seed: int = 0, width: int = 128, features: int = 32):
+        super().__init__()
+        self.features = features
+        sizes = (2 + 2 * features, width, width, width)
+        self.layers = nn.ModuleList(Linear(a, b) for a, b in itertools.pairwise(sizes))
+        self.out = Linear(width, 2)
+        initialise(self, seed)
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+        span = torch.zeros_like(noise) if cond.span is None else cond.span
+        told = [positional(4 * value, self.features) for value in (noise, span)]
+        h = torch.cat([x, *told], dim=1)
+        for layer in self.layers:
+            h = torch.nn.functional.silu(layer(h))
+        return self.out(h)
+
+
+def train(
+    precond: Precond,
+    objective: Callable[[Denoiser], Objective],
+    steps: int,
+    *,
+    lr: float = 2e-3,
+    seed: int = 0,
+) -> NetDenoiser:
+    """Train by an objective, which is told the denoiser of averaged weights, and return that."""
+    network, average = MLP(seed), MLP(seed).requires_grad_(False)
+    own, smooth = NetDenoiser(network, precond), NetDenoiser(average, precond)
+    loss = objective(smooth)
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    for step in range(steps):
+        progress = step / steps
+        for group in optimizer.param_groups:
+            group["lr"] = lr * 0.5 * (1 + math.cos(math.pi * progress))
+        index = torch.arange(BATCH)
+        draws = rng.Draws(seed, step, index, index, BATCH)
+        x, _ = DATA.sample(draws.keys("data"))
+        none = torch.zeros(BATCH, 4, dtype=torch.int64)
+        batch = Batch(x.float(), Cond(), index, none, none[:, 0].bool(), progress=progress)
+        optimizer.zero_grad()
+        loss(own, batch, draws).per_sample.mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            decay = min(0.995, (1 + step) / (10 + step))
+            for target, weight in zip(average.parameters(), network.parameters(), strict=True):
+                target.lerp_(weight, 1 - decay)
+    return smooth
+
+
+# ---- The models ----
+
+
+@dataclass(frozen=True)
+class EulerMap:
+    """Steps of Euler's rule on the straight path, what flow matching is usually sampled with."""
+
+    denoiser: NetDenoiser
+    path: Path = field(default_factory=Flow)
+    gamma: float = 0.0
+
+    def times(self, steps: int) -> Tensor:
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def __call__(
+        self, z: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond | None = None
+    ) -> Tensor:
+        now = expand_sigma(t, z)
+        return z - per_sample(now - s, z) * self.denoiser.network(z, now, Cond())
+
+
+def flow_matching(steps: int) -> FlowMap:
+    """The baseline: an ordinary velocity."""
+    loss = DenoisingLoss(LogNormal(mean=0.0, std=1.0), FlowWeight(), label_dropout=0.0)
+    return EulerMap(train(FlowMatching(), lambda average: loss, steps))
+
+
+def meanflow(steps: int) -> FlowMap:
+    """Three quarters of the samples with two different times, drawn from almost all of (0, 1).
+
+    The loss is not divided by itself: with two numbers instead of thousands, that would not leave
+    its minimum where it is.
+    """
+    config = MeanFlowConfig(same=0.25, power=0.0)
+    loss = config.loss(LogNormal(mean=0.0, std=2.0), 0.0)
+    return MeanFlowMap(network=train(FlowMatching(), lambda average: loss, steps).network)
+
+
+def consistency(steps: int, teacher: Denoiser | None = None) -> FlowMap:
+    """As in iCT but for the numbers; with a teacher, consistency distillation."""
+    first, last = (10, 320) if teacher is None else (40, 160)
+    config = ConsistencyConfig(first=first, last=last, huber=0.1, sigma_max=LARGEST)
+    precond = config.precond(EDM(sigma_data=SPREAD))
+    loss = config.loss(LAW, 0.0, teacher=teacher)
+    return config.flow_map(train(precond, lambda average: loss, steps))
+
+
+def trajectory(steps: int) -> FlowMap:
+    """A consistency trajectory model of the exact denoiser."""
+    precond, weighting = EDM(sigma_data=SPREAD), EDMWeight(sigma_data=SPREAD)
+    common = TrajectoryLoss(
+        target=DATA,
+        teacher=DATA,
+        law=LAW,
+        weighting=weighting,
+        levels=40,
+        steps=2,
+        sigma_max=LARGEST,
+    )
+    g = train(precond, lambda average: replace(common, target=average), steps)
+    return TrajectoryMap(g=g, sigma_max=LARGEST)
+
+
+MODELS: dict[str, Callable[[int], FlowMap]] = {
+    "flow matching, Euler": flow_matching,
+    "MeanFlow": meanflow,
+    "consistency training (iCT)": consistency,
+    "consistency distillation": lambda steps: consistency(steps, DATA),
+    "CTM without its adversary": trajectory,
+}
+
+
+# ---- The distance ----
+
+
+@torch.no_grad()
+def samples(flow_map: FlowMap, steps: int) -> Tensor:
+    """float32 [COUNT, 2]."""
+    keys = rng.keys(0, "samples", 0, torch.arange(COUNT))
+    times = flow_map.times(steps)
+    z = rng.normal(keys, (2,)) * flow_map.path.s(times[0]).item()
+
+    def noise(step: int) -> Tensor:
+        return rng.normal(rng.subkeys(keys, f"noise {step}"), (2,))
+
+    return run(jump(flow_map, z, times, noise=noise)).x
+
+
+def data(stream: str = "real") -> Tensor:
+    """As many points of the mixture itself."""
+    return DATA.sample(rng.keys(0, stream, 0, torch.arange(COUNT)))[0].float()
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """Sliced Wasserstein-2: root mean square over 64 directions of that of projections."""
+    angle = torch.arange(64) * (math.pi / 64)
+    directions = torch.stack([angle.cos(), angle.sin()])
+    gap = (a @ directions).sort(dim=0).values - (b @ directions).sort(dim=0).values
+    return gap.square().mean().sqrt().item()
+
+
+def main(steps: int = 4000) -> None:
+    """Train, measure, print Markdown."""
+    real = data()
+    print("| model | " + " | ".join(f"{n} step" + "s" * (n > 1) for n in STEPS) + " |")
+    print("|---|" + "---|" * len(STEPS))
+    for name, make in MODELS.items():
+        flow_map = make(steps)
+        row = [f"{distance(samples(flow_map, n), real):.3f}" for n in STEPS]
+        print(f"| {name} | {' | '.join(row)} |", flush=True)
+    print(f"\nTwo draws of the data: {distance(data('more'), real):.3f}")
+
+
+if __name__ == "__main__":
+    main()

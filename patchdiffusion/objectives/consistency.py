@@ -1,0 +1,230 @@
+"""Consistency models: one network that jumps from any noise level to the smallest one.
+
+Song, Dhariwal, Chen, Sutskever, "Consistency Models" (arXiv 2303.01469), with the improvements of
+Song and Dhariwal (iCT, 2310.14189). Everything is in the VE frame: time is the noise level.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.cond import Cond
+from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, Scales, per_sample
+from patchdiffusion.losses import Batch, LossOut, drop_labels
+from patchdiffusion.nets.unet import UNetConfig
+from patchdiffusion.noise import VE, NoiseLaw, Path, karras
+from patchdiffusion.objectives.flowmap import Levels, heun_step
+from patchdiffusion.rng import Draws
+
+Schedule = Literal["doubling", "quadratic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """EDM's preconditioning, moved so that f(x, sigma_min) = x exactly (2303.01469, appendix C)."""
+
+    sigma_data: float = 0.5
+    """Standard deviation of the data in [-1, 1] units."""
+    sigma_min: float = 0.002
+    """The noise level that the network jumps to."""
+
+    def scales(self, sigma: Tensor) -> Scales:
+        above = sigma - self.sigma_min
+        inner = (sigma**2 + self.sigma_data**2).rsqrt()
+        skip = self.sigma_data**2 / (above**2 + self.sigma_data**2)
+        return Scales(skip, above * self.sigma_data * inner, inner, sigma.log() / 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyMap:
+    """f as a flow map: from any noise level to `sigma_min`, and nowhere else."""
+
+    f: Denoiser
+    """Preconditioned by `Boundary`."""
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    path: Path = field(default_factory=VE, init=False)
+    gamma: float = field(default=1.0, init=False)
+
+    def times(self, steps: int) -> Tensor:
+        """Noise levels spaced like those of EDM, the last one sigma_min: float64 [steps + 1]."""
+        return karras(steps + 1, self.sigma_min, self.sigma_max)[:-1]
+
+    def __call__(
+        self, z: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond | None = None
+    ) -> Tensor:
+        """z [B, C, *S] at noise level t -> the image; `ValueError` unless s is sigma_min."""
+        if not (torch.as_tensor(s) <= self.sigma_min * (1 + 1e-6)).all():
+            raise ValueError(
+                f"a consistency model jumps to the noise level {self.sigma_min:g}, not to {s}: "
+                "sample it with gamma 1"
+            )
+        return self.f(z, t, cond)
+
+
+# ---- Schedules, as functions of the share of the run that is done ----
+
+
+def num_levels(schedule: Schedule, progress: float, first: int, last: int) -> int:
+    """N, the number of noise levels of the grid.
+
+    "doubling": min(first 2^floor(k / K'), last) + 1 with K' = K / (log2(last / first) + 1) (iCT,
+    table 1). "quadratic": ceil(sqrt(k / K ((last + 1)^2 - first^2) + first^2) - 1) + 1
+    (2303.01469, appendix C). "doubling" with `first` = `last` keeps it at first + 1.
+    """
+    if schedule == "doubling":
+        stage = math.floor(progress * (math.log2(last // first) + 1))
+        return min(first * 2**stage, last) + 1
+    return math.ceil(math.sqrt(progress * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1
+
+
+def target_decay(decay: float, first: int, levels: int) -> float:
+    """Decay per step of the target's average, mu = exp(first ln(decay) / N) (appendix C)."""
+    return math.exp(first * math.log(decay) / levels)
+
+
+def pseudo_huber(square: Tensor, c: float) -> Tensor:
+    """sqrt(square + c^2) - c of a mean square: |d| far from 0 and d^2 near it (iCT, table 1).
+
+    The paper has sums over D numbers and c = .00054 sqrt(D), which is sqrt(D) times this.
+    """
+    return (square + c**2).sqrt() - c
+
+
+# ---- The objective ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyConfig:
+    """Consistency training, by default as in iCT; with a teacher it is distillation."""
+
+    sigma_min: float = 0.002
+    """The noise level that the network jumps to."""
+    sigma_max: float = 80.0
+    """The noise level that samples begin with."""
+    rho: float = 7.0
+    """Exponent of the spacing of the noise levels."""
+    schedule: Schedule = "doubling"
+    """How the number of noise levels grows over the run: doubling (iCT) or quadratic (CT)."""
+    first: int = 10
+    """Noise levels at the beginning (s0)."""
+    last: int = 1280
+    """Noise levels at the end (s1)."""
+    uniform: bool = False
+    """Draw all levels alike (CT, distillation) instead of by the noise law (iCT)."""
+    huber: float = 0.00054
+    """Constant of the pseudo-Huber distance, per pixel; 0 is the squared distance."""
+    weighted: bool = True
+    """Divide the loss by the distance of the two noise levels (iCT)."""
+    target: Literal["self", "average"] = "self"
+    """Whose output is the target: the network's own, or that of its average (CT, distillation)."""
+    teacher: str | None = None
+    """Run or model whose denoiser leads to the next level (distillation); None is training."""
+
+    denoises: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(
+                "consistency needs 0 < sigma_min < sigma_max < inf, "
+                f"not {self.sigma_min}, {self.sigma_max}"
+            )
+        if not 2 <= self.first <= self.last <= 10**6:
+            raise ValueError(
+                f"consistency needs 2 <= first <= last <= 1000000, not {self.first}, {self.last}"
+            )
+        if not 0 < self.rho < math.inf or not 0 <= self.huber < math.inf:
+            raise ValueError(
+                "consistency needs rho > 0 and huber >= 0, both finite, "
+                f"not {self.rho}, {self.huber}"
+            )
+
+    def precond(self, given: EDM) -> Boundary:
+        """How its network is preconditioned."""
+        return Boundary(sigma_data=given.sigma_data, sigma_min=self.sigma_min)
+
+    def check(self, network: UNetConfig) -> None:
+        """Any network will do."""
+
+    def flow_map(self, denoiser: NetDenoiser) -> ConsistencyMap:
+        """What the trained network is."""
+        return ConsistencyMap(f=denoiser, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+
+    def loss(
+        self,
+        law: NoiseLaw,
+        label_dropout: float,
+        average: Denoiser | None = None,
+        teacher: Denoiser | None = None,
+    ) -> "ConsistencyLoss":
+        """The objective; `average` is the network with averaged weights."""
+        return ConsistencyLoss(
+            config=self,
+            law=law,
+            label_dropout=label_dropout,
+            target=average if self.target == "average" else None,
+            teacher=teacher,
+        )
+
+    @property
+    def passes(self) -> float:
+        """Forward passes of a step beside the usual one: the target, and two of a teacher."""
+        return 1.0 if self.teacher is None else 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConsistencyLoss:
+    """d(f(x_n+1, t_n+1), sg f(x_n, t_n)) of neighbouring levels (2303.01469, algorithms 2 and 3).
+
+    Training takes both points with the same noise, x_n = x0 + t_n eps; with a teacher, x_n is
+    where its equation leads from x_n+1 in one step of Heun's rule. Both sides share dropout.
+    """
+
+    config: ConsistencyConfig
+    law: NoiseLaw
+    label_dropout: float = 0.0
+    target: Denoiser | None = None
+    """None is the network itself."""
+    teacher: Denoiser | None = None
+    """E[x0 | x]; None is training without a teacher."""
+
+    def neighbours(
+        self, draws: Draws, progress: float, law: NoiseLaw | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The noise levels t_n+1 and t_n of each sample: float32 [B] each.
+
+        By the noise law, a level is drawn between the ends and both its neighbours taken.
+        """
+        config, law = self.config, law or self.law
+        count = num_levels(config.schedule, progress, config.first, config.last)
+        u = draws.stratified("sigma")
+        grid = Levels(sigma_min=config.sigma_min, sigma_max=config.sigma_max, rho=config.rho)
+        place = u * (count - 1)
+        if not config.uniform:
+            ends = (config.sigma_min, config.sigma_max)
+            low, high = (law.level(u.new_full((1,), end)) for end in ends)
+            place = grid.place(law.draw(low + (high - low) * u), count)
+        n = place.floor().clamp(0, count - 2)
+        return grid.at(n + 1, count), grid.at(n, count)
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+        config = self.config
+        high, low = self.neighbours(draws, batch.progress, batch.noise)
+        cond = replace(batch.cond, seed=draws.keys("network"))
+        cond = drop_labels(cond, draws, self.label_dropout)
+        images, noise = batch.images, draws.normal("noise", tuple(batch.images.shape[1:]))
+        above = images + per_sample(high, images) * noise
+        with torch.no_grad():
+            if self.teacher is None:
+                below = images + per_sample(low, images) * noise
+            else:
+                below = heun_step(self.teacher, above, high, low, replace(cond, seed=None))
+            goal = (self.target or denoiser)(below, low, cond)
+        square = (denoiser(above, high, cond) - goal).square().flatten(1).mean(1)
+        loss = pseudo_huber(square, config.huber) if config.huber else square
+        if config.weighted:
+            loss = loss / (high - low)
+        return LossOut(per_sample=loss, scalars={"consistency error": square.detach().mean()})

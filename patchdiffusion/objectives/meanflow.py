@@ -1,0 +1,213 @@
+"""MeanFlow: a network that knows the mean velocity between any two times of the straight path.
+
+Geng, Deng, Bai, Kolter, He, "Mean Flows for One-step Generative Modeling" (arXiv 2505.13447), with
+the tangent of "Improved Mean Flows" (2512.02012) as an option. z_t = (1 - t) x0 + t eps, noise at
+t = 1, velocity v = eps - x0. The network F(z, t, cond) reads how far it goes, t - s, from
+`cond.span`; at span 0 it is an ordinary velocity and `FlowMatching` makes a denoiser of it.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from patchdiffusion.cond import Cond
+from patchdiffusion.denoiser import (
+    EDM,
+    Denoiser,
+    FlowMatching,
+    NetDenoiser,
+    expand_sigma,
+    per_sample,
+)
+from patchdiffusion.losses import Batch, LossOut, drop_labels
+from patchdiffusion.nets.unet import UNetConfig
+from patchdiffusion.noise import Flow, LogNormal, NoiseLaw, Path
+from patchdiffusion.objectives.tangent import derivative
+from patchdiffusion.rng import Draws
+
+
+def mean_velocity(network: nn.Module, z: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+    """u(z, s, t), the mean velocity from time t to s; z [B, C, *S], t and s [B]."""
+    return network(z, t, replace(cond, span=t - s))
+
+
+def slope(network: nn.Module, z: Tensor, t: Tensor, s: Tensor, cond: Cond, along: Tensor) -> Tensor:
+    """du/dt = along du/dz + du/dt with s held fixed, where s < t: like z.
+
+    Where s = t nobody needs it. It is 0 there on a CPU, which then has less to do; elsewhere the
+    host would have to wait for their number.
+    """
+
+    def moving(z: Tensor, t: Tensor, s: Tensor, cond: Cond, along: Tensor) -> Tensor:
+        return derivative(lambda z, t: mean_velocity(network, z, t, s, cond), (z, t), (along, 1.0))
+
+    if z.device.type != "cpu":
+        return moving(z, t, s, cond, along)
+    found, rows = torch.zeros_like(z), (s < t).nonzero()[:, 0]
+    if len(rows):
+        found[rows] = moving(z[rows], t[rows], s[rows], cond.take(rows), along[rows])
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanFlowMap:
+    """z_s = z_t - (t - s) u(z_t, s, t) (algorithm 2)."""
+
+    network: nn.Module
+    path: Path = field(default_factory=Flow, init=False)
+    gamma: float = field(default=0.0, init=False)
+
+    def times(self, steps: int) -> Tensor:
+        """Evenly spaced from 1 to 0: float64 [steps + 1]."""
+        if steps < 1:
+            raise ValueError(f"a sampling grid needs at least 1 step, not {steps}")
+        return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+
+    def __call__(
+        self, z: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond | None = None
+    ) -> Tensor:
+        """z [B, C, *S] at time t to s, both [B] or scalars; the network computes in float32."""
+        t, s = expand_sigma(t, z), expand_sigma(s, z)
+        u = mean_velocity(self.network, z.float(), t.float(), s.float(), cond or Cond())
+        return z - per_sample(t - s, z) * u.to(z.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanFlowConfig:
+    """MeanFlow. The first time is drawn by the noise law, as t = sigma / (1 + sigma)."""
+
+    same: float = 0.75
+    """Share of samples whose two times are one, which is flow matching."""
+    mean: float | None = None
+    """Mean of the logit of the second time; None takes that of the noise law."""
+    std: float = 1.0
+    """Its standard deviation, if a mean is given."""
+    power: float = 1.0
+    """Each loss is divided by itself + eps to this power, without gradient; 0 leaves it alone."""
+    eps: float = 1e-6
+    """Added there, in units of the mean square over pixels; published values are of sums."""
+    guidance: float = 1.0
+    """Guidance weight of the velocity that is learned; with mix, the scale is guidance/(1-mix)."""
+    mix: float = 0.0
+    """Share of the network's own velocity with the label in that which is learned."""
+    tangent: Literal["data", "network"] = "data"
+    """Along what the derivative is taken: eps - x0, or the network's own velocity (improved)."""
+
+    denoises: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.same <= 1 or not 0 <= self.mix < 1:
+            raise ValueError(
+                f"meanflow needs same in [0, 1] and mix in [0, 1), not {self.same}, {self.mix}"
+            )
+        if not (0 <= self.power <= 1 and 0 < self.eps < math.inf and 0 < self.std < math.inf):
+            raise ValueError(
+                "meanflow needs power in [0, 1] and finite eps and std > 0, "
+                f"not {self.power}, {self.eps}, {self.std}"
+            )
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"meanflow needs guidance >= 0 and finite, not {self.guidance}")
+        if self.mean is not None and not math.isfinite(self.mean):
+            raise ValueError(f"meanflow needs a finite mean, not {self.mean}")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the velocity that is learned is not that of the data."""
+        return (self.guidance, self.mix) != (1.0, 0.0)
+
+    def precond(self, given: EDM) -> FlowMatching:
+        """How its network is preconditioned where it is used as a denoiser."""
+        return FlowMatching()
+
+    def check(self, network: UNetConfig) -> None:
+        """Raise `ValueError` for a network that cannot be trained so."""
+        if not network.span:
+            raise ValueError("meanflow needs a network of two times: set --network.span")
+        if network.embedding != "positional":
+            raise ValueError(
+                "meanflow needs --network.embedding positional: the derivatives of "
+                f"{network.embedding} features are too large"
+            )
+        if self.guided and not network.num_classes:
+            raise ValueError(
+                f"guidance {self.guidance} and mix {self.mix} of the objective need a network "
+                "with classes; leave them at 1 and 0"
+            )
+
+    def flow_map(self, denoiser: NetDenoiser) -> MeanFlowMap:
+        """What the trained network is."""
+        return MeanFlowMap(network=denoiser.network)
+
+    def loss(
+        self,
+        law: NoiseLaw,
+        label_dropout: float,
+        average: Denoiser | None = None,
+        teacher: Denoiser | None = None,
+    ) -> "MeanFlowLoss":
+        """The objective, which needs neither an average nor a teacher."""
+        return MeanFlowLoss(config=self, law=law, label_dropout=label_dropout)
+
+    @property
+    def passes(self) -> float:
+        """Forward passes of a step beside the usual one; a derivative is worth two."""
+        return (
+            2 * (1 - self.same) + (self.tangent == "network") + self.guided * (1 + (self.mix > 0))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanFlowLoss:
+    """|u - sg(v - (t - s) du/dt)|^2 with du/dt along the path, s held fixed (algorithm 1).
+
+    Conditions such as coordinates do not move along the path: their tangent is zero. The squares
+    are a mean over pixels, so that published values of c, which are for sums, are divided by C h w.
+    """
+
+    config: MeanFlowConfig
+    law: NoiseLaw
+    label_dropout: float = 0.0
+
+    def times(self, draws: Draws, law: NoiseLaw | None = None) -> tuple[Tensor, Tensor]:
+        """Two times of each sample, the larger one first: float32 [B] each."""
+        config, law = self.config, law or self.law
+        other = law if config.mean is None else LogNormal(mean=config.mean, std=config.std)
+        a = Flow().time(law.draw(draws.stratified("sigma")))
+        b = Flow().time(other.draw(draws.uniform("span")))
+        t, s = torch.maximum(a, b), torch.minimum(a, b)
+        # Which times are one has nothing to do with which labels are dropped.
+        s = torch.where(draws.bernoulli("same time", config.same), t, s)
+        return t.to(torch.float32), s.to(torch.float32)
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+        """Needs a `NetDenoiser`, whose network it trains."""
+        if not isinstance(denoiser, NetDenoiser):
+            raise ValueError(f"MeanFlow trains a NetDenoiser, not a {type(denoiser).__name__}")
+        network, config = denoiser.network, self.config
+        t, s = self.times(draws, batch.noise)
+        cond = replace(batch.cond, seed=draws.keys("network"))
+        cond = drop_labels(cond, draws, self.label_dropout)
+        images, noise = batch.images, draws.normal("noise", tuple(batch.images.shape[1:]))
+        z = images + per_sample(t, images) * (noise - images)
+        with torch.no_grad():
+            v = self._velocity(network, z, t, cond, noise - images)
+            along = v if config.tangent == "data" else mean_velocity(network, z, t, t, cond)
+            target = v - per_sample(t - s, z) * slope(network, z, t, s, cond, along)
+        square = (mean_velocity(network, z, t, s, cond) - target).square().flatten(1).mean(1)
+        loss = square / (square.detach() + config.eps) ** config.power
+        return LossOut(per_sample=loss, scalars={"velocity error": square.detach().mean()})
+
+    def _velocity(self, network: nn.Module, z: Tensor, t: Tensor, cond: Cond, v: Tensor) -> Tensor:
+        """w v + (1 - w - k) u(z, t, t | null) + k u(z, t, t | label), v without a label."""
+        config = self.config
+        if not config.guided or cond.labels is None:
+            return v
+        goal = config.guidance * v
+        null = mean_velocity(network, z, t, t, cond.null())
+        goal = goal + (1 - config.guidance - config.mix) * null
+        if config.mix:
+            goal = goal + config.mix * mean_velocity(network, z, t, t, cond)
+        return torch.where(per_sample(cond.labels >= 0, z), goal, v)

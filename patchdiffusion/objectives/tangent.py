@@ -1,0 +1,46 @@
+"""Derivatives along a direction, by forward-mode differentiation through any of our networks."""
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from patchdiffusion.nets.layers import full_precision
+
+
+@torch.no_grad()
+def derivative(
+    function: Callable[..., Tensor], at: tuple[Tensor, ...], along: tuple[Tensor | float, ...]
+) -> Tensor:
+    """d/dh function(at + h along) at h = 0, in full precision and without a graph.
+
+    A number is a direction of that value everywhere.
+    """
+    directions = tuple(
+        d if isinstance(d, Tensor) else torch.full_like(x, d)
+        for x, d in zip(at, along, strict=True)
+    )
+    _prepare()
+    # Fused attention has no forward derivative, and low precision too few digits for one.
+    with full_precision(at[0]), sdpa_kernel(SDPBackend.MATH), _eager():
+        return torch.func.jvp(function, at, directions)[1]
+
+
+@cache
+def _prepare() -> None:
+    """Load PyTorch's forward derivatives, which warn of what PyTorch itself uses (2.13)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch._decomp.decompositions_for_jvp  # noqa: F401
+
+
+def _eager() -> contextlib.AbstractContextManager[object]:
+    """A context in which compiled blocks run as they were written: they cannot be transformed."""
+    if "torch._dynamo" not in sys.modules:  # slow to import, and nothing is compiled before
+        return contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager")

@@ -1,0 +1,183 @@
+"""How to get from noise to an image: the settings of sampling, and what fits together."""
+
+import functools
+import math
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.guidance.auto import AutoGuidance
+from patchdiffusion.guidance.cfg import CFG
+from patchdiffusion.guidance.extrapolate import Extrapolation
+from patchdiffusion.guidance.interval import Interval
+from patchdiffusion.guidance.threshold import Clamp, DynamicThreshold
+from patchdiffusion.noise import NoiseLaw, flow_uniform, karras, log_uniform, time_uniform
+from patchdiffusion.objectives import FewStep, denoises
+from patchdiffusion.solvers import SOLVERS, Churn, Solver, SolverName
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How to get from noise to an image."""
+
+    solver: Literal["auto", "map"] | SolverName = "auto"
+    """heun, midpoint, ralston and dpmpp_2s take two evaluations a step, the others one; map is that
+    of few-step models, and auto is map for them, else heun."""
+    steps: int = 18
+    """Number of steps."""
+    sigma_min: float | None = None
+    """Smallest noise level before 0; None is 0.002, or the smallest of training if that is more."""
+    sigma_max: float | None = None
+    """Noise level to begin with; None is 80, or the largest of training if that is less."""
+    grid: Literal["karras", "log_uniform", "uniform_t", "quadratic", "flow"] = "karras"
+    """How the levels are spaced: by rho, in log SNR, in time or its root (VP), in flow time."""
+    rho: float = 7.0
+    """Exponent of the karras spacing."""
+    shift: float = 1.0
+    """Factor on the noise levels of the flow spacing between its ends."""
+    eta: float | None = None
+    """Amount of fresh noise of a stochastic solver; None is 0 for ddim and 1 for the others."""
+    churn: Churn = field(default_factory=Churn)
+    gamma: float | None = None
+    """Share of the noise that map draws anew after each jump but the last; None is what suits."""
+    guidance: float = 1.0
+    """Weight of classifier-free guidance, or of a guide model if there is one; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide at levels above the first number, up to the second; None is at all of them."""
+    guidance_rescale: float = 0.0
+    """Share, 0 to 1, of the contrast that guidance adds which is taken back."""
+    guidance_channels: int | None = None
+    """Guide so many channels, the first ones; None guides all (DiT models: 3 of 4)."""
+    threshold: Literal["clamp"] | float | None = None
+    """clamp: estimates into [-1, 1]; a number such as 0.995: that share of each image, and the
+    image is scaled to fit (dynamic thresholding)."""
+
+    def __post_init__(self) -> None:
+        self.sigmas()  # raises on impossible values
+        self._check_guidance()
+        if self.rho != 7 and self.grid != "karras":
+            raise ValueError(f"rho works with the karras grid only, not with {self.grid}")
+        if self.shift != 1 and self.grid != "flow":
+            raise ValueError(f"shift works with the flow grid only, not with {self.grid}")
+        for option in self._options():
+            able = [name for name, solver in SOLVERS.items() if option in solver.options]
+            if self._name not in able:
+                raise ValueError(f"{option} works with {', '.join(able)}, not with {self._name}")
+        most = 1.0 if self.solver in ("ddim", "ancestral") else 100.0
+        if self.eta is not None and not 0 <= self.eta <= most:
+            raise ValueError(f"eta of {self.solver} must be in [0, {most:g}], not {self.eta}")
+        if self.gamma is not None and not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must lie in [0, 1], not {self.gamma}")
+        if self.gamma is not None and self.solver not in ("auto", "map"):
+            raise ValueError(f"gamma works with the map solver only, not with {self.solver}")
+
+    @property
+    def _name(self) -> str:
+        return "heun" if self.solver == "auto" else self.solver
+
+    def fitting(self, objective: FewStep | None) -> "SamplerConfig":
+        """The same with the solver for a model trained for this.
+
+        Raises `ValueError` for a solver or an option that such a model does not have.
+        """
+        few = objective is not None
+        chosen = replace(self, solver="map" if few else "heun") if self.solver == "auto" else self
+        if chosen.solver == "map" and not few:
+            raise ValueError("the solver map is for few-step models; use heun or euler")
+        if chosen.solver != "map" and not denoises(objective):
+            raise ValueError(
+                f"a consistency model denoises in one jump and not step by step: use --solver map, "
+                f"not {chosen.solver}"
+            )
+        if chosen.solver == "map" and self.guidance != 1:
+            raise ValueError(
+                f"a few-step model cannot be guided by {self.guidance} when it is sampled; "
+                "MeanFlow is when it is trained: --objective.guidance"
+            )
+        return chosen
+
+    def _check_guidance(self) -> None:
+        Extrapolation(
+            weight=self.guidance, rescale=self.guidance_rescale, channels=self.guidance_channels
+        )
+        Interval.of(self.guidance_interval)
+        if self.guidance == 1 and (
+            self.guidance_interval or self.guidance_rescale or self.guidance_channels
+        ):
+            raise ValueError(
+                "guidance_interval, guidance_rescale and guidance_channels shape the guidance, and "
+                "guidance is 1, which is none"
+            )
+        if isinstance(self.threshold, int | float) and not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold must be clamp or in (0, 1], not {self.threshold}")
+
+    def guided(self, denoiser: Denoiser, guide: Denoiser | None = None) -> Denoiser:
+        """The denoiser with guidance, by `guide` if there is one, and then the threshold."""
+        if guide is not None and self.guidance == 1:
+            raise ValueError("a guide has no effect at guidance 1; set another weight")
+        if self.guidance != 1:
+            made = (
+                functools.partial(CFG, denoiser)
+                if guide is None
+                else functools.partial(AutoGuidance, denoiser, guide)
+            )
+            denoiser = made(
+                self.guidance,
+                interval=self.guidance_interval,
+                rescale=self.guidance_rescale,
+                channels=self.guidance_channels,
+            )
+        if self.threshold is None:
+            return denoiser
+        if self.threshold == "clamp":
+            return Clamp(denoiser)
+        return DynamicThreshold(denoiser, self.threshold)
+
+    def ends(self, law: NoiseLaw | None = None) -> tuple[float, float]:
+        """The smallest and the largest noise level, for a model trained on the levels of `law`.
+
+        Raises `ValueError` for levels that it never draws.
+        """
+        low, high = (0.0, math.inf) if law is None else _support(law)
+        for name in ("sigma_min", "sigma_max"):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(
+                    f"{name} {value:g} lies outside the noise levels of training, "
+                    f"{low:.4g} to {high:.4g}"
+                )
+        return (
+            max(0.002, low) if self.sigma_min is None else self.sigma_min,
+            min(80.0, high) if self.sigma_max is None else self.sigma_max,
+        )
+
+    def sigmas(self, law: NoiseLaw | None = None) -> Tensor:
+        """The noise levels, see `ends`: float64 [steps + 1]."""
+        ends = (self.steps, *self.ends(law))
+        match self.grid:
+            case "karras":
+                return karras(*ends, self.rho)
+            case "log_uniform":
+                return log_uniform(*ends)
+            case "uniform_t":
+                return time_uniform(*ends)
+            case "quadratic":
+                return time_uniform(*ends, power=2)
+            case "flow":
+                return flow_uniform(*ends, self.shift)
+
+    def bound_solver(self) -> Solver:
+        """The solver with its options."""
+        return functools.partial(SOLVERS[self._name], **self._options())
+
+    def _options(self) -> dict[str, object]:
+        given = {"churn": self.churn if self.churn.amount else None, "eta": self.eta}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def _support(law: NoiseLaw) -> tuple[float, float]:
+    low, high = law.draw(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    return low, high
