@@ -81,3 +81,11 @@ def test_autoguide(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "guide" not in told[0]
     pipeline = load(run, guide=run, guide_weights="raw", device="cpu")
     assert (np.abs(pipeline.sample(2, config=config)[1] - raw) <= 1).all()
+
+
+def test_a_model_without_classes_needs_a_guide() -> None:
+    model, config = tiny.pipeline(classes=0).model, SamplerConfig(steps=2, guidance=2.0)
+    with pytest.raises(ValueError, match="needs class labels, and none are given"):
+        Pipeline(model).sample(1, config=config)
+    guided = Pipeline(model, guide=model).sample(1, config=config)
+    assert (guided == Pipeline(model).sample(1, config=SamplerConfig(steps=2))).all()

@@ -4,9 +4,9 @@ Along dx/dsigma = (x - D) / sigma the density changes by the divergence (n - tr 
 
     ln p(x0) = ln N(x(sigma_max); 0, sigma_max^2 I) + int (n - tr dD/dx) / sigma dsigma
 
-from sigma_min, where x is x0, to sigma_max (Song et al., ICLR 2021, arXiv 2011.13456, equation
-39; Grathwohl et al., arXiv 1810.01367). This is the law of what the deterministic sampler reaches
-at sigma_min from N(0, sigma_max^2 I), whether or not D is a score.
+from sigma_min, where x is x0, to sigma_max (Song et al., ICLR 2021, arXiv 2011.13456, appendix
+D.2; Grathwohl et al., arXiv 1810.01367). This is the law of what the deterministic sampler
+reaches at sigma_min from N(0, sigma_max^2 I), whether or not D is a score.
 
 The trace is exact, or an unbiased estimate from random probes; the steps leave an error of second
 order that nothing bounds (on mixtures of Gaussians 0.02 nats too much per dimension at 50 steps,

@@ -16,7 +16,7 @@ class Extrapolation:
     """At least 0."""
     rescale: float = 0.0
     """Share of the guided image that is brought back to the standard deviation of the estimate,
-    sample by sample (arXiv 2305.08891, equations 15 and 16)."""
+    sample by sample (arXiv 2305.08891, section 3.4)."""
     channels: int | None = None
     """Guide only so many channels, the first ones; the others stay those of the estimate."""
 
