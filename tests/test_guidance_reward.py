@@ -164,9 +164,10 @@ def test_a_target_for_a_curved_reward_is_linearised_at_the_estimate() -> None:
 
 def test_values_of_another_shape_are_refused() -> None:
     x, sigma = noisy(2)
-    guide = Measurement(measure=lambda x: x @ H[:, None], value=torch.ones(30), noise=0.3)
-    with pytest.raises(ValueError, match=r"values \[30\] for measurements \[30, 1\]"):
-        GradientGuidance(TOY, guide)(x, sigma)
+    for n in (30, 4):
+        guide = Measurement(measure=lambda x: x @ H[:, None], value=torch.ones(n), noise=0.3)
+        with pytest.raises(ValueError, match=rf"values \[{n}\] do not fit measurements \[30, 1\]"):
+            GradientGuidance(TOY, guide)(x, sigma)
     with pytest.raises(ValueError, match=r"must be positive, not 0\.0"):
         Measurement(measure=linear, value=1.0, noise=0.0)
 

@@ -1,9 +1,9 @@
 """Guidance by a reward or a measurement of the clean image: no training, one gradient more.
 
-The Jacobian J of a denoiser is the posterior covariance Cov[x0 | x] = C = sigma^2 J (the second
-formula of Tweedie). What the score gains, D gains times sigma^2, so the gradient in x of
-ln p(y | x) ~ f(D(x)) moves the denoised image by sigma^2 J^T grad f(D) = C grad f(D): one product
-with C, which is one backward pass. Rewards see the clean estimate, never the noisy image.
+The Jacobian J of a denoiser D gives the posterior covariance, C = Cov[x0 | x] = sigma^2 J (the
+second formula of Tweedie). What is added to the score is added to D times sigma^2: the gradient
+in x of f(D(x)) becomes sigma^2 J^T grad f(D) = C grad f(D), a product with C, which is one
+backward pass. Rewards see the clean estimate, never the noisy image.
 """
 
 import math
@@ -61,9 +61,9 @@ class Tilt:
     """Towards p(x0) exp(scale r(x0)), the best of E[r] - KL / scale: C grad r(D).
 
     Exact for a linear reward and Gaussian data, for which the mean moves by scale Cov grad r and
-    the covariance stays (arXiv 2404.07771; 2404.14743). With the `logp` of a `Measurement` this
-    is diffusion posterior sampling (2209.14687), which takes C for 0 in the
-    likelihood and is over-confident.
+    the covariance stays (arXiv 2404.07771, 2404.14743). With the `logp` of a `Measurement` this
+    is diffusion posterior sampling (2209.14687), which takes C for 0 in the likelihood and is
+    over-confident.
     """
 
     reward: Reward
@@ -76,9 +76,10 @@ class Tilt:
 class Measurement:
     """Towards p(x0 | y) for y = A x0 + noise: C A^T (noise^2 I + A C A^T)^-1 (y - A D).
 
-    Exact if A is linear and the posterior Gaussian (arXiv 2310.06721); another `measure`
-    is linearised at D. With a reward as `measure` and the wanted reward as `value` it samples
-    images of that reward. Costs a backward pass for each of the m numbers measured.
+    Exact if A is linear and the posterior Gaussian (arXiv 2310.06721); another `measure` is
+    linearised at D. With a reward as `measure` and the wanted reward as `value` it samples images
+    of that reward. Costs a backward pass for each of the m numbers measured. Raises `ValueError`
+    for values that do not fit the measurement.
     """
 
     measure: Callable[[Tensor], Tensor]
@@ -96,8 +97,11 @@ class Measurement:
         """y - A x: x [B, *S] -> [B, m]."""
         measured = self.measure(x)
         value = torch.as_tensor(self.value).to(measured)
-        if torch.broadcast_shapes(value.shape, measured.shape) != measured.shape:
-            raise ValueError(f"values {list(value.shape)} for measurements {list(measured.shape)}")
+        try:
+            value = value.expand_as(measured)
+        except RuntimeError:
+            given, wanted = list(value.shape), list(measured.shape)
+            raise ValueError(f"values {given} do not fit measurements {wanted}") from None
         return (value - measured).reshape(len(x), -1)
 
     def logp(self, x: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class RewardWeighted:
     """An objective in which images count exp(scale r): it trains p(x0) exp(scale r(x0)).
 
     Reward-weighted regression (Peters and Schaal, ICML 2007). The weights average to 1 over the
-    source; without gradients and at any scale, but few images decide where it is large.
+    source; where the scale is large, few images decide.
     """
 
     objective: Objective
