@@ -1,7 +1,8 @@
 """Feynman-Kac steering and best-of-n against what they sample in the limit."""
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pytest
 import torch
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.cond import Cond, Step
+from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.steering import Steering, best_of
 from patchdiffusion.noise import karras
-from patchdiffusion.solvers import Noise, State, heun, run, solve
+from patchdiffusion.solvers import History, Noise, State, ancestral, heun, run, sde_dpmpp_2m, solve
 
 TOY = GaussianMixture.toy()
 COVS = torch.tensor([0.15, 0.25, 0.2], dtype=torch.float64)
@@ -25,27 +26,6 @@ def keys(count: int) -> Tensor:
 
 def noise_of(count: int) -> Noise:
     return lambda i: rng.normal(rng.subkeys(keys(count), f"step {i}"), (2,), torch.float64)
-
-
-def ancestral(
-    denoiser: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    cond: Cond | None = None,
-    noise: Noise | None = None,
-    first: int = 0,
-) -> Iterator[State]:
-    """DDPM: x_b is drawn from its distribution given x_a and x0 = D(x_a)."""
-    assert noise is not None
-    levels = tuple(sigmas.tolist())
-    for i in range(first, len(levels) - 1):
-        a, b = levels[i], levels[i + 1]
-        denoised = denoiser(x, a, cond, step=Step(run=0, index=i, stage=0, sigmas=levels))
-        x = denoised + (b / a) ** 2 * (x - denoised)
-        if b > 0:
-            x = x + b * math.sqrt(1 - (b / a) ** 2) * noise(i)
-        yield State(x, denoised, i + 1)
 
 
 def first_coordinate(x: Tensor) -> Tensor:
@@ -95,6 +75,22 @@ def test_scale_0_is_the_solver_bit_for_bit() -> None:
         assert torch.equal(a.x, b.x) and torch.equal(a.denoised, b.denoised)
 
 
+def test_particles_take_their_history_along() -> None:
+    """One that is copied goes on as it would have gone on."""
+    x, sigmas, noise = 80 * noise_of(32)(-1), karras(12), noise_of(32)
+    steering = Steering(
+        solver=sde_dpmpp_2m, reward=first_coordinate, scale=3.0, particles=32, least=1.0
+    )
+    states = list(steering(TOY, x, sigmas, noise=noise))
+    for before, after in itertools.pairwise(states[:-1]):
+        past = {"first": before.step, "history": before.history}
+        free = next(sde_dpmpp_2m(TOY, before.x, sigmas, noise=noise, **past))
+        assert len(after.history) == 1 and len(before.history) == 1
+        came_from = torch.cdist(after.x, free.x).argmin(1)
+        assert torch.equal(after.x, free.x[came_from])
+        assert torch.equal(after.history[0], free.denoised[came_from])
+
+
 def test_groups_do_not_see_each_other() -> None:
     sigmas = karras(20)
     steering = Steering(solver=ancestral, reward=first_coordinate, scale=5.0, particles=32)
@@ -113,6 +109,8 @@ def jump(
     cond: Cond | None = None,
     noise: Noise | None = None,
     first: int = 0,
+    history: History = (),
+    resets: Collection[int] = (),
 ) -> Iterator[State]:
     """Moves nothing: particle and estimate are x."""
     for i in range(first, len(sigmas) - 1):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, expand_sigma, per_sample
+from patchdiffusion.denoiser import Denoiser, edges, expand_sigma, per_sample
 
 Reward = Callable[[Tensor], Tensor]  # clean images [B, *S] -> [B], each for itself
 Covariance = Callable[[Tensor], Tensor]  # v [B, *S] -> Cov[x0 | x] v, [B, *S]
@@ -155,6 +155,10 @@ class GradientGuidance:
         self.below = below
         self.clip = clip
         self.jacobian = jacobian
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        return (*({self.below} - {math.inf}), *edges(self.denoiser))
 
     def __call__(
         self,

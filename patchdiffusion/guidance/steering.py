@@ -4,8 +4,9 @@ Feynman-Kac steering (Singhal et al., arXiv 2501.06848) runs many particles and 
 clean estimates gain reward replace the others on the way; best-of-n waits until the end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from patchdiffusion import rng
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.reward import Reward, rewards_of
-from patchdiffusion.solvers import Noise, Solver, State
+from patchdiffusion.solvers import History, Noise, Solver, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +25,9 @@ class Steering:
     The batch is a row of groups of particles that compete with each other only. Step k multiplies
     their weights by exp(scale (r(D_k) - r(D_k-1))), which telescopes to exp(scale r(x0)). A group
     is resampled when its effective size falls below `least` of it, and after the last step, so
-    that the result is without weights; scale 0 is the solver itself, bit for bit. A multistep
-    solver begins anew after a resampling, and so do the weights if steering itself is begun at a
-    later step. Caches of a network must not lie below: particles change places.
+    that the result is without weights; scale 0 is the solver itself, bit for bit. Weights begin
+    anew if steering itself is begun at a later step. Caches of a network must not lie below:
+    particles change places.
     """
 
     solver: Solver
@@ -58,13 +59,18 @@ class Steering:
         cond: Cond | None = None,
         noise: Noise | None = None,
         first: int = 0,
+        history: History = (),
+        resets: Collection[int] = (),
     ) -> Iterator[State]:
         """x [G * particles, *S]; raises `ValueError` without noise or if groups do not fit."""
         if noise is None:
             raise ValueError("steering needs noise: pass noise=, a function of the step index")
         self._check(x, cond)
         last = len(sigmas) - 1
-        solution = self.solver(denoiser, x, sigmas, cond=cond, noise=noise, first=first)
+        solver = partial(
+            self.solver, denoiser, sigmas=sigmas, cond=cond, noise=noise, resets=resets
+        )
+        solution = solver(x, first=first, history=history)
         before = log_weight = x.new_zeros(len(x), dtype=torch.float64)
         for step in range(first + 1, last + 1):
             state = next(solution)
@@ -74,10 +80,9 @@ class Steering:
             order, log_weight = self._select(log_weight + value - before, step, step == last)
             before = value[order]
             if bool((order != torch.arange(len(order), device=order.device)).any()):
-                state = State(state.x[order], state.denoised[order], step)
-                solution = self.solver(
-                    denoiser, state.x, sigmas, cond=cond, noise=noise, first=step
-                )
+                past = tuple(h[order] for h in state.history)
+                state = State(state.x[order], state.denoised[order], step, past)
+                solution = solver(state.x, first=step, history=past)
             yield state
 
     def _select(self, log_weight: Tensor, step: int, all_groups: bool) -> tuple[Tensor, Tensor]:

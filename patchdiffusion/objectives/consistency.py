@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, Scales, per_sample
+from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, Parameterisation, Scales, per_sample
 from patchdiffusion.losses import Batch, LossOut, drop_labels
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import VE, NoiseLaw, Path, karras
@@ -142,8 +142,10 @@ class ConsistencyConfig:
                 f"not {self.rho}, {self.huber}"
             )
 
-    def precond(self, given: EDM) -> Boundary:
-        """How its network is preconditioned."""
+    def precond(self, given: Parameterisation) -> Boundary:
+        """How its network is preconditioned; `ValueError` if it is not derived from EDM's."""
+        if not isinstance(given, EDM):
+            raise ValueError(f"consistency needs the parameterisation EDM, not {given}")
         return Boundary(sigma_data=given.sigma_data, sigma_min=self.sigma_min)
 
     def check(self, network: UNetConfig) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import (
-    EDM,
     Denoiser,
     FlowMatching,
     NetDenoiser,
+    Parameterisation,
     expand_sigma,
     per_sample,
 )
@@ -118,7 +118,7 @@ class MeanFlowConfig:
         """Whether the velocity that is learned is not that of the data."""
         return (self.guidance, self.mix) != (1.0, 0.0)
 
-    def precond(self, given: EDM) -> FlowMatching:
+    def precond(self, given: Parameterisation) -> FlowMatching:
         """How its network is preconditioned where it is used as a denoiser."""
         return FlowMatching()
 

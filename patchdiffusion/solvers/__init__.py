@@ -7,7 +7,16 @@ them. Plumbing (seeds, batches, precision, progress, saving) belongs to the samp
 from typing import Literal
 
 from patchdiffusion.solvers.brownian import brownian
-from patchdiffusion.solvers.core import Method, Noise, Solver, State, crossings, run, solve
+from patchdiffusion.solvers.core import (
+    History,
+    Method,
+    Noise,
+    Solver,
+    State,
+    crossings,
+    run,
+    solve,
+)
 from patchdiffusion.solvers.multistep import ab2, dpmpp_2m, dpmpp_3m, dpmpp_3m_published, unipc
 from patchdiffusion.solvers.single import Churn, dpmpp_2s, euler, heun, midpoint, ralston
 from patchdiffusion.solvers.stochastic import (
@@ -54,7 +63,7 @@ SOLVERS: dict[str, Method] = {
     "euler_maruyama": euler_maruyama,
 }
 
-__all__ = ["SOLVERS", "Churn", "Method", "Noise", "Solver", "SolverName", "State", "ab2"]
+__all__ = ["SOLVERS", "Churn", "History", "Method", "Noise", "Solver", "SolverName", "State", "ab2"]
 __all__ += ["ancestral", "brownian", "crossings", "ddim", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m"]
 __all__ += ["dpmpp_3m_published", "euler", "euler_maruyama", "heun", "midpoint", "ralston"]
 __all__ += ["run", "sde_dpmpp_1", "sde_dpmpp_2m", "solve", "unipc"]

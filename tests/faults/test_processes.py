@@ -180,7 +180,7 @@ leave(3)
 """
 
 
-def test_a_process_ends_while_gloo_still_works() -> None:
+def test_c3_ranks_end_while_gloo_still_works() -> None:
     """Its threads would take the lock of an interpreter that is being taken apart."""
     port = harness.free_port()
     processes = [harness.script(PENDING, rank=rank, size=4, port=port) for rank in range(4)]
