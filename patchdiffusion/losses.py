@@ -45,8 +45,7 @@ class LossOut:
     batch_loss: Tensor | None = None
     """A term that belongs to the batch as a whole, added once per micro-batch."""
     reported: Tensor | None = None
-    """[B], what the log shows and the guard judges instead of a `per_sample` that may be below
-    0."""
+    """[B], what the log shows and the guard judges where `per_sample` may be below 0."""
 
 
 class Objective(Protocol):

@@ -44,6 +44,11 @@ from patchdiffusion.weighting import (
 GLYPHS = recipes.glyphs(Facts())
 
 
+@pytest.fixture(autouse=True)
+def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
 def chosen(flags: str, config: TrainConfig = GLYPHS) -> TrainConfig:
     return choose(config, flags.split())
 

@@ -101,11 +101,10 @@ def load(training: Training, found: Found) -> None:
     optimizer.state.clear()
     moments = empty_moments(optimizer, network, facts["groups"]["optimizer"])
     _read(training.team, found, "optimizer", moments)
-    if learned := _tensors(training.learner):  # what a changed objective adds begins anew
-        names = facts["groups"].get("objective", [])
+    learned, names = _tensors(training.learner), facts["groups"].get("objective", [])
+    if learned and names:  # what a changed objective adds begins anew
         moments = empty_moments(optimizer, training.learner, [n for n in names if "/" in n])
-        if names:
-            _read(training.team, found, "objective", learned | moments)
+        _read(training.team, found, "objective", learned | moments)
     training.state = TrainState.from_json(facts["state"], training.device)
     training.stepper.guard.load_json(facts["guard"])
     training.stepper.update.load_json(facts["loss_scale"])
