@@ -76,7 +76,7 @@ def test_autoguide(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     assert (facts["guide"], facts["guide-weights"]) == (digest, "raw")
     config = decode(SamplerConfig, json.loads(facts["sampler"]))
     assert config == SamplerConfig(
-        steps=3, guidance=2.0, guidance_interval=(0.1, 9.0), threshold="clamp"
+        solver="heun", steps=3, guidance=2.0, guidance_interval=(0.1, 9.0), threshold="clamp"
     )
     assert "guide" not in told[0]
     pipeline = load(run, guide=run, guide_weights="raw", device="cpu")
