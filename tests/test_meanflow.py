@@ -150,7 +150,7 @@ def test_so_it_is_in_float32_and_in_any_layout() -> None:
     z, t, s, along, cond = on_patches(torch.float32)
     found, expected = slope(network, z, t, s, cond, along), differences(network.double(), 1e-5)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
-    last = unet().to(memory_format=torch.channels_last)
+    last: nn.Module = unet().to(memory_format=torch.channels_last)  # type: ignore
     torch.testing.assert_close(slope(last, z, t, s, cond, along), found, rtol=1e-3, atol=1e-4)
     with torch.autocast("cpu", torch.bfloat16):  # too coarse, so it is left
         assert torch.equal(slope(last, z, t, s, cond, along), slope(last, z, t, s, cond, along))
@@ -205,7 +205,8 @@ def test_the_span_gets_a_gradient_from_the_start() -> None:
             tiny.randomise(nn.ParameterList([p]))
     z, t, s, _, cond = on_patches(torch.float32)
     mean_velocity(network, z, t, s, cond).square().sum().backward()
-    assert network.get_parameter("embed.span.weight").grad.any()
+    gradient = network.get_parameter("embed.span.weight").grad
+    assert gradient is not None and gradient.any()
 
 
 # ---- Times ----

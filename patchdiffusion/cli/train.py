@@ -54,7 +54,8 @@ def main(arguments: Sequence[str]) -> None:
         what = str(_stored(Path(what)).data.path)
     try:
         # Wrong flags are found before any data is read.
-        _parse(flags, recipes.with_objective(generic_config(what), objective))
+        known = _going_on(what, flags) or generic_config(what)
+        _parse(flags, recipes.with_objective(known, objective))
     except ValueError as error:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
@@ -88,19 +89,30 @@ def _stored(folder: Path) -> TrainConfig:
     return config
 
 
+def _going_on(what: str, flags: Sequence[str]) -> TrainConfig | None:
+    """The configuration of the run that these arguments go on with, if there is one."""
+    early = _early(flags)
+    folder = RunConfig(out=early.out).folder(early.name or _name(what))
+    return _stored(folder) if not early.fresh and is_run(folder) else None
+
+
+def _name(what: str) -> str:
+    """What a run is called by default."""
+    path = Path(what).expanduser()
+    return (path.resolve().name.split(".")[0] or "run") if path.exists() else what
+
+
 def default_config(what: str, flags: Sequence[str]) -> TrainConfig:
     """What a recipe gives for these images, or what a run was begun with; prepares the images."""
     early = _early(flags)
     path = Path(what).expanduser()
     if path.exists():
         recipe, images = recipes.folder, str(path.resolve())
-        name = path.resolve().name.split(".")[0] or "run"
     else:
-        recipe, images, name = recipes.find(what), early.data.path, what
-    name = early.name or name
-    folder = RunConfig(out=early.out).folder(name)
-    if not early.fresh and is_run(folder):
-        return _same_data(_stored(folder), early.data.path or images)
+        recipe, images = recipes.find(what), early.data.path
+    if stored := _going_on(what, flags):
+        return _same_data(stored, early.data.path or images)
+    name = early.name or _name(what)
     data = recipe(Facts()).data
     if recipe is not recipes.glyphs or images:
         data = replace(data, path=images)

@@ -220,6 +220,8 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     team = team or Team()
     check_fits(config, pack)
     check_team(config, team)
+    if run.shard and config.objective is not None:
+        raise ValueError("--shard works with --objective denoising only; leave one of them out")
     device = pick_device(run.device)
     prepare_machine(run, device, team.place)
     precision = best_precision(device) if config.precision == "auto" else config.precision
@@ -232,7 +234,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     share = 1 + _passes(config) / 3  # of what `training_flops` counts: one pass, and back
     flops = {size: round(training_flops(network, size) * share) for size in sizes}
     ema = _spread_out(network, config, run, team, device)
-    objective = _objective(config, run, ema, device)
+    objective = _objective(config, ema, device)
     work = Work(denoiser_of(network, config), objective)
     feed = Feed(
         resident(pack.images, device),
@@ -291,11 +293,9 @@ def denoiser_of(network: nn.Module, config: TrainConfig) -> NetDenoiser:
     return NetDenoiser(network, precond, config.noise)
 
 
-def _objective(config: TrainConfig, run: RunConfig, ema: EMA, device: torch.device) -> Objective:
+def _objective(config: TrainConfig, ema: EMA, device: torch.device) -> Objective:
     if config.objective is None:
         return DenoisingLoss(config.noise, config.weighting, config.label_dropout)
-    if run.shard:
-        raise ValueError("--shard works with --objective denoising only; leave one of them out")
     average = denoiser_of(ema.network(), config)
     teacher = _teacher(config.objective, config, device)
     return config.objective.loss(config.noise, config.label_dropout, average, teacher)
