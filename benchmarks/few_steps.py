@@ -156,8 +156,8 @@ def trajectory(steps: int) -> FlowMap:
         teacher=DATA,
         law=LAW,
         weighting=weighting,
-        levels=40,
         steps=2,
+        denoising=0.01,
         sigma_max=LARGEST,
     )
     g = train(precond, lambda average: replace(common, target=average), steps)

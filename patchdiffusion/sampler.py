@@ -92,12 +92,19 @@ class SamplerConfig:
                 f"a consistency model denoises in one jump and not step by step: use --solver map, "
                 f"not {chosen.solver}"
             )
-        if chosen.solver == "map" and self.guidance != 1:
+        if chosen.solver == "map":
+            chosen._check_map()
+        return chosen
+
+    def _check_map(self) -> None:
+        if self.guidance != 1:
             raise ValueError(
                 f"a few-step model cannot be guided by {self.guidance} when it is sampled; "
                 "MeanFlow is when it is trained: --objective.guidance"
             )
-        return chosen
+        for name in ("sigma_min", "sigma_max", "grid", "rho", "shift", "threshold"):
+            if getattr(self, name) != getattr(SamplerConfig, name):
+                raise ValueError(f"{name} works with solvers of denoisers only, not with map")
 
     def _check_guidance(self) -> None:
         Extrapolation(

@@ -60,9 +60,9 @@ def draws(count: int, step: int = 0) -> rng.Draws:
     return rng.Draws(seed=0, step=step, index=index, rank=index, count=count)
 
 
-def batch(images: Tensor, cond: Cond | None = None, **more: float) -> Batch:
+def batch(images: Tensor, cond: Cond | None = None, progress: float = 0.0) -> Batch:
     box = torch.zeros(len(images), 4, dtype=torch.int64)
-    return Batch(images, cond or Cond(), box[:, 0], box, box[:, 0].bool(), **more)
+    return Batch(images, cond or Cond(), box[:, 0], box, box[:, 0].bool(), progress=progress)
 
 
 class Little(nn.Module):

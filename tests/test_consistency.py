@@ -169,11 +169,11 @@ def test_gradients_go_into_the_noisier_side_only() -> None:
     f, x0 = denoiser(), normal(8, (1, 4, 4)).float()
     config = ConsistencyConfig(huber=0.0, weighted=False)
     out = config.loss(LAW, 0.0)(f, batch(x0), draws(8))
-    (found,) = torch.autograd.grad(out.per_sample.sum(), [f.network.mix])
+    (found,) = torch.autograd.grad(out.per_sample.sum(), [f.network.get_parameter("mix")])
     high, low = config.loss(LAW, 0.0).neighbours(draws(8), 0.0)
     prediction, goal = by_hand(f, x0, high, low, draws(8).normal("noise", (1, 4, 4)), Cond())
     expected = torch.autograd.grad(
-        (prediction - goal).square().flatten(1).mean(1).sum(), [f.network.mix]
+        (prediction - goal).square().flatten(1).mean(1).sum(), [f.network.get_parameter("mix")]
     )[0]
     torch.testing.assert_close(found, expected)
 

@@ -107,8 +107,10 @@ def test_the_loss_by_hand() -> None:
     square = (jump(target, jump(own, x, t, s), s, zero) - goal).square().flatten(1).mean(1)
     denoising = DenoisingLoss(law, EDMWeight(), 0.0)(own, batch(x0, cond), draws(8)).per_sample
     torch.testing.assert_close(out.per_sample, square + denoising, rtol=1e-5, atol=1e-6)
-    (found,) = torch.autograd.grad(out.per_sample.sum(), [own.network.mix])
-    (expected,) = torch.autograd.grad((square + denoising).sum(), [own.network.mix])
+    (found,) = torch.autograd.grad(out.per_sample.sum(), [own.network.get_parameter("mix")])
+    (expected,) = torch.autograd.grad(
+        (square + denoising).sum(), [own.network.get_parameter("mix")]
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -116,8 +118,9 @@ def test_gradients_pass_through_the_target_into_the_first_jump() -> None:
     own, target = network(0, True), network(1, False)
     loss = TrajectoryLoss(target=target, denoising=0.0, levels=12)
     loss(own, batch(normal(8, (1, 2, 2)).float()), draws(8)).per_sample.sum().backward()
-    assert own.network.mix.grad is not None and own.network.mix.grad.any()
-    assert target.network.mix.grad is None
+    gradient = own.network.get_parameter("mix").grad
+    assert gradient is not None and gradient.any()
+    assert target.network.get_parameter("mix").grad is None
 
 
 def test_without_a_teacher_the_target_solves() -> None:
@@ -128,6 +131,7 @@ def test_without_a_teacher_the_target_solves() -> None:
 
 
 def test_impossible_settings() -> None:
-    for changes in ({"levels": 1}, {"steps": 0}, {"denoising": -1.0}):
+    changes: list[dict[str, Any]] = [{"levels": 1}, {"steps": 0}, {"denoising": -1.0}]
+    for change in changes:
         with pytest.raises(ValueError, match="levels >= 2, steps >= 1 and denoising >= 0"):
-            TrajectoryLoss(target=gaussian(), **changes)
+            TrajectoryLoss(target=gaussian(), **change)

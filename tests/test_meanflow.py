@@ -91,7 +91,7 @@ def test_the_map_is_exact_in_any_number_of_steps() -> None:
 
 
 def test_it_is_a_denoiser_where_it_goes_nowhere() -> None:
-    denoiser = NetDenoiser(ExactU(), FlowMatching())
+    denoiser = NetDenoiser(ExactU(), FlowMatching(time_scale=1.0))
     x, sigma = 2 * normal(50), torch.logspace(-2, 1, 50, dtype=torch.float64)
     torch.testing.assert_close(denoiser(x, sigma), gaussian()(x, sigma), rtol=0, atol=1e-5)
 
@@ -102,7 +102,9 @@ def test_a_jump_is_a_step_of_euler_with_a_denoiser_that_is_told_how_far() -> Non
     x, flow_map = normal(4, (1, 3, 3)).float(), MeanFlowMap(network=network)
     told = Cond(span=torch.full((4,), t - s))
     grid = torch.tensor([t / (1 - t), s / (1 - s)], dtype=torch.float64)
-    stepped = run(euler(NetDenoiser(network, FlowMatching()), x / (1 - t), grid, cond=told)).x
+    stepped = run(
+        euler(NetDenoiser(network, FlowMatching(time_scale=1.0)), x / (1 - t), grid, cond=told)
+    ).x
     torch.testing.assert_close((1 - s) * stepped, flow_map(x, t, s), rtol=1e-4, atol=1e-5)
 
 
@@ -250,7 +252,7 @@ def test_which_times_are_one_has_nothing_to_do_with_the_labels() -> None:
 def test_without_spans_it_is_flow_matching() -> None:
     network, x0 = Little(), normal(16, (1, 3, 3)).float()
     loss = MeanFlowConfig(same=1.0, power=0.0).loss(LAW, 0.0)
-    denoiser = NetDenoiser(network, FlowMatching())
+    denoiser = NetDenoiser(network, FlowMatching(time_scale=1.0))
     out = loss(denoiser, batch(x0), draws(16))
     t, s = loss.times(draws(16))
     assert torch.equal(t, s)
@@ -289,7 +291,9 @@ def test_the_loss_by_hand(tangent: str) -> None:
     network, x0 = Little(), normal(32, (1, 3, 3)).float()
     cond = Cond(labels=torch.arange(32) % 3)
     config = MeanFlowConfig(same=0.5, power=0.75, eps=1e-3, tangent=tangent)  # type: ignore
-    out = config.loss(LAW, 0.0)(NetDenoiser(network, FlowMatching()), batch(x0, cond), draws(32))
+    out = config.loss(LAW, 0.0)(
+        NetDenoiser(network, FlowMatching(time_scale=1.0)), batch(x0, cond), draws(32)
+    )
     t, s = config.loss(LAW, 0.0).times(draws(32))
     v = draws(32).normal("noise", (1, 3, 3)) - x0
     z = x0 + per_sample(t, x0) * v
@@ -308,7 +312,7 @@ def test_guidance_is_part_of_the_target() -> None:
     network, x0 = Little(), normal(24, (1, 3, 3)).float()
     config = MeanFlowConfig(same=0.4, power=0.0, guidance=1.5, mix=0.3)
     loss, cond = config.loss(LAW, 0.25), Cond(labels=torch.arange(24) % 3)
-    out = loss(NetDenoiser(network, FlowMatching()), batch(x0, cond), draws(24))
+    out = loss(NetDenoiser(network, FlowMatching(time_scale=1.0)), batch(x0, cond), draws(24))
     t, s = loss.times(draws(24))
     dropped = draws(24).bernoulli("label dropout", 0.25)
     assert cond.labels is not None and 0 < int(dropped.sum()) < 24
@@ -329,7 +333,7 @@ def test_neutral_guidance_costs_nothing() -> None:
         network = Little()
         loss = replace(MeanFlowConfig(same=0.5), **changes).loss(LAW, 0.1)  # type: ignore
         given = batch(normal(8, (1, 2, 2)).float(), Cond(labels=torch.zeros(8).long()))
-        loss(NetDenoiser(network, FlowMatching()), given, draws(8))
+        loss(NetDenoiser(network, FlowMatching(time_scale=1.0)), given, draws(8))
         return len(network.calls)
 
     assert calls() == 2  # the derivative, and what has a gradient

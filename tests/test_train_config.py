@@ -80,7 +80,7 @@ NAN, INF = float("nan"), float("inf")
         (lambda: RunConfig(timeout_minutes=0.0), "timeout_minutes must be positive"),
         (lambda: RunConfig(save_minutes=-1.0), "save_minutes must be >= 0"),
         (lambda: SamplerConfig(steps=0), "at least 1 step, not 0"),
-        (lambda: SamplerConfig(guidance=-1.0), "guidance must be >= 0"),
+        (lambda: SamplerConfig(guidance=-1.0), "guidance weight must be >= 0"),
         (lambda: SamplerConfig(sigma_min=2.0, sigma_max=1.0), "sigma_min"),
     ],
 )  # fmt: skip

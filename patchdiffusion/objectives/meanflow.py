@@ -120,7 +120,7 @@ class MeanFlowConfig:
 
     def precond(self, given: Parameterisation) -> FlowMatching:
         """How its network is preconditioned where it is used as a denoiser."""
-        return FlowMatching()
+        return FlowMatching(time_scale=1.0)
 
     def check(self, network: UNetConfig) -> None:
         """Raise `ValueError` for a network that cannot be trained so."""

@@ -226,6 +226,8 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     team = team or Team()
     check_fits(config, pack)
     check_team(config, team)
+    if run.shard and config.objective is not None:
+        raise ValueError("--shard works with --objective denoising only; leave one of them out")
     device = pick_device(run.device)
     prepare_machine(run, device, team.place)
     precision = best_precision(device) if config.precision == "auto" else config.precision
@@ -301,8 +303,6 @@ def _objective(
     config: TrainConfig, run: RunConfig, ema: EMA, team: Team, device: torch.device
 ) -> Objective:
     if config.objective is not None:
-        if run.shard:
-            raise ValueError("--shard works with --objective denoising only; leave one of them out")
         average = denoiser_of(ema.network(), config)
         teacher = _teacher(config.objective, config, device)
         return config.objective.loss(config.noise, config.label_dropout, average, teacher)

@@ -16,7 +16,7 @@ import inject
 import tiny
 import torch
 
-from patchdiffusion import cli
+from patchdiffusion import cli, recipes
 from patchdiffusion.dist import leave, place
 from patchdiffusion.train import loop, status
 
@@ -27,7 +27,8 @@ def carry_out(spec: Mapping[str, Any]) -> int:
         fault = dict(fault)
         if fault.pop("rank", place().rank) == place().rank:
             inject.FAULTS[fault.pop("kind")](**fault)
-    config = tiny.change(tiny.config(Path(spec["images"])), spec.get("config", {}))
+    config = recipes.with_objective(tiny.config(Path(spec["images"])), spec.get("objective"))
+    config = tiny.change(config, spec.get("config", {}))
 
     def train(arguments: object) -> None:
         tiny.run(config, Path(spec["out"]), **spec.get("run", {}))

@@ -280,6 +280,17 @@ def test_srun_is_understood(images: Path, steady_pair: Path, tmp_path: Path) -> 
     same_run(tmp_path / "run", steady_pair)
 
 
+@pytest.mark.parametrize("objective", ["meanflow", "consistency"])
+def test_few_step_models_on_two_processes(objective: str, images: Path, tmp_path: Path) -> None:
+    """Derivatives and targets are inside of what is replicated, so gradients are averaged."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert harness.here(images, one, objective=objective).code == 0
+    ended = drive(images, two, size=2, objective=objective)
+    assert [e.code for e in ended] == [0, 0], ended
+    for a, b in zip(tiny.history(one), tiny.history(two), strict=True):
+        assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
+
+
 def test_the_command_line_under_torchrun(images: Path, tmp_path: Path) -> None:
     network = ["--network.base", "4", "--network.mult", "1", "--network.blocks", "1"]
     options = [*network, "--network.attention", "--batch", "4", "--images", "9", "--device", "cpu"]

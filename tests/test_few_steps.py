@@ -1,0 +1,394 @@
+"""Few-step models from training to the command line, and what a little one learns."""
+
+import importlib
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import tiny
+import torch
+from commands import Capture, fails, works
+from PIL import Image
+from test_train_loop import after_step, status
+
+from patchdiffusion import Pipeline, SamplerConfig, TrainConfig, load, recipes, sample
+from patchdiffusion.codec import decode, encode
+from patchdiffusion.denoiser import EDM, FlowMatching
+from patchdiffusion.files import read_json, write_json
+from patchdiffusion.model import load_model
+from patchdiffusion.noise import LogNormal
+from patchdiffusion.objectives.consistency import (
+    Boundary,
+    ConsistencyConfig,
+    ConsistencyLoss,
+    ConsistencyMap,
+)
+from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowLoss, MeanFlowMap
+from patchdiffusion.recipes import Facts
+from patchdiffusion.report import read_log
+from patchdiffusion.solvers import Churn
+from patchdiffusion.train import loop, resume
+from patchdiffusion.train.config import WatchConfig
+
+KINDS = ("meanflow", "consistency")
+
+
+def config(images: Path, kind: str, **changes: object) -> TrainConfig:
+    few = recipes.with_objective(tiny.config(images), kind)
+    return replace(few, **changes)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(scope="module")
+def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A finished run of each kind; copy it to change it."""
+    root = tmp_path_factory.mktemp("few")
+    return {kind: tiny.run(config(images, kind), root / kind) for kind in KINDS}
+
+
+# ---- What is built ----
+
+
+def test_an_objective_brings_its_noise_and_network(images: Path) -> None:
+    plain = tiny.config(images)
+    mean, consistent = (recipes.with_objective(plain, kind) for kind in KINDS)
+    assert isinstance(mean.objective, MeanFlowConfig) and mean.network.span
+    assert mean.noise == LogNormal(mean=-0.4, std=1.0)
+    assert isinstance(consistent.objective, ConsistencyConfig) and not consistent.network.span
+    assert consistent.noise == LogNormal(mean=-1.1, std=2.0)
+    changed = replace(mean, noise=LogNormal(mean=3.0))
+    assert recipes.with_objective(changed, "meanflow") == changed
+    assert recipes.with_objective(plain, None) == recipes.with_objective(plain, "denoising")
+    assert recipes.with_objective(plain, None) == plain
+    assert recipes.with_objective(mean, "denoising").objective is None
+
+
+def test_training_is_put_together(images: Path, finished: Path, tmp_path: Path) -> None:
+    mean = tiny.training(config(images, "meanflow"), tmp_path)
+    assert isinstance(mean.objective, MeanFlowLoss)
+    assert mean.objective.law == mean.config.noise and mean.objective.label_dropout == 0.1
+    assert mean.averaged.precond == FlowMatching(time_scale=1.0)
+    plain = tiny.training(tiny.config(images), tmp_path)
+    # A quarter of the samples needs a derivative, which is worth two passes.
+    wide = replace(plain.config, network=mean.config.network)
+    assert mean.flops[(16, 16)] == pytest.approx(
+        tiny.training(wide, tmp_path).flops[(16, 16)] * (6 + 2 * 0.5) / 6, rel=1e-6
+    )
+    assert mean.macs == pytest.approx(plain.macs, rel=0.01)
+
+    given = replace(ConsistencyConfig(), teacher=str(finished), target="average", sigma_min=0.01)
+    consistent = tiny.training(config(images, "consistency", objective=given), tmp_path)
+    loss = consistent.objective
+    assert isinstance(loss, ConsistencyLoss) and loss.target is not None
+    assert consistent.averaged.precond == Boundary(sigma_data=0.5, sigma_min=0.01)
+    teacher = load_model(finished).network.state_dict()
+    found = loss.teacher.network.state_dict()  # type: ignore
+    assert all(torch.equal(found[name], value) for name, value in teacher.items())
+    assert loss.target.network is consistent.ema.network()  # type: ignore
+    trained = {id(p) for p in consistent.stepper.parameters}
+    assert trained == {id(p) for p in consistent.network.parameters()}
+
+
+def test_what_does_not_fit_is_refused(images: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    few = config(images, "meanflow")
+    for changed, run, message in (
+        (replace(few, watch=replace(few.watch, guidance=2.0)), {}, "watch.guidance 2.0 cannot"),
+        (few, {"shard": True}, "--shard works with --objective denoising only"),
+        (
+            config(images, "consistency", objective=ConsistencyConfig(teacher=str(tmp_path))),
+            {},
+            "holds no model",
+        ),
+        (
+            config(
+                images, "consistency", objective=ConsistencyConfig(teacher=str(runs["meanflow"]))
+            ),
+            {},
+            "is itself a few-step model",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.training(changed, tmp_path / "run", **run)
+    with pytest.raises(ValueError, match=r"set --network\.span"):
+        replace(few, network=tiny.NETWORK)
+
+
+# ---- Runs ----
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "distillation"])
+def test_an_interrupted_run_is_the_same_run(
+    kind: str,
+    images: Path,
+    finished: Path,
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where the target is an average of the weights."""
+    if kind == "distillation":
+        given = ConsistencyConfig(teacher=str(finished), target="average", first=4, last=16)
+        few = config(images, "consistency", objective=given)
+        straight = tiny.run(few, tmp_path / "straight")
+    else:
+        few, straight = config(images, kind), runs[kind]
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        after_step(patch, lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None)
+        tiny.run(few, folder)
+    assert status(folder) == "preempted"
+    tiny.run(few, folder)
+    assert status(folder) == "finished"
+    assert tiny.history(folder) == tiny.history(straight)
+    assert tiny.weights(folder) == tiny.weights(straight)
+    assert tiny.digests(folder / "samples") == tiny.digests(straight / "samples")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_micro_batches_are_the_same_training(kind: str, images: Path, tmp_path: Path) -> None:
+    whole, parts = (
+        tiny.training(config(images, kind, micro_batch=size), tmp_path) for size in (None, 1)
+    )
+    for training in (whole, parts):
+        for _ in range(2):
+            loop.one_step(training)
+    other = dict(parts.network.named_parameters())
+    for name, weight in whole.network.named_parameters():
+        torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=2e-4)
+
+
+def test_progress_reaches_the_objective(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+    original = ConsistencyLoss.neighbours
+
+    def neighbours(self: ConsistencyLoss, draws: object, progress: float, law: object) -> object:
+        seen.append(progress)
+        return original(self, draws, progress, law)  # type: ignore
+
+    monkeypatch.setattr(ConsistencyLoss, "neighbours", neighbours)
+    tiny.run(config(images, "consistency"), tmp_path / "run")
+    assert seen == [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]  # two sizes of crops a step
+
+
+def test_a_span_may_be_gained(images: Path, finished: Path, tmp_path: Path) -> None:
+    training = tiny.training(config(images, "meanflow"), tmp_path / "run", start_from=finished)
+    with resume.opened(training):
+        pass
+    given, state = load_model(finished).network.state_dict(), training.network.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in given.items())
+    assert not state["embed.span.weight"].any()
+
+
+# ---- What a model says of itself ----
+
+
+def test_a_model_knows_what_it_is(runs: dict[str, Path], finished: Path) -> None:
+    mean, consistent, plain = (
+        load_model(f) for f in (runs["meanflow"], runs["consistency"], finished)
+    )
+    assert isinstance(mean.flow_map, MeanFlowMap) and mean.denoiser.precond == FlowMatching(
+        time_scale=1.0
+    )
+    assert isinstance(consistent.flow_map, ConsistencyMap)
+    assert consistent.denoiser.precond == Boundary(sigma_data=0.5, sigma_min=0.002)
+    assert plain.flow_map is None and plain.denoiser.precond == EDM()
+
+
+def test_older_files_are_denoisers(finished: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    for file in (folder / "config.json", folder / "model" / "config.json"):
+        facts = read_json(file)
+        assert facts.pop("objective") is None
+        facts["network"].pop("span")
+        write_json(file, facts)
+    assert decode(TrainConfig, read_json(folder / "config.json")).objective is None
+    assert load_model(folder).flow_map is None
+
+
+@pytest.mark.parametrize("name", [*KINDS])
+def test_configurations_survive_a_file(name: str, images: Path) -> None:
+    few = config(images, name)
+    assert decode(TrainConfig, json.loads(json.dumps(encode(few)))) == few
+
+
+# ---- Sampling ----
+
+
+def test_the_solver_that_fits_is_chosen(runs: dict[str, Path], finished: Path) -> None:
+    plain, mean, consistent = (load(f) for f in (finished, runs["meanflow"], runs["consistency"]))
+    auto = SamplerConfig(steps=3)
+    assert plain.sampler(auto) == replace(auto, solver="heun")
+    assert mean.sampler(auto) == consistent.sampler(auto) == replace(auto, solver="map")
+    euler = SamplerConfig(solver="euler")
+    assert plain.sampler(euler) == mean.sampler(euler) == euler
+    for pipeline, changes, message in (
+        (plain, {"solver": "map"}, "map is for few-step models; use heun or euler"),
+        (plain, {"gamma": 0.5}, "gamma works with the map solver only, not with heun"),
+        (consistent, {"solver": "heun"}, "use --solver map, not heun"),
+        (mean, {"guidance": 2.0}, "cannot be guided by 2.0"),
+        (mean, {"churn": Churn(amount=1.0)}, "churn works with heun, midpoint, ralston, not with"),
+        (mean, {"threshold": "clamp"}, "threshold works with solvers of denoisers only"),
+        (consistent, {"sigma_max": 20.0}, "sigma_max works with solvers of denoisers only"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pipeline.sampler(replace(auto, **changes))
+    with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], not 2.0"):
+        SamplerConfig(gamma=2.0)
+
+
+def test_samples_are_those_of_the_map(runs: dict[str, Path]) -> None:
+    pipeline = load(runs["meanflow"])
+    flow_map = pipeline.model.flow_map
+    assert flow_map is not None
+    images = [
+        sample(flow_map, seeds=range(4), channels=3, canvas=(16, 16), batch=b,
+               labels=torch.tensor([0, 1, 0, 1]), config=SamplerConfig(steps=2))
+        for b in (4, 3)
+    ]  # fmt: skip
+    torch.testing.assert_close(images[0], images[1], rtol=1e-4, atol=1e-5)
+    bytes_ = pipeline.sample(4, config=SamplerConfig(steps=2))
+    expected = ((images[0] + 1) * 127.5).round().clamp(0, 255).movedim(1, -1)
+    assert (torch.from_numpy(bytes_).float() - expected).abs().max() <= 1
+    many = pipeline.sample(4, config=SamplerConfig(steps=5))
+    ordinary = pipeline.sample(4, config=SamplerConfig(solver="heun", steps=5))
+    assert (bytes_ != many).any() and (many != ordinary).any()
+
+
+def test_fresh_noise_is_keyed(runs: dict[str, Path]) -> None:
+    pipeline = load(runs["consistency"])
+    a, b = (pipeline.sample(3, config=SamplerConfig(steps=3), batch=n) for n in (3, 2))
+    assert abs(a.astype(int) - b.astype(int)).max() <= 1
+    mean = load(runs["meanflow"])
+    some, none = (mean.sample(3, config=SamplerConfig(steps=3, gamma=g)) for g in (0.7, None))
+    assert (some != none).any()
+
+
+def test_the_grids_of_a_run_are_those_of_its_map(
+    images: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    training = tiny.training(config(images, "meanflow"), tmp_path)
+    grid = training.watch.draw(training.averaged)
+    flow_map = training.config.objective.flow_map(training.averaged)  # type: ignore
+    expected = sample(
+        flow_map, seeds=range(2), channels=3, canvas=(16, 16), labels=torch.tensor([0, 1]),
+        config=SamplerConfig(steps=2),
+    )  # fmt: skip
+    torch.testing.assert_close(grid, expected)
+    kinds = {kind: read_log(folder)[-1] for kind, folder in runs.items()}
+    assert kinds["meanflow"]["held_out"]["loss"] > 0
+    assert "held_out" not in kinds["consistency"]  # it is no denoiser
+
+
+# ---- The command line ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampling_in_few_steps(
+    kind: str, runs: dict[str, Path], tmp_path: Path, capsys: Capture
+) -> None:
+    run = Path(shutil.copytree(runs[kind], tmp_path / "run"))
+    grids = []
+    for steps in (1, 2, 4):
+        works(capsys, "sample", run, "--count", 2, "--steps", steps)
+        folder = max((run / "generated").iterdir())
+        with Image.open(folder / "grid.png") as file:
+            facts = json.loads(file.info["sampler"])
+            grids.append(file.tobytes())
+        assert (facts["solver"], facts["steps"]) == ("map", steps)
+    assert len(set(grids)) == 3
+    error = "a consistency model denoises in one jump and not step by step"
+    if kind == "consistency":
+        assert error in fails(capsys, "sample", run, "--solver", "heun")
+        assert "sample it with gamma 1" in fails(
+            capsys, "sample", run, "--gamma", 0, "--steps", 2, "--count", 1
+        )
+    else:
+        works(capsys, "sample", run, "--solver", "heun", "--steps", 2, "--count", 1)
+    assert "cannot be guided" in fails(capsys, "sample", run, "--guidance", 2)
+
+
+def test_an_objective_is_chosen_by_a_word(
+    images: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = [
+        "--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1",
+        "--network.attention", "--batch", "2", "--watch.samples", "1", "--watch.grid", "1",
+        "--images", "2", "--device", "cpu",
+    ]  # fmt: skip
+    command = ["train", images, "--objective", "meanflow", *small]
+    works(capsys, *command, "--objective.same", "0.5")
+    run = tmp_path / "runs" / "images"
+    stored = decode(TrainConfig, read_json(run / "config.json"))
+    assert stored.objective == MeanFlowConfig(same=0.5) and stored.network.span
+    assert stored.watch.sample_steps == 2
+    assert "is finished" in works(capsys, *command)  # what is stored counts
+    assert "is finished" in works(capsys, "train", run)
+    assert "objective" in fails(capsys, "train", run, "--objective", "denoising")
+    assert "objective.same: 0.5 -> 0.25" in fails(capsys, "train", run, "--objective.same", "0.25")
+    for arguments, message in (
+        (["--objective", "magic"], "unknown objective 'magic', allowed: denoising, consistency"),
+        (["--objective"], "Missing value for argument '--objective'"),
+        (["--objective.same", "0.5"], "Unrecognized options: --objective.same"),
+        (["--objective", "meanflow", "--objective.same", "7"], "same in [0, 1]"),
+        (["--objective=meanflow", "--network.no-span"], "set --network.span"),
+    ):
+        assert message in fails(capsys, "train", "glyphs", *arguments)
+
+
+def test_the_recipe() -> None:
+    given = recipes.find("meanflow")(Facts(classes=3))
+    assert isinstance(given.objective, MeanFlowConfig) and given.network.span
+    assert len(given.patches.fractions) > 1  # patches, whose coordinates do not move
+    assert given.watch == replace(WatchConfig(), status=40, samples=4, sample_steps=2)
+
+
+def test_an_evaluation_tells_the_solver(runs: dict[str, Path]) -> None:
+    for kind in KINDS:
+        pipeline = load(runs[kind])
+        assert isinstance(pipeline, Pipeline)
+        assert encode(pipeline.sampler(SamplerConfig()))["solver"] == "map"
+
+
+# ---- What is learned ----
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module("few_steps")
+
+
+def test_the_distance_of_shifted_points_is_the_shift(toy: ModuleType) -> None:
+    points = toy.data()
+    shifted = points + torch.tensor([0.3, 0.4])
+    assert toy.distance(points, shifted) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
+    assert toy.distance(points, points) == 0
+
+
+def test_one_step_is_learned_quickly(toy: ModuleType) -> None:
+    """A tenth of the training: one jump is better than an exact step of Euler, to the mean."""
+    real = toy.data()
+    mean = real.mean(dim=0).expand_as(real)
+    found = toy.distance(toy.samples(toy.meanflow(400), 1), real)
+    assert found < toy.distance(mean, real) / 2
+
+
+@pytest.mark.slow
+def test_one_step_is_as_good_as_many(toy: ModuleType) -> None:
+    """The distance in one step: at most twice that of 20 of flow matching, a third of one."""
+    real = toy.data()
+    flow = toy.flow_matching(4000)
+    many, one = (toy.distance(toy.samples(flow, steps), real) for steps in (20, 1))
+    for kind in ("MeanFlow", "consistency training (iCT)", "consistency distillation"):
+        found = toy.distance(toy.samples(toy.MODELS[kind](4000), 1), real)
+        assert found <= 2 * many and found < one / 3, (kind, found, many, one)
