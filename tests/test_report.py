@@ -103,7 +103,7 @@ def test_losses_that_are_not_finite(run: Path) -> None:
 
 
 def test_many_grids(run: Path) -> None:
-    watch = read_log(run)[-1]
+    watch = next(r for r in reversed(read_log(run)) if r["kind"] == "watch")
     edit_log(run, *({**watch, "images": float(n)} for n in range(10)))
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert len(records) == 10
