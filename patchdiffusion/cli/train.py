@@ -114,7 +114,7 @@ def default_config(what: str, flags: Sequence[str]) -> TrainConfig:
         return _same_data(stored, early.data.path or images)
     name = early.name or _name(what)
     data = recipe(Facts()).data
-    if recipe is not recipes.glyphs or images:
+    if recipe not in recipes.DEMOS or images:
         data = replace(data, path=images)
     if not data.path:
         raise ValueError(f"the recipe {what} needs images: give them with --data.path")

@@ -185,6 +185,10 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+DEMOS = (glyphs, meanflow)
+"""Those with images of their own."""
+
+
 def find(name: str) -> Recipe:
     """A recipe by name; raises `ValueError` that lists them."""
     if name not in RECIPES:
