@@ -1,15 +1,11 @@
-"""Few-step models from training to the command line, and what a little one learns."""
+"""Few-step models from training to the command line."""
 
-import importlib
 import json
-import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import tiny
@@ -364,39 +360,3 @@ def test_an_evaluation_tells_the_solver(runs: dict[str, Path]) -> None:
         pipeline = load(runs[kind])
         assert isinstance(pipeline, Pipeline)
         assert encode(pipeline.sampler(SamplerConfig()))["solver"] == "map"
-
-
-# ---- What is learned ----
-
-
-@pytest.fixture(scope="module")
-def toy() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-        yield importlib.import_module("few_steps")
-
-
-def test_the_distance_of_shifted_points_is_the_shift(toy: ModuleType) -> None:
-    points = toy.data()
-    shifted = points + torch.tensor([0.3, 0.4])
-    assert toy.distance(points, shifted) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
-    assert toy.distance(points, points) == 0
-
-
-def test_one_step_is_learned_quickly(toy: ModuleType) -> None:
-    """A tenth of the training: one jump is better than an exact step of Euler, to the mean."""
-    real = toy.data()
-    mean = real.mean(dim=0).expand_as(real)
-    found = toy.distance(toy.samples(toy.meanflow(400), 1), real)
-    assert found < toy.distance(mean, real) / 2
-
-
-@pytest.mark.slow
-def test_one_step_is_as_good_as_many(toy: ModuleType) -> None:
-    """The distance in one step: at most twice that of 20 of flow matching, a third of one."""
-    real = toy.data()
-    flow = toy.flow_matching(4000)
-    many, one = (toy.distance(toy.samples(flow, steps), real) for steps in (20, 1))
-    for kind in ("MeanFlow", "consistency training (iCT)", "consistency distillation"):
-        found = toy.distance(toy.samples(toy.MODELS[kind](4000), 1), real)
-        assert found <= 2 * many and found < one / 3, (kind, found, many, one)
