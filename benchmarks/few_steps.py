@@ -27,7 +27,6 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.denoiser import (
     EDM,
     Denoiser,
-    FlowMatching,
     NetDenoiser,
     Precond,
     expand_sigma,
@@ -47,6 +46,8 @@ from patchdiffusion.weighting import EDMWeight, FlowWeight
 DATA = GaussianMixture.toy()
 SPREAD = 0.88
 """Its standard deviation."""
+STRAIGHT = MeanFlowConfig().precond(EDM())
+"""The parameterisation whose network is told the time of the straight path as it is."""
 LARGEST = 20.0
 """Noise level at which consistency models begin."""
 LAW = LogNormal(mean=0.0, std=1.6)
@@ -132,7 +133,7 @@ class EulerMap:
 def flow_matching(steps: int) -> FlowMap:
     """The baseline: an ordinary velocity."""
     loss = DenoisingLoss(LogNormal(mean=0.0, std=1.0), FlowWeight(), label_dropout=0.0)
-    return EulerMap(train(FlowMatching(), lambda average: loss, steps))
+    return EulerMap(train(STRAIGHT, lambda average: loss, steps))
 
 
 def meanflow(steps: int) -> FlowMap:
@@ -143,7 +144,7 @@ def meanflow(steps: int) -> FlowMap:
     """
     config = MeanFlowConfig(same=0.25, power=0.0)
     loss = config.loss(LogNormal(mean=0.0, std=2.0), 0.0)
-    return MeanFlowMap(network=train(FlowMatching(), lambda average: loss, steps).network)
+    return MeanFlowMap(network=train(STRAIGHT, lambda average: loss, steps).network)
 
 
 def consistency(steps: int, teacher: Denoiser | None = None) -> FlowMap:
