@@ -16,6 +16,7 @@ from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.model import load_model
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
 from patchdiffusion.noise import LogNormal, karras
+from patchdiffusion.objectives import ConsistencyConfig, MeanFlowConfig
 from patchdiffusion.patches import (
     Group,
     PatchLaw,
@@ -58,6 +59,8 @@ __all__ = [
     "Batch",
     "DenoisingLoss",
     "LossOut",
+    "ConsistencyConfig",
+    "MeanFlowConfig",
     "euler",
     "heun",
     "SongUNet",

@@ -198,6 +198,31 @@ def test_the_target_may_be_an_average() -> None:
     assert not torch.allclose(a, b)
 
 
+def test_distillation_follows_the_teacher() -> None:
+    network, average, x0 = Little(), denoiser(1), normal(8, (1, 2, 2)).float()
+    oracle, seeds = gaussian((1, 2, 2)), []
+
+    def teacher(x: Tensor, sigma: Tensor, cond: Cond | None = None, **_: object) -> Tensor:
+        seeds.append(None if cond is None else cond.seed)
+        return oracle(x, sigma)
+
+    config = ConsistencyConfig(huber=0.0, weighted=False, uniform=True, target="average")
+    loss = config.loss(LAW, 0.0, average, teacher)  # type: ignore
+    f = NetDenoiser(network, Boundary())
+    out = loss(f, batch(x0), draws(8))
+    high, low = loss.neighbours(draws(8), 0.0)
+    wide, x = (
+        per_sample(low - high, x0),
+        x0 + per_sample(high, x0) * draws(8).normal("noise", (1, 2, 2)),
+    )
+    slope = (x - oracle(x, high)) / per_sample(high, x)
+    ahead = x + wide * slope
+    below = x + wide * (slope + (ahead - oracle(ahead, low)) / per_sample(low, x)) / 2
+    expected = (f(x, high) - average(below, low)).square().flatten(1).mean(1)
+    torch.testing.assert_close(out.per_sample, expected, rtol=1e-5, atol=1e-7)
+    assert seeds == [None, None]  # a teacher drops nothing
+
+
 class Scaled:
     """The exact consistency function of the Gaussian, but with one free number."""
 

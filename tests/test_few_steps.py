@@ -1,15 +1,11 @@
-"""Few-step models from training to the command line, and what a little one learns."""
+"""Few-step models from training to the command line."""
 
-import importlib
 import json
-import math
 import os
 import shutil
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import tiny
@@ -95,26 +91,27 @@ def test_training_is_put_together(images: Path, finished: Path, tmp_path: Path) 
     assert trained == {id(p) for p in consistent.network.parameters()}
 
 
-def test_what_does_not_fit_is_refused(images: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(
+    images: Path, finished: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
     few = config(images, "meanflow")
-    for changed, run, message in (
+
+    def taught_by(teacher: Path, **changes: object) -> TrainConfig:
+        objective = ConsistencyConfig(teacher=str(teacher))
+        return config(images, "consistency", objective=objective, **changes)
+
+    other = replace(tiny.NETWORK, num_classes=0)
+    refused: list[tuple[TrainConfig, dict[str, object], str]] = [
         (replace(few, watch=replace(few.watch, guidance=2.0)), {}, "watch.guidance 2.0 cannot"),
         (few, {"shard": True}, "--shard works with --objective denoising only"),
-        (
-            config(images, "consistency", objective=ConsistencyConfig(teacher=str(tmp_path))),
-            {},
-            "holds no model",
-        ),
-        (
-            config(
-                images, "consistency", objective=ConsistencyConfig(teacher=str(runs["meanflow"]))
-            ),
-            {},
-            "is itself a few-step model",
-        ),
-    ):
+        (taught_by(tmp_path), {}, "holds no model"),
+        (taught_by(runs["consistency"]), {}, "is no denoiser"),
+        (taught_by(finished, network=other), {}, r"are \(16, 16, 3, 2\) instead of \(16, 16, 3, 0"),
+    ]
+    for changed, run, message in refused:
         with pytest.raises(ValueError, match=message):
             tiny.training(changed, tmp_path / "run", **run)
+    tiny.training(taught_by(runs["meanflow"]), tmp_path / "run")  # which is a denoiser
     with pytest.raises(ValueError, match=r"set --network\.span"):
         replace(few, network=tiny.NETWORK)
 
@@ -161,6 +158,14 @@ def test_micro_batches_are_the_same_training(kind: str, images: Path, tmp_path: 
     other = dict(parts.network.named_parameters())
     for name, weight in whole.network.named_parameters():
         torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=2e-4)
+
+
+def test_the_log_tells_the_error_itself(runs: dict[str, Path]) -> None:
+    """The loss of MeanFlow is divided by itself, and always 1."""
+    for kind, name in (("meanflow", "velocity error"), ("consistency", "consistency error")):
+        lines = [r for r in read_log(runs[kind]) if r["kind"] == "status"]
+        assert len(lines) == 4 and all(r["scalars"][name] > 0 for r in lines)
+        assert all((0.99 < r["loss"] <= 1.0) == (kind == "meanflow") for r in lines)
 
 
 def test_progress_reaches_the_objective(
@@ -344,7 +349,10 @@ def test_an_objective_is_chosen_by_a_word(
         assert message in fails(capsys, "train", "glyphs", *arguments)
 
 
-def test_the_recipe() -> None:
+def test_the_recipe(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = works(capsys, "train", "meanflow", "--dry-run", "--device", "cpu")
+    assert "recipe    meanflow: The demo as a few-step model" in told and "24x24" in told
     given = recipes.find("meanflow")(Facts(classes=3))
     assert isinstance(given.objective, MeanFlowConfig) and given.network.span
     assert len(given.patches.fractions) > 1  # patches, whose coordinates do not move
@@ -356,39 +364,3 @@ def test_an_evaluation_tells_the_solver(runs: dict[str, Path]) -> None:
         pipeline = load(runs[kind])
         assert isinstance(pipeline, Pipeline)
         assert encode(pipeline.sampler(SamplerConfig()))["solver"] == "map"
-
-
-# ---- What is learned ----
-
-
-@pytest.fixture(scope="module")
-def toy() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-        yield importlib.import_module("few_steps")
-
-
-def test_the_distance_of_shifted_points_is_the_shift(toy: ModuleType) -> None:
-    points = toy.data()
-    shifted = points + torch.tensor([0.3, 0.4])
-    assert toy.distance(points, shifted) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
-    assert toy.distance(points, points) == 0
-
-
-def test_one_step_is_learned_quickly(toy: ModuleType) -> None:
-    """A tenth of the training: one jump is better than an exact step of Euler, to the mean."""
-    real = toy.data()
-    mean = real.mean(dim=0).expand_as(real)
-    found = toy.distance(toy.samples(toy.meanflow(400), 1), real)
-    assert found < toy.distance(mean, real) / 2
-
-
-@pytest.mark.slow
-def test_one_step_is_as_good_as_many(toy: ModuleType) -> None:
-    """The distance in one step: at most twice that of 20 of flow matching, a third of one."""
-    real = toy.data()
-    flow = toy.flow_matching(4000)
-    many, one = (toy.distance(toy.samples(flow, steps), real) for steps in (20, 1))
-    for kind in ("MeanFlow", "consistency training (iCT)", "consistency distillation"):
-        found = toy.distance(toy.samples(toy.MODELS[kind](4000), 1), real)
-        assert found <= 2 * many and found < one / 3, (kind, found, many, one)

@@ -21,7 +21,7 @@ from patchdiffusion.weighting import EDMWeight, Weighting
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryMap:
-    """G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s) (equation 4)."""
+    """G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s)."""
 
     g: Denoiser
     sigma_min: float = 0.002
@@ -46,7 +46,7 @@ class TrajectoryMap:
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryLoss:
-    """Soft consistency and the denoising loss of g(x, t, t) (equations 8 and 10).
+    """Soft consistency and the denoising loss of g(x, t, t).
 
     A jump from t to s must end where a solver from t to u and a jump from u to s end; both ends are
     compared after a last jump to 0 with the weights of the target, through which the gradient flows

@@ -55,6 +55,8 @@ def jump(
 ) -> Iterator[State]:
     """One evaluation from each time to the next; yields a `State` after each.
 
+    Its `denoised` is where the map has landed, a clean image only at the end or with gamma 1.
+
     A share `gamma` of the noise of each intermediate time is drawn anew: the map goes on to the
     noise level sqrt(1 - gamma^2) sigma, and noise brings it back up (gamma-sampling of CTM, arXiv
     2310.02279). 0 is deterministic (MeanFlow, arXiv 2505.13447, algorithm 2); 1 goes to the end of
@@ -64,16 +66,15 @@ def jump(
     gamma = flow_map.gamma if gamma is None else gamma
     path, moments = flow_map.path, times.tolist()
     for i, (t, s) in enumerate(itertools.pairwise(moments)):
-        last = i == len(moments) - 2
-        lands = s if last or gamma == 0 else _below(path, s, gamma, moments[-1])
-        z = flow_map(z, t, lands, cond)
+        lands = s if gamma == 0 else _below(path, s, gamma, moments[-1])
+        z = landed = flow_map(z, t, lands, cond)
         if lands < s:
             if noise is None:
                 raise ValueError("fresh noise is needed: pass noise=, a function of the step index")
             before, after = _sigma(path, lands), _sigma(path, s)
             keep = _scale(path, s) / _scale(path, lands)
             z = keep * z + _scale(path, s) * math.sqrt(after**2 - before**2) * noise(i)
-        yield State(z, z, i + 1)
+        yield State(z, landed, i + 1)
 
 
 def _below(path: Path, s: float, gamma: float, end: float) -> float:

@@ -97,6 +97,7 @@ class MeanFlowConfig:
     """Along what the derivative is taken: eps - x0, or the network's own velocity (improved)."""
 
     denoises: ClassVar[bool] = True
+    teacher: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.same <= 1 or not 0 <= self.mix < 1:

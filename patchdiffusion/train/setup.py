@@ -13,13 +13,13 @@ from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
-from patchdiffusion.denoiser import Denoiser, NetDenoiser
+from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.dist import Team, place
 from patchdiffusion.losses import DenoisingLoss, Objective, UncertaintyLoss
 from patchdiffusion.metrics.features import Extractor, extractor
 from patchdiffusion.model import ModelConfig, build, load_model, pick_device
 from patchdiffusion.nets.count import training_flops
-from patchdiffusion.objectives import FewStep, parameterisation
+from patchdiffusion.objectives import denoises, parameterisation
 from patchdiffusion.patches import PatchPlan, Size
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.ema import EMA
@@ -240,7 +240,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     share = 1 + _passes(config) / 3  # of what `training_flops` counts: one pass, and back
     flops = {size: round(training_flops(network, size) * share) for size in sizes}
     ema = _spread_out(network, config, run, team, device)
-    objective = _objective(config, run, ema, team, device)
+    objective = _objective(config, run, ema, canvas, team, device)
     work = Work(denoiser_of(network, config), objective)
     feed = Feed(
         resident(pack.images, device),
@@ -300,11 +300,12 @@ def denoiser_of(network: nn.Module, config: TrainConfig) -> NetDenoiser:
 
 
 def _objective(
-    config: TrainConfig, run: RunConfig, ema: EMA, team: Team, device: torch.device
+    config: TrainConfig, run: RunConfig, ema: EMA, canvas: Size, team: Team, device: torch.device
 ) -> Objective:
     if config.objective is not None:
         average = denoiser_of(ema.network(), config)
-        teacher = _teacher(config.objective, config, device)
+        path = config.objective.teacher
+        teacher = None if path is None else _teacher(path, config, canvas, device)
         return config.objective.loss(config.noise, config.label_dropout, average, teacher)
     loss = DenoisingLoss(config.noise, config.loss_weight, config.label_dropout)
     if not config.log_variance:
@@ -315,19 +316,18 @@ def _objective(
     return UncertaintyLoss(loss, learned)
 
 
-def _teacher(objective: FewStep, config: TrainConfig, device: torch.device) -> Denoiser | None:
-    """The denoiser that is distilled, if there is one; `ValueError` if it does not fit."""
-    path = getattr(objective, "teacher", None)
-    if path is None:
-        return None
+def _teacher(path: str, config: TrainConfig, canvas: Size, device: torch.device) -> NetDenoiser:
+    """The denoiser that is distilled; raises `ValueError` if it does not fit."""
     model = load_model(path, device=device)
-    own = (config.network.channels, config.network.num_classes)
-    other = (model.config.network.channels, model.config.network.num_classes)
-    if own != other or model.config.objective is not None:
+    if not denoises(model.config.objective):
+        raise ValueError(f"the teacher {path} is no denoiser: it is a consistency model itself")
+    network, other = config.network, model.config.network
+    own = (*canvas, network.channels, network.num_classes)
+    found = (*model.config.canvas, other.channels, other.num_classes)
+    if own != found:
         raise ValueError(
-            f"the teacher {path} must denoise images of {own[0]} channels and {own[1]} classes; "
-            f"it has {other[0]} and {other[1]}"
-            + (" and is itself a few-step model" if model.config.objective else "")
+            f"the teacher {path} does not fit: height, width, channels and classes are "
+            f"{found} instead of {own}"
         )
     return model.denoiser
 

@@ -55,6 +55,8 @@ class Status:
         left = max(config.images - training.now, 0) / rate if rate else float("inf")
         sizes = {k[5:]: v for k, v in means.items() if k.startswith("loss ")}
         loss = means.get("loss")
+        known = {"loss", "grad norm", *(f"loss {size}" for size in sizes)}
+        others = {k: v for k, v in means.items() if k not in known}  # of the objective
         phases, slow = training.phases.read()
         self._tell_events()
         self._tell_slow(slow)
@@ -77,16 +79,18 @@ class Status:
             peak=self.peak * training.team.size,
             phases={name: round(spent, 4) for name, spent in phases.items()},
             memory=peak_memory(training.device),
+            **({"scalars": others} if others else {}),
         )
         shown = {"loss": loss, "grad norm": means.get("grad norm"), "images per second": rate}
         shown |= {f"loss/{size}": value for size, value in sizes.items()}
-        training.log.trackers.numbers(shown, state.step)
+        training.log.trackers.numbers(shown | others, state.step)
         each = " ".join(f"{size} {value:.3f}" for size, value in sizes.items())
         share = flops_rate / (self.peak * training.team.size)
         training.log.say(
             f"{quantity(training.now):>6}/{quantity(config.images)}"
             f"  loss {'none' if loss is None else f'{loss:.4f}'}  ({each})"
-            f"  {quantity(rate)}/s  {quantity(crops_rate)} crops/s"
+            + "".join(f"  {name} {value:.4f}" for name, value in others.items())
+            + f"  {quantity(rate)}/s  {quantity(crops_rate)} crops/s"
             f"  {quantity(flops_rate)}FLOP/s ({share:.0%} of peak)"
             + _waiting(phases)
             + (f"  skipped {state.skipped}" if state.skipped else "")

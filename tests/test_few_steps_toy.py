@@ -1,0 +1,57 @@
+"""What few-step models learn of three Gaussians in the plane, and the page that tells it."""
+
+import importlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def toy() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+        yield importlib.import_module("few_steps")
+
+
+def test_the_distance_of_shifted_points_is_the_shift(toy: ModuleType) -> None:
+    points = toy.data()
+    shifted = points + torch.tensor([0.3, 0.4])
+    assert toy.distance(points, shifted) == pytest.approx(0.5 / math.sqrt(2), rel=1e-4)
+    assert toy.distance(points, points) == 0
+
+
+def test_one_step_is_learned_quickly(toy: ModuleType) -> None:
+    """A tenth of the training: one jump is better than an exact step of Euler, to the mean."""
+    real = toy.data()
+    mean = real.mean(dim=0).expand_as(real)
+    found = toy.distance(toy.samples(toy.meanflow(400), 1), real)
+    assert found < toy.distance(mean, real) / 2
+
+
+@pytest.mark.slow
+def test_one_step_is_as_good_as_many(toy: ModuleType) -> None:
+    """The distance in one step: at most twice that of 20 of flow matching, a third of one."""
+    real = toy.data()
+    flow = toy.flow_matching(4000)
+    many, one = (toy.distance(toy.samples(flow, steps), real) for steps in (20, 1))
+    for kind in ("MeanFlow", "consistency training (iCT)", "consistency distillation"):
+        found = toy.distance(toy.samples(toy.MODELS[kind](4000), 1), real)
+        assert found <= 2 * many and found < one / 3, (kind, found, many, one)
+
+
+def test_the_page_has_the_numbers_of_the_script(toy: ModuleType) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "few-steps.md").read_text()
+    result = json.loads(toy.RESULT.read_text())
+    assert "\n".join(toy.table(result)) in page
+    assert f"{result['two draws of the data']} apart" in page
+    assert f"{result['training steps']:,} steps of batch {toy.BATCH}" in page
+    assert result["date"] in page and result["torch"].split("+")[0] in page
+    rows = result["sliced Wasserstein-2"]
+    one, many = (rows["flow matching, Euler"][toy.STEPS.index(n)] for n in (1, 20))
+    for name, row in rows.items():  # what the slow test demands of a new training
+        assert name.startswith("flow") or (row[0] <= 2 * many and row[0] < one / 3), name
