@@ -306,6 +306,8 @@ def convert(
 
 # ---- Grids: the levels a solver visits, decreasing, with a final 0; float64 [n + 1] ----
 
+MOST_STEPS = 1_000_000  # beyond is a slip
+
 
 def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """Levels evenly spaced in sigma^(1/rho) (EDM, equation 5), then 0."""
@@ -369,8 +371,8 @@ def _then_zero(levels: Tensor) -> Tensor:
 
 
 def _check_grid(n: int, sigma_min: float, sigma_max: float) -> None:
-    if n < 1:
-        raise ValueError(f"a sampling grid needs at least 1 step, not {n}")
+    if not 1 <= n <= MOST_STEPS:
+        raise ValueError(f"a grid has at most {MOST_STEPS:,} and at least 1 step, not {n}")
     _check_range(sigma_min, sigma_max)
 
 
