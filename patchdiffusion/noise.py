@@ -371,8 +371,10 @@ def _then_zero(levels: Tensor) -> Tensor:
 
 
 def _check_grid(n: int, sigma_min: float, sigma_max: float) -> None:
-    if not 1 <= n <= MOST_STEPS:
-        raise ValueError(f"a grid has at most {MOST_STEPS:,} and at least 1 step, not {n}")
+    if n < 1:
+        raise ValueError(f"a sampling grid needs at least 1 step, not {n}")
+    if n > MOST_STEPS:
+        raise ValueError(f"a sampling grid has at most {MOST_STEPS:,} steps, not {n}")
     _check_range(sigma_min, sigma_max)
 
 

@@ -150,6 +150,7 @@ def test_the_ends_of_a_law(law: NoiseLaw, low: float, high: float) -> None:
         (lambda: UniformTime(margin=0.5), r"margin in \(0, 0.5\)"),
         (lambda: UniformTime(margin=0.0), r"margin in \(0, 0.5\)"),
         (lambda: karras(0), "at least 1 step, not 0"),
+        (lambda: karras(10**30), "at most 1,000,000 steps, not 1000"),
         (lambda: karras(5, rho=0.0), "rho must be positive"),
         (lambda: karras(5, 1.0, 1.0), "0 < sigma_min < sigma_max"),
         (lambda: log_uniform(5, 0.1, math.inf), "0 < sigma_min < sigma_max"),
