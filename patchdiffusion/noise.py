@@ -372,7 +372,7 @@ def _then_zero(levels: Tensor) -> Tensor:
 
 def _check_grid(n: int, sigma_min: float, sigma_max: float) -> None:
     if n < 1:
-        raise ValueError(f"a sampling grid needs at least 1 step, not {n}")
+        raise ValueError(f"the steps of a grid must be at least 1 step, not {n}")
     if n > MOST_STEPS:
         raise ValueError(f"a sampling grid has at most {MOST_STEPS:,} steps, not {n}")
     _check_range(sigma_min, sigma_max)

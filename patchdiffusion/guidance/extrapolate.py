@@ -26,7 +26,7 @@ class Extrapolation:
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"the guidance rescale must lie in [0, 1], not {self.rescale}")
         if self.channels is not None and self.channels < 1:
-            raise ValueError(f"guidance needs at least 1 channel, not {self.channels}")
+            raise ValueError(f"guidance channels must be at least 1 channel, not {self.channels}")
 
     def __call__(self, estimate: Tensor, reference: Tensor) -> Tensor:
         """Both [B, C, *S] -> the same; raises `ValueError` if there are fewer channels."""

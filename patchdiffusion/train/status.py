@@ -55,7 +55,7 @@ class Status:
         left = max(config.images - training.now, 0) / rate if rate else float("inf")
         sizes = {k[5:]: v for k, v in means.items() if k.startswith("loss ")}
         loss = means.get("loss")
-        known = {"loss", "grad norm", *(f"loss {size}" for size in sizes)}
+        known = {"loss", "grad norm", "skipped", *(f"loss {size}" for size in sizes)}
         others = {k: v for k, v in means.items() if k not in known}  # of the objective
         phases, slow = training.phases.read()
         self._tell_events()
