@@ -68,6 +68,11 @@ def sample(
     config = config or SamplerConfig()
     size = size or canvas
     corner = corner or ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
+    if isinstance(model, FlowMap):
+        solve = functools.partial(_jump, PatchMap(model, canvas, corner), config)
+    else:
+        denoiser = PatchDenoiser(config.guided(model, guide), canvas, corner)
+        solve = functools.partial(_solve, denoiser, config, config.sigmas(law))
     done = [torch.empty(0, channels, *size)]
     for start in range(0, len(seeds), batch):
         part = torch.tensor(list(seeds[start : start + batch]), dtype=torch.int64, device=device)
@@ -75,12 +80,7 @@ def sample(
         noise = functools.partial(_fresh_noise, part, (channels, *size), dtype)
         x = noise_field(part, channels, corner, size).to(dtype)
         with torch.no_grad():
-            if isinstance(model, FlowMap):
-                x = _jump(PatchMap(model, canvas, corner), x, cond, noise, config)
-            else:
-                denoiser = PatchDenoiser(config.guided(model, guide), canvas, corner)
-                stamped = _Stamped(denoiser, next(_RUNS), part)
-                x = _solve(stamped, x, cond, noise, config, law)
+            x = solve(part, x, cond, noise)
         done.append(x.to("cpu", torch.float32))
         if progress:
             progress(len(part))
@@ -89,19 +89,25 @@ def sample(
 
 def _solve(
     denoiser: Denoiser,
+    config: SamplerConfig,
+    sigmas: Tensor,
+    seeds: Tensor,
     noisy: Tensor,
     cond: Cond,
     noise: Noise,
-    config: SamplerConfig,
-    law: NoiseLaw | None,
 ) -> Tensor:
-    sigmas, solver = config.sigmas(law), config.bound_solver()
+    stamped, solver = _Stamped(denoiser, next(_RUNS), seeds), config.bound_solver()
     x = noisy * sigmas[0].item()
-    return run(solver(denoiser, x, sigmas, cond=cond, noise=noise)).x
+    return run(solver(stamped, x, sigmas, cond=cond, noise=noise)).x
 
 
 def _jump(
-    flow_map: FlowMap, noisy: Tensor, cond: Cond, noise: Noise, config: SamplerConfig
+    flow_map: FlowMap,
+    config: SamplerConfig,
+    seeds: Tensor,
+    noisy: Tensor,
+    cond: Cond,
+    noise: Noise,
 ) -> Tensor:
     times = flow_map.times(config.steps)
     z = noisy * flow_map.path.s(times[0]).item()

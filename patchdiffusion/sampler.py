@@ -24,8 +24,7 @@ class SamplerConfig:
     """How to get from noise to an image."""
 
     solver: Literal["auto", "map"] | SolverName = "auto"
-    """heun, midpoint, ralston and dpmpp_2s take two evaluations a step, the others one; map is that
-    of few-step models, and auto is map for them, else heun."""
+    """auto is map for few-step models, else heun; heun to dpmpp_2s evaluate twice a step."""
     steps: int = 18
     """Number of steps."""
     sigma_min: float | None = None
@@ -52,8 +51,7 @@ class SamplerConfig:
     guidance_channels: int | None = None
     """Guide so many channels, the first ones; None guides all (DiT models: 3 of 4)."""
     threshold: Literal["clamp"] | float | None = None
-    """clamp: estimates into [-1, 1]; a number such as 0.995: that share of each image, and the
-    image is scaled to fit (dynamic thresholding)."""
+    """clamp estimates to [-1, 1], or, as 0.995, that share of them and scale to fit (dynamic)."""
 
     def __post_init__(self) -> None:
         self.sigmas()  # raises on impossible values
@@ -179,6 +177,12 @@ class SamplerConfig:
     def bound_solver(self) -> Solver:
         """The solver with its options."""
         return functools.partial(SOLVERS[self._name], **self._options())
+
+    @property
+    def evaluations(self) -> int:
+        """How often a sample asks the network, or the network and its guide."""
+        stages = SOLVERS[self._name].stages if self._name in SOLVERS else 1
+        return self.steps * stages - (stages - 1)
 
     def _options(self) -> dict[str, object]:
         given = {"churn": self.churn if self.churn.amount else None, "eta": self.eta}

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 import types
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.metrics.features import Extractor
 from patchdiffusion.report import read_log
 from patchdiffusion.sample import SamplerConfig, load
+from patchdiffusion.solvers import SolverName
 from patchdiffusion.train.config import DataConfig, WatchConfig
 from patchdiffusion.train.setup import prepare_data
 
@@ -128,6 +130,27 @@ def test_real_images_are_read_once(
         Evaluation(pack, config, extractor(known, weights="0123")).of_images(pack.images[:10], "")
     Evaluation(pack, CONFIG, extractor(known, weights="4567")).of_images(pack.images[:10], "")
     assert len(list(tmp_path.rglob("*.safetensors"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("solver", "steps", "evaluations"),
+    [("auto", 18, 35), ("midpoint", 5, 9), ("dpmpp_2s", 1, 1), ("dpmpp_2m", 18, 18)],
+)
+def test_the_estimate_counts_evaluations(
+    solver: SolverName,
+    steps: int,
+    evaluations: int,
+    pack: Pack,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def clock(work: Callable[[], object]) -> float:
+        made = work()
+        return 0.0 if isinstance(made, Tensor) else 8.0  # features cost nothing, 8 images 8 s
+
+    monkeypatch.setattr("patchdiffusion.metrics.evaluate._time", clock)
+    config = replace(CONFIG, sampler=SamplerConfig(solver=solver, steps=steps))
+    assert Evaluation(pack, config, extractor()).estimate(load(finished), 3) == 3 * evaluations
 
 
 def test_real_images_have_no_distance_from_themselves(pack: Pack) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture, LowRankMixture
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, PatchDenoiser
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser, edges
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.guidance.reward import GradientGuidance, Measurement, Tilt, gradient
 from patchdiffusion.noise import karras
-from patchdiffusion.solvers import heun, solve
+from patchdiffusion.solvers import crossings, heun, solve
 
 TOY = GaussianMixture.toy()
 MEAN = torch.tensor([0.2, -0.4], dtype=torch.float64)
@@ -215,6 +215,16 @@ def test_only_levels_below_are_guided() -> None:
     some = GradientGuidance(TOY, Tilt(linear), below=1.0)(x, sigma)
     assert torch.equal(some, torch.where(sigma[:, None] < 1, guided, plain))
     assert not torch.equal(some, guided) and not torch.equal(some, plain)
+
+
+def test_a_solver_forgets_where_guidance_begins() -> None:
+    """Also if a level is `below` itself, which is not guided yet."""
+    levels = torch.tensor([4.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+    for below, first in ((2.0, 2), (1.5, 2), (1.0, 3)):
+        guided = GradientGuidance(TOY, Tilt(linear), below=below)
+        assert crossings(levels, edges(guided)) == {first}
+    assert edges(GradientGuidance(TOY, Tilt(linear), 0.0, below=1.0)) == ()
+    assert edges(GradientGuidance(TOY, Tilt(linear))) == ()
 
 
 def test_clip_bounds_the_change_of_each_image() -> None:

@@ -79,6 +79,7 @@ def test_evaluations_and_the_steps_handed_down(name: str) -> None:
     denoiser, levels = Gaussian(), karras(5)
     list(ALL[name](denoiser, torch.ones(2, 3), levels, noise=noise_of(keys(2), (3,))))
     stages = (0, 1) if name.removeprefix("churned ") in TWO_STAGES else (0,)
+    assert len(stages) == SOLVERS[name.removeprefix("churned ").removesuffix(" 0.5")].stages
     places = [(i, stage) for i in range(5) for stage in stages][: 9 if len(stages) == 2 else 5]
     assert denoiser.steps == [Step(0, i, s, tuple(levels.tolist())) for i, s in places]
     if not name.startswith("churned"):

@@ -89,6 +89,8 @@ def test_status_lines_are_for_people(
                  "about 2 steps", "GB of disk", "loss", "crops/s", "FLOP/s", "% of peak", "left",
                  "samples/0000000006.png", "held-out loss", "by noise", "finished in"):  # fmt: skip
         assert part in out, part
+    for part in ("skipped", "nan", "None"):
+        assert part not in out, part
 
 
 # ---- Interrupted and continued ----

@@ -158,7 +158,10 @@ class GradientGuidance:
 
     @property
     def edges(self) -> tuple[float, ...]:
-        return (*({self.below} - {math.inf}), *edges(self.denoiser))
+        # An edge belongs to the levels below it, and `below` to those above.
+        guides = self.scale != 0 and self.below < math.inf
+        own = (math.nextafter(self.below, 0),) if guides else ()
+        return (*own, *edges(self.denoiser))
 
     def __call__(
         self,

@@ -268,11 +268,10 @@ class Evaluation:
         each = _time(lambda: self._features(some, 0)) / len(some)
         seconds = each * (samples + self.unknown)
         if pipeline is not None and samples:
-            config = replace(self.config.sampler, steps=1)
+            config = replace(self.config.sampler, steps=1, guidance_interval=None)
             labels = (self.labels(pipeline) or [])[:_TRIAL] or None
             once = _time(lambda: pipeline.sample(_TRIAL, classes=labels, config=config))
-            heun = pipeline.sampler(self.config.sampler).solver == "heun"
-            evaluations = self.config.sampler.steps * (1 + heun) - heun
+            evaluations = pipeline.sampler(self.config.sampler).evaluations
             seconds += once / _TRIAL * samples * evaluations
         return seconds / self.team.size
 

@@ -107,10 +107,11 @@ class Method:
     Bind them with `functools.partial`: `partial(ddim, eta=0.5)`.
     """
 
-    def __init__(self, rule: Callable[..., Move]):
-        """rule(here, x, **options) -> Move."""
+    def __init__(self, rule: Callable[..., Move], *, stages: int = 1):
+        """rule(here, x, **options) -> Move, in so many evaluations, in one where b is 0."""
         update_wrapper(self, rule)
         self.rule = rule
+        self.stages = stages
         self.options = frozenset(
             name
             for name, p in signature(rule).parameters.items()

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -41,19 +42,19 @@ def euler(here: Here, x: Tensor) -> Move:
     return towards(denoised, x, here.b / here.a), denoised, ()
 
 
-@Method
+@partial(Method, stages=2)
 def heun(here: Here, x: Tensor, *, churn: Churn | None = None) -> Move:
     """Second order, 2n - 1 evaluations, optionally stochastic (EDM, algorithms 1 and 2)."""
     return _two_stages(here, x, 1.0, churn)
 
 
-@Method
+@partial(Method, stages=2)
 def midpoint(here: Here, x: Tensor, *, churn: Churn | None = None) -> Move:
     """As `heun`, with the second evaluation half way in sigma."""
     return _two_stages(here, x, 1 / 2, churn)
 
 
-@Method
+@partial(Method, stages=2)
 def ralston(here: Here, x: Tensor, *, churn: Churn | None = None) -> Move:
     """As `heun`, with the second evaluation at two thirds, where the error bound is least."""
     return _two_stages(here, x, 2 / 3, churn)
@@ -78,7 +79,7 @@ def _two_stages(here: Here, x: Tensor, alpha: float, churn: Churn | None) -> Mov
     return x + (b - a) * slope, denoised, ()
 
 
-@Method
+@partial(Method, stages=2)
 def dpmpp_2s(here: Here, x: Tensor) -> Move:
     """Second order, 2n - 1 evaluations: the midpoint in ln sigma (arXiv 2211.01095, algorithm 1).
 

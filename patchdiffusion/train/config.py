@@ -185,8 +185,7 @@ class TrainConfig:
     weighting: LossWeight | None = None
     """Weight of the loss; None is the one that belongs to the parameterisation."""
     log_variance: int = 0
-    """Size of a learned log-variance of the loss, by which all noise levels count alike; EDM2 has
-    128, 0 learns none."""
+    """Size of a learned log-variance of the loss, which evens out the levels: 128 in EDM2."""
     objective: FewStep | None = None
     patches: PatchLaw = field(default_factory=PatchLaw)
     optim: OptimConfig = field(default_factory=OptimConfig)
