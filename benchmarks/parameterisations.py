@@ -90,7 +90,7 @@ BASES: dict[str, tuple[str, str, str, str, str, str]] = {
         "d**2 / (sigma**2 + d**2)",
         "-sigma * d / sqrt(sigma**2 + d**2)",
         "1 / sqrt(sigma**2 + d**2)",
-        "atan(sigma / d)",
+        "1000 * atan(sigma / d)",
         "(sigma**2 + d**2) / (sigma * d)**2",
         "normal(log(sigma), -1.2, 1.2) / sigma",
     ),

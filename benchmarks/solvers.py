@@ -16,7 +16,7 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.noise import karras
+from patchdiffusion.grids import karras
 from patchdiffusion.solvers import SOLVERS, solve
 
 OUT = Path(__file__).parents[1] / "docs" / "solvers-orders.png"

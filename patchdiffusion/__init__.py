@@ -12,10 +12,11 @@ __version__ = version("patchdiffusion")
 
 from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
+from patchdiffusion.grids import karras
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.model import load_model
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
-from patchdiffusion.noise import LogNormal, karras
+from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ConsistencyConfig, MeanFlowConfig
 from patchdiffusion.patches import (
     Group,

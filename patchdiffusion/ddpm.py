@@ -32,7 +32,7 @@ def levels(schedule: Schedule, steps: int, device: torch.device) -> Tensor:
 class DDPM:
     """The variance-preserving path whose times i / (T - 1) are the discrete steps i.
 
-    Between two steps ln sigma is linear in time; beyond the ends of the table time is clamped.
+    Between two steps ln sigma is linear in time, and goes on as straight beyond the table.
     """
 
     schedule: Schedule = "linear"
@@ -44,13 +44,13 @@ class DDPM:
         check_table(self.schedule, self.steps)
 
     def index(self, sigma: Tensor) -> Tensor:
-        """The step of a sigma, with a fraction between two: float64 in [0, T - 1]."""
+        """The step of a sigma, with a fraction between two: float64, in the table [0, T - 1]."""
         table = self._logs(sigma)
         log = sigma.double().log()
         above = torch.searchsorted(table, log.contiguous()).clamp(1, self.steps - 1)
         below = above - 1
         part = (log - table[below]) / (table[above] - table[below])
-        return (below + part).clamp(0, self.steps - 1)
+        return below + part
 
     def time(self, sigma: Tensor) -> Tensor:
         return (self.index(sigma) / (self.steps - 1)).to(sigma.dtype)
@@ -102,7 +102,7 @@ class DDPMSteps:
     def level(self, sigma: Tensor) -> Tensor:
         """The quantile in the middle of its step, with a fraction between two: in (0, 1)."""
         index = DDPM(schedule=self.schedule, steps=self.steps).index(sigma)
-        return ((index + 0.5) / self.steps).to(sigma.dtype)
+        return ((index.clamp(0, self.steps - 1) + 0.5) / self.steps).to(sigma.dtype)
 
 
 def check_table(schedule: str, steps: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.ddpm import DDPM, Schedule, check_table
-from patchdiffusion.noise import VP, NoiseLaw, Path, Prediction, convert
+from patchdiffusion.noise import VE, VP, NoiseLaw, Path, Prediction, convert
 from patchdiffusion.patches import Size, coordinates
 
 
@@ -90,7 +90,7 @@ class EDM:
     """Standard deviation of the data in [-1, 1] units."""
 
     def __post_init__(self) -> None:
-        _check_sigma_data(self.sigma_data)
+        check_sigma_data(self.sigma_data)
 
     def scales(self, sigma: Tensor) -> Scales:
         total = sigma**2 + self.sigma_data**2
@@ -102,20 +102,24 @@ class EDM:
 class TrigFlow:
     """The network predicts (dz/dt) / sigma_data on z = cos(t) x0 + sin(t) sigma_data eps.
 
-    EDM with the sign of the network flipped and c_noise = t = atan(sigma / sigma_data) (arXiv
-    2410.11081, section 3). With sigma_data 1 it predicts v, which is the velocity of the cosine
-    path (GVP, 2401.08740) over pi / 2.
+    EDM with the sign of the network flipped and another c_noise (arXiv 2410.11081, section 3).
+    With sigma_data 1 it predicts v, which is the velocity of the cosine path (GVP, 2401.08740)
+    over pi / 2.
     """
 
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1] units."""
+    time_scale: float = 1000.0
+    """c_noise = time_scale t, t = atan(sigma / sigma_data) up to pi / 2; 1 as published."""
 
     def __post_init__(self) -> None:
-        _check_sigma_data(self.sigma_data)
+        check_sigma_data(self.sigma_data)
+        _check_time_scale(self.time_scale)
 
     def scales(self, sigma: Tensor) -> Scales:
         edm = EDM(sigma_data=self.sigma_data).scales(sigma)
-        return edm._replace(out=-edm.out, noise=(sigma / self.sigma_data).atan())
+        time = (sigma / self.sigma_data).atan()
+        return edm._replace(out=-edm.out, noise=self.time_scale * time)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +152,8 @@ class EpsDDPM:
         check_table(self.schedule, self.steps)
 
     def scales(self, sigma: Tensor) -> Scales:
-        step = DDPM(schedule=self.schedule, steps=self.steps).index(sigma).to(sigma.dtype)
+        step = DDPM(schedule=self.schedule, steps=self.steps).index(sigma)
+        step = step.clamp(0, self.steps - 1).to(sigma.dtype)
         inner = (sigma**2 + 1).rsqrt()
         noise = step.round() if self.nearest else step
         return Scales(torch.ones_like(sigma), -sigma, inner, noise)
@@ -178,8 +183,7 @@ class FlowMatching:
     """c_noise = time_scale t; embeddings by sines tell small times apart only if it is large."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.time_scale < math.inf:
-            raise ValueError(f"time_scale must be positive and finite, not {self.time_scale}")
+        _check_time_scale(self.time_scale)
 
     def scales(self, sigma: Tensor) -> Scales:
         inner = 1 / (1 + sigma)
@@ -218,10 +222,17 @@ class OnPath:
         a, none, one = self.path.a(t), torch.zeros_like(t), torch.ones_like(t)
         skip = a * convert(none, one, t, self.path, self.prediction, "x0")
         out = convert(one, none, t, self.path, self.prediction, "x0") / self.data_scale
-        return Scales(*(c.to(sigma.dtype) for c in (skip, out, a * self.data_scale, t)))
+        told = t if isinstance(self.path, VE) else t.clamp(0, 1)  # a network knows no others
+        return Scales(*(c.to(sigma.dtype) for c in (skip, out, a * self.data_scale, told)))
 
 
-def _check_sigma_data(value: float) -> None:
+def _check_time_scale(value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"time_scale must be positive and finite, not {value}")
+
+
+def check_sigma_data(value: float) -> None:
+    """Raise `ValueError` unless this can be a standard deviation of data."""
     if not 0 < value < 1e18:  # its square must be finite, too
         raise ValueError(f"sigma_data must be positive and finite, not {value}")
 

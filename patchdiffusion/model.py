@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,6 +49,24 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if min(self.canvas) < 1:
             raise ValueError(f"canvas must be a positive height and width, not {self.canvas}")
+
+    def labels_of(self, labels: Tensor | None, names: Sequence[str]) -> Tensor | None:
+        """Labels [N] of data whose classes have these names, as labels of this model.
+
+        None for a model or data without classes. Raises `ValueError` for names that the model does
+        not know; one without names takes the numbers.
+        """
+        if labels is None or not self.network.num_classes:
+            return None
+        known = self.classes or tuple(names[: self.network.num_classes])
+        strange = [name for name in names if name not in known]
+        if strange:
+            raise ValueError(
+                f"the data has classes that the model does not know: {', '.join(strange[:10])}; "
+                f"it knows {', '.join(self.classes[:20]) or self.network.num_classes}"
+            )
+        table = torch.tensor([*(known.index(name) for name in names), -1])  # -1 is none
+        return table[labels]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser, edges
 from patchdiffusion.model import Model, Weights, load_model, pick_device
 from patchdiffusion.noise import NoiseLaw
+from patchdiffusion.objectives import denoises
 from patchdiffusion.objectives.flowmap import FlowMap, PatchMap, jump
 from patchdiffusion.patches import Size
 from patchdiffusion.picture import to_uint8
@@ -65,7 +66,9 @@ def sample(
     The solver runs in `dtype`, at noise levels that `law` draws if it is given; a flow map takes
     `config.steps` jumps. `progress` is called with the number of images done at a time.
     """
-    config = config or SamplerConfig()
+    config = (config or SamplerConfig()).of_kind(isinstance(model, FlowMap))
+    if guide is not None and isinstance(model, FlowMap):
+        raise ValueError("a guide is for solvers of denoisers, and this is sampled by a flow map")
     size = size or canvas
     corner = corner or ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
     if isinstance(model, FlowMap):
@@ -168,6 +171,8 @@ class Pipeline:
                         f"the guide has {name} {found[name]} and the model {wanted[name]}; "
                         "they must be alike"
                     )
+            if not denoises(self.guide.config.objective):
+                raise ValueError("a consistency model is no denoiser and cannot be a guide")
 
     def sample(
         self,
@@ -195,6 +200,7 @@ class Pipeline:
         labels = self.labels(count, classes)
         config = self.sampler(config or SamplerConfig())
         flow_map = self.model.flow_map if config.solver == "map" else None
+        self._check_levels(config)
         with progress_bar(count, "image", disable=not progress) as bar, self.autocast():
             images = sample(
                 flow_map or self.model.denoiser,
@@ -212,6 +218,17 @@ class Pipeline:
                 progress=bar.update,
             )
         return to_uint8(images)
+
+    def _check_levels(self, config: SamplerConfig) -> None:
+        """Raise `ValueError` for levels that the guide has not been trained on."""
+        if self.guide is None or config.solver == "map":
+            return
+        law = self.guide.config.noise
+        low, high = config.ends(self.model.config.noise)
+        try:
+            replace(config, sigma_min=low, sigma_max=high).sigmas(law)
+        except ValueError as error:
+            raise ValueError(f"the guide cannot follow: {error}") from error
 
     def sampler(self, config: SamplerConfig) -> SamplerConfig:
         """The same with the solver that this model takes; `ValueError` if it takes none such."""

@@ -1,20 +1,19 @@
 """How to get from noise to an image: the settings of sampling, and what fits together."""
 
 import functools
-import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.grids import ends, flow_uniform, karras, log_uniform, support, time_uniform
 from patchdiffusion.guidance.auto import AutoGuidance
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.guidance.extrapolate import Extrapolation
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.guidance.threshold import Clamp, DynamicThreshold
-from patchdiffusion.noise import NoiseLaw, flow_uniform, karras, log_uniform, time_uniform
+from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives import FewStep, denoises
 from patchdiffusion.solvers import SOLVERS, Churn, Solver, SolverName
 
@@ -58,6 +57,11 @@ class SamplerConfig:
         self._check_guidance()
         if self.rho != 7 and self.grid != "karras":
             raise ValueError(f"rho works with the karras grid only, not with {self.grid}")
+        if not self.churn.amount and self.churn != Churn():
+            raise ValueError(
+                "churn.sigma_min, churn.sigma_max and churn.scale shape the churn, and "
+                "churn.amount is 0, which is none"
+            )
         if self.shift != 1 and self.grid != "flow":
             raise ValueError(f"shift works with the flow grid only, not with {self.grid}")
         for option in self._options():
@@ -81,20 +85,24 @@ class SamplerConfig:
 
         Raises `ValueError` for a solver or an option that such a model does not have.
         """
-        few = objective is not None
-        chosen = replace(self, solver="map" if few else "heun") if self.solver == "auto" else self
-        if chosen.solver == "map" and not few:
-            raise ValueError("the solver map is for few-step models; use heun or euler")
-        if chosen.solver != "map" and not denoises(objective):
+        if self.solver not in ("auto", "map") and not denoises(objective):
             raise ValueError(
                 f"a consistency model denoises in one jump and not step by step: use --solver map, "
-                f"not {chosen.solver}"
+                f"not {self.solver}"
             )
-        if chosen.solver == "map":
-            chosen._check_map()
-        return chosen
+        return self.of_kind(objective is not None and self.solver in ("auto", "map"))
 
-    def _check_map(self) -> None:
+    def of_kind(self, flow_map: bool) -> "SamplerConfig":
+        """The same with the solver of flow maps, or with one of denoisers.
+
+        Raises `ValueError` for a solver or an option that this kind does not have.
+        """
+        if self.solver == "map" and not flow_map:
+            raise ValueError("the solver map is for few-step models; use heun or euler")
+        if not flow_map:
+            return replace(self, solver=self._name)
+        if self.solver not in ("auto", "map"):
+            raise ValueError(f"a flow map is sampled by the solver map, not by {self.solver}")
         if self.guidance != 1:
             raise ValueError(
                 f"a few-step model cannot be guided by {self.guidance} when it is sampled; "
@@ -103,6 +111,7 @@ class SamplerConfig:
         for name in ("sigma_min", "sigma_max", "grid", "rho", "shift", "threshold"):
             if getattr(self, name) != getattr(SamplerConfig, name):
                 raise ValueError(f"{name} works with solvers of denoisers only, not with map")
+        return replace(self, solver="map")
 
     def _check_guidance(self) -> None:
         Extrapolation(
@@ -142,37 +151,36 @@ class SamplerConfig:
         return DynamicThreshold(denoiser, self.threshold)
 
     def ends(self, law: NoiseLaw | None = None) -> tuple[float, float]:
-        """The smallest and the largest noise level, for a model trained on the levels of `law`.
-
-        Raises `ValueError` for levels that it never draws.
-        """
-        low, high = (0.0, math.inf) if law is None else _support(law)
-        for name in ("sigma_min", "sigma_max"):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(
-                    f"{name} {value:g} lies outside the noise levels of training, "
-                    f"{low:.4g} to {high:.4g}"
-                )
-        return (
-            max(0.002, low) if self.sigma_min is None else self.sigma_min,
-            min(80.0, high) if self.sigma_max is None else self.sigma_max,
-        )
+        """The smallest and the largest noise level of the grid: see `grids.ends`."""
+        return ends(self.sigma_min, self.sigma_max, law)
 
     def sigmas(self, law: NoiseLaw | None = None) -> Tensor:
-        """The noise levels, see `ends`: float64 [steps + 1]."""
-        ends = (self.steps, *self.ends(law))
+        """The noise levels, see `ends`: float64 [steps + 1].
+
+        Raises `ValueError` where churn would raise one above those of training.
+        """
+        levels = self._levels(*self.ends(law))
+        if law is not None and self.churn.amount:
+            raised = max(s * (1 + self.churn.gamma(s, self.steps)) for s in levels.tolist())
+            if raised > max(support(law)[1], float(levels[0])):
+                raise ValueError(
+                    f"churn raises noise to {raised:.4g}, above {support(law)[1]:.4g}, the most in "
+                    "training; lower sigma_max, or churn.sigma_max"
+                )
+        return levels
+
+    def _levels(self, low: float, high: float) -> Tensor:
         match self.grid:
             case "karras":
-                return karras(*ends, self.rho)
+                return karras(self.steps, low, high, self.rho)
             case "log_uniform":
-                return log_uniform(*ends)
+                return log_uniform(self.steps, low, high)
             case "uniform_t":
-                return time_uniform(*ends)
+                return time_uniform(self.steps, low, high)
             case "quadratic":
-                return time_uniform(*ends, power=2)
+                return time_uniform(self.steps, low, high, power=2)
             case "flow":
-                return flow_uniform(*ends, self.shift)
+                return flow_uniform(self.steps, low, high, self.shift)
 
     def bound_solver(self) -> Solver:
         """The solver with its options."""
@@ -187,8 +195,3 @@ class SamplerConfig:
     def _options(self) -> dict[str, object]:
         given = {"churn": self.churn if self.churn.amount else None, "eta": self.eta}
         return {name: value for name, value in given.items() if value is not None}
-
-
-def _support(law: NoiseLaw) -> tuple[float, float]:
-    low, high = law.draw(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
-    return low, high

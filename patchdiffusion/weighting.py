@@ -23,6 +23,7 @@ from patchdiffusion.denoiser import (
     Parameterisation,
     TrigFlow,
     V,
+    check_sigma_data,
 )
 from patchdiffusion.noise import LogitNormal, LogNormal, LogUniform, UniformTime
 
@@ -42,6 +43,9 @@ class EDMWeight:
 
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1] units."""
+
+    def __post_init__(self) -> None:
+        check_sigma_data(self.sigma_data)
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2

@@ -11,7 +11,7 @@ from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import expand_sigma, per_sample
-from patchdiffusion.noise import karras
+from patchdiffusion.grids import karras
 from patchdiffusion.solvers import SOLVERS, Churn, Noise, Solver, heun, solve
 
 TOY = GaussianMixture.toy()

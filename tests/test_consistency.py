@@ -11,7 +11,8 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import EDM, NetDenoiser, per_sample
-from patchdiffusion.noise import LogNormal, LogUniform, karras
+from patchdiffusion.grids import karras
+from patchdiffusion.noise import LogNormal, LogUniform
 from patchdiffusion.objectives.consistency import (
     Boundary,
     ConsistencyConfig,

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import EDM, NetDenoiser, per_sample
+from patchdiffusion.grids import karras
 from patchdiffusion.losses import DenoisingLoss
-from patchdiffusion.noise import LogNormal, karras
+from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives.ctm import TrajectoryLoss, TrajectoryMap
 from patchdiffusion.objectives.flowmap import Levels
 from patchdiffusion.weighting import EDMWeight

@@ -72,10 +72,14 @@ def test_between_two_steps_ln_sigma_is_linear(schedule: Schedule) -> None:
     assert torch.allclose(path.sigma(expected / 999), between, rtol=1e-10)
 
 
-def test_beyond_the_table_time_is_clamped() -> None:
+def test_beyond_the_table() -> None:
+    """The path goes on, and what a network is told stays within."""
     sigma = torch.tensor([1e-9, 1e-3, 1e4, math.inf], dtype=torch.float64)
-    assert DDPM().index(sigma).tolist() == [0, 0, 999, 999]
-    assert DDPM().time(sigma).tolist() == [0, 0, 1, 1]
+    assert EpsDDPM().scales(sigma).noise.tolist() == [0, 0, 999, 999]
+    assert DDPMSteps().level(sigma).tolist() == [0.0005, 0.0005, 0.9995, 0.9995]
+    time = DDPM().time(sigma[:3])
+    assert float(time[1]) < 0 and float(time[2]) > 1
+    assert torch.allclose(DDPM().sigma(time), sigma[:3], rtol=1e-9)
 
 
 def test_one_level_for_all_samples() -> None:

@@ -71,7 +71,7 @@ class Circle(Exact):
     """The network of TrigFlow: the velocity at cos(t) x0 + sin(t) sd eps, over sd, of its input."""
 
     def forward(self, z: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
-        sigma, t = self.sigma_of(noise), per_sample(noise, z)
+        sigma, t = self.sigma_of(noise), per_sample(noise / 1000, z)
         x = z * SD / t.cos()
         x0 = TOY(x, sigma)
         eps = (x - x0) / per_sample(sigma, z)
@@ -89,7 +89,10 @@ EXACT: dict[str, tuple[Precond, Exact]] = {
     "v": (V(), Exact(VP(), "v", lambda c: VP().sigma(c / 999))),
     "flow": (FlowMatching(), Exact(Flow(), "velocity", lambda c: c / (1000 - c))),
     "x0": (X0(), Exact(VP(), "x0", lambda c: (4 * c).exp())),
-    "trigflow": (TrigFlow(sigma_data=SD), Circle(Flow(), "velocity", lambda c: SD * c.tan())),
+    "trigflow": (
+        TrigFlow(sigma_data=SD),
+        Circle(Flow(), "velocity", lambda c: SD * (c / 1000).tan()),
+    ),
 }
 
 
@@ -183,6 +186,8 @@ def test_impossible_time_scales_are_refused() -> None:
     for scale in (0.0, math.inf):
         with pytest.raises(ValueError, match="time_scale must be positive and finite"):
             FlowMatching(time_scale=scale)
+        with pytest.raises(ValueError, match="time_scale must be positive and finite"):
+            TrigFlow(time_scale=scale)
 
 
 # ---- Networks from elsewhere ----
@@ -210,6 +215,25 @@ def test_a_foreign_network_that_is_exact_is_the_exact_denoiser(
     single = denoiser(x.float(), sigma.float())
     assert single.dtype == torch.float32
     assert float((single - TOY(x, sigma)).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.18215])
+def test_a_foreign_network_beyond_its_table(scale: float) -> None:
+    """It is told the last step it knows, about the level that is really there."""
+    path, told = DDPM(), []
+
+    def model(z: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        told.append(t * 999)
+        return z * (1 + t[:, None])
+
+    sigma = torch.tensor([0.002, 0.5, 200.0], dtype=torch.float64) / scale
+    x = noisy()[:3] / scale
+    z = x * scale / (1 + (scale * sigma[:, None]) ** 2).sqrt()
+    eps = z * (1 + path.time(scale * sigma).clamp(0, 1)[:, None])
+    found = as_denoiser(model, path, "eps", scale)(x, sigma)
+    assert torch.allclose(found, x - sigma[:, None] * eps, rtol=1e-12)
+    assert told[0].tolist() == EpsDDPM().scales(scale * sigma).noise.tolist()
+    assert told[0][0] == 0 and told[0][2] == 999
 
 
 def test_a_foreign_network_sees_its_time_and_the_condition() -> None:

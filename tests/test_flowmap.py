@@ -8,7 +8,8 @@ from maps import MEAN, STD, Exact, gaussian, normal, spread
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.noise import VE, Cosine, Flow, Path, karras
+from patchdiffusion.grids import karras
+from patchdiffusion.noise import VE, Cosine, Flow, Path
 from patchdiffusion.objectives.consistency import ConsistencyMap
 from patchdiffusion.objectives.ctm import TrajectoryMap
 from patchdiffusion.objectives.flowmap import FlowMap, Levels, PatchMap, heun_step, jump

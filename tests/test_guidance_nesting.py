@@ -14,11 +14,11 @@ from patchdiffusion import rng, sample
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser, edges
+from patchdiffusion.grids import karras
 from patchdiffusion.guidance.auto import AutoGuidance
 from patchdiffusion.guidance.cfg import CFG, Unconditional
 from patchdiffusion.guidance.classifier import ClassifierGuidance
 from patchdiffusion.guidance.threshold import Clamp, DynamicThreshold
-from patchdiffusion.noise import karras
 from patchdiffusion.sample import SamplerConfig
 from patchdiffusion.solvers import heun, solve
 

@@ -12,9 +12,9 @@ from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture, LowRankMixture
 from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser, edges
+from patchdiffusion.grids import karras
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.guidance.reward import GradientGuidance, Measurement, Tilt, gradient
-from patchdiffusion.noise import karras
 from patchdiffusion.solvers import crossings, heun, solve
 
 TOY = GaussianMixture.toy()

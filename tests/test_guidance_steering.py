@@ -12,8 +12,8 @@ from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.grids import karras
 from patchdiffusion.guidance.steering import Steering, best_of
-from patchdiffusion.noise import karras
 from patchdiffusion.solvers import History, Noise, State, ancestral, heun, run, sde_dpmpp_2m, solve
 
 TOY = GaussianMixture.toy()

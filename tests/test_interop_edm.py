@@ -14,9 +14,9 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import EDM, NetDenoiser, PatchDenoiser
+from patchdiffusion.grids import karras
 from patchdiffusion.interop.edm import edm_config, edm_name, load_edm_state_dict
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
-from patchdiffusion.noise import karras
 from patchdiffusion.solvers import heun, solve
 
 LITTLE = UNetConfig(base=8, mult=(1, 2), blocks=1, attention=(1,), num_classes=4, augment_dim=3)

@@ -14,7 +14,7 @@ MOST_LINES = 400
 # A file imports from lower layers and from names before its own in the same layer. A name is a
 # file or a folder; files within one folder may import each other, but not in circles.
 LAYERS: tuple[str, ...] = (
-    "require errors bar files fetch memory codec dist rng noise ddpm patches cond picture",
+    "require errors bar files fetch memory codec dist rng noise grids ddpm patches cond picture",
     "denoiser analytic weighting losses nets",
     "solvers guidance objectives accel data model",
     "sampler sample metrics report",

@@ -259,7 +259,7 @@ def test_bits_by_the_command(finished: Path, tmp_path: Path, capsys: Capture) ->
                 "--bits.probes", 3, "--save", file)  # fmt: skip
     result = json.loads(file.read_text())
     assert f"bits per dimension          {result['bits']['bits_per_dim']:.4f} +- " in out
-    assert "at most, on 2 images (hutchinson, 2 steps)" in out
+    assert " on 2 images (upper bound but for 2 steps, hutchinson)" in out
     card = result["card"]["bits"]
     assert (card["method"], card["steps"], card["probes"]) == ("hutchinson", 2, 3)
     assert card["dequantisation"] == "uniform within half a level, one draw for each image"

@@ -12,9 +12,10 @@ from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.apps.optimise import Round, optimise
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser
+from patchdiffusion.grids import karras
 from patchdiffusion.guidance.reward import GradientGuidance, Measurement
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
-from patchdiffusion.noise import LogNormal, karras
+from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives.reward import LinearReward, PseudoLabelled, RewardWeighted
 from patchdiffusion.solvers import heun, solve
 

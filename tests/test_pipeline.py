@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import SamplerConfig, load
-from patchdiffusion.noise import flow_uniform, karras, log_uniform, time_uniform
+from patchdiffusion.grids import flow_uniform, karras, log_uniform, time_uniform
 from patchdiffusion.solvers import Churn, SolverName
 
 FAST = SamplerConfig(steps=3)

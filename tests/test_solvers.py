@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.noise import karras
+from patchdiffusion.grids import karras
 from patchdiffusion.solvers import (
     SOLVERS,
     Churn,

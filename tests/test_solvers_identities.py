@@ -9,7 +9,7 @@ from solving import TOY, grid, keys, noise_of, noisy
 from torch import Tensor
 
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.noise import karras
+from patchdiffusion.grids import karras
 from patchdiffusion.solvers import (
     SOLVERS,
     Solver,

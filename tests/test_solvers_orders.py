@@ -12,7 +12,7 @@ from solving import DETERMINISTIC, TOY, Gaussian, grid, keys, noisy, reference
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.noise import karras
+from patchdiffusion.grids import karras
 from patchdiffusion.solvers import SOLVERS, solve
 
 

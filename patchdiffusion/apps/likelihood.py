@@ -16,7 +16,7 @@ order that nothing bounds (on mixtures of Gaussians 0.02 nats too much per dimen
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,7 +28,10 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.dist import Team
-from patchdiffusion.noise import karras
+from patchdiffusion.grids import ends, karras
+from patchdiffusion.metrics.heldout import standard_error
+from patchdiffusion.noise import NoiseLaw
+from patchdiffusion.objectives import denoises
 from patchdiffusion.sample import Pipeline
 
 HALF_RANGE = 127.5
@@ -45,10 +48,10 @@ class LikelihoodConfig:
     """Steps of Heun's rule, two evaluations each."""
     probes: int = 1
     """Random probes in an evaluation, each a backward pass; of hutchinson only."""
-    sigma_min: float = 0.002
-    """Noise level at which the density is measured."""
-    sigma_max: float = 80.0
-    """Noise level at which x is taken for pure noise."""
+    sigma_min: float | None = None
+    """Noise level of the density; None is 0.002, or the smallest of training if that is more."""
+    sigma_max: float | None = None
+    """Noise level of pure noise; None is 80, or the largest of training if that is less."""
     seed: int = 0
     """Seed of the probes, and of the dequantisation of 8-bit images."""
 
@@ -59,11 +62,16 @@ class LikelihoodConfig:
         if self.method == "exact" and self.probes > 1:
             raise ValueError(f"{self.probes} probes are for hutchinson; exact has its own")
 
+    def within(self, law: NoiseLaw) -> "LikelihoodConfig":
+        """The same with the levels for a model trained on those of a law: see `grids.ends`."""
+        low, high = ends(self.sigma_min, self.sigma_max, law)
+        return replace(self, sigma_min=low, sigma_max=high)
+
     def levels(self) -> Tensor:
         """Increasing noise levels: float64 [steps + 1]."""
         if self.steps < 1:
             raise ValueError(f"a likelihood needs at least 1 step, not {self.steps}")
-        return karras(self.steps + 1, self.sigma_min, self.sigma_max)[:-1].flip(0)
+        return karras(self.steps + 1, *ends(self.sigma_min, self.sigma_max))[:-1].flip(0)
 
 
 @torch.no_grad()
@@ -157,14 +165,17 @@ def held_out_bits(
     """Mean bits per dimension of held-out images and what they depend on; alike on all processes.
 
     Of whole images, without guidance, under their classes if the model has any. Raises
-    `ValueError` if the pack holds no image out.
+    `ValueError` if the pack holds no image out, for other classes and for a consistency model.
     """
     chosen = pack.some_held_out(images)
     if not len(chosen):
         raise ValueError(f"{pack.name} has no held-out images to measure bits per dimension on")
     model, device, team = pipeline.model, pipeline.model.device, team or Team()
+    if not denoises(model.config.objective):
+        raise ValueError("a consistency model is no denoiser, so it has no likelihood to measure")
+    config = config.within(model.config.noise)
     denoiser = PatchDenoiser(model.denoiser, model.config.canvas)
-    labels = pack.labels if model.config.network.num_classes else None
+    labels = model.config.labels_of(pack.labels, pack.classes)
     share, found = team.share(len(chosen)), []
     for start in range(share.start, share.stop, batch):
         part = chosen[start : min(start + batch, share.stop)]
@@ -182,7 +193,7 @@ def held_out_bits(
     bits = torch.cat(team.gather(torch.cat(found) if found else torch.empty(0).double()))
     numbers = {
         "bits_per_dim": float(bits.mean()),
-        "standard_error": float(bits.std(correction=0) / max(len(bits) - 1, 1) ** 0.5),
+        "standard_error": standard_error(bits),
         "images": len(bits),
     }
     card = {

@@ -228,14 +228,14 @@ def table(result: dict[str, Any]) -> list[str]:
     if held := result.get("held_out"):
         bands = "  ".join(f"{band} {loss:.3f}" for band, loss in held["bands"].items())
         lines.append(
-            f"{'held-out loss':<28}{held['loss']:.4f} +- {held['standard_error']:.4f} on "
+            f"{'held-out loss':<28}{held['loss']:.4f}{_error(held)} on "
             f"{held['images']:,} images (by noise: {bands})"
         )
     if bits := result.get("bits"):
         how = card["bits"]
         lines.append(
-            f"{'bits per dimension':<28}{bits['bits_per_dim']:.4f} +- {bits['standard_error']:.4f} "
-            f"at most, on {bits['images']:,} images ({how['method']}, {how['steps']} steps)"
+            f"{'bits per dimension':<28}{bits['bits_per_dim']:.4f}{_error(bits)} on "
+            f"{bits['images']:,} images (upper bound but for {how['steps']} steps, {how['method']})"
         )
     for name, label in ROWS.items():
         if name in result:
@@ -253,3 +253,8 @@ def table(result: dict[str, Any]) -> list[str]:
                 "a Frechet distance of fewer than 50,000 samples is larger; compare like with like"
             )
     return lines
+
+
+def _error(found: dict[str, Any]) -> str:
+    error = found["standard_error"]
+    return "" if error is None else f" +- {error:.4f}"

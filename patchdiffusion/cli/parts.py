@@ -106,7 +106,7 @@ def choose(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
     noise = _pick("noise", NOISES, words.noise, noise, config.noise)
     weight = _pick("weighting", WEIGHTINGS, words.weighting, weighting)
     if weight is not weighting and weight is not None:
-        weight = _like(weight, precond)
+        weight = _like(_like(weight, config.precond), precond)
     return replace(config, precond=precond, noise=noise, weighting=weight)
 
 

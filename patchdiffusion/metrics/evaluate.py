@@ -23,7 +23,7 @@ from patchdiffusion.files import cache_dir, write_atomic
 from patchdiffusion.metrics.compare import Gathered, compare, crops
 from patchdiffusion.metrics.features import Extractor
 from patchdiffusion.metrics.frechet import Moments
-from patchdiffusion.metrics.heldout import held_out_losses, summarise
+from patchdiffusion.metrics.heldout import held_out_losses, standard_error, summarise
 from patchdiffusion.metrics.memorise import copy_rate
 from patchdiffusion.objectives import denoises
 from patchdiffusion.sample import Pipeline, SamplerConfig
@@ -102,7 +102,7 @@ class Evaluation:
             found = held_out_losses(
                 pipeline.model.denoiser,
                 self.pack.images,
-                self.pack.labels if model.network.num_classes else None,
+                model.labels_of(self.pack.labels, self.pack.classes),
                 chosen,
                 law=model.noise,
                 weighting=natural_weight(model.precond),
@@ -113,11 +113,11 @@ class Evaluation:
             )
         table = torch.cat(self.team.gather(found[model.canvas]), dim=1)  # [2, count]
         loss = summarise({model.canvas: table})
-        error = float(table[1].std(correction=0) / max(count - 1, 1) ** 0.5)
+        error = standard_error(table[1])
         return {"loss": loss.total, "standard_error": error, "bands": loss.bands, "images": count}
 
     def _sampled(self, pipeline: Pipeline, part: range) -> Iterator[np.ndarray]:
-        """Samples of these numbers, with the classes of the real images."""
+        """Samples of these numbers, each with its class."""
         labels = self.labels(pipeline)
         for start in range(part.start, part.stop, self.config.batch):
             numbers = range(start, min(start + self.config.batch, part.stop))
@@ -131,10 +131,14 @@ class Evaluation:
             self.progress(len(numbers))
 
     def labels(self, pipeline: Pipeline) -> list[int] | None:
-        """The class of each sample."""
-        if not pipeline.model.config.network.num_classes or self.pack.labels is None:
+        """The class of each sample: as frequent as in the data, or in turn if it has none."""
+        model = pipeline.model.config
+        if not model.network.num_classes:
             return None
-        return sample_labels(self.pack.labels, self.config.samples).tolist()
+        labels = model.labels_of(self.pack.labels, self.pack.classes)
+        if labels is None:
+            labels = torch.arange(model.network.num_classes)
+        return sample_labels(labels, self.config.samples).tolist()
 
     # ---- Of images ----
 
@@ -257,7 +261,8 @@ class Evaluation:
                 card["sampler"] = encode(pipeline.sampler(self.config.sampler))
                 if pipeline.guide is not None:
                     card["guide"] = pipeline.guide.digest
-                card["classes"] = "as in the data" if self.labels(pipeline) else "none"
+                known = "all alike" if self.pack.labels is None else "as in the data"
+                card["classes"] = known if pipeline.model.config.network.num_classes else "none"
         return card
 
     def estimate(self, pipeline: Pipeline | None, samples: int) -> float:

@@ -27,6 +27,11 @@ class HeldOut:
     sizes: dict[str, float]
 
 
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of values [N]; None of fewer than two, which say nothing about it."""
+    return None if len(values) < 2 else float(values.std() / len(values) ** 0.5)
+
+
 @torch.no_grad()
 def held_out_losses(
     denoiser: Denoiser,

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, Parameterisation, Scales, per_sample
+from patchdiffusion.grids import karras
 from patchdiffusion.losses import Batch, LossOut, drop_labels
 from patchdiffusion.nets.unet import UNetConfig
-from patchdiffusion.noise import VE, NoiseLaw, Path, karras
+from patchdiffusion.noise import VE, NoiseLaw, Path
 from patchdiffusion.objectives.flowmap import Levels, heun_step
 from patchdiffusion.rng import Draws
 

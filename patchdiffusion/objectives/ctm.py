@@ -12,8 +12,9 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, expand_sigma, per_sample
+from patchdiffusion.grids import karras
 from patchdiffusion.losses import Batch, LossOut, denoising_error, drop_labels
-from patchdiffusion.noise import VE, LogNormal, NoiseLaw, Path, karras
+from patchdiffusion.noise import VE, LogNormal, NoiseLaw, Path
 from patchdiffusion.objectives.flowmap import Levels, heun_step
 from patchdiffusion.rng import Draws, integers
 from patchdiffusion.weighting import EDMWeight, Weighting

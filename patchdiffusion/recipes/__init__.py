@@ -20,6 +20,7 @@ from patchdiffusion.train.config import (
     WatchConfig,
 )
 from patchdiffusion.train.setup import prepare_data
+from patchdiffusion.weighting import natural_law
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +169,13 @@ def with_objective(config: TrainConfig, name: str | None) -> TrainConfig:
     if name is None or isinstance(config.objective, OBJECTIVES[name] or type(None)):
         return config
     if name == "denoising":
-        return replace(config, objective=None)
+        return replace(
+            config,
+            objective=None,
+            noise=natural_law(config.precond),
+            network=replace(config.network, span=False),
+            watch=replace(config.watch, sample_steps=WatchConfig().sample_steps),
+        )
     meanflow = name == "meanflow"
     return replace(
         config,

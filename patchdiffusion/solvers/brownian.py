@@ -18,10 +18,13 @@ def brownian(
     """Normalised increments of a path in ln sigma for each key [B]: index -> [B, *shape].
 
     Runs with different numbers of steps then draw the same image in more or less detail. The
-    level 0 counts as 1e-4; raises `ValueError` for levels above 1e4.
+    level 0 counts as 1e-4; raises `ValueError` for levels above 1e4 or not above 1e-4.
     """
-    if float(sigmas.max()) > HIGH:
-        raise ValueError(f"a Brownian path reaches up to sigma {HIGH:g}, not {sigmas.max():g}")
+    outside = sigmas[(sigmas > HIGH) | ((sigmas <= LOW) & (sigmas != 0))]
+    if len(outside):
+        raise ValueError(
+            f"a Brownian path runs from sigma {HIGH:g} to {LOW:g} and 0, not to {outside[0]:g}"
+        )
     place = (sigmas.clamp(min=LOW) / LOW).log() / math.log(HIGH / LOW)
     times = place.tolist()
 

@@ -1,0 +1,115 @@
+"""The noise levels that a solver visits: decreasing, with a final 0; float64 [n + 1].
+
+The first is exactly sigma_max and the last before 0 exactly sigma_min, so that what begins or ends
+at them, such as guidance in an interval, finds them.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.noise import PATHS, NoiseLaw, check_range
+
+MOST_STEPS = 1_000_000  # beyond is a slip
+
+
+def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    """Levels evenly spaced in sigma^(1/rho) (EDM, equation 5), then 0."""
+    _check_grid(n, sigma_min, sigma_max)
+    if not rho > 0:
+        raise ValueError(f"rho must be positive, not {rho}")
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return _grid((low + _ramp(n) * (high - low)) ** rho, sigma_min, sigma_max)
+
+
+def log_uniform(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
+    """Levels evenly spaced in ln sigma, that is in logSNR, then 0: `karras` of a large rho."""
+    _check_grid(n, sigma_min, sigma_max)
+    return _grid(sigma_min * (sigma_max / sigma_min) ** _ramp(n), sigma_min, sigma_max)
+
+
+def time_uniform(
+    n: int,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    *,
+    path: Literal["vp", "cosine", "flow"] = "vp",
+    power: float = 1.0,
+) -> Tensor:
+    """Levels evenly spaced in t^(1/power) of a path, then 0; power 2 is the quadratic grid of DDIM.
+
+    On the VP path with power 1 these are the evenly spaced times of DDPM (arXiv 2006.11239).
+    """
+    _check_grid(n, sigma_min, sigma_max)
+    if not power > 0:
+        raise ValueError(f"power must be positive, not {power}")
+    ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
+    low, high = PATHS[path].time(ends) ** (1 / power)
+    levels = PATHS[path].sigma((low + _ramp(n) * (high - low)) ** power)
+    if not bool(((levels > 0) & levels.isfinite()).all()):
+        raise ValueError(f"the {path} path has no room for sigma_max {sigma_max} or {sigma_min}")
+    return _grid(levels, sigma_min, sigma_max)
+
+
+def flow_uniform(
+    n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, shift: float = 1.0
+) -> Tensor:
+    """Levels evenly spaced in flow time tau before the shift, then 0 (arXiv 2403.03206, eq. 23).
+
+    The shift tau' = k tau / (1 + (k - 1) tau) is sigma' = k sigma; above 1 it moves steps to high
+    noise, which large images need. Both ends stay where they are.
+    """
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be positive and finite, not {shift}")
+    _check_grid(n, sigma_min, sigma_max)
+    levels = shift * time_uniform(n, sigma_min / shift, sigma_max / shift, path="flow")[:-1]
+    return _grid(levels, sigma_min, sigma_max)
+
+
+def ends(
+    sigma_min: float | None, sigma_max: float | None, law: NoiseLaw | None = None
+) -> tuple[float, float]:
+    """The lowest and the highest level for a model trained on the levels of `law`, any if None.
+
+    None is .002 and 80, or what training has that is nearest. Raises `ValueError` for levels that
+    it never draws.
+    """
+    low, high = (0.0, math.inf) if law is None else support(law)
+    for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+        if value is not None and not low <= value <= high:
+            raise ValueError(
+                f"{name} {value:g} lies outside the noise levels of training, "
+                f"{low:.4g} to {high:.4g}"
+            )
+    return (
+        max(0.002, low) if sigma_min is None else sigma_min,
+        min(80.0, high) if sigma_max is None else sigma_max,
+    )
+
+
+def support(law: NoiseLaw) -> tuple[float, float]:
+    """The lowest and the highest level that a law draws, 0 and inf where nothing bounds it."""
+    low, high = law.draw(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _ramp(n: int) -> Tensor:
+    """n numbers from 1 to 0; 1 alone for a single step, which begins at the top."""
+    return torch.linspace(1, 0, n, dtype=torch.float64) if n > 1 else torch.ones(1).double()
+
+
+def _grid(levels: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
+    if len(levels) > 1:
+        levels[-1] = sigma_min
+    levels[0] = sigma_max
+    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+
+
+def _check_grid(n: int, sigma_min: float, sigma_max: float) -> None:
+    if n < 1:
+        raise ValueError(f"the steps of a grid must be at least 1 step, not {n}")
+    if n > MOST_STEPS:
+        raise ValueError(f"a sampling grid has at most {MOST_STEPS:,} steps, not {n}")
+    check_range(sigma_min, sigma_max)
