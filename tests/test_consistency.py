@@ -20,7 +20,6 @@ from patchdiffusion.objectives.consistency import (
     ConsistencyMap,
     num_levels,
     pseudo_huber,
-    target_decay,
 )
 from patchdiffusion.objectives.flowmap import Levels
 
@@ -86,11 +85,6 @@ def test_the_number_of_levels_grows_as_a_root() -> None:
         assert num_levels("quadratic", k / total, s0, s1) == math.ceil(root - 1) + 1
     assert num_levels("quadratic", 0.0, s0, s1) == 2
     assert num_levels("quadratic", 1.0, s0, s1) == 151
-
-
-def test_the_decay_of_the_target() -> None:
-    assert target_decay(0.95, 2, 2) == pytest.approx(0.95)
-    assert target_decay(0.9, 2, 40) == pytest.approx(math.exp(2 * math.log(0.9) / 40))
 
 
 def test_pseudo_huber_is_that_of_the_paper() -> None:

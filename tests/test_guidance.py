@@ -185,6 +185,16 @@ def test_a_flat_image_is_rescaled_to_itself() -> None:
     assert torch.equal(flat, CFG(Two(), 4.0)(x, 1.0, cond))
 
 
+def test_rescaling_leaves_the_other_channels_alone() -> None:
+    x, cond = images(channels=4)
+    found = CFG(Two(), 4.0, rescale=1.0, channels=3)(x, 1.0, cond)
+    plain = Two()(x, 1.0, cond)
+    assert torch.equal(found[:, 3:], plain[:, 3:])
+    widths = (t[:, :3].flatten(1).std(dim=1) for t in (found, plain))
+    torch.testing.assert_close(*widths)
+    assert not torch.allclose(found[:, :3], plain[:, :3])
+
+
 def test_some_channels_only() -> None:
     x, cond = images(channels=4)
     found = CFG(Two(), 4.0, channels=3)(x, 1.0, cond)

@@ -11,10 +11,14 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture, LowRankMixture
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, PatchDenoiser, edges
+from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, PatchDenoiser, edges
 from patchdiffusion.grids import karras
 from patchdiffusion.guidance.cfg import CFG
+from patchdiffusion.guidance.classifier import ClassifierGuidance
 from patchdiffusion.guidance.reward import GradientGuidance, Measurement, Tilt, gradient
+from patchdiffusion.guidance.threshold import DynamicThreshold
+from patchdiffusion.nets import unet
+from patchdiffusion.nets.unet import SongUNet
 from patchdiffusion.solvers import crossings, heun, solve
 
 TOY = GaussianMixture.toy()
@@ -283,6 +287,36 @@ def test_guides_a_network_with_coordinates_labels_and_low_precision() -> None:
         free = guided(CFG(patches, 2.0))(x, 2.0, cond)
         assert bool((ink(free) > ink(CFG(patches, 2.0)(x, 2.0, cond))).all())
     assert all(p.grad is None for p in model.network.parameters())
+
+
+def test_nests_around_a_network_with_attention() -> None:
+    """Whose fused attention has no second derivative."""
+    network = SongUNet(unet.tiny(16, base=8, channels=1, num_classes=3, mult=(1,), attention=(0,)))
+    tiny.randomise(network)
+    denoiser, cond = NetDenoiser(network, EDM()), Cond(labels=torch.tensor([0, 2]))
+    x = rng.normal(rng.keys(0, "x", 0, torch.arange(2)), (1, 8, 8))
+    inner = GradientGuidance(denoiser, Tilt(lambda x: x.mean(dim=(1, 2, 3))))
+    square = Tilt(lambda x: x.square().mean(dim=(1, 2, 3)))
+    nested = GradientGuidance(DynamicThreshold(inner, 0.9), square)(x, 1.0, cond)
+    assert nested.isfinite().all() and not torch.allclose(nested, inner(x, 1.0, cond))
+
+    def classifier(x: Tensor, sigma: Tensor) -> Tensor:
+        return network(x, sigma, Cond()).flatten(1)[:, :3]
+
+    outer = GradientGuidance(ClassifierGuidance(denoiser, classifier, 1.0), square)
+    assert outer(x, 1.0, cond).isfinite().all()
+
+
+def test_a_measurement_may_be_of_another_precision() -> None:
+    def measure(dtype: torch.dtype) -> GradientGuidance:
+        return GradientGuidance(
+            TOY, Measurement(measure=lambda x: x[:, 0].to(dtype), value=0.5, noise=0.1)
+        )
+
+    x, sigma = noisy(2)
+    found = measure(torch.float64)(x.float(), sigma.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, measure(torch.float32)(x.float(), sigma.float()))
 
 
 def test_gradient_of_a_reward() -> None:

@@ -123,6 +123,11 @@ def test_ridge_regression() -> None:
     assert float(found.offset) == pytest.approx(float(exact[8]), abs=1e-12)
     assert torch.allclose(found(x), rows @ exact, atol=1e-12)
     assert found.weight.shape == (2, 4)
+    levels = (x * 40 + 128).to(torch.uint8)  # as a pack has them
+    for images in (levels, levels.float()):
+        told = LinearReward.fit(images, y, 0.1)(images)
+        assert float((told - y).square().mean()) < 0.7 * float(y.var(correction=0))
+    assert torch.allclose(LinearReward.fit(levels, y, 0.1)(levels), told, atol=1e-5)
     for rewards, penalty in ((y[:5], 0.1), (y, 0.0)):
         with pytest.raises(ValueError, match="one reward for each of 12 images"):
             LinearReward.fit(x, rewards, penalty)

@@ -14,6 +14,7 @@ from patchdiffusion.codec import decode
 from patchdiffusion.denoiser import EDM, V
 from patchdiffusion.files import read_json
 from patchdiffusion.noise import LogNormal
+from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.patches import PatchLaw
 from patchdiffusion.train.config import (
     FREE,
@@ -162,15 +163,17 @@ FREE_CHANGES = {
     "data.path": {"data": DataConfig(path="elsewhere")},
     "guard.max_skips": {"guard": GuardConfig(max_skips=3)},
     "guard.rollbacks": {"guard": GuardConfig(rollbacks=3)},
+    "objective.teacher": {"objective": ConsistencyConfig(teacher="elsewhere")},
     "ema.snapshots": {"ema": EMAConfig(snapshots=3)},
 }
 
 
 @pytest.mark.parametrize("field", FREE)
 def test_some_fields_may_change(field: str, tmp_path: Path) -> None:
-    write_config(tmp_path, TrainConfig())
-    changed = replace(TrainConfig(), **FREE_CHANGES[field])
-    assert changed != TrainConfig()
+    config = TrainConfig(objective=ConsistencyConfig(teacher="there"))
+    write_config(tmp_path, config)
+    changed = replace(config, **FREE_CHANGES[field])
+    assert changed != config
     assert is_same_run(tmp_path, changed)
 
 

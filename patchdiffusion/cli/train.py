@@ -11,6 +11,7 @@ from patchdiffusion import recipes
 from patchdiffusion.cli.parse import parse, parse_some, take_first
 from patchdiffusion.cli.parts import Parts, choose
 from patchdiffusion.dist import place
+from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.recipes import Facts
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.folder import is_run, stored_config
@@ -59,7 +60,16 @@ def main(arguments: Sequence[str]) -> None:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
     given = _parse(flags, default_config(what, flags))
-    train(given.config, given.run)
+    train(_with_whole_paths(given.config), given.run)
+
+
+def _with_whole_paths(config: TrainConfig) -> TrainConfig:
+    """The same wherever the run goes on."""
+    objective = config.objective
+    if not isinstance(objective, ConsistencyConfig) or objective.teacher is None:
+        return config
+    path = str(Path(objective.teacher).expanduser().resolve())
+    return replace(config, objective=replace(objective, teacher=path))
 
 
 def _parse(flags: Sequence[str], config: TrainConfig) -> TrainArguments:

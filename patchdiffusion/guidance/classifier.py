@@ -1,5 +1,6 @@
 """Classifier guidance (Dhariwal and Nichol, arXiv 2105.05233)."""
 
+import contextlib
 from typing import Protocol
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import Denoiser, edges, expand_sigma, per_sample
 from patchdiffusion.guidance.interval import Interval
+from patchdiffusion.nets.attention import twice_differentiable
 
 
 class Classifier(Protocol):
@@ -73,7 +75,8 @@ class ClassifierGuidance:
             raise ValueError("classifier guidance needs gradients: use no_grad, not inference_mode")
         with torch.enable_grad():
             watched = x if x.requires_grad else x.detach().requires_grad_()
-            logits = self.classifier(watched, sigma)
+            with twice_differentiable() if x.requires_grad else contextlib.nullcontext():
+                logits = self.classifier(watched, sigma)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             named = logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
             total = named.where(labels >= 0, 0).sum()

@@ -1,6 +1,6 @@
 """From a reference through an estimate and beyond: what guidance by two denoisers shares."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ class Extrapolation:
 
     def __call__(self, estimate: Tensor, reference: Tensor) -> Tensor:
         """Both [B, C, *S] -> the same; raises `ValueError` if there are fewer channels."""
-        guided = reference + self.weight * (estimate - reference)
         if self.channels is not None:
-            if self.channels > guided.shape[1]:
-                raise ValueError(f"{guided.shape[1]} channels cannot be guided as {self.channels}")
-            guided = torch.cat([guided[:, : self.channels], estimate[:, self.channels :]], dim=1)
+            count, some = self.channels, replace(self, channels=None)
+            if count > estimate.shape[1]:
+                raise ValueError(f"{estimate.shape[1]} channels cannot be guided as {count}")
+            guided = some(estimate[:, :count], reference[:, :count])
+            return torch.cat([guided, estimate[:, count:]], dim=1)
+        guided = reference + self.weight * (estimate - reference)
         if self.rescale:
             wanted, found = _std(estimate), _std(guided)
             ratio = torch.where(found > 0, wanted / found, 1)  # a flat image has no contrast

@@ -6,6 +6,7 @@ in x of f(D(x)) becomes sigma^2 J^T grad f(D) = C grad f(D), a product with C, w
 backward pass. Rewards see the clean estimate, never the noisy image.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import Denoiser, edges, expand_sigma, per_sample
+from patchdiffusion.nets.attention import twice_differentiable
 
 Reward = Callable[[Tensor], Tensor]  # clean images [B, *S] -> [B], each for itself
 Covariance = Callable[[Tensor], Tensor]  # v [B, *S] -> Cov[x0 | x] v, [B, *S]
@@ -85,7 +87,8 @@ class Measurement:
     measure: Callable[[Tensor], Tensor]
     """Clean images [B, *S] -> what is measured, [B] or [B, m]."""
     value: Tensor | float
-    """What was found, y: of the shape of the measurement, or what broadcasts to it."""
+    """What was found, y: of the shape of the measurement, or what broadcasts to it. One for each
+    image fits a single batch, and no classifier-free guidance around it, which doubles that."""
     noise: float
     """Standard deviation of the error of y, positive."""
 
@@ -114,7 +117,7 @@ class Measurement:
         columns = torch.stack([covariance(row) for row in rows]).flatten(2)  # C A^T, [m, B, n]
         spread = torch.einsum("ibn,jbn->bij", torch.stack(rows).flatten(2), columns)
         spread = spread + self.noise**2 * torch.eye(len(rows)).to(spread)
-        weight = torch.linalg.solve(spread, residual)
+        weight = torch.linalg.solve(spread, residual.to(spread))
         return torch.einsum("bj,jbn->bn", weight, columns).reshape(denoised.shape)
 
     def _entry(self, j: int, x: Tensor) -> Tensor:
@@ -181,7 +184,8 @@ class GradientGuidance:
         # Gradients through half precision are too coarse to be multiplied by sigma^2.
         with torch.autocast(x.device.type, enabled=False):
             point = x if differentiable else x.detach().requires_grad_()
-            with torch.set_grad_enabled(self.jacobian or differentiable):
+            nested = twice_differentiable() if differentiable else contextlib.nullcontext()
+            with nested, torch.set_grad_enabled(self.jacobian or differentiable):
                 seen = self.denoiser(point, sigma, cond, step=step, tape=tape)
             denoised = seen if differentiable else seen.detach()
 

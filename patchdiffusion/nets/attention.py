@@ -3,10 +3,21 @@
 Shapes: B batch, C channels, H and W height and width, N = H W pixels, n heads, d = C / n.
 """
 
+import contextlib
+
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from patchdiffusion.nets.layers import Conv, Norm
+
+
+def twice_differentiable() -> contextlib.AbstractContextManager[object]:
+    """A context in which attention has forward derivatives and derivatives of derivatives.
+
+    Fused kernels have neither.
+    """
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 class Attention(nn.Module):

@@ -82,11 +82,6 @@ def num_levels(schedule: Schedule, progress: float, first: int, last: int) -> in
     return math.ceil(math.sqrt(progress * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1
 
 
-def target_decay(decay: float, first: int, levels: int) -> float:
-    """Decay per step of the target's average, mu = exp(first ln(decay) / N) (appendix C)."""
-    return math.exp(first * math.log(decay) / levels)
-
-
 def pseudo_huber(square: Tensor, c: float) -> Tensor:
     """sqrt(square + c^2) - c of a mean square: |d| far from 0 and d^2 near it (iCT, table 1).
 
@@ -121,7 +116,7 @@ class ConsistencyConfig:
     weighted: bool = True
     """Divide the loss by the distance of the two noise levels (iCT)."""
     target: Literal["self", "average"] = "self"
-    """Whose output is the target: the network's own, or that of its average (CT, distillation)."""
+    """Whose output is the target: the network's own, or that of the average that is sampled."""
     teacher: str | None = None
     """Run or model whose denoiser leads to the next level (distillation); None is training."""
 

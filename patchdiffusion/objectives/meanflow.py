@@ -35,20 +35,14 @@ def mean_velocity(network: nn.Module, z: Tensor, t: Tensor, s: Tensor, cond: Con
 
 
 def slope(network: nn.Module, z: Tensor, t: Tensor, s: Tensor, cond: Cond, along: Tensor) -> Tensor:
-    """du/dt = along du/dz + du/dt with s held fixed, where s < t: like z.
-
-    Where s = t nobody needs it. It is 0 there on a CPU, which then has less to do; elsewhere the
-    host would have to wait for their number.
-    """
-
-    def moving(z: Tensor, t: Tensor, s: Tensor, cond: Cond, along: Tensor) -> Tensor:
-        return derivative(lambda z, t: mean_velocity(network, z, t, s, cond), (z, t), (along, 1.0))
-
-    if z.device.type != "cpu":
-        return moving(z, t, s, cond, along)
-    found, rows = torch.zeros_like(z), (s < t).nonzero()[:, 0]
+    """du/dt = along du/dz + du/dt with s held fixed: like z, 0 where s = t."""
+    found, rows = torch.zeros_like(z), (s < t).nonzero()[:, 0]  # worth the wait of the host
     if len(rows):
-        found[rows] = moving(z[rows], t[rows], s[rows], cond.take(rows), along[rows])
+        z, t, s, cond = z[rows], t[rows], s[rows], cond.take(rows)
+        moved = derivative(
+            lambda z, t: mean_velocity(network, z, t, s, cond), (z, t), (along[rows], 1.0)
+        )
+        found[rows] = moved
     return found
 
 
@@ -195,7 +189,9 @@ class MeanFlowLoss:
         z = images + per_sample(t, images) * (noise - images)
         with torch.no_grad():
             v = self._velocity(network, z, t, cond, noise - images)
-            along = v if config.tangent == "data" else mean_velocity(network, z, t, t, cond)
+            along = v
+            if config.tangent == "network":  # which may compute in low precision
+                along = mean_velocity(network, z, t, t, cond).to(z.dtype)
             target = v - per_sample(t - s, z) * slope(network, z, t, s, cond, along)
         square = (mean_velocity(network, z, t, s, cond) - target).square().flatten(1).mean(1)
         loss = square / (square.detach() + config.eps) ** config.power

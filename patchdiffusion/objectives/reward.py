@@ -41,10 +41,12 @@ class LinearReward:
         gram = centred.mT @ centred / len(flat) + penalty * torch.eye(flat.shape[1]).to(flat)
         weight = torch.linalg.solve(gram, centred.mT @ (y - y.mean()) / len(flat))
         offset = y.mean() - flat.mean(0) @ weight
-        return cls(weight.reshape(images.shape[1:]).to(images), offset.to(images))
+        dtype = torch.promote_types(images.dtype, torch.float32)  # of 8-bit images, too
+        return cls(weight.reshape(images.shape[1:]).to(dtype), offset.to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [B, *S] -> [B]."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         return (x * self.weight.to(x)).flatten(1).sum(1) + self.offset
 
 

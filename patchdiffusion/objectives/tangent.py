@@ -8,8 +8,8 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from patchdiffusion.nets.attention import twice_differentiable
 from patchdiffusion.nets.layers import full_precision
 
 
@@ -26,8 +26,7 @@ def derivative(
         for x, d in zip(at, along, strict=True)
     )
     _prepare()
-    # Fused attention has no forward derivative, and low precision too few digits for one.
-    with full_precision(at[0]), sdpa_kernel(SDPBackend.MATH), _eager():
+    with full_precision(at[0]), twice_differentiable(), _eager():  # low precision has few digits
         return torch.func.jvp(function, at, directions)[1]
 
 

@@ -10,7 +10,7 @@ from patchdiffusion.ddpm import DDPMSteps
 from patchdiffusion.denoiser import EDM, EpsDDPM, Parameterisation
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import LogNormal
-from patchdiffusion.objectives import FewStep
+from patchdiffusion.objectives import FewStep, MeanFlowConfig
 from patchdiffusion.patches import PatchLaw, PatchPlan, Size
 from patchdiffusion.weighting import Law, LossWeight, natural_weight
 
@@ -223,6 +223,11 @@ class TrainConfig:
 
     def _check_objective(self, objective: FewStep) -> None:
         objective.check(self.network)
+        if isinstance(objective, MeanFlowConfig) and objective.guided and not self.label_dropout:
+            raise ValueError(
+                "objective.guidance needs a label_dropout above 0: the network must know images "
+                "without labels, too"
+            )
         if not isinstance(self.precond, EDM) or self.weighting or self.log_variance:
             raise ValueError(
                 "precond, weighting and log_variance are for denoising; "
@@ -256,6 +261,7 @@ FREE = (
     "micro_batch",
     "watch",
     "data.path",
+    "objective.teacher",  # which is known by its digest
     "guard.max_skips",
     "guard.rollbacks",
     "ema.snapshots",

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.codec import decode
+from patchdiffusion.denoiser import EDM
 from patchdiffusion.dist import Team
-from patchdiffusion.model import load_model
+from patchdiffusion.model import Model, ModelConfig, load_model
+from patchdiffusion.objectives import parameterisation
+from patchdiffusion.objectives.consistency import Boundary
 from patchdiffusion.train import checkpoint
+from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.parallel import as_sharded, is_sharded, local
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import TrainState
@@ -70,6 +74,7 @@ class _Facts:
     config: dict[str, Any]
     engine: dict[str, Any]
     groups: dict[str, tuple[str, ...]]
+    teacher: str | None = None
 
 
 def find(folder: Path) -> Found:
@@ -163,9 +168,11 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     """The averaged weights of a run or model that a new run may start from.
 
     A network with coordinates or a span may start from one without: their weights are zero, so that
-    it is the same function. Raises `ValueError` if anything else differs.
+    it is the same function. Raises `ValueError` if anything else differs, also what the network
+    is told and predicts.
     """
     model = load_model(path)
+    _check_meaning(path, model, training)
     given, own = model.network.state_dict(), _tensors(training.network)
     wrong = [name for name in given if name not in own or given[name].shape != own[name].shape]
     gained = ("coordinates.", "embed.span.")
@@ -177,6 +184,24 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
         )
     training.log.say(f"start     from the averaged weights of {path} ({model.digest})")
     return given
+
+
+def _check_meaning(path: Path, model: Model, training: Training) -> None:
+    """Refuse weights whose output means something else here."""
+
+    def meaning(config: ModelConfig | TrainConfig) -> tuple[type, float | None]:
+        precond = parameterisation(config.objective, config.precond)
+        kind = EDM if isinstance(precond, Boundary) else type(precond)  # which it is, moved
+        return kind, getattr(precond, "time_scale", None)
+
+    if meaning(model.config) != meaning(training.config):
+        theirs, ours = (
+            str(parameterisation(c.objective, c.precond)) for c in (model.config, training.config)
+        )
+        raise ValueError(
+            f"cannot start from {path}: it was trained as {theirs}, and this run is {ours}; "
+            "train both alike"
+        )
 
 
 def start_from(training: Training, given: Mapping[str, Tensor]) -> None:

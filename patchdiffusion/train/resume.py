@@ -142,6 +142,16 @@ def _check(training: Training, facts: dict[str, Any]) -> None:
     if changed:
         training.log.record("config change", fields=changed)
         training.log.say(f"warning: the configuration has changed: {'; '.join(changed)}")
+    taught = facts.get("teacher")
+    if taught != training.teacher:
+        message = f"the teacher is {training.teacher} and was {taught}"
+        if not training.run.allow_config_change:
+            raise ValueError(
+                f"{message} when {training.folder} was begun; name that one by "
+                "--objective.teacher, or go on with --allow-config-change"
+            )
+        training.log.record("config change", fields=[message])
+        training.log.say(f"warning: {message}")
     before, now = (
         facts["data"],
         {

@@ -118,6 +118,7 @@ def facts_of(training: Training) -> dict[str, Any]:
         "guard": training.stepper.guard.to_json(),
         "loss_scale": training.stepper.update.to_json(),
         "data": {"fingerprint": training.pack.fingerprint, "images": len(training.pack)},
+        "teacher": training.teacher,
         "config": encode(training.config),
         "engine": training.engine,
     }

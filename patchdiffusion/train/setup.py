@@ -17,7 +17,7 @@ from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.dist import Team, place
 from patchdiffusion.losses import DenoisingLoss, Objective, UncertaintyLoss
 from patchdiffusion.metrics.features import Extractor, extractor
-from patchdiffusion.model import ModelConfig, build, load_model, pick_device
+from patchdiffusion.model import Model, ModelConfig, build, load_model, pick_device
 from patchdiffusion.nets.count import training_flops
 from patchdiffusion.objectives import denoises, parameterisation
 from patchdiffusion.patches import PatchPlan, Size
@@ -121,6 +121,8 @@ class Training:
     plan: PatchPlan
     network: nn.Module
     objective: Objective
+    teacher: str | None
+    """Digest of the model that is distilled."""
     ema: EMA
     stepper: Stepper
     phases: Phases
@@ -240,7 +242,8 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     share = 1 + _passes(config) / 3  # of what `training_flops` counts: one pass, and back
     flops = {size: round(training_flops(network, size) * share) for size in sizes}
     ema = _spread_out(network, config, run, team, device)
-    objective = _objective(config, run, ema, canvas, team, device)
+    teacher = _teacher(config, canvas, device)
+    objective = _objective(config, run, ema, teacher, team, device)
     work = Work(denoiser_of(network, config), objective)
     feed = Feed(
         resident(pack.images, device),
@@ -277,6 +280,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         plan=plan,
         network=network,
         objective=objective,
+        teacher=None if teacher is None else teacher.digest,
         ema=ema,
         stepper=stepper,
         phases=phases,
@@ -300,13 +304,17 @@ def denoiser_of(network: nn.Module, config: TrainConfig) -> NetDenoiser:
 
 
 def _objective(
-    config: TrainConfig, run: RunConfig, ema: EMA, canvas: Size, team: Team, device: torch.device
+    config: TrainConfig,
+    run: RunConfig,
+    ema: EMA,
+    teacher: Model | None,
+    team: Team,
+    device: torch.device,
 ) -> Objective:
     if config.objective is not None:
         average = denoiser_of(ema.network(), config)
-        path = config.objective.teacher
-        teacher = None if path is None else _teacher(path, config, canvas, device)
-        return config.objective.loss(config.noise, config.label_dropout, average, teacher)
+        known = None if teacher is None else teacher.denoiser
+        return config.objective.loss(config.noise, config.label_dropout, average, known)
     loss = DenoisingLoss(config.noise, config.loss_weight, config.label_dropout)
     if not config.log_variance:
         return loss
@@ -316,8 +324,11 @@ def _objective(
     return UncertaintyLoss(loss, learned)
 
 
-def _teacher(path: str, config: TrainConfig, canvas: Size, device: torch.device) -> NetDenoiser:
-    """The denoiser that is distilled; raises `ValueError` if it does not fit."""
+def _teacher(config: TrainConfig, canvas: Size, device: torch.device) -> Model | None:
+    """The model that is distilled; raises `ValueError` if it does not fit."""
+    path = None if config.objective is None else config.objective.teacher
+    if path is None:
+        return None
     model = load_model(path, device=device)
     if not denoises(model.config.objective):
         raise ValueError(f"the teacher {path} is no denoiser: it is a consistency model itself")
@@ -329,7 +340,7 @@ def _teacher(path: str, config: TrainConfig, canvas: Size, device: torch.device)
             f"the teacher {path} does not fit: height, width, channels and classes are "
             f"{found} instead of {own}"
         )
-    return model.denoiser
+    return model
 
 
 def _extractor(config: TrainConfig, team: Team, device: torch.device) -> Extractor | None:
