@@ -42,7 +42,7 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("train glyphs --patches.probs 0.5 0.2 0.2", "probs must be >= 0 and sum to 1"),
         ("train glyphs --patches.fractions 1", "fractions and probs need the same length"),
         ("train glyphs --precond.sigma-data 0", "sigma_data must be positive"),
-        ("train glyphs --noise.std 0", "std > 0"),
+        ("train glyphs --noise.std 0", "std in"),
         ("train glyphs --name a/b", "name must be usable as a folder name"),
         ("train glyphs --optim.betas 0.9", "--optim.betas"),
         ("train glyphs --optim.betas 0.9 1", "betas must lie in"),

@@ -89,7 +89,7 @@ def test_an_integer_may_stand_for_a_float_and_not_the_other_way_round() -> None:
         ({"inner": {"type": "Outer"}}, "inner must be Inner, not 'Outer'"),
         ({"law": {"type": "Evil"}}, "law needs a type out of LogNormal, LogUniform"),
         ({"law": {"mean": 0.0}}, "law needs a type out of LogNormal, LogUniform"),
-        ({"law": {"type": "LogNormal", "std": -1.0}}, "std > 0"),
+        ({"law": {"type": "LogNormal", "std": -1.0}}, "std in"),
         ({"law": {"type": ["LogNormal"]}}, "law needs a type out of"),
         ({"mode": "c"}, "mode must be one of ('a', 'b', 3), not 'c'"),
         ({"mode": 3.0}, "mode must be one of ('a', 'b', 3), not 3.0"),

@@ -8,6 +8,7 @@ import pytest
 
 from patchdiffusion import errors
 from patchdiffusion.cli import COMMANDS
+from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.sample import SamplerConfig
 from patchdiffusion.solvers import SOLVERS
 from patchdiffusion.train.config import FREE, TrainConfig
@@ -74,6 +75,6 @@ def test_every_solver_and_grid_has_its_place_in_the_page() -> None:
 
 def test_free_fields_exist() -> None:
     for path in FREE:
-        value: object = TrainConfig()
+        value: object = TrainConfig(objective=ConsistencyConfig())
         for name in path.split("."):
             value = getattr(value, name)

@@ -126,9 +126,10 @@ def test_likelihoods_within_the_levels_of_training(pack: Pack, finished: Path) -
     assert numbers["images"] == 1 and numbers["standard_error"] is None
 
 
-def test_one_image_has_no_error(finished: Path, capsys: Capture) -> None:
+def test_one_image_has_no_error(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     flags = ("--features.extractor", "none", "--held-out", 1, "--bits.images", 1)
-    out = works(capsys, "evaluate", finished, *flags, "--bits.steps", 2)
+    save = ("--save", tmp_path / "one.json")
+    out = works(capsys, "evaluate", finished, *flags, "--bits.steps", 2, *save)
     assert " on 1 images (by noise" in out and "+-" not in out and "None" not in out
 
 
