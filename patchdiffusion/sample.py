@@ -231,8 +231,8 @@ class Pipeline:
             raise ValueError(f"the guide cannot follow: {error}") from error
 
     def sampler(self, config: SamplerConfig) -> SamplerConfig:
-        """The same with the solver that this model takes; `ValueError` if it takes none such."""
-        return config.fitting(self.model.config.objective)
+        """The same with what this model takes for auto; `ValueError` for what it does not take."""
+        return config.fitting(self.model.config.objective, self.model.config.precond)
 
     def autocast(self) -> torch.autocast:
         """A context in which the network has the precision of this pipeline."""

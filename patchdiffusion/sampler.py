@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.denoiser import Denoiser, EpsDDPM, EpsVP, Parameterisation
 from patchdiffusion.grids import ends, flow_uniform, karras, log_uniform, support, time_uniform
 from patchdiffusion.guidance.auto import AutoGuidance
 from patchdiffusion.guidance.cfg import CFG
@@ -49,8 +49,8 @@ class SamplerConfig:
     """Share, 0 to 1, of the contrast that guidance adds which is taken back."""
     guidance_channels: int | None = None
     """Guide so many channels, the first ones; None guides all (DiT models: 3 of 4)."""
-    threshold: Literal["clamp"] | float | None = None
-    """clamp estimates to [-1, 1], or, as 0.995, that share of them and scale to fit (dynamic)."""
+    threshold: Literal["auto", "none", "clamp"] | float = "auto"
+    """clamp estimates to [-1, 1]; 0.995: dynamic thresholding; auto clamps those made of eps."""
 
     def __post_init__(self) -> None:
         self.sigmas()  # raises on impossible values
@@ -80,17 +80,24 @@ class SamplerConfig:
     def _name(self) -> str:
         return "heun" if self.solver == "auto" else self.solver
 
-    def fitting(self, objective: FewStep | None) -> "SamplerConfig":
-        """The same with the solver for a model trained for this.
+    def fitting(
+        self, objective: FewStep | None, precond: Parameterisation | None = None
+    ) -> "SamplerConfig":
+        """The same with the solver and the threshold for a model trained for this.
 
-        Raises `ValueError` for a solver or an option that such a model does not have.
+        An error of eps is one of the image times sigma, so DDPM clamps the image. Raises
+        `ValueError` for a solver or an option that such a model does not have.
         """
         if self.solver not in ("auto", "map") and not denoises(objective):
             raise ValueError(
                 f"a consistency model denoises in one jump and not step by step: use --solver map, "
                 f"not {self.solver}"
             )
-        return self.of_kind(objective is not None and self.solver in ("auto", "map"))
+        chosen = self.of_kind(objective is not None and self.solver in ("auto", "map"))
+        if self.threshold != "auto" or chosen.solver == "map":
+            return chosen
+        of_eps = objective is None and isinstance(precond, EpsVP | EpsDDPM)
+        return replace(chosen, threshold="clamp" if of_eps else "none")
 
     def of_kind(self, flow_map: bool) -> "SamplerConfig":
         """The same with the solver of flow maps, or with one of denoisers.
@@ -126,7 +133,7 @@ class SamplerConfig:
                 "guidance is 1, which is none"
             )
         if isinstance(self.threshold, int | float) and not 0 < self.threshold <= 1:
-            raise ValueError(f"threshold must be clamp or in (0, 1], not {self.threshold}")
+            raise ValueError(f"threshold must be clamp, none or in (0, 1], not {self.threshold}")
 
     def guided(self, denoiser: Denoiser, guide: Denoiser | None = None) -> Denoiser:
         """The denoiser with guidance, by `guide` if there is one, and then the threshold."""
@@ -144,10 +151,10 @@ class SamplerConfig:
                 rescale=self.guidance_rescale,
                 channels=self.guidance_channels,
             )
-        if self.threshold is None:
-            return denoiser
         if self.threshold == "clamp":
             return Clamp(denoiser)
+        if isinstance(self.threshold, str):
+            return denoiser
         return DynamicThreshold(denoiser, self.threshold)
 
     def ends(self, law: NoiseLaw | None = None) -> tuple[float, float]:

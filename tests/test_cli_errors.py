@@ -73,7 +73,10 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("sample trained --guidance 2 --guidance-interval 0 inf", "0 <= low <= high < inf"),
         ("sample trained --guidance 2 --guidance-rescale 2", "rescale must lie in [0, 1], not 2.0"),
         ("sample trained --guidance 2 --guidance-channels 4", "3 channels cannot be guided as 4"),
-        ("sample trained --threshold 1.5", "threshold must be clamp or in (0, 1], not 1.5"),
+        (
+            "sample trained --threshold 1.5",
+            "threshold must be clamp, none or in (0, 1], not 1.5",
+        ),
         ("sample trained --threshold hard", "--threshold"),
         ("sample trained --autoguide trained", "a guide has no effect at guidance 1"),
         ("sample trained --guidance 2 --autoguide missing", "missing holds no model"),

@@ -15,7 +15,7 @@ from patchdiffusion.apps.likelihood import LikelihoodConfig, held_out_bits
 from patchdiffusion.cli.parts import choose
 from patchdiffusion.codec import decode
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.denoiser import V
+from patchdiffusion.denoiser import EpsDDPM, EpsVP, V
 from patchdiffusion.files import read_json
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.model import Model
@@ -70,6 +70,17 @@ def test_options_of_another_kind_are_refused_in_python_too() -> None:
             sample(model, seeds=[0], channels=3, canvas=tiny.CANVAS, config=config)
     with pytest.raises(ValueError, match="a guide is for solvers of denoisers"):
         sample(flow_map, seeds=[0], channels=3, canvas=tiny.CANVAS, guide=denoiser)
+
+
+def test_estimates_made_of_eps_are_clamped() -> None:
+    for precond, wanted in ((EpsVP(), "clamp"), (EpsDDPM(), "clamp"), (V(), "none")):
+        pipeline = changed(tiny.pipeline(), precond=precond)
+        assert pipeline.sampler(SamplerConfig()).threshold == wanted
+        assert pipeline.sampler(SamplerConfig(threshold="none")).threshold == "none"
+        assert pipeline.sampler(SamplerConfig(threshold=0.9)).threshold == 0.9
+        config = SamplerConfig(steps=4)
+        found = pipeline.sample(4, config=config)
+        assert (found == pipeline.sample(4, config=replace(config, threshold=wanted))).all()
 
 
 def test_churn_that_is_none_is_refused() -> None:
