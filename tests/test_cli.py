@@ -180,7 +180,8 @@ def test_samples_say_where_they_are_from(trained: Path, capsys: Capture) -> None
             assert file.size == (16, 16)
         assert (info["seed"], info["model"], info["class"]) == (str(seed), digest, label)
         sampler = decode(SamplerConfig, json.loads(info["sampler"]))
-        assert sampler == SamplerConfig(solver="heun", steps=2) and info["weights"] == "averaged"
+        assert sampler == SamplerConfig(solver="heun", steps=2, threshold="none")
+        assert info["weights"] == "averaged"
         assert json.loads(info["region"]) == {"size": None, "corner": None}
     with Image.open(folder / "grid.png") as file:
         assert file.info["seeds"] == "7-9"
