@@ -23,7 +23,7 @@ class SamplerConfig:
     """How to get from noise to an image."""
 
     solver: Literal["auto", "map"] | SolverName = "auto"
-    """auto is map for few-step models, else heun; heun to dpmpp_2s evaluate twice a step."""
+    """auto: map for few-step models, sde_dpmpp_2m for eps, else heun (twice the evaluations)."""
     steps: int = 18
     """Number of steps."""
     sigma_min: float | None = None
@@ -85,18 +85,21 @@ class SamplerConfig:
     ) -> "SamplerConfig":
         """The same with the solver and the threshold for a model trained for this.
 
-        An error of eps is one of the image times sigma, so DDPM clamps the image. Raises
-        `ValueError` for a solver or an option that such a model does not have.
+        An error of eps is sigma times as large in the image, so its estimates are clamped, as in
+        DDPM, and fresh noise corrects them later. Raises `ValueError` for a solver or an option
+        that such a model does not have.
         """
         if self.solver not in ("auto", "map") and not denoises(objective):
             raise ValueError(
                 f"a consistency model denoises in one jump and not step by step: use --solver map, "
                 f"not {self.solver}"
             )
+        of_eps = objective is None and isinstance(precond, EpsVP | EpsDDPM)
         chosen = self.of_kind(objective is not None and self.solver in ("auto", "map"))
+        if self.solver == "auto" and of_eps and not self.churn.amount:
+            chosen = replace(chosen, solver="sde_dpmpp_2m")
         if self.threshold != "auto" or chosen.solver == "map":
             return chosen
-        of_eps = objective is None and isinstance(precond, EpsVP | EpsDDPM)
         return replace(chosen, threshold="clamp" if of_eps else "none")
 
     def of_kind(self, flow_map: bool) -> "SamplerConfig":

@@ -72,10 +72,14 @@ def test_options_of_another_kind_are_refused_in_python_too() -> None:
         sample(flow_map, seeds=[0], channels=3, canvas=tiny.CANVAS, guide=denoiser)
 
 
-def test_estimates_made_of_eps_are_clamped() -> None:
+def test_models_of_eps_are_clamped_and_corrected() -> None:
     for precond, wanted in ((EpsVP(), "clamp"), (EpsDDPM(), "clamp"), (V(), "none")):
         pipeline = changed(tiny.pipeline(), precond=precond)
-        assert pipeline.sampler(SamplerConfig()).threshold == wanted
+        chosen = pipeline.sampler(SamplerConfig())
+        assert chosen.threshold == wanted
+        assert chosen.solver == ("heun" if wanted == "none" else "sde_dpmpp_2m")
+        assert pipeline.sampler(SamplerConfig(solver="euler")).solver == "euler"
+        assert pipeline.sampler(SamplerConfig(churn=Churn(amount=1.0))).solver == "heun"
         assert pipeline.sampler(SamplerConfig(threshold="none")).threshold == "none"
         assert pipeline.sampler(SamplerConfig(threshold=0.9)).threshold == 0.9
         config = SamplerConfig(steps=4)
