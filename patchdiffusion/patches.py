@@ -43,8 +43,8 @@ class PatchLaw:
     """Probability of each size, summing to 1; the share of whole images is the paper's p."""
     mode: Mode = "stratified"
     """stratified: all sizes in every step. stochastic: one size a step (the paper's default).
-    progressive: small to large over the run. constant_pixels: one size a step, and batches grow
-    with 1/area, so that every step costs the same."""
+    progressive: small to large over the run, probs being shares of its clock. constant_pixels: one
+    size a step, and batches grow with 1/area, so that every step costs the same."""
     multiplier: Multiplier = "inverse_side"
     """How the number of crops grows as they shrink; the paper uses 1, 2, 4: inverse_side."""
     loss_norm: LossNorm = "area"
@@ -259,13 +259,17 @@ class PatchPlan:
         """
         spent = [k.area * (1 - attention) + k.area**2 * attention for k in self.sizes]
         steps = [k.multiplier * c for k, c in zip(self.sizes, spent, strict=True)]
-        mean = sum(k.prob * c for k, c in zip(self.sizes, steps, strict=True))
+        probs = [k.prob for k in self.sizes]
+        if self.law.mode == "progressive":  # shares of the area, so there are more small steps
+            counts = [k.prob / (k.multiplier * k.area) for k in self.sizes]
+            probs = [count / sum(counts) for count in counts]
+        mean = sum(p * c for p, c in zip(probs, steps, strict=True))
         if not synced:
             mean, below = 0.0, 0.0
-            for cost, prob in sorted((c, k.prob) for k, c in zip(self.sizes, steps, strict=True)):
+            for cost, prob in sorted(zip(steps, probs, strict=True)):
                 mean += cost * ((below + prob) ** world - below**world)
                 below += prob
-        crops = sum(k.prob * k.multiplier for k in self.sizes)
+        crops = sum(p * k.multiplier for p, k in zip(probs, self.sizes, strict=True))
         return Cost(crops=crops, step=mean, crop=mean / crops)
 
 

@@ -273,6 +273,19 @@ def test_cost_by_simulation(p: float) -> None:
         assert unsynced == pytest.approx(slowest / crops, rel=0.01)
 
 
+def test_progressive_cost_by_simulation() -> None:
+    """Of a run with a clock of full-image equivalents."""
+    plan = PatchPlan((64, 64), 8, PatchLaw(mode="progressive"))
+    done, steps, crops, total = 0.0, 0, 0, 20_000.0
+    while done < total:
+        groups = plan.draw(seed=0, step=steps, progress=done / total)
+        done += equivalents(groups, plan.canvas)
+        crops += sum(g.count for g in groups)
+        steps += 1
+    assert plan.cost().step == pytest.approx(done / steps / 8, rel=1e-3)
+    assert plan.cost().crops == pytest.approx(crops / steps / 8, rel=1e-3)
+
+
 def test_latent_cost() -> None:
     plan = PatchPlan.paper((32, 32), 8, latent=True)
     assert (plan.cost().step, plan.cost().crops, plan.cost().crop) == pytest.approx(

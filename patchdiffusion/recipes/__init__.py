@@ -63,17 +63,17 @@ Recipe = Callable[[Facts], TrainConfig]
 def folder(facts: Facts) -> TrainConfig:
     """Any images, by their resolution, their number and the hardware; what a bare path gets.
 
-    A CPU gets a small network and about an hour; a GPU the published networks. Few images get
-    more dropout and flips. Labels are used where there are any.
+    A CPU gets a small network, about an hour, and crops from small to large; a GPU the published
+    networks. Few images get more dropout and flips. Labels are used where there are any.
     """
     resolution = min(facts.canvas)
     few = facts.count < 20_000
     if facts.device == "cpu":
-        network = unet.tiny(resolution)
+        network, law = unet.tiny(resolution), PatchLaw(mode="progressive")
         batch, lr = 16, 1e-3
         images = float(min(max(150_000 * 32**2 // resolution**2, 20_000), 300_000))
     else:
-        network = unet.small(resolution) if few else unet.ddpmpp(resolution)
+        network, law = unet.small(resolution) if few else unet.ddpmpp(resolution), PatchLaw()
         batch, lr = 256, 4e-4 if few else 2e-4
         images = min(max(facts.count * 250.0, 2e6), 5e7)
     dropout = 0.2 if facts.count < 6_000 and facts.device != "cpu" else network.dropout
@@ -83,6 +83,7 @@ def folder(facts: Facts) -> TrainConfig:
         network=replace(
             network, channels=facts.channels, num_classes=facts.classes, dropout=dropout
         ),
+        patches=law,
         optim=OptimConfig(lr=lr),
         batch=batch,
         images=images,
@@ -101,6 +102,7 @@ def glyphs(facts: Facts) -> TrainConfig:
         network=network,
         precond=EDM(sigma_data=0.7),
         noise=LogNormal(mean=-0.7),
+        patches=PatchLaw(mode="progressive"),
         optim=OptimConfig(lr=3e-3, cooldown=0.4),
         batch=32,
         images=20_000,
@@ -146,7 +148,8 @@ def meanflow(facts: Facts) -> TrainConfig:
     """
     demo = glyphs(facts)
     config = with_objective(demo, "meanflow")
-    return replace(config, name="meanflow", optim=replace(demo.optim, lr=1e-3), images=60_000)
+    optim = replace(demo.optim, lr=1e-3)
+    return replace(config, name="meanflow", patches=PatchLaw(), optim=optim, images=60_000)
 
 
 # ---- Objectives ----
