@@ -59,6 +59,9 @@ class Facts:
 
 Recipe = Callable[[Facts], TrainConfig]
 
+GROWING = PatchLaw(mode="progressive", loss_norm="mean")
+"""Crops from small to large over the run: of all laws measured it learns most from an operation."""
+
 
 def folder(facts: Facts) -> TrainConfig:
     """Any images, by their resolution, their number and the hardware; what a bare path gets.
@@ -69,7 +72,7 @@ def folder(facts: Facts) -> TrainConfig:
     resolution = min(facts.canvas)
     few = facts.count < 20_000
     if facts.device == "cpu":
-        network, law = unet.tiny(resolution), PatchLaw(mode="progressive")
+        network, law = unet.tiny(resolution), GROWING
         batch, lr = 16, 1e-3
         images = float(min(max(150_000 * 32**2 // resolution**2, 20_000), 300_000))
     else:
@@ -102,7 +105,7 @@ def glyphs(facts: Facts) -> TrainConfig:
         network=network,
         precond=EDM(sigma_data=0.7),
         noise=LogNormal(mean=-0.7),
-        patches=PatchLaw(mode="progressive"),
+        patches=GROWING,
         optim=OptimConfig(lr=3e-3, cooldown=0.4),
         batch=32,
         images=20_000,
