@@ -379,4 +379,4 @@ def test_networks_that_cannot_be_trained(
     config: MeanFlowConfig, network: UNetConfig, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        config.check(network)
+        config.check(network, 0.1)

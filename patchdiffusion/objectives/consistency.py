@@ -144,7 +144,7 @@ class ConsistencyConfig:
             raise ValueError(f"consistency needs the parameterisation EDM, not {given}")
         return Boundary(sigma_data=given.sigma_data, sigma_min=self.sigma_min)
 
-    def check(self, network: UNetConfig) -> None:
+    def check(self, network: UNetConfig, label_dropout: float) -> None:
         """Any network will do."""
 
     def flow_map(self, denoiser: NetDenoiser) -> ConsistencyMap:

@@ -117,7 +117,7 @@ class MeanFlowConfig:
         """How its network is preconditioned where it is used as a denoiser."""
         return FlowMatching(time_scale=1.0)
 
-    def check(self, network: UNetConfig) -> None:
+    def check(self, network: UNetConfig, label_dropout: float) -> None:
         """Raise `ValueError` for a network that cannot be trained so."""
         if not network.span:
             raise ValueError("meanflow needs a network of two times: set --network.span")
@@ -130,6 +130,11 @@ class MeanFlowConfig:
             raise ValueError(
                 f"guidance {self.guidance} and mix {self.mix} of the objective need a network "
                 "with classes; leave them at 1 and 0"
+            )
+        if self.guided and not label_dropout:
+            raise ValueError(
+                "objective.guidance needs a label_dropout above 0: the network must know images "
+                "without labels, too"
             )
 
     def flow_map(self, denoiser: NetDenoiser) -> MeanFlowMap:

@@ -10,7 +10,7 @@ from patchdiffusion.ddpm import DDPMSteps
 from patchdiffusion.denoiser import EDM, EpsDDPM, Parameterisation
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import LogNormal
-from patchdiffusion.objectives import FewStep, MeanFlowConfig
+from patchdiffusion.objectives import FewStep
 from patchdiffusion.patches import PatchLaw, PatchPlan, Size
 from patchdiffusion.weighting import Law, LossWeight, natural_weight
 
@@ -222,12 +222,7 @@ class TrainConfig:
         _check_steps(self.precond, self.noise)
 
     def _check_objective(self, objective: FewStep) -> None:
-        objective.check(self.network)
-        if isinstance(objective, MeanFlowConfig) and objective.guided and not self.label_dropout:
-            raise ValueError(
-                "objective.guidance needs a label_dropout above 0: the network must know images "
-                "without labels, too"
-            )
+        objective.check(self.network, self.label_dropout)
         if not isinstance(self.precond, EDM) or self.weighting or self.log_variance:
             raise ValueError(
                 "precond, weighting and log_variance are for denoising; "
