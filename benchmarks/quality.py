@@ -1,11 +1,13 @@
 """Quality against cost: several configurations and seeds, one figure and one table.
 
-    python benchmarks/quality.py run emoji --data emoji-128.zip --jobs 2 --minutes 60
+    python benchmarks/quality.py run emoji --data PACK --jobs 2 --minutes 60
+    python benchmarks/quality.py measure emoji --data PACK --extractor inception
     python benchmarks/quality.py show emoji
 
 `benchmarks/quality/NAME.toml` says what is compared. `run` trains everything that has no result
 yet; killed or stopped by --minutes it goes on where it was. Every run leaves one small file in
-`benchmarks/results/quality/NAME`, from which `show` makes a figure and a table.
+`benchmarks/results/quality/NAME`, from which `show` makes a figure and a table. `measure` samples
+from the models of finished runs and adds Frechet and kernel distances to their files.
 
 The held-out loss is that of whole images with fixed noise, from averaged weights, on the way of
 one run per seed: learning rates do not fall, so every point is where a shorter run would end.
@@ -147,6 +149,41 @@ def collect(run: Run, folder: Path) -> dict[str, Any]:
     }
 
 
+# ---- Samples of finished runs ----
+
+
+def measure_all(runs: list[Run], given: argparse.Namespace) -> None:
+    """Compare samples with the real images, where it has not been done and the model is there."""
+    for run in runs:
+        folder = given.work / run.experiment / f"{run.plan}-{run.seed}"
+        if not run.result.exists() or not (folder / "model").exists():
+            continue
+        result = json.loads(run.result.read_text())
+        if "samples" in result:
+            continue
+        measured = folder / "samples.json"
+        command = [sys.executable, "-m", "patchdiffusion", "evaluate", str(folder)]
+        command += ["--data", given.data, "--save", str(measured), "--held-out", "0"]
+        command += ["--features.extractor", given.extractor, "--samples", str(given.samples)]
+        command += ["--sampler.solver", "dpmpp_2m", "--sampler.steps", str(given.steps)]
+        print(f"measure  {run.plan}, seed {run.seed}", flush=True)
+        subprocess.run([*command, "--precision", "bf16"], check=True)
+        result["samples"] = json.loads(measured.read_text())
+        run.result.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def samples_table(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """What `measure` has added."""
+    names = ("frechet_distance", "kernel_distance", "precision", "recall", "copy_rate")
+    yield "| plan | seeds | Frechet distance | kernel distance | precision | recall | copies |"
+    yield "|---|---|---|---|---|---|---|"
+    for plan, made in found.items():
+        samples = [r["samples"] for r in made if "samples" in r]
+        if samples:
+            cells = (_spread([s[name] for s in samples if name in s]) for name in names)
+            yield f"| {plan} | {len(samples)} | {' | '.join(cells)} |"
+
+
 # ---- Showing ----
 
 
@@ -194,6 +231,8 @@ def table(found: dict[str, list[dict[str, Any]]], baseline: str) -> Iterator[str
 
 
 def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
     middle = statistics.mean(values)
     if len(values) == 1:
         return f"{middle:.4f}"
@@ -228,7 +267,7 @@ def figure(found: dict[str, list[dict[str, Any]]], title: str, out: Path) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("action", choices=("run", "show"))
+    parser.add_argument("action", choices=("run", "measure", "show"))
     parser.add_argument("experiment", help="name of a file in benchmarks/quality")
     parser.add_argument("--data", help="images to train on")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where runs are")
@@ -236,18 +275,23 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="when to stop")
     parser.add_argument("--only", nargs="*", default=[], help="names of plans")
+    parser.add_argument("--extractor", default="inception", help="features of `measure`")
+    parser.add_argument("--samples", type=int, default=1000, help="samples of each model")
+    parser.add_argument("--steps", type=int, default=10, help="evaluations for a sample")
     given = parser.parse_args()
     facts, runs = experiment(given.experiment)
     runs = [r for r in runs if not given.only or r.plan in given.only]
-    if given.action == "run":
+    if given.action != "show":
         if given.data is None:
-            parser.error("run needs --data")
-        run_all(runs, given)
+            parser.error(f"{given.action} needs --data")
+        {"run": run_all, "measure": measure_all}[given.action](runs, given)
         return
     found = results(runs)
     if facts["baseline"] not in found:
         parser.error(f"there are no results of {facts['baseline']} yet")
     print("\n".join(table(found, facts["baseline"])))
+    if any("samples" in r for made in found.values() for r in made):
+        print("", *samples_table(found), sep="\n")
     out = ROOT.parent / "docs" / f"quality-{given.experiment}.png"
     figure(found, facts["title"], out)
     print(f"\n{out}")

@@ -54,3 +54,13 @@ def test_every_experiment_can_be_trained(quality: ModuleType, name: str) -> None
         plain = train.TrainArguments(config=train.generic_config("images"))
         given = parse(train.TrainArguments, run.flags, default=plain, prog="", description="")
         given.config.plan((64, 64)).draw(seed=0, step=0)
+
+
+def test_samples_of_the_runs_that_were_measured(quality: ModuleType) -> None:
+    facts = {"frechet_distance": 2.0, "kernel_distance": 0.5, "precision": 0.25, "recall": 0.75}
+    less = {**facts, "frechet_distance": 1.0}
+    found = {"whole": [{"samples": facts}, {"samples": less}], "half": [{}]}
+    _, _, *rows = quality.samples_table(found)
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    same = ["0.5000 +- 0.0000", "0.2500 +- 0.0000", "0.7500 +- 0.0000", "-"]
+    assert cells == [["whole", "2", "1.5000 +- 0.5000", *same]]
