@@ -217,6 +217,15 @@ class PatchPlan:
             )
         )
 
+    @property
+    def frequencies(self) -> tuple[float, ...]:
+        """How often a step is of each size, where it is of one: with shares of the area, the
+        smaller the oftener."""
+        if self.law.mode != "progressive":
+            return tuple(k.prob for k in self.sizes)
+        counts = [k.prob / (k.multiplier * k.area) for k in self.sizes]
+        return tuple(count / sum(counts) for count in counts)
+
     def _side(self, axis: int, fraction: float, pitch: int) -> int:
         side, divisor = self.canvas[axis], self.divisor
         if fraction == 1 and pitch == 1:
@@ -235,13 +244,18 @@ class PatchPlan:
             return None
         return Part(law=self.noise, low=levels[0], high=levels[1], scale=1 / pitch)
 
-    def draw(self, *, seed: int, step: int, progress: float = 0.0) -> tuple[Group, ...]:
-        """The groups of one step; `progress` in [0, 1] is the share of the run that is done."""
+    def draw(self, *, seed: int, step: int, progress: float | None = None) -> tuple[Group, ...]:
+        """The groups of one step.
+
+        `progress` in [0, 1] is the share of the run that is done, which progressive sizes need.
+        """
         if self.law.mode == "stratified":
             return tuple(
                 k.group(round(self.batch * k.multiplier * k.prob), k.share) for k in self.sizes
             )
         if self.law.mode == "progressive":
+            if progress is None:
+                raise ValueError("a progressive plan draws by the progress of the run, in [0, 1]")
             order, u = self.sizes[::-1], progress
         else:
             key = rng.keys(seed, "patch size", step, torch.zeros(1, dtype=torch.int64))
@@ -259,10 +273,7 @@ class PatchPlan:
         """
         spent = [k.area * (1 - attention) + k.area**2 * attention for k in self.sizes]
         steps = [k.multiplier * c for k, c in zip(self.sizes, spent, strict=True)]
-        probs = [k.prob for k in self.sizes]
-        if self.law.mode == "progressive":  # shares of the area, so there are more small steps
-            counts = [k.prob / (k.multiplier * k.area) for k in self.sizes]
-            probs = [count / sum(counts) for count in counts]
+        probs = self.frequencies
         mean = sum(p * c for p, c in zip(probs, steps, strict=True))
         if not synced:
             mean, below = 0.0, 0.0

@@ -192,6 +192,8 @@ def test_progressive_boundaries() -> None:
     for progress, side in ((0.1, 16), (0.3, 32), (0.7, 64)):
         total += plan.draw(seed=0, step=0, progress=progress)[0].weight * weights[side]
     assert total == pytest.approx(1)
+    with pytest.raises(ValueError, match="progress"):
+        plan.draw(seed=0, step=0)
 
 
 def test_constant_pixels() -> None:

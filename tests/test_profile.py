@@ -121,7 +121,7 @@ def test_bench_measures_the_mixture(images: Path, tmp_path: Path, capsys: Captur
     small = ["--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1"]
     options = [*small, "--network.attention", "--batch", "4", "--repeats", "1", "--device", "cpu"]
     file = tmp_path / "bench.json"
-    for mode in ("stratified", "constant_pixels"):
+    for mode in ("stratified", "progressive", "constant_pixels"):
         out = works(capsys, "bench", images, *options, "--patches.mode", mode, "--save", file)
         result = json.loads(file.read_text())
         rows = result["rows"]
@@ -129,6 +129,9 @@ def test_bench_measures_the_mixture(images: Path, tmp_path: Path, capsys: Captur
         assert all(f"| {name} | " in out for name in rows)
         assert rows["whole images"]["counted_images_against_whole"] == pytest.approx(1.0)
         assert all(row["syncs"] == 0 and row["seconds"] > 0 for row in rows.values())
+        if mode == "progressive":  # shares .2, .3, .5 of the area, of which a step has 1, 2, 4
+            steps = (0.2 / 1, 0.3 / 2, 0.5 / 4)
+            assert rows["mixture"]["equivalents"] == pytest.approx(1 / sum(steps))
     # The law of constant pixels: 1/14, 3/14 and 10/14 of steps with 64, 16 and 4 crops.
     parts = (rows["whole images"], rows["only 8x8"], rows["only 4x4"])
     probs = (10 / 14, 3 / 14, 1 / 14)

@@ -53,7 +53,7 @@ def test_every_experiment_can_be_trained(quality: ModuleType, name: str) -> None
     for run in runs:
         plain = train.TrainArguments(config=train.generic_config("images"))
         given = parse(train.TrainArguments, run.flags, default=plain, prog="", description="")
-        given.config.plan((64, 64)).draw(seed=0, step=0)
+        given.config.plan((64, 64)).draw(seed=0, step=0, progress=0.5)
 
 
 def test_samples_of_the_runs_that_were_measured(quality: ModuleType) -> None:

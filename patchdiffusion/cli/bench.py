@@ -94,10 +94,8 @@ def bench(training: Training, repeats: int) -> dict[str, Any]:
     whole: Kind = (Group(training.canvas, batch, 1.0),)
     sizes: list[Kind] = [(k.group(round(batch * k.multiplier)),) for k in plan.sizes]
     together = training.config.patches.mode == "stratified"  # all sizes in one step
-    mixed = plan.draw(seed=0, step=0)
-    kinds = list(dict.fromkeys([whole, *sizes]))
-    if together and mixed not in kinds:
-        kinds.append(mixed)
+    mixed = plan.draw(seed=0, step=0) if together else whole
+    kinds = list(dict.fromkeys([whole, *sizes, mixed]))
     costs = dict(zip(kinds, measure(training, kinds, repeats), strict=True))
     rows = {"whole images": _row(costs[whole], costs[whole], peak)}
     for size in sizes:
@@ -106,7 +104,7 @@ def bench(training: Training, repeats: int) -> dict[str, Any]:
     if together:
         rows["mixture"] = _row(costs[mixed], costs[whole], peak)
     else:
-        parts = [(k.prob, costs[size]) for k, size in zip(plan.sizes, sizes, strict=True)]
+        parts = list(zip(plan.frequencies, (costs[size] for size in sizes), strict=True))
         rows["mixture"] = _mixture(parts, costs[whole], peak)
     return {
         "date": date.today().isoformat(),
