@@ -28,6 +28,7 @@ Size = tuple[int, int]  # height, width
 Mode = Literal["stratified", "stochastic", "progressive", "constant_pixels"]
 Multiplier = Literal["inverse_side", "inverse_area", "one"]
 LossNorm = Literal["area", "mean"]
+Clock = Literal["equivalents", "crops", "steps"]
 
 
 # ---- The law: relative sizes and how often each is seen ----
@@ -217,14 +218,28 @@ class PatchPlan:
             )
         )
 
-    @property
-    def frequencies(self) -> tuple[float, ...]:
-        """How often a step is of each size, where it is of one: with shares of the area, the
-        smaller the oftener."""
+    def frequencies(self, clock: Clock = "equivalents") -> tuple[float, ...]:
+        """How often a step is of each size, where it is of one.
+
+        Probabilities of a progressive plan are shares of the clock: the smaller a size, the more
+        of its steps go into the same area.
+        """
         if self.law.mode != "progressive":
             return tuple(k.prob for k in self.sizes)
-        counts = [k.prob / (k.multiplier * k.area) for k in self.sizes]
+        counts = []
+        for k in self.sizes:
+            step = {"equivalents": k.multiplier * k.area, "crops": k.multiplier, "steps": 1.0}
+            counts.append(k.prob / step[clock])
         return tuple(count / sum(counts) for count in counts)
+
+    def kinds(self, clock: Clock = "equivalents") -> tuple[tuple[float, tuple[Group, ...]], ...]:
+        """The groups of each kind of step, and how often it comes; `clock` is that of the run."""
+        if self.law.mode == "stratified":
+            return ((1.0, self.draw(seed=0, step=0)),)
+        return tuple(
+            (share, (k.group(round(self.batch * k.multiplier), k.share / k.prob),))
+            for share, k in zip(self.frequencies(clock), self.sizes, strict=True)
+        )
 
     def _side(self, axis: int, fraction: float, pitch: int) -> int:
         side, divisor = self.canvas[axis], self.divisor
@@ -265,15 +280,22 @@ class PatchPlan:
         count = round(self.batch * chosen.multiplier)
         return (chosen.group(count, chosen.share / chosen.prob),)
 
-    def cost(self, *, world: int = 1, synced: bool = True, attention: float = 0.0) -> "Cost":
-        """Expected cost, in full images; `attention` is its quadratic share of a full image.
+    def cost(
+        self,
+        *,
+        clock: Clock = "equivalents",
+        world: int = 1,
+        synced: bool = True,
+        attention: float = 0.0,
+    ) -> "Cost":
+        """Expected cost of a step, in full images; `attention` is its quadratic share of one.
 
-        `synced=False` is the time of `world` processes that draw sizes independently and wait for
-        the slowest, as in the published code.
+        `clock` is that of the run. `synced=False` is the time of `world` processes that draw sizes
+        independently and wait for the slowest, as in the published code.
         """
         spent = [k.area * (1 - attention) + k.area**2 * attention for k in self.sizes]
         steps = [k.multiplier * c for k, c in zip(self.sizes, spent, strict=True)]
-        probs = self.frequencies
+        probs = self.frequencies(clock)
         mean = sum(p * c for p, c in zip(probs, steps, strict=True))
         if not synced:
             mean, below = 0.0, 0.0

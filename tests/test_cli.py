@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -21,6 +22,7 @@ import patchdiffusion
 from patchdiffusion import SamplerConfig, cli
 from patchdiffusion.codec import decode
 from patchdiffusion.files import read_json
+from patchdiffusion.patches import Group
 from patchdiffusion.solvers import SolverName
 
 SMALL = [
@@ -230,6 +232,29 @@ def test_doctor(images: Path, capsys: Capture) -> None:
                  "40 images of 16x16x3", "2 classes: a, b", "measured sigma_data",
                  "ms per step", "take about", "warning: 38 images are few"):  # fmt: skip
         assert part in out, part
+
+
+def test_doctor_weighs_every_kind_of_step(
+    images: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 64 pixels on a CPU: 1, 1.5 and 4 steps of whole images, halves and quarters for the same
+    share of the run, which are .5, .3 and .2 of it."""
+
+    def measured(training: object, kinds: list[tuple[Group]], repeats: int) -> list[object]:
+        assert [group.size for (group,) in kinds] == [(64, 64), (32, 32), (16, 16)]
+        seconds = {(64, 64): 4.0, (32, 32): 2.0, (16, 16): 1.0}
+        return [SimpleNamespace(seconds=seconds[group.size]) for (group,) in kinds]
+
+    monkeypatch.setattr("patchdiffusion.cli.doctor.measure", measured)
+    out = works(capsys, "doctor", images, "--device", "cpu", "--data.resolution", "64")
+    share = [0.5 / 4, 0.3 / 2, 0.2 / 1]
+    mean = (share[0] * 4 + share[1] * 2 + share[2] * 1) / sum(share)
+    assert f"{1e3 * mean:.0f} ms per step" in out
+
+
+def test_a_run_is_no_data_set(trained: Path, capsys: Capture) -> None:
+    for command in ("doctor", "bench"):
+        assert "is the folder of a run, not of images" in fails(capsys, command, trained)
 
 
 def test_commands_start_without_the_compiler() -> None:

@@ -78,6 +78,13 @@ def test_flat_folder(tmp_path: Path):
     assert open_source(tmp_path / "set").name == "set"
 
 
+def test_the_overview_of_samples_is_none_of_them(tmp_path: Path):
+    names = ["seed-00000001.png", "grid.png", "b/grid.png", "b/seed-00000007.png", "c/grid.png"]
+    for source in both(tree(tmp_path / "set", names), tmp_path):
+        assert keys(source) == ["b/seed-00000007.png", "c/grid.png", "seed-00000001.png"]
+        assert getattr(source, "ignored") == {"grid of samples": 2}  # noqa: B009
+
+
 def test_class_folders(tmp_path: Path):
     cat, dog = "10 \u732b", "9 \u72ac"
     names = [f"{cat}/a.png", f"{dog}/b.png", f"{cat}/deep/c.png", "notes.txt"]

@@ -206,6 +206,16 @@ def test_evaluate_images(own: str, images: Path, tmp_path: Path, capsys: Capture
     assert json.loads(file.read_text())["frechet_distance"] == pytest.approx(0, abs=1e-6)
 
 
+def test_evaluate_images_again_and_again(
+    own: str, images: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        works(capsys, "evaluate", images, "--data", images, "--features.extractor", own)
+    names = [f.name for f in sorted((tmp_path / "evaluations").iterdir())]
+    assert names == ["0001.json", "0002.json"]
+
+
 def test_evaluate_refuses(
     own: str, finished: Path, images: Path, tmp_path: Path, capsys: Capture
 ) -> None:

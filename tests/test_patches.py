@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.noise import LogNormal, Part
 from patchdiffusion.patches import (
+    Clock,
     Group,
     Mode,
     PatchLaw,
@@ -286,6 +288,29 @@ def test_progressive_cost_by_simulation() -> None:
         steps += 1
     assert plan.cost().step == pytest.approx(done / steps / 8, rel=1e-3)
     assert plan.cost().crops == pytest.approx(crops / steps / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize("clock", ["equivalents", "crops", "steps"])
+def test_kinds_of_steps_by_simulation(clock: Clock) -> None:
+    for mode in ("progressive", "stochastic", "constant_pixels", "stratified"):
+        plan = PatchPlan((64, 64), 8, PatchLaw(mode=mode))
+        done, steps, found, total = 0.0, 0, Counter(), 20_000.0
+        while done < total:
+            groups = plan.draw(seed=0, step=steps, progress=done / total)
+            done += {
+                "equivalents": equivalents(groups, plan.canvas),
+                "crops": sum(g.count for g in groups),
+                "steps": 1,
+            }[clock]
+            found[groups] += 1
+            steps += 1
+        kinds = plan.kinds(clock)
+        assert {groups for _, groups in kinds} == set(found)
+        for share, groups in kinds:
+            assert share == pytest.approx(found[groups] / steps, abs=0.03)
+        cost = plan.cost(clock=clock)
+        area = sum(share * equivalents(groups, plan.canvas) for share, groups in kinds)
+        assert cost.step == pytest.approx(area / 8, rel=0.03)
 
 
 def test_latent_cost() -> None:

@@ -39,7 +39,7 @@ def test_every_recipe_works(name: str, situation: str) -> None:
     assert config.network.channels == facts.channels
     assert config.network.num_classes == facts.classes
     canvas = facts.canvas if name == "folder" else (32, 32)
-    assert all(group.count > 0 for group in config.plan(canvas).draw(seed=0, step=0))
+    assert all(group.count > 0 for group in config.plan(canvas).draw(seed=0, step=0, progress=0.5))
     assert decode(TrainConfig, json.loads(json.dumps(encode(config)))) == config
 
 

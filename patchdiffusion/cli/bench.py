@@ -11,7 +11,7 @@ import tyro
 
 from patchdiffusion.cli.parse import parse, take_first
 from patchdiffusion.cli.parts import Parts, choose
-from patchdiffusion.cli.train import default_config, generic_config
+from patchdiffusion.cli.train import default_config, generic_config, subject
 from patchdiffusion.codec import encode
 from patchdiffusion.dist import join
 from patchdiffusion.files import write_json
@@ -55,7 +55,7 @@ class BenchArguments:
 def main(arguments: Sequence[str]) -> None:
     """Measure, and print a table."""
     first, flags = take_first(arguments)
-    what = first or "glyphs"
+    what = subject(first, flags)
     _parse(flags, generic_config(what))  # wrong flags are found before any data is read
     given = _parse(flags, default_config(what, flags))
     with tempfile.TemporaryDirectory() as folder, join() as team:
@@ -104,7 +104,8 @@ def bench(training: Training, repeats: int) -> dict[str, Any]:
     if together:
         rows["mixture"] = _row(costs[mixed], costs[whole], peak)
     else:
-        parts = list(zip(plan.frequencies, (costs[size] for size in sizes), strict=True))
+        frequencies = plan.frequencies(training.config.clock)
+        parts = list(zip(frequencies, (costs[size] for size in sizes), strict=True))
         rows["mixture"] = _mixture(parts, costs[whole], peak)
     return {
         "date": date.today().isoformat(),

@@ -4,7 +4,6 @@ import os
 import platform
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -24,8 +23,8 @@ from patchdiffusion.model import pick_device
 from patchdiffusion.nets import fused
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
-from patchdiffusion.train.loop import one_step
-from patchdiffusion.train.machine import best_precision, synchronise
+from patchdiffusion.train.machine import best_precision
+from patchdiffusion.train.profile import measure
 from patchdiffusion.train.setup import assemble, prepare_data
 from patchdiffusion.train.status import measured_peak
 
@@ -43,7 +42,7 @@ class DoctorArguments:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     steps: int = 5
-    """Training steps that are timed."""
+    """Training steps of each kind that are timed."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -129,12 +128,9 @@ def _images(pack: Pack, sigma_data: float) -> None:
 
 def _time(config: TrainConfig, pack: Pack, given: DoctorArguments) -> None:
     training = assemble(config, RunConfig(device=given.device), pack)
-    one_step(training)  # the first one allocates memory and chooses algorithms
-    start = time.perf_counter()
-    for _ in range(given.steps):
-        one_step(training)
-    synchronise(training.device)
-    seconds = (time.perf_counter() - start) / given.steps
+    shares, kinds = zip(*training.plan.kinds(config.clock), strict=True)
+    costs = measure(training, kinds, given.steps)
+    seconds = sum(share * cost.seconds for share, cost in zip(shares, costs, strict=True))
     total = duration(seconds * training.total_steps)
     print(
         f"recipe    {training.parameters / 1e6:.2f}M parameters, "

@@ -73,7 +73,8 @@ class EvaluateArguments:
     features: FeatureArguments = field(default_factory=FeatureArguments)
     bits: BitsArguments = field(default_factory=BitsArguments)
     save: Path | None = None
-    """JSON file to write; None is evaluations/0001.json, 0002.json, ... beside the model."""
+    """JSON file to write; None is evaluations/0001.json, 0002.json, ... beside the model, or for
+    images in the current folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -202,9 +203,9 @@ def _bits(
 
 
 def _new_file(path: Path, model: bool) -> Path:
-    if not model:
-        return Path("evaluation.json")
-    root = (path if (path / "model").is_dir() else path.parent) / "evaluations"
+    root = Path("evaluations")
+    if model:
+        root = (path if (path / "model").is_dir() else path.parent) / root
     number = 1
     while (file := root / f"{number:04d}.json").exists():
         number += 1

@@ -49,7 +49,7 @@ class TrainArguments:
 def main(arguments: Sequence[str]) -> None:
     """Choose the defaults, let the flags change them, train."""
     first, flags = take_first(arguments)
-    what = first or _early(flags).data.path or "glyphs"
+    what = subject(first, flags)
     if is_run(Path(what)):  # go on with it
         flags = [*flags, "--out", what]
         what = str(_stored(Path(what)).data.path)
@@ -61,6 +61,11 @@ def main(arguments: Sequence[str]) -> None:
             raise
     given = _parse(flags, default_config(what, flags))
     train(_with_whole_paths(given.config), given.run)
+
+
+def subject(first: str | None, flags: Sequence[str]) -> str:
+    """A recipe, images or a run: the first argument, else --data.path, else glyphs."""
+    return first or _early(flags).data.path or "glyphs"
 
 
 def _with_whole_paths(config: TrainConfig) -> TrainConfig:

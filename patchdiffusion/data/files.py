@@ -192,6 +192,9 @@ def _source(name: str, path: Path, listing: _Listing, read: Callable[[str], byte
         found = f"no images, only other files ({others})" if ignored else "no images"
         raise ValueError(f"{path} holds {found}; images end in {' '.join(sorted(EXTENSIONS))}")
     entries = sorted(listing.entries, key=lambda entry: natural(entry[0]))
+    if grids := _grids([key for key, _, _ in entries]):
+        entries = [entry for entry in entries if entry[0] not in grids]
+        ignored["grid of samples"] = len(grids)
     keys = tuple(entry[0] for entry in entries)
     labels = None
     notes = listing.notes
@@ -205,6 +208,13 @@ def _source(name: str, path: Path, listing: _Listing, read: Callable[[str], byte
         digest.update(repr(entry).encode())
     digest.update(repr((labels, classes)).encode())
     return FileSource(name, keys, read, labels, classes, digest.hexdigest(), notes, ignored)
+
+
+def _grids(keys: list[str]) -> set[str]:
+    """The overview beside each set of samples, which `patchdiffusion sample` has drawn."""
+    samples = {key.rpartition("/")[0] for key in keys if re.search(r"(^|/)seed-\d{8}\.png$", key)}
+    grids = {f"{folder}/grid.png" if folder else "grid.png" for folder in samples}
+    return grids & set(keys)
 
 
 def _folder_labels(

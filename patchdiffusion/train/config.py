@@ -11,10 +11,9 @@ from patchdiffusion.denoiser import EDM, EpsDDPM, Parameterisation
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import FewStep
-from patchdiffusion.patches import PatchLaw, PatchPlan, Size
+from patchdiffusion.patches import Clock, PatchLaw, PatchPlan, Size
 from patchdiffusion.weighting import Law, LossWeight, natural_weight
 
-Clock = Literal["equivalents", "crops", "steps"]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 WIDEST = 12**-0.5

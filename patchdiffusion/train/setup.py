@@ -23,7 +23,7 @@ from patchdiffusion.objectives import denoises, parameterisation
 from patchdiffusion.patches import PatchPlan, Size
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.ema import EMA
-from patchdiffusion.train.folder import check_disk
+from patchdiffusion.train.folder import check_disk, is_run
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.log import RunLog, quantity
 from patchdiffusion.train.machine import (
@@ -47,6 +47,8 @@ def prepare_data(data: DataConfig) -> Pack:
 
     A pack is used as it is, unless another resolution or number of channels is asked for.
     """
+    if is_run(Path(data.path).expanduser()):
+        raise ValueError(f"{data.path} is the folder of a run, not of images")
     source = open_source(data.path)
     if isinstance(source, Pack):
         _, height, width, channels = source.info.shape
@@ -178,7 +180,7 @@ class Training:
     @property
     def total_steps(self) -> int:
         """Expected number of steps of the whole run."""
-        cost = self.plan.cost()
+        cost = self.plan.cost(clock=self.config.clock)
         per_step = {
             "equivalents": self.config.batch * cost.step,
             "crops": self.config.batch * cost.crops,
@@ -210,7 +212,7 @@ class Training:
         )
         say(
             f"patches   {config.patches.mode}, sizes {sizes}; a step of batch {config.batch} "
-            f"costs {self.plan.cost().step:.2f} of one with whole images only"
+            f"costs {self.plan.cost(clock=config.clock).step:.2f} of one with whole images only"
         )
         say(
             f"length    {quantity(config.images)} {config.clock}, about {self.total_steps:,} "
