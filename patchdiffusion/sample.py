@@ -64,7 +64,7 @@ def sample(
     the canvas; `corner` (top, left) places a region of another size, by default in the middle.
     With a `guide`, a worse denoiser, the weight `config.guidance` is that of `AutoGuidance`.
     The solver runs in `dtype`, at noise levels that `law` draws if it is given; a flow map takes
-    `config.steps` jumps. `progress` is called with the number of images done at a time.
+    `config.count` jumps. `progress` is called with the number of images done at a time.
     """
     config = (config or SamplerConfig()).of_kind(isinstance(model, FlowMap))
     if guide is not None and isinstance(model, FlowMap):
@@ -112,7 +112,7 @@ def _jump(
     cond: Cond,
     noise: Noise,
 ) -> Tensor:
-    times = flow_map.times(config.steps)
+    times = flow_map.times(config.count)
     z = noisy * flow_map.path.s(times[0]).item()
     return run(jump(flow_map, z, times, cond=cond, noise=noise, gamma=config.gamma)).x
 

@@ -24,8 +24,8 @@ class SamplerConfig:
 
     solver: Literal["auto", "map"] | SolverName = "auto"
     """auto: map for few-step models, sde_dpmpp_2m for eps, else heun (twice the evaluations)."""
-    steps: int = 18
-    """Number of steps."""
+    steps: int | None = None
+    """Number of steps; None is 18, or 2 for few-step models."""
     sigma_min: float | None = None
     """Smallest noise level before 0; None is 0.002, or the smallest of training if that is more."""
     sigma_max: float | None = None
@@ -77,6 +77,13 @@ class SamplerConfig:
             raise ValueError(f"gamma works with the map solver only, not with {self.solver}")
 
     @property
+    def count(self) -> int:
+        """Number of steps, given or not."""
+        if self.steps is None:
+            return 2 if self.solver == "map" else 18
+        return self.steps
+
+    @property
     def _name(self) -> str:
         return "heun" if self.solver == "auto" else self.solver
 
@@ -103,14 +110,14 @@ class SamplerConfig:
         return replace(chosen, threshold="clamp" if of_eps else "none")
 
     def of_kind(self, flow_map: bool) -> "SamplerConfig":
-        """The same with the solver of flow maps, or with one of denoisers.
+        """The same with the solver and the steps of flow maps, or with those of denoisers.
 
         Raises `ValueError` for a solver or an option that this kind does not have.
         """
         if self.solver == "map" and not flow_map:
             raise ValueError("the solver map is for few-step models; use heun or euler")
         if not flow_map:
-            return replace(self, solver=self._name)
+            return replace(self, solver=self._name, steps=self.count)
         if self.solver not in ("auto", "map"):
             raise ValueError(f"a flow map is sampled by the solver map, not by {self.solver}")
         if self.guidance != 1:
@@ -121,7 +128,8 @@ class SamplerConfig:
         for name in ("sigma_min", "sigma_max", "grid", "rho", "shift", "threshold"):
             if getattr(self, name) != getattr(SamplerConfig, name):
                 raise ValueError(f"{name} works with solvers of denoisers only, not with map")
-        return replace(self, solver="map")
+        chosen = replace(self, solver="map")
+        return replace(chosen, steps=chosen.count)
 
     def _check_guidance(self) -> None:
         Extrapolation(
@@ -171,7 +179,7 @@ class SamplerConfig:
         """
         levels = self._levels(*self.ends(law))
         if law is not None and self.churn.amount:
-            raised = max(s * (1 + self.churn.gamma(s, self.steps)) for s in levels.tolist())
+            raised = max(s * (1 + self.churn.gamma(s, self.count)) for s in levels.tolist())
             if raised > max(support(law)[1], float(levels[0])):
                 raise ValueError(
                     f"churn raises noise to {raised:.4g}, above {support(law)[1]:.4g}, the most in "
@@ -182,15 +190,15 @@ class SamplerConfig:
     def _levels(self, low: float, high: float) -> Tensor:
         match self.grid:
             case "karras":
-                return karras(self.steps, low, high, self.rho)
+                return karras(self.count, low, high, self.rho)
             case "log_uniform":
-                return log_uniform(self.steps, low, high)
+                return log_uniform(self.count, low, high)
             case "uniform_t":
-                return time_uniform(self.steps, low, high)
+                return time_uniform(self.count, low, high)
             case "quadratic":
-                return time_uniform(self.steps, low, high, power=2)
+                return time_uniform(self.count, low, high, power=2)
             case "flow":
-                return flow_uniform(self.steps, low, high, self.shift)
+                return flow_uniform(self.count, low, high, self.shift)
 
     def bound_solver(self) -> Solver:
         """The solver with its options."""
@@ -200,7 +208,7 @@ class SamplerConfig:
     def evaluations(self) -> int:
         """How often a sample asks the network, or the network and its guide."""
         stages = SOLVERS[self._name].stages if self._name in SOLVERS else 1
-        return self.steps * stages - (stages - 1)
+        return self.count * stages - (stages - 1)
 
     def _options(self) -> dict[str, object]:
         given = {"churn": self.churn if self.churn.amount else None, "eta": self.eta}
