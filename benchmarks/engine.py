@@ -137,7 +137,7 @@ def mixture(bench: Bench, turns: int) -> Result:
     rows = [bench(CONSTANT, cores=["0", "1"])["rows"]["mixture"] for _ in range(turns)]
     found["constant pixels, 2 processes"] = statistics.median(row[name] for row in rows)
     found["default plan"] = statistics.median(
-        bench("")["rows"]["mixture"][name] for _ in range(turns)
+        bench("--patches.mode stratified")["rows"]["mixture"][name] for _ in range(turns)
     )
     return found
 
