@@ -226,7 +226,7 @@ def table(found: dict[str, list[dict[str, Any]]], baseline: str) -> Iterator[str
         told = " ".join("never" if math.isinf(s) else f"{s:.2f}" for s in shares) or "-"
         yield (
             f"| {plan} | {len(made)} | {_spread(last)} | {_spread([p['loss'] for p in lowest])} | "
-            f"{statistics.mean(p['flops'] for p in lowest) / 1e15:.2f} | {told} |"
+            f"{statistics.mean(p['flops'] for p in lowest) / 1e15:.3f} | {told} |"
         )
 
 
