@@ -54,6 +54,12 @@ def test_every_network_can_be_built(name: str, device: str) -> None:
         assert network(x, torch.zeros(2), cond).shape == x.shape
 
 
+def test_steps_on_a_cpu_have_as_many_pixels() -> None:
+    sides = {24: 16, 32: 16, 48: 7, 64: 4, 128: 4}
+    batches = {s: recipes.folder(Facts(canvas=(s, s), device="cpu")).batch for s in sides}
+    assert batches == sides
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_says_what_it_is_for(name: str) -> None:
     first = (inspect.getdoc(RECIPES[name]) or "").split("\n")[0]

@@ -73,7 +73,8 @@ def folder(facts: Facts) -> TrainConfig:
     few = facts.count < 20_000
     if facts.device == "cpu":
         network, law = unet.tiny(resolution), GROWING
-        batch, lr = 16, 1e-3
+        # In short runs the number of steps decides: no more pixels in one than keep a core busy.
+        batch, lr = min(max(2**14 // (facts.canvas[0] * facts.canvas[1]), 4), 16), 1e-3
         images = float(min(max(150_000 * 32**2 // resolution**2, 20_000), 300_000))
     else:
         network, law = unet.small(resolution) if few else unet.ddpmpp(resolution), PatchLaw()
