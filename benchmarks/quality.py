@@ -165,6 +165,7 @@ def measure_all(runs: list[Run], given: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "patchdiffusion", "evaluate", str(folder)]
         command += ["--data", given.data, "--save", str(measured), "--held-out", "0"]
         command += ["--features.extractor", given.extractor, "--samples", str(given.samples)]
+        command += ["--reference", "5000"]
         command += ["--sampler.solver", "dpmpp_2m", "--sampler.steps", str(given.steps)]
         print(f"measure  {run.plan}, seed {run.seed}", flush=True)
         subprocess.run([*command, "--precision", "bf16"], check=True)
