@@ -257,6 +257,12 @@ def test_a_run_is_no_data_set(trained: Path, capsys: Capture) -> None:
         assert "is the folder of a run, not of images" in fails(capsys, command, trained)
 
 
+def test_glyphs_beside_a_run_of_that_name(capsys: Capture) -> None:
+    works(capsys, "train", "glyphs", *SMALL, "--out", "glyphs")
+    assert "resume" in works(capsys, "train", "glyphs", "--images", "6")
+    assert "10,896 images" in works(capsys, "doctor", "glyphs", "--steps", 1, "--device", "cpu")
+
+
 def test_commands_start_without_the_compiler() -> None:
     """Which takes a second to import, and shards half of one."""
     program = "import sys, patchdiffusion.cli; print(*sys.modules)"

@@ -2,10 +2,8 @@
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.noise import LogNormal, Part
 from patchdiffusion.patches import (
-    Clock,
     Group,
     Mode,
     PatchLaw,
@@ -36,7 +33,6 @@ JOINT = PatchLaw(
     pitches=(1, 1, 2),
 )
 """Whole images, crops at low noise, whole images at half their resolution at high noise."""
-RATIOS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 CANVASES: list[Size] = [
     (1, 1), (2, 3), (8, 8), (16, 16), (31, 64), (32, 2048), (65, 65), (96, 40), (128, 128)
 ]  # fmt: skip
@@ -212,9 +208,6 @@ def test_constant_pixels() -> None:
     assert [c / sum(as_crops) for c in as_crops] == pytest.approx([c / sum(paper) for c in paper])
 
 
-# ---- The cost ----
-
-
 def test_levels_and_pitches_that_change_nothing() -> None:
     neutral = PatchLaw(levels=((0.0, 1.0),) * 3, pitches=(1, 1, 1))
     plain, other = PatchPlan((64, 64), 16, divisor=4), PatchPlan((64, 64), 16, neutral, 4, LAW)
@@ -241,104 +234,6 @@ def test_joint_law_of_size_and_noise(mode: Mode) -> None:
     assert {(g.pitch, g.noise) for g in groups} == {(k.pitch, k.noise) for k in plan.sizes}
     top, left = corners(keys(5), coarse.size, plan.canvas, coarse.pitch)
     assert not top.any() and not left.any()  # all of the image
-
-
-@pytest.mark.parametrize("attention", [0.0, 0.3, 1.0])
-def test_unsynced_cost_by_enumeration(attention: float) -> None:
-    plan = PatchPlan.paper((64, 64), 8, p=0.25)
-    costs = [
-        (k.prob, k.multiplier * (k.area * (1 - attention) + k.area**2 * attention))
-        for k in plan.sizes
-    ]
-    slowest = sum(
-        math.prod(p for p, _ in ranks) * max(c for _, c in ranks)
-        for ranks in itertools.product(costs, repeat=4)
-    )
-    assert plan.cost(world=4, synced=False, attention=attention).step == pytest.approx(slowest)
-    alone = plan.cost(world=1, synced=False, attention=attention)
-    assert alone.step == pytest.approx(plan.cost(attention=attention).step)
-
-
-@pytest.mark.parametrize("p", RATIOS)
-def test_cost_by_simulation(p: float) -> None:
-    plan = PatchPlan.paper((64, 64), 8, p=p)
-    u = rng.uniform(keys(100000), 16)
-    edges = torch.tensor([k.prob for k in plan.sizes], dtype=torch.float64).cumsum(0)[:-1]
-    chosen = torch.searchsorted(edges, u, right=True)
-    multiplier = torch.tensor([k.multiplier for k in plan.sizes])[chosen]
-    cost = torch.tensor([k.multiplier * k.area for k in plan.sizes])[chosen]
-    crops = float(multiplier.double().mean())
-    assert plan.cost().crops == pytest.approx(crops, rel=0.01)
-    assert plan.cost().step == pytest.approx(float(cost.double().mean()), rel=0.01)
-    for world in (2, 8, 16):
-        slowest = float(cost[:, :world].amax(1).double().mean())
-        assert plan.cost(world=world, synced=False).step == pytest.approx(slowest, rel=0.01)
-        unsynced = plan.cost(world=world, synced=False).crop
-        assert unsynced == pytest.approx(slowest / crops, rel=0.01)
-
-
-def test_progressive_cost_by_simulation() -> None:
-    """Of a run with a clock of full-image equivalents."""
-    plan = PatchPlan((64, 64), 8, PatchLaw(mode="progressive"))
-    done, steps, crops, total = 0.0, 0, 0, 20_000.0
-    while done < total:
-        groups = plan.draw(seed=0, step=steps, progress=done / total)
-        done += equivalents(groups, plan.canvas)
-        crops += sum(g.count for g in groups)
-        steps += 1
-    assert plan.cost().step == pytest.approx(done / steps / 8, rel=1e-3)
-    assert plan.cost().crops == pytest.approx(crops / steps / 8, rel=1e-3)
-
-
-@pytest.mark.parametrize("clock", ["equivalents", "crops", "steps"])
-def test_kinds_of_steps_by_simulation(clock: Clock) -> None:
-    for mode in ("progressive", "stochastic", "constant_pixels", "stratified"):
-        plan = PatchPlan((64, 64), 8, PatchLaw(mode=mode))
-        done, steps, found, total = 0.0, 0, Counter(), 20_000.0
-        while done < total:
-            groups = plan.draw(seed=0, step=steps, progress=done / total)
-            done += {
-                "equivalents": equivalents(groups, plan.canvas),
-                "crops": sum(g.count for g in groups),
-                "steps": 1,
-            }[clock]
-            found[groups] += 1
-            steps += 1
-        kinds = plan.kinds(clock)
-        assert {groups for _, groups in kinds} == set(found)
-        for share, groups in kinds:
-            assert share == pytest.approx(found[groups] / steps, abs=0.03)
-        cost = plan.cost(clock=clock)
-        area = sum(share * equivalents(groups, plan.canvas) for share, groups in kinds)
-        assert cost.step == pytest.approx(area / 8, rel=0.03)
-
-
-def test_latent_cost() -> None:
-    plan = PatchPlan.paper((32, 32), 8, latent=True)
-    assert (plan.cost().step, plan.cost().crops, plan.cost().crop) == pytest.approx(
-        (0.75, 1.5, 0.5)
-    )
-    assert plan.cost(world=8, synced=False).crop == pytest.approx(0.665, abs=5e-4)
-
-
-def cost_table() -> str:
-    """The rows of docs/cost-model.md; run this file as a script to print them."""
-    laws = [(f"{p:g}", PatchLaw.paper(p)) for p in RATIOS]
-    laws.append(("0.5, constant pixels", PatchLaw(mode="constant_pixels")))
-    rows = []
-    for name, law in laws:
-        plan = PatchPlan((64, 64), 512, law)
-        one, eight, sixteen = plan.cost(), *(plan.cost(world=w, synced=False) for w in (8, 16))
-        rows.append(
-            f"| {name} | {one.crops:.2f} | {one.step:.3f} | {one.crop:.3f} "
-            f"| {eight.crop:.3f} | {sixteen.crop:.3f} |\n"
-        )
-    return "".join(rows)
-
-
-def test_the_page_has_todays_numbers() -> None:
-    page = Path(__file__).parents[1] / "docs" / "cost-model.md"
-    assert cost_table() in page.read_text()
 
 
 # ---- Crops and coordinates ----
@@ -414,7 +309,3 @@ def test_pitch_is_a_view_averaged_down() -> None:
 def test_equivalents() -> None:
     groups = (Group((8, 8), 3, 1.0), Group((4, 2), 5, 1.0))
     assert equivalents(groups, (8, 8)) == 3 + 5 * 8 / 64
-
-
-if __name__ == "__main__":
-    print(cost_table(), end="")

@@ -10,6 +10,7 @@ from torch import nn
 
 from patchdiffusion.data.augment import LABELS
 from patchdiffusion.data.feed import Feed
+from patchdiffusion.data.glyphs import Glyphs
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
@@ -47,9 +48,12 @@ def prepare_data(data: DataConfig) -> Pack:
 
     A pack is used as it is, unless another resolution or number of channels is asked for.
     """
-    if is_run(Path(data.path).expanduser()):
+    if not is_run(Path(data.path).expanduser()):
+        source = open_source(data.path)
+    elif data.path == "glyphs":  # the built-in set, beside a run of that name
+        source = Glyphs()
+    else:
         raise ValueError(f"{data.path} is the folder of a run, not of images")
-    source = open_source(data.path)
     if isinstance(source, Pack):
         _, height, width, channels = source.info.shape
         square = height if height == width else (height, width)
