@@ -243,6 +243,7 @@ def _spread(values: list[float]) -> str:
 def figure(found: dict[str, list[dict[str, Any]]], title: str, out: Path) -> None:
     """Loss against FLOPs and against images, one line for each run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     page = Figure(figsize=(10, 4), layout="constrained")
     for axes, cost, label in zip(
@@ -259,6 +260,7 @@ def figure(found: dict[str, list[dict[str, Any]]], title: str, out: Path) -> Non
         axes.set_xlabel(label)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())  # labels of less than a decade overlap
         axes.grid(alpha=0.3, which="both")
     page.axes[0].set_ylabel("held-out loss, whole images")
     page.axes[0].legend(fontsize=8)
