@@ -236,10 +236,7 @@ class PatchPlan:
         """The groups of each kind of step, and how often it comes; `clock` is that of the run."""
         if self.law.mode == "stratified":
             return ((1.0, self.draw(seed=0, step=0)),)
-        return tuple(
-            (share, (k.group(round(self.batch * k.multiplier), k.share / k.prob),))
-            for share, k in zip(self.frequencies(clock), self.sizes, strict=True)
-        )
+        return tuple(zip(self.frequencies(clock), map(self._alone, self.sizes), strict=True))
 
     def _side(self, axis: int, fraction: float, pitch: int) -> int:
         side, divisor = self.canvas[axis], self.divisor
@@ -276,9 +273,10 @@ class PatchPlan:
             key = rng.keys(seed, "patch size", step, torch.zeros(1, dtype=torch.int64))
             order, u = self.sizes, float(rng.uniform(key, 1))
         edges = list(itertools.accumulate(k.prob for k in order))
-        chosen = order[min(bisect.bisect_right(edges, u), len(order) - 1)]
-        count = round(self.batch * chosen.multiplier)
-        return (chosen.group(count, chosen.share / chosen.prob),)
+        return self._alone(order[min(bisect.bisect_right(edges, u), len(order) - 1)])
+
+    def _alone(self, k: PatchSize) -> tuple[Group, ...]:
+        return (k.group(round(self.batch * k.multiplier), k.share / k.prob),)
 
     def cost(
         self,

@@ -253,7 +253,7 @@ def test_doctor_weighs_every_kind_of_step(
 
 
 def test_a_run_is_no_data_set(trained: Path, capsys: Capture) -> None:
-    for command in ("doctor", "bench"):
+    for command in ("doctor", "bench", "prepare"):
         assert "is the folder of a run, not of images" in fails(capsys, command, trained)
 
 

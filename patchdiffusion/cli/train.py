@@ -10,11 +10,12 @@ import tyro
 from patchdiffusion import recipes
 from patchdiffusion.cli.parse import parse, parse_some, take_first
 from patchdiffusion.cli.parts import Parts, choose
+from patchdiffusion.data.source import is_run
 from patchdiffusion.dist import place
 from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.recipes import Facts
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
-from patchdiffusion.train.folder import is_run, stored_config
+from patchdiffusion.train.folder import stored_config
 from patchdiffusion.train.loop import train
 from patchdiffusion.train.setup import prepare_data
 

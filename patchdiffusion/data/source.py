@@ -7,19 +7,33 @@ from patchdiffusion.data.example import BadImage, Example, Source
 from patchdiffusion.data.files import folder_source, zip_source
 from patchdiffusion.data.glyphs import Glyphs
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.files import read_json
 
-__all__ = ["BadImage", "Example", "Source", "open_source"]
+__all__ = ["BadImage", "Example", "Source", "is_run", "open_source"]
 
 _ALLOWED = "allowed are a folder, a pack, a .zip, .npy or .npz file, or the name 'glyphs'"
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run; other folders may hold a `config.json`, too."""
+    if (folder / "config.json").exists() and (folder / "log.jsonl").exists():
+        return True  # even if it is damaged: its samples are not a data set
+    try:
+        return read_json(folder / "config.json").get("type") == "TrainConfig"
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def open_source(spec: str | Path) -> Source:
-    """The data set at a path, or the built-in one named "glyphs" (unless a path has that name).
+    """The data set at a path, or the built-in one named "glyphs" (unless data have that name).
 
     Raises `ValueError`, in one line, for anything else and for data that cannot be read.
     """
     path = Path(spec).expanduser()
-    if path.is_dir():
+    run = is_run(path)
+    if run and str(spec) != "glyphs":
+        raise ValueError(f"{spec} is the folder of a run, not of images")
+    if path.is_dir() and not run:
         is_pack = (path / "pack.json").is_file() and (path / "images.bin").is_file()
         return Pack.open(path) if is_pack else folder_source(path)
     if path.is_file():

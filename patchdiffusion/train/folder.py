@@ -20,16 +20,6 @@ def stored_config(folder: Path) -> TrainConfig | None:
         raise ValueError(f"{path}: {error}") from error
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run; other folders may hold a `config.json`, too."""
-    if (folder / "config.json").exists() and (folder / "log.jsonl").exists():
-        return True  # even if it is damaged: its samples are not a data set
-    try:
-        return read_json(folder / "config.json").get("type") == "TrainConfig"
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def set_aside(folder: Path) -> Path:
     """Rename a run to the first free NAME.old-1, NAME.old-2 ..., and return the new name."""
     number = 1

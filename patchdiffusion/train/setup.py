@@ -10,7 +10,6 @@ from torch import nn
 
 from patchdiffusion.data.augment import LABELS
 from patchdiffusion.data.feed import Feed
-from patchdiffusion.data.glyphs import Glyphs
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
@@ -24,7 +23,7 @@ from patchdiffusion.objectives import denoises, parameterisation
 from patchdiffusion.patches import PatchPlan, Size
 from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
 from patchdiffusion.train.ema import EMA
-from patchdiffusion.train.folder import check_disk, is_run
+from patchdiffusion.train.folder import check_disk
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.log import RunLog, quantity
 from patchdiffusion.train.machine import (
@@ -48,12 +47,7 @@ def prepare_data(data: DataConfig) -> Pack:
 
     A pack is used as it is, unless another resolution or number of channels is asked for.
     """
-    if not is_run(Path(data.path).expanduser()):
-        source = open_source(data.path)
-    elif data.path == "glyphs":  # the built-in set, beside a run of that name
-        source = Glyphs()
-    else:
-        raise ValueError(f"{data.path} is the folder of a run, not of images")
+    source = open_source(data.path)
     if isinstance(source, Pack):
         _, height, width, channels = source.info.shape
         square = height if height == width else (height, width)
