@@ -18,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -76,7 +75,11 @@ def run_all(runs: list[Run], given: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * given.minutes
     waiting = [r for r in runs if not r.result.exists()]
     busy: list[tuple[Run, Path, subprocess.Popen[bytes]]] = []
+    failed: list[str] = []
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
+    for run in runs:
+        if run.result.exists() and json.loads(run.result.read_text())["flags"] != [*run.flags]:
+            print(f"note: {run.result} was made with other flags; without it, it is made again")
     while waiting or busy:
         while waiting and len(busy) < given.jobs and time.monotonic() < end - 60:
             busy.append(_begin(waiting.pop(0), given, end))
@@ -84,10 +87,13 @@ def run_all(runs: list[Run], given: argparse.Namespace) -> None:
             run, folder, process = entry
             if process.poll() is not None:
                 busy.remove(entry)
-                _finish(run, folder, process.returncode)
+                if not _finish(run, folder, process.returncode):
+                    failed.append(f"{run.plan}, seed {run.seed}: see {folder}.txt")
         if not busy and time.monotonic() >= end - 60:
-            return
+            break
         time.sleep(1)
+    if failed:
+        raise SystemExit("failed: " + "; ".join(failed))
 
 
 def _begin(
@@ -103,15 +109,15 @@ def _begin(
         return run, folder, subprocess.Popen(command, stdout=log, stderr=log, env=own)
 
 
-def _finish(run: Run, folder: Path, code: int) -> None:
+def _finish(run: Run, folder: Path, code: int) -> bool:
+    """Keep the result of a run that has ended; False if it has failed."""
     status = json.loads((folder / "run.json").read_text())["status"] if not code else "failed"
     print(f"{status:<10} {run.plan}, seed {run.seed}", flush=True)
-    if code:
-        raise SystemExit(f"{run.plan}, seed {run.seed} ended with code {code}: see {folder}.txt")
     if status == "finished":
         result = collect(run, folder)
         run.result.parent.mkdir(parents=True, exist_ok=True)
         run.result.write_text(json.dumps(result, indent=1) + "\n")
+    return status != "failed"
 
 
 def collect(run: Run, folder: Path) -> dict[str, Any]:
@@ -136,15 +142,16 @@ def collect(run: Run, folder: Path) -> dict[str, Any]:
                 **{name: record[name] for name in ("distance", "copy_rate") if name in record},
             }
         )
-    engine = start.get("engine", {})
+    config = json.loads((folder / "config.json").read_text())
+    config["data"]["path"] = Path(config["data"]["path"]).name  # where it lies says nothing
     return {
         "experiment": run.experiment,
         "plan": run.plan,
         "seed": run.seed,
         "flags": list(run.flags),
         "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.machine(),
-        "engine": engine,
+        "start": {key: value for key, value in start.items() if key not in ("kind", "time")},
+        "config": config,
         "curve": curve,
     }
 
@@ -198,7 +205,12 @@ def results(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
 
 
 def cost_to_reach(curve: list[Point], value: float, cost: str) -> float:
-    """Where a curve first falls to a value, between points by logarithms; infinity if never."""
+    """Where a curve first falls to a value, between points by logarithms; infinity if never.
+
+    The first point, if it is there already: that is the most that it can be.
+    """
+    if curve[0]["loss"] <= value:
+        return curve[0][cost]
     for before, after in itertools.pairwise(curve):
         if after["loss"] <= value < before["loss"]:
             part = math.log(before["loss"] / value) / math.log(before["loss"] / after["loss"])
@@ -277,16 +289,18 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
     parser.add_argument("--minutes", type=float, default=math.inf, help="when to stop")
-    parser.add_argument("--only", nargs="*", default=[], help="names of plans")
+    parser.add_argument("--only", nargs="*", default=[], help="names of plans, for run and measure")
     parser.add_argument("--extractor", default="inception", help="features of `measure`")
     parser.add_argument("--samples", type=int, default=1000, help="samples of each model")
     parser.add_argument("--steps", type=int, default=10, help="evaluations for a sample")
     given = parser.parse_args()
     facts, runs = experiment(given.experiment)
-    runs = [r for r in runs if not given.only or r.plan in given.only]
     if given.action != "show":
         if given.data is None:
             parser.error(f"{given.action} needs --data")
+        if unknown := {*given.only} - {r.plan for r in runs}:
+            parser.error(f"{given.experiment} has no plan {', '.join(sorted(unknown))}")
+        runs = [r for r in runs if not given.only or r.plan in given.only]
         {"run": run_all, "measure": measure_all}[given.action](runs, given)
         return
     found = results(runs)

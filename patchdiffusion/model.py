@@ -39,6 +39,8 @@ class ModelConfig:
     """Names of the classes, by label."""
     data: str = ""
     """Name of the data set."""
+    fingerprint: str = ""
+    """That of the pack it was trained on: its images, and which of them were held out."""
     images: float = 0.0
     """Full-image equivalents seen in training."""
     step: int = 0

@@ -228,7 +228,8 @@ class PatchPlan:
             return tuple(k.prob for k in self.sizes)
         counts = []
         for k in self.sizes:
-            step = {"equivalents": k.multiplier * k.area, "crops": k.multiplier, "steps": 1.0}
+            crops = self._alone(k)[0].count
+            step = {"equivalents": crops * k.area, "crops": crops, "steps": 1.0}
             counts.append(k.prob / step[clock])
         return tuple(count / sum(counts) for count in counts)
 
@@ -291,16 +292,20 @@ class PatchPlan:
         `clock` is that of the run. `synced=False` is the time of `world` processes that draw sizes
         independently and wait for the slowest, as in the published code.
         """
-        spent = [k.area * (1 - attention) + k.area**2 * attention for k in self.sizes]
-        steps = [k.multiplier * c for k, c in zip(self.sizes, spent, strict=True)]
-        probs = self.frequencies(clock)
-        mean = sum(p * c for p, c in zip(probs, steps, strict=True))
+        whole, steps, crops = math.prod(self.canvas), [], 0.0
+        for prob, groups in self.kinds(clock):
+            spent = 0.0
+            for group in groups:
+                area = math.prod(group.size) / whole
+                spent += group.count * (area * (1 - attention) + area**2 * attention)
+                crops += prob * group.count / self.batch
+            steps.append((spent / self.batch, prob))
+        mean = sum(prob * cost for cost, prob in steps)
         if not synced:
             mean, below = 0.0, 0.0
-            for cost, prob in sorted(zip(steps, probs, strict=True)):
+            for cost, prob in sorted(steps):
                 mean += cost * ((below + prob) ** world - below**world)
                 below += prob
-        crops = sum(p * k.multiplier for p, k in zip(probs, self.sizes, strict=True))
         return Cost(crops=crops, step=mean, crop=mean / crops)
 
 

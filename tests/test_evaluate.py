@@ -15,15 +15,19 @@ from commands import Capture, fails, works
 from torch import Tensor
 
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.prepare import prepare
+from patchdiffusion.data.source import open_source
 from patchdiffusion.dist import Place, Team
 from patchdiffusion.metrics.compare import Gathered, compare
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.metrics.features import Extractor
+from patchdiffusion.metrics.heldout import held_out_losses
 from patchdiffusion.report import read_log
 from patchdiffusion.sample import SamplerConfig, load
 from patchdiffusion.solvers import SolverName
 from patchdiffusion.train.config import DataConfig, WatchConfig
 from patchdiffusion.train.setup import prepare_data
+from patchdiffusion.weighting import EDMWeight
 
 CONFIG = EvaluationConfig(
     samples=20, held_out=2, nearest=3, batch=7, sampler=SamplerConfig(steps=2)
@@ -74,6 +78,44 @@ def test_numbers_are_those_of_all_images(pack: Pack, finished: Path) -> None:
     assert result["card"]["samples"] == 20 and result["card"]["reference"] == 40
     assert result["card"]["seeds"] == "1000000-1000019"
     json.dumps(result, allow_nan=False)
+
+
+def test_the_loss_is_that_of_the_run_and_its_law(pack: Pack, finished: Path) -> None:
+    """Of the averaged weights, at the noise levels and with the weight of training."""
+    pipeline = load(finished, device="cpu")
+    loss = Evaluation(pack, CONFIG, None).of_model(pipeline)["held_out"]["loss"]
+    watched = [r["held_out"] for r in read_log(finished) if r["kind"] == "watch"]
+    assert loss == watched[-1]["loss"] == watched[-1]["sizes"]["16x16"]
+    trained = tiny.config(Path())
+    found = held_out_losses(
+        pipeline.model.denoiser,
+        pack.images,
+        pack.labels,
+        pack.heldout,
+        law=trained.noise,
+        weighting=EDMWeight(),
+        sizes=((16, 16),),
+        device=torch.device("cpu"),
+    )
+    assert loss == pytest.approx(float(found[16, 16][1].mean()), rel=1e-6)
+    raw = Evaluation(pack, CONFIG, None).of_model(load(finished, device="cpu", weights="raw"))
+    assert raw["held_out"]["loss"] != loss
+
+
+def test_images_come_in_any_order(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only some are kept for neighbours, they are not all of the first class."""
+    monkeypatch.setattr("patchdiffusion.metrics.compare.KEPT", 10)
+    kept: list[Tensor] = []
+
+    def spy(real: Gathered, samples: Gathered, *, nearest: int) -> dict[str, float]:
+        kept.append(samples.kept)
+        return compare(real, samples, nearest=nearest)
+
+    monkeypatch.setattr("patchdiffusion.metrics.evaluate.compare", spy)
+    images = torch.cat([torch.zeros_like(pack.images), torch.full_like(pack.images, 255)])
+    Evaluation(pack, CONFIG, extractor()).of_images(images, "black, then white")
+    bright = kept[0][:, 0] > 100
+    assert len(bright) == 10 and 1 < int(bright.sum()) < 9
 
 
 def test_classes_are_as_frequent_as_in_the_data(pack: Pack, finished: Path) -> None:
@@ -132,6 +174,32 @@ def test_real_images_are_read_once(
     assert len(list(tmp_path.rglob("*.safetensors"))) == 4
 
 
+def test_a_cache_that_is_damaged_or_of_one_process(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATCHDIFFUSION_CACHE", str(tmp_path))
+    known = Evaluation(pack, CONFIG, extractor(weights="0123")).reference()
+    (file,) = tmp_path.rglob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:100])
+    again = Evaluation(pack, CONFIG, extractor(weights="0123"))
+    assert again.unknown == 40
+    assert torch.equal(again.reference().kept, known.kept)
+    assert file.read_bytes() == whole and again.unknown == 0
+
+    class Other(Team):
+        """The second process, whose cache is empty, while the leading one has the features."""
+
+        def gather(self, value: object) -> list[object]:  # pyright: ignore[reportIncompatibleMethodOverride]
+            assert value is None
+            return [known, value]
+
+    monkeypatch.setenv("PATCHDIFFUSION_CACHE", str(tmp_path / "empty"))
+    counting = Counting()
+    second = Evaluation(pack, CONFIG, extractor(counting, weights="0123"), Other(Place(1, 2)))
+    assert second.reference() is known and counting.images == 0
+
+
 @pytest.mark.parametrize(
     ("solver", "steps", "evaluations"),
     [("auto", 18, 35), ("midpoint", 5, 9), ("dpmpp_2s", 1, 1), ("dpmpp_2m", 18, 18)],
@@ -150,7 +218,10 @@ def test_the_estimate_counts_evaluations(
 
     monkeypatch.setattr("patchdiffusion.metrics.evaluate._time", clock)
     config = replace(CONFIG, sampler=SamplerConfig(solver=solver, steps=steps))
-    assert Evaluation(pack, config, extractor()).estimate(load(finished), 3) == 3 * evaluations
+    losses = 2
+    found = Evaluation(pack, config, extractor()).estimate(load(finished), 3)
+    assert found == 3 * evaluations + losses
+    assert Evaluation(pack, config, None).estimate(load(finished), 3) == losses
 
 
 def test_real_images_have_no_distance_from_themselves(pack: Pack) -> None:
@@ -178,7 +249,7 @@ def test_evaluate_a_run(own: str, finished: Path, tmp_path: Path, capsys: Captur
     options = ["--features.extractor", own, "--samples", 12, "--sampler.steps", 1]
     out = works(capsys, "evaluate", folder, *options)
     for text in ("this will take about", "held-out loss", "Frechet distance", "kernel distance",
-                 "coverage", "copies of training images", "12 samples against 40 images",
+                 "coverage", "copies", "12 samples against 40 images of images, at 16x16",
                  "evaluations/0001.json"):  # fmt: skip
         assert text in out, text
     result = json.loads((folder / "evaluations" / "0001.json").read_text())
@@ -195,8 +266,28 @@ def test_evaluate_a_run(own: str, finished: Path, tmp_path: Path, capsys: Captur
 def test_evaluate_the_loss_only(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "loss.json"
     out = works(capsys, "evaluate", finished, "--features.extractor", "none", "--save", file)
-    assert "held-out loss" in out and "Frechet" not in out
-    assert set(json.loads(file.read_text())) == {"held_out", "card"}
+    assert "held-out loss" in out and "Frechet" not in out and "2 losses" in out
+    assert set(json.loads(file.read_text())) == {"held_out", "left_out", "card"}
+
+
+def test_evaluate_on_other_data(own: str, finished: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Of which nobody knows whether the model was trained on them."""
+    other = tiny.write_images(tmp_path / "other", count=30)
+    options = ["--features.extractor", own, "--samples", 4, "--sampler.steps", 1]
+    file = tmp_path / "result.json"
+    out = works(capsys, "evaluate", finished, *options, "--data", other, "--save", file)
+    for text in ("loss on these images", "on 30 images", "may have been trained on",
+                 "not measured: copies (the data is not the model's)",
+                 "not measured: precision, recall, density, coverage (5 neigh"):  # fmt: skip
+        assert text in out, text
+    result = json.loads(file.read_text())
+    assert not result.keys() & {"held_out", "copy_rate", "precision"}
+    assert result["card"]["data"]["of_the_model"] is False
+    # The same images, of which others are held out: the model was trained on most of them.
+    pack = prepare(open_source(other), tmp_path / "pack", holdout=0.2)
+    run = tiny.run(tiny.config(other), tmp_path / "run")
+    out = works(capsys, "evaluate", run, "--features.extractor", "none", "--data", pack.path)
+    assert "loss on these images" in out and "held-out loss" not in out
 
 
 def test_evaluate_images(own: str, images: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -204,6 +295,26 @@ def test_evaluate_images(own: str, images: Path, tmp_path: Path, capsys: Capture
     options = ["--data", images, "--features.extractor", own, "--save", file]
     works(capsys, "evaluate", images, *options)
     assert json.loads(file.read_text())["frechet_distance"] == pytest.approx(0, abs=1e-6)
+
+
+def test_images_are_compared_at_their_own_size(
+    own: str, images: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "result.json"
+    made = tiny.write_images(tmp_path / "made", count=4, side=160)
+    options = ["--data", images, "--features.extractor", own, "--save", file]
+    out = works(capsys, "evaluate", made, *options)
+    assert "at 160x160" in out and "not measured: precision" in out
+    assert json.loads(file.read_text())["card"]["data"]["size"] == [160, 160, 3]
+    works(capsys, "evaluate", made, *options, "--crop", 150)
+    assert "at 12x20" in works(capsys, "evaluate", made, *options, "--resolution", 12, 20)
+    pack = prepare(open_source(images), tmp_path / "pack")
+    out = works(capsys, "evaluate", made, *options, "--data", pack.path)
+    assert "at 16x16" in out  # a pack has been decoded as somebody wanted it
+    (made / "config.json").write_text("{}")  # does not make it a model
+    tiny.write_images(made, count=1, side=40)
+    told = fails(capsys, "evaluate", made, *options)
+    assert "differ in size; give one with --resolution" in told
 
 
 def test_evaluate_images_again_and_again(
@@ -222,6 +333,12 @@ def test_evaluate_refuses(
     assert "give a run, a model or images" in fails(capsys, "evaluate")
     assert "images are compared with --data PATH" in fails(capsys, "evaluate", images)
     assert "samples must be 0 or at least 2" in fails(capsys, "evaluate", finished, "--samples", 1)
+    full = fails(capsys, "evaluate", finished, "--full", "--samples", 5)
+    assert "--full takes 50,000 samples; leave out --samples 5" in full
+    sized = fails(capsys, "evaluate", finished, "--resolution", 8)
+    assert "--resolution is for images" in sized
+    nothing = ["--features.extractor", "none", "--held-out", 0]
+    assert "nothing is to be measured" in fails(capsys, "evaluate", finished, *nothing)
     assert "nearest must be at least 1" in fails(capsys, "evaluate", finished, "--nearest", 0)
     unknown = fails(capsys, "evaluate", finished, "--features.extractor", "vgg")
     assert "unknown extractor 'vgg'" in unknown

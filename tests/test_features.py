@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from patchdiffusion.files import sha256
 from patchdiffusion.metrics import features as module
 from patchdiffusion.metrics.features import Extractor, extractor, features
 from patchdiffusion.metrics.inception import (
@@ -165,11 +166,37 @@ def test_own_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
         extractor("no_such_module:x")
 
 
+def test_own_extractor_of_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the console script has it, whose path does not begin with that folder."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "features_of_mine.py"
+    file.write_text(
+        "def make(): return lambda x: x.float().mean((2, 3))\n"
+        "def listed(): return lambda x: [1]\n"
+        "def empty(): pass\n"
+    )
+    extract = extractor("features_of_mine:make")
+    assert extract(IMAGES).shape == (len(IMAGES), 3)
+    assert extract.facts == {"code": sha256(file)[:16]}
+    with pytest.raises(ValueError, match="must return a function of images, not NoneType"):
+        extractor("features_of_mine:empty")
+    with pytest.raises(ValueError, match="listed must return a tensor, not list"):
+        extractor("features_of_mine:listed")(IMAGES)
+
+
 def test_dinov2_takes_the_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for transformers, whose network tells what it was given."""
     given: list[Tensor] = []
+    weights = [1.0, 1.0, 2.0]
 
     class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(weights.pop(0)))
+
         def forward(self, x: Tensor) -> types.SimpleNamespace:
             given.append(x)
             return types.SimpleNamespace(pooler_output=x.mean((2, 3)))
@@ -182,7 +209,8 @@ def test_dinov2_takes_the_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = (1 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     torch.testing.assert_close(extract(white)[0], expected)
     assert given[0].shape == (1, 3, 224, 224)
-    assert extract.facts["weights"] == module.DINOV2
+    told = [extract.facts["weights"], *(extractor("dinov2").facts["weights"] for _ in range(2))]
+    assert told[0].startswith(module.DINOV2) and told[0] == told[1] != told[2]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from patchdiffusion.analytic import IdealDenoiser
 from patchdiffusion.cond import Cond
 from patchdiffusion.metrics.heldout import BANDS, HeldOut, held_out_losses, summarise
-from patchdiffusion.metrics.memorise import copy_rate
+from patchdiffusion.metrics.memorise import CopyCounter, copy_rate
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.weighting import EDMWeight
 
@@ -166,6 +166,18 @@ def test_distances_are_those_of_a_plain_loop() -> None:
         near, second = distance.sort().values[:2]
         assert found.nearest[i] == distance.argmin()
         assert found.ratio[i].item() == pytest.approx((near / second).item(), rel=1e-4)
+
+
+def test_copies_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patchdiffusion.metrics.memorise.CHUNK", 5 * IMAGES[0].numel())
+    samples = IMAGES[[0, 41, 3, 42, 5, 7, 43]]
+    counter = CopyCounter(IMAGES, TRAIN)
+    for part in samples.split(2):
+        counter.add(part)
+    assert (counter.copies, counter.samples) == (4, 6)  # the last one waits
+    counter.finish()
+    counter.finish()
+    assert (counter.copies, counter.samples) == (4, 7)
 
 
 def test_one_image_is_too_few() -> None:

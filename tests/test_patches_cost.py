@@ -62,12 +62,15 @@ def test_progressive_cost_by_simulation() -> None:
 
 
 @pytest.mark.parametrize("clock", ["equivalents", "crops", "steps"])
-def test_kinds_of_steps_by_simulation(clock: Clock) -> None:
+@pytest.mark.parametrize(("side", "batch", "divisor"), [(64, 8, 1), (28, 1, 4)])
+def test_kinds_of_steps_by_simulation(clock: Clock, side: int, batch: int, divisor: int) -> None:
+    """Also where sides and counts are rounded."""
     for mode in ("progressive", "stochastic", "constant_pixels", "stratified"):
-        plan = PatchPlan((64, 64), 8, PatchLaw(mode=mode))
-        done, steps, found, total = 0.0, 0, Counter(), 20_000.0
+        plan = PatchPlan((side, side), batch, PatchLaw(mode=mode), divisor)
+        done, area, steps, found, total = 0.0, 0.0, 0, Counter(), 2500.0 * batch
         while done < total:
             groups = plan.draw(seed=0, step=steps, progress=done / total)
+            area += equivalents(groups, plan.canvas)
             done += {
                 "equivalents": equivalents(groups, plan.canvas),
                 "crops": sum(g.count for g in groups),
@@ -80,8 +83,7 @@ def test_kinds_of_steps_by_simulation(clock: Clock) -> None:
         for share, groups in kinds:
             assert share == pytest.approx(found[groups] / steps, abs=0.03)
         cost = plan.cost(clock=clock)
-        area = sum(share * equivalents(groups, plan.canvas) for share, groups in kinds)
-        assert cost.step == pytest.approx(area / 8, rel=0.03)
+        assert cost.step == pytest.approx(area / steps / batch, rel=0.03)
 
 
 def test_latent_cost() -> None:

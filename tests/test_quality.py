@@ -1,15 +1,21 @@
 """The experiment runner: what it describes can be trained, and its figures are what they say."""
 
+import argparse
 import importlib
+import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
 from patchdiffusion.cli import train
 from patchdiffusion.cli.parse import parse
+from patchdiffusion.report import read_log
+from patchdiffusion.sample import load
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 EXPERIMENTS = sorted(file.stem for file in (BENCHMARKS / "quality").glob("*.toml"))
@@ -33,6 +39,7 @@ def test_cost_to_reach_a_loss(quality: ModuleType) -> None:
         found = quality.cost_to_reach(points, value, "flops")
         assert found == pytest.approx(value**-2)
     assert quality.cost_to_reach(points, 2.0**-6, "flops") == math.inf
+    assert quality.cost_to_reach(points, 1.5, "flops") == points[0]["flops"]  # or less
 
 
 def test_the_table_compares_with_the_same_seed(quality: ModuleType) -> None:
@@ -43,6 +50,40 @@ def test_the_table_compares_with_the_same_seed(quality: ModuleType) -> None:
     rows = list(quality.table(found, "whole"))
     assert rows[2].startswith("| whole | 2 |") and rows[2].endswith("| 1.00 1.00 |")
     assert rows[3].startswith("| half | 2 |") and rows[3].endswith("| 0.50 0.50 |")
+
+
+def test_a_result_is_what_the_log_says(quality: ModuleType, finished: Path) -> None:
+    run = quality.Run("search", "whole", 3, ("--batch", "4"))
+    result = quality.collect(run, finished)
+    log = read_log(finished)
+    watched = [r for r in log if r["kind"] == "watch" and "held_out" in r]
+    status = {r["step"]: r for r in log if r["kind"] == "status"}
+    assert [p["loss"] for p in result["curve"]] == [w["held_out"]["loss"] for w in watched]
+    for point in result["curve"]:
+        for name in ("flops", "crops", "seconds", "equivalents"):
+            assert point[name] == status[point["step"]][name], name
+    assert result["start"]["precision"] == "fp32" and result["start"]["torch"]
+    assert result["start"]["data"] == load(finished, device="cpu").model.config.fingerprint
+    assert result["config"]["batch"] == 4 and result["config"]["data"]["path"] == "images"
+    assert "/" not in json.dumps(result["config"])
+
+
+def test_a_run_that_fails_stops_no_other(
+    quality: ModuleType, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(run: Any, data: str, folder: Path, threads: int) -> list[str]:
+        code = f"import shutil; shutil.copytree({str(finished)!r}, {str(folder)!r})"
+        code = "raise SystemExit(3)" if run.plan == "wrong" else code
+        return [sys.executable, "-c", code]
+
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(quality.Run, "command", command)
+    monkeypatch.setattr(quality.time, "sleep", lambda seconds: None)
+    runs = [quality.Run("search", plan, 0, ()) for plan in ("wrong", "right", "late")]
+    given = argparse.Namespace(data="x", work=tmp_path / "w", jobs=1, threads=1, minutes=math.inf)
+    with pytest.raises(SystemExit, match=r"failed: wrong, seed 0: see .*wrong-0.txt"):
+        quality.run_all(runs, given)
+    assert [run.result.exists() for run in runs] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -13,8 +13,9 @@ from patchdiffusion.bar import progress_bar
 from patchdiffusion.cli.parse import parse, take_first
 from patchdiffusion.codec import decode
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.plan import common_size
 from patchdiffusion.data.prepare import prepare
-from patchdiffusion.data.source import open_source
+from patchdiffusion.data.source import is_run, open_source
 from patchdiffusion.dist import Team, join
 from patchdiffusion.files import read_json, write_json
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
@@ -33,6 +34,7 @@ DESCRIPTION = (
     "of publications. Also under torchrun."
 )
 FULL = 50_000
+_ALL = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +69,10 @@ class EvaluateArguments:
     data: str | None = None
     """Images to compare with; None takes those that the run was trained on."""
     full: bool = False
-    """50,000 samples and all held-out images."""
+    """50,000 samples, all real and all held-out images."""
+    resolution: int | tuple[int, int] | None = None
+    """Side, or height and width, at which images are compared with --data; None is their own. A
+    model has its own."""
     weights: Weights = "averaged"
     """averaged: what one wants; raw: the weights as trained."""
     features: FeatureArguments = field(default_factory=FeatureArguments)
@@ -97,17 +102,20 @@ def main(arguments: Sequence[str]) -> None:
     if first is None:
         raise ValueError("give a run, a model or images: patchdiffusion evaluate RUN")
     path, device = Path(first), pick_device(given.device)
-    pipeline = _model(path, given, device)
-    if pipeline is None and given.data is None:
-        raise ValueError(f"{path} holds no model; images are compared with --data PATH")
-    if pipeline is None and given.bits.images:
-        raise ValueError(f"{path} holds no model, which --bits.images {given.bits.images} is about")
     config = given.config
     if given.full:
-        config = replace(config, samples=FULL, held_out=10**9)
-    with join() as team:
+        if config.samples != EvaluationConfig.samples:
+            raise ValueError(f"--full takes {FULL:,} samples; leave out --samples {config.samples}")
+        config = replace(config, samples=FULL, held_out=_ALL, reference=_ALL)
+    with join() as team:  # which gives each process a device of its own
+        pipeline = _model(path, given, device)
+        if pipeline is None and given.data is None:
+            raise ValueError(f"{path} holds no model; images are compared with --data PATH")
+        if pipeline is None and given.bits.images:
+            images = given.bits.images
+            raise ValueError(f"{path} holds no model, which --bits.images {images} is about")
         evaluation = Evaluation(
-            pack=_reference(path, given.data, pipeline, team),
+            pack=_reference(path, given, pipeline, team),
             config=config,
             extract=_extractor(given, team, device),
             team=team,
@@ -116,6 +124,9 @@ def main(arguments: Sequence[str]) -> None:
         result = _measured(evaluation, pipeline, path)
         if bits is not None:
             result["bits"], result["card"]["bits"] = bits
+        if not result.keys() - {"card", "left_out"}:
+            why = [f"{name}: {reason}" for name, reason in result["left_out"].items()]
+            raise ValueError("; ".join(why) or "nothing is to be measured; name an extractor")
         if team.lead:
             print("\n".join(table(result)))
             file = given.save or _new_file(path, pipeline is not None)
@@ -125,12 +136,12 @@ def main(arguments: Sequence[str]) -> None:
 
 def _model(path: Path, given: EvaluateArguments, device: torch.device) -> Pipeline | None:
     """The model at a path, or None if there are images."""
-    if path.is_dir() and not any(
-        (path / n).exists() for n in ("model", "log.jsonl", "config.json")
-    ):
+    files = ("model.safetensors", "raw.safetensors", "model/config.json")
+    holds = is_run(path) or any((path / name).exists() for name in files)
+    if path.is_file() or (path.is_dir() and not holds):
         return None
-    if path.is_file():
-        return None
+    if given.resolution is not None:
+        raise ValueError(f"--resolution is for images, and {path} is a model, which has its own")
     return load(path, weights=given.weights, device=device, precision=given.precision)
 
 
@@ -141,16 +152,28 @@ def _extractor(given: EvaluateArguments, team: Team, device: torch.device) -> Ex
     return extractor(name, weights=weights, device=device, team=team)
 
 
-def _reference(path: Path, data: str | None, pipeline: Pipeline | None, team: Team) -> Pack:
-    """The real images, decoded as those that the model was trained on."""
-    wanted = _trained_on(path) if data is None else DataConfig(path=data)
-    if pipeline is not None:
+def _reference(path: Path, given: EvaluateArguments, pipeline: Pipeline | None, team: Team) -> Pack:
+    """The real images, decoded as those that the model was trained on or those of `path`."""
+    wanted = _trained_on(path) if given.data is None else DataConfig(path=given.data)
+    if pipeline is None:
+        wanted = replace(wanted, resolution=given.resolution or _own_size(path, wanted.path))
+    else:
         model = pipeline.model.config
         pack = Pack.open(team.on_lead(lambda: str(prepare_data(wanted).path)))
         if (*pack.info.shape[1:],) == (*model.canvas, model.network.channels):
             return pack
         wanted = replace(wanted, resolution=model.canvas, channels=model.network.channels)
     return Pack.open(team.on_lead(lambda: str(prepare_data(wanted).path)))
+
+
+def _own_size(images: Path, data: str) -> tuple[int, int] | None:
+    """The size of images, at which they are compared; a pack keeps its own, which is None."""
+    if isinstance(open_source(data), Pack):
+        return None
+    size = common_size(open_source(str(images)))
+    if size is None:
+        raise ValueError(f"the images of {images} differ in size; give one with --resolution")
+    return size
 
 
 def _trained_on(path: Path) -> DataConfig:
@@ -170,12 +193,13 @@ def _measured(evaluation: Evaluation, pipeline: Pipeline | None, path: Path) -> 
         images = prepare(source, resolution=shape[1:3], channels=shape[3], holdout=0).images
     count = evaluation.config.samples if images is None else len(images)
     team = evaluation.team
-    if team.lead and evaluation.extract is not None:
-        seconds = evaluation.estimate(pipeline, count)
-        print(
-            f"this will take about {duration(seconds)}: {count:,} samples, "
-            f"{min(evaluation.config.reference, len(evaluation.pack)):,} real images"
-        )
+    if team.lead:
+        print(f"this will take about {duration(evaluation.estimate(pipeline, count))}: ", end="")
+        parts = [] if pipeline is None else [(len(evaluation.loss_images(pipeline)), "losses")]
+        if evaluation.extract is not None:
+            reference = min(evaluation.config.reference, len(evaluation.pack))
+            parts += [(count, "samples"), (reference, "real images")]
+        print(", ".join(f"{number:,} {name}" for number, name in parts if number))
     total = 0 if evaluation.extract is None else (count + evaluation.unknown) // team.size
     with progress_bar(total, "image", disable=not team.lead) as bar:
         watched = replace(evaluation, progress=bar.update)
@@ -219,19 +243,20 @@ ROWS = {
     "recall": "recall",
     "density": "density",
     "coverage": "coverage",
-    "copy_rate": "copies of training images",
+    "copy_rate": "copies",
 }
 
 
 def table(result: dict[str, Any]) -> list[str]:
     """The numbers for people, each with what it depends on."""
     lines, card = [], result["card"]
-    if held := result.get("held_out"):
-        bands = "  ".join(f"{band} {loss:.3f}" for band, loss in held["bands"].items())
-        lines.append(
-            f"{'held-out loss':<28}{held['loss']:.4f}{_error(held)} on "
-            f"{held['images']:,} images (by noise: {bands})"
-        )
+    for name, label in (("held_out", "held-out loss"), ("loss", "loss on these images")):
+        if held := result.get(name):
+            bands = "  ".join(f"{band} {loss:.3f}" for band, loss in held["bands"].items())
+            lines.append(
+                f"{label:<28}{held['loss']:.4f}{_error(held)} on "
+                f"{held['images']:,} images (by noise: {bands})"
+            )
     if bits := result.get("bits"):
         how = card["bits"]
         lines.append(
@@ -245,14 +270,22 @@ def table(result: dict[str, Any]) -> list[str]:
             lines.append(f"{label:<28}{result[name]:.4g}{told}")
     if "extractor" in card:
         facts = ", ".join(str(v) for v in card["extractor"].values())
+        height, width, _ = card["data"]["size"]
+        crops = f" in crops of {card['crop']} pixels" if card["crop"] else ""
         lines.append(
             f"by {facts}; {card['samples']:,} samples against {card['reference']:,} images "
-            f"of {card['data']['name']}"
+            f"of {card['data']['name']}, at {height}x{width}{crops}"
         )
         if card["samples"] < FULL:
             lines.append(
                 "a Frechet distance of fewer than 50,000 samples is larger; compare like with like"
             )
+    if not card["data"].get("of_the_model", True):
+        lines.append(
+            f"{card['data']['name']} is not what the model was trained on, or is divided in "
+            "another way: some of these images may have been trained on"
+        )
+    lines += [f"not measured: {name} ({why})" for name, why in result["left_out"].items()]
     return lines
 
 

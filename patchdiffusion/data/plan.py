@@ -1,6 +1,7 @@
 """The options of `prepare`, and the size and channels it infers when they are not given."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -100,19 +101,12 @@ def make_plan(source: Source, options: Options) -> Plan:
     size, channels = options.resolution, options.channels
     if size is not None and channels is not None:
         return Plan(size, channels, False, ())
-    count = len(source)
-    indices = range(count) if count <= _PROBED else np.linspace(0, count - 1, _PROBED).astype(int)
     sizes: list[tuple[int, int]] = []
     grey = True
     planes = 1
-    for index in indices:
+    for image in _probed(source):
         if size is not None and sizes and not grey:
             break
-        try:
-            example = source[int(index)]
-            image = usable(example.key, to_uint8(example))
-        except BadImage:
-            continue
         sizes.append(image.shape[:2])
         planes = image.shape[2]
         if grey and channels is None and planes in (3, 4):
@@ -127,6 +121,24 @@ def make_plan(source: Source, options: Options) -> Plan:
     if planes not in (1, 3, 4):
         return Plan(size, planes, False, tuple(notes))
     return Plan(size, 1 if grey else 3, grey, tuple(notes))
+
+
+def common_size(source: Source) -> tuple[int, int] | None:
+    """Height and width of the images, by up to 256 of them, or None if they differ."""
+    sizes = {image.shape[:2] for image in _probed(source)}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _probed(source: Source) -> Iterator[np.ndarray]:
+    count = len(source)
+    indices = range(count) if count <= _PROBED else np.linspace(0, count - 1, _PROBED).astype(int)
+    for index in indices:
+        try:
+            example = source[int(index)]
+            image = usable(example.key, to_uint8(example))
+        except BadImage:
+            continue
+        yield image
 
 
 def usable(key: str, image: np.ndarray) -> np.ndarray:

@@ -62,6 +62,14 @@ def compare(real: Gathered, samples: Gathered, *, nearest: int = 5) -> dict[str,
     return found
 
 
+def multiply_adds(real: int, samples: int, dims: int) -> float:
+    """What `compare` takes, roughly, for so many images of each in so many dimensions."""
+    real, samples = min(real, KEPT), min(samples, KEPT)
+    pairs = float(real * real + real * samples + samples * samples)
+    subsets = 300 * 1000.0**2 if max(real, samples) > 1000 else pairs
+    return (pairs + subsets) * dims + 60.0 * dims**3  # the last for three decompositions
+
+
 def crops(images: Tensor, first: int, *, side: int, each: int, seed: int = 0) -> Tensor:
     """Crops at full resolution, for canvases that an extractor would shrink.
 

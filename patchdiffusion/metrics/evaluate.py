@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,11 +21,11 @@ from patchdiffusion.codec import encode
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.dist import Team
 from patchdiffusion.files import cache_dir, write_atomic
-from patchdiffusion.metrics.compare import Gathered, compare, crops
+from patchdiffusion.metrics.compare import Gathered, compare, crops, multiply_adds
 from patchdiffusion.metrics.features import Extractor
 from patchdiffusion.metrics.frechet import Moments
 from patchdiffusion.metrics.heldout import held_out_losses, standard_error, summarise
-from patchdiffusion.metrics.memorise import copy_rate
+from patchdiffusion.metrics.memorise import CopyCounter
 from patchdiffusion.objectives import denoises
 from patchdiffusion.sample import Pipeline, SamplerConfig
 from patchdiffusion.weighting import natural_weight
@@ -84,18 +85,41 @@ class Evaluation:
 
     def of_model(self, pipeline: Pipeline) -> dict[str, Any]:
         """Every number and its card, ready for JSON; alike on all processes."""
-        result: dict[str, Any] = {}
-        known = denoises(pipeline.model.config.objective)
-        if self.config.held_out and len(self.pack.heldout) and known:
-            result["held_out"] = self.held_out(pipeline)
+        result: dict[str, Any] = {"left_out": {}}
+        own = self.is_data_of(pipeline)
+        if len(self.loss_images(pipeline)):
+            result["held_out" if own else "loss"] = self.loss(pipeline)
+        elif self.config.held_out:
+            known = denoises(pipeline.model.config.objective)
+            why = "no image was held out" if known else "a consistency model is no denoiser"
+            result["left_out"]["held-out loss"] = why
         if self.extract is not None and self.config.samples:
-            result |= self._against(lambda part: self._sampled(pipeline, part))
+            of = self.pack.train if own else None
+            made = self._against(lambda part: self._sampled(pipeline, part), copies_of=of)
+            result["left_out"] |= made.pop("left_out")
+            result |= made
         result["card"] = self.card(pipeline)
         return result
 
-    def held_out(self, pipeline: Pipeline) -> dict[str, Any]:
-        """Weighted denoising loss of whole held-out images, with fixed noise."""
-        chosen = self.pack.some_held_out(self.config.held_out)
+    def is_data_of(self, pipeline: Pipeline) -> bool:
+        """Whether a model was trained on this pack and its held-out images are these.
+
+        Models of version 0.1 do not say, and are taken at the word of who gives both.
+        """
+        return pipeline.model.config.fingerprint in ("", self.pack.fingerprint)
+
+    def loss_images(self, pipeline: Pipeline) -> Tensor:
+        """Indices of images for the loss: held out, or some of a pack that is not the model's."""
+        if not denoises(pipeline.model.config.objective):
+            return torch.empty(0, dtype=torch.int64)
+        if self.is_data_of(pipeline):
+            return self.pack.some_held_out(self.config.held_out)
+        order = rng.permutation(0, "evaluation loss", 0, len(self.pack))
+        return torch.from_numpy(order[: self.config.held_out])
+
+    def loss(self, pipeline: Pipeline) -> dict[str, Any]:
+        """Weighted denoising loss of whole images, with fixed noise."""
+        chosen = self.loss_images(pipeline)
         count = len(chosen)
         model = pipeline.model.config
         with pipeline.autocast():
@@ -147,42 +171,57 @@ class Evaluation:
         if self.extract is None:
             raise ValueError("images can only be compared by features; name an extractor")
 
+        # Files come class by class, and of many only some are kept for what compares neighbours.
+        order = torch.from_numpy(rng.permutation(0, "evaluation images", 0, len(images)))
+
         def made(part: range) -> Iterator[np.ndarray]:
             for start in range(part.start, part.stop, self.config.batch):
                 stop = min(start + self.config.batch, part.stop)
-                yield images[start:stop].numpy()
+                yield images[order[start:stop]].numpy()
                 self.progress(stop - start)
 
-        result = self._against(made, count=len(images))
+        every = torch.arange(len(self.pack))
+        result = self._against(made, count=len(images), copies_of=every)
         result["card"] = self.card(None) | {"images": name, "samples": len(images)}
         return result
 
     def _against(
-        self, made: Callable[[range], Iterator[np.ndarray]], count: int | None = None
+        self,
+        made: Callable[[range], Iterator[np.ndarray]],
+        *,
+        count: int | None = None,
+        copies_of: Tensor | None,
     ) -> dict[str, Any]:
+        """Samples beside the real images, and how many are copies of some of those."""
         real = self.reference()
         count = self.config.samples if count is None else count
-        first: list[Tensor] = []
         part = self.team.share(count)
+        counter, left_out = None, {}
+        if copies_of is None:
+            left_out["copies"] = "the data is not the model's"
+        elif not 2 <= len(copies_of) <= COPY_LIMIT:
+            left_out["copies"] = f"of 2 to {COPY_LIMIT:,} images, not {len(copies_of):,}"
+        else:
+            counter = CopyCounter(self.pack.images, copies_of)
 
         def features() -> Iterator[Tensor]:
             done = part.start
             for images in map(torch.from_numpy, made(part)):
-                first.append(images)
+                if counter is not None:
+                    counter.add(images)
                 yield self._features(images, done)
                 done += len(images)
 
         samples = Gathered.together(self.team.gather(Gathered.of(features())))
         found: dict[str, Any] = compare(real, samples, nearest=self.config.nearest)
-        if 2 <= len(self.pack.train) <= COPY_LIMIT:
-            flat = torch.cat(first).movedim(-1, 1).float() / 127.5 - 1 if first else None
-            rates = None
-            if flat is not None:
-                rate = copy_rate(flat, self.pack.images, self.pack.train).rate
-                rates = (rate * len(flat), len(flat))
-            told = [r for r in self.team.gather(rates) if r is not None]
-            found["copy_rate"] = sum(r[0] for r in told) / sum(r[1] for r in told)
-        return found
+        if "precision" not in found:
+            why = f"{self.config.nearest} neighbours need more images of each kind"
+            left_out["precision, recall, density, coverage"] = why
+        if counter is not None:
+            counter.finish()
+            told = self.team.gather((counter.copies, counter.samples))
+            found["copy_rate"] = sum(copies for copies, _ in told) / sum(n for _, n in told)
+        return {**found, "left_out": left_out}
 
     def _features(self, images: Tensor, first: int) -> Tensor:
         assert self.extract is not None
@@ -195,9 +234,10 @@ class Evaluation:
     def reference(self) -> Gathered:
         """Features of the real images, computed once for each extractor and data set."""
         file = self._stored()
-        if file is not None and file.exists():
-            tensors = load_file(file)
-            return Gathered(Moments.from_tensors(tensors), tensors["kept"])
+        if file is not None:  # caches of processes need not be the same
+            known = self.team.gather(_read(file) if self.team.lead else None)[0]
+            if known is not None:
+                return known
         order = torch.from_numpy(rng.permutation(0, "reference", 0, len(self.pack)))
         chosen = order[: self.config.reference]
         part = self.team.share(len(chosen))
@@ -216,9 +256,8 @@ class Evaluation:
 
     @property
     def unknown(self) -> int:
-        """Real images whose features are still to be computed."""
-        stored = self._stored()
-        known = self.extract is None or (stored is not None and stored.exists())
+        """Real images whose features this process would still have to compute."""
+        known = self.extract is None or _read(self._stored()) is not None
         return 0 if known else min(self.config.reference, len(self.pack))
 
     def _stored(self) -> Path | None:
@@ -249,6 +288,7 @@ class Evaluation:
             card["reference"] = min(self.config.reference, len(self.pack))
             card |= {"crop": self.config.crop, "nearest": self.config.nearest}
         if pipeline is not None:
+            card["data"]["of_the_model"] = self.is_data_of(pipeline)
             card["model"] = {
                 "digest": pipeline.model.digest,
                 "equivalents": pipeline.model.config.images,
@@ -266,25 +306,42 @@ class Evaluation:
         return card
 
     def estimate(self, pipeline: Pipeline | None, samples: int) -> float:
-        """Seconds that features and samples will take, from a few images of each."""
-        if self.extract is None:
-            return 0.0
-        some = self.pack.images[: min(_TRIAL, len(self.pack))]
-        each = _time(lambda: self._features(some, 0)) / len(some)
-        seconds = each * (samples + self.unknown)
-        if pipeline is not None and samples:
+        """Seconds that all of it will take, from a few images of each kind."""
+        seconds, alone = 0.0, 0.0
+        if self.extract is not None:
+            some = self.pack.images[: min(_TRIAL, len(self.pack))]
+            each = _time(lambda: self._features(some, 0)) / len(some)
+            seconds += each * (samples + self.unknown)
+            square = torch.ones(512, 512, dtype=torch.float64)
+            reference = min(self.config.reference, len(self.pack))
+            work = multiply_adds(reference, samples, self._features(some[:1], 0).shape[1])
+            alone = _time(lambda: square @ square) * work / 512**3  # by each process for itself
+        if pipeline is not None:
+            evaluations = len(self.loss_images(pipeline))
+            if self.extract is not None:
+                evaluations += samples * pipeline.sampler(self.config.sampler).evaluations
             config = replace(self.config.sampler, steps=1, guidance_interval=None)
             labels = (self.labels(pipeline) or [])[:_TRIAL] or None
             once = _time(lambda: pipeline.sample(_TRIAL, classes=labels, config=config))
-            evaluations = pipeline.sampler(self.config.sampler).evaluations
-            seconds += once / _TRIAL * samples * evaluations
-        return seconds / self.team.size
+            seconds += once / _TRIAL * evaluations
+        return seconds / self.team.size + alone
 
 
 def sample_labels(labels: Tensor, count: int) -> Tensor:
     """Classes as frequent as in the data, in a fixed order: int64 [N] -> int64 [count]."""
     order = torch.from_numpy(rng.permutation(0, "evaluation labels", 0, len(labels)))
     return labels[order[torch.arange(count) % len(order)]]
+
+
+def _read(file: Path | None) -> Gathered | None:
+    """Features that are kept; None if there are none, or not in one piece."""
+    if file is None or not file.exists():
+        return None
+    try:
+        tensors = load_file(file)
+        return Gathered(Moments.from_tensors(tensors), tensors["kept"])
+    except (SafetensorError, KeyError):
+        return None  # a cache: they are computed again
 
 
 def _time(work: Callable[[], object]) -> float:

@@ -4,7 +4,9 @@ An extractor is anything that takes uint8 [B, H, W, 3] and returns floating poin
 in one feature space say nothing about those in another: every result names its extractor.
 """
 
+import hashlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,6 +54,8 @@ class Extractor:
                 f"{list(images.shape)}"
             )
         found = self.function(images.to(self.device).expand(-1, -1, -1, 3))
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{self.name} must return a tensor, not {type(found).__name__}")
         if found.ndim != 2 or len(found) != len(images):
             raise ValueError(
                 f"{self.name} must return [B, D], not {list(found.shape)} for {len(images)} images"
@@ -115,9 +119,12 @@ def _inception(name: str, path: Path | None, device: torch.device) -> Extractor:
         net = Inception()
         counters = {k for k in net.state_dict() if k.endswith("num_batches_tracked")}
         missing, unknown = net.load_state_dict(state, strict=False)
+    except OSError as error:
+        raise ValueError(f"the weights of Inception cannot be read: {error}") from error
     except Exception as error:  # whatever torch.load makes of a file that is none of its own
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} does not hold the weights of Inception: {first}") from error
+        raise ValueError(
+            f"{path} does not hold the weights of Inception: it is damaged or something else"
+        ) from error
     if wrong := sorted(set(missing) - counters) + unknown:
         raise ValueError(
             f"{path} does not hold the weights of Inception: {wrong[0]} does not match"
@@ -131,7 +138,10 @@ def _inception(name: str, path: Path | None, device: torch.device) -> Extractor:
 
     how = "TensorFlow 1 bilinear" if name.endswith("legacy") else "antialiased bicubic"
     facts = {"resize": f"{how} to 299 x 299", "values": "(x - 128) / 128"}
-    return Extractor(name, function, device, {**facts, "weights": sha256(path)[:16]})
+    facts["weights"] = sha256(path)[:16]
+    if not facts["weights"].startswith(INCEPTION_DIGEST):
+        facts["origin"] = "not the published weights"
+    return Extractor(name, function, device, facts)
 
 
 def _dinov2(path: Path | None, device: torch.device) -> Extractor:
@@ -147,15 +157,36 @@ def _dinov2(path: Path | None, device: torch.device) -> Extractor:
         return net((x.clamp(0, 1) - mean) / std).pooler_output
 
     facts = {"resize": f"antialiased bicubic to {side} x {side}", "values": "ImageNet mean and std"}
-    return Extractor("dinov2", function, device, {**facts, "weights": source})
+    facts["weights"] = f"{source} {_digest(net)}"
+    return Extractor("dinov2", function, device, facts)
+
+
+def _digest(net: torch.nn.Module) -> str:
+    """Of the names and values of all weights, wherever they came from."""
+    found = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        found.update(name.encode())
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def _own(name: str, device: torch.device) -> Extractor:
     module, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as for `python -m`: modules of the current folder are found
     try:
-        made: Any = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
+        found = importlib.import_module(module)
+        made: Any = getattr(found, attribute)()
+    except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"the extractor {name} cannot be loaded: {error}") from error
+    if not callable(made):
+        raise ValueError(f"{name}() must return a function of images, not {type(made).__name__}")
     if isinstance(made, torch.nn.Module):
         made = made.eval().requires_grad_(False).to(device)
-    return Extractor(name, lambda images: made(images.movedim(-1, 1)), device)
+    file = getattr(found, "__file__", None)
+    facts = {} if file is None else {"code": sha256(Path(file))[:16]}
+
+    def function(images: Tensor) -> Any:
+        return made(images.movedim(-1, 1))
+
+    return Extractor(name, function, device, facts)

@@ -32,10 +32,9 @@ def kernel_distance(
 
 def _discrepancy(a: Tensor, b: Tensor) -> Tensor:
     """The unbiased estimate of equation 4: a sample is never compared with itself."""
-    within = sum(
-        (_kernel(x, x).sum() - _kernel(x, x).trace()) / (len(x) * (len(x) - 1)) for x in (a, b)
-    )
-    return within - 2 * _kernel(a, b).mean()
+    between = _kernel(a, b).mean()
+    inside = [(_kernel(x, x), len(x)) for x in (a, b)]
+    return sum((k.sum() - k.trace()) / (n * (n - 1)) for k, n in inside) - 2 * between
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:

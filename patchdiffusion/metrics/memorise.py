@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+CHUNK = 2**24  # values of images at a time, 64 MiB of float32
+
 
 @dataclass(frozen=True)
 class Copies:
@@ -24,16 +26,16 @@ def copy_rate(
     """Count a sample as a copy if its nearest image is `threshold` times nearer than the next one.
 
     samples float [B, C, H, W] in [-1, 1], images uint8 [N, H, W, C], of which `indices` [M] were
-    trained on, M >= 2. The criterion
-    of Yoon et al. (ICML 2023 workshop) and Gu et al. (arXiv 2310.02664). Mirrored copies do not
-    count, and images that occur twice hide their copies.
+    trained on, M >= 2. The criterion of Yoon et al. (ICML 2023 workshop) and Gu et al. (arXiv
+    2310.02664). Mirrored copies do not count, nor do those that resemble an image which occurs
+    twice without being equal to it.
     """
     if len(indices) < 2:
         raise ValueError(f"the copy rate needs at least 2 training images, not {len(indices)}")
     flat = samples.movedim(1, -1).flatten(1).to(torch.float32)
     best = torch.full((len(flat), 2), float("inf"))
     where = torch.zeros(len(flat), 2, dtype=torch.int64)
-    chunk = max(1, 2**24 // flat.shape[1])  # 64 MiB of float32 at a time
+    chunk = max(1, CHUNK // flat.shape[1])
     for part in indices.split(chunk):
         known = images[part].flatten(1).to(torch.float32) / 127.5 - 1
         values, places = torch.cdist(flat, known).topk(min(2, len(part)), dim=1, largest=False)
@@ -41,3 +43,30 @@ def copy_rate(
         where = torch.cat([where, part[places]], dim=1).gather(1, order)
     ratio = best[:, 0] / best[:, 1].clamp(min=1e-12)
     return Copies((ratio < threshold).double().mean().item(), where[:, 0], ratio)
+
+
+class CopyCounter:
+    """Counts copies among samples that arrive in pieces, without keeping them."""
+
+    def __init__(self, images: Tensor, indices: Tensor):
+        """Images and indices as for `copy_rate`."""
+        self.images = images
+        self.indices = indices
+        self.copies = 0
+        self.samples = 0
+        self._waiting: list[Tensor] = []
+
+    def add(self, samples: Tensor) -> None:
+        """Samples, uint8 [B, H, W, C]. Many at a time are compared, for each reads all images."""
+        self._waiting.append(samples)
+        if sum(part.numel() for part in self._waiting) >= CHUNK:
+            self.finish()
+
+    def finish(self) -> None:
+        """Compare those that wait; `copies` and `samples` then count all."""
+        if self._waiting:
+            samples = torch.cat(self._waiting).movedim(-1, 1).float() / 127.5 - 1
+            rate = copy_rate(samples, self.images, self.indices).rate
+            self.copies += round(rate * len(samples))
+            self.samples += len(samples)
+            self._waiting = []

@@ -161,6 +161,7 @@ class Training:
             classes=self.pack.classes if self.config.network.num_classes else (),
             objective=self.config.objective,
             data=self.pack.name,
+            fingerprint=self.pack.fingerprint,
             images=self.state.equivalents,
             step=self.state.step,
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from patchdiffusion.metrics.evaluate import (
     sample_labels,
 )
 from patchdiffusion.metrics.features import Extractor
-from patchdiffusion.metrics.frechet import frechet_distance
+from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.heldout import held_out_losses, summarise
 from patchdiffusion.metrics.memorise import copy_rate
 from patchdiffusion.objectives import denoises
@@ -133,10 +134,15 @@ class Watch:
             facts["distance"] = self._distance(denoiser, self.extract, ending)
         return facts
 
+    @cached_property
+    def _real(self) -> Moments:
+        """Features of the real images, which do not change while a run trains."""
+        compared = Evaluation(self.pack, EvaluationConfig(), self.extract, self.team)
+        return compared.reference().moments
+
     def _distance(self, denoiser: NetDenoiser, extract: Extractor, ending: Ending) -> float:
         """The Frechet distance of a few samples: a trend, too large as a number."""
         count = self.config.watch.distance
-        real = Evaluation(self.pack, EvaluationConfig(), extract, self.team).reference()
         labels = training_labels(self.config, self.pack)
         labels = None if labels is None else sample_labels(labels, count)
         part = self.team.share(count)
@@ -151,7 +157,7 @@ class Watch:
                 yield extract(torch.from_numpy(to_uint8(images)))
 
         samples = Gathered.together(self._all(lambda: Gathered.of(features())))
-        return frechet_distance(real.moments, samples.moments)
+        return frechet_distance(self._real, samples.moments)
 
     def _all(self, work: Callable[[], T]) -> list[T]:
         """What all processes have made, unless one of them gave up."""
