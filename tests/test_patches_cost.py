@@ -81,9 +81,9 @@ def test_kinds_of_steps_by_simulation(clock: Clock, side: int, batch: int, divis
         kinds = plan.kinds(clock)
         assert {groups for _, groups in kinds} == set(found)
         for share, groups in kinds:
-            assert share == pytest.approx(found[groups] / steps, abs=0.03)
+            assert share == pytest.approx(found[groups] / steps, abs=0.02)
         cost = plan.cost(clock=clock)
-        assert cost.step == pytest.approx(area / steps / batch, rel=0.03)
+        assert cost.step == pytest.approx(area / steps / batch, rel=0.02)
 
 
 def test_latent_cost() -> None:
