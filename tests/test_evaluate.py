@@ -1,12 +1,14 @@
 """Evaluation of models and images: numbers, cards, classes, what is computed once."""
 
+import contextlib
 import json
 import shutil
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -14,6 +16,7 @@ import torch
 from commands import Capture, fails, works
 from torch import Tensor
 
+from patchdiffusion.cli import evaluate
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
@@ -23,7 +26,7 @@ from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.metrics.features import Extractor
 from patchdiffusion.metrics.heldout import held_out_losses
 from patchdiffusion.report import read_log
-from patchdiffusion.sample import SamplerConfig, load
+from patchdiffusion.sample import Pipeline, SamplerConfig, load
 from patchdiffusion.solvers import SolverName
 from patchdiffusion.train.config import DataConfig, WatchConfig
 from patchdiffusion.train.setup import prepare_data
@@ -261,6 +264,28 @@ def test_evaluate_a_run(own: str, finished: Path, tmp_path: Path, capsys: Captur
     again = json.loads((folder / "evaluations" / "0002.json").read_text())
     assert again["frechet_distance"] == pytest.approx(result["frechet_distance"], rel=1e-3)
     assert again["card"]["data"]["fingerprint"] == result["card"]["data"]["fingerprint"]
+
+
+def test_each_process_has_a_device_before_it_loads(
+    finished: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Joining sets the GPU of a process; a model that is loaded before lands on the first one."""
+    order: list[str] = []
+
+    @contextlib.contextmanager
+    def join() -> Iterator[Team]:
+        order.append("join")
+        yield Team()
+
+    def loads(*given: Any, **more: Any) -> Pipeline:
+        order.append("load")
+        return load(*given, **more)
+
+    monkeypatch.setattr(evaluate, "join", join)
+    monkeypatch.setattr(evaluate, "load", loads)
+    save = ["--save", tmp_path / "loss.json"]
+    works(capsys, "evaluate", finished, "--features.extractor", "none", *save)
+    assert order == ["join", "load"]
 
 
 def test_evaluate_the_loss_only(finished: Path, tmp_path: Path, capsys: Capture) -> None:
