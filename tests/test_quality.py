@@ -5,6 +5,7 @@ import importlib
 import json
 import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -84,6 +85,23 @@ def test_a_run_that_fails_stops_no_other(
     with pytest.raises(SystemExit, match=r"failed: wrong, seed 0: see .*wrong-0.txt"):
         quality.run_all(runs, given)
     assert [run.result.exists() for run in runs] == [False, True, True]
+
+
+@pytest.mark.parametrize("minutes", [math.inf, 90.0])
+def test_train_takes_what_a_run_is_begun_with(
+    quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float
+) -> None:
+    begun: list[list[str]] = []
+    monkeypatch.setattr(quality.subprocess, "Popen", lambda command, **_: begun.append(command))
+    given = argparse.Namespace(data="x", work=tmp_path, threads=1, minutes=minutes)
+    run = quality.Run("search", "whole", 3, ("--batch", "4"))
+    quality._begin(run, given, time.monotonic() + 60 * minutes)
+    assert begun[0][:6] == [sys.executable, "-u", "-m", "patchdiffusion", "train", "x"]
+    plain = train.TrainArguments(config=train.generic_config("images"))
+    made = parse(train.TrainArguments, begun[0][6:], default=plain, prog="", description="")
+    assert (made.config.batch, made.config.seed) == (4, 3)
+    limit = None if minutes == math.inf else pytest.approx(minutes / 60, rel=0.01)
+    assert made.run.max_hours == limit
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
