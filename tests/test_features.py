@@ -191,6 +191,7 @@ def test_dinov2_takes_the_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for transformers, whose network tells what it was given."""
     given: list[Tensor] = []
     weights = [1.0, 1.0, 2.0]
+    asked: list[tuple[str, str | None]] = []
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -201,8 +202,12 @@ def test_dinov2_takes_the_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
             given.append(x)
             return types.SimpleNamespace(pooler_output=x.mean((2, 3)))
 
+    def from_pretrained(source: str, revision: str | None) -> Net:
+        asked.append((source, revision))
+        return Net()
+
     stand_in = types.ModuleType("transformers")
-    stand_in.Dinov2Model = types.SimpleNamespace(from_pretrained=lambda source: Net())  # pyright: ignore[reportAttributeAccessIssue]
+    stand_in.Dinov2Model = types.SimpleNamespace(from_pretrained=from_pretrained)  # pyright: ignore[reportAttributeAccessIssue]
     monkeypatch.setitem(sys.modules, "transformers", stand_in)
     extract = extractor("dinov2")
     white = torch.full((1, 30, 30, 3), 255, dtype=torch.uint8)
@@ -211,6 +216,10 @@ def test_dinov2_takes_the_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert given[0].shape == (1, 3, 224, 224)
     told = [extract.facts["weights"], *(extractor("dinov2").facts["weights"] for _ in range(2))]
     assert told[0].startswith(module.DINOV2) and told[0] == told[1] != told[2]
+    assert [*{*asked}] == [("facebook/dinov2-large", module.DINOV2_REVISION)]
+    weights.append(1.0)
+    extractor("dinov2", weights=Path("mine"))
+    assert asked[-1] == ("mine", None)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ INCEPTION_URL = (
     f"pt_inception-2015-12-05-{INCEPTION_DIGEST}.pth"
 )
 DINOV2 = "facebook/dinov2-large"
+DINOV2_REVISION = "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -146,8 +147,10 @@ def _inception(name: str, path: Path | None, device: torch.device) -> Extractor:
 
 def _dinov2(path: Path | None, device: torch.device) -> Extractor:
     source = str(path or DINOV2)
+    revision = None if path else DINOV2_REVISION  # what is published there later is not taken
     transformers = require("transformers", extra="features")
-    net = transformers.Dinov2Model.from_pretrained(source).eval().requires_grad_(False).to(device)
+    net = transformers.Dinov2Model.from_pretrained(source, revision=revision)
+    net = net.eval().requires_grad_(False).to(device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in _IMAGENET)
     side = 224
 
