@@ -187,7 +187,7 @@ def test_own_extractor_of_the_current_folder(
         extractor("features_of_mine:listed")(IMAGES)
 
 
-def test_dinov2_takes_the_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dinov2_takes_the_class_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a stand-in for transformers, whose network tells what it was given."""
     given: list[Tensor] = []
     weights = [1.0, 1.0, 2.0]
@@ -218,8 +218,11 @@ def test_dinov2_takes_the_class_token(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told[0].startswith(module.DINOV2) and told[0] == told[1] != told[2]
     assert [*{*asked}] == [("facebook/dinov2-large", module.DINOV2_REVISION)]
     weights.append(1.0)
-    extractor("dinov2", weights=Path("mine"))
-    assert asked[-1] == ("mine", None)
+    with pytest.raises(ValueError, match=r"holds no DINOv2: config.json is missing"):
+        extractor("dinov2", weights=tmp_path)
+    (tmp_path / "config.json").touch()
+    extractor("dinov2", weights=tmp_path)
+    assert asked[-1] == (str(tmp_path), None)
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
