@@ -102,7 +102,7 @@ def _begin(
     folder = given.work / run.experiment / f"{run.plan}-{run.seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = run.command(given.data, folder, given.threads)
-    if given.minutes < math.inf:
+    if end < math.inf:
         command += ["--max-hours", str((end - time.monotonic()) / 3600)]
     print(f"begin  {run.plan}, seed {run.seed}", flush=True)
     own = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}

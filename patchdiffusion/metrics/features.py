@@ -148,8 +148,7 @@ def _inception(name: str, path: Path | None, device: torch.device) -> Extractor:
 def _dinov2(path: Path | None, device: torch.device) -> Extractor:
     if path and not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no DINOv2: config.json is missing; give a model's folder")
-    source = str(path or DINOV2)
-    revision = None if path else DINOV2_REVISION  # what is published there later is not taken
+    source, revision = (str(path), None) if path else (DINOV2, DINOV2_REVISION)
     transformers = require("transformers", extra="features")
     net = transformers.Dinov2Model.from_pretrained(source, revision=revision)
     net = net.eval().requires_grad_(False).to(device)
