@@ -24,23 +24,19 @@ from torch import Tensor, nn
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.denoiser import (
-    EDM,
-    Denoiser,
-    NetDenoiser,
-    Precond,
-    expand_sigma,
-    per_sample,
-)
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
+from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.losses import Batch, DenoisingLoss, Objective
 from patchdiffusion.nets.embed import positional
 from patchdiffusion.nets.layers import Linear, initialise
-from patchdiffusion.noise import Flow, LogNormal, Path
+from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives.consistency import ConsistencyConfig
 from patchdiffusion.objectives.ctm import TrajectoryLoss, TrajectoryMap
-from patchdiffusion.objectives.flowmap import FlowMap, jump
 from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowMap
+from patchdiffusion.parameterisation import EDM, Precond
+from patchdiffusion.paths import Flow, Path, per_sample
 from patchdiffusion.solvers import run
+from patchdiffusion.solvers.jumps import jump
 from patchdiffusion.weighting import EDMWeight, FlowWeight
 
 DATA = GaussianMixture.toy()

@@ -1,11 +1,11 @@
 """Proves that a change of the code changes no number: losses, weights and samples, to the last bit.
 
 python benchmarks/identity.py record before.json    # on the old code
-python benchmarks/identity.py compare before.json   # on the new code; exit code 1 if anything differs
+python benchmarks/identity.py compare before.json   # on the new code; exits with 1 if they differ
 
-Every case is a run of the command line, of twenty steps where nothing else is said. The record holds
-losses as hexadecimal floats, digests of all weights and averages, and digests of the pixels of
-samples. It belongs to one machine and one version of PyTorch.
+Every case is a command line; runs have twenty steps. The record holds losses as hexadecimal floats,
+digests of all weights and averages, and digests of the pixels of samples. It belongs to one machine
+and one version of PyTorch.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from patchdiffusion import cli
+from patchdiffusion.solvers import SOLVERS
 
 Record = dict[str, Any]
 
@@ -47,7 +48,8 @@ TRAINED: dict[str, str] = {
     "flow": f"IMAGES {STEPS} {SMALL} --precond flow --noise logit-normal --weighting edm",
     "meanflow": f"IMAGES {STEPS} {SMALL} --objective meanflow --patches.mode stratified",
     "consistency": f"IMAGES {STEPS} {SMALL} --objective consistency",
-    "distillation": f"IMAGES {STEPS} {SMALL} --objective consistency --objective.teacher RUNS/folder",
+    "distillation": f"IMAGES {STEPS} {SMALL} --objective consistency "
+    "--objective.teacher RUNS/folder",
     "profiles": f"IMAGES {STEPS} {SMALL} --ema.profiles 0.05 0.1",
     "augmentation": f"IMAGES {STEPS} {SMALL} --data.no-flip --data.augment.p 0.5 "
     "--network.augment-dim 9",
@@ -59,10 +61,6 @@ RANKS: dict[str, str] = {
     "two ranks": f"IMAGES {STEPS} {SMALL} --patches.mode stratified",
     "two ranks, sharded": f"IMAGES {STEPS} {SMALL} --patches.mode stratified --shard",
 }
-SOLVERS = (
-    "heun midpoint ralston dpmpp_2s euler dpmpp_2m dpmpp_3m dpmpp_3m_published unipc ab2 ddim "
-    "ancestral sde_dpmpp_1 sde_dpmpp_2m euler_maruyama"
-).split()
 SAMPLED: dict[str, str] = {
     **{f"solver {name}": f"RUNS/folder --solver {name} --steps 6" for name in SOLVERS},
     **{

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.grids import karras
 from patchdiffusion.solvers import SOLVERS, solve
+from patchdiffusion.solvers.schedules import karras
 
 OUT = Path(__file__).parents[1] / "docs" / "solvers-orders.png"
 TWO_STAGES = ("heun", "midpoint", "ralston", "dpmpp_2s")

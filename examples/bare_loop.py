@@ -12,7 +12,7 @@ from patchdiffusion import EDM, Cond, NetDenoiser, PatchPlan, heun, karras, rand
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.nets.unet import SongUNet, tiny
-from patchdiffusion.picture import enlarge, grid, save_png, to_uint8
+from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
 
 
 def main() -> None:

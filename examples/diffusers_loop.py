@@ -17,7 +17,7 @@ from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.losses import denoising_error
 from patchdiffusion.nets.adapters import CoordinateStem
-from patchdiffusion.picture import enlarge, grid, save_png, to_uint8
+from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
 
 
 class Adapter(nn.Module):

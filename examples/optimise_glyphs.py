@@ -17,7 +17,7 @@ from patchdiffusion import SamplerConfig, load, sample
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.guidance.reward import GradientGuidance, Tilt
-from patchdiffusion.picture import enlarge, grid, save_png, to_uint8
+from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
 
 
 def ink(x: Tensor) -> Tensor:

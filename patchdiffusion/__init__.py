@@ -11,24 +11,20 @@ from importlib.metadata import version
 __version__ = version("patchdiffusion")
 
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
-from patchdiffusion.grids import karras
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.model import load_model
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ConsistencyConfig, MeanFlowConfig
-from patchdiffusion.patches import (
-    Group,
-    PatchLaw,
-    PatchPlan,
-    coordinates,
-    crop,
-    random_crop,
-)
+from patchdiffusion.parameterisation import EDM
+from patchdiffusion.patches import coordinates, crop, random_crop
+from patchdiffusion.plans import Group, PatchLaw, PatchPlan
 from patchdiffusion.recipes import auto
-from patchdiffusion.sample import Pipeline, SamplerConfig, load, sample
+from patchdiffusion.sampling.driver import sample
+from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.solvers import euler, heun
+from patchdiffusion.solvers.schedules import karras
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.loop import train
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.denoiser import Denoiser, per_sample
+from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.noise import LogNormal, NoiseLaw
+from patchdiffusion.paths import per_sample
 from patchdiffusion.rng import Draws
 from patchdiffusion.weighting import EDMWeight, LogVariance, Weighting
 

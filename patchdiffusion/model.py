@@ -12,13 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from patchdiffusion.codec import decode, encode
-from patchdiffusion.denoiser import NetDenoiser, Parameterisation
-from patchdiffusion.files import folder_atomic, read_json, sha256, write_json
+from patchdiffusion.denoiser import NetDenoiser
+from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
+from patchdiffusion.noise import Law
 from patchdiffusion.objectives import FewStep, parameterisation
-from patchdiffusion.objectives.flowmap import FlowMap
-from patchdiffusion.weighting import Law
+from patchdiffusion.parameterisation import Parameterisation
+from patchdiffusion.system.files import folder_atomic, read_json, sha256, write_json
+from patchdiffusion.system.serialize import decode, encode
 
 Weights = Literal["averaged", "raw"]
 
@@ -95,16 +96,6 @@ class Model:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.network.parameters()).device
-
-
-def pick_device(choice: torch.device | str = "auto") -> torch.device:
-    """cuda where there is one if `choice` is "auto"; raises `ValueError` if it cannot be had."""
-    if choice == "auto":
-        choice = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(choice)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available here; use --device cpu")
-    return device
 
 
 def build(config: UNetConfig, *, seed: int = 0) -> nn.Module:

@@ -1,18 +1,13 @@
-"""The one noise variable: laws to draw it from, paths and conversions around it.
-
-Everything is expressed through sigma, the standard deviation of the noise in data units. A path
-z_t = a(t) x0 + s(t) eps is the change of variables sigma = s / a, x = z / a. Sources: Karras et
-al., NeurIPS 2022 (arXiv 2206.00364); Song et al., ICLR 2021 (2011.13456); Lai et al. (2510.21890).
-"""
+"""Noise laws: which noise levels sigma training draws, given by their quantile functions."""
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-# ---- Laws: which noise levels training draws ----
+from patchdiffusion.paths import DDPM, PATHS, Schedule, check_table, levels
 
 
 class NoiseLaw(Protocol):
@@ -149,166 +144,31 @@ class Part:
         return ((u - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
-# ---- Paths: z_t = a(t) x0 + s(t) eps ----
-
-
-class Path(Protocol):
-    """The coefficients of a noising path and their time derivatives; t in [0, 1], noise at 1."""
-
-    def a(self, t: Tensor) -> Tensor: ...
-    def s(self, t: Tensor) -> Tensor: ...
-    def da(self, t: Tensor) -> Tensor: ...
-    def ds(self, t: Tensor) -> Tensor: ...
-    def sigma(self, t: Tensor) -> Tensor: ...
-    def time(self, sigma: Tensor) -> Tensor: ...
-
-
 @dataclass(frozen=True, kw_only=True)
-class VP:
-    """Variance-preserving path with beta linear in t (Song et al., equation 33)."""
+class DDPMSteps:
+    """One of the T discrete steps, each as likely as the others (DDPM, algorithm 1)."""
 
-    beta_min: float = 0.1
-    beta_max: float = 20.0
+    schedule: Schedule = "linear"
+    """linear: beta from 1e-4 to .02 if there are 1000 steps; cosine: that of improved DDPM."""
+    steps: int = 1000
+    """Number of steps T."""
 
-    def _integral(self, t: Tensor) -> Tensor:
-        return 0.5 * (self.beta_max - self.beta_min) * t**2 + self.beta_min * t
+    def __post_init__(self) -> None:
+        check_table(self.schedule, self.steps)
 
-    def a(self, t: Tensor) -> Tensor:
-        return (-0.5 * self._integral(t)).exp()
+    def draw(self, u: Tensor) -> Tensor:
+        """Sigma at the quantiles u."""
+        step = (u * self.steps).long().clamp(max=self.steps - 1)
+        return levels(self.schedule, self.steps, u.device)[step].to(u.dtype)
 
-    def s(self, t: Tensor) -> Tensor:
-        return (-torch.expm1(-self._integral(t))).sqrt()
-
-    def _beta(self, t: Tensor) -> Tensor:
-        return self.beta_min + (self.beta_max - self.beta_min) * t
-
-    def da(self, t: Tensor) -> Tensor:
-        return -0.5 * self._beta(t) * self.a(t)
-
-    def ds(self, t: Tensor) -> Tensor:
-        return 0.5 * self._beta(t) * self.a(t) ** 2 / self.s(t)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return torch.expm1(self._integral(t)).sqrt()
-
-    def time(self, sigma: Tensor) -> Tensor:
-        integral = torch.log1p(sigma**2)
-        root = (self.beta_min**2 + 2 * (self.beta_max - self.beta_min) * integral).sqrt()
-        return 2 * integral / (root + self.beta_min)  # root - beta_min would cancel at small sigma
+    def level(self, sigma: Tensor) -> Tensor:
+        """The quantile in the middle of its step, with a fraction between two: in (0, 1)."""
+        index = DDPM(schedule=self.schedule, steps=self.steps).index(sigma)
+        return ((index.clamp(0, self.steps - 1) + 0.5) / self.steps).to(sigma.dtype)
 
 
-@dataclass(frozen=True)
-class Cosine:
-    """a = cos(pi t / 2), s = sin(pi t / 2): the cosine, GVP or TrigFlow path."""
-
-    def a(self, t: Tensor) -> Tensor:
-        return (t * (math.pi / 2)).cos()
-
-    def s(self, t: Tensor) -> Tensor:
-        return (t * (math.pi / 2)).sin()
-
-    def da(self, t: Tensor) -> Tensor:
-        return -math.pi / 2 * self.s(t)
-
-    def ds(self, t: Tensor) -> Tensor:
-        return math.pi / 2 * self.a(t)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return (t * (math.pi / 2)).tan()
-
-    def time(self, sigma: Tensor) -> Tensor:
-        return sigma.atan() * (2 / math.pi)
-
-
-@dataclass(frozen=True)
-class Flow:
-    """a = 1 - t, s = t: the straight path of flow matching."""
-
-    def a(self, t: Tensor) -> Tensor:
-        return 1 - t
-
-    def s(self, t: Tensor) -> Tensor:
-        return t
-
-    def da(self, t: Tensor) -> Tensor:
-        return -torch.ones_like(t)
-
-    def ds(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return t / (1 - t)
-
-    def time(self, sigma: Tensor) -> Tensor:
-        return sigma / (1 + sigma)
-
-
-@dataclass(frozen=True)
-class VE:
-    """a = 1, s = t = sigma: the frame of EDM and of everything in this library."""
-
-    def a(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
-
-    def s(self, t: Tensor) -> Tensor:
-        return t
-
-    def da(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
-
-    def ds(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
-
-    def sigma(self, t: Tensor) -> Tensor:
-        return t
-
-    def time(self, sigma: Tensor) -> Tensor:
-        return sigma
-
-
-PATHS: dict[str, Path] = {"vp": VP(), "cosine": Cosine(), "flow": Flow(), "ve": VE()}
-
-# ---- Conversions: every prediction is a change of variables of x0 ----
-
-Prediction = Literal["x0", "eps", "score", "v", "velocity"]
-
-
-def convert(
-    value: Tensor, z: Tensor, t: Tensor, path: Path, source: Prediction, target: Prediction
-) -> Tensor:
-    """Convert what a network predicts at z_t into another prediction of the same posterior mean.
-
-    v is a eps - s x0 and velocity is dz/dt = a' x0 + s' eps (arXiv 2510.21890). `t` must broadcast
-    against `z`. Raises `ValueError` for an unknown prediction.
-    """
-    for name in (source, target):
-        if name not in get_args(Prediction):
-            raise ValueError(f"unknown prediction {name!r}, allowed: {get_args(Prediction)}")
-    if source == target:
-        return value
-    a, s, da, ds = path.a(t), path.s(t), path.da(t), path.ds(t)
-    # Both directly, not one from the other: next to an end of the path the difference cancels.
-    x0 = {
-        "x0": lambda: value,
-        "eps": lambda: (z - s * value) / a,
-        "score": lambda: (z + s**2 * value) / a,
-        "v": lambda: (a * z - s * value) / (a**2 + s**2),
-        "velocity": lambda: (ds * z - s * value) / (a * ds - da * s),
-    }[source]
-    eps = {
-        "x0": lambda: (z - a * value) / s,
-        "eps": lambda: value,
-        "score": lambda: -s * value,
-        "v": lambda: (s * z + a * value) / (a**2 + s**2),
-        "velocity": lambda: (a * value - da * z) / (a * ds - da * s),
-    }[source]
-    return {
-        "x0": x0,
-        "eps": eps,
-        "score": lambda: -eps() / s,
-        "v": lambda: a * eps() - s * x0(),
-        "velocity": lambda: da * x0() + ds * eps(),
-    }[target]()
+Law = LogNormal | LogitNormal | LogUniform | UniformTime | DDPMSteps
+"""Those that a run may draw from and a model file may name."""
 
 
 def _check_normal(law: object, mean: float, std: float) -> None:
@@ -325,3 +185,9 @@ def check_range(sigma_min: float, sigma_max: float) -> None:
         raise ValueError(
             f"noise levels need 0 < sigma_min < sigma_max < inf, not {sigma_min}, {sigma_max}"
         )
+
+
+def check_sigma_data(value: float) -> None:
+    """Raise `ValueError` unless this can be a standard deviation of data."""
+    if not 0 < value < 1e18:  # its square must be finite, too
+        raise ValueError(f"sigma_data must be positive and finite, not {value}")

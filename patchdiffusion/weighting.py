@@ -13,19 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion import rng
-from patchdiffusion.ddpm import DDPMSteps
-from patchdiffusion.denoiser import (
-    EDM,
-    X0,
-    EpsDDPM,
-    EpsVP,
-    FlowMatching,
-    Parameterisation,
-    TrigFlow,
-    V,
-    check_sigma_data,
-)
-from patchdiffusion.noise import LogitNormal, LogNormal, LogUniform, UniformTime
+from patchdiffusion.noise import check_sigma_data
 
 
 class Weighting(Protocol):
@@ -146,8 +134,6 @@ def _positive(owner: object, name: str) -> None:
         raise ValueError(f"{name} must be positive and finite, not {value}")
 
 
-# ---- What belongs to a parameterisation ----
-
 LossWeight = (
     EDMWeight
     | X0Weight
@@ -159,37 +145,6 @@ LossWeight = (
     | SoftMinSNRWeight
     | P2Weight
 )
-Law = LogNormal | LogitNormal | LogUniform | UniformTime | DDPMSteps
-
-
-def natural_weight(precond: Parameterisation) -> LossWeight:
-    """The mean squared error of what the network puts out; of X0, min-SNR as its authors train."""
-    match precond:
-        case EDM() | TrigFlow():
-            return EDMWeight(sigma_data=precond.sigma_data)
-        case EpsVP() | EpsDDPM():
-            return EpsWeight()
-        case V():
-            return VWeight()
-        case FlowMatching():
-            return FlowWeight()
-        case X0():
-            return MinSNRWeight()
-
-
-def natural_law(precond: Parameterisation) -> Law:
-    """The noise levels that a parameterisation was published with."""
-    match precond:
-        case EDM() | TrigFlow() | X0():
-            return LogNormal()
-        case EpsVP():
-            return UniformTime(path="vp")
-        case EpsDDPM():
-            return DDPMSteps(schedule=precond.schedule, steps=precond.steps)
-        case V():
-            return UniformTime(path="cosine")
-        case FlowMatching():
-            return UniformTime(path="flow")
 
 
 # ---- Learned ----

@@ -7,8 +7,8 @@ import pytest
 import tiny
 import torch
 
-from patchdiffusion.report import write_report
 from patchdiffusion.train import loop, status
+from patchdiffusion.train.report import write_report
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import expand_sigma, per_sample
+from patchdiffusion.denoiser import expand_sigma
+from patchdiffusion.paths import per_sample
 
 
 class Two:

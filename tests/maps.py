@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.denoiser import per_sample
 from patchdiffusion.losses import Batch
-from patchdiffusion.noise import VE, Path
+from patchdiffusion.paths import VE, Path, per_sample
 
 MEAN, STD = 0.3, 0.6
 

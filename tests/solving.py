@@ -10,9 +10,10 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import expand_sigma, per_sample
-from patchdiffusion.grids import karras
+from patchdiffusion.denoiser import expand_sigma
+from patchdiffusion.paths import per_sample
 from patchdiffusion.solvers import SOLVERS, Churn, Noise, Solver, heun, solve
+from patchdiffusion.solvers.schedules import karras
 
 TOY = GaussianMixture.toy()
 TWO_STAGES = ("heun", "midpoint", "ralston", "dpmpp_2s")

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.data.feed import Feed
-from patchdiffusion.denoiser import EDM, NetDenoiser
+from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import DenoisingLoss, Objective
 from patchdiffusion.nets.unet import SongUNet
-from patchdiffusion.patches import Group, PatchLaw, PatchPlan
+from patchdiffusion.parameterisation import EDM
+from patchdiffusion.plans import Group, PatchLaw, PatchPlan
 from patchdiffusion.train.config import GuardConfig, OptimConfig
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.parallel import Work

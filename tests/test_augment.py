@@ -13,7 +13,7 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.data.augment import LABELS, OPERATIONS, Augmentation, inverse, warp
 from patchdiffusion.data.feed import Feed
-from patchdiffusion.patches import Group
+from patchdiffusion.plans import Group
 
 SIDE = 16
 IMAGES = torch.from_numpy(np.stack([tiny.picture(n, SIDE) for n in range(12)]))

@@ -20,10 +20,10 @@ from PIL import Image
 
 import patchdiffusion
 from patchdiffusion import SamplerConfig, cli
-from patchdiffusion.codec import decode
-from patchdiffusion.files import read_json
-from patchdiffusion.patches import Group
+from patchdiffusion.plans import Group
 from patchdiffusion.solvers import SolverName
+from patchdiffusion.system.files import read_json
+from patchdiffusion.system.serialize import decode
 
 SMALL = [
     "--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1",

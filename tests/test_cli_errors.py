@@ -11,7 +11,7 @@ import tiny
 from commands import Capture, fails
 
 from patchdiffusion import cli
-from patchdiffusion.errors import Stop
+from patchdiffusion.system.errors import Stop
 
 
 @pytest.fixture(autouse=True)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import pytest
 
 from patchdiffusion import TrainConfig
-from patchdiffusion.codec import decode, differences, encode
 from patchdiffusion.noise import LogNormal, LogUniform
+from patchdiffusion.system.serialize import decode, differences, encode
 from patchdiffusion.train.config import RunConfig
 
 

@@ -10,8 +10,7 @@ from maps import MEAN, STD, Exact, Little, batch, draws, gaussian, normal
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.denoiser import EDM, NetDenoiser, per_sample
-from patchdiffusion.grids import karras
+from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.noise import LogNormal, LogUniform
 from patchdiffusion.objectives.consistency import (
     Boundary,
@@ -21,7 +20,10 @@ from patchdiffusion.objectives.consistency import (
     num_levels,
     pseudo_huber,
 )
-from patchdiffusion.objectives.flowmap import Levels
+from patchdiffusion.objectives.discrete import Levels
+from patchdiffusion.parameterisation import EDM
+from patchdiffusion.paths import per_sample
+from patchdiffusion.solvers.schedules import karras
 
 LAW = LogNormal(mean=-1.1, std=2.0)
 

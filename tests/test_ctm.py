@@ -8,12 +8,14 @@ from maps import Exact, Little, batch, draws, gaussian, normal
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.denoiser import EDM, NetDenoiser, per_sample
-from patchdiffusion.grids import karras
+from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import DenoisingLoss
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives.ctm import TrajectoryLoss, TrajectoryMap
-from patchdiffusion.objectives.flowmap import Levels
+from patchdiffusion.objectives.discrete import Levels
+from patchdiffusion.parameterisation import EDM
+from patchdiffusion.paths import per_sample
+from patchdiffusion.solvers.schedules import karras
 from patchdiffusion.weighting import EDMWeight
 
 

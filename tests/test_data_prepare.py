@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from patchdiffusion.data.example import BadImage, Example
+from patchdiffusion.data.options import count_workers
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.plan import count_workers
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 

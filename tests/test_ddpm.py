@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchdiffusion.ddpm import DDPM, DDPMSteps, Schedule, levels
-from patchdiffusion.denoiser import EpsDDPM
-from patchdiffusion.noise import NoiseLaw, Part
-from patchdiffusion.weighting import natural_law
+from patchdiffusion.noise import DDPMSteps, NoiseLaw, Part
+from patchdiffusion.parameterisation import EpsDDPM, natural_law
+from patchdiffusion.paths import DDPM, Schedule, levels
 
 SCHEDULES: tuple[Schedule, ...] = ("linear", "cosine")
 

@@ -11,26 +11,22 @@ from torch import Tensor, nn
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianField, GaussianMixture
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.ddpm import DDPM
-from patchdiffusion.denoiser import (
+from patchdiffusion.denoiser import NetDenoiser, PatchDenoiser, as_denoiser, expand_sigma
+from patchdiffusion.noise import LogNormal
+from patchdiffusion.parameterisation import (
     EDM,
     X0,
     EpsDDPM,
     EpsVP,
     FlowMatching,
-    NetDenoiser,
     Parameterisation,
-    PatchDenoiser,
     Precond,
     TrigFlow,
     V,
-    as_denoiser,
-    expand_sigma,
-    per_sample,
+    natural_weight,
 )
-from patchdiffusion.noise import VE, VP, Cosine, Flow, LogNormal, Path, Prediction, convert
 from patchdiffusion.patches import coordinates
-from patchdiffusion.weighting import natural_weight
+from patchdiffusion.paths import DDPM, VE, VP, Cosine, Flow, Path, Prediction, convert, per_sample
 
 TOY = GaussianMixture.toy()
 SIGMA = torch.logspace(-2.5, 2, 30, dtype=torch.float64)

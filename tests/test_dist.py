@@ -9,9 +9,9 @@ import torch.distributed as c10d
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.distributed_c10d import Store
 
-from patchdiffusion import dist
-from patchdiffusion.dist import Place, Team, Vote, first_host, join, place
-from patchdiffusion.errors import Stop, out_of_memory, peer_lost
+from patchdiffusion.system import dist
+from patchdiffusion.system.dist import Place, Team, Vote, first_host, join, place
+from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 
 # ---- Who am I ----
 

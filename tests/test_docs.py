@@ -6,11 +6,11 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from patchdiffusion import errors
 from patchdiffusion.cli import COMMANDS
 from patchdiffusion.objectives import ConsistencyConfig
-from patchdiffusion.sample import SamplerConfig
+from patchdiffusion.sampling.pipeline import SamplerConfig
 from patchdiffusion.solvers import SOLVERS
+from patchdiffusion.system import errors
 from patchdiffusion.train.config import FREE, TrainConfig
 
 ROOT = Path(__file__).parents[1]

@@ -17,19 +17,19 @@ from commands import Capture, fails, works
 from torch import Tensor
 
 from patchdiffusion.cli import evaluate
+from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.prepare import prepare
+from patchdiffusion.data.prepare import prepare, prepare_data
 from patchdiffusion.data.source import open_source
-from patchdiffusion.dist import Place, Team
+from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.metrics.compare import Gathered, compare
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
-from patchdiffusion.metrics.features import Extractor
 from patchdiffusion.metrics.heldout import held_out_losses
-from patchdiffusion.report import read_log
-from patchdiffusion.sample import Pipeline, SamplerConfig, load
+from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.solvers import SolverName
-from patchdiffusion.train.config import DataConfig, WatchConfig
-from patchdiffusion.train.setup import prepare_data
+from patchdiffusion.system.dist import Place, Team
+from patchdiffusion.train.config import WatchConfig
+from patchdiffusion.train.report import read_log
 from patchdiffusion.weighting import EDMWeight
 
 CONFIG = EvaluationConfig(

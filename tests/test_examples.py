@@ -10,7 +10,7 @@ import pytest
 import tiny
 from PIL import Image
 
-from patchdiffusion.train.config import DataConfig
+from patchdiffusion.data.options import DataConfig
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))

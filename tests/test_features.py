@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from patchdiffusion.files import sha256
-from patchdiffusion.metrics import features as module
-from patchdiffusion.metrics.features import Extractor, extractor, features
-from patchdiffusion.metrics.inception import (
+from patchdiffusion.encoders import features as module
+from patchdiffusion.encoders.features import Extractor, extractor, features
+from patchdiffusion.encoders.inception import (
     Inception,
     InceptionE,
     resize_antialiased,
     resize_legacy,
 )
+from patchdiffusion.system.files import sha256
 
 CPU = torch.device("cpu")
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 40, 52, 3), np.uint8))

@@ -12,8 +12,9 @@ from patchdiffusion import rng
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.losses import Batch
 from patchdiffusion.noise import LogUniform
-from patchdiffusion.patches import Group, coordinates
-from patchdiffusion.picture import to_uint8
+from patchdiffusion.patches import coordinates
+from patchdiffusion.plans import Group
+from patchdiffusion.system.png import to_uint8
 
 COUNT, CANVAS = 11, (12, 18)
 IMAGES = torch.from_numpy(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from patchdiffusion import fetch as module
-from patchdiffusion.fetch import fetch
+from patchdiffusion.system import fetch as module
+from patchdiffusion.system.fetch import fetch
 
 CONTENT = b"weights" * 1000
 DIGEST = hashlib.sha256(CONTENT).hexdigest()

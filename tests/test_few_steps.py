@@ -15,9 +15,6 @@ from PIL import Image
 from test_train_loop import after_step, status
 
 from patchdiffusion import Pipeline, SamplerConfig, TrainConfig, load, recipes, sample
-from patchdiffusion.codec import decode, encode
-from patchdiffusion.denoiser import EDM, FlowMatching
-from patchdiffusion.files import read_json, write_json
 from patchdiffusion.model import load_model
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives.consistency import (
@@ -27,11 +24,14 @@ from patchdiffusion.objectives.consistency import (
     ConsistencyMap,
 )
 from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowLoss, MeanFlowMap
+from patchdiffusion.parameterisation import EDM, FlowMatching
 from patchdiffusion.recipes import Facts
-from patchdiffusion.report import read_log
 from patchdiffusion.solvers import Churn
+from patchdiffusion.system.files import read_json, write_json
+from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train import loop, resume
 from patchdiffusion.train.config import WatchConfig
+from patchdiffusion.train.report import read_log
 
 KINDS = ("meanflow", "consistency")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from patchdiffusion import files
+from patchdiffusion.system import files
 
 
 def mode(path: Path) -> int:

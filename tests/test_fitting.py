@@ -13,19 +13,19 @@ from commands import Capture, fails, works
 from patchdiffusion import Pipeline, SamplerConfig, TrainConfig, load, sample
 from patchdiffusion.apps.likelihood import LikelihoodConfig, held_out_bits
 from patchdiffusion.cli.parts import choose
-from patchdiffusion.codec import decode
+from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.denoiser import EpsDDPM, EpsVP, V
-from patchdiffusion.files import read_json
+from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.model import Model
 from patchdiffusion.noise import LogNormal, LogUniform
 from patchdiffusion.objectives import ConsistencyConfig, MeanFlowConfig
+from patchdiffusion.parameterisation import EpsDDPM, EpsVP, V
 from patchdiffusion.recipes import OBJECTIVES, with_objective
 from patchdiffusion.solvers import Churn
+from patchdiffusion.system.files import read_json
+from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import resume
-from patchdiffusion.train.config import DataConfig
-from patchdiffusion.train.setup import prepare_data
 from patchdiffusion.weighting import EDMWeight
 
 NARROW = LogUniform(sigma_min=0.05, sigma_max=20.0)

@@ -8,14 +8,16 @@ from maps import MEAN, STD, Exact, gaussian, normal, spread
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.grids import karras
-from patchdiffusion.noise import VE, Cosine, Flow, Path
+from patchdiffusion.flowmap import FlowMap, PatchMap
 from patchdiffusion.objectives.consistency import ConsistencyMap
 from patchdiffusion.objectives.ctm import TrajectoryMap
-from patchdiffusion.objectives.flowmap import FlowMap, Levels, PatchMap, heun_step, jump
+from patchdiffusion.objectives.discrete import Levels, heun_step
 from patchdiffusion.objectives.meanflow import MeanFlowMap
 from patchdiffusion.patches import coordinates
+from patchdiffusion.paths import VE, Cosine, Flow, Path
 from patchdiffusion.solvers import heun, run, solve
+from patchdiffusion.solvers.jumps import jump
+from patchdiffusion.solvers.schedules import karras
 
 FRAMES = {"ve": Exact(), "flow": Exact(path=Flow(), first=1.0)}
 EVEN = torch.linspace(1, 0, 5, dtype=torch.float64)

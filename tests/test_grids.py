@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchdiffusion.grids import flow_uniform, karras, log_uniform, time_uniform
-from patchdiffusion.noise import PATHS
+from patchdiffusion.paths import PATHS
+from patchdiffusion.solvers.schedules import flow_uniform, karras, log_uniform, time_uniform
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchdiffusion.patches import Group
+from patchdiffusion.plans import Group
 from patchdiffusion.train.config import GuardConfig
 from patchdiffusion.train.guard import BURST_WINDOW, LEAST, WINDOW, Guard, Judgement, Order
 

@@ -11,10 +11,10 @@ from torch import Tensor
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import PatchDenoiser
-from patchdiffusion.grids import karras
 from patchdiffusion.guidance.auto import AutoGuidance
 from patchdiffusion.guidance.cfg import CFG, Unconditional
 from patchdiffusion.solvers import heun, solve
+from patchdiffusion.solvers.schedules import karras
 
 TOY = GaussianMixture.toy()
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from patchdiffusion import Pipeline, load, load_model, sample
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.codec import decode
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.auto import AutoGuidance
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.guidance.threshold import Clamp, DynamicThreshold
-from patchdiffusion.sample import SamplerConfig
+from patchdiffusion.sampling.pipeline import SamplerConfig
+from patchdiffusion.system.serialize import decode
 
 TOY = GaussianMixture.toy()
 

@@ -14,13 +14,13 @@ from patchdiffusion import rng, sample
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser, edges
-from patchdiffusion.grids import karras
 from patchdiffusion.guidance.auto import AutoGuidance
 from patchdiffusion.guidance.cfg import CFG, Unconditional
 from patchdiffusion.guidance.classifier import ClassifierGuidance
 from patchdiffusion.guidance.threshold import Clamp, DynamicThreshold
-from patchdiffusion.sample import SamplerConfig
+from patchdiffusion.sampling.pipeline import SamplerConfig
 from patchdiffusion.solvers import heun, solve
+from patchdiffusion.solvers.schedules import karras
 
 TOY = GaussianMixture.toy()
 STEP = Step(run=1, index=2, stage=0, sigmas=(1.0, 0.0))

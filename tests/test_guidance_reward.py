@@ -11,15 +11,16 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture, LowRankMixture
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, PatchDenoiser, edges
-from patchdiffusion.grids import karras
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, edges
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.guidance.classifier import ClassifierGuidance
 from patchdiffusion.guidance.reward import GradientGuidance, Measurement, Tilt, gradient
 from patchdiffusion.guidance.threshold import DynamicThreshold
 from patchdiffusion.nets import unet
 from patchdiffusion.nets.unet import SongUNet
+from patchdiffusion.parameterisation import EDM
 from patchdiffusion.solvers import crossings, heun, solve
+from patchdiffusion.solvers.schedules import karras
 
 TOY = GaussianMixture.toy()
 MEAN = torch.tensor([0.2, -0.4], dtype=torch.float64)

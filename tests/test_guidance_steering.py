@@ -12,9 +12,9 @@ from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.grids import karras
 from patchdiffusion.guidance.steering import Steering, best_of
 from patchdiffusion.solvers import History, Noise, State, ancestral, heun, run, sde_dpmpp_2m, solve
+from patchdiffusion.solvers.schedules import karras
 
 TOY = GaussianMixture.toy()
 COVS = torch.tensor([0.15, 0.25, 0.2], dtype=torch.float64)

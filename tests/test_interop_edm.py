@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.denoiser import EDM, NetDenoiser, PatchDenoiser
-from patchdiffusion.grids import karras
+from patchdiffusion.denoiser import NetDenoiser, PatchDenoiser
 from patchdiffusion.interop.edm import edm_config, edm_name, load_edm_state_dict
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
+from patchdiffusion.parameterisation import EDM
 from patchdiffusion.solvers import heun, solve
+from patchdiffusion.solvers.schedules import karras
 
 LITTLE = UNetConfig(base=8, mult=(1, 2), blocks=1, attention=(1,), num_classes=4, augment_dim=3)
 NCSN = replace(LITTLE, embedding="fourier", encoder="residual", filter=(1, 3, 3, 1))

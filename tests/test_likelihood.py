@@ -21,13 +21,14 @@ from patchdiffusion.apps.likelihood import (
     log_likelihood,
 )
 from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.denoiser import Denoiser, PatchDenoiser, expand_sigma, per_sample
-from patchdiffusion.dist import Place, Team
+from patchdiffusion.data.prepare import prepare_data
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser, expand_sigma
 from patchdiffusion.guidance.cfg import Unconditional
 from patchdiffusion.guidance.classifier import ClassifierGuidance
-from patchdiffusion.train.config import DataConfig
-from patchdiffusion.train.setup import prepare_data
+from patchdiffusion.paths import per_sample
+from patchdiffusion.system.dist import Place, Team
 
 TOY = GaussianMixture.toy()
 EXACT = LikelihoodConfig(method="exact")

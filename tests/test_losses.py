@@ -10,10 +10,12 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import EDM, NetDenoiser, expand_sigma, per_sample
+from patchdiffusion.denoiser import NetDenoiser, expand_sigma
 from patchdiffusion.losses import Batch, DenoisingLoss, denoising_error
-from patchdiffusion.noise import PATHS, LogNormal, LogUniform, Prediction, convert
+from patchdiffusion.noise import LogNormal, LogUniform
+from patchdiffusion.parameterisation import EDM
 from patchdiffusion.patches import Size, coordinates, corners, crop, random_crop
+from patchdiffusion.paths import PATHS, Prediction, convert, per_sample
 from patchdiffusion.rng import Draws
 from patchdiffusion.weighting import EDMWeight, EpsWeight, FlowWeight, VWeight, Weighting
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from patchdiffusion import SongUNet, UNetConfig
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.denoiser import FlowMatching, NetDenoiser, per_sample
+from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import DenoisingLoss
 from patchdiffusion.nets.unet import ncsnpp
-from patchdiffusion.noise import Flow, LogNormal, LogUniform, convert
-from patchdiffusion.objectives.flowmap import jump
+from patchdiffusion.noise import LogNormal, LogUniform
 from patchdiffusion.objectives.meanflow import (
     MeanFlowConfig,
     MeanFlowLoss,
@@ -24,9 +23,12 @@ from patchdiffusion.objectives.meanflow import (
     slope,
 )
 from patchdiffusion.objectives.tangent import derivative
+from patchdiffusion.parameterisation import FlowMatching
 from patchdiffusion.patches import coordinates
+from patchdiffusion.paths import Flow, convert, per_sample
 from patchdiffusion.solvers import euler, run
-from patchdiffusion.train.machine import compile_units
+from patchdiffusion.solvers.jumps import jump
+from patchdiffusion.system.device import compile_units
 from patchdiffusion.weighting import FlowWeight
 
 LAW = LogNormal(mean=-0.4, std=1.0)

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from patchdiffusion.memory import keep_freed
+from patchdiffusion.system.memory import keep_freed
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")

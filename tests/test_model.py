@@ -11,10 +11,10 @@ import tiny
 import torch
 
 from patchdiffusion import load_model, model
-from patchdiffusion.denoiser import EDM
-from patchdiffusion.files import read_json, write_json
 from patchdiffusion.model import ModelConfig, build, save_model
 from patchdiffusion.noise import LogNormal
+from patchdiffusion.parameterisation import EDM
+from patchdiffusion.system.files import read_json, write_json
 
 CONFIG = ModelConfig(
     network=tiny.NETWORK,

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchdiffusion.nets import fused, native
+from patchdiffusion.nets import fused
 from patchdiffusion.nets.layers import Norm
+from patchdiffusion.system import native
 
 SOURCE = Path(fused.__file__).with_suffix(".c")
 

@@ -10,20 +10,8 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.ddpm import DDPM
-from patchdiffusion.noise import (
-    PATHS,
-    VP,
-    LogitNormal,
-    LogNormal,
-    LogUniform,
-    NoiseLaw,
-    Part,
-    Path,
-    Prediction,
-    UniformTime,
-    convert,
-)
+from patchdiffusion.noise import LogitNormal, LogNormal, LogUniform, NoiseLaw, Part, UniformTime
+from patchdiffusion.paths import DDPM, PATHS, VP, Path, Prediction, convert
 
 LAWS: list[NoiseLaw] = [
     LogNormal(),

@@ -11,13 +11,14 @@ from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.apps.optimise import Round, optimise
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser
-from patchdiffusion.grids import karras
+from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.guidance.reward import GradientGuidance, Measurement
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives.reward import LinearReward, PseudoLabelled, RewardWeighted
+from patchdiffusion.parameterisation import EDM
 from patchdiffusion.solvers import heun, solve
+from patchdiffusion.solvers.schedules import karras
 
 
 def keys(count: int, stream: str = "x") -> Tensor:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.cli.parts import PRECONDS, WEIGHTINGS
-from patchdiffusion.ddpm import DDPM
-from patchdiffusion.noise import PATHS, VP, Prediction, convert
-from patchdiffusion.noise import Path as NoisePath
-from patchdiffusion.weighting import natural_law, natural_weight
+from patchdiffusion.parameterisation import natural_law, natural_weight
+from patchdiffusion.paths import DDPM, PATHS, VP, Prediction, convert
+from patchdiffusion.paths import Path as NoisePath
 
 ROOT = Path(__file__).parents[1]
 SIGMA = torch.logspace(-1.9, 1.9, 21, dtype=torch.float64)

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from patchdiffusion import TrainConfig, load, load_model, recipes
 from patchdiffusion.cli.parts import NOISES, PRECONDS, WEIGHTINGS, choose
-from patchdiffusion.ddpm import DDPMSteps
-from patchdiffusion.denoiser import (
+from patchdiffusion.noise import DDPMSteps, Law, LogitNormal, LogNormal, LogUniform, UniformTime
+from patchdiffusion.parameterisation import (
     EDM,
     EpsDDPM,
     EpsVP,
@@ -23,23 +23,15 @@ from patchdiffusion.denoiser import (
     Parameterisation,
     TrigFlow,
     V,
-)
-from patchdiffusion.files import read_json, write_json
-from patchdiffusion.noise import LogitNormal, LogNormal, LogUniform, UniformTime
-from patchdiffusion.patches import PatchLaw
-from patchdiffusion.recipes import Facts
-from patchdiffusion.report import read_log
-from patchdiffusion.sample import SamplerConfig
-from patchdiffusion.train.folder import stored_config
-from patchdiffusion.weighting import (
-    EDMWeight,
-    EpsWeight,
-    Law,
-    LossWeight,
-    MinSNRWeight,
-    P2Weight,
     natural_law,
 )
+from patchdiffusion.plans import PatchLaw
+from patchdiffusion.recipes import Facts
+from patchdiffusion.sampling.pipeline import SamplerConfig
+from patchdiffusion.system.files import read_json, write_json
+from patchdiffusion.train.folder import stored_config
+from patchdiffusion.train.report import read_log
+from patchdiffusion.weighting import EDMWeight, EpsWeight, LossWeight, MinSNRWeight, P2Weight
 
 GLYPHS = recipes.glyphs(Facts())
 

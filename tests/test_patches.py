@@ -12,18 +12,8 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.noise import LogNormal, Part
-from patchdiffusion.patches import (
-    Group,
-    Mode,
-    PatchLaw,
-    PatchPlan,
-    Size,
-    coordinates,
-    corners,
-    crop,
-    equivalents,
-    random_crop,
-)
+from patchdiffusion.patches import Size, coordinates, corners, crop, random_crop
+from patchdiffusion.plans import Group, Mode, PatchLaw, PatchPlan, equivalents
 
 LAW = LogNormal()
 JOINT = PatchLaw(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from patchdiffusion import rng
-from patchdiffusion.patches import Clock, PatchLaw, PatchPlan, equivalents
+from patchdiffusion.plans import Clock, PatchLaw, PatchPlan, equivalents
 
 RATIOS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 

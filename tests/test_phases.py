@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from patchdiffusion.dist import Place
-from patchdiffusion.train import phases as module
-from patchdiffusion.train.phases import Phases, heartbeat, whereabouts
+from patchdiffusion.system.dist import Place
+from patchdiffusion.train import timing as module
+from patchdiffusion.train.timing import Phases, heartbeat, whereabouts
 
 
 @pytest.fixture

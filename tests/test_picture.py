@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from patchdiffusion import rng
-from patchdiffusion.picture import enlarge, grid, png, save_png, to_uint8
+from patchdiffusion.system.png import enlarge, grid, png, save_png, to_uint8
 
 
 def test_bytes_of_numbers() -> None:

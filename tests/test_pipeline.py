@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import SamplerConfig, load
-from patchdiffusion.grids import flow_uniform, karras, log_uniform, time_uniform
 from patchdiffusion.solvers import Churn, SolverName
+from patchdiffusion.solvers.schedules import flow_uniform, karras, log_uniform, time_uniform
 
 FAST = SamplerConfig(steps=3)
 

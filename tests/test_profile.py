@@ -11,8 +11,8 @@ from commands import Capture, fails, works
 from stepping import GROUPS, make, take
 
 from patchdiffusion.nets import fused
-from patchdiffusion.patches import Group, PatchLaw
-from patchdiffusion.train import machine
+from patchdiffusion.plans import Group, PatchLaw
+from patchdiffusion.system import device as machine
 from patchdiffusion.train.loop import one_step
 from patchdiffusion.train.profile import Operators, measure
 from patchdiffusion.train.setup import Training

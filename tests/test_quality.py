@@ -15,8 +15,8 @@ import pytest
 
 from patchdiffusion.cli import train
 from patchdiffusion.cli.parse import parse
-from patchdiffusion.report import read_log
-from patchdiffusion.sample import load
+from patchdiffusion.sampling.pipeline import load
+from patchdiffusion.train.report import read_log
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 EXPERIMENTS = sorted(file.stem for file in (BENCHMARKS / "quality").glob("*.toml"))

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from patchdiffusion import Cond, SongUNet, auto, recipes
-from patchdiffusion.codec import decode, encode
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.recipes import RECIPES, Facts
+from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train.config import TrainConfig
 
 SITUATIONS = {

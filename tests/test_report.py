@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from patchdiffusion.files import read_json, write_json
-from patchdiffusion.report import read_log, write_report
+from patchdiffusion.system.files import read_json, write_json
+from patchdiffusion.train.report import read_log, write_report
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from torch import Tensor
 from patchdiffusion import SamplerConfig, sample
 from patchdiffusion.analytic import IdealDenoiser
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.picture import to_uint8
-from patchdiffusion.sample import noise_field
+from patchdiffusion.sampling.driver import noise_field
 from patchdiffusion.solvers import Churn
+from patchdiffusion.system.png import to_uint8
 
 CANVAS = tiny.CANVAS
 FAST = SamplerConfig(steps=3)

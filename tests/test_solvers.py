@@ -13,7 +13,6 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.grids import karras
 from patchdiffusion.solvers import (
     SOLVERS,
     Churn,
@@ -28,6 +27,7 @@ from patchdiffusion.solvers import (
     solve,
     unipc,
 )
+from patchdiffusion.solvers.schedules import karras
 
 every_solver = pytest.mark.parametrize("name", list(ALL))
 

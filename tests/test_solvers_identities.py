@@ -9,7 +9,6 @@ from solving import TOY, grid, keys, noise_of, noisy
 from torch import Tensor
 
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.grids import karras
 from patchdiffusion.solvers import (
     SOLVERS,
     Solver,
@@ -25,6 +24,7 @@ from patchdiffusion.solvers import (
     solve,
     unipc,
 )
+from patchdiffusion.solvers.schedules import karras
 
 
 def ends(solver: Solver, sigmas: Tensor) -> Tensor:

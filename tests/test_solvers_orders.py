@@ -12,8 +12,8 @@ from solving import DETERMINISTIC, TOY, Gaussian, grid, keys, noisy, reference
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.grids import karras
 from patchdiffusion.solvers import SOLVERS, solve
+from patchdiffusion.solvers.schedules import karras
 
 
 @cache

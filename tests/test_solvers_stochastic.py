@@ -8,8 +8,7 @@ import torch
 from solving import TOY, exact_moments, keys, noise_of, noisy
 from torch import Tensor
 
-from patchdiffusion.grids import flow_uniform, karras
-from patchdiffusion.noise import VE, VP
+from patchdiffusion.paths import VE, VP
 from patchdiffusion.solvers import (
     SOLVERS,
     Churn,
@@ -23,6 +22,7 @@ from patchdiffusion.solvers import (
     sde_dpmpp_2m,
     solve,
 )
+from patchdiffusion.solvers.schedules import flow_uniform, karras
 
 # ---- Moments on a Gaussian, without sampling ----
 

@@ -9,12 +9,12 @@ import pytest
 import tiny
 import torch
 
-from patchdiffusion.dist import Team
-from patchdiffusion.files import write_json
 from patchdiffusion.nets.unet import SongUNet
+from patchdiffusion.system.dist import Team
+from patchdiffusion.system.files import write_json
 from patchdiffusion.train import checkpoint
-from patchdiffusion.train.load import empty_moments, fill
 from patchdiffusion.train.optim import moments
+from patchdiffusion.train.restore import empty_moments, fill
 
 CPU = torch.device("cpu")
 TENSORS = {"weights": {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor(2.0)}}

@@ -9,8 +9,8 @@ import tiny
 import torch
 
 from patchdiffusion import train
-from patchdiffusion.files import read_json
-from patchdiffusion.patches import PatchLaw
+from patchdiffusion.plans import PatchLaw
+from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop
 from patchdiffusion.train.config import Clock, EMAConfig, OptimConfig, RunConfig
 from patchdiffusion.train.log import duration, quantity

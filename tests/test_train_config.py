@@ -10,20 +10,14 @@ from typing import NamedTuple
 import pytest
 
 from patchdiffusion import RunConfig, SamplerConfig, TrainConfig, UNetConfig
-from patchdiffusion.codec import decode
-from patchdiffusion.denoiser import EDM, V
-from patchdiffusion.files import read_json
+from patchdiffusion.data.options import DataConfig
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ConsistencyConfig
-from patchdiffusion.patches import PatchLaw
-from patchdiffusion.train.config import (
-    FREE,
-    DataConfig,
-    EMAConfig,
-    GuardConfig,
-    OptimConfig,
-    WatchConfig,
-)
+from patchdiffusion.parameterisation import EDM, V
+from patchdiffusion.plans import PatchLaw
+from patchdiffusion.system.files import read_json
+from patchdiffusion.system.serialize import decode
+from patchdiffusion.train.config import FREE, EMAConfig, GuardConfig, OptimConfig, WatchConfig
 from patchdiffusion.train.folder import (
     check_disk,
     is_same_run,

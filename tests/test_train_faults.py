@@ -14,11 +14,11 @@ from PIL import Image
 
 from patchdiffusion import UNetConfig, rng
 from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.errors import Stop
-from patchdiffusion.files import read_json
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.metrics.memorise import Copies
-from patchdiffusion.train import checkpoint, loop, resume, setup, watch
+from patchdiffusion.system.errors import Stop
+from patchdiffusion.system.files import read_json
+from patchdiffusion.train import checkpoint, loop, preview, resume, setup
 from patchdiffusion.train.config import GuardConfig
 from patchdiffusion.train.log import RunLog
 from patchdiffusion.train.save import Saver
@@ -230,7 +230,7 @@ def test_copies_are_warned_of(
 
     tiny.run(tiny.config(images, steps=1), tmp_path / "honest")
     assert "near copies" not in capsys.readouterr().out
-    monkeypatch.setattr(watch, "copy_rate", some)
+    monkeypatch.setattr(preview, "copy_rate", some)
     tiny.run(tiny.config(images, steps=1), tmp_path / "copying")
     assert "warning: 50% of the samples are near copies" in capsys.readouterr().out
 

@@ -13,11 +13,11 @@ import pytest
 import tiny
 import torch
 
-from patchdiffusion.files import read_json
-from patchdiffusion.patches import PatchLaw
-from patchdiffusion.report import read_log
+from patchdiffusion.plans import PatchLaw
+from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop, optim
 from patchdiffusion.train.config import OptimConfig, Precision, WatchConfig
+from patchdiffusion.train.report import read_log
 
 Hook = Callable[[int], None]
 

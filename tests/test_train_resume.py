@@ -9,10 +9,10 @@ import tiny
 import torch
 
 from patchdiffusion import load_model
-from patchdiffusion.files import read_json
-from patchdiffusion.report import read_log
+from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop, resume
 from patchdiffusion.train.config import WatchConfig
+from patchdiffusion.train.report import read_log
 
 NEWEST = "step-0000000004"
 

@@ -10,12 +10,13 @@ import torch
 from commands import Capture, fails, works
 
 from patchdiffusion import PatchLaw
-from patchdiffusion.data.prepare import prepare
+from patchdiffusion.data.options import DataConfig
+from patchdiffusion.data.prepare import prepare, prepare_data
 from patchdiffusion.data.source import open_source
-from patchdiffusion.files import write_json
-from patchdiffusion.train import watch
-from patchdiffusion.train.config import DataConfig, WatchConfig
-from patchdiffusion.train.setup import check_fits, prepare_data
+from patchdiffusion.system.files import write_json
+from patchdiffusion.train import preview
+from patchdiffusion.train.config import WatchConfig
+from patchdiffusion.train.setup import check_fits
 
 FEW = (
     "--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1",
@@ -59,7 +60,7 @@ def test_held_out_images_are_of_all_classes(
         seen.append(indices)
         return {size: torch.ones(2, len(indices)).double() for size in training.watch.sizes}
 
-    monkeypatch.setattr(watch, "held_out_losses", measured)
+    monkeypatch.setattr(preview, "held_out_losses", measured)
     samples = torch.zeros(2, 3, 16, 16)
     replace(training.watch, pack=pack).measure(training.averaged, samples)
     assert seen[0].tolist() == [0, 10, 20, 30]

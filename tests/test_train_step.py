@@ -17,10 +17,10 @@ from patchdiffusion import rng
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
+from patchdiffusion.system.device import autocast, best_precision
 from patchdiffusion.train import optim
 from patchdiffusion.train.config import OptimConfig
 from patchdiffusion.train.guard import Order
-from patchdiffusion.train.machine import autocast, best_precision
 from patchdiffusion.train.step import chunks
 
 # ---- Micro-batches ----

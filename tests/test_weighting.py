@@ -10,19 +10,21 @@ from torch import Tensor, nn
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.denoiser import (
+from patchdiffusion.denoiser import NetDenoiser
+from patchdiffusion.losses import Batch, DenoisingLoss, UncertaintyLoss, denoising_error
+from patchdiffusion.noise import LogitNormal, LogNormal, LogUniform, NoiseLaw, UniformTime
+from patchdiffusion.parameterisation import (
     EDM,
     X0,
     EpsDDPM,
     EpsVP,
     FlowMatching,
-    NetDenoiser,
     Parameterisation,
     TrigFlow,
     V,
+    natural_law,
+    natural_weight,
 )
-from patchdiffusion.losses import Batch, DenoisingLoss, UncertaintyLoss, denoising_error
-from patchdiffusion.noise import LogitNormal, LogNormal, LogUniform, NoiseLaw, UniformTime
 from patchdiffusion.rng import Draws
 from patchdiffusion.weighting import (
     EDMWeight,
@@ -35,8 +37,6 @@ from patchdiffusion.weighting import (
     SoftMinSNRWeight,
     VWeight,
     X0Weight,
-    natural_law,
-    natural_weight,
 )
 
 SIGMA = torch.logspace(-3, 3, 61, dtype=torch.float64)

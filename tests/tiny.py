@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 
 from patchdiffusion import Pipeline, RunConfig, TrainConfig, UNetConfig, train
-from patchdiffusion.denoiser import EDM
+from patchdiffusion.data.options import DataConfig
+from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.model import Model, ModelConfig, build
 from patchdiffusion.noise import LogNormal
-from patchdiffusion.patches import PatchLaw
-from patchdiffusion.report import read_log
-from patchdiffusion.train.config import DataConfig, EMAConfig, OptimConfig, WatchConfig
-from patchdiffusion.train.setup import Training, assemble, prepare_data
+from patchdiffusion.parameterisation import EDM
+from patchdiffusion.plans import PatchLaw
+from patchdiffusion.train.config import EMAConfig, OptimConfig, WatchConfig
+from patchdiffusion.train.report import read_log
+from patchdiffusion.train.setup import Training, assemble
 
 NETWORK = UNetConfig(base=4, mult=(1, 2), blocks=1, attention=(), num_classes=2)
 LAW = PatchLaw(fractions=(1.0, 0.5), probs=(0.5, 0.5))  # 2 whole images and 4 crops from a batch 4

@@ -23,16 +23,16 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.codec import encode
 from patchdiffusion.cond import Cond
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
-from patchdiffusion.dist import Team
-from patchdiffusion.grids import ends, karras
 from patchdiffusion.metrics.heldout import standard_error
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives import denoises
-from patchdiffusion.sample import Pipeline
+from patchdiffusion.sampling.pipeline import Pipeline
+from patchdiffusion.solvers.schedules import ends, karras
+from patchdiffusion.system.dist import Team
+from patchdiffusion.system.serialize import encode
 
 HALF_RANGE = 127.5
 """Levels of an 8-bit image in one unit of data: 0 and 255 are -1 and 1."""

@@ -7,8 +7,8 @@ from typing import NoReturn
 
 from patchdiffusion import __version__
 from patchdiffusion.cli import average, bench, doctor, evaluate, prepare, report, sample, train
-from patchdiffusion.dist import leave, place
-from patchdiffusion.errors import Stop, out_of_memory, peer_lost
+from patchdiffusion.system.dist import leave, place
+from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train.main, "train on a folder of images, a recipe, or go on with a run"),

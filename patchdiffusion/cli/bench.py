@@ -12,13 +12,14 @@ import tyro
 from patchdiffusion.cli.parse import parse, take_first
 from patchdiffusion.cli.parts import Parts, choose
 from patchdiffusion.cli.train import default_config, generic_config, subject
-from patchdiffusion.codec import encode
-from patchdiffusion.dist import join
-from patchdiffusion.files import write_json
-from patchdiffusion.patches import Group
+from patchdiffusion.data.prepare import prepare_data
+from patchdiffusion.plans import Group
+from patchdiffusion.system.dist import join
+from patchdiffusion.system.files import write_json
+from patchdiffusion.system.serialize import encode
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.profile import Cost, measure
-from patchdiffusion.train.setup import Training, assemble, prepare_data
+from patchdiffusion.train.setup import Training, assemble
 from patchdiffusion.train.status import measured_peak
 
 DESCRIPTION = (

@@ -16,16 +16,16 @@ import torch
 
 from patchdiffusion import __version__, recipes
 from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.prepare import cache_dir
-from patchdiffusion.denoiser import EDM
-from patchdiffusion.model import pick_device
+from patchdiffusion.data.prepare import cache_dir, prepare_data
 from patchdiffusion.nets import fused
-from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
+from patchdiffusion.parameterisation import EDM
+from patchdiffusion.system.device import best_precision, pick_device
+from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
-from patchdiffusion.train.machine import best_precision
 from patchdiffusion.train.profile import measure
-from patchdiffusion.train.setup import assemble, prepare_data
+from patchdiffusion.train.setup import assemble
 from patchdiffusion.train.status import measured_peak
 
 DESCRIPTION = (

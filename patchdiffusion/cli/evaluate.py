@@ -9,22 +9,22 @@ import torch
 import tyro
 
 from patchdiffusion.apps.likelihood import LikelihoodConfig, held_out_bits
-from patchdiffusion.bar import progress_bar
 from patchdiffusion.cli.parse import parse, take_first
-from patchdiffusion.codec import decode
+from patchdiffusion.data.options import DataConfig, common_size
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.plan import common_size
-from patchdiffusion.data.prepare import prepare
+from patchdiffusion.data.prepare import prepare, prepare_data
 from patchdiffusion.data.source import is_run, open_source
-from patchdiffusion.dist import Team, join
-from patchdiffusion.files import read_json, write_json
+from patchdiffusion.encoders.features import Extractor, extractor
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
-from patchdiffusion.metrics.features import Extractor, extractor
-from patchdiffusion.model import Weights, pick_device
-from patchdiffusion.sample import Pipeline, load
-from patchdiffusion.train.config import DataConfig, TrainConfig
+from patchdiffusion.model import Weights
+from patchdiffusion.sampling.pipeline import Pipeline, load
+from patchdiffusion.system.device import pick_device
+from patchdiffusion.system.dist import Team, join
+from patchdiffusion.system.files import read_json, write_json
+from patchdiffusion.system.progress import progress_bar
+from patchdiffusion.system.serialize import decode
+from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.log import duration
-from patchdiffusion.train.setup import prepare_data
 
 DESCRIPTION = (
     "Measure a run or model, given as the first argument: its loss on held-out images, how many "

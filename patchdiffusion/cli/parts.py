@@ -11,8 +11,8 @@ import tyro
 
 from patchdiffusion import recipes
 from patchdiffusion.cli.parse import parse_some
-from patchdiffusion.ddpm import DDPMSteps
-from patchdiffusion.denoiser import (
+from patchdiffusion.noise import DDPMSteps, Law, LogitNormal, LogNormal, LogUniform, UniformTime
+from patchdiffusion.parameterisation import (
     EDM,
     X0,
     EpsDDPM,
@@ -21,14 +21,13 @@ from patchdiffusion.denoiser import (
     Parameterisation,
     TrigFlow,
     V,
+    natural_law,
 )
-from patchdiffusion.noise import LogitNormal, LogNormal, LogUniform, UniformTime
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.weighting import (
     EDMWeight,
     EpsWeight,
     FlowWeight,
-    Law,
     LossWeight,
     MinSNRWeight,
     P2Weight,
@@ -36,7 +35,6 @@ from patchdiffusion.weighting import (
     SoftMinSNRWeight,
     VWeight,
     X0Weight,
-    natural_law,
 )
 
 T = TypeVar("T")

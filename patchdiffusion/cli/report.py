@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from patchdiffusion.cli.parse import parse, take_first
-from patchdiffusion.report import write_report
+from patchdiffusion.train.report import write_report
 
 DESCRIPTION = (
     "Write RUN/report.html, a page that opens anywhere: loss curves, grids of samples, speed and "

@@ -10,10 +10,10 @@ import tyro
 
 from patchdiffusion import __version__
 from patchdiffusion.cli.parse import parse, take_first
-from patchdiffusion.codec import encode
 from patchdiffusion.model import Weights
-from patchdiffusion.picture import grid, save_png
-from patchdiffusion.sample import Pipeline, SamplerConfig, load
+from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
+from patchdiffusion.system.png import grid, save_png
+from patchdiffusion.system.serialize import encode
 
 DESCRIPTION = (
     "Sample images from a run (also while it trains) or from a model folder, given as the first "

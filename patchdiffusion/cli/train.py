@@ -10,14 +10,15 @@ import tyro
 from patchdiffusion import recipes
 from patchdiffusion.cli.parse import parse, parse_some, take_first
 from patchdiffusion.cli.parts import Parts, choose
+from patchdiffusion.data.options import DataConfig
+from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.data.source import is_run
-from patchdiffusion.dist import place
 from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.recipes import Facts
-from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
+from patchdiffusion.system.dist import place
+from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.folder import stored_config
 from patchdiffusion.train.loop import train
-from patchdiffusion.train.setup import prepare_data
 
 DESCRIPTION = (
     "Train on images. The first argument is a folder, zip, array or pack of images, or one of the "

@@ -11,7 +11,8 @@ from patchdiffusion import rng
 from patchdiffusion.cond import Cond
 from patchdiffusion.data.augment import Augmentation, warp
 from patchdiffusion.losses import Batch
-from patchdiffusion.patches import Group, coordinates, corners
+from patchdiffusion.patches import coordinates, corners
+from patchdiffusion.plans import Group
 
 
 class Feed:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from patchdiffusion.data.decode import EXTENSIONS, decode
 from patchdiffusion.data.example import MAX_LABEL, BadImage, Example
-from patchdiffusion.files import parse_json
+from patchdiffusion.system.files import parse_json
 
 _MAX_BYTES = 2**30
 _LABEL_FILE = "dataset.json"

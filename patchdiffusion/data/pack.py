@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchdiffusion.codec import decode
 from patchdiffusion.data.example import Example
 from patchdiffusion.data.split import digest
-from patchdiffusion.files import parse_json, read_json, write_json
+from patchdiffusion.system.files import parse_json, read_json, write_json
+from patchdiffusion.system.serialize import decode
 
 FORMAT = 1
 _BLOCK_BYTES = 2**22

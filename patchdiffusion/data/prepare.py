@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from patchdiffusion.bar import progress_bar
 from patchdiffusion.data.decode import fit, is_grey, to_uint8
 from patchdiffusion.data.example import MAX_LABEL, BadImage, Source
-from patchdiffusion.data.pack import Pack, pack_writer
-from patchdiffusion.data.plan import (
+from patchdiffusion.data.options import (
+    DataConfig,
     Options,
     Plan,
     check_options,
@@ -27,9 +26,13 @@ from patchdiffusion.data.plan import (
     make_plan,
     usable,
 )
+from patchdiffusion.data.pack import Pack, pack_writer
 from patchdiffusion.data.report import Report, bad_lines, write_text
+from patchdiffusion.data.source import open_source
 from patchdiffusion.data.split import held_out, repeats
-from patchdiffusion.files import cache_dir, folder_atomic, lock
+from patchdiffusion.system.dist import place
+from patchdiffusion.system.files import cache_dir, folder_atomic, lock
+from patchdiffusion.system.progress import progress_bar
 
 _TASK = 32
 _PAIRS = 50
@@ -83,6 +86,22 @@ def prepare(
                 plan = replace(plan, channels=3, refuse_colour=False)
                 place = target or _default_target(source, plan, options)
                 return _make(source, plan, options, place, workers, progress)
+
+
+def prepare_data(data: DataConfig) -> Pack:
+    """Prepare the images of a configuration, or open what was prepared before.
+
+    A pack is used as it is, unless another resolution or number of channels is asked for.
+    """
+    source = open_source(data.path)
+    if isinstance(source, Pack):
+        _, height, width, channels = source.info.shape
+        square = height if height == width else (height, width)
+        if data.resolution in (None, square, (height, width)) and data.channels in (None, channels):
+            return source
+    return prepare(
+        source, resolution=data.resolution, channels=data.channels, progress=place().lead
+    )
 
 
 class _ColourFoundError(Exception):

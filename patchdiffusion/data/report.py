@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from patchdiffusion.data.pack import PackInfo
-from patchdiffusion.files import write_bytes, write_json
+from patchdiffusion.system.files import write_bytes, write_json
 
 _SHOWN = 20
 

@@ -7,7 +7,7 @@ from patchdiffusion.data.example import BadImage, Example, Source
 from patchdiffusion.data.files import folder_source, zip_source
 from patchdiffusion.data.glyphs import Glyphs
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.files import read_json
+from patchdiffusion.system.files import read_json
 
 __all__ = ["BadImage", "Example", "Source", "is_run", "open_source"]
 

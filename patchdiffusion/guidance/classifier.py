@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, edges, expand_sigma, per_sample
+from patchdiffusion.denoiser import Denoiser, edges, expand_sigma
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.nets.attention import twice_differentiable
+from patchdiffusion.paths import per_sample
 
 
 class Classifier(Protocol):

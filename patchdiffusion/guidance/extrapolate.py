@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from patchdiffusion.denoiser import per_sample
+from patchdiffusion.paths import per_sample
 
 
 @dataclass(frozen=True, kw_only=True)

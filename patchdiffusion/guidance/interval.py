@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchdiffusion.denoiser import per_sample
+from patchdiffusion.paths import per_sample
 
 
 @dataclass(frozen=True)

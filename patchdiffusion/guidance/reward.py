@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, edges, expand_sigma, per_sample
+from patchdiffusion.denoiser import Denoiser, edges, expand_sigma
 from patchdiffusion.nets.attention import twice_differentiable
+from patchdiffusion.paths import per_sample
 
 Reward = Callable[[Tensor], Tensor]  # clean images [B, *S] -> [B], each for itself
 Covariance = Callable[[Tensor], Tensor]  # v [B, *S] -> Cov[x0 | x] v, [B, *S]

@@ -5,7 +5,8 @@ import math
 from torch import Tensor
 
 from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, edges, per_sample
+from patchdiffusion.denoiser import Denoiser, edges
+from patchdiffusion.paths import per_sample
 
 
 class Clamp:

@@ -17,18 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.codec import encode
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.dist import Team
-from patchdiffusion.files import cache_dir, write_atomic
+from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.metrics.compare import Gathered, compare, crops, multiply_adds
-from patchdiffusion.metrics.features import Extractor
 from patchdiffusion.metrics.frechet import Moments
 from patchdiffusion.metrics.heldout import held_out_losses, standard_error, summarise
 from patchdiffusion.metrics.memorise import CopyCounter
 from patchdiffusion.objectives import denoises
-from patchdiffusion.sample import Pipeline, SamplerConfig
-from patchdiffusion.weighting import natural_weight
+from patchdiffusion.parameterisation import natural_weight
+from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig
+from patchdiffusion.system.dist import Team
+from patchdiffusion.system.files import cache_dir, write_atomic
+from patchdiffusion.system.serialize import encode
 
 COPY_LIMIT = 20_000  # images; larger sets are neither quick to search nor likely to be repeated
 SEED = 1_000_000  # of the first sample: none that people look at

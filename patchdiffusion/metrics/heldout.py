@@ -11,7 +11,8 @@ from patchdiffusion.data.feed import gather
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.losses import denoising_error
 from patchdiffusion.noise import NoiseLaw
-from patchdiffusion.patches import Group, Size
+from patchdiffusion.patches import Size
+from patchdiffusion.plans import Group
 from patchdiffusion.weighting import Weighting
 
 BANDS = (0.0, 0.1, 0.4, 1.5, float("inf"))

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from patchdiffusion.nets.native import UnavailableError, compiled
 from patchdiffusion.rng import keep_level, keep_mask
+from patchdiffusion.system.native import UnavailableError, compiled
 
 HALF = 0.5**0.5  # keeps the variance of a sum of two branches
 

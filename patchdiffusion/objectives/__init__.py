@@ -1,8 +1,8 @@
 """Objectives that are not plain denoising, and wrappers that change what one trains on."""
 
-from patchdiffusion.denoiser import Parameterisation, Precond
 from patchdiffusion.objectives.consistency import ConsistencyConfig
 from patchdiffusion.objectives.meanflow import MeanFlowConfig
+from patchdiffusion.parameterisation import Parameterisation, Precond
 
 FewStep = ConsistencyConfig | MeanFlowConfig
 """The objectives of few-step models."""

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.denoiser import EDM, Denoiser, NetDenoiser, Parameterisation, Scales, per_sample
-from patchdiffusion.grids import karras
+from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.losses import Batch, LossOut, drop_labels
 from patchdiffusion.nets.unet import UNetConfig
-from patchdiffusion.noise import VE, NoiseLaw, Path
-from patchdiffusion.objectives.flowmap import Levels, heun_step
+from patchdiffusion.noise import NoiseLaw
+from patchdiffusion.objectives.discrete import Levels, heun_step
+from patchdiffusion.parameterisation import EDM, Parameterisation, Scales
+from patchdiffusion.paths import VE, Path, per_sample
 from patchdiffusion.rng import Draws
+from patchdiffusion.solvers.schedules import karras
 
 Schedule = Literal["doubling", "quadratic"]
 

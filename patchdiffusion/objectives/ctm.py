@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.denoiser import Denoiser, expand_sigma, per_sample
-from patchdiffusion.grids import karras
+from patchdiffusion.denoiser import Denoiser, expand_sigma
 from patchdiffusion.losses import Batch, LossOut, denoising_error, drop_labels
-from patchdiffusion.noise import VE, LogNormal, NoiseLaw, Path
-from patchdiffusion.objectives.flowmap import Levels, heun_step
+from patchdiffusion.noise import LogNormal, NoiseLaw
+from patchdiffusion.objectives.discrete import Levels, heun_step
+from patchdiffusion.paths import VE, Path, per_sample
 from patchdiffusion.rng import Draws, integers
+from patchdiffusion.solvers.schedules import karras
 from patchdiffusion.weighting import EDMWeight, Weighting
 
 

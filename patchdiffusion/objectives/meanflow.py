@@ -14,18 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.denoiser import (
-    Denoiser,
-    FlowMatching,
-    NetDenoiser,
-    Parameterisation,
-    expand_sigma,
-    per_sample,
-)
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
 from patchdiffusion.losses import Batch, LossOut, drop_labels
 from patchdiffusion.nets.unet import UNetConfig
-from patchdiffusion.noise import Flow, LogNormal, NoiseLaw, Path
+from patchdiffusion.noise import LogNormal, NoiseLaw
 from patchdiffusion.objectives.tangent import derivative
+from patchdiffusion.parameterisation import FlowMatching, Parameterisation
+from patchdiffusion.paths import Flow, Path, per_sample
 from patchdiffusion.rng import Draws
 
 

@@ -6,21 +6,15 @@ from pathlib import Path
 
 import torch
 
+from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.denoiser import EDM
+from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.nets import unet
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ConsistencyConfig, FewStep, MeanFlowConfig
-from patchdiffusion.patches import PatchLaw
-from patchdiffusion.train.config import (
-    DataConfig,
-    EMAConfig,
-    OptimConfig,
-    TrainConfig,
-    WatchConfig,
-)
-from patchdiffusion.train.setup import prepare_data
-from patchdiffusion.weighting import natural_law
+from patchdiffusion.parameterisation import EDM, natural_law
+from patchdiffusion.plans import PatchLaw
+from patchdiffusion.train.config import EMAConfig, OptimConfig, TrainConfig, WatchConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from patchdiffusion.noise import PATHS, Path
+from patchdiffusion.paths import PATHS, Path
 from patchdiffusion.solvers.core import Here, Method, Move, towards
 from patchdiffusion.solvers.multistep import extrapolated
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patchdiffusion.files import folder_atomic, read_json, sha256, write_bytes, write_json
+from patchdiffusion.system.files import folder_atomic, read_json, sha256, write_bytes, write_json
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Named groups of named tensors; each group becomes one file."""

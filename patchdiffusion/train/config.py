@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from patchdiffusion.data.augment import Augmentation
-from patchdiffusion.ddpm import DDPMSteps
-from patchdiffusion.denoiser import EDM, EpsDDPM, Parameterisation
+from patchdiffusion.data.options import DataConfig
 from patchdiffusion.nets.unet import UNetConfig
-from patchdiffusion.noise import LogNormal
+from patchdiffusion.noise import DDPMSteps, Law, LogNormal
 from patchdiffusion.objectives import FewStep
-from patchdiffusion.patches import Clock, PatchLaw, PatchPlan, Size
-from patchdiffusion.weighting import Law, LossWeight, natural_weight
+from patchdiffusion.parameterisation import EDM, EpsDDPM, Parameterisation, natural_weight
+from patchdiffusion.patches import Size
+from patchdiffusion.plans import Clock, PatchLaw, PatchPlan
+from patchdiffusion.weighting import LossWeight
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -34,22 +34,6 @@ def fraction(owner: object, *names: str) -> None:
         value = getattr(owner, name)
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must lie in [0, 1], not {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Where the images come from and how they are prepared."""
-
-    path: str = "glyphs"
-    """Folder, zip, array or pack of images, or "glyphs", the built-in set."""
-    resolution: int | tuple[int, int] | None = None
-    """Side, or height and width, in pixels; None chooses from the images."""
-    channels: Literal[1, 3, 4] | None = None
-    """1 grey, 3 colour, 4 with alpha; None chooses from the images."""
-    flip: bool = False
-    """Mirror images left to right at random, before they are cropped."""
-    augment: Augmentation = field(default_factory=Augmentation)
-    """Changes that the network is told of; needs --network.augment-dim 9."""
 
 
 @dataclass(frozen=True, kw_only=True)

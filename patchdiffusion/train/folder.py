@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from patchdiffusion.codec import decode, differences, encode
-from patchdiffusion.files import read_json, write_json
+from patchdiffusion.system.files import read_json, write_json
+from patchdiffusion.system.serialize import decode, differences, encode
 from patchdiffusion.train.config import FREE, TrainConfig
 
 

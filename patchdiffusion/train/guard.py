@@ -5,6 +5,7 @@ The host learns of it a little later and decides whether the run goes on, goes b
 """
 
 import math
+import threading
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from patchdiffusion.patches import Group
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.plans import Group
 from patchdiffusion.train.config import GuardConfig
 
 WINDOW = 128  # steps of a kind that the median is taken of
@@ -199,3 +201,27 @@ def describe(event: Event) -> str:
         f"step {event.step}: loss {event.loss:.3g}, gradient norm {event.norm:.3g} against the "
         f"usual {event.median:.3g}; scaled down"
     )
+
+
+class Verification:
+    """Reads a pack once and compares its checksums, so that damage is found in minutes, not never.
+
+    `wanted` is False where another process of the same machine does it.
+    """
+
+    def __init__(self, pack: Pack, *, wanted: bool = True):
+        self.problem = ""
+        """What is damaged, or nothing."""
+        self._pack = pack
+        if wanted:
+            threading.Thread(target=self._read, name="verification", daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            self._pack.verify()
+        except (ValueError, OSError) as error:
+            self.problem = str(error)
+
+    def order(self) -> Order:
+        """What the run has to do."""
+        return Order.STOP_DATA if self.problem else Order.GO_ON

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from patchdiffusion.files import parse_json, write_json
+from patchdiffusion.system.files import parse_json, write_json
 from patchdiffusion.train.trackers import Trackers
 
 

@@ -9,20 +9,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from patchdiffusion.dist import Vote, join
-from patchdiffusion.errors import Stop, out_of_memory, peer_lost
-from patchdiffusion.patches import Group
-from patchdiffusion.report import write_report
+from patchdiffusion.data.prepare import prepare_data
+from patchdiffusion.plans import Group
+from patchdiffusion.system.dist import Vote, join
+from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 from patchdiffusion.train.config import RunConfig, TrainConfig
-from patchdiffusion.train.guard import Order
+from patchdiffusion.train.guard import Order, Verification
 from patchdiffusion.train.log import duration, quantity
-from patchdiffusion.train.phases import whereabouts
+from patchdiffusion.train.preview import Ending
+from patchdiffusion.train.report import write_report
 from patchdiffusion.train.resume import opened, roll_back
 from patchdiffusion.train.save import Saver
-from patchdiffusion.train.setup import Training, assemble, prepare_data
+from patchdiffusion.train.setup import Training, assemble
 from patchdiffusion.train.status import Status, picture_of, show_samples
-from patchdiffusion.train.verify import Verification
-from patchdiffusion.train.watch import Ending
+from patchdiffusion.train.timing import whereabouts
 
 PATIENCE = 6  # times as long until the second step
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.dist import Team
 from patchdiffusion.losses import Batch, LossOut, Objective
 from patchdiffusion.rng import Draws
+from patchdiffusion.system.dist import Team
 
 
 class Work(nn.Module):

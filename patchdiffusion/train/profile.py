@@ -9,16 +9,16 @@ from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from patchdiffusion.patches import Group, equivalents
-from patchdiffusion.train.loop import one_step
-from patchdiffusion.train.machine import (
+from patchdiffusion.plans import Group, equivalents
+from patchdiffusion.system.device import (
     compiled_graphs,
     peak_memory,
     reset_peak_memory,
     synchronise,
 )
-from patchdiffusion.train.phases import COMPUTE
+from patchdiffusion.train.loop import one_step
 from patchdiffusion.train.setup import Training
+from patchdiffusion.train.timing import COMPUTE
 
 SYNCS = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
 COPIES = ("aten._to_copy", "aten.copy_", "aten.clone")

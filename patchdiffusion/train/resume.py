@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from patchdiffusion.codec import decode, encode
-from patchdiffusion.errors import Stop
-from patchdiffusion.files import check_writable, lock
+from patchdiffusion.system.errors import Stop
+from patchdiffusion.system.files import check_writable, lock
+from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.config import TrainConfig
+from patchdiffusion.train.engine import SHARED_FACTS
 from patchdiffusion.train.folder import (
     changed_fields,
     is_same_run,
@@ -20,11 +21,10 @@ from patchdiffusion.train.folder import (
     set_aside,
     write_config,
 )
-from patchdiffusion.train.load import Found, find, load, start_from, weights_of
-from patchdiffusion.train.machine import SHARED_FACTS
-from patchdiffusion.train.phases import heartbeat
+from patchdiffusion.train.restore import Found, find, load, start_from, weights_of
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
+from patchdiffusion.train.timing import heartbeat
 
 LOCK_PATIENCE = 5.0  # seconds; a process that was just killed may still hold the folder
 

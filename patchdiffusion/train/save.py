@@ -8,9 +8,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from patchdiffusion.codec import encode
-from patchdiffusion.files import read_json
 from patchdiffusion.model import save_model
+from patchdiffusion.system.files import read_json
+from patchdiffusion.system.serialize import encode
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.ema import MAIN, profile_name
 from patchdiffusion.train.folder import write_config

@@ -11,51 +11,28 @@ from torch import nn
 from patchdiffusion.data.augment import LABELS
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.prepare import prepare
-from patchdiffusion.data.source import open_source
 from patchdiffusion.denoiser import NetDenoiser
-from patchdiffusion.dist import Team, place
+from patchdiffusion.encoders.features import Extractor, extractor
 from patchdiffusion.losses import DenoisingLoss, Objective, UncertaintyLoss
-from patchdiffusion.metrics.features import Extractor, extractor
-from patchdiffusion.model import Model, ModelConfig, build, load_model, pick_device
+from patchdiffusion.model import Model, ModelConfig, build, load_model
 from patchdiffusion.nets.count import training_flops
 from patchdiffusion.objectives import denoises, parameterisation
-from patchdiffusion.patches import PatchPlan, Size
-from patchdiffusion.train.config import DataConfig, RunConfig, TrainConfig
+from patchdiffusion.patches import Size
+from patchdiffusion.plans import PatchPlan
+from patchdiffusion.system.device import best_precision, compile_units, pick_device, resident
+from patchdiffusion.system.dist import Team
+from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.ema import EMA
+from patchdiffusion.train.engine import compiles, engine_facts, prepare_machine
 from patchdiffusion.train.folder import check_disk
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.log import RunLog, quantity
-from patchdiffusion.train.machine import (
-    best_precision,
-    compile_units,
-    compiles,
-    engine_facts,
-    prepare_machine,
-    resident,
-)
 from patchdiffusion.train.parallel import Work, replicate, shard
-from patchdiffusion.train.phases import Phases
+from patchdiffusion.train.preview import Watch, training_labels
 from patchdiffusion.train.state import TrainState
 from patchdiffusion.train.step import Stepper
-from patchdiffusion.train.watch import Watch, training_labels
+from patchdiffusion.train.timing import Phases
 from patchdiffusion.weighting import LogVariance
-
-
-def prepare_data(data: DataConfig) -> Pack:
-    """Prepare the images of a configuration, or open what was prepared before.
-
-    A pack is used as it is, unless another resolution or number of channels is asked for.
-    """
-    source = open_source(data.path)
-    if isinstance(source, Pack):
-        _, height, width, channels = source.info.shape
-        square = height if height == width else (height, width)
-        if data.resolution in (None, square, (height, width)) and data.channels in (None, channels):
-            return source
-    return prepare(
-        source, resolution=data.resolution, channels=data.channels, progress=place().lead
-    )
 
 
 def check_fits(config: TrainConfig, pack: Pack) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchdiffusion.patches import Group, Size, equivalents
+from patchdiffusion.patches import Size
+from patchdiffusion.plans import Group, equivalents
 from patchdiffusion.train.config import Clock
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from patchdiffusion.system.device import peak_memory
 from patchdiffusion.train.guard import Event, describe
 from patchdiffusion.train.log import duration, quantity
-from patchdiffusion.train.machine import peak_memory
-from patchdiffusion.train.phases import COMPUTE, Slow
+from patchdiffusion.train.preview import Abandoned, Ending
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
-from patchdiffusion.train.watch import Abandoned, Ending
+from patchdiffusion.train.timing import COMPUTE, Slow
 
 COPY_WARNING = 0.1
 MOST_EVENTS = 8  # described in full at a time

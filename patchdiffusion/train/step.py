@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.data.feed import Feed
-from patchdiffusion.dist import Team
 from patchdiffusion.losses import LossOut
-from patchdiffusion.patches import Group, Size
+from patchdiffusion.patches import Size
+from patchdiffusion.plans import Group
+from patchdiffusion.system.device import autocast
+from patchdiffusion.system.dist import Team
 from patchdiffusion.train.config import OptimConfig
 from patchdiffusion.train.guard import Guard
-from patchdiffusion.train.machine import autocast
 from patchdiffusion.train.optim import Update
 from patchdiffusion.train.parallel import synchronised
-from patchdiffusion.train.phases import Phases
 from patchdiffusion.train.state import Meter
+from patchdiffusion.train.timing import Phases
 
 
 def chunks(part: range, count: int) -> Iterator[range]:

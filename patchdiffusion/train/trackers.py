@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from patchdiffusion.require import require
+from patchdiffusion.system.optional import require
 
 
 class Tracker(Protocol):

@@ -20,7 +20,7 @@ import inject
 import tiny
 
 from patchdiffusion import cli
-from patchdiffusion.files import read_json, sha256, write_json
+from patchdiffusion.system.files import read_json, sha256, write_json
 
 DRIVER = Path(__file__).with_name("driver.py")
 SECONDS = float(os.environ.get("FAULT_SECONDS", "120"))

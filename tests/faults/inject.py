@@ -28,11 +28,11 @@ from surroundings import (
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.dist import place
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.rng import Draws
-from patchdiffusion.train import checkpoint, loop, setup, watch
-from patchdiffusion.train.phases import Phases
+from patchdiffusion.system.dist import place
+from patchdiffusion.train import checkpoint, loop, preview, setup
+from patchdiffusion.train.timing import Phases
 
 # ---- Signals, hangs, deaths ----
 
@@ -106,8 +106,8 @@ def die_in_save(stage: str, save: int, mark: str | None = None) -> None:
 def send_in(name: str, where: str, time: int) -> None:
     """A signal in the middle of the n-th sampling, evaluation or saving; times count from 0."""
     owner, method = {
-        "samples": (watch, "sample"),
-        "evaluation": (watch, "held_out_losses"),
+        "samples": (preview, "sample"),
+        "evaluation": (preview, "held_out_losses"),
         "save": (checkpoint, "save_file"),
     }[where]
     original, calls = getattr(owner, method), [-1]
@@ -258,7 +258,7 @@ FAULTS: dict[str, Callable[..., None]] = {
 
 OWNERS = (
     *(Phases, Pack, Feed, DenoisingLoss, loop.Saver, setup.Stepper),
-    *(checkpoint, loop, watch, tiny, shutil, os, time),
+    *(checkpoint, loop, preview, tiny, shutil, os, time),
 )
 """Classes and modules in which the faults above replace something."""
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from patchdiffusion.train import loop
-from patchdiffusion.train.phases import Phases
+from patchdiffusion.train.timing import Phases
 
 
 def once(action: Callable[[], None]) -> Callable[[], None]:

@@ -12,9 +12,9 @@ from commands import Capture, fails
 from harness import FILES, NEWEST, OLDER, SAVE_ALWAYS, checkpoints, here, same_run
 from safetensors.torch import load
 
-from patchdiffusion.files import read_json, write_json
-from patchdiffusion.report import read_log
+from patchdiffusion.system.files import read_json, write_json
 from patchdiffusion.train import checkpoint, resume
+from patchdiffusion.train.report import read_log
 
 # ---- D4, D5: files that are cut or changed ----
 

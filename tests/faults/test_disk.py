@@ -28,8 +28,8 @@ from harness import (
     status,
 )
 
-from patchdiffusion.files import read_json
-from patchdiffusion.train import checkpoint, resume, watch
+from patchdiffusion.system.files import read_json
+from patchdiffusion.train import checkpoint, preview, resume
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -102,7 +102,7 @@ def test_d1_disk_full_at_a_grid(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(watch, "save_png", full)
+        patch.setattr(preview, "save_png", full)
         ended = here(images, folder)
     assert (ended.code, status(folder)) == (0, "finished"), ended.err
     assert ended.out.count("No space left on device") == 1

@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from patchdiffusion import cli
-from patchdiffusion.codec import encode
-from patchdiffusion.files import read_json
-from patchdiffusion.sample import SamplerConfig
+from patchdiffusion.sampling.pipeline import SamplerConfig
+from patchdiffusion.system.files import read_json
+from patchdiffusion.system.serialize import encode
 from patchdiffusion.train.config import RunConfig
 
 quick = settings(

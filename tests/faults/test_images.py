@@ -26,8 +26,8 @@ from patchdiffusion.data.decode import decode
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
-from patchdiffusion.files import read_json
-from patchdiffusion.report import read_log
+from patchdiffusion.system.files import read_json
+from patchdiffusion.train.report import read_log
 
 SIDE = 40_000  # pixels of a decompression bomb
 LIMIT = "exceeds limit of 178956970 pixels"
@@ -103,7 +103,7 @@ def test_i1_too_many_broken_files(mixed: Path, tmp_path: Path, capsys: Capture) 
 BOMB = """
 import sys, torch
 from patchdiffusion import cli
-from patchdiffusion.train.machine import peak_memory
+from patchdiffusion.system.device import (peak_memory)
 cpu = torch.device("cpu")
 start = peak_memory(cpu)
 for source in sys.argv[1:3]:

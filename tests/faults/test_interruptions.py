@@ -11,9 +11,10 @@ import tiny
 import torch
 from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, here, same_run, status, torchrun
 
-from patchdiffusion import files, rng
-from patchdiffusion.report import read_log
+from patchdiffusion import rng
+from patchdiffusion.system import files
 from patchdiffusion.train import checkpoint
+from patchdiffusion.train.report import read_log
 
 EVERY_THIRD = {"kind": "save_every", "steps": 3}
 

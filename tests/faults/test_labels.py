@@ -16,7 +16,7 @@ from patchdiffusion import cli
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
-from patchdiffusion.files import read_json, write_json
+from patchdiffusion.system.files import read_json, write_json
 
 NAMES = ["10 \u732b", "9 \u72ac", 'say "hi"', "two\nlines", "caf\u00e9", "\U0001f600", "\x1b[2Jx"]
 ORDER = ["9 \u72ac", "10 \u732b", "\x1b[2Jx", "caf\u00e9", 'say "hi"', "two\nlines", "\U0001f600"]

@@ -10,8 +10,8 @@ import tiny
 import torch
 from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, here, status
 
-from patchdiffusion.report import read_log
 from patchdiffusion.train import checkpoint, loop
+from patchdiffusion.train.report import read_log
 
 STEPS = 96
 LONGER: dict[str, Any] = {"config": {"images": 3.0 * STEPS, "optim.cooldown": 0.0}}

@@ -165,7 +165,7 @@ def test_a_learned_log_variance_is_the_same_everywhere(images: Path, tmp_path: P
 PENDING = """
 import sys, time, torch
 from torch.distributed import distributed_c10d as c10d
-from patchdiffusion.dist import leave
+from patchdiffusion.system.dist import (leave)
 
 c10d.init_process_group("gloo")
 

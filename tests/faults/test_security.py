@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
-from patchdiffusion.files import read_json, sha256, write_json
 from patchdiffusion.model import load_model
-from patchdiffusion.train.load import find
+from patchdiffusion.system.files import read_json, sha256, write_json
+from patchdiffusion.train.restore import find
 
 SECRET = "the words of somebody else"
 

@@ -10,9 +10,9 @@ import pytest
 import tiny
 from harness import LONG, checkpoints, drive, here, same_run, status
 
-from patchdiffusion.report import read_log
 from patchdiffusion.train import trackers
 from patchdiffusion.train.log import RunLog
+from patchdiffusion.train.report import read_log
 
 # ---- O1: loggers ----
 

@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from patchdiffusion.noise import PATHS, NoiseLaw, check_range
+from patchdiffusion.noise import NoiseLaw, check_range
+from patchdiffusion.paths import PATHS
 
 MOST_STEPS = 1_000_000  # beyond is a slip
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion.codec import decode
-from patchdiffusion.denoiser import EDM
-from patchdiffusion.dist import Team
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.objectives import parameterisation
 from patchdiffusion.objectives.consistency import Boundary
+from patchdiffusion.parameterisation import EDM
+from patchdiffusion.system.dist import Team
+from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.parallel import as_sharded, is_sharded, local

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store, _set_pg_timeout
 from torch.distributed.rendezvous import rendezvous
 
-from patchdiffusion.errors import Stop
+from patchdiffusion.system.errors import Stop
 
 T = TypeVar("T")
 

@@ -6,8 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from patchdiffusion.denoiser import Denoiser, EpsDDPM, EpsVP, Parameterisation
-from patchdiffusion.grids import ends, flow_uniform, karras, log_uniform, support, time_uniform
+from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.auto import AutoGuidance
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.guidance.extrapolate import Extrapolation
@@ -15,7 +14,16 @@ from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.guidance.threshold import Clamp, DynamicThreshold
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives import FewStep, denoises
+from patchdiffusion.parameterisation import EpsDDPM, EpsVP, Parameterisation
 from patchdiffusion.solvers import SOLVERS, Churn, Solver, SolverName
+from patchdiffusion.solvers.schedules import (
+    ends,
+    flow_uniform,
+    karras,
+    log_uniform,
+    support,
+    time_uniform,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
 
-from patchdiffusion.files import cache_dir, sha256, write_atomic
+from patchdiffusion.system.files import cache_dir, sha256, write_atomic
 
 TRIES = 3
 WAIT = 2.0  # seconds before the second try, and twice as long before the third

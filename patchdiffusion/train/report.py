@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from patchdiffusion.files import parse_json, read_json, write_bytes
+from patchdiffusion.system.files import parse_json, read_json, write_bytes
 
 Record = dict[str, Any]
 

@@ -1,43 +1,14 @@
 """What the hardware is told before a run: threads, precision, where the pixels are, compilation."""
 
 import contextlib
-import os
-import platform
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion.dist import Place
-from patchdiffusion.memory import keep_freed
-from patchdiffusion.nets import fused
-from patchdiffusion.train.config import RunConfig
-
 MOST_GRAPHS = 256  # blocks differ in widths, and each size of crops has its own
 SHARE_FOR_IMAGES = 0.3  # of the free memory of a device
-
-_FORKED = [False]
-os.register_at_fork(after_in_child=lambda: _FORKED.__setitem__(0, True))
-
-
-def prepare_machine(run: RunConfig, device: torch.device, where: Place) -> None:
-    """Set what PyTorch keeps for the whole process."""
-    if device.type == "cpu":
-        keep_freed()
-    if run.threads:
-        torch.set_num_threads(run.threads)
-    elif _FORKED[0]:
-        torch.set_num_threads(1)  # a forked process has lost the threads of its parent
-    elif where.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // where.local_size))
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
-        torch.backends.cudnn.benchmark = not run.deterministic
-        if run.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
 
 
 def best_precision(device: torch.device) -> str:
@@ -63,11 +34,6 @@ def resident(images: Tensor, device: torch.device) -> Tensor:
         return images
     free, _ = torch.cuda.mem_get_info(device)
     return images.to(device) if images.numel() < SHARE_FOR_IMAGES * free else images
-
-
-def compiles(run: RunConfig, device: torch.device) -> bool:
-    """Whether blocks are compiled; on a CPU that takes minutes and gains nothing."""
-    return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
 
 
 def compile_units(units: list[nn.Module], *, backend: Any = "inductor") -> None:
@@ -112,31 +78,11 @@ def compiled_graphs() -> int:
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
-def engine_facts(
-    run: RunConfig, device: torch.device, where: Place, precision: str
-) -> dict[str, Any]:
-    """Everything the last bits of a run depend on, beside its configuration and data."""
-    cuda = device.type == "cuda"
-    return {
-        "version": version("patchdiffusion"),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
-        "precision": precision,
-        "threads": torch.get_num_threads(),
-        "processes": where.size,
-        "sharded": run.shard,
-        "compiled": compiles(run, device),
-        "kernels": _kernels(run, device, precision),
-        "deterministic": run.deterministic or not cuda,
-    }
-
-
-def _kernels(run: RunConfig, device: torch.device, precision: str) -> str:
-    if compiles(run, device):
-        return "compiled blocks"
-    return "operators" if device.type == "cuda" or precision == "fp16" else fused.status()
-
-
-SHARED_FACTS = ("version", "torch", "precision", "sharded", "compiled")
-"""Those that all processes of a run must have in common."""
+def pick_device(choice: torch.device | str = "auto") -> torch.device:
+    """cuda where there is one if `choice` is "auto"; raises `ValueError` if it cannot be had."""
+    if choice == "auto":
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(choice)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("no CUDA device is available here; use --device cpu")
+    return device

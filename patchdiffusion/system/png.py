@@ -11,7 +11,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from patchdiffusion.files import write_bytes
+from patchdiffusion.system.files import write_bytes
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -12,7 +12,8 @@ from torch import Tensor
 from patchdiffusion.cond import Cond, Step, Tape
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
-from patchdiffusion.dist import Team
+from patchdiffusion.encoders.features import Extractor
+from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.metrics.compare import Gathered
 from patchdiffusion.metrics.evaluate import (
     COPY_LIMIT,
@@ -21,18 +22,18 @@ from patchdiffusion.metrics.evaluate import (
     EvaluationConfig,
     sample_labels,
 )
-from patchdiffusion.metrics.features import Extractor
 from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.heldout import held_out_losses, summarise
 from patchdiffusion.metrics.memorise import copy_rate
 from patchdiffusion.objectives import denoises
-from patchdiffusion.objectives.flowmap import FlowMap
+from patchdiffusion.parameterisation import natural_weight
 from patchdiffusion.patches import Size
-from patchdiffusion.picture import enlarge, grid, save_png, to_uint8
-from patchdiffusion.sample import SamplerConfig, sample
+from patchdiffusion.sampling.driver import sample
+from patchdiffusion.sampling.pipeline import SamplerConfig
+from patchdiffusion.system.device import autocast
+from patchdiffusion.system.dist import Team
+from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
 from patchdiffusion.train.config import TrainConfig
-from patchdiffusion.train.machine import autocast
-from patchdiffusion.weighting import natural_weight
 
 T = TypeVar("T")
 Ending = Callable[[], bool]

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchdiffusion.dist import Team
-from patchdiffusion.fetch import fetch
-from patchdiffusion.files import sha256
-from patchdiffusion.metrics.inception import Inception, resize_antialiased, resize_legacy
-from patchdiffusion.require import require
+from patchdiffusion.encoders.inception import Inception, resize_antialiased, resize_legacy
+from patchdiffusion.system.dist import Team
+from patchdiffusion.system.fetch import fetch
+from patchdiffusion.system.files import sha256
+from patchdiffusion.system.optional import require
 
 INCEPTION_DIGEST = "6726825d"
 INCEPTION_URL = (

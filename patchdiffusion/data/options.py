@@ -1,13 +1,14 @@
-"""The options of `prepare`, and the size and channels it infers when they are not given."""
+"""The settings of a run's data, the options of `prepare`, and what it infers if not given."""
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from patchdiffusion.data.augment import Augmentation
 from patchdiffusion.data.decode import MAX_SIDE, MIN_SIDE, background_colour, fit, is_grey, to_uint8
 from patchdiffusion.data.example import BadImage, Source
 from patchdiffusion.data.files import FileSource
@@ -17,6 +18,22 @@ _PROBED = 256
 _SAME_SIZE = 128
 _LARGEST_INFERRED = 64
 _MAX_WORKERS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the images come from and how they are prepared."""
+
+    path: str = "glyphs"
+    """Folder, zip, array or pack of images, or "glyphs", the built-in set."""
+    resolution: int | tuple[int, int] | None = None
+    """Side, or height and width, in pixels; None chooses from the images."""
+    channels: Literal[1, 3, 4] | None = None
+    """1 grey, 3 colour, 4 with alpha; None chooses from the images."""
+    flip: bool = False
+    """Mirror images left to right at random, before they are cropped."""
+    augment: Augmentation = field(default_factory=Augmentation)
+    """Changes that the network is told of; needs --network.augment-dim 9."""
 
 
 @dataclass(frozen=True, kw_only=True)

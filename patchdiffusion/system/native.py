@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from patchdiffusion.files import cache_dir, write_atomic
+from patchdiffusion.system.files import cache_dir, write_atomic
 
 # No fast-math: NaN and infinity must come out where they should.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")

@@ -1,0 +1,1 @@
+"""Frozen or separately trained networks that turn images into features."""

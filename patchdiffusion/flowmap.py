@@ -1,0 +1,61 @@
+"""Flow maps, the solution operators of the probability-flow equation, and how to sample with them.
+
+A flow map takes an image at time t straight to time s (arXiv 2510.21890): what a solver does in
+many evaluations of a denoiser, it does in one. Each lives in the frame of its own path, in which
+pure noise has a finite time.
+"""
+
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.cond import Cond
+from patchdiffusion.patches import Size, coordinates
+from patchdiffusion.paths import Path
+
+
+@runtime_checkable
+class FlowMap(Protocol):
+    """Psi_{t -> s}: z [B, C, *S] at time t to the same shape at s <= t, both [B] or scalars."""
+
+    @property
+    def path(self) -> Path:
+        """The frame: z_t = a(t) x0 + s(t) eps."""
+        ...
+
+    @property
+    def gamma(self) -> float:
+        """The share of fresh noise it is usually sampled with, see `jump`."""
+        ...
+
+    def times(self, steps: int) -> Tensor:
+        """The times of a number of jumps, from pure noise to the image: float64 [steps + 1]."""
+        ...
+
+    def __call__(
+        self, z: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond | None = None
+    ) -> Tensor: ...
+
+
+class PatchMap:
+    """A flow map of a region of a canvas: what `PatchDenoiser` is for a denoiser."""
+
+    def __init__(self, flow_map: FlowMap, canvas: Size, corner: tuple[int, int] = (0, 0)):
+        self.flow_map = flow_map
+        self.canvas = canvas
+        self.corner = corner
+        self.path = flow_map.path
+        self.gamma = flow_map.gamma
+
+    def times(self, steps: int) -> Tensor:
+        """Those of the map."""
+        return self.flow_map.times(steps)
+
+    def __call__(
+        self, z: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond | None = None
+    ) -> Tensor:
+        top, left = (torch.full((len(z),), c, device=z.device) for c in self.corner)
+        pos = coordinates(top, left, (z.shape[-2], z.shape[-1]), self.canvas)
+        return self.flow_map(z, t, s, replace(cond or Cond(), pos=pos))

@@ -1,0 +1,41 @@
+"""A grid of noise levels, and one step of Heun's rule between two of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.cond import Cond
+from patchdiffusion.denoiser import Denoiser, expand_sigma
+from patchdiffusion.paths import per_sample
+
+
+def heun_step(
+    denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond | None = None
+) -> Tensor:
+    """From noise level t to s > 0 by Heun's rule, each sample between its own levels."""
+    t, s = expand_sigma(t, x), expand_sigma(s, x)
+    step = per_sample(s - t, x)
+    slope = (x - denoiser(x, t, cond)) / per_sample(t, x)
+    ahead = x + step * slope
+    return x + step * (slope + (ahead - denoiser(ahead, s, cond)) / per_sample(s, x)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levels:
+    """Noise levels evenly spaced in sigma^(1/rho), increasing (EDM, equation 5)."""
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    rho: float = 7.0
+
+    def at(self, place: Tensor, count: int) -> Tensor:
+        """The levels at places 0 ... count - 1 of a grid of `count`: float32, shape of place."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        level = (low + place.double() / (count - 1) * (high - low)) ** self.rho
+        return level.clamp(self.sigma_min, self.sigma_max).to(torch.float32)  # the ends exactly
+
+    def place(self, sigma: Tensor, count: int) -> Tensor:
+        """Where levels lie on that grid, the inverse of `at`."""
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (sigma ** (1 / self.rho) - low) / (high - low) * (count - 1)

@@ -1,0 +1,239 @@
+"""Parameterisations: what the network predicts, D = c_skip x + c_out F(c_in x, c_noise).
+
+Each is four functions of sigma (Karras et al., arXiv 2206.00364, equation 7); `OnPath` makes them
+for any prediction on any path.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.noise import DDPMSteps, Law, LogNormal, UniformTime, check_sigma_data
+from patchdiffusion.paths import (
+    DDPM,
+    VE,
+    VP,
+    Path,
+    Prediction,
+    Schedule,
+    check_table,
+    convert,
+    per_sample,
+)
+from patchdiffusion.weighting import (
+    EDMWeight,
+    EpsWeight,
+    FlowWeight,
+    LossWeight,
+    MinSNRWeight,
+    VWeight,
+)
+
+
+class Scales(NamedTuple):
+    """The four functions of sigma, each [B] (EDM, equation 7)."""
+
+    skip: Tensor
+    out: Tensor
+    inner: Tensor
+    noise: Tensor
+
+    def denoised(self, x: Tensor, raw: Tensor) -> Tensor:
+        """c_skip x + c_out F, in the precision of x."""
+        return per_sample(self.skip, x) * x + per_sample(self.out, x) * raw.to(x.dtype)
+
+
+class Precond(Protocol):
+    """Which parameterisation a network is trained in."""
+
+    def scales(self, sigma: Tensor) -> Scales: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EDM:
+    """Unit-variance inputs and targets, least amplification of errors (EDM, table 1)."""
+
+    sigma_data: float = 0.5
+    """Standard deviation of the data in [-1, 1] units."""
+
+    def __post_init__(self) -> None:
+        check_sigma_data(self.sigma_data)
+
+    def scales(self, sigma: Tensor) -> Scales:
+        total = sigma**2 + self.sigma_data**2
+        out = sigma * self.sigma_data * total.rsqrt()
+        return Scales(self.sigma_data**2 / total, out, total.rsqrt(), sigma.log() / 4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrigFlow:
+    """The network predicts (dz/dt) / sigma_data on z = cos(t) x0 + sin(t) sigma_data eps.
+
+    EDM with the sign of the network flipped and another c_noise (arXiv 2410.11081, section 3).
+    With sigma_data 1 it predicts v, which is the velocity of the cosine path (GVP, 2401.08740)
+    over pi / 2.
+    """
+
+    sigma_data: float = 0.5
+    """Standard deviation of the data in [-1, 1] units."""
+    time_scale: float = 1000.0
+    """c_noise = time_scale t, t = atan(sigma / sigma_data) up to pi / 2; 1 as published."""
+
+    def __post_init__(self) -> None:
+        check_sigma_data(self.sigma_data)
+        _check_time_scale(self.time_scale)
+
+    def scales(self, sigma: Tensor) -> Scales:
+        edm = EDM(sigma_data=self.sigma_data).scales(sigma)
+        time = (sigma / self.sigma_data).atan()
+        return edm._replace(out=-edm.out, noise=self.time_scale * time)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsVP:
+    """The network predicts eps on a VP path: DDPM in continuous time (EDM, table 1, VP)."""
+
+    steps: int = 1000
+    """c_noise = (steps - 1) t, the time scale of the discrete model."""
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+
+    def scales(self, sigma: Tensor) -> Scales:
+        inner = (sigma**2 + 1).rsqrt()
+        return Scales(torch.ones_like(sigma), -sigma, inner, (self.steps - 1) * VP().time(sigma))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpsDDPM:
+    """The network predicts eps and is told the discrete step of the noise level (DDPM)."""
+
+    schedule: Schedule = "linear"
+    """linear: beta from 1e-4 to .02 if there are 1000 steps; cosine: that of improved DDPM."""
+    steps: int = 1000
+    """Number of steps."""
+    nearest: bool = False
+    """Between two steps tell the nearer one, instead of a fraction."""
+
+    def __post_init__(self) -> None:
+        check_table(self.schedule, self.steps)
+
+    def scales(self, sigma: Tensor) -> Scales:
+        step = DDPM(schedule=self.schedule, steps=self.steps).index(sigma)
+        step = step.clamp(0, self.steps - 1).to(sigma.dtype)
+        inner = (sigma**2 + 1).rsqrt()
+        noise = step.round() if self.nearest else step
+        return Scales(torch.ones_like(sigma), -sigma, inner, noise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class V:
+    """The network predicts v = a eps - s x0 on a variance-preserving path (arXiv 2202.00512)."""
+
+    steps: int = 1000
+    """c_noise = (steps - 1) t of the VP path."""
+
+    def __post_init__(self) -> None:
+        _check_steps(self.steps)
+
+    def scales(self, sigma: Tensor) -> Scales:
+        total = sigma**2 + 1
+        noise = (self.steps - 1) * VP().time(sigma)
+        return Scales(1 / total, -sigma * total.rsqrt(), total.rsqrt(), noise)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowMatching:
+    """The network predicts eps - x0, the velocity of the straight path (arXiv 2210.02747)."""
+
+    time_scale: float = 1000.0
+    """c_noise = time_scale t; embeddings by sines tell small times apart only if it is large."""
+
+    def __post_init__(self) -> None:
+        _check_time_scale(self.time_scale)
+
+    def scales(self, sigma: Tensor) -> Scales:
+        inner = 1 / (1 + sigma)
+        return Scales(inner, -sigma * inner, inner, self.time_scale * (sigma * inner))
+
+
+@dataclass(frozen=True)
+class X0:
+    """The network predicts the image itself from x / sqrt(1 + sigma^2); c_noise = ln(sigma) / 4."""
+
+    def scales(self, sigma: Tensor) -> Scales:
+        inner = (sigma**2 + 1).rsqrt()
+        return Scales(torch.zeros_like(sigma), torch.ones_like(sigma), inner, sigma.log() / 4)
+
+
+Parameterisation = EDM | EpsVP | EpsDDPM | V | X0 | FlowMatching | TrigFlow
+"""Those that a run may be trained in and a model file may name."""
+
+
+@dataclass(frozen=True)
+class OnPath:
+    """Any prediction on any path, of data times `data_scale`; c_noise is the time of the path."""
+
+    path: Path
+    prediction: Prediction
+    data_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.data_scale < math.inf:
+            raise ValueError(f"data_scale must be positive and finite, not {self.data_scale}")
+        self.scales(torch.ones(1))  # raises if there is no such prediction
+
+    def scales(self, sigma: Tensor) -> Scales:
+        # In float64, since 1 - t cancels; x0 is linear in z and in the prediction.
+        t = self.path.time(sigma.double() * self.data_scale)
+        a, none, one = self.path.a(t), torch.zeros_like(t), torch.ones_like(t)
+        skip = a * convert(none, one, t, self.path, self.prediction, "x0")
+        out = convert(one, none, t, self.path, self.prediction, "x0") / self.data_scale
+        told = t if isinstance(self.path, VE) else t.clamp(0, 1)  # a network knows no others
+        return Scales(*(c.to(sigma.dtype) for c in (skip, out, a * self.data_scale, told)))
+
+
+def _check_time_scale(value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ValueError(f"time_scale must be positive and finite, not {value}")
+
+
+def _check_steps(value: int) -> None:
+    if not 2 <= value <= 1_000_000:
+        raise ValueError(f"steps must lie in [2, 1000000], not {value}")
+
+
+# ---- What belongs to a parameterisation ----
+
+
+def natural_weight(precond: Parameterisation) -> LossWeight:
+    """The mean squared error of what the network puts out; of X0, min-SNR as its authors train."""
+    match precond:
+        case EDM() | TrigFlow():
+            return EDMWeight(sigma_data=precond.sigma_data)
+        case EpsVP() | EpsDDPM():
+            return EpsWeight()
+        case V():
+            return VWeight()
+        case FlowMatching():
+            return FlowWeight()
+        case X0():
+            return MinSNRWeight()
+
+
+def natural_law(precond: Parameterisation) -> Law:
+    """The noise levels that a parameterisation was published with."""
+    match precond:
+        case EDM() | TrigFlow() | X0():
+            return LogNormal()
+        case EpsVP():
+            return UniformTime(path="vp")
+        case EpsDDPM():
+            return DDPMSteps(schedule=precond.schedule, steps=precond.steps)
+        case V():
+            return UniformTime(path="cosine")
+        case FlowMatching():
+            return UniformTime(path="flow")

@@ -1,0 +1,143 @@
+"""The sampling driver: seeds, batches, regions, precision and progress around a solver."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser, edges
+from patchdiffusion.flowmap import FlowMap, PatchMap
+from patchdiffusion.noise import NoiseLaw
+from patchdiffusion.patches import Size
+from patchdiffusion.sampling.config import SamplerConfig
+from patchdiffusion.solvers import Noise, run
+from patchdiffusion.solvers.jumps import jump
+
+
+def noise_field(seeds: Tensor, channels: int, corner: tuple[int, int], size: Size) -> Tensor:
+    """Standard normal noise that belongs to a seed and a place: float32 [B, channels, *size].
+
+    The value at a pixel depends on its position on the unbounded canvas only, so that regions of
+    one image agree where they overlap.
+    """
+    key = rng.keys(0, "initial noise", 0, seeds)
+    rows = torch.arange(size[0], device=seeds.device) + corner[0]
+    cols = torch.arange(size[1], device=seeds.device) + corner[1]
+    row_keys = rng.keys(0, "row", 0, rows)[None, :] ^ key[:, None]  # [B, h]
+    pixel_keys = rng.keys(0, "column", 0, cols)[None, None, :] + row_keys[:, :, None]  # [B, h, w]
+    values = rng.normal(pixel_keys.flatten(), (channels,))  # [B h w, C]
+    return values.reshape(len(seeds), *size, channels).movedim(-1, 1)
+
+
+def sample(
+    model: Denoiser | FlowMap,
+    *,
+    seeds: Sequence[int],
+    channels: int,
+    canvas: Size,
+    labels: Tensor | None = None,
+    config: SamplerConfig | None = None,
+    guide: Denoiser | None = None,
+    size: Size | None = None,
+    corner: tuple[int, int] | None = None,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    law: NoiseLaw | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Sample one image per seed: float32 [N, C, *size] in about [-1, 1], on the CPU.
+
+    An image depends on its seed and label, not on the batch it is computed in. `size` defaults to
+    the canvas; `corner` (top, left) places a region of another size, by default in the middle.
+    With a `guide`, a worse denoiser, the weight `config.guidance` is that of `AutoGuidance`.
+    The solver runs in `dtype`, at noise levels that `law` draws if it is given; a flow map takes
+    `config.count` jumps. `progress` is called with the number of images done at a time.
+    """
+    config = (config or SamplerConfig()).of_kind(isinstance(model, FlowMap))
+    if guide is not None and isinstance(model, FlowMap):
+        raise ValueError("a guide is for solvers of denoisers, and this is sampled by a flow map")
+    size = size or canvas
+    corner = corner or ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
+    if isinstance(model, FlowMap):
+        solve = functools.partial(_jump, PatchMap(model, canvas, corner), config)
+    else:
+        denoiser = PatchDenoiser(config.guided(model, guide), canvas, corner)
+        solve = functools.partial(_solve, denoiser, config, config.sigmas(law))
+    done = [torch.empty(0, channels, *size)]
+    for start in range(0, len(seeds), batch):
+        part = torch.tensor(list(seeds[start : start + batch]), dtype=torch.int64, device=device)
+        cond = Cond(labels=None if labels is None else labels[start : start + batch].to(device))
+        noise = functools.partial(_fresh_noise, part, (channels, *size), dtype)
+        x = noise_field(part, channels, corner, size).to(dtype)
+        with torch.no_grad():
+            x = solve(part, x, cond, noise)
+        done.append(x.to("cpu", torch.float32))
+        if progress:
+            progress(len(part))
+    return torch.cat(done)
+
+
+def _solve(
+    denoiser: Denoiser,
+    config: SamplerConfig,
+    sigmas: Tensor,
+    seeds: Tensor,
+    noisy: Tensor,
+    cond: Cond,
+    noise: Noise,
+) -> Tensor:
+    stamped, solver = _Stamped(denoiser, next(_RUNS), seeds), config.bound_solver()
+    x = noisy * sigmas[0].item()
+    return run(solver(stamped, x, sigmas, cond=cond, noise=noise)).x
+
+
+def _jump(
+    flow_map: FlowMap,
+    config: SamplerConfig,
+    seeds: Tensor,
+    noisy: Tensor,
+    cond: Cond,
+    noise: Noise,
+) -> Tensor:
+    times = flow_map.times(config.count)
+    z = noisy * flow_map.path.s(times[0]).item()
+    return run(jump(flow_map, z, times, cond=cond, noise=noise, gamma=config.gamma)).x
+
+
+_RUNS = itertools.count()  # numbers trajectories, so that no cache mixes two of them
+
+
+@dataclass(frozen=True)
+class _Stamped:
+    """Completes the `Step` of a solver with the number of the trajectory and its seeds."""
+
+    denoiser: Denoiser
+    run: int
+    seeds: Tensor
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        return edges(self.denoiser)
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        step: Step | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        if step is not None:
+            step = replace(step, run=self.run, seeds=self.seeds)
+        return self.denoiser(x, sigma, cond, step=step, tape=tape)
+
+
+def _fresh_noise(seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:
+    return rng.normal(rng.keys(0, "churn", index, seeds), shape).to(dtype)

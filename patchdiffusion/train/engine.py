@@ -1,0 +1,69 @@
+"""How a run uses the hardware: threads, kernels, compilation, and what its last bits depend on."""
+
+import os
+import platform
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from patchdiffusion.nets import fused
+from patchdiffusion.system.dist import Place
+from patchdiffusion.system.memory import keep_freed
+from patchdiffusion.train.config import RunConfig
+
+_FORKED = [False]
+os.register_at_fork(after_in_child=lambda: _FORKED.__setitem__(0, True))
+
+
+def prepare_machine(run: RunConfig, device: torch.device, where: Place) -> None:
+    """Set what PyTorch keeps for the whole process."""
+    if device.type == "cpu":
+        keep_freed()
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    elif _FORKED[0]:
+        torch.set_num_threads(1)  # a forked process has lost the threads of its parent
+    elif where.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // where.local_size))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
+        torch.backends.cudnn.benchmark = not run.deterministic
+        if run.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+
+
+def compiles(run: RunConfig, device: torch.device) -> bool:
+    """Whether blocks are compiled; on a CPU that takes minutes and gains nothing."""
+    return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
+
+
+def engine_facts(
+    run: RunConfig, device: torch.device, where: Place, precision: str
+) -> dict[str, Any]:
+    """Everything the last bits of a run depend on, beside its configuration and data."""
+    cuda = device.type == "cuda"
+    return {
+        "version": version("patchdiffusion"),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
+        "machine": platform.machine(),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "processes": where.size,
+        "sharded": run.shard,
+        "compiled": compiles(run, device),
+        "kernels": _kernels(run, device, precision),
+        "deterministic": run.deterministic or not cuda,
+    }
+
+
+def _kernels(run: RunConfig, device: torch.device, precision: str) -> str:
+    if compiles(run, device):
+        return "compiled blocks"
+    return "operators" if device.type == "cuda" or precision == "fp16" else fused.status()
+
+
+SHARED_FACTS = ("version", "torch", "precision", "sharded", "compiled")
+"""Those that all processes of a run must have in common."""
