@@ -200,7 +200,7 @@ def memory(data: str, folder: Path) -> Result:
     for name, pack in (("small", small.path), ("10 GB", large)):
         out = folder / f"memory-{name}"
         options = f"train {pack} --batch 8 --network.base 16 --network.blocks 1".split()
-        options += ["--images", "4000", "--out", str(out), "--watch.samples", "1"]
+        options += ["--images", "4000", "--out", str(out), "--preview.samples", "1"]
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "patchdiffusion", *options],
             stdout=subprocess.PIPE,

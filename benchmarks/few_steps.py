@@ -65,7 +65,7 @@ class MLP(nn.Module):
         initialise(self, seed)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
-        span = torch.zeros_like(noise) if cond.span is None else cond.span
+        span = torch.zeros_like(noise) if cond.jump is None else cond.jump
         told = [positional(4 * value, self.features) for value in (noise, span)]
         h = torch.cat([x, *told], dim=1)
         for layer in self.layers:

@@ -32,8 +32,10 @@ from patchdiffusion.solvers import SOLVERS
 Record = dict[str, Any]
 
 SMALL = "--network.base 8 --network.mult 1 2 --network.blocks 1 --network.attention 1"
-STEPS = "--clock steps --images 20 --batch 4 --watch.status 1000000 --watch.samples 1"
-STEPS += " --watch.grid 4 --watch.sample-steps 3 --watch.held-out 8 --precision fp32 --threads 1"
+STEPS = "--clock steps --images 20 --batch 4 --preview.status 1000000 --preview.samples 1"
+STEPS += (
+    " --preview.grid 4 --preview.sample-steps 3 --preview.held-out 8 --precision fp32 --threads 1"
+)
 
 TRAINED: dict[str, str] = {
     "demo": f"glyphs {STEPS}",

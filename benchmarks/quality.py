@@ -125,7 +125,7 @@ def collect(run: Run, folder: Path) -> dict[str, Any]:
     """The curve of a finished run, and what it is a curve of."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     status = [r for r in records if r["kind"] == "status"]
-    watch = {r["step"]: r for r in records if r["kind"] == "watch" and "held_out" in r}
+    watch = {r["step"]: r for r in records if r["kind"] == "preview" and "held_out" in r}
     start = next(r for r in records if r["kind"] == "start")
     curve = []
     for step, record in sorted(watch.items()):

@@ -58,7 +58,7 @@ def main() -> None:
             keys = rng.keys(0, str(group.size), step, torch.arange(group.count))
             chosen = pack.train[rng.integers(rng.subkeys(keys, "image"), len(pack.train))]
             x, pos = pd.random_crop(images[chosen].float() / 127.5 - 1, group.size, key=keys)
-            sigma = pd.LogNormal().draw(rng.uniform(rng.subkeys(keys, "sigma"), 1)[:, 0]).float()
+            sigma = pd.LogNormal().icdf(rng.uniform(rng.subkeys(keys, "sigma"), 1)[:, 0]).float()
             noise = rng.normal(rng.subkeys(keys, "noise"), tuple(x.shape[1:]))
             error = denoising_error(denoiser, x, noise, sigma, pd.Cond(pos=pos))
             loss = loss + group.weight * (error * (sigma**2 + 0.25) / (sigma * 0.5) ** 2).mean()

@@ -10,7 +10,7 @@ from importlib.metadata import version
 
 __version__ = version("patchdiffusion")
 
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.model import load_model
@@ -44,7 +44,7 @@ __all__ = [
     "random_crop",
     "coordinates",
     "Cond",
-    "Step",
+    "Position",
     "Tape",
     "Denoiser",
     "NetDenoiser",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import expand_sigma
 from patchdiffusion.patches import Size
 from patchdiffusion.paths import per_sample
@@ -106,7 +106,7 @@ class LowRankMixture:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         """E[x0 | x]: x [B, *S] -> [B, *S]."""
@@ -218,7 +218,7 @@ class GaussianField:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         """E[x0 | x]: x [B, C, H, W] of the size of the canvas -> the same."""
@@ -275,7 +275,7 @@ class IdealDenoiser:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         """E[x0 | x]: x [B, *S] -> [B, *S]."""

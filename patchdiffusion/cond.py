@@ -28,10 +28,10 @@ class Cond:
     """[B, K], augmentation parameters; zero or None is none."""
     extra: Tensor | None = None
     """[B, D], a pooled embedding."""
-    level: Tensor | None = None
-    """[B], noise percentile, filled in by the denoiser."""
-    span: Tensor | None = None
-    """[B], how far a flow map goes, in its own units; 0 or None is nowhere: a denoiser."""
+    percentile: Tensor | None = None
+    """[B], percentile of the noise level in its law, filled in by the denoiser."""
+    jump: Tensor | None = None
+    """[B], length t - s of a flow-map jump, in its own units; 0 or None is a denoiser."""
     seed: Tensor | None = None
     """int64 [B], keys of draws inside the network such as dropout; None is evaluation."""
 
@@ -80,7 +80,7 @@ pytree.register_pytree_node(
 
 
 @dataclass(frozen=True)
-class Step:
+class Position:
     """Where a solver stands, handed down so that caches and schedules never guess.
 
     `stage` is 0 for a predictor and 1 for a corrector evaluation; wrappers that call a denoiser
@@ -94,7 +94,7 @@ class Step:
     slot: tuple = ()
     seeds: Tensor | None = None
 
-    def within(self, name: str) -> "Step":
+    def within(self, name: str) -> "Position":
         """The same place inside a wrapper that calls a denoiser, or several, more than once."""
         return replace(self, slot=(*self.slot, name))
 

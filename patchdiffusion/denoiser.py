@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.parameterisation import OnPath, Precond
 from patchdiffusion.patches import Size, coordinates
@@ -27,18 +27,18 @@ class Denoiser(Protocol):
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor: ...
 
 
-def edges(denoiser: Denoiser) -> tuple[float, ...]:
-    """The levels at which a denoiser jumps: what its attribute `edges` says, or none.
+def discontinuities(denoiser: Denoiser) -> tuple[float, ...]:
+    """The levels at which a denoiser jumps: what its attribute `discontinuities` says, or none.
 
     It is one function of x where sigma <= edge and another where sigma > edge, so a multistep
     solver must not use estimates from the other side. Wrappers pass on what they wrap.
     """
-    return getattr(denoiser, "edges", ())
+    return getattr(denoiser, "discontinuities", ())
 
 
 def parts(denoiser: Denoiser) -> Iterator[object]:
@@ -62,7 +62,7 @@ class NetDenoiser(nn.Module):
     """A network under a preconditioner. The affine part is computed in the precision of x."""
 
     def __init__(self, network: nn.Module, precond: Precond, law: NoiseLaw | None = None):
-        """`law`, if given, fills `cond.level` with the quantile of sigma for the network."""
+        """`law`, if given, fills `cond.percentile` with the quantile of sigma for the network."""
         super().__init__()
         self.network = network
         self.precond = precond
@@ -74,14 +74,14 @@ class NetDenoiser(nn.Module):
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         """x [B, C, H, W], sigma [B] or scalar -> denoised, shape and dtype of x."""
         sigma = expand_sigma(sigma, x)
         cond = cond or Cond()
         if self.law is not None:
-            cond = replace(cond, level=self.law.level(sigma).to(torch.float32))
+            cond = replace(cond, percentile=self.law.cdf(sigma).to(torch.float32))
         scales = self.precond.scales(sigma)
         inner = (per_sample(scales.inner, x) * x).to(torch.float32)
         raw = self.network(inner, scales.noise.to(torch.float32), cond, tape=tape)
@@ -101,7 +101,7 @@ class ForeignDenoiser:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         scales = self.precond.scales(expand_sigma(sigma, x))
@@ -138,8 +138,8 @@ class PatchDenoiser:
         self.corner = corner
 
     @property
-    def edges(self) -> tuple[float, ...]:
-        return edges(self.denoiser)
+    def discontinuities(self) -> tuple[float, ...]:
+        return discontinuities(self.denoiser)
 
     def __call__(
         self,
@@ -147,9 +147,11 @@ class PatchDenoiser:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         top, left = (torch.full((len(x),), c, device=x.device) for c in self.corner)
         pos = coordinates(top, left, (x.shape[-2], x.shape[-1]), self.canvas)
-        return self.denoiser(x, sigma, replace(cond or Cond(), pos=pos), step=step, tape=tape)
+        return self.denoiser(
+            x, sigma, replace(cond or Cond(), pos=pos), position=position, tape=tape
+        )

@@ -73,7 +73,7 @@ class DenoisingLoss:
     def levels(self, draws: Draws, law: NoiseLaw | None = None) -> Tensor:
         """The noise level of each sample, by another law if one is given: float32 [B]."""
         u = draws.stratified("sigma") if self.stratified else draws.uniform("sigma")
-        return (law or self.law).draw(u).to(torch.float32)
+        return (law or self.law).icdf(u).to(torch.float32)
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         sigma = self.levels(draws, batch.noise)

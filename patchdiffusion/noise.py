@@ -11,14 +11,14 @@ from patchdiffusion.paths import DDPM, PATHS, Schedule, check_table, levels
 
 
 class NoiseLaw(Protocol):
-    """A distribution of sigma, given by its quantile function; 0 and 1 give the ends of it."""
+    """A distribution of sigma, given by its quantile function; percentiles 0 and 1 are its ends."""
 
-    def draw(self, u: Tensor) -> Tensor:
-        """Sigma at the quantiles u in (0, 1): [B] -> [B]."""
+    def icdf(self, u: Tensor) -> Tensor:
+        """Sigma at the percentiles u in (0, 1): [B] -> [B]."""
         ...
 
-    def level(self, sigma: Tensor) -> Tensor:
-        """The quantile of sigma, the inverse of `draw`: [B] -> [B]."""
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The percentile of sigma, the inverse of `icdf`: [B] -> [B]."""
         ...
 
 
@@ -37,12 +37,12 @@ class LogNormal:
     def __post_init__(self) -> None:
         _check_normal(self, self.mean, self.std)
 
-    def draw(self, u: Tensor) -> Tensor:
-        """Sigma at the quantiles u."""
+    def icdf(self, u: Tensor) -> Tensor:
+        """Sigma at the percentiles u."""
         return (self.mean + self.std * torch.special.ndtri(u)).exp()
 
-    def level(self, sigma: Tensor) -> Tensor:
-        """The quantile of sigma."""
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The percentile of sigma."""
         return torch.special.ndtr((sigma.log() - self.mean) / self.std)
 
 
@@ -71,13 +71,13 @@ class LogitNormal:
         """The same law of sigma."""
         return LogNormal(mean=self.mean + math.log(self.shift), std=self.std)
 
-    def draw(self, u: Tensor) -> Tensor:
-        """Sigma at the quantiles u."""
-        return self.log_normal.draw(u)
+    def icdf(self, u: Tensor) -> Tensor:
+        """Sigma at the percentiles u."""
+        return self.log_normal.icdf(u)
 
-    def level(self, sigma: Tensor) -> Tensor:
-        """The quantile of sigma."""
-        return self.log_normal.level(sigma)
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The percentile of sigma."""
+        return self.log_normal.cdf(sigma)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +92,12 @@ class LogUniform:
     def __post_init__(self) -> None:
         check_range(self.sigma_min, self.sigma_max)
 
-    def draw(self, u: Tensor) -> Tensor:
-        """Sigma at the quantiles u."""
+    def icdf(self, u: Tensor) -> Tensor:
+        """Sigma at the percentiles u."""
         return self.sigma_min * (self.sigma_max / self.sigma_min) ** u
 
-    def level(self, sigma: Tensor) -> Tensor:
-        """The quantile of sigma, clamped to [0, 1]."""
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The percentile of sigma, clamped to [0, 1]."""
         span = math.log(self.sigma_max / self.sigma_min)
         return ((sigma / self.sigma_min).log() / span).clamp(0, 1)
 
@@ -115,32 +115,32 @@ class UniformTime:
         if not 0 < self.margin < 0.5:
             raise ValueError(f"UniformTime needs margin in (0, 0.5), not {self.margin}")
 
-    def draw(self, u: Tensor) -> Tensor:
-        """Sigma at the quantiles u."""
+    def icdf(self, u: Tensor) -> Tensor:
+        """Sigma at the percentiles u."""
         return PATHS[self.path].sigma(self.margin + (1 - 2 * self.margin) * u)
 
-    def level(self, sigma: Tensor) -> Tensor:
-        """The quantile of sigma, clamped to [0, 1]."""
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The percentile of sigma, clamped to [0, 1]."""
         t = PATHS[self.path].time(sigma)
         return ((t - self.margin) / (1 - 2 * self.margin)).clamp(0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
-    """The levels of another law between two of its quantiles, times a scale."""
+class Truncated:
+    """Another law restricted to an interval of its percentiles, times a scale."""
 
     law: NoiseLaw
     low: float = 0.0
     high: float = 1.0
     scale: float = 1.0
 
-    def draw(self, u: Tensor) -> Tensor:
-        """Sigma at the quantiles u."""
-        return self.law.draw(self.low + (self.high - self.low) * u) * self.scale
+    def icdf(self, u: Tensor) -> Tensor:
+        """Sigma at the percentiles u."""
+        return self.law.icdf(self.low + (self.high - self.low) * u) * self.scale
 
-    def level(self, sigma: Tensor) -> Tensor:
-        """The quantile of sigma, clamped to [0, 1]."""
-        u = self.law.level(sigma / self.scale)
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The percentile of sigma, clamped to [0, 1]."""
+        u = self.law.cdf(sigma / self.scale)
         return ((u - self.low) / (self.high - self.low)).clamp(0, 1)
 
 
@@ -156,13 +156,13 @@ class DDPMSteps:
     def __post_init__(self) -> None:
         check_table(self.schedule, self.steps)
 
-    def draw(self, u: Tensor) -> Tensor:
-        """Sigma at the quantiles u."""
+    def icdf(self, u: Tensor) -> Tensor:
+        """Sigma at the percentiles u."""
         step = (u * self.steps).long().clamp(max=self.steps - 1)
         return levels(self.schedule, self.steps, u.device)[step].to(u.dtype)
 
-    def level(self, sigma: Tensor) -> Tensor:
-        """The quantile in the middle of its step, with a fraction between two: in (0, 1)."""
+    def cdf(self, sigma: Tensor) -> Tensor:
+        """The percentile in the middle of its step, with a fraction between two: in (0, 1)."""
         index = DDPM(schedule=self.schedule, steps=self.steps).index(sigma)
         return ((index.clamp(0, self.steps - 1) + 0.5) / self.steps).to(sigma.dtype)
 

@@ -209,7 +209,7 @@ def _check_steps(value: int) -> None:
 # ---- What belongs to a parameterisation ----
 
 
-def natural_weight(precond: Parameterisation) -> LossWeight:
+def default_weighting(precond: Parameterisation) -> LossWeight:
     """The mean squared error of what the network puts out; of X0, min-SNR as its authors train."""
     match precond:
         case EDM() | TrigFlow():
@@ -224,7 +224,7 @@ def natural_weight(precond: Parameterisation) -> LossWeight:
             return MinSNRWeight()
 
 
-def natural_law(precond: Parameterisation) -> Law:
+def default_noise(precond: Parameterisation) -> Law:
     """The noise levels that a parameterisation was published with."""
     match precond:
         case EDM() | TrigFlow() | X0():

@@ -19,7 +19,7 @@ from typing import Literal, get_args
 import torch
 
 from patchdiffusion import rng
-from patchdiffusion.noise import NoiseLaw, Part
+from patchdiffusion.noise import NoiseLaw, Truncated
 from patchdiffusion.patches import Size
 
 Mode = Literal["stratified", "stochastic", "progressive", "constant_pixels"]
@@ -50,7 +50,7 @@ class PatchLaw:
     """How the number of crops grows as they shrink; the paper uses 1, 2, 4: inverse_side."""
     loss_norm: LossNorm = "area"
     """area: a crop's gradient counts with its area, as in the paper; mean: all crops alike."""
-    levels: tuple[tuple[float, float], ...] = ()
+    percentiles: tuple[tuple[float, float], ...] = ()
     """Noise levels of each size, from one quantile of the run's noise law to another; by default
     every size sees all of them."""
     pitches: tuple[int, ...] = ()
@@ -72,20 +72,23 @@ class PatchLaw:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}, allowed: {get_args(kind)}"
                 )
-        for name, given in (("levels", self.levels), ("pitches", self.pitches)):
+        for name, given in (("percentiles", self.percentiles), ("pitches", self.pitches)):
             if given and len(given) != len(self.fractions):
                 raise ValueError(f"{name} needs one entry per fraction, or none, not {len(given)}")
-        if not all(0 <= low < high <= 1 for low, high in self.levels):
-            raise ValueError(f"levels must be quantiles 0 <= low < high <= 1, not {self.levels}")
+        if not all(0 <= low < high <= 1 for low, high in self.percentiles):
+            raise ValueError(f"percentiles need 0 <= low < high <= 1, not {self.percentiles}")
         if not all(pitch >= 1 for pitch in self.pitches):
             raise ValueError(f"pitches must be at least 1, not {self.pitches}")
 
     @property
     def views(self) -> tuple[tuple[float, float, int, tuple[float, float]], ...]:
-        """Fraction, probability, pitch and levels of each size."""
+        """Fraction, probability, pitch and percentiles of each size."""
         count = len(self.fractions)
-        pitches, levels = self.pitches or (1,) * count, self.levels or ((0.0, 1.0),) * count
-        return tuple(zip(self.fractions, self.probs, pitches, levels, strict=True))
+        pitches, percentiles = (
+            self.pitches or (1,) * count,
+            self.percentiles or ((0.0, 1.0),) * count,
+        )
+        return tuple(zip(self.fractions, self.probs, pitches, percentiles, strict=True))
 
     @classmethod
     def paper(cls, p: float = 0.5, *, latent: bool = False) -> "PatchLaw":
@@ -127,7 +130,7 @@ class Group:
         name = "{}x{}".format(*self.size)
         if self.pitch > 1:
             name += f"@{self.pitch}"
-        if isinstance(self.noise, Part) and (self.noise.low, self.noise.high) != (0.0, 1.0):
+        if isinstance(self.noise, Truncated) and (self.noise.low, self.noise.high) != (0.0, 1.0):
             name += f"[{self.noise.low:g}-{self.noise.high:g}]"
         return name
 
@@ -163,11 +166,11 @@ class PatchPlan:
     law: PatchLaw = PatchLaw()
     divisor: int = 1
     noise: NoiseLaw | None = None
-    """Noise law of the run, which a law of sizes with levels or pitches divides."""
+    """Noise law of the run, which a law of sizes with percentiles or pitches divides."""
 
     def __post_init__(self) -> None:
-        if self.noise is None and (self.law.levels or self.law.pitches):
-            raise ValueError("a patch law with levels or pitches needs the noise law of the run")
+        if self.noise is None and (self.law.percentiles or self.law.pitches):
+            raise ValueError("percentiles or pitches of a patch law need the noise law of the run")
         if isinstance(self.canvas, int) or len(self.canvas) != 2 or min(self.canvas) < 1:
             raise ValueError(f"canvas must be (height, width), both positive, not {self.canvas}")
         if self.batch < 1 or self.divisor < 1:
@@ -252,7 +255,7 @@ class PatchPlan:
     def _noise(self, pitch: int, levels: tuple[float, float]) -> NoiseLaw | None:
         if self.noise is None or (pitch == 1 and levels == (0.0, 1.0)):
             return None
-        return Part(law=self.noise, low=levels[0], high=levels[1], scale=1 / pitch)
+        return Truncated(law=self.noise, low=levels[0], high=levels[1], scale=1 / pitch)
 
     def draw(self, *, seed: int, step: int, progress: float | None = None) -> tuple[Group, ...]:
         """The groups of one step.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import expand_sigma
 from patchdiffusion.paths import per_sample
 
@@ -16,7 +16,7 @@ class Two:
         self.conditional = conditional
         self.unconditional = unconditional
         self.batches: list[int] = []
-        self.steps: list[Step | None] = []
+        self.steps: list[Position | None] = []
         self.sigma: Tensor | float = 0.0
 
     def __call__(
@@ -25,12 +25,12 @@ class Two:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         assert cond is not None and cond.labels is not None
         self.batches.append(len(x))
-        self.steps.append(step)
+        self.steps.append(position)
         self.sigma = sigma
         if tape is not None:
             tape.put("x", x)

@@ -75,7 +75,7 @@ class Little(nn.Module):
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         self.calls.append(cond)
-        span = torch.zeros_like(noise) if cond.span is None else cond.span
+        span = torch.zeros_like(noise) if cond.jump is None else cond.jump
         label = -torch.ones(len(x)) if cond.labels is None else cond.labels
         told = torch.stack([noise.sin(), span.cos(), noise * span, label.to(noise)], dim=1)
         shift = told @ self.mix[:4].to(noise)  # [B, C]

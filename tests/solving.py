@@ -9,7 +9,7 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import expand_sigma
 from patchdiffusion.paths import per_sample
 from patchdiffusion.solvers import SOLVERS, Churn, Noise, Solver, heun, solve
@@ -62,7 +62,7 @@ class Gaussian:
 
     mean: float = 0.3
     std: float = 0.5
-    steps: list[Step | None] = field(default_factory=list)
+    steps: list[Position | None] = field(default_factory=list)
     sigmas: list[float] = field(default_factory=list)
 
     def __call__(
@@ -71,10 +71,10 @@ class Gaussian:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        self.steps.append(step)
+        self.steps.append(position)
         sigma = expand_sigma(sigma, x)
         self.sigmas.append(float(sigma[0]))
         share = self.std**2 / (self.std**2 + sigma**2)

@@ -15,7 +15,7 @@ from patchdiffusion.parameterisation import EDM
 from patchdiffusion.plans import Group, PatchLaw, PatchPlan
 from patchdiffusion.train.config import GuardConfig, OptimConfig
 from patchdiffusion.train.guard import Guard
-from patchdiffusion.train.parallel import Work
+from patchdiffusion.train.parallel import LossModule
 from patchdiffusion.train.state import Meter
 from patchdiffusion.train.step import Stepper
 
@@ -41,7 +41,7 @@ def make(
         network = SongUNet(replace(tiny.NETWORK, dropout=0.1))
         tiny.randomise(network)
     stepper = Stepper(
-        Work(NetDenoiser(network, EDM()), objective or DenoisingLoss()),
+        LossModule(NetDenoiser(network, EDM()), objective or DenoisingLoss()),
         Feed(IMAGES, LABELS, torch.arange(12), seed=7, flip=True),
         Guard(guard or GuardConfig(), torch.device("cpu")),
         config=config,

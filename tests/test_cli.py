@@ -28,8 +28,8 @@ from patchdiffusion.system.serialize import decode
 SMALL = [
     "--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1",
     "--network.attention", "--batch", "2", "--patches.fractions", "1", "--patches.probs", "1",
-    "--watch.status", "2", "--watch.samples", "1", "--watch.grid", "2",
-    "--watch.sample-steps", "1", "--watch.held-out", "2", "--images", "4", "--device", "cpu",
+    "--preview.status", "2", "--preview.samples", "1", "--preview.grid", "2",
+    "--preview.sample-steps", "1", "--preview.held-out", "2", "--images", "4", "--device", "cpu",
 ]  # fmt: skip
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 

@@ -134,7 +134,7 @@ def test_errors_of_flags_in_any_terminal(
     for flags, message in (
         ("--network.base 6", "network: base must be a multiple of 4 in [4, 4096], not 6"),
         ("--batch x", "--batch: invalid literal for int() with base 10: 'x'"),
-        ("--watch.grd 3", "Unrecognized options: --watch.grd, 3"),
+        ("--preview.grd 3", "Unrecognized options: --preview.grd, 3"),
         ("--optim.betas 1", "Missing value for argument '--optim.betas'. Expected 2 values."),
     ):
         assert fails(capsys, "train", "glyphs", *flags.split()) == message

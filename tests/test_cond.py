@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils import _pytree as pytree
 
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 
 
 def full(batch: int = 3) -> Cond:
@@ -19,8 +19,8 @@ def full(batch: int = 3) -> Cond:
         image=torch.linspace(0, 1, batch * 4 * 6).reshape(batch, 1, 4, 6),
         augment=torch.linspace(2, 3, batch * 9).reshape(batch, 9),
         extra=torch.linspace(3, 4, batch * 7).reshape(batch, 7),
-        level=torch.linspace(0, 1, batch),
-        span=torch.linspace(4, 5, batch),
+        percentile=torch.linspace(0, 1, batch),
+        jump=torch.linspace(4, 5, batch),
         seed=count + 77,
     )
 
@@ -126,6 +126,8 @@ def test_tape_scopes_nest_and_end_after_an_error() -> None:
 
 def test_step_is_a_value() -> None:
     """Caches key on parts of it, so equal positions must be equal and hashable."""
-    a, b = (Step(run=0, index=1, stage=0, sigmas=(2.0, 1.0, 0.0), slot=("cfg",)) for _ in range(2))
+    a, b = (
+        Position(run=0, index=1, stage=0, sigmas=(2.0, 1.0, 0.0), slot=("cfg",)) for _ in range(2)
+    )
     assert a == b and hash(a) == hash(b)
-    assert Step(run=0, index=1, stage=1, sigmas=(2.0, 1.0, 0.0), slot=("cfg",)) != a
+    assert Position(run=0, index=1, stage=1, sigmas=(2.0, 1.0, 0.0), slot=("cfg",)) != a

@@ -21,7 +21,7 @@ from patchdiffusion.weighting import EDMWeight
 
 def exact_g(x: Tensor, sigma: Tensor, cond: Cond | None = None, **_: object) -> Tensor:
     """g(x, t, s) of the exact map, (Psi - (s / t) x) / (1 - s / t); E[x0 | x] at span 0."""
-    span = torch.zeros_like(sigma) if cond is None or cond.span is None else cond.span
+    span = torch.zeros_like(sigma) if cond is None or cond.jump is None else cond.jump
     keep = per_sample(1 - span, x)
     jumped = (Exact()(x, sigma, sigma * (1 - span)) - keep * x) / (1 - keep)
     return torch.where(per_sample(span, x) == 0, gaussian()(x, sigma), jumped)
@@ -44,7 +44,7 @@ def test_short_jumps_are_denoising() -> None:
     x, sigma = normal(50), torch.ones(50, dtype=torch.float64)
     errors = []
     for gap in (1e-1, 1e-3, 1e-5):
-        told = Cond(span=torch.full((50,), gap, dtype=torch.float64))
+        told = Cond(jump=torch.full((50,), gap, dtype=torch.float64))
         errors.append(float((exact_g(x, sigma, told) - gaussian()(x, sigma)).abs().max()))
     assert errors[0] < 0.1 and errors[1] / errors[0] == pytest.approx(0.01, rel=0.2)
     assert errors[2] / errors[1] == pytest.approx(0.01, rel=0.2)
@@ -60,7 +60,7 @@ def test_a_network_is_told_the_relative_length() -> None:
     flow_map = TrajectoryMap(g=NetDenoiser(network, EDM()))
     flow_map(normal(2, (1, 3, 3)).float(), 4.0, 1.0, Cond(labels=torch.tensor([1, 2])))
     (cond,) = network.calls
-    assert cond.span is not None and cond.span.tolist() == [0.75, 0.75]
+    assert cond.jump is not None and cond.jump.tolist() == [0.75, 0.75]
     assert cond.labels is not None and cond.labels.tolist() == [1, 2]
 
 
@@ -102,7 +102,7 @@ def test_the_loss_by_hand() -> None:
     solved = x + (wide[1] - wide[0]) * (slope + second) / 2
 
     def jump(g: NetDenoiser, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        told = Cond(labels=cond.labels, span=1 - b / a)
+        told = Cond(labels=cond.labels, jump=1 - b / a)
         return per_sample(b / a, x) * x + per_sample(1 - b / a, x) * g(x, a, told)
 
     zero = torch.zeros_like(s)

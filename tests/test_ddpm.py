@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from patchdiffusion.noise import DDPMSteps, NoiseLaw, Part
-from patchdiffusion.parameterisation import EpsDDPM, natural_law
+from patchdiffusion.noise import DDPMSteps, NoiseLaw, Truncated
+from patchdiffusion.parameterisation import EpsDDPM, default_noise
 from patchdiffusion.paths import DDPM, Schedule, levels
 
 SCHEDULES: tuple[Schedule, ...] = ("linear", "cosine")
@@ -75,7 +75,7 @@ def test_beyond_the_table() -> None:
     """The path goes on, and what a network is told stays within."""
     sigma = torch.tensor([1e-9, 1e-3, 1e4, math.inf], dtype=torch.float64)
     assert EpsDDPM().scales(sigma).noise.tolist() == [0, 0, 999, 999]
-    assert DDPMSteps().level(sigma).tolist() == [0.0005, 0.0005, 0.9995, 0.9995]
+    assert DDPMSteps().cdf(sigma).tolist() == [0.0005, 0.0005, 0.9995, 0.9995]
     time = DDPM().time(sigma[:3])
     assert float(time[1]) < 0 and float(time[2]) > 1
     assert torch.allclose(DDPM().sigma(time), sigma[:3], rtol=1e-9)
@@ -93,23 +93,23 @@ def test_one_level_for_all_samples() -> None:
 def test_every_step_is_drawn_alike(schedule: Schedule) -> None:
     law = DDPMSteps(schedule=schedule, steps=250)
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    sigma = law.draw(u)
+    sigma = law.icdf(u)
     assert torch.equal(sigma, table(schedule, 250).repeat_interleave(4))
-    level = law.level(table(schedule, 250))
+    level = law.cdf(table(schedule, 250))
     assert torch.allclose(level, (torch.arange(250).double() + 0.5) / 250, atol=1e-12)
-    assert torch.equal(law.draw(level), table(schedule, 250))
+    assert torch.equal(law.icdf(level), table(schedule, 250))
 
 
 def test_the_ends_of_the_law() -> None:
-    ends = DDPMSteps().draw(torch.tensor([0.0, 1.0], dtype=torch.float64))
+    ends = DDPMSteps().icdf(torch.tensor([0.0, 1.0], dtype=torch.float64))
     assert torch.equal(ends, table("linear")[[0, -1]])
 
 
 def test_a_part_of_the_law() -> None:
-    law: NoiseLaw = Part(law=DDPMSteps(), low=0.5, high=0.75, scale=0.5)
+    law: NoiseLaw = Truncated(law=DDPMSteps(), low=0.5, high=0.75, scale=0.5)
     u = (torch.arange(250, dtype=torch.float64) + 0.5) / 250
-    assert torch.equal(law.draw(u), table("linear")[500:750] / 2)
-    assert torch.allclose(law.level(law.draw(u)), u, atol=1e-10)
+    assert torch.equal(law.icdf(u), table("linear")[500:750] / 2)
+    assert torch.allclose(law.cdf(law.icdf(u)), u, atol=1e-10)
 
 
 # ---- The preconditioner ----
@@ -118,9 +118,9 @@ def test_a_part_of_the_law() -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_network_is_told_the_step_it_was_drawn_at(schedule: Schedule) -> None:
     precond = EpsDDPM(schedule=schedule, steps=100)
-    law = natural_law(precond)
+    law = default_noise(precond)
     assert law == DDPMSteps(schedule=schedule, steps=100)
-    told = precond.scales(law.draw(torch.linspace(0.005, 0.995, 100, dtype=torch.float64))).noise
+    told = precond.scales(law.icdf(torch.linspace(0.005, 0.995, 100, dtype=torch.float64))).noise
     assert torch.equal(told, torch.arange(100).double())
 
 

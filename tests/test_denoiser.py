@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianField, GaussianMixture
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import NetDenoiser, PatchDenoiser, as_denoiser, expand_sigma
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.parameterisation import (
@@ -23,7 +23,7 @@ from patchdiffusion.parameterisation import (
     Precond,
     TrigFlow,
     V,
-    natural_weight,
+    default_weighting,
 )
 from patchdiffusion.patches import coordinates
 from patchdiffusion.paths import DDPM, VE, VP, Cosine, Flow, Path, Prediction, convert, per_sample
@@ -134,7 +134,7 @@ def test_edm_scales() -> None:
 )
 def test_natural_weight_times_c_out_squared_is_one(precond: Parameterisation) -> None:
     """Every noise level counts the same for the network's own output."""
-    product = natural_weight(precond)(SIGMA) * precond.scales(SIGMA).out ** 2
+    product = default_weighting(precond)(SIGMA) * precond.scales(SIGMA).out ** 2
     assert float((product - 1).abs().max()) < 1e-12
 
 
@@ -265,14 +265,18 @@ def test_network_sees_float32_and_all_of_the_condition() -> None:
     cond = Cond(labels=torch.tensor([1, 2]), extra=torch.ones(2, 3))
     denoiser = NetDenoiser(network, EDM(), law=LogNormal())
     x = torch.ones(2, 3, 4, 4, dtype=torch.float64)
-    out = denoiser(x, torch.tensor([0.1, 3.0]), cond, tape=tape, step=Step(0, 0, 0, (1.0, 0.0)))
+    out = denoiser(
+        x, torch.tensor([0.1, 3.0]), cond, tape=tape, position=Position(0, 0, 0, (1.0, 0.0))
+    )
     assert out.dtype == torch.float64
     assert network.x.dtype == network.noise.dtype == torch.float32
     assert network.tape is tape
     assert network.cond.labels is cond.labels and network.cond.extra is cond.extra
-    assert network.cond.level is not None and cond.level is None
+    assert network.cond.percentile is not None and cond.percentile is None
     assert torch.allclose(
-        LogNormal().draw(network.cond.level.double()), torch.tensor([0.1, 3.0]).double(), rtol=1e-5
+        LogNormal().icdf(network.cond.percentile.double()),
+        torch.tensor([0.1, 3.0]).double(),
+        rtol=1e-5,
     )
     assert torch.allclose(network.noise, torch.tensor([0.1, 3.0]).log() / 4)
 
@@ -306,7 +310,7 @@ class ByPosition:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         assert cond is not None and cond.pos is not None

@@ -18,13 +18,13 @@ from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 
 def test_without_a_launcher_there_is_one_process() -> None:
     assert place({}) == Place(0, 1, 0, 1)
-    assert place({}).lead
+    assert place({}).is_main
 
 
 def test_torchrun_tells_everything() -> None:
     told = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     assert place(told) == Place(5, 8, 1, 4)
-    assert not place(told).lead
+    assert not place(told).is_main
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_srun_does_not_say_where_the_first_process_is() -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 6, 7, 64])
 @pytest.mark.parametrize("turn", [0, 1])
 def test_shares_are_the_whole(size: int, count: int, turn: int) -> None:
-    shares = [Team(Place(rank, size)).share(count, turn) for rank in range(size)]
+    shares = [Team(Place(rank, size)).shard(count, turn) for rank in range(size)]
     assert [i for share in shares for i in share] == list(range(count))
     lengths = [len(share) for share in shares]
     assert max(lengths) - min(lengths) <= 1
@@ -82,8 +82,8 @@ def test_shares_are_the_whole(size: int, count: int, turn: int) -> None:
 
 def test_what_is_left_over_takes_turns() -> None:
     first, last = Team(Place(0, 2)), Team(Place(1, 2))
-    assert (len(first.share(7, 0)), len(last.share(7, 0))) == (4, 3)
-    assert (len(first.share(7, 1)), len(last.share(7, 1))) == (3, 4)
+    assert (len(first.shard(7, 0)), len(last.shard(7, 0))) == (4, 3)
+    assert (len(first.shard(7, 1)), len(last.shard(7, 1))) == (3, 4)
 
 
 # ---- Alone, nothing is asked ----
@@ -91,11 +91,11 @@ def test_what_is_left_over_takes_turns() -> None:
 
 def test_alone_everything_is_immediate() -> None:
     with join() as team:
-        assert team.size == 1 and team.lead
+        assert team.size == 1 and team.is_main
         x = torch.ones(2)
-        assert team.sum(x) is x and team.spread(x) is x
+        assert team.all_reduce(x) is x and team.broadcast(x) is x
         assert team.gather(3) == [3]
-        assert team.on_lead(lambda: 4) == 4
+        assert team.on_main(lambda: 4) == 4
         team.agree("test", {"a": 1}, code=2)
         team.patience(1.0)
         vote = Vote(team, 2)
@@ -110,7 +110,7 @@ def test_errors_of_the_leading_process_are_its_own() -> None:
         raise ValueError("told once")
 
     with pytest.raises(ValueError, match="told once"):
-        Team().on_lead(fail)
+        Team().on_main(fail)
     assert str(Team().stop("a", code=5)) == "a"
     assert str(Team(Place(1, 2)).stop("a", code=5)) == ""
 

@@ -28,7 +28,7 @@ from patchdiffusion.metrics.heldout import held_out_losses
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.solvers import SolverName
 from patchdiffusion.system.dist import Place, Team
-from patchdiffusion.train.config import WatchConfig
+from patchdiffusion.train.config import PreviewConfig
 from patchdiffusion.train.report import read_log
 from patchdiffusion.weighting import EDMWeight
 
@@ -87,7 +87,7 @@ def test_the_loss_is_that_of_the_run_and_its_law(pack: Pack, finished: Path) -> 
     """Of the averaged weights, at the noise levels and with the weight of training."""
     pipeline = load(finished, device="cpu")
     loss = Evaluation(pack, CONFIG, None).of_model(pipeline)["held_out"]["loss"]
-    watched = [r["held_out"] for r in read_log(finished) if r["kind"] == "watch"]
+    watched = [r["held_out"] for r in read_log(finished) if r["kind"] == "preview"]
     assert loss == watched[-1]["loss"] == watched[-1]["sizes"]["16x16"]
     trained = tiny.config(Path())
     found = held_out_losses(
@@ -381,14 +381,14 @@ def test_evaluate_refuses(
 def test_a_run_follows_the_distance(
     own: str, images: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    watch = WatchConfig(status=99, samples=2, grid=2, sample_steps=2, held_out=2, distance=12)
-    config = tiny.config(images, watch=replace(watch, extractor=own))
+    watch = PreviewConfig(status=99, samples=2, grid=2, sample_steps=2, held_out=2, distance=12)
+    config = tiny.config(images, preview=replace(watch, extractor=own))
     folder = tiny.run(config, tmp_path / "run")
     assert "of 12 samples" in capsys.readouterr().out
-    found = [r["distance"] for r in read_log(folder) if r["kind"] == "watch"]
+    found = [r["distance"] for r in read_log(folder) if r["kind"] == "preview"]
     assert len(found) == 2 and found[0] != found[1] and min(found) > 0
     again = tiny.run(config, tmp_path / "again")
-    assert [r["distance"] for r in read_log(again) if r["kind"] == "watch"] == found
+    assert [r["distance"] for r in read_log(again) if r["kind"] == "preview"] == found
     assert tiny.weights(folder) == tiny.weights(tiny.run(tiny.config(images), tmp_path / "plain"))
     pipeline = load(folder, device="cpu")
     evaluated = Evaluation(

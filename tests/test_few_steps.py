@@ -30,7 +30,7 @@ from patchdiffusion.solvers import Churn
 from patchdiffusion.system.files import read_json, write_json
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train import loop, resume
-from patchdiffusion.train.config import WatchConfig
+from patchdiffusion.train.config import PreviewConfig
 from patchdiffusion.train.report import read_log
 
 KINDS = ("meanflow", "consistency")
@@ -54,9 +54,9 @@ def runs(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
 def test_an_objective_brings_its_noise_and_network(images: Path) -> None:
     plain = tiny.config(images)
     mean, consistent = (recipes.with_objective(plain, kind) for kind in KINDS)
-    assert isinstance(mean.objective, MeanFlowConfig) and mean.network.span
+    assert isinstance(mean.objective, MeanFlowConfig) and mean.network.jump
     assert mean.noise == LogNormal(mean=-0.4, std=1.0)
-    assert isinstance(consistent.objective, ConsistencyConfig) and not consistent.network.span
+    assert isinstance(consistent.objective, ConsistencyConfig) and not consistent.network.jump
     assert consistent.noise == LogNormal(mean=-1.1, std=2.0)
     changed = replace(mean, noise=LogNormal(mean=3.0))
     assert recipes.with_objective(changed, "meanflow") == changed
@@ -102,7 +102,11 @@ def test_what_does_not_fit_is_refused(
 
     other = replace(tiny.NETWORK, num_classes=0)
     refused: list[tuple[TrainConfig, dict[str, object], str]] = [
-        (replace(few, watch=replace(few.watch, guidance=2.0)), {}, "watch.guidance 2.0 cannot"),
+        (
+            replace(few, preview=replace(few.preview, guidance=2.0)),
+            {},
+            "preview.guidance 2.0 cannot",
+        ),
         (few, {"shard": True}, "--shard works with --objective denoising only"),
         (taught_by(tmp_path), {}, "holds no model"),
         (taught_by(runs["consistency"]), {}, "is no denoiser"),
@@ -112,7 +116,7 @@ def test_what_does_not_fit_is_refused(
         with pytest.raises(ValueError, match=message):
             tiny.training(changed, tmp_path / "run", **run)
     tiny.training(taught_by(runs["meanflow"]), tmp_path / "run")  # which is a denoiser
-    with pytest.raises(ValueError, match=r"set --network\.span"):
+    with pytest.raises(ValueError, match=r"set --network\.jump"):
         replace(few, network=tiny.NETWORK)
 
 
@@ -192,7 +196,7 @@ def test_a_span_may_be_gained(images: Path, tmp_path: Path) -> None:
         pass
     given, state = load_model(flow).network.state_dict(), training.network.state_dict()
     assert all(torch.equal(state[name], value) for name, value in given.items())
-    assert not state["embed.span.weight"].any()
+    assert not state["embed.jump.weight"].any()
 
 
 # ---- What a model says of itself ----
@@ -215,7 +219,7 @@ def test_older_files_are_denoisers(finished: Path, tmp_path: Path) -> None:
     for file in (folder / "config.json", folder / "model" / "config.json"):
         facts = read_json(file)
         assert facts.pop("objective") is None
-        facts["network"].pop("span")
+        facts["network"].pop("jump")
         write_json(file, facts)
     assert decode(TrainConfig, read_json(folder / "config.json")).objective is None
     assert load_model(folder).flow_map is None
@@ -284,7 +288,7 @@ def test_the_grids_of_a_run_are_those_of_its_map(
     images: Path, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     training = tiny.training(config(images, "meanflow"), tmp_path)
-    grid = training.watch.draw(training.averaged)
+    grid = training.preview.draw(training.averaged)
     flow_map = training.config.objective.flow_map(training.averaged)  # type: ignore
     expected = sample(
         flow_map, seeds=range(2), channels=3, canvas=(16, 16), labels=torch.tensor([0, 1]),
@@ -331,15 +335,15 @@ def test_an_objective_is_chosen_by_a_word(
     monkeypatch.chdir(tmp_path)
     small = [
         "--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1",
-        "--network.attention", "--batch", "2", "--watch.samples", "1", "--watch.grid", "1",
+        "--network.attention", "--batch", "2", "--preview.samples", "1", "--preview.grid", "1",
         "--images", "2", "--device", "cpu",
     ]  # fmt: skip
     command = ["train", images, "--objective", "meanflow", *small]
     works(capsys, *command, "--objective.same", "0.5")
     run = tmp_path / "runs" / "images"
     stored = decode(TrainConfig, read_json(run / "config.json"))
-    assert stored.objective == MeanFlowConfig(same=0.5) and stored.network.span
-    assert stored.watch.sample_steps == 2
+    assert stored.objective == MeanFlowConfig(same=0.5) and stored.network.jump
+    assert stored.preview.sample_steps == 2
     assert "is finished" in works(capsys, *command)  # what is stored counts
     assert "is finished" in works(capsys, "train", run)
     assert "objective" in fails(capsys, "train", run, "--objective", "denoising")
@@ -349,7 +353,7 @@ def test_an_objective_is_chosen_by_a_word(
         (["--objective"], "Missing value for argument '--objective'"),
         (["--objective.same", "0.5"], "Unrecognized options: --objective.same"),
         (["--objective", "meanflow", "--objective.same", "7"], "same in [0, 1]"),
-        (["--objective=meanflow", "--network.no-span"], "set --network.span"),
+        (["--objective=meanflow", "--network.no-jump"], "set --network.jump"),
     ):
         assert message in fails(capsys, "train", "glyphs", *arguments)
 
@@ -359,9 +363,9 @@ def test_the_recipe(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyP
     told = works(capsys, "train", "meanflow", "--dry-run", "--device", "cpu")
     assert "recipe    meanflow: The demo as a few-step model" in told and "24x24" in told
     given = recipes.find("meanflow")(Facts(classes=3))
-    assert isinstance(given.objective, MeanFlowConfig) and given.network.span
+    assert isinstance(given.objective, MeanFlowConfig) and given.network.jump
     assert len(given.patches.fractions) > 1  # patches, whose coordinates do not move
-    assert given.watch == replace(WatchConfig(), status=40, samples=4, sample_steps=2)
+    assert given.preview == replace(PreviewConfig(), status=40, samples=4, sample_steps=2)
 
 
 def test_an_evaluation_tells_the_solver(runs: dict[str, Path]) -> None:

@@ -49,7 +49,7 @@ def consistency() -> Pipeline:
 
 
 def meanflow() -> Pipeline:
-    network = replace(tiny.NETWORK, span=True, num_classes=3)
+    network = replace(tiny.NETWORK, jump=True, num_classes=3)
     return changed(tiny.pipeline(), objective=MeanFlowConfig(), network=network)
 
 
@@ -198,7 +198,7 @@ def test_without_classes_in_the_data_all_are_drawn_alike(pack: Pack, finished: P
 
 def test_every_objective_may_follow_every_other(images: Path) -> None:
     plain = replace(tiny.config(images), noise=LogNormal())
-    plain = replace(plain, watch=replace(plain.watch, sample_steps=18))
+    plain = replace(plain, preview=replace(plain.preview, sample_steps=18))
     for first in OBJECTIVES:
         for second in OBJECTIVES:
             there = with_objective(with_objective(plain, first), second)
@@ -275,7 +275,7 @@ def test_the_path_of_a_teacher_is_stored_whole(
     images: Path, finished: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(finished.parent)
-    flags = "--objective consistency --batch 2 --images 2 --watch.samples 1 --watch.grid 1"
+    flags = "--objective consistency --batch 2 --images 2 --preview.samples 1 --preview.grid 1"
     network = "--network.base 4 --network.mult 1 2 --network.blocks 1 --network.attention"
     works(capsys, "train", images, "--out", tmp_path / "run", *flags.split(), *network.split(),
           "--objective.teacher", finished.name, "--device", "cpu")  # fmt: skip

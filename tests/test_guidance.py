@@ -9,7 +9,7 @@ from gaussians import Two, images, inputs
 from torch import Tensor
 
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import PatchDenoiser
 from patchdiffusion.guidance.auto import AutoGuidance
 from patchdiffusion.guidance.cfg import CFG, Unconditional
@@ -81,12 +81,12 @@ def test_everything_else_in_the_condition_is_the_same_in_both_halves() -> None:
             sigma: Tensor | float,
             cond: Cond | None = None,
             *,
-            step: Step | None = None,
+            position: Position | None = None,
             tape: Tape | None = None,
         ) -> Tensor:
             assert cond is not None
             self.cond = cond
-            return super().__call__(x, sigma, cond, step=step, tape=tape)
+            return super().__call__(x, sigma, cond, position=position, tape=tape)
 
     spy, x = Spy(), torch.ones(2, 1, 3, 3)
     pos, context = torch.rand(2, 2, 3, 3, generator=torch.Generator()), torch.ones(2, 4, 5)
@@ -139,14 +139,14 @@ def test_an_empty_interval_is_no_guidance() -> None:
 def test_the_field_jumps_at_the_edges_and_nowhere_else() -> None:
     x, _, cond = inputs()
     guided = CFG(Two(), 3.0, interval=(0.3, 2.0))
-    assert guided.edges == (0.3, 2.0)
+    assert guided.discontinuities == (0.3, 2.0)
     for edge in (0.3, 2.0, 0.2, 1.0, 3.0):
         step = (guided(x, edge * (1 + 1e-9), cond) - guided(x, edge, cond)).abs().max()
-        assert (float(step) > 1e-3) == (edge in guided.edges)
-    assert CFG(Two(), 3.0, interval=(0.0, 2.0)).edges == (2.0,)
+        assert (float(step) > 1e-3) == (edge in guided.discontinuities)
+    assert CFG(Two(), 3.0, interval=(0.0, 2.0)).discontinuities == (2.0,)
     for without in (CFG(Two(), 3.0), CFG(Two(), 1.0, interval=(0.3, 2.0)),
                     CFG(Two(), 3.0, interval=(1.0, 1.0))):  # fmt: skip
-        assert without.edges == ()
+        assert without.discontinuities == ()
 
 
 def test_guided_gaussian_in_an_interval_ends_with_the_known_width() -> None:
@@ -229,11 +229,11 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
 
 def test_the_joined_batch_has_a_slot_and_seeds_of_its_own() -> None:
     x, sigma, cond = inputs(3)
-    step = Step(run=4, index=3, stage=1, sigmas=(1.0, 0.0), seeds=torch.tensor([7, 8, 9]))
+    step = Position(run=4, index=3, stage=1, sigmas=(1.0, 0.0), seeds=torch.tensor([7, 8, 9]))
     denoiser = Two()
     guided = CFG(denoiser, 2.0, interval=(0.5, 1.5))
     for level in (1.0, 2.0, sigma):
-        guided(x, level, cond, step=step)
+        guided(x, level, cond, position=step)
     inside, outside, _ = denoiser.steps
     assert inside is not None and inside.seeds is not None
     assert inside.seeds.tolist() == [7, 8, 9, 7, 8, 9] and inside.slot == ("cfg",)

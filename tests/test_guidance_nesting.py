@@ -12,8 +12,8 @@ from torch import Tensor
 
 from patchdiffusion import rng, sample
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, PatchDenoiser, edges
+from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser, discontinuities
 from patchdiffusion.guidance.auto import AutoGuidance
 from patchdiffusion.guidance.cfg import CFG, Unconditional
 from patchdiffusion.guidance.classifier import ClassifierGuidance
@@ -23,7 +23,7 @@ from patchdiffusion.solvers import heun, solve
 from patchdiffusion.solvers.schedules import karras
 
 TOY = GaussianMixture.toy()
-STEP = Step(run=1, index=2, stage=0, sigmas=(1.0, 0.0))
+STEP = Position(run=1, index=2, stage=0, sigmas=(1.0, 0.0))
 
 
 def bayes(x: Tensor, sigma: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def identity(
     sigma: Tensor | float,
     cond: Cond | None = None,
     *,
-    step: Step | None = None,
+    position: Position | None = None,
     tape: Tape | None = None,
 ) -> Tensor:
     return x
@@ -243,7 +243,7 @@ def test_every_call_within_an_evaluation_has_its_slot() -> None:
     leaves = [Two() for _ in range(4)]
     first = AutoGuidance(leaves[0], leaves[1], 2.0)
     second = AutoGuidance(Clamp(leaves[2]), leaves[3], 2.0)
-    AutoGuidance(first, second, 2.0)(x, 1.0, cond, step=STEP)
+    AutoGuidance(first, second, 2.0)(x, 1.0, cond, position=STEP)
     steps = [leaf.steps[0] for leaf in leaves]
     assert [step.slot for step in steps if step] == [
         *itertools.product(("main", "guide"), repeat=2)
@@ -260,19 +260,19 @@ def test_the_tape_records_the_main_model() -> None:
 
 def test_edges_of_all_parts() -> None:
     auto = AutoGuidance(CFG(TOY, 2.0, interval=(0.1, 2.0)), CFG(TOY, 2.0, interval=(0.2, 3.0)), 2.0)
-    assert set(edges(PatchDenoiser(Clamp(auto), (4, 4)))) == {0.1, 2.0, 0.2, 3.0}
+    assert set(discontinuities(PatchDenoiser(Clamp(auto), (4, 4)))) == {0.1, 2.0, 0.2, 3.0}
     other = ClassifierGuidance(DynamicThreshold(auto), bayes, 1.0, interval=(0.0, 4.0))
-    assert set(edges(Unconditional(other))) == {0.1, 2.0, 0.2, 3.0, 4.0}
-    assert edges(ClassifierGuidance(TOY, bayes, 0.0, interval=(1.0, 2.0))) == ()
-    assert edges(AutoGuidance(TOY, auto, 1.0, interval=(1.0, 2.0))) == ()
-    assert edges(TOY) == edges(tiny.pipeline().model.denoiser) == ()
+    assert set(discontinuities(Unconditional(other))) == {0.1, 2.0, 0.2, 3.0, 4.0}
+    assert discontinuities(ClassifierGuidance(TOY, bayes, 0.0, interval=(1.0, 2.0))) == ()
+    assert discontinuities(AutoGuidance(TOY, auto, 1.0, interval=(1.0, 2.0))) == ()
+    assert discontinuities(TOY) == discontinuities(tiny.pipeline().model.denoiser) == ()
 
 
 def test_the_sampling_driver_passes_on_the_edges() -> None:
     seen: list[tuple[float, ...]] = []
 
     def solver(denoiser: Denoiser, *given: object, **options: object):
-        seen.append(edges(denoiser))
+        seen.append(discontinuities(denoiser))
         return heun(denoiser, *given, **options)  # pyright: ignore[reportArgumentType]
 
     class Config(SamplerConfig):

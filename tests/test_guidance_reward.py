@@ -10,8 +10,8 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture, LowRankMixture
-from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, edges
+from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, discontinuities
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.guidance.classifier import ClassifierGuidance
 from patchdiffusion.guidance.reward import GradientGuidance, Measurement, Tilt, gradient
@@ -184,7 +184,7 @@ class Spy:
     """The toy mixture; remembers how it was called."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[bool, Step | None, Tape | None]] = []
+        self.calls: list[tuple[bool, Position | None, Tape | None]] = []
 
     def __call__(
         self,
@@ -192,25 +192,25 @@ class Spy:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        self.calls.append((torch.is_grad_enabled() and x.requires_grad, step, tape))
+        self.calls.append((torch.is_grad_enabled() and x.requires_grad, position, tape))
         return TOY(x, sigma, cond)
 
 
 def test_neutral_settings_are_the_denoiser_bit_for_bit() -> None:
     x, sigma = noisy(2)
-    step, tape = Step(run=0, index=3, stage=1, sigmas=(1.0, 0.0)), Tape()
+    step, tape = Position(run=0, index=3, stage=1, sigmas=(1.0, 0.0)), Tape()
     with torch.no_grad():
         for guidance in (
             GradientGuidance(spy := Spy(), Tilt(linear), 0.0),
             GradientGuidance(spy, Tilt(linear), below=0.01),
         ):
-            assert torch.equal(guidance(x, sigma, step=step, tape=tape), TOY(x, sigma))
+            assert torch.equal(guidance(x, sigma, position=step, tape=tape), TOY(x, sigma))
         assert spy.calls == [(False, step, tape)] * 2
-        GradientGuidance(spy, Tilt(linear))(x, 1.0, step=step, tape=tape)
-        GradientGuidance(spy, Tilt(linear), jacobian=False)(x, 1.0, step=step, tape=tape)
+        GradientGuidance(spy, Tilt(linear))(x, 1.0, position=step, tape=tape)
+        GradientGuidance(spy, Tilt(linear), jacobian=False)(x, 1.0, position=step, tape=tape)
         assert spy.calls[2:] == [(True, step, tape), (False, step, tape)]
 
 
@@ -227,9 +227,9 @@ def test_a_solver_forgets_where_guidance_begins() -> None:
     levels = torch.tensor([4.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
     for below, first in ((2.0, 2), (1.5, 2), (1.0, 3)):
         guided = GradientGuidance(TOY, Tilt(linear), below=below)
-        assert crossings(levels, edges(guided)) == {first}
-    assert edges(GradientGuidance(TOY, Tilt(linear), 0.0, below=1.0)) == ()
-    assert edges(GradientGuidance(TOY, Tilt(linear))) == ()
+        assert crossings(levels, discontinuities(guided)) == {first}
+    assert discontinuities(GradientGuidance(TOY, Tilt(linear), 0.0, below=1.0)) == ()
+    assert discontinuities(GradientGuidance(TOY, Tilt(linear))) == ()
 
 
 def test_clip_bounds_the_change_of_each_image() -> None:

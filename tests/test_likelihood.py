@@ -20,7 +20,7 @@ from patchdiffusion.apps.likelihood import (
     held_out_bits,
     log_likelihood,
 )
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare_data
@@ -51,7 +51,7 @@ class Pixels:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         level = per_sample(expand_sigma(sigma, x.double()), x)

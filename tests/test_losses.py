@@ -9,7 +9,7 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import NetDenoiser, expand_sigma
 from patchdiffusion.losses import Batch, DenoisingLoss, denoising_error
 from patchdiffusion.noise import LogNormal, LogUniform
@@ -47,7 +47,7 @@ class Spy:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         self.x, self.sigma, self.cond = x, expand_sigma(sigma, x), cond or Cond()
@@ -129,7 +129,7 @@ def test_noise_levels_are_spread_over_the_law() -> None:
     spy, images = Spy(), torch.zeros(16, 1, 2, 2)
     for step in range(5):
         DenoisingLoss()(spy, batch(images), draws(16, step))
-        level = LogNormal().level(spy.sigma.double()).sort().values
+        level = LogNormal().cdf(spy.sigma.double()).sort().values
         assert float(level.diff().max()) < 2 / 16 + 1e-6
     DenoisingLoss(stratified=False)(spy, batch(torch.zeros(4000, 1, 1, 1)), draws(4000))
     log = spy.sigma.log()
@@ -186,7 +186,7 @@ class Ramp:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         assert cond is not None and cond.pos is not None
@@ -231,7 +231,7 @@ def test_images_are_flipped_together_with_their_coordinates() -> None:
     top, left = corners(keys(200, "crop"), size, canvas)
     crops, pos = crop(whole, top, left, size), coordinates(top, left, size, canvas)
     noise = rng.normal(keys(200, "noise"), (1, *size))
-    sigma = LogNormal().draw(rng.uniform(keys(200, "sigma"), 1)[:, 0]).float()
+    sigma = LogNormal().icdf(rng.uniform(keys(200, "sigma"), 1)[:, 0]).float()
 
     mirrored = crop(whole.flip(-1), top, canvas[1] - size[1] - left, size)
     assert torch.equal(mirrored, crops.flip(-1))

@@ -46,7 +46,7 @@ class ExactU(nn.Module):
     """The mean velocity of the Gaussian, and at span 0 the velocity itself."""
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
-        span = torch.zeros_like(noise) if cond.span is None else cond.span
+        span = torch.zeros_like(noise) if cond.jump is None else cond.jump
         still, t = span == 0, noise.clamp(max=1 - 1e-9)
         gap = torch.where(still, 1.0, span)
         mean = (x - EXACT(x, noise, noise - gap)) / per_sample(gap, x)
@@ -102,7 +102,7 @@ def test_a_jump_is_a_step_of_euler_with_a_denoiser_that_is_told_how_far() -> Non
     """z_s / (1 - s) = (sigma_s / sigma_t) x + (1 - sigma_s / sigma_t) D(x, sigma_t; t - s)."""
     network, t, s = Little(), 0.8, 0.3
     x, flow_map = normal(4, (1, 3, 3)).float(), MeanFlowMap(network=network)
-    told = Cond(span=torch.full((4,), t - s))
+    told = Cond(jump=torch.full((4,), t - s))
     grid = torch.tensor([t / (1 - t), s / (1 - s)], dtype=torch.float64)
     stepped = run(
         euler(NetDenoiser(network, FlowMatching(time_scale=1.0)), x / (1 - t), grid, cond=told)
@@ -113,7 +113,14 @@ def test_a_jump_is_a_step_of_euler_with_a_denoiser_that_is_told_how_far() -> Non
 # ---- The derivative ----
 
 NET = UNetConfig(
-    base=8, mult=(1, 2), blocks=1, attention=(1,), num_classes=2, waves=1, span=True, channels=1
+    base=8,
+    mult=(1, 2),
+    blocks=1,
+    attention=(1,),
+    num_classes=2,
+    fourier_features=1,
+    jump=True,
+    channels=1,
 )
 
 
@@ -186,7 +193,7 @@ def test_samples_that_go_nowhere_need_none() -> None:
 
 
 def test_without_weights_a_span_changes_nothing() -> None:
-    base, told = SongUNet(replace(NET, span=False)), SongUNet(NET)
+    base, told = SongUNet(replace(NET, jump=False)), SongUNet(NET)
     z, t, s, _, cond = on_patches(torch.float32)
     tiny.randomise(base)
     told.load_state_dict(base.state_dict(), strict=False)
@@ -195,21 +202,21 @@ def test_without_weights_a_span_changes_nothing() -> None:
         assert torch.equal(mean_velocity(told, z, t, s, cond), expected)
         assert torch.equal(told(z, t, cond), expected)
         given = {name for name, _ in told.named_parameters()} - dict(base.named_parameters()).keys()
-        assert given == {"embed.span.weight"}
-        told.get_parameter("embed.span.weight").add_(0.1)
+        assert given == {"embed.jump.weight"}
+        told.get_parameter("embed.jump.weight").add_(0.1)
         assert not torch.equal(mean_velocity(told, z, t, s, cond), expected)
-        nowhere = replace(cond, span=torch.zeros(3))
+        nowhere = replace(cond, jump=torch.zeros(3))
         assert torch.equal(told(z, t, cond), told(z, t, nowhere))  # None is 0
 
 
 def test_the_span_gets_a_gradient_from_the_start() -> None:
     network = SongUNet(NET)
     for name, p in network.named_parameters():
-        if name != "embed.span.weight":
+        if name != "embed.jump.weight":
             tiny.randomise(nn.ParameterList([p]))
     z, t, s, _, cond = on_patches(torch.float32)
     mean_velocity(network, z, t, s, cond).square().sum().backward()
-    grad = network.get_parameter("embed.span.weight").grad
+    grad = network.get_parameter("embed.jump.weight").grad
     assert grad is not None and grad.any()
 
 
@@ -260,11 +267,11 @@ def test_without_spans_it_is_flow_matching() -> None:
     assert torch.equal(t, s)
     eps = draws(16).normal("noise", (1, 3, 3))
     z = x0 + per_sample(t, x0) * (eps - x0)
-    u = network(z, t, Cond(span=torch.zeros(16)))
+    u = network(z, t, Cond(jump=torch.zeros(16)))
     assert torch.equal(out.per_sample, (u - (eps - x0)).square().flatten(1).mean(1))
     # The same as the denoising loss of the library in other words, at the same noise levels.
-    sigma = LAW.draw(draws(16).stratified("sigma"))
-    other = LAW.draw(draws(16).uniform("span"))
+    sigma = LAW.icdf(draws(16).stratified("sigma"))
+    other = LAW.icdf(draws(16).uniform("span"))
     larger = torch.maximum(sigma, other).float()
     error = DenoisingLoss(LAW, FlowWeight(), 0.0)
     object.__setattr__(error, "levels", lambda *_: larger)
@@ -372,9 +379,9 @@ def test_impossible_settings(changes: dict[str, float], message: str) -> None:
 @pytest.mark.parametrize(
     ("config", "network", "message"),
     [
-        (MeanFlowConfig(), UNetConfig(), "set --network.span"),
-        (MeanFlowConfig(), ncsnpp(32, span=True), "--network.embedding positional"),
-        (MeanFlowConfig(guidance=2.0), UNetConfig(span=True), "need a network with classes"),
+        (MeanFlowConfig(), UNetConfig(), "set --network.jump"),
+        (MeanFlowConfig(), ncsnpp(32, jump=True), "--network.embedding positional"),
+        (MeanFlowConfig(guidance=2.0), UNetConfig(jump=True), "need a network with classes"),
     ],
 )
 def test_networks_that_cannot_be_trained(

@@ -93,7 +93,7 @@ def test_the_same_levels_noise_and_places_every_time() -> None:
 def test_levels_are_spread_over_the_law() -> None:
     recorder = Recorder(0.1)
     measure(recorder)
-    level = LogNormal(mean=-1.0, std=1.5).level(recorder.sigmas[0].double()).sort().values
+    level = LogNormal(mean=-1.0, std=1.5).cdf(recorder.sigmas[0].double()).sort().values
     expected = (torch.arange(40) + 0.5) / 40
     assert (level - expected).abs().max().item() < 1e-4
 

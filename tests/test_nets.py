@@ -70,7 +70,7 @@ def test_zero_coordinate_weights_are_the_base_network(config: UNetConfig, low: b
         assert torch.equal(without(x, noise, replace(cond, pos=pos)), expected)
 
 
-@pytest.mark.parametrize("config", [LITTLE, NCSN, replace(NCSN, waves=2)])
+@pytest.mark.parametrize("config", [LITTLE, NCSN, replace(NCSN, fourier_features=2)])
 @pytest.mark.parametrize("size", [(8, 8), (5, 7)])
 def test_coordinates_equal_concatenated_channels(config: UNetConfig, size: tuple[int, int]) -> None:
     ours = alive(config)
@@ -87,7 +87,9 @@ def test_coordinates_equal_concatenated_channels(config: UNetConfig, size: tuple
     x, noise, cond = batch(size=size)
     pos = coordinates(torch.tensor([0, 3, 9]), torch.tensor([1, 0, 20]), size, (20, 30))
     with torch.no_grad():
-        told = embed.waves(pos, config.waves) if config.waves else pos
+        told = (
+            embed.fourier_features(pos, config.fourier_features) if config.fourier_features else pos
+        )
         expected = joined(torch.cat([x, told], dim=1), noise, cond)[:, :3]
         found = ours(x, noise, replace(cond, pos=pos))
         elsewhere = ours(x, noise, cond)
@@ -97,7 +99,7 @@ def test_coordinates_equal_concatenated_channels(config: UNetConfig, size: tuple
 
 def test_waves_are_sines_and_cosines_of_the_place() -> None:
     pos = coordinates(torch.tensor([0]), torch.tensor([0]), (1, 65), (1, 65))
-    told = embed.waves(pos, 3)
+    told = embed.fourier_features(pos, 3)
     assert told.shape == (1, 12, 1, 65)
     x = torch.linspace(-1, 1, 65)
     for k in range(3):  # x, then y, of each frequency; sines, then cosines

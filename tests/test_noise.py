@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.noise import LogitNormal, LogNormal, LogUniform, NoiseLaw, Part, UniformTime
+from patchdiffusion.noise import (
+    LogitNormal,
+    LogNormal,
+    LogUniform,
+    NoiseLaw,
+    Truncated,
+    UniformTime,
+)
 from patchdiffusion.paths import DDPM, PATHS, VP, Path, Prediction, convert
 
 LAWS: list[NoiseLaw] = [
@@ -22,7 +29,7 @@ LAWS: list[NoiseLaw] = [
     UniformTime(),
     UniformTime(path="cosine"),
     UniformTime(path="flow"),
-    Part(law=LogNormal(), low=0.3, high=0.9, scale=0.5),
+    Truncated(law=LogNormal(), low=0.3, high=0.9, scale=0.5),
 ]
 ALL_PATHS: dict[str, Path] = {**PATHS, "ddpm": DDPM(), "ddpm-cosine": DDPM(schedule="cosine")}
 QUANTILES = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
@@ -39,37 +46,37 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:
 
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_level_inverts_draw(law: NoiseLaw) -> None:
-    sigma = law.draw(QUANTILES)
+    sigma = law.icdf(QUANTILES)
     assert bool((sigma.diff() > 0).all()) and bool((sigma > 0).all())
-    assert close(law.level(sigma), QUANTILES, 1e-10)
+    assert close(law.cdf(sigma), QUANTILES, 1e-10)
 
 
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_levels_of_any_sigma_lie_in_0_1(law: NoiseLaw) -> None:
-    level = law.level(torch.tensor([1e-8, 1e-3, 1.0, 80.0, 1e6], dtype=torch.float64))
+    level = law.cdf(torch.tensor([1e-8, 1e-3, 1.0, 80.0, 1e6], dtype=torch.float64))
     assert bool(((level >= 0) & (level <= 1)).all())
     assert bool((level.diff() >= 0).all())
 
 
 def test_parts_of_a_law_are_the_law() -> None:
     law, u = LogNormal(), QUANTILES
-    assert torch.equal(Part(law=law).draw(u), law.draw(u))
+    assert torch.equal(Truncated(law=law).icdf(u), law.icdf(u))
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    low, high = Part(law=law, low=0.25, high=0.75, scale=0.5).draw(ends).tolist()
-    assert [low, high] == (0.5 * law.draw(torch.tensor([0.25, 0.75]).double())).tolist()
-    halves = torch.cat([Part(law=law, high=0.5).draw(u), Part(law=law, low=0.5).draw(u)])
-    assert close(halves, law.draw(torch.cat([0.5 * u, 0.5 + 0.5 * u])))
+    low, high = Truncated(law=law, low=0.25, high=0.75, scale=0.5).icdf(ends).tolist()
+    assert [low, high] == (0.5 * law.icdf(torch.tensor([0.25, 0.75]).double())).tolist()
+    halves = torch.cat([Truncated(law=law, high=0.5).icdf(u), Truncated(law=law, low=0.5).icdf(u)])
+    assert close(halves, law.icdf(torch.cat([0.5 * u, 0.5 + 0.5 * u])))
 
 
 def test_log_normal_is_edms() -> None:
     u = rng.uniform(rng.keys(0, "u", 0, torch.arange(1)), 400000)[0]
-    log = LogNormal().draw(u).log()
+    log = LogNormal().icdf(u).log()
     assert abs(float(log.mean()) + 1.2) < 4 * 1.2 / math.sqrt(400000)
     assert abs(float(log.std()) - 1.2) < 4 * 1.2 / math.sqrt(800000)
 
 
 def test_log_normal_is_a_logit_normal_flow_time() -> None:
-    sigma = LogNormal(mean=0.3, std=0.8).draw(QUANTILES)
+    sigma = LogNormal(mean=0.3, std=0.8).icdf(QUANTILES)
     time = PATHS["flow"].time(sigma)
     assert close(time.logit(), 0.3 + 0.8 * torch.special.ndtri(QUANTILES))
 
@@ -79,9 +86,9 @@ def test_the_shift_of_flow_times_multiplies_sigma() -> None:
     time = (0.2 + 0.7 * torch.special.ndtri(QUANTILES)).sigmoid()
     shifted = 3 * time / (1 + 2 * time)
     law = LogitNormal(mean=0.2, std=0.7, shift=3.0)
-    assert close(PATHS["flow"].time(law.draw(QUANTILES)), shifted)
-    assert torch.equal(LogitNormal(mean=0.3, std=0.8).draw(QUANTILES),
-                       LogNormal(mean=0.3, std=0.8).draw(QUANTILES))  # fmt: skip
+    assert close(PATHS["flow"].time(law.icdf(QUANTILES)), shifted)
+    assert torch.equal(LogitNormal(mean=0.3, std=0.8).icdf(QUANTILES),
+                       LogNormal(mean=0.3, std=0.8).icdf(QUANTILES))  # fmt: skip
 
 
 def vp_density(sigma: Tensor) -> Tensor:
@@ -102,7 +109,7 @@ def test_densities_of_uniform_times(
     path: Literal["flow", "cosine", "vp"], density: Callable[[Tensor], Tensor]
 ) -> None:
     sigma = torch.tensor([0.01, 0.5, 1.0, 7.0], dtype=torch.float64, requires_grad=True)
-    (found,) = torch.autograd.grad(UniformTime(path=path).level(sigma).sum(), sigma)
+    (found,) = torch.autograd.grad(UniformTime(path=path).cdf(sigma).sum(), sigma)
     assert close(found, density(sigma.detach()), 3e-5)  # the margin
 
 
@@ -117,7 +124,7 @@ def test_densities_of_uniform_times(
     ],
 )
 def test_the_ends_of_a_law(law: NoiseLaw, low: float, high: float) -> None:
-    ends = law.draw(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    ends = law.icdf(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
     assert ends == pytest.approx([low, high], rel=1e-3)
 
 

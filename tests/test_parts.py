@@ -23,7 +23,7 @@ from patchdiffusion.parameterisation import (
     Parameterisation,
     TrigFlow,
     V,
-    natural_law,
+    default_noise,
 )
 from patchdiffusion.plans import PatchLaw
 from patchdiffusion.recipes import Facts
@@ -77,7 +77,7 @@ def test_a_parameterisation_comes_with_its_law_and_its_weight(word: str) -> None
     begun = replace(GLYPHS, precond=V(), noise=LogUniform(), weighting=P2Weight())
     config = chosen(f"--precond {word}", begun)
     assert type(config.precond) is type(PRECONDS[word])
-    assert config.noise == natural_law(config.precond)
+    assert config.noise == default_noise(config.precond)
     assert config.weighting is None
 
 
@@ -123,8 +123,8 @@ def test_words_and_fields(images: Path, tmp_path: Path, capsys: Capture) -> None
 SMALL = [
     "--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1",
     "--network.attention", "--batch", "2", "--patches.fractions", "1", "--patches.probs", "1",
-    "--watch.status", "2", "--watch.samples", "1", "--watch.grid", "2",
-    "--watch.sample-steps", "1", "--watch.held-out", "2", "--images", "2", "--device", "cpu",
+    "--preview.status", "2", "--preview.samples", "1", "--preview.grid", "2",
+    "--preview.sample-steps", "1", "--preview.held-out", "2", "--images", "2", "--device", "cpu",
 ]  # fmt: skip
 
 
@@ -153,7 +153,7 @@ def test_wrong_words_are_one_line(flags: str, message: str, capsys: Capture) -> 
 
 EVERYWHERE = PatchLaw(
     fractions=(1.0, 1.0, 0.5), probs=(0.4, 0.2, 0.4), pitches=(1, 2, 1),
-    levels=((0.0, 1.0), (0.5, 1.0), (0.0, 0.6)),
+    percentiles=((0.0, 1.0), (0.5, 1.0), (0.0, 0.6)),
 )  # fmt: skip
 
 
@@ -169,7 +169,7 @@ def test_every_parameterisation_trains_resumes_and_samples(
     tiny.run(config, folder)
     assert len(tiny.history(folder)) == 2
     watched = read_log(folder)[-1]
-    assert watched["kind"] == "watch" and np.isfinite(watched["held_out"]["loss"])
+    assert watched["kind"] == "preview" and np.isfinite(watched["held_out"]["loss"])
     model = load_model(folder)
     assert model.config.precond == config.precond and model.config.noise == config.noise
     assert model.denoiser.law == config.noise
@@ -225,7 +225,7 @@ def test_the_weight_of_training_does_not_move_the_held_out_loss(
     for weighting in (None, EpsWeight(), P2Weight()):
         config = tiny.config(images, weighting=weighting)
         training = tiny.training(config, tmp_path / "run")
-        facts = training.watch.measure(training.averaged, torch.zeros(2, 3, 16, 16))
+        facts = training.preview.measure(training.averaged, torch.zeros(2, 3, 16, 16))
         losses.append(facts["held_out"])
     assert losses[0] == losses[1] == losses[2]
 

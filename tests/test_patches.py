@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.noise import LogNormal, Part
+from patchdiffusion.noise import LogNormal, Truncated
 from patchdiffusion.patches import Size, coordinates, corners, crop, random_crop
 from patchdiffusion.plans import Group, Mode, PatchLaw, PatchPlan, equivalents
 
@@ -19,7 +19,7 @@ LAW = LogNormal()
 JOINT = PatchLaw(
     fractions=(1.0, 0.5, 1.0),
     probs=(0.5, 0.25, 0.25),
-    levels=((0.0, 1.0), (0.0, 0.6), (0.5, 1.0)),
+    percentiles=((0.0, 1.0), (0.0, 0.6), (0.5, 1.0)),
     pitches=(1, 1, 2),
 )
 """Whole images, crops at low noise, whole images at half their resolution at high noise."""
@@ -63,11 +63,17 @@ def test_paper_law() -> None:
         (lambda: PatchLaw(mode="random"), "unknown mode 'random', allowed: .*'stratified'"),  # type: ignore[arg-type]
         (lambda: PatchLaw(multiplier="two"), "unknown multiplier 'two'"),  # type: ignore[arg-type]
         (lambda: PatchLaw(loss_norm="sum"), "unknown loss_norm 'sum'"),  # type: ignore[arg-type]
-        (lambda: PatchLaw(levels=((0.0, 1.0),)), "levels needs one entry per fraction, .*not 1"),
+        (
+            lambda: PatchLaw(percentiles=((0.0, 1.0),)),
+            "percentiles needs one entry per fraction, .*not 1",
+        ),
         (lambda: PatchLaw(pitches=(1, 1)), "pitches needs one entry per fraction, or none, not 2"),
-        (lambda: PatchLaw(levels=((0, 1), (0.5, 0.5), (0, 1))), "quantiles 0 <= low < high <= 1"),
+        (
+            lambda: PatchLaw(percentiles=((0, 1), (0.5, 0.5), (0, 1))),
+            "percentiles need 0 <= low < high <= 1",
+        ),
         (lambda: PatchLaw(pitches=(1, 1, 0)), r"pitches must be at least 1, not \(1, 1, 0\)"),
-        (lambda: PatchPlan((8, 8), 4, JOINT), "needs the noise law of the run"),
+        (lambda: PatchPlan((8, 8), 4, JOINT), "need the noise law of the run"),
         (lambda: PatchPlan((8, 8), 4, JOINT, 8, LAW).sizes, r"\(8, 8\) is too small for pitch 2"),
         (lambda: PatchLaw.paper(1.1), r"must lie in \[0, 1\], not 1.1"),
         (lambda: PatchLaw.paper(-0.1, latent=True), r"must lie in \[0, 1\]"),
@@ -199,7 +205,7 @@ def test_constant_pixels() -> None:
 
 
 def test_levels_and_pitches_that_change_nothing() -> None:
-    neutral = PatchLaw(levels=((0.0, 1.0),) * 3, pitches=(1, 1, 1))
+    neutral = PatchLaw(percentiles=((0.0, 1.0),) * 3, pitches=(1, 1, 1))
     plain, other = PatchPlan((64, 64), 16, divisor=4), PatchPlan((64, 64), 16, neutral, 4, LAW)
     assert plain.sizes == other.sizes
     assert plain.draw(seed=0, step=3) == other.draw(seed=0, step=3)
@@ -215,8 +221,8 @@ def test_joint_law_of_size_and_noise(mode: Mode) -> None:
     if coarse.pitch == 1:
         coarse, crops = crops, coarse
     assert whole.noise is None
-    assert crops.noise == Part(law=LAW, high=0.6)
-    assert coarse.noise == Part(law=LAW, low=0.5, scale=0.5)
+    assert crops.noise == Truncated(law=LAW, high=0.6)
+    assert coarse.noise == Truncated(law=LAW, low=0.5, scale=0.5)
     assert [k.group(2).name for k in (whole, coarse, crops)] == [
         "64x48", "32x24@2[0.5-1]", "32x24[0-0.6]"
     ]  # fmt: skip

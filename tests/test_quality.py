@@ -57,7 +57,7 @@ def test_a_result_is_what_the_log_says(quality: ModuleType, finished: Path) -> N
     run = quality.Run("search", "whole", 3, ("--batch", "4"))
     result = quality.collect(run, finished)
     log = read_log(finished)
-    watched = [r for r in log if r["kind"] == "watch" and "held_out" in r]
+    watched = [r for r in log if r["kind"] == "preview" and "held_out" in r]
     status = {r["step"]: r for r in log if r["kind"] == "status"}
     assert [p["loss"] for p in result["curve"]] == [w["held_out"]["loss"] for w in watched]
     for point in result["curve"]:

@@ -64,7 +64,7 @@ def test_another_place(run: Path, tmp_path: Path) -> None:
 def test_a_crashed_run(run: Path) -> None:
     write_json(run / "run.json", {"status": "running"})
     text = (run / "log.jsonl").read_text()
-    (run / "log.jsonl").write_text(text[: text.index('"kind": "watch"') + 30])
+    (run / "log.jsonl").write_text(text[: text.index('"kind": "preview"') + 30])
     made = page(run)
     assert "running; 12 of 12" in made
     assert "data:image/png" not in made
@@ -103,7 +103,7 @@ def test_losses_that_are_not_finite(run: Path) -> None:
 
 
 def test_many_grids(run: Path) -> None:
-    watch = next(r for r in reversed(read_log(run)) if r["kind"] == "watch")
+    watch = next(r for r in reversed(read_log(run)) if r["kind"] == "preview")
     edit_log(run, *({**watch, "images": float(n)} for n in range(10)))
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert len(records) == 10

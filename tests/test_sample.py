@@ -10,7 +10,7 @@ from torch import Tensor
 
 from patchdiffusion import SamplerConfig, sample
 from patchdiffusion.analytic import IdealDenoiser
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.sampling.driver import noise_field
 from patchdiffusion.solvers import Churn
 from patchdiffusion.system.png import to_uint8
@@ -26,7 +26,7 @@ def place(
     sigma: Tensor | float,
     cond: Cond | None = None,
     *,
-    step: Step | None = None,
+    position: Position | None = None,
     tape: Tape | None = None,
 ) -> Tensor:
     """An oracle: every pixel is its own coordinate, whatever the noise."""
@@ -39,7 +39,7 @@ def blend(
     sigma: Tensor | float,
     cond: Cond | None = None,
     *,
-    step: Step | None = None,
+    position: Position | None = None,
     tape: Tape | None = None,
 ) -> Tensor:
     """A denoiser whose result depends on every pixel by itself."""
@@ -145,7 +145,7 @@ def test_no_gradients_and_any_precision() -> None:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         assert x.dtype == torch.float64 and not torch.is_grad_enabled()
@@ -216,11 +216,11 @@ def test_regions_of_a_model() -> None:
 
 
 def test_every_trajectory_has_a_number_and_its_seeds() -> None:
-    seen: list[Step] = []
+    seen: list[Position] = []
 
     def denoiser(x: torch.Tensor, sigma: object, cond: object = None, **given: object):
-        step = given["step"]
-        assert isinstance(step, Step)
+        step = given["position"]
+        assert isinstance(step, Position)
         seen.append(step)
         return torch.zeros_like(x)
 

@@ -12,7 +12,7 @@ from solving import ALL, DETERMINISTIC, TOY, TWO_STAGES, Gaussian, keys, noise_o
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.solvers import (
     SOLVERS,
     Churn,
@@ -81,7 +81,7 @@ def test_evaluations_and_the_steps_handed_down(name: str) -> None:
     stages = (0, 1) if name.removeprefix("churned ") in TWO_STAGES else (0,)
     assert len(stages) == SOLVERS[name.removeprefix("churned ").removesuffix(" 0.5")].stages
     places = [(i, stage) for i in range(5) for stage in stages][: 9 if len(stages) == 2 else 5]
-    assert denoiser.steps == [Step(0, i, s, tuple(levels.tolist())) for i, s in places]
+    assert denoiser.steps == [Position(0, i, s, tuple(levels.tolist())) for i, s in places]
     if not name.startswith("churned"):
         assert denoiser.sigmas[:: len(stages)] == pytest.approx(levels[:-1].tolist())
 
@@ -273,7 +273,7 @@ class Jump:
 
     def __init__(self, edge: float):
         self.edge = edge
-        self.edges: tuple[float, ...] = ()
+        self.discontinuities: tuple[float, ...] = ()
 
     def __call__(
         self,
@@ -281,7 +281,7 @@ class Jump:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         return (Gaussian(-2.0, 0.1) if float(sigma) > self.edge else Gaussian())(x, sigma)
@@ -296,7 +296,7 @@ def test_after_a_reset_a_solver_starts_anew(solver: Solver) -> None:
     anew = run(solver(Gaussian(), whole[edge - 1].x, sigmas, first=edge)).x
     assert torch.equal(whole[-1].x, anew)
     told = Jump(1.0)
-    told.edges = (1.0,)  # what guided denoisers say of themselves
+    told.discontinuities = (1.0,)  # what guided denoisers say of themselves
     assert torch.equal(run(solver(told, x, sigmas)).x, anew)
     exact = 0.3 + (whole[edge - 1].x - 0.3) * 0.5 / math.sqrt(0.25 + float(sigmas[edge]) ** 2)
     mixed = run(solver(Jump(1.0), x, sigmas)).x

@@ -8,7 +8,7 @@ import torch
 from solving import TOY, grid, keys, noise_of, noisy
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.solvers import (
     SOLVERS,
     Solver,
@@ -170,7 +170,7 @@ class Moves:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         c0, c1, c2 = self.coefficients
@@ -193,7 +193,7 @@ class Slopes(Moves):
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         c0, c1, c2 = self.coefficients

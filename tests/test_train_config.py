@@ -17,7 +17,7 @@ from patchdiffusion.parameterisation import EDM, V
 from patchdiffusion.plans import PatchLaw
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import decode
-from patchdiffusion.train.config import FREE, EMAConfig, GuardConfig, OptimConfig, WatchConfig
+from patchdiffusion.train.config import FREE, EMAConfig, GuardConfig, OptimConfig, PreviewConfig
 from patchdiffusion.train.folder import (
     check_disk,
     is_same_run,
@@ -55,10 +55,10 @@ NAN, INF = float("nan"), float("inf")
         (lambda: OptimConfig(weight_decay=INF), "weight_decay must be >= 0"),
         (lambda: EMAConfig(half_life=0.0), "half_life must be positive"),
         (lambda: EMAConfig(ramp_up=-1.0), "ramp_up must be positive"),
-        (lambda: WatchConfig(status=0), "status must be positive"),
-        (lambda: WatchConfig(grid=0), "grid must be positive"),
-        (lambda: WatchConfig(held_out=-1), "held_out and guidance must be >= 0"),
-        (lambda: WatchConfig(guidance=NAN), "held_out and guidance must be >= 0"),
+        (lambda: PreviewConfig(status=0), "status must be positive"),
+        (lambda: PreviewConfig(grid=0), "grid must be positive"),
+        (lambda: PreviewConfig(held_out=-1), "held_out and guidance must be >= 0"),
+        (lambda: PreviewConfig(guidance=NAN), "held_out and guidance must be >= 0"),
         (lambda: TrainConfig(images=0), "images must be positive"),
         (lambda: TrainConfig(images=INF), "images must be positive and finite"),
         (lambda: TrainConfig(batch=0), "batch must be positive"),
@@ -153,7 +153,7 @@ FREE_CHANGES = {
     "name": {"name": "other"},
     "images": {"images": 5.0},
     "micro_batch": {"micro_batch": 2},
-    "watch": {"watch": WatchConfig(grid=4, guidance=2.0)},
+    "preview": {"preview": PreviewConfig(grid=4, guidance=2.0)},
     "data.path": {"data": DataConfig(path="elsewhere")},
     "guard.max_skips": {"guard": GuardConfig(max_skips=3)},
     "guard.rollbacks": {"guard": GuardConfig(rollbacks=3)},

@@ -168,7 +168,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(
 
 def test_numbers_that_json_cannot_hold_stop_nothing(tmp_path: Path) -> None:
     log = RunLog(tmp_path)
-    log.record("watch", held_out={"loss": math.inf, "bands": {"0-1": math.nan}}, rates=[1.0])
+    log.record("preview", held_out={"loss": math.inf, "bands": {"0-1": math.nan}}, rates=[1.0])
     (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
     record = json.loads(line)
     assert record["held_out"] == {"loss": None, "bands": {"0-1": None}}
@@ -238,8 +238,8 @@ def test_copies_are_warned_of(
 def test_grids_are_what_is_measured(images: Path, tmp_path: Path) -> None:
     """The picture on disk holds the samples that the copy rate is computed of."""
     training = tiny.training(tiny.config(images), tmp_path / "run")
-    samples = training.watch.draw(training.averaged)
-    training.watch.save(samples, tmp_path / "grid.png")
+    samples = training.preview.draw(training.averaged)
+    training.preview.save(samples, tmp_path / "grid.png")
     with Image.open(tmp_path / "grid.png") as file:
         shown = np.asarray(file)
     assert samples.shape == (2, 3, 16, 16)

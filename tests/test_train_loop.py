@@ -16,7 +16,7 @@ import torch
 from patchdiffusion.plans import PatchLaw
 from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop, optim
-from patchdiffusion.train.config import OptimConfig, Precision, WatchConfig
+from patchdiffusion.train.config import OptimConfig, Precision, PreviewConfig
 from patchdiffusion.train.report import read_log
 
 Hook = Callable[[int], None]
@@ -66,7 +66,7 @@ def test_everything_is_in_the_folder(finished: Path) -> None:
         "finished", 4, 12.0, 12.0,
     )  # fmt: skip
     kinds = [record["kind"] for record in read_log(finished)]
-    assert kinds == ["start", "status", "status", "status", "status", "watch"]
+    assert kinds == ["start", "status", "status", "status", "status", "preview"]
     assert [f.name for f in (finished / "samples").iterdir()] == ["0000000012.png"]
 
 
@@ -122,7 +122,7 @@ def test_means_over_an_interruption_are_exact(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A status line every second step, a stop between the two: the sums go into a checkpoint."""
-    config = tiny.config(images, watch=WatchConfig(status=2, samples=1, grid=1, sample_steps=1))
+    config = tiny.config(images, preview=PreviewConfig(status=2, samples=1, grid=1, sample_steps=1))
     straight = tiny.run(config, tmp_path / "straight")
     with monkeypatch.context() as patch:
         after_step(patch, lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None)
@@ -225,11 +225,11 @@ def test_sizes_with_levels_and_pitches_of_their_own(images: Path, tmp_path: Path
     law = PatchLaw(
         fractions=(1.0, 1.0, 0.5),
         probs=(0.5, 0.25, 0.25),
-        levels=((0.0, 1.0), (0.5, 1.0), (0.0, 0.5)),
+        percentiles=((0.0, 1.0), (0.5, 1.0), (0.0, 0.5)),
         pitches=(1, 2, 1),
     )
     folder = tiny.run(tiny.config(images, patches=law), tmp_path / "run")
     (*_, status) = (r for r in read_log(folder) if r["kind"] == "status")
     assert set(status["sizes"]) == {"16x16", "8x8@2[0.5-1]", "8x8[0-0.5]"}
-    (*_, watched) = (r for r in read_log(folder) if r["kind"] == "watch")
+    (*_, watched) = (r for r in read_log(folder) if r["kind"] == "preview")
     assert set(watched["held_out"]["sizes"]) == {"16x16", "8x8"}  # crops of all levels

@@ -11,7 +11,7 @@ import torch
 from patchdiffusion import load_model
 from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop, resume
-from patchdiffusion.train.config import WatchConfig
+from patchdiffusion.train.config import PreviewConfig
 from patchdiffusion.train.report import read_log
 
 NEWEST = "step-0000000004"
@@ -138,8 +138,8 @@ def test_moved_data_is_the_same_data(finished: Path, tmp_path: Path) -> None:
 
 def test_what_may_change_does(images: Path, finished: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    watch = WatchConfig(status=10**6, samples=1, grid=3, sample_steps=1, held_out=0)
-    config = tiny.config(images, steps=5, name="other", micro_batch=2, watch=watch)
+    preview = PreviewConfig(status=10**6, samples=1, grid=3, sample_steps=1, held_out=0)
+    config = tiny.config(images, steps=5, name="other", micro_batch=2, preview=preview)
     config = replace(config, guard=replace(config.guard, max_skips=3))
     tiny.run(config, folder)
     assert len(tiny.history(folder)) == 5

@@ -15,13 +15,14 @@ from patchdiffusion.data.prepare import prepare, prepare_data
 from patchdiffusion.data.source import open_source
 from patchdiffusion.system.files import write_json
 from patchdiffusion.train import preview
-from patchdiffusion.train.config import WatchConfig
+from patchdiffusion.train.config import PreviewConfig
 from patchdiffusion.train.setup import check_fits
 
 FEW = (
     "--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1",
-    "--network.attention", "--batch", "2", "--images", "2", "--watch.samples", "1",
-    "--watch.grid", "1", "--watch.sample-steps", "1", "--watch.held-out", "2", "--device", "cpu",
+    "--network.attention", "--batch", "2", "--images", "2", "--preview.samples", "1",
+    "--preview.grid", "1", "--preview.sample-steps", "1", "--preview.held-out", "2",
+    "--device", "cpu",
 )  # fmt: skip
 
 
@@ -39,7 +40,7 @@ def test_a_plan_without_whole_images_is_watched_on_the_whole_canvas(
     law = PatchLaw(fractions=(0.5,), probs=(1.0,))
     config = replace(tiny.config(images, steps=1), patches=law)
     training = tiny.training(config, tmp_path)
-    assert training.watch.sizes == ((16, 16), (8, 8))
+    assert training.preview.sizes == ((16, 16), (8, 8))
     folder = tiny.run(config, tmp_path / "run")
     assert any(f.suffix == ".png" for f in (folder / "samples").iterdir())
 
@@ -48,7 +49,7 @@ def test_held_out_images_are_of_all_classes(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(
-        tiny.config(images), watch=WatchConfig(held_out=4, grid=2, samples=1, sample_steps=1)
+        tiny.config(images), preview=PreviewConfig(held_out=4, grid=2, samples=1, sample_steps=1)
     )
     training = tiny.training(config, tmp_path)
     pack = replace(training.pack, heldout=torch.arange(40))
@@ -58,22 +59,22 @@ def test_held_out_images_are_of_all_classes(
         denoiser: object, shown: object, labels: object, indices: torch.Tensor, **_: object
     ):
         seen.append(indices)
-        return {size: torch.ones(2, len(indices)).double() for size in training.watch.sizes}
+        return {size: torch.ones(2, len(indices)).double() for size in training.preview.sizes}
 
     monkeypatch.setattr(preview, "held_out_losses", measured)
     samples = torch.zeros(2, 3, 16, 16)
-    replace(training.watch, pack=pack).measure(training.averaged, samples)
+    replace(training.preview, pack=pack).measure(training.averaged, samples)
     assert seen[0].tolist() == [0, 10, 20, 30]
     assert pack.labels is not None and set(pack.labels[seen[0]].tolist()) == {0, 1}
 
 
 def test_guidance_of_the_grids_needs_classes(images: Path) -> None:
     config = tiny.config(images)
-    config = replace(config, watch=replace(config.watch, guidance=2.0))
+    config = replace(config, preview=replace(config.preview, guidance=2.0))
     pack = prepare_data(config.data)
     check_fits(config, pack)
     plain = replace(config, network=replace(config.network, num_classes=0))
-    with pytest.raises(ValueError, match=r"watch.guidance 2.0 needs a network with classes"):
+    with pytest.raises(ValueError, match=r"preview.guidance 2.0 needs a network with classes"):
         check_fits(plain, pack)
 
 

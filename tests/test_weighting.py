@@ -22,8 +22,8 @@ from patchdiffusion.parameterisation import (
     Parameterisation,
     TrigFlow,
     V,
-    natural_law,
-    natural_weight,
+    default_noise,
+    default_weighting,
 )
 from patchdiffusion.rng import Draws
 from patchdiffusion.weighting import (
@@ -81,9 +81,9 @@ def test_natural_training_is_least_squares_on_the_output(
 ) -> None:
     """The loss of training is the mean squared error of what the network predicts, exactly."""
     network, given = Linear(), draws(64)
-    denoiser, weight = NetDenoiser(network, precond), natural_weight(precond)
+    denoiser, weight = NetDenoiser(network, precond), default_weighting(precond)
     images = rng.normal(given.keys("images"), (2, 3, 4), torch.float64)
-    objective = DenoisingLoss(natural_law(precond), weight)
+    objective = DenoisingLoss(default_noise(precond), weight)
     trained = objective(denoiser, batch(images), given).per_sample
     sigma = objective.levels(given).double()
     noise = given.normal("noise", (2, 3, 4)).double()
@@ -95,14 +95,14 @@ def test_natural_training_is_least_squares_on_the_output(
 
 
 def test_an_image_network_is_trained_with_min_snr() -> None:
-    assert natural_weight(X0()) == MinSNRWeight(gamma=5.0)
+    assert default_weighting(X0()) == MinSNRWeight(gamma=5.0)
 
 
 def test_published_laws() -> None:
-    assert natural_law(EDM()) == natural_law(TrigFlow()) == natural_law(X0()) == LogNormal()
-    assert natural_law(EpsVP()) == UniformTime(path="vp")
-    assert natural_law(V()) == UniformTime(path="cosine")
-    assert natural_law(FlowMatching()) == UniformTime(path="flow")
+    assert default_noise(EDM()) == default_noise(TrigFlow()) == default_noise(X0()) == LogNormal()
+    assert default_noise(EpsVP()) == UniformTime(path="vp")
+    assert default_noise(V()) == UniformTime(path="cosine")
+    assert default_noise(FlowMatching()) == UniformTime(path="flow")
 
 
 # ---- Formulas of the papers ----
@@ -179,15 +179,15 @@ def test_only_the_product_of_density_and_weight_matters(law: NoiseLaw) -> None:
 
     def density(one: NoiseLaw, sigma: Tensor) -> Tensor:
         sigma = sigma.detach().requires_grad_()
-        return torch.autograd.grad(one.level(sigma).sum(), sigma)[0]
+        return torch.autograd.grad(one.cdf(sigma).sum(), sigma)[0]
 
     def error(sigma: Tensor) -> Tensor:
         return 0.2 * sigma**2 / (sigma**2 + 0.3)
 
     u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
-    sigma = LogNormal().draw(u)
+    sigma = LogNormal().icdf(u)
     expected = (EDMWeight()(sigma) * error(sigma)).mean()
-    other = law.draw(u)
+    other = law.icdf(u)
     weight = EDMWeight()(other) * density(LogNormal(), other) / density(law, other)
     assert float((weight * error(other)).mean() / expected) == pytest.approx(1, abs=2e-3)
 

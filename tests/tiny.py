@@ -19,7 +19,7 @@ from patchdiffusion.model import Model, ModelConfig, build
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.plans import PatchLaw
-from patchdiffusion.train.config import EMAConfig, OptimConfig, WatchConfig
+from patchdiffusion.train.config import EMAConfig, OptimConfig, PreviewConfig
 from patchdiffusion.train.report import read_log
 from patchdiffusion.train.setup import Training, assemble
 
@@ -77,7 +77,7 @@ def config(path: Path, *, steps: int = 4, **changes: object) -> TrainConfig:
         patches=LAW,
         optim=OptimConfig(lr=1e-2, warmup=0.1),
         ema=EMAConfig(half_life=10.0, ramp_up=0.5),
-        watch=WatchConfig(status=10**6, samples=1, grid=2, sample_steps=2, held_out=2),
+        preview=PreviewConfig(status=10**6, samples=1, grid=2, sample_steps=2, held_out=2),
         images=steps * STEP,
         batch=4,
         seed=3,

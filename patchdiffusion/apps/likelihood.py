@@ -176,7 +176,7 @@ def held_out_bits(
     config = config.within(model.config.noise)
     denoiser = PatchDenoiser(model.denoiser, model.config.canvas)
     labels = model.config.labels_of(pack.labels, pack.classes)
-    share, found = team.share(len(chosen)), []
+    share, found = team.shard(len(chosen)), []
     for start in range(share.start, share.stop, batch):
         part = chosen[start : min(start + batch, share.stop)]
         cond = None if labels is None else Cond(labels=labels[part].to(device))

@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
         )
         training = assemble(given.config, run, prepare_data(given.config.data), team)
         result = bench(training, given.repeats)
-    if team.lead:
+    if team.is_main:
         print("\n".join(table(result)))
         if given.save is not None:
             write_json(given.save, result)

@@ -127,7 +127,7 @@ def main(arguments: Sequence[str]) -> None:
         if not result.keys() - {"card", "left_out"}:
             why = [f"{name}: {reason}" for name, reason in result["left_out"].items()]
             raise ValueError("; ".join(why) or "nothing is to be measured; name an extractor")
-        if team.lead:
+        if team.is_main:
             print("\n".join(table(result)))
             file = given.save or _new_file(path, pipeline is not None)
             write_json(file, result)
@@ -159,11 +159,11 @@ def _reference(path: Path, given: EvaluateArguments, pipeline: Pipeline | None, 
         wanted = replace(wanted, resolution=given.resolution or _own_size(path, wanted.path))
     else:
         model = pipeline.model.config
-        pack = Pack.open(team.on_lead(lambda: str(prepare_data(wanted).path)))
+        pack = Pack.open(team.on_main(lambda: str(prepare_data(wanted).path)))
         if (*pack.info.shape[1:],) == (*model.canvas, model.network.channels):
             return pack
         wanted = replace(wanted, resolution=model.canvas, channels=model.network.channels)
-    return Pack.open(team.on_lead(lambda: str(prepare_data(wanted).path)))
+    return Pack.open(team.on_main(lambda: str(prepare_data(wanted).path)))
 
 
 def _own_size(images: Path, data: str) -> tuple[int, int] | None:
@@ -193,7 +193,7 @@ def _measured(evaluation: Evaluation, pipeline: Pipeline | None, path: Path) -> 
         images = prepare(source, resolution=shape[1:3], channels=shape[3], holdout=0).images
     count = evaluation.config.samples if images is None else len(images)
     team = evaluation.team
-    if team.lead:
+    if team.is_main:
         print(f"this will take about {duration(evaluation.estimate(pipeline, count))}: ", end="")
         parts = [] if pipeline is None else [(len(evaluation.loss_images(pipeline)), "losses")]
         if evaluation.extract is not None:
@@ -201,7 +201,7 @@ def _measured(evaluation: Evaluation, pipeline: Pipeline | None, path: Path) -> 
             parts += [(count, "samples"), (reference, "real images")]
         print(", ".join(f"{number:,} {name}" for number, name in parts if number))
     total = 0 if evaluation.extract is None else (count + evaluation.unknown) // team.size
-    with progress_bar(total, "image", disable=not team.lead) as bar:
+    with progress_bar(total, "image", disable=not team.is_main) as bar:
         watched = replace(evaluation, progress=bar.update)
         if pipeline is not None:
             return watched.of_model(pipeline)
@@ -214,7 +214,7 @@ def _bits(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     pack, team = evaluation.pack, evaluation.team
     count = len(pack.some_held_out(bits.images)) // team.size
-    with progress_bar(count, "likelihood", disable=not team.lead) as bar:
+    with progress_bar(count, "likelihood", disable=not team.is_main) as bar:
         return held_out_bits(
             pipeline,
             pack,

@@ -21,7 +21,7 @@ from patchdiffusion.parameterisation import (
     Parameterisation,
     TrigFlow,
     V,
-    natural_law,
+    default_noise,
 )
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.weighting import (
@@ -99,8 +99,8 @@ def choose(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
     noise, weighting = config.noise, config.weighting
     if type(precond) is not type(config.precond):
         precond, weighting = _like(precond, config.precond), None
-        if natural_law(precond) != natural_law(config.precond):
-            noise = natural_law(precond)
+        if default_noise(precond) != default_noise(config.precond):
+            noise = default_noise(precond)
     noise = _pick("noise", NOISES, words.noise, noise, config.noise)
     weight = _pick("weighting", WEIGHTINGS, words.weighting, weighting)
     if weight is not weighting and weight is not None:

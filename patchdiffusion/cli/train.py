@@ -122,7 +122,7 @@ def default_config(what: str, flags: Sequence[str]) -> TrainConfig:
         raise ValueError(f"the recipe {what} needs images: give them with --data.path")
     data = parse_some(_Early, flags, default=_Early(data=data)).data
     chosen = recipe(Facts.of(prepare_data(data), data.path, early.device))
-    if place().lead:
+    if place().is_main:
         print(f"recipe    {recipe.__name__}: {(recipe.__doc__ or '').strip().splitlines()[0]}")
     return replace(chosen, name=_name(what, early), data=replace(data, flip=chosen.data.flip))
 

@@ -100,7 +100,7 @@ def prepare_data(data: DataConfig) -> Pack:
         if data.resolution in (None, square, (height, width)) and data.channels in (None, channels):
             return source
     return prepare(
-        source, resolution=data.resolution, channels=data.channels, progress=place().lead
+        source, resolution=data.resolution, channels=data.channels, progress=place().is_main
     )
 
 

@@ -80,7 +80,7 @@ def extractor(
     it, published weights are fetched once, into the cache, by one process of a team.
     """
     if team is not None and team.size > 1:
-        team.on_lead(lambda: _made(name, weights, torch.device("cpu")) and None)
+        team.on_main(lambda: _made(name, weights, torch.device("cpu")) and None)
     return _made(name, weights, torch.device(device))
 
 

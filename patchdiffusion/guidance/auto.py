@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, edges
+from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.denoiser import Denoiser, discontinuities
 from patchdiffusion.guidance.extrapolate import Extrapolation
 from patchdiffusion.guidance.interval import Interval
 
@@ -36,10 +36,14 @@ class AutoGuidance:
         self.interval = Interval.of(interval)
 
     @property
-    def edges(self) -> tuple[float, ...]:
+    def discontinuities(self) -> tuple[float, ...]:
         if self.extrapolate.weight == 1:
-            return edges(self.main)
-        return (*self.interval.edges, *edges(self.main), *edges(self.guide))
+            return discontinuities(self.main)
+        return (
+            *self.interval.discontinuities,
+            *discontinuities(self.main),
+            *discontinuities(self.guide),
+        )
 
     def __call__(
         self,
@@ -47,11 +51,11 @@ class AutoGuidance:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        main = self.main(x, sigma, cond, step=step and step.within("main"), tape=tape)
+        main = self.main(x, sigma, cond, position=position and position.within("main"), tape=tape)
         if self.extrapolate.weight == 1 or self.interval.excludes(sigma):
             return main
-        guide = self.guide(x, sigma, cond, step=step and step.within("guide"))
+        guide = self.guide(x, sigma, cond, position=position and position.within("guide"))
         return self.interval.choose(sigma, self.extrapolate(main, guide), main)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, edges, parts
+from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.denoiser import Denoiser, discontinuities, parts
 from patchdiffusion.guidance.extrapolate import Extrapolation
 from patchdiffusion.guidance.interval import Interval
 
@@ -40,9 +40,9 @@ class CFG:
         self.interval = Interval.of(interval)
 
     @property
-    def edges(self) -> tuple[float, ...]:
-        own = () if self.extrapolate.weight == 1 else self.interval.edges
-        return (*own, *edges(self.denoiser))
+    def discontinuities(self) -> tuple[float, ...]:
+        own = () if self.extrapolate.weight == 1 else self.interval.discontinuities
+        return (*own, *discontinuities(self.denoiser))
 
     def __call__(
         self,
@@ -50,23 +50,23 @@ class CFG:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         weight = self.extrapolate.weight
         if weight == 1:
-            return self.denoiser(x, sigma, cond, step=step, tape=tape)
+            return self.denoiser(x, sigma, cond, position=position, tape=tape)
         if cond is None or (cond.labels is None and cond.context is None):
             raise ValueError(
                 f"guidance weight {weight} needs class labels, and none are given; use 1"
             )
         if self.interval.excludes(sigma):
-            return self.denoiser(x, sigma, cond, step=step, tape=tape)
+            return self.denoiser(x, sigma, cond, position=position, tape=tape)
         both = self.denoiser(
             torch.cat([x, x]),
             torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma,
             cond.cat(cond.null()),
-            step=step and _twice(step),
+            position=position and _twice(position),
             tape=tape,
         )
         conditional, unconditional = both.chunk(2)
@@ -74,10 +74,10 @@ class CFG:
         return self.interval.choose(sigma, guided, conditional)
 
 
-def _twice(step: Step) -> Step:
+def _twice(position: Position) -> Position:
     """The same place for a batch of twice the size, which no cache may mix with single ones."""
-    seeds = None if step.seeds is None else torch.cat([step.seeds, step.seeds])
-    return replace(step.within("cfg"), seeds=seeds)
+    seeds = None if position.seeds is None else torch.cat([position.seeds, position.seeds])
+    return replace(position.within("cfg"), seeds=seeds)
 
 
 class Unconditional:
@@ -87,8 +87,8 @@ class Unconditional:
         self.denoiser = denoiser
 
     @property
-    def edges(self) -> tuple[float, ...]:
-        return edges(self.denoiser)
+    def discontinuities(self) -> tuple[float, ...]:
+        return discontinuities(self.denoiser)
 
     def __call__(
         self,
@@ -96,7 +96,7 @@ class Unconditional:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        return self.denoiser(x, sigma, cond and cond.null(), step=step, tape=tape)
+        return self.denoiser(x, sigma, cond and cond.null(), position=position, tape=tape)

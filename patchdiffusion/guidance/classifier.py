@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, edges, expand_sigma
+from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.denoiser import Denoiser, discontinuities, expand_sigma
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.nets.attention import twice_differentiable
 from patchdiffusion.paths import per_sample
@@ -44,9 +44,9 @@ class ClassifierGuidance:
         self.interval = Interval.of(interval)
 
     @property
-    def edges(self) -> tuple[float, ...]:
-        own = () if self.weight == 0 else self.interval.edges
-        return (*own, *edges(self.denoiser))
+    def discontinuities(self) -> tuple[float, ...]:
+        own = () if self.weight == 0 else self.interval.discontinuities
+        return (*own, *discontinuities(self.denoiser))
 
     def __call__(
         self,
@@ -54,11 +54,11 @@ class ClassifierGuidance:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         """Raises `ValueError` without labels and under `torch.inference_mode`."""
-        denoised = self.denoiser(x, sigma, cond, step=step, tape=tape)
+        denoised = self.denoiser(x, sigma, cond, position=position, tape=tape)
         if self.weight == 0:
             return denoised
         if cond is None or cond.labels is None:

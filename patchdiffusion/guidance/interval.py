@@ -42,7 +42,7 @@ class Interval:
         return torch.where(per_sample(inside, guided), guided, plain)
 
     @property
-    def edges(self) -> tuple[float, ...]:
+    def discontinuities(self) -> tuple[float, ...]:
         """Where the field jumps."""
         bounds = {self.low, self.high} if self.low < self.high else set()
         return tuple(sorted(bounds - {0.0, math.inf}))

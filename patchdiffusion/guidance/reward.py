@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, edges, expand_sigma
+from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.denoiser import Denoiser, discontinuities, expand_sigma
 from patchdiffusion.nets.attention import twice_differentiable
 from patchdiffusion.paths import per_sample
 
@@ -161,11 +161,11 @@ class GradientGuidance:
         self.jacobian = jacobian
 
     @property
-    def edges(self) -> tuple[float, ...]:
+    def discontinuities(self) -> tuple[float, ...]:
         # An edge belongs to the levels below it, and `below` to those above.
         guides = self.scale != 0 and self.below < math.inf
         own = (math.nextafter(self.below, 0),) if guides else ()
-        return (*own, *edges(self.denoiser))
+        return (*own, *discontinuities(self.denoiser))
 
     def __call__(
         self,
@@ -173,12 +173,12 @@ class GradientGuidance:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         levels = per_sample(expand_sigma(sigma, x), x)
         if self.scale == 0 or not bool((levels < self.below).any()):
-            return self.denoiser(x, sigma, cond, step=step, tape=tape)
+            return self.denoiser(x, sigma, cond, position=position, tape=tape)
         if torch.is_inference_mode_enabled():
             raise ValueError("guidance needs gradients: use torch.no_grad, not inference_mode")
         differentiable = torch.is_grad_enabled() and x.requires_grad
@@ -187,7 +187,7 @@ class GradientGuidance:
             point = x if differentiable else x.detach().requires_grad_()
             nested = twice_differentiable() if differentiable else contextlib.nullcontext()
             with nested, torch.set_grad_enabled(self.jacobian or differentiable):
-                seen = self.denoiser(point, sigma, cond, step=step, tape=tape)
+                seen = self.denoiser(point, sigma, cond, position=position, tape=tape)
             denoised = seen if differentiable else seen.detach()
 
             def covariance(v: Tensor) -> Tensor:

@@ -4,8 +4,8 @@ import math
 
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, edges
+from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.denoiser import Denoiser, discontinuities
 from patchdiffusion.paths import per_sample
 
 
@@ -16,8 +16,8 @@ class Clamp:
         self.denoiser = denoiser
 
     @property
-    def edges(self) -> tuple[float, ...]:
-        return edges(self.denoiser)
+    def discontinuities(self) -> tuple[float, ...]:
+        return discontinuities(self.denoiser)
 
     def __call__(
         self,
@@ -25,10 +25,10 @@ class Clamp:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        return self.denoiser(x, sigma, cond, step=step, tape=tape).clamp(-1, 1)
+        return self.denoiser(x, sigma, cond, position=position, tape=tape).clamp(-1, 1)
 
 
 class DynamicThreshold:
@@ -45,8 +45,8 @@ class DynamicThreshold:
         self.quantile = quantile
 
     @property
-    def edges(self) -> tuple[float, ...]:
-        return edges(self.denoiser)
+    def discontinuities(self) -> tuple[float, ...]:
+        return discontinuities(self.denoiser)
 
     def __call__(
         self,
@@ -54,10 +54,10 @@ class DynamicThreshold:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        denoised = self.denoiser(x, sigma, cond, step=step, tape=tape)
+        denoised = self.denoiser(x, sigma, cond, position=position, tape=tape)
         size = denoised.flatten(1).abs()
         # Not torch.quantile, which refuses batches of more than 16 million values.
         rank = math.ceil(self.quantile * size.shape[1])

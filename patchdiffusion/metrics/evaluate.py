@@ -24,7 +24,7 @@ from patchdiffusion.metrics.frechet import Moments
 from patchdiffusion.metrics.heldout import held_out_losses, standard_error, summarise
 from patchdiffusion.metrics.memorise import CopyCounter
 from patchdiffusion.objectives import denoises
-from patchdiffusion.parameterisation import natural_weight
+from patchdiffusion.parameterisation import default_weighting
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.files import cache_dir, write_atomic
@@ -129,11 +129,11 @@ class Evaluation:
                 model.labels_of(self.pack.labels, self.pack.classes),
                 chosen,
                 law=model.noise,
-                weighting=natural_weight(model.precond),
+                weighting=default_weighting(model.precond),
                 sizes=(model.canvas,),
                 device=pipeline.model.device,
                 batch=self.config.batch,
-                part=self.team.share(count),
+                part=self.team.shard(count),
             )
         table = torch.cat(self.team.gather(found[model.canvas]), dim=1)  # [2, count]
         loss = summarise({model.canvas: table})
@@ -195,7 +195,7 @@ class Evaluation:
         """Samples beside the real images, and how many are copies of some of those."""
         real = self.reference()
         count = self.config.samples if count is None else count
-        part = self.team.share(count)
+        part = self.team.shard(count)
         counter, left_out = None, {}
         if copies_of is None:
             left_out["copies"] = "the data is not the model's"
@@ -235,12 +235,12 @@ class Evaluation:
         """Features of the real images, computed once for each extractor and data set."""
         file = self._stored()
         if file is not None:  # caches of processes need not be the same
-            known = self.team.gather(_read(file) if self.team.lead else None)[0]
+            known = self.team.gather(_read(file) if self.team.is_main else None)[0]
             if known is not None:
                 return known
         order = torch.from_numpy(rng.permutation(0, "reference", 0, len(self.pack)))
         chosen = order[: self.config.reference]
-        part = self.team.share(len(chosen))
+        part = self.team.shard(len(chosen))
 
         def features() -> Iterator[Tensor]:
             for start in range(part.start, part.stop, self.config.batch):
@@ -249,7 +249,7 @@ class Evaluation:
                 self.progress(stop - start)
 
         found = Gathered.together(self.team.gather(Gathered.of(features())))
-        if file is not None and self.team.lead:
+        if file is not None and self.team.is_main:
             tensors = {**found.moments.to_tensors(), "kept": found.kept}
             write_atomic(file, lambda temporary: save_file(tensors, temporary))
         return found

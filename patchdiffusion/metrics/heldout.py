@@ -66,7 +66,7 @@ def held_out_losses(
             flip = torch.zeros(len(rank)).bool()
             key = draws.keys("held-out crop")
             crops = gather(images, labels, indices[rank], group, key, flip)
-            sigma = law.draw((levels[rank] + 0.5) / len(indices)).to(torch.float32).to(device)
+            sigma = law.icdf((levels[rank] + 0.5) / len(indices)).to(torch.float32).to(device)
             noise = draws.normal("held-out noise", tuple(crops.images.shape[1:])).to(device)
             x = crops.images.to(device)
             error = denoising_error(denoiser, x, noise, sigma, crops.cond.to(device))

@@ -54,10 +54,10 @@ class Fourier(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Noise level, class, augmentation and span as one vector, always in full precision.
+    """Noise level, class, augmentation and jump as one vector, always in full precision.
 
     All others are added to the noise features before two layers with SiLU (EDM, arXiv 2206.00364,
-    appendix F). Classes outside [0, K), such as -1, are the zero vector. The span of a flow map has
+    appendix F). Classes outside [0, K), such as -1, are the zero vector. The jump of a flow map has
     positional features, whose slow waves have moderate derivatives, through weights that are zero
     at the start.
     """
@@ -69,7 +69,7 @@ class Embedding(nn.Module):
         num_classes: int,
         augment_dim: int,
         *,
-        span: bool = False,
+        jump: bool = False,
     ):
         super().__init__()
         width = 2 * base if kind == "fourier" else base
@@ -78,7 +78,7 @@ class Embedding(nn.Module):
         self.fourier = Fourier(width) if kind == "fourier" else None
         self.label = Linear(num_classes, width) if num_classes else None
         self.augment = Linear(augment_dim, width, bias=False) if augment_dim else None
-        self.span = Linear(base, width, scale=0.0, bias=False) if span else None
+        self.jump = Linear(base, width, scale=0.0, bias=False) if jump else None
         self.layer0 = Linear(width, 4 * base)
         self.layer1 = Linear(4 * base, 4 * base)
 
@@ -94,9 +94,9 @@ class Embedding(nn.Module):
                 # None is zero: every parameter has a gradient, for which other processes wait.
                 none = h.new_zeros(len(h), self.augment.in_features)
                 h = h + self.augment(none if cond.augment is None else cond.augment.to(dtype))
-            if self.span is not None:
-                span = torch.zeros_like(noise) if cond.span is None else cond.span
-                h = h + self.span(positional(span, self.base).to(dtype))
+            if self.jump is not None:
+                jump = torch.zeros_like(noise) if cond.jump is None else cond.jump
+                h = h + self.jump(positional(jump, self.base).to(dtype))
             return F.silu(self.layer1(F.silu(self.layer0(h))))
 
     def _one_hot(self, labels: Tensor | None, like: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def whole_canvas(x: Tensor) -> Tensor:
     return coordinates(origin, origin, size, size)
 
 
-def waves(pos: Tensor, count: int) -> Tensor:
+def fourier_features(pos: Tensor, count: int) -> Tensor:
     """Sines and cosines of coordinates at doubling frequencies (arXiv 2006.10739).
 
     pos [B, A, ...] in [-1, 1] -> float32 [B, 2 A count, ...]; the slowest wave is half a period

@@ -18,7 +18,7 @@ from patchdiffusion.nets.embed import (
     EmbeddingKind,
     Pyramid,
     Stem,
-    waves,
+    fourier_features,
     whole_canvas,
 )
 from patchdiffusion.nets.fused import join, residual
@@ -46,7 +46,7 @@ class UNetConfig:
     """Number of augmentation parameters the network is told."""
     coordinates: bool = True
     """Whether the network is told where each pixel lies on the canvas."""
-    waves: int = 0
+    fourier_features: int = 0
     """Tell it by sines and cosines of so many frequencies instead of two linear channels."""
     embedding: EmbeddingKind = "positional"
     """Noise features: positional (DDPM++) or random Fourier frequencies (NCSN++)."""
@@ -56,7 +56,7 @@ class UNetConfig:
     """Resampling filter: 1 1 (DDPM++) or 1 3 3 1 (NCSN++)."""
     dropout: float = 0.0
     """Share of features dropped in every block while training."""
-    span: bool = False
+    jump: bool = False
     """Whether the network is told how far it goes, as few-step models of two times are."""
 
     def __post_init__(self) -> None:
@@ -66,7 +66,7 @@ class UNetConfig:
             ("blocks", 1, 64),
             ("num_classes", 0, 10**6),
             ("augment_dim", 0, 4096),
-            ("waves", 0, 16),
+            ("fourier_features", 0, 16),
         ):
             value = getattr(self, name)
             if not least <= value <= most:
@@ -96,7 +96,7 @@ class UNetConfig:
     @property
     def position_channels(self) -> int:
         """Channels that say where each pixel lies."""
-        return (4 * self.waves or 2) if self.coordinates else 0
+        return (4 * self.fourier_features or 2) if self.coordinates else 0
 
     @property
     def divisor(self) -> int:
@@ -122,7 +122,7 @@ class SongUNet(nn.Module):
             config.embedding,
             config.num_classes,
             config.augment_dim,
-            span=config.span,
+            jump=config.jump,
         )
         self.stem = Stem(config.channels, config.base, coordinates=config.position_channels)
         self.enc = nn.ModuleList()
@@ -208,7 +208,7 @@ class SongUNet(nn.Module):
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """x [B, C, H, W], noise [B] -> [B, C, H, W]; no dropout unless `cond.seed` is given.
 
-        Uses labels, augment, pos, span and seed of the condition. Raises `ValueError` if the
+        Uses labels, augment, pos, jump and seed of the condition. Raises `ValueError` if the
         channels of x or the shape of cond.pos [B, 2, H, W] do not fit.
         """
         emb = self.embed(noise, cond)  # [B, E]
@@ -252,7 +252,11 @@ class SongUNet(nn.Module):
                 f"not {tuple(cond.pos.shape)}"
             )
         pos = whole_canvas(x) if cond.pos is None else cond.pos
-        return waves(pos, self.config.waves) if self.config.waves else pos
+        return (
+            fourier_features(pos, self.config.fourier_features)
+            if self.config.fourier_features
+            else pos
+        )
 
 
 def _put(tape: Tape | None, name: str, activation: Tensor) -> Tensor:

@@ -205,8 +205,8 @@ class ConsistencyLoss:
         place = u * (count - 1)
         if not config.uniform:
             ends = (config.sigma_min, config.sigma_max)
-            low, high = (law.level(u.new_full((1,), end)) for end in ends)
-            place = grid.place(law.draw(low + (high - low) * u), count)
+            low, high = (law.cdf(u.new_full((1,), end)) for end in ends)
+            place = grid.place(law.icdf(low + (high - low) * u), count)
         n = place.floor().clamp(0, count - 2)
         return grid.at(n + 1, count), grid.at(n, count)
 

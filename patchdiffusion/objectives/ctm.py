@@ -1,7 +1,7 @@
 """Consistency trajectory models: one network that jumps between any two noise levels.
 
 Kim et al. (arXiv 2310.02279), without the adversarial term, in the VE frame. The network g(x, t, s)
-is an EDM denoiser that reads the relative length of the jump, 1 - s / t, from `cond.span`; at
+is an EDM denoiser that reads the relative length of the jump, 1 - s / t, from `cond.jump`; at
 span 0 it is E[x0 | x].
 """
 
@@ -42,7 +42,7 @@ class TrajectoryMap:
         """z [B, C, *S] at noise level t > 0 to level s, both [B] or scalars."""
         t, s = expand_sigma(t, z), expand_sigma(s, z)
         keep = per_sample(s / t, z)
-        told = replace(cond or Cond(), span=1 - s / t)
+        told = replace(cond or Cond(), jump=1 - s / t)
         return keep * z + (1 - keep) * self.g(z, t, told)
 
 
@@ -89,7 +89,7 @@ class TrajectoryLoss:
         images, noise = batch.images, draws.normal("noise", tuple(batch.images.shape[1:]))
         cond = replace(batch.cond, seed=draws.keys("network"))
         cond = drop_labels(cond, draws, self.label_dropout)
-        sigma = (batch.noise or self.law).draw(draws.stratified("sigma")).to(torch.float32)
+        sigma = (batch.noise or self.law).icdf(draws.stratified("sigma")).to(torch.float32)
         error = denoising_error(denoiser, images, noise, sigma, cond)
 
         own, target = TrajectoryMap(g=denoiser), TrajectoryMap(g=self.target)

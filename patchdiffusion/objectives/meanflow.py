@@ -3,7 +3,7 @@
 Geng, Deng, Bai, Kolter, He, "Mean Flows for One-step Generative Modeling" (arXiv 2505.13447), with
 the tangent of "Improved Mean Flows" (2512.02012) as an option. z_t = (1 - t) x0 + t eps, noise at
 t = 1, velocity v = eps - x0. The network F(z, t, cond) reads how far it goes, t - s, from
-`cond.span`; at span 0 it is an ordinary velocity and `FlowMatching` makes a denoiser of it.
+`cond.jump`; at span 0 it is an ordinary velocity and `FlowMatching` makes a denoiser of it.
 """
 
 import math
@@ -26,7 +26,7 @@ from patchdiffusion.rng import Draws
 
 def mean_velocity(network: nn.Module, z: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
     """u(z, s, t), the mean velocity from time t to s; z [B, C, *S], t and s [B]."""
-    return network(z, t, replace(cond, span=t - s))
+    return network(z, t, replace(cond, jump=t - s))
 
 
 def slope(network: nn.Module, z: Tensor, t: Tensor, s: Tensor, cond: Cond, along: Tensor) -> Tensor:
@@ -114,8 +114,8 @@ class MeanFlowConfig:
 
     def check(self, network: UNetConfig, label_dropout: float) -> None:
         """Raise `ValueError` for a network that cannot be trained so."""
-        if not network.span:
-            raise ValueError("meanflow needs a network of two times: set --network.span")
+        if not network.jump:
+            raise ValueError("meanflow needs a network of two times: set --network.jump")
         if network.embedding != "positional":
             raise ValueError(
                 "meanflow needs --network.embedding positional: the derivatives of "
@@ -170,8 +170,8 @@ class MeanFlowLoss:
         """Two times of each sample, the larger one first: float32 [B] each."""
         config, law = self.config, law or self.law
         other = law if config.mean is None else LogNormal(mean=config.mean, std=config.std)
-        a = Flow().time(law.draw(draws.stratified("sigma")))
-        b = Flow().time(other.draw(draws.uniform("span")))
+        a = Flow().time(law.icdf(draws.stratified("sigma")))
+        b = Flow().time(other.icdf(draws.uniform("span")))
         t, s = torch.maximum(a, b), torch.minimum(a, b)
         # Which times are one has nothing to do with which labels are dropped.
         s = torch.where(draws.bernoulli("same time", config.same), t, s)

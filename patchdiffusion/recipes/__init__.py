@@ -12,9 +12,9 @@ from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.nets import unet
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ConsistencyConfig, FewStep, MeanFlowConfig
-from patchdiffusion.parameterisation import EDM, natural_law
+from patchdiffusion.parameterisation import EDM, default_noise
 from patchdiffusion.plans import PatchLaw
-from patchdiffusion.train.config import EMAConfig, OptimConfig, TrainConfig, WatchConfig
+from patchdiffusion.train.config import EMAConfig, OptimConfig, PreviewConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ def glyphs(facts: Facts) -> TrainConfig:
         optim=OptimConfig(lr=3e-3, cooldown=0.4),
         batch=32,
         images=20_000,
-        watch=WatchConfig(status=40, samples=4),
+        preview=PreviewConfig(status=40, samples=4),
     )
 
 
@@ -173,17 +173,17 @@ def with_objective(config: TrainConfig, name: str | None) -> TrainConfig:
         return replace(
             config,
             objective=None,
-            noise=natural_law(config.precond),
-            network=replace(config.network, span=False),
-            watch=replace(config.watch, sample_steps=WatchConfig().sample_steps),
+            noise=default_noise(config.precond),
+            network=replace(config.network, jump=False),
+            preview=replace(config.preview, sample_steps=PreviewConfig().sample_steps),
         )
     meanflow = name == "meanflow"
     return replace(
         config,
         objective=MeanFlowConfig() if meanflow else ConsistencyConfig(),
         noise=LogNormal(mean=-0.4, std=1.0) if meanflow else LogNormal(mean=-1.1, std=2.0),
-        network=replace(config.network, span=meanflow),
-        watch=replace(config.watch, sample_steps=2),
+        network=replace(config.network, jump=meanflow),
+        preview=replace(config.preview, sample_steps=2),
     )
 
 

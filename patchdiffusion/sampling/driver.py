@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.cond import Cond, Step, Tape
-from patchdiffusion.denoiser import Denoiser, PatchDenoiser, edges
+from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser, discontinuities
 from patchdiffusion.flowmap import FlowMap, PatchMap
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.patches import Size
@@ -115,15 +115,15 @@ _RUNS = itertools.count()  # numbers trajectories, so that no cache mixes two of
 
 @dataclass(frozen=True)
 class _Stamped:
-    """Completes the `Step` of a solver with the number of the trajectory and its seeds."""
+    """Completes the `Position` of a solver with the number of the trajectory and its seeds."""
 
     denoiser: Denoiser
     run: int
     seeds: Tensor
 
     @property
-    def edges(self) -> tuple[float, ...]:
-        return edges(self.denoiser)
+    def discontinuities(self) -> tuple[float, ...]:
+        return discontinuities(self.denoiser)
 
     def __call__(
         self,
@@ -131,12 +131,12 @@ class _Stamped:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        if step is not None:
-            step = replace(step, run=self.run, seeds=self.seeds)
-        return self.denoiser(x, sigma, cond, step=step, tape=tape)
+        if position is not None:
+            position = replace(position, run=self.run, seeds=self.seeds)
+        return self.denoiser(x, sigma, cond, position=position, tape=tape)
 
 
 def _fresh_noise(seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:

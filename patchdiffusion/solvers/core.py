@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Step
-from patchdiffusion.denoiser import Denoiser, edges
+from patchdiffusion.cond import Cond, Position
+from patchdiffusion.denoiser import Denoiser, discontinuities
 
 History = tuple[Tensor, ...]
 Noise = Callable[[int], Tensor]  # index of the step -> standard normal [B, C, *S]
@@ -32,7 +32,7 @@ class State:
     denoised: Tensor
     """[B, C, *S], the last estimate of the clean image."""
     step: int
-    """Number of steps done; pass it as `first`, with x and history, to go on from here."""
+    """Number of steps done; pass it as `first`, with x and history, to go on from step."""
     history: History = ()
     """What a multistep solver remembers of earlier steps, the latest first."""
 
@@ -41,7 +41,7 @@ class Solver(Protocol):
     """x [B, C, *S] at level sigmas[first]; sigmas decreasing, float64 [n + 1], ending in 0.
 
     The history is dropped before each step in `resets`, and where the denoiser says that it jumps:
-    see `denoiser.edges`.
+    see `denoiser.discontinuities`.
     """
 
     def __call__(
@@ -59,35 +59,37 @@ class Solver(Protocol):
 
 
 @dataclass(frozen=True)
-class Here:
+class Step:
     """One step of a solver, as its rule sees it."""
 
     denoiser: Denoiser
     cond: Cond | None
     source: Noise | None
-    levels: tuple[float, ...]
+    sigmas: tuple[float, ...]
     index: int
-    past: History
+    history: History
     """What the rule kept of the steps before; empty at the start, after a reset and before 0."""
 
     @property
-    def a(self) -> float:
-        """The level the step begins at."""
-        return self.levels[self.index]
+    def sigma(self) -> float:
+        """The noise level the step begins at."""
+        return self.sigmas[self.index]
 
     @property
-    def b(self) -> float:
-        """The level it ends at."""
-        return self.levels[self.index + 1]
+    def next_sigma(self) -> float:
+        """The noise level it ends at."""
+        return self.sigmas[self.index + 1]
 
     def width(self, back: int = 0) -> float:
-        """ln(a / b) of this step, or of one further back; b must not be 0."""
-        return math.log(self.levels[self.index - back] / self.levels[self.index - back + 1])
+        """ln(a / b) of this step, or of one further back; next_sigma must not be 0."""
+        return math.log(self.sigmas[self.index - back] / self.sigmas[self.index - back + 1])
 
     def denoise(self, x: Tensor, sigma: float | None = None, stage: int = 0) -> Tensor:
-        """Evaluate the denoiser, at level a unless another is given."""
-        step = Step(run=0, index=self.index, stage=stage, sigmas=self.levels)
-        return self.denoiser(x, self.a if sigma is None else sigma, self.cond, step=step)
+        """Evaluate the denoiser, at `sigma` if it is given, else where the step begins."""
+        position = Position(run=0, index=self.index, stage=stage, sigmas=self.sigmas)
+        return self.denoiser(
+            x, self.sigma if sigma is None else sigma, self.cond, position=position
+        )
 
     def perturb(self, x: Tensor, std: float) -> Tensor:
         """Add noise, at most once a step; 0 adds none and needs none."""
@@ -108,7 +110,7 @@ class Method:
     """
 
     def __init__(self, rule: Callable[..., Move], *, stages: int = 1):
-        """rule(here, x, **options) -> Move, in so many evaluations, in one where b is 0."""
+        """rule(step, x, **options) -> Move, in so many evaluations, in one to sigma 0."""
         update_wrapper(self, rule)
         self.rule = rule
         self.stages = stages
@@ -133,11 +135,11 @@ class Method:
     ) -> Iterator[State]:
         """As `Solver`, with the options of the rule."""
         levels = tuple(sigmas.tolist())
-        resets = {*resets, *crossings(sigmas, edges(denoiser))}
+        resets = {*resets, *crossings(sigmas, discontinuities(denoiser))}
         for i in range(first, len(levels) - 1):
-            past = () if i in resets or levels[i + 1] == 0 else history
-            here = Here(denoiser, cond, noise, levels, i, past)
-            x, denoised, history = self.rule(here, x, **options)
+            memory = () if i in resets or levels[i + 1] == 0 else history
+            step = Step(denoiser, cond, noise, levels, i, memory)
+            x, denoised, history = self.rule(step, x, **options)
             yield State(x, denoised, i + 1, history)
 
 

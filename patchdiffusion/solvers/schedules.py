@@ -92,7 +92,7 @@ def ends(
 
 def support(law: NoiseLaw) -> tuple[float, float]:
     """The lowest and the highest level that a law draws, 0 and inf where nothing bounds it."""
-    low, high = law.draw(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
+    low, high = law.icdf(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
     return low, high
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
-from patchdiffusion.solvers.core import Here, Method, Move, towards
+from patchdiffusion.solvers.core import Method, Move, Step, towards
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,9 +16,9 @@ class Churn:
     amount: float = 0.0
     """S_churn, spread over the steps; at most sqrt(2) - 1 of the level is added in a step."""
     sigma_min: float = 0.0
-    """Churn only at levels from here ..."""
+    """Churn only at levels from step ..."""
     sigma_max: float = 1e6
-    """... up to here."""
+    """... up to step."""
     scale: float = 1.0
     """S_noise, the standard deviation of the added noise; slightly above 1 keeps detail."""
 
@@ -36,58 +36,58 @@ class Churn:
 
 
 @Method
-def euler(here: Here, x: Tensor) -> Move:
+def euler(step: Step, x: Tensor) -> Move:
     """First order, n evaluations; the same as DDIM (arXiv 2010.02502) and DPM-Solver++(1)."""
-    denoised = here.denoise(x)
-    return towards(denoised, x, here.b / here.a), denoised, ()
+    denoised = step.denoise(x)
+    return towards(denoised, x, step.next_sigma / step.sigma), denoised, ()
 
 
 @partial(Method, stages=2)
-def heun(here: Here, x: Tensor, *, churn: Churn | None = None) -> Move:
+def heun(step: Step, x: Tensor, *, churn: Churn | None = None) -> Move:
     """Second order, 2n - 1 evaluations, optionally stochastic (EDM, algorithms 1 and 2)."""
-    return _two_stages(here, x, 1.0, churn)
+    return _two_stages(step, x, 1.0, churn)
 
 
 @partial(Method, stages=2)
-def midpoint(here: Here, x: Tensor, *, churn: Churn | None = None) -> Move:
+def midpoint(step: Step, x: Tensor, *, churn: Churn | None = None) -> Move:
     """As `heun`, with the second evaluation half way in sigma."""
-    return _two_stages(here, x, 1 / 2, churn)
+    return _two_stages(step, x, 1 / 2, churn)
 
 
 @partial(Method, stages=2)
-def ralston(here: Here, x: Tensor, *, churn: Churn | None = None) -> Move:
+def ralston(step: Step, x: Tensor, *, churn: Churn | None = None) -> Move:
     """As `heun`, with the second evaluation at two thirds, where the error bound is least."""
-    return _two_stages(here, x, 2 / 3, churn)
+    return _two_stages(step, x, 2 / 3, churn)
 
 
-def _two_stages(here: Here, x: Tensor, alpha: float, churn: Churn | None) -> Move:
+def _two_stages(step: Step, x: Tensor, alpha: float, churn: Churn | None) -> Move:
     """The second-order methods with stages at a and a + alpha (b - a) (EDM, algorithm 3)."""
-    a, b = here.a, here.b
-    gamma = churn.gamma(a, len(here.levels) - 1) if churn else 0.0
+    a, b = step.sigma, step.next_sigma
+    gamma = churn.gamma(a, len(step.sigmas) - 1) if churn else 0.0
     if churn and gamma > 0:
         raised = a * (1 + gamma)
-        x = here.perturb(x, math.sqrt(raised**2 - a**2) * churn.scale)
+        x = step.perturb(x, math.sqrt(raised**2 - a**2) * churn.scale)
         a = raised
-    denoised = here.denoise(x, a)
+    denoised = step.denoise(x, a)
     slope = (x - denoised) / a
     if b > 0:
         middle = b + (1 - alpha) * (a - b)  # exactly b for alpha = 1
         x_middle = x + alpha * (b - a) * slope
-        denoised = here.denoise(x_middle, middle, stage=1)
+        denoised = step.denoise(x_middle, middle, stage=1)
         share = 1 / (2 * alpha)
         slope = (1 - share) * slope + share * ((x_middle - denoised) / middle)
     return x + (b - a) * slope, denoised, ()
 
 
 @partial(Method, stages=2)
-def dpmpp_2s(here: Here, x: Tensor) -> Move:
+def dpmpp_2s(step: Step, x: Tensor) -> Move:
     """Second order, 2n - 1 evaluations: the midpoint in ln sigma (arXiv 2211.01095, algorithm 1).
 
     There with r = 1/2.
     """
-    denoised = here.denoise(x)
-    if here.b > 0:
-        middle = math.sqrt(here.a * here.b)
-        x_middle = towards(denoised, x, middle / here.a)
-        denoised = here.denoise(x_middle, middle, stage=1)
-    return towards(denoised, x, here.b / here.a), denoised, ()
+    denoised = step.denoise(x)
+    if step.next_sigma > 0:
+        middle = math.sqrt(step.sigma * step.next_sigma)
+        x_middle = towards(denoised, x, middle / step.sigma)
+        denoised = step.denoise(x_middle, middle, stage=1)
+    return towards(denoised, x, step.next_sigma / step.sigma), denoised, ()

@@ -44,7 +44,7 @@ class Place:
     local_size: int = 1
 
     @property
-    def lead(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the files and speaks for all."""
         return self.rank == 0
 
@@ -108,11 +108,11 @@ class Team:
         return self.place.size
 
     @property
-    def lead(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes the files and speaks for all."""
-        return self.place.lead
+        return self.place.is_main
 
-    def share(self, count: int, turn: int = 0) -> range:
+    def shard(self, count: int, turn: int = 0) -> range:
         """This process's part of range(count).
 
         Parts differ by one at most; odd turns give what is left over to the last processes
@@ -123,13 +123,13 @@ class Team:
             return range(count * rank // size, count * (rank + 1) // size)
         return range(-(-count * rank // size), -(-count * (rank + 1) // size))
 
-    def sum(self, value: Tensor) -> Tensor:
+    def all_reduce(self, value: Tensor) -> Tensor:
         """The sum over all processes, in place, on the device of the tensor."""
         if self.size > 1:
             c10d.all_reduce(value)
         return value
 
-    def spread(self, value: Tensor) -> Tensor:
+    def broadcast(self, value: Tensor) -> Tensor:
         """Replace a tensor by that of the leading process, in place."""
         if self.size > 1:
             c10d.broadcast(value, 0)
@@ -143,7 +143,7 @@ class Team:
         c10d.all_gather_object(found, value)
         return found
 
-    def on_lead(self, work: Callable[[], T]) -> T:
+    def on_main(self, work: Callable[[], T]) -> T:
         """Let the leading process work; all return its result, or end with its error.
 
         Only the leading process tells the error to the user.
@@ -152,7 +152,7 @@ class Team:
             return work()
         answer: list[Any] = [None, None]
         failure: Exception | None = None
-        if self.lead:
+        if self.is_main:
             try:
                 answer[0] = work()
             except (Stop, ValueError, OSError) as error:
@@ -187,7 +187,7 @@ class Team:
 
     def stop(self, message: str, *, code: int) -> Stop:
         """An error that all processes are about to raise, and one of them tells."""
-        return Stop(message if self.lead else "", code=code)
+        return Stop(message if self.is_main else "", code=code)
 
     def patience(self, minutes: float) -> None:
         """How long a collective may wait for another process before it fails."""
@@ -254,25 +254,25 @@ def _meet(store: Store, where: Place, seconds: float) -> str:
     it has chosen, until it greets back. Raises `Stop` if they do not meet in time.
     """
     end, own = time.monotonic() + seconds, uuid.uuid4().hex
-    if where.lead:
-        store.set("lead", own)
+    if where.is_main:
+        store.set("main", own)
     greeted: set[int] = set()
     while time.monotonic() < end:
-        if where.lead:
+        if where.is_main:
             for rank in set(range(1, where.size)) - greeted:
                 if store.check([f"{own}/{rank}"]):
                     store.set(f"{own}/welcome/{rank}", store.get(f"{own}/{rank}").decode())
                     greeted.add(rank)
             if len(greeted) == where.size - 1:
                 return own
-        elif store.check(["lead"]):
-            name = store.get("lead").decode()
+        elif store.check(["main"]):
+            name = store.get("main").decode()
             store.set(f"{name}/{where.rank}", own)
             welcome = f"{name}/welcome/{where.rank}"
             if store.check([welcome]) and store.get(welcome).decode() == own:
                 return name
         time.sleep(0.02)
-    missing = sorted(set(range(1, where.size)) - greeted) if where.lead else [0]
+    missing = sorted(set(range(1, where.size)) - greeted) if where.is_main else [0]
     raise Stop(f"rank {where.rank} has waited in vain for the ranks {missing}", code=24)
 
 

@@ -9,7 +9,7 @@ from patchdiffusion.data.options import DataConfig
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import DDPMSteps, Law, LogNormal
 from patchdiffusion.objectives import FewStep
-from patchdiffusion.parameterisation import EDM, EpsDDPM, Parameterisation, natural_weight
+from patchdiffusion.parameterisation import EDM, EpsDDPM, Parameterisation, default_weighting
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Clock, PatchLaw, PatchPlan
 from patchdiffusion.weighting import LossWeight
@@ -122,7 +122,7 @@ class EMAConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchConfig:
+class PreviewConfig:
     """How often a run reports, counted over the whole run."""
 
     status: int = 200
@@ -174,7 +174,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
     images: float = 1_000_000
     """Length of the run in units of the clock."""
     clock: Clock = "equivalents"
@@ -215,7 +215,7 @@ class TrainConfig:
     @property
     def loss_weight(self) -> LossWeight:
         """The chosen weight, or the one that belongs to the parameterisation."""
-        return self.weighting or natural_weight(self.precond)
+        return self.weighting or default_weighting(self.precond)
 
     def plan(self, canvas: Size) -> PatchPlan:
         """The patch plan on a canvas."""
@@ -237,7 +237,7 @@ FREE = (
     "name",
     "images",
     "micro_batch",
-    "watch",
+    "preview",
     "data.path",
     "objective.teacher",  # which is known by its digest
     "guard.max_skips",

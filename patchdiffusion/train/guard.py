@@ -52,7 +52,7 @@ class Event:
     what: str
     step: int
     cursor: tuple[int, int]
-    """Step and position of its draws, which tell its images."""
+    """Position and position of its draws, which tell its images."""
     groups: tuple[Group, ...]
     loss: float
     norm: float

@@ -63,7 +63,7 @@ def _carry_out(training: Training, started: float) -> None:
         _catch_up(training)
         log.status("finished", **_place(training))
         log.say(f"{training.folder} is finished; a larger --images extends it")
-        training.team.on_lead(lambda: _report(training))
+        training.team.on_main(lambda: _report(training))
         return
     try:
         with stop_signals() as stop:
@@ -73,7 +73,7 @@ def _carry_out(training: Training, started: float) -> None:
         if out_of_memory(error):
             raise Stop(_too_large(training), code=26) from error
         raise
-    if written := training.team.on_lead(lambda: _report(training)):
+    if written := training.team.on_main(lambda: _report(training)):
         log.say(f"report    {written}")
 
 
@@ -87,7 +87,7 @@ def _report(training: Training) -> str:
 
 
 def _loop(training: Training, stop: threading.Event, started: float) -> None:
-    config, watch, run = training.config, training.config.watch, training.run
+    config, preview, run = training.config, training.config.preview, training.run
     team, guard, phases = training.team, training.stepper.guard, training.phases
     saver = Saver(training)
     status = Status(training, saver)
@@ -109,7 +109,7 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
         if taken == 2:  # whatever is compiled or chosen at first is there
             team.patience(run.timeout_minutes)
         early = training.state.step.bit_count() == 1  # steps 1, 2, 4, 8 ...: soon, then rarely
-        if early or due(watch.status, before, now, config.images) or last:
+        if early or due(preview.status, before, now, config.images) or last:
             status.report()
         if order == Order.GO_BACK:
             vote.forget()
@@ -118,7 +118,7 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
             continue
         if order > Order.GO_BACK:
             raise _refusal(training, Order(order), pixels)
-        show = due(watch.samples, training.state.shown, now, config.images) or last
+        show = due(preview.samples, training.state.shown, now, config.images) or last
         if show or ending or save:
             with status.pause(), phases("save"):
                 saver(final=bool(ending) or last)
@@ -147,7 +147,7 @@ def _tell_end(training: Training, how: str) -> None:
 def _catch_up(training: Training, ending: Ending = bool) -> None:
     """Show the samples that belong to where the run stands, if it ended before it could."""
     state, config = training.state, training.config
-    missed = due(config.watch.samples, state.shown, training.now, config.images)
+    missed = due(config.preview.samples, state.shown, training.now, config.images)
     if missed or training.finished:
         if picture_of(training).exists():
             state.shown = training.now

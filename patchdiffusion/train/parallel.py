@@ -15,7 +15,7 @@ from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team
 
 
-class Work(nn.Module):
+class LossModule(nn.Module):
     """The objective of a denoiser as one module: whatever it does inside is synchronised."""
 
     def __init__(self, denoiser: Denoiser, objective: Objective):
@@ -28,7 +28,7 @@ class Work(nn.Module):
         return self.objective(self.denoiser, batch, draws)
 
 
-def replicate(work: Work, team: Team) -> nn.Module:
+def replicate(work: LossModule, team: Team) -> nn.Module:
     """Wrap the work so that processes, each of which has all weights, average their gradients."""
     if team.size == 1:
         return work

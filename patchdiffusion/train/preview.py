@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Step, Tape
+from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.encoders.features import Extractor
@@ -26,7 +26,7 @@ from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.heldout import held_out_losses, summarise
 from patchdiffusion.metrics.memorise import copy_rate
 from patchdiffusion.objectives import denoises
-from patchdiffusion.parameterisation import natural_weight
+from patchdiffusion.parameterisation import default_weighting
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.driver import sample
 from patchdiffusion.sampling.pipeline import SamplerConfig
@@ -44,7 +44,7 @@ class Abandoned(Exception):
 
 
 @dataclass(frozen=True)
-class Watch:
+class Preview:
     """Measures and pictures of the averaged weights; the same seeds, images and noise each time.
 
     Each process computes its share, and the leading one writes. `ending` says whether to give up,
@@ -64,7 +64,7 @@ class Watch:
     def draw(self, denoiser: NetDenoiser, ending: Ending = bool) -> Tensor:
         """The images of the grid: float32 [N, C, H, W]."""
         classes = self.config.network.num_classes
-        share = self.team.share(self.config.watch.grid)
+        share = self.team.shard(self.config.preview.grid)
         labels = torch.tensor(share) % classes if classes else None
         watched = self._sampler(denoiser, ending)
         return torch.cat(self._all(lambda: self._sample(watched, share, labels)))
@@ -77,7 +77,7 @@ class Watch:
         return _Abandonable(denoiser, ending)
 
     def _sample(self, model: Denoiser | FlowMap, seeds: range, labels: Tensor | None) -> Tensor:
-        watch = self.config.watch
+        preview = self.config.preview
         with autocast(self.device, self.precision):
             return sample(
                 model,
@@ -85,7 +85,7 @@ class Watch:
                 channels=self.config.network.channels,
                 canvas=self.sizes[0],
                 labels=labels,
-                config=SamplerConfig(steps=watch.sample_steps, guidance=watch.guidance),
+                config=SamplerConfig(steps=preview.sample_steps, guidance=preview.guidance),
                 batch=self._batch,
                 device=self.device,
                 law=self.config.noise,
@@ -93,8 +93,8 @@ class Watch:
 
     def save(self, images: Tensor, path: Path) -> None:
         """Write the grid as PNG."""
-        if self.team.lead:
-            text = {"seeds": f"0-{self.config.watch.grid - 1}", "software": "patchdiffusion"}
+        if self.team.is_main:
+            text = {"seeds": f"0-{self.config.preview.grid - 1}", "software": "patchdiffusion"}
             save_png(path, enlarge(grid(to_uint8(images))), text)
 
     @property
@@ -106,7 +106,7 @@ class Watch:
     ) -> dict[str, object]:
         """Held-out loss (total, per band, per size), copies and distance, where they apply."""
         facts: dict[str, object] = {}
-        held = self.pack.some_held_out(self.config.watch.held_out)
+        held = self.pack.some_held_out(self.config.preview.held_out)
         if len(held) and denoises(self.config.objective):
 
             def losses() -> Tensor:
@@ -117,18 +117,18 @@ class Watch:
                         training_labels(self.config, self.pack),
                         held,
                         law=self.config.noise,
-                        weighting=natural_weight(self.config.precond),
+                        weighting=default_weighting(self.config.precond),
                         sizes=self.sizes,
                         device=self.device,
                         batch=self._batch,
-                        part=self.team.share(len(held)),
+                        part=self.team.shard(len(held)),
                     )
                 return torch.stack(list(found.values()))
 
             table = torch.cat(self._all(losses), dim=2)  # [sizes, 2, count]
             loss = summarise(dict(zip(self.sizes, table, strict=True)))
             facts["held_out"] = {"loss": loss.total, "bands": loss.bands, "sizes": loss.sizes}
-        if self.team.lead and 2 <= len(self.pack.train) <= COPY_LIMIT:
+        if self.team.is_main and 2 <= len(self.pack.train) <= COPY_LIMIT:
             copies = copy_rate(samples, self.pack.images, self.pack.train)
             facts["copy_rate"] = copies.rate
         if self.extract is not None:
@@ -143,10 +143,10 @@ class Watch:
 
     def _distance(self, denoiser: NetDenoiser, extract: Extractor, ending: Ending) -> float:
         """The Frechet distance of a few samples: a trend, too large as a number."""
-        count = self.config.watch.distance
+        count = self.config.preview.distance
         labels = training_labels(self.config, self.pack)
         labels = None if labels is None else sample_labels(labels, count)
-        part = self.team.share(count)
+        part = self.team.shard(count)
         watched = self._sampler(denoiser, ending)
 
         def features() -> Iterator[Tensor]:
@@ -185,12 +185,12 @@ class _Abandonable:
         sigma: Tensor | float,
         cond: Cond | None = None,
         *,
-        step: Step | None = None,
+        position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
         if self.ending():
             raise Abandoned
-        return self.denoiser(x, sigma, cond, step=step, tape=tape)
+        return self.denoiser(x, sigma, cond, position=position, tape=tape)
 
 
 def training_labels(config: TrainConfig, pack: Pack) -> Tensor | None:

@@ -73,16 +73,16 @@ def write_report(folder: Path, out: Path | None = None) -> Path:
 
 def _page(folder: Path, config: Record, state: Record, records: list[Record]) -> str:
     status = [r for r in records if r["kind"] == "status"]
-    watch = [r for r in records if r["kind"] == "watch"]
+    previews = [r for r in records if r["kind"] == "preview"]
     name = html.escape(str(config.get("name", folder.name)))
     parts = [
         f"<h1>{name}</h1>",
         f'<p class="facts">{html.escape(_summary(config, state, status))}</p>',
-        *_pictures(folder, watch),
+        *_pictures(folder, previews),
         "<h2>Loss</h2>",
-        _curves(status, watch) if status else "<p>No status line has been written yet.</p>",
+        _curves(status, previews) if status else "<p>No status line has been written yet.</p>",
         "<h2>Numbers</h2>",
-        _table(_numbers(status, watch)),
+        _table(_numbers(status, previews)),
         "<h2>Configuration</h2>",
         f"<pre>{html.escape(json.dumps(config, indent=1))}</pre>",
     ]
@@ -104,10 +104,10 @@ def _summary(config: Record, state: Record, status: list[Record]) -> str:
     )
 
 
-def _pictures(folder: Path, watch: list[Record]) -> Iterable[str]:
+def _pictures(folder: Path, previews: list[Record]) -> Iterable[str]:
     """The newest grid large, and up to four earlier ones beside each other."""
     there = {file.name for file in (folder / "samples").glob("*.png")}
-    shown = [r for r in watch if r["picture"] in there]
+    shown = [r for r in previews if r["picture"] in there]
     if not shown:
         return
     yield "<h2>Samples from the averaged weights</h2>"
@@ -128,13 +128,13 @@ def _figure(folder: Path, record: Record) -> str:
     )
 
 
-def _curves(status: list[Record], watch: list[Record]) -> str:
+def _curves(status: list[Record], previews: list[Record]) -> str:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for size in status[-1]["sizes"]:
         points = [(r["images"], r["sizes"][size]) for r in status if r["sizes"].get(size)]
         _line(left, points, f"training, {size}", alpha=0.6)
-    held = [r for r in watch if "held_out" in r]
+    held = [r for r in previews if "held_out" in r]
     _line(left, [(r["images"], r["held_out"]["loss"]) for r in held], "held out", marker="o")
     left.set_title("loss per pixel by crop size")
     for band in held[-1]["held_out"]["bands"] if held else ():
@@ -159,7 +159,7 @@ def _line(axes: Axes, points: list[tuple[float, Any]], label: str, **style: Any)
         axes.plot(*zip(*points, strict=True), label=label, markersize=3, linewidth=1.2, **style)
 
 
-def _numbers(status: list[Record], watch: list[Record]) -> list[tuple[str, str]]:
+def _numbers(status: list[Record], previews: list[Record]) -> list[tuple[str, str]]:
     if not status:
         return []
     last = status[-1]
@@ -172,7 +172,7 @@ def _numbers(status: list[Record], watch: list[Record]) -> list[tuple[str, str]]
         ("crops per second", f"{last['crops_per_second']:.1f}"),
         ("share of measured peak", f"{last['flops_per_second'] / last['peak']:.0%}"),
     ]
-    for record in watch[-1:]:
+    for record in previews[-1:]:
         if "held_out" in record:
             rows.append(("held-out loss", _loss(record["held_out"]["loss"])))
             for size, value in record["held_out"]["sizes"].items():

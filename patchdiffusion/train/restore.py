@@ -128,7 +128,7 @@ def _read(team: Team, found: Found, group: str, targets: Mapping[str, Tensor]) -
                 f"{min(name for name, _ in wrong)} differs"
             )
 
-    team.on_lead(read)
+    team.on_main(read)
     fill(team, targets, given)
 
 
@@ -136,12 +136,12 @@ def _read(team: Team, found: Found, group: str, targets: Mapping[str, Tensor]) -
 def fill(team: Team, targets: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Copy what the leading process has been given to the targets of all processes."""
     for name, target in targets.items():
-        value = given[name] if team.lead else torch.empty(target.shape, dtype=target.dtype)
+        value = given[name] if team.is_main else torch.empty(target.shape, dtype=target.dtype)
         value = value.to(target.device)
         if is_sharded(target):
             target.copy_(as_sharded(value, target))
         else:
-            target.copy_(team.spread(value.contiguous()))
+            target.copy_(team.broadcast(value.contiguous()))
 
 
 def empty_moments(
@@ -175,7 +175,7 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     _check_meaning(path, model, training)
     given, own = model.network.state_dict(), _tensors(training.network)
     wrong = [name for name in given if name not in own or given[name].shape != own[name].shape]
-    gained = ("coordinates.", "embed.span.")
+    gained = ("coordinates.", "embed.jump.")
     wrong += [name for name in own if name not in given and not any(g in name for g in gained)]
     if wrong:
         raise ValueError(
@@ -206,7 +206,7 @@ def _check_meaning(path: Path, model: Model, training: Training) -> None:
 
 def start_from(training: Training, given: Mapping[str, Tensor]) -> None:
     """Begin with weights that the leading process has; all processes must call it."""
-    names = training.team.on_lead(lambda: list(given))
+    names = training.team.on_main(lambda: list(given))
     own = _tensors(training.network)
     fill(training.team, {name: own[name] for name in names}, given)
     training.ema.copy(training.network)

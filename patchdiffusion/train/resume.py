@@ -38,7 +38,7 @@ def opened(training: Training) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         begin(training, held)
         held.enter_context(heartbeat(training.folder, training.team.place, training.phases))
-        if training.team.lead:
+        if training.team.is_main:
             trackers = training.log.trackers
             trackers.start(training.run.track, training.folder, encode(training.config))
             held.callback(trackers.close)
@@ -75,13 +75,13 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
             given.update(weights_of(run.start_from, training))
         return newest
 
-    found = team.on_lead(choose)
+    found = team.on_main(choose)
     if found is not None:
         load(training, found)
         _tell_resumed(training, found)
     elif run.start_from is not None:
         start_from(training, given)
-    team.on_lead(lambda: write_config(folder, training.config))
+    team.on_main(lambda: write_config(folder, training.config))
     if found is None:
         training.log.record("start", data=training.pack.fingerprint, **training.engine)
 
@@ -196,7 +196,7 @@ def roll_back(training: Training, saver: Saver) -> None:
                 return find(folder)
         return None
 
-    found = team.on_lead(choose)
+    found = team.on_main(choose)
     if found is None:
         raise team.stop(
             f"the gradient has exploded since step {first}, and no checkpoint is older; "
@@ -215,7 +215,7 @@ def roll_back(training: Training, saver: Saver) -> None:
     )
     training.log.record("rollback", step=state.step, since=at, spikes_since=first)
     saver()
-    team.on_lead(lambda: _forget_since(training.folder, state.step))
+    team.on_main(lambda: _forget_since(training.folder, state.step))
 
 
 def _forget_since(run: Path, step: int) -> None:

@@ -41,8 +41,8 @@ class Saver:
         _check_finite(training, groups)
         _check_same(training, groups)
         facts = facts_of(training) | {"groups": {g: list(group) for g, group in groups.items()}}
-        full = _collect(groups, lead=training.team.lead)
-        problem = training.team.on_lead(lambda: _write(training, full, facts))
+        full = _collect(groups, main=training.team.is_main)
+        problem = training.team.on_main(lambda: _write(training, full, facts))
         if problem and (final or self.problem):
             raise training.team.stop(
                 f"cannot save in {training.folder}: {problem}; older checkpoints stand",
@@ -58,9 +58,9 @@ class Saver:
         All processes must call it.
         """
         training = self.training
-        if training.team.on_lead(self._model_is_old):
-            full = _collect(_state(training), lead=training.team.lead)
-            training.team.on_lead(lambda: _write_model(training, full))
+        if training.team.on_main(self._model_is_old):
+            full = _collect(_state(training), main=training.team.is_main)
+            training.team.on_main(lambda: _write_model(training, full))
         self.snapshot()
 
     def _model_is_old(self) -> bool:
@@ -77,7 +77,7 @@ class Saver:
         if not stds:
             return
         groups = {name: training.ema.tensors(name) for name in stds}
-        full = _collect(groups, lead=training.team.lead)
+        full = _collect(groups, main=training.team.is_main)
         facts = {"images": training.now, "profiles": stds}
         root = training.folder / "snapshots"
 
@@ -90,7 +90,7 @@ class Saver:
                 return str(error)
             return ""
 
-        if problem := training.team.on_lead(write):
+        if problem := training.team.on_main(write):
             training.log.say(f"warning: cannot save a snapshot of the averages: {problem}")
 
 
@@ -124,7 +124,7 @@ def facts_of(training: Training) -> dict[str, Any]:
     }
 
 
-def _collect(groups: Groups, *, lead: bool) -> Groups:
+def _collect(groups: Groups, *, main: bool) -> Groups:
     """The same tensors in full; sharded ones are gathered one by one, for the leading process."""
     full: Groups = {}
     for name, group in groups.items():
@@ -132,7 +132,7 @@ def _collect(groups: Groups, *, lead: bool) -> Groups:
         for key, value in group.items():
             if is_sharded(value):
                 gathered = whole(value.detach())
-                if lead:
+                if main:
                     full[name][key] = gathered.cpu()
             else:
                 full[name][key] = value.detach()
@@ -142,7 +142,7 @@ def _collect(groups: Groups, *, lead: bool) -> Groups:
 def _check_finite(training: Training, groups: Groups) -> None:
     found = [torch.isfinite(local(x.detach())).all() for g in groups.values() for x in g.values()]
     good = torch.stack(found).all().to(torch.float32)
-    if float(training.team.sum(good)) < training.team.size:
+    if float(training.team.all_reduce(good)) < training.team.size:
         raise training.team.stop(
             "weights, averages or moments are not finite; nothing was saved, older checkpoints "
             "stand",

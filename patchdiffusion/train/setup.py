@@ -27,8 +27,8 @@ from patchdiffusion.train.engine import compiles, engine_facts, prepare_machine
 from patchdiffusion.train.folder import check_disk
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.log import RunLog, quantity
-from patchdiffusion.train.parallel import Work, replicate, shard
-from patchdiffusion.train.preview import Watch, training_labels
+from patchdiffusion.train.parallel import LossModule, replicate, shard
+from patchdiffusion.train.preview import Preview, training_labels
 from patchdiffusion.train.state import TrainState
 from patchdiffusion.train.step import Stepper
 from patchdiffusion.train.timing import Phases
@@ -54,14 +54,15 @@ def check_fits(config: TrainConfig, pack: Pack) -> None:
             f"the augmentation has {LABELS} numbers and the network takes "
             f"{config.network.augment_dim}: set --network.augment-dim {LABELS}"
         )
-    if config.watch.guidance != 1 and not config.network.num_classes:
+    if config.preview.guidance != 1 and not config.network.num_classes:
         raise ValueError(
-            f"watch.guidance {config.watch.guidance} needs a network with classes; leave it at 1"
+            f"preview.guidance {config.preview.guidance} needs a network with classes; "
+            "leave it at 1"
         )
-    if config.watch.guidance != 1 and config.objective is not None:
+    if config.preview.guidance != 1 and config.objective is not None:
         raise ValueError(
-            f"watch.guidance {config.watch.guidance} cannot be had of a few-step model; leave it "
-            "at 1"
+            f"preview.guidance {config.preview.guidance} cannot be had of a few-step model; "
+            "leave it at 1"
         )
     if config.network.num_classes not in (0, classes):
         raise ValueError(
@@ -104,7 +105,7 @@ class Training:
     stepper: Stepper
     phases: Phases
     flops: dict[Size, int]
-    watch: Watch
+    preview: Preview
     state: TrainState
 
     @property
@@ -222,7 +223,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     ema = _spread_out(network, config, run, team, device)
     teacher = _teacher(config, canvas, device)
     objective = _objective(config, run, ema, teacher, team, device)
-    work = Work(denoiser_of(network, config), objective)
+    work = LossModule(denoiser_of(network, config), objective)
     feed = Feed(
         resident(pack.images, device),
         training_labels(config, pack),
@@ -250,7 +251,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         pack=pack,
         team=team,
         folder=folder,
-        log=RunLog(folder, quiet=not team.lead),
+        log=RunLog(folder, quiet=not team.is_main),
         device=device,
         precision=precision,
         engine=engine_facts(run, device, team.place, precision),
@@ -263,7 +264,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         stepper=stepper,
         phases=phases,
         flops=flops,
-        watch=Watch(
+        preview=Preview(
             config, pack, tuple(crops), device, precision, team, _extractor(config, team, device)
         ),
         state=TrainState(),
@@ -322,11 +323,11 @@ def _teacher(config: TrainConfig, canvas: Size, device: torch.device) -> Model |
 
 
 def _extractor(config: TrainConfig, team: Team, device: torch.device) -> Extractor | None:
-    watch = config.watch
-    if not watch.distance:
+    preview = config.preview
+    if not preview.distance:
         return None
-    weights = None if watch.extractor_weights is None else Path(watch.extractor_weights)
-    return extractor(watch.extractor, weights=weights, device=device, team=team)
+    weights = None if preview.extractor_weights is None else Path(preview.extractor_weights)
+    return extractor(preview.extractor, weights=weights, device=device, team=team)
 
 
 def _spread_out(

@@ -89,7 +89,7 @@ class TrainState:
 
     @property
     def cursor(self) -> tuple[int, int]:
-        """Step and position that the draws of the next step are keyed by."""
+        """Position and position that the draws of the next step are keyed by."""
         return self.step + self.passed_steps, self.crops + self.passed_crops
 
     def move_cursor(self, cursor: tuple[int, int]) -> None:

@@ -168,17 +168,17 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
     name, problem = picture_of(training).name, ""
     try:
         averaged = training.averaged
-        samples = training.watch.draw(averaged, ending)
-        facts = training.watch.measure(averaged, samples, ending)
+        samples = training.preview.draw(averaged, ending)
+        facts = training.preview.measure(averaged, samples, ending)
     except Abandoned:
         log.say(f"        samples/{name} will be drawn when the run goes on")
         return False
     try:
-        training.watch.save(samples, picture_of(training))  # last: it says that all is done
+        training.preview.save(samples, picture_of(training))  # last: it says that all is done
     except OSError as error:
         problem = str(error)
     training.state.shown = training.now
-    log.record("watch", step=training.state.step, images=training.now, picture=name, **facts)
+    log.record("preview", step=training.state.step, images=training.now, picture=name, **facts)
     told = f"        samples/{name}"
     if problem:
         log.say(f"warning: cannot write samples/{name}: {problem}")
@@ -191,7 +191,7 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
         told += f"  held-out loss {held['loss']:.4f}  (by noise: {bands})"
     if isinstance(distance := facts.get("distance"), float):
         log.trackers.numbers({"Frechet distance": distance}, training.state.step)
-        told += f"  distance {distance:.4g} of {training.config.watch.distance:,} samples"
+        told += f"  distance {distance:.4g} of {training.config.preview.distance:,} samples"
     log.say(told)
     rate = facts.get("copy_rate")
     if isinstance(rate, float) and rate > COPY_WARNING:

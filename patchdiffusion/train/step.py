@@ -39,7 +39,7 @@ class Pass(NamedTuple):
     chunk: range
     """Crops of the group."""
     counts: bool
-    """False where this process has less to do than others and only keeps them company."""
+    """False where this process has less to do than others and only keeps them padded."""
 
 
 class Stepper:
@@ -63,7 +63,7 @@ class Stepper:
         team: Team | None = None,
         phases: Phases | None = None,
     ):
-        """`work` takes a batch and its draws and returns a `LossOut`; see `parallel.Work`."""
+        """`work` takes a batch and its draws and returns a `LossOut`; see `parallel.LossModule`."""
         self.work = work
         self.feed = feed
         self.guard = guard
@@ -115,10 +115,10 @@ class Stepper:
         passes, first = [], 0
         for number, group in enumerate(groups):
             most = -(-group.count // self.team.size)
-            share = self.team.share(group.count, turn=number)
+            share = self.team.shard(group.count, turn=number)
             for chunk in chunks(share, -(-most // self._limit(group))):
-                company = chunk or range(chunk.start % group.count, chunk.start % group.count + 1)
-                passes.append(Pass(number, group, first, company, bool(chunk)))
+                padded = chunk or range(chunk.start % group.count, chunk.start % group.count + 1)
+                passes.append(Pass(number, group, first, padded, bool(chunk)))
             first += group.count
         return passes
 
@@ -164,5 +164,5 @@ class Stepper:
         """The means over all processes, which have the same names in the same order."""
         flat = [value.float() for row in values for value in row.values()]
         with self.phases("wait"):
-            summed = iter(self.team.sum(torch.stack(flat)).unbind())
+            summed = iter(self.team.all_reduce(torch.stack(flat)).unbind())
         return [{name: next(summed) for name in row} for row in values]

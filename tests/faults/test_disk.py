@@ -301,7 +301,7 @@ def test_d7_two_preparations_of_the_same_images(tmp_path: Path) -> None:
 def test_d8_umask(images: Path, tmp_path: Path) -> None:
     flags = ["--network.base", "4", "--network.mult", "1", "--network.blocks", "1"]
     flags += ["--network.attention", "--batch", "4", "--images", "9", "--device", "cpu"]
-    flags += ["--watch.samples", "1", "--watch.grid", "1", "--ema.profiles", "0.1"]
+    flags += ["--preview.samples", "1", "--preview.grid", "1", "--ema.profiles", "0.1"]
     done = subprocess.run(
         [sys.executable, "-m", "patchdiffusion", "train", str(images), "--out", "run", *flags],
         cwd=tmp_path,

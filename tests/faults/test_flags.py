@@ -80,7 +80,7 @@ def test_s4_any_value_in_config_json(command: str, run: Path, images: Path) -> N
 
     @quick
     @example(("optim", "lr") if command == "train" else ("images",), float("nan"), False)
-    @example(("watch", "grid") if command == "train" else ("canvas",), 10**400, False)
+    @example(("preview", "grid") if command == "train" else ("canvas",), 10**400, False)
     @example(("optim",) if command == "train" else ("canvas",), [-1, 2], False)
     @example(("precond", "sigma_data"), 1e300, False)
     @given(st.sampled_from(paths), st.sampled_from(VALUES), st.booleans())

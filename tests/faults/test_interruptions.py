@@ -211,7 +211,7 @@ def test_r7_two_interrupts(images: Path, steady: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("phase", ["samples", "evaluation", "save"])
 def test_r8_sigterm_in_between(phase: str, images: Path, steady: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    config = {**LONG["config"], "watch.samples": 4}
+    config = {**LONG["config"], "preview.samples": 4}
     straight = tmp_path / "straight"
     tiny.run(tiny.change(tiny.config(images), config), straight)
     fault = {"kind": "send_in", "name": "SIGTERM", "where": phase, "time": 1}
@@ -224,7 +224,7 @@ def test_r8_sigterm_in_between(phase: str, images: Path, steady: Path, tmp_path:
     assert tiny.history(folder) == tiny.history(straight)
     assert tiny.weights(folder) == tiny.weights(straight)
     assert tiny.digests(folder / "samples") == tiny.digests(straight / "samples")
-    watched = [r["images"] for r in read_log(folder) if r["kind"] == "watch"]
+    watched = [r["images"] for r in read_log(folder) if r["kind"] == "preview"]
     assert watched == [12.0, 24.0, 36.0, 48.0]
 
 

@@ -294,7 +294,7 @@ def test_few_step_models_on_two_processes(objective: str, images: Path, tmp_path
 def test_the_command_line_under_torchrun(images: Path, tmp_path: Path) -> None:
     network = ["--network.base", "4", "--network.mult", "1", "--network.blocks", "1"]
     options = [*network, "--network.attention", "--batch", "4", "--images", "9", "--device", "cpu"]
-    options += ["--watch.samples", "1", "--watch.grid", "3"]
+    options += ["--preview.samples", "1", "--preview.grid", "3"]
     flags = ["--nproc-per-node=2", f"--master-port={harness.free_port()}"]
     command = [sys.executable, "-m", "torch.distributed.run", *flags, "-m", "patchdiffusion"]
     done = subprocess.run(

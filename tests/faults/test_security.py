@@ -201,7 +201,7 @@ def test_s1_a_pointer_elsewhere(run: Path, outside: Path, images: Path, capsys: 
 
 def test_s1_pictures_of_a_report(run: Path, outside: Path, capsys: Capture) -> None:
     for name in ("../../outside/secret.png", str(outside / "secret.png"), "..", ""):
-        record = {"kind": "watch", "step": 4, "images": 12.0, "picture": name}
+        record = {"kind": "preview", "step": 4, "images": 12.0, "picture": name}
         with open(run / "log.jsonl", "a") as log:
             log.write(json.dumps(record) + "\n")
     works(capsys, "report", run)
@@ -317,7 +317,7 @@ def test_s1_a_log_of_another_form(
 ) -> None:
     """It is for people: training goes on, and the page says what it cannot show."""
     lines = [DEEP, "{", "\0", "[1]", "NaN", '{"kind": []}', '{"kind": "status"}']
-    lines += ['{"kind": "status", "step": "x"}', '{"kind": "resume"}', '{"kind": "watch"}']
+    lines += ['{"kind": "status", "step": "x"}', '{"kind": "resume"}', '{"kind": "preview"}']
     with open(run / "log.jsonl", "a") as log:
         log.write("\n".join(lines))
     assert "the records of" in fails(capsys, "report", run)
