@@ -5,6 +5,8 @@ import math
 import types
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from patchdiffusion.system.families import members
+
 T = TypeVar("T")
 
 
@@ -79,7 +81,8 @@ def _field(hint: Any, value: Any, where: str) -> Any:
             key: _field(get_args(hint)[1], item, _join(where, key)) for key, item in value.items()
         }
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return decode(hint, value, where)
+        several = len(members(hint)) > 1
+        return _union((hint,), value, where) if several else decode(hint, value, where)
     if hint is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):
@@ -93,7 +96,7 @@ def _union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     options = tuple(o for o in options if o is not type(None))
     if isinstance(value, dict):
         classes = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
-        named = {o.__name__: o for o in classes}
+        named = {o.__name__: o for o in members(tuple(classes))}
         chosen = named.get(str(value.get("type")))
         if chosen is None:
             raise ValueError(f"{where} needs a type out of {', '.join(named)}")
