@@ -19,15 +19,19 @@ class Cond:
     labels: Tensor | None = None
     """int64 [B], class ids; -1 is unconditional."""
     context: Tensor | None = None
-    """[B, T, D], tokens."""
+    """[B, T, D], tokens; zeros are none."""
+    context_mask: Tensor | None = None
+    """bool [B, T], which tokens count; None is all of them."""
+    context_pos: Tensor | None = None
+    """float32 [B, T, len(S)], where on the canvas each token lies, as in `pos`."""
     pos: Tensor | None = None
     """float32 [B, len(S), *S], coordinates of every pixel (x first); None is the whole canvas."""
     image: Tensor | None = None
-    """[B, Ci, *S], a spatial condition."""
+    """[B, Ci, *S], a spatial condition; zeros are none."""
     augment: Tensor | None = None
     """[B, K], augmentation parameters; zero or None is none."""
     extra: Tensor | None = None
-    """[B, D], a pooled embedding."""
+    """[B, D], a pooled embedding; zeros are none."""
     percentile: Tensor | None = None
     """[B], percentile of the noise level in its law, filled in by the denoiser."""
     jump: Tensor | None = None
@@ -35,11 +39,35 @@ class Cond:
     seed: Tensor | None = None
     """int64 [B], keys of draws inside the network such as dropout; None is evaluation."""
 
-    def null(self) -> "Cond":
-        """The same condition with the class (-1) and the context (zeros) dropped, nothing else."""
-        labels = None if self.labels is None else torch.full_like(self.labels, -1)
-        context = None if self.context is None else torch.zeros_like(self.context)
-        return replace(self, labels=labels, context=context)
+    def without(self, *names: str, where: Tensor | None = None) -> "Cond":
+        """The same condition without some of its fields, or only `where` bool [B] says so.
+
+        A field with a value that means "none", such as label -1, takes it and can still be joined
+        with the original by `cat`; others become None. Raises `ValueError` for an unknown name and
+        for a field that cannot be dropped for some samples only.
+        """
+        changed = {}
+        for name in names:
+            value = getattr(self, name, None)
+            if name not in _FIELDS:
+                raise ValueError(f"unknown condition {name!r}, allowed: {', '.join(_FIELDS)}")
+            if value is None:
+                continue
+            if name in _NONE:
+                gone = torch.full_like(value, _NONE[name])
+                changed[name] = gone if where is None else _choose(where, gone, value)
+            elif where is None:
+                changed[name] = None
+            else:
+                raise ValueError(
+                    f"the condition {name} cannot be dropped for some samples only, unlike "
+                    f"{', '.join(_NONE)}"
+                )
+        return replace(self, **changed)
+
+    def gives(self, *names: str) -> bool:
+        """Whether any of these fields is given."""
+        return any(getattr(self, name) is not None for name in names)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Cond":
         """Apply a function to every tensor that is given."""
@@ -63,6 +91,15 @@ class Cond:
                 raise ValueError(f"cannot join conditions: {f.name} is given in only one of them")
             joined[f.name] = None if a is None else torch.cat([a, b])
         return Cond(**joined)
+
+
+_FIELDS = tuple(f.name for f in fields(Cond))
+# The value of a tensor that says the same as None.
+_NONE = {"labels": -1, "context": 0, "image": 0, "augment": 0, "extra": 0, "jump": 0}
+
+
+def _choose(where: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(where.reshape(-1, *[1] * (a.ndim - 1)), a, b)
 
 
 def _flatten(cond: Cond) -> tuple[list[Tensor], list[str]]:
@@ -97,6 +134,24 @@ class Position:
     def within(self, name: str) -> "Position":
         """The same place inside a wrapper that calls a denoiser, or several, more than once."""
         return replace(self, slot=(*self.slot, name))
+
+
+@dataclass(frozen=True)
+class Call:
+    """What accompanies one evaluation of a denoiser beside the condition."""
+
+    position: Position | None = None
+    """Where the solver stands, if one asks."""
+    tape: "Tape | None" = None
+    """Collects activations and losses, if somebody wants them."""
+
+    def within(self, name: str) -> "Call":
+        """The same call from inside a wrapper that evaluates denoisers more than once."""
+        return replace(self, position=self.position and self.position.within(name))
+
+    def untaped(self) -> "Call":
+        """The same call without the tape, which records one denoiser only."""
+        return replace(self, tape=None)
 
 
 class Tape:

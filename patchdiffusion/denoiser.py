@@ -1,5 +1,6 @@
 """The one contract, D(x, sigma, cond) -> E[x0 | x], and the wrappers that give it to a network."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Protocol
@@ -7,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.cond import Call, Cond, Position, Tape
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.parameterisation import OnPath, Precond
 from patchdiffusion.patches import Size, coordinates
@@ -32,27 +33,73 @@ class Denoiser(Protocol):
     ) -> Tensor: ...
 
 
-def discontinuities(denoiser: Denoiser) -> tuple[float, ...]:
-    """The levels at which a denoiser jumps: what its attribute `discontinuities` says, or none.
-
-    It is one function of x where sigma <= edge and another where sigma > edge, so a multistep
-    solver must not use estimates from the other side. Wrappers pass on what they wrap.
-    """
-    return getattr(denoiser, "discontinuities", ())
-
-
-def parts(denoiser: Denoiser) -> Iterator[object]:
-    """A denoiser and all those that it is made of."""
-    yield denoiser
-    for name in ("denoiser", "main", "guide"):
-        if (inner := getattr(denoiser, name, None)) is not None:
-            yield from parts(inner)
-
-
 def expand_sigma(sigma: Tensor | float, x: Tensor) -> Tensor:
     """One noise level per sample, in the precision of x but at least float32: [B]."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(x.shape[0])
+
+
+# ---- Denoisers made of denoisers ----
+
+
+class Wrapper(ABC):
+    """A denoiser made of others: guidance, thresholds, regions, caches, tiles, experts.
+
+    A subclass writes `denoise`, and `edges` if it changes abruptly with the noise level.
+    """
+
+    inner: tuple[Denoiser, ...]
+    """The denoisers that it asks."""
+
+    def __init__(self, *inner: Denoiser):
+        self.inner = inner
+
+    @abstractmethod
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
+        """The denoised image; other denoisers are asked by `ask`."""
+
+    @property
+    def edges(self) -> tuple[float, ...]:
+        """Noise levels at which this wrapper itself jumps; see `discontinuities`."""
+        return ()
+
+    @property
+    def discontinuities(self) -> tuple[float, ...]:
+        """Noise levels at which the denoiser jumps, its own and those of `inner`.
+
+        It is one function of x where sigma <= edge and another where sigma > edge, so a multistep
+        solver must not use estimates from the other side.
+        """
+        return (*self.edges, *(edge for part in self.inner for edge in discontinuities(part)))
+
+    def walk(self) -> Iterator[Denoiser]:
+        """This denoiser and all those that it is made of."""
+        yield self
+        for part in self.inner:
+            yield from part.walk() if isinstance(part, Wrapper) else (part,)
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        position: Position | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        return self.denoise(x, sigma, cond, Call(position, tape))
+
+
+def ask(
+    denoiser: Denoiser, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call
+) -> Tensor:
+    """Evaluate a denoiser on behalf of a wrapper that was called with `call`."""
+    return denoiser(x, sigma, cond, position=call.position, tape=call.tape)
+
+
+def discontinuities(denoiser: Denoiser) -> tuple[float, ...]:
+    """Noise levels at which a denoiser jumps, see `Wrapper.discontinuities`; a network has none."""
+    return denoiser.discontinuities if isinstance(denoiser, Wrapper) else ()
 
 
 # ---- Concrete denoisers ----
@@ -77,14 +124,30 @@ class NetDenoiser(nn.Module):
         position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        """x [B, C, H, W], sigma [B] or scalar -> denoised, shape and dtype of x."""
+        """x [B, C, *S], sigma [B] or scalar -> denoised, shape and dtype of x."""
+        return self.denoise_with(self.network, x, sigma, cond, tape=tape)
+
+    def denoise_with(
+        self,
+        function: Callable[..., Tensor],
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        """Denoise by another function of the network, such as a part of it with cached features.
+
+        `function` is called as the network is, `(c_in x, c_noise, cond, tape=tape)`, and returns
+        what the network returns.
+        """
         sigma = expand_sigma(sigma, x)
         cond = cond or Cond()
         if self.law is not None:
             cond = replace(cond, percentile=self.law.cdf(sigma).to(torch.float32))
         scales = self.precond.scales(sigma)
         inner = (per_sample(scales.inner, x) * x).to(torch.float32)
-        raw = self.network(inner, scales.noise.to(torch.float32), cond, tape=tape)
+        raw = function(inner, scales.noise.to(torch.float32), cond, tape=tape)
         return scales.denoised(x, raw)
 
 
@@ -125,7 +188,7 @@ def as_denoiser(
     return ForeignDenoiser(model, OnPath(path, prediction, data_scale))
 
 
-class PatchDenoiser:
+class PatchDenoiser(Wrapper):
     """Denoise a region of a canvas: fills `cond.pos`, so that every sampler works unchanged.
 
     `canvas` is the (height, width) the network was trained on and `corner` the (top, left) of x
@@ -133,25 +196,11 @@ class PatchDenoiser:
     """
 
     def __init__(self, denoiser: Denoiser, canvas: Size, corner: tuple[int, int] = (0, 0)):
-        self.denoiser = denoiser
+        super().__init__(denoiser)
         self.canvas = canvas
         self.corner = corner
 
-    @property
-    def discontinuities(self) -> tuple[float, ...]:
-        return discontinuities(self.denoiser)
-
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
         top, left = (torch.full((len(x),), c, device=x.device) for c in self.corner)
         pos = coordinates(top, left, (x.shape[-2], x.shape[-1]), self.canvas)
-        return self.denoiser(
-            x, sigma, replace(cond or Cond(), pos=pos), position=position, tape=tape
-        )
+        return ask(self.inner[0], x, sigma, replace(cond or Cond(), pos=pos), call)

@@ -1,6 +1,6 @@
 """Conditions, the tape, and where a solver stands."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -15,6 +15,8 @@ def full(batch: int = 3) -> Cond:
     return Cond(
         labels=count,
         context=count[:, None, None] + torch.rand(batch, 2, 5, generator=torch.Generator()),
+        context_mask=torch.tensor([True, False]).expand(batch, 2),
+        context_pos=torch.linspace(-2, 2, batch * 4).reshape(batch, 2, 2),
         pos=torch.linspace(-1, 1, batch * 2 * 4 * 6).reshape(batch, 2, 4, 6),
         image=torch.linspace(0, 1, batch * 4 * 6).reshape(batch, 1, 4, 6),
         augment=torch.linspace(2, 3, batch * 9).reshape(batch, 9),
@@ -54,17 +56,27 @@ def test_pytree_inside_a_function_transform() -> None:
     assert torch.equal(torch.func.grad(total)(given).extra, 2 * torch.ones(2, 3))
 
 
-def test_null_drops_labels_and_context_only() -> None:
-    cond, null = full(), full().null()
+def test_fields_are_dropped_by_name() -> None:
+    cond, null = full(), full().without("labels", "context", "pos")
     assert null.labels is not None and null.labels.tolist() == [-1, -1, -1]
     assert null.context is not None and not null.context.any()
-    for f in fields(Cond):
-        if f.name not in ("labels", "context"):
-            assert getattr(null, f.name) is getattr(cond, f.name) or torch.equal(
-                getattr(null, f.name), getattr(cond, f.name)
-            )
+    assert null.pos is None
+    assert same(replace(null, labels=cond.labels, context=cond.context, pos=cond.pos), cond)
     assert cond.labels is not None and cond.labels.tolist() == [0, 1, 2]  # the original is intact
-    assert same(Cond().null(), Cond())
+    assert same(Cond().without("labels", "pos"), Cond())
+    with pytest.raises(ValueError, match="'label', allowed: labels"):
+        cond.without("label")
+    assert cond.gives("labels", "pos") and null.gives("pos", "labels") and not null.gives("pos")
+
+
+def test_fields_are_dropped_for_some_samples() -> None:
+    some = torch.tensor([True, False, True])
+    for name in ("labels", "context", "image", "augment", "extra", "jump"):
+        mixed = full().without(name, where=some)
+        assert same(mixed.take(some), full().without(name).take(some))
+        assert same(mixed.take(~some), full().take(~some))
+    with pytest.raises(ValueError, match="pos cannot be dropped for some"):
+        full().without("pos", where=some)
 
 
 def test_cat_then_take_gives_the_parts_back() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import get_args
 
 import pytest
+import tiny
 import torch
 from torch import Tensor, nn
 
@@ -287,6 +288,22 @@ def test_sigma_may_be_a_number() -> None:
     assert torch.equal(denoiser(x, torch.tensor(0.5)), denoiser(x, 0.5))
     with pytest.raises(RuntimeError):
         denoiser(x, torch.ones(2))
+
+
+def test_another_function_of_the_network_has_the_same_preconditioning() -> None:
+    denoiser, x = tiny.pipeline().model.denoiser, torch.full((2, 3, 8, 12), 0.3)
+    cond = Cond(labels=torch.tensor([0, 2]))
+    seen = []
+
+    def half(inner: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None) -> Tensor:
+        seen.append(tape)
+        return denoiser.network(inner, noise, cond) / 2
+
+    tape = Tape()
+    found = denoiser.denoise_with(half, x, 0.8, cond, tape=tape)
+    skipped = denoiser.precond.scales(torch.tensor(0.8)).skip * x
+    torch.testing.assert_close(found - skipped, (denoiser(x, 0.8, cond) - skipped) / 2)
+    assert seen == [tape]
 
 
 def test_expand_sigma_keeps_precision() -> None:

@@ -329,7 +329,7 @@ def test_guidance_is_part_of_the_target() -> None:
     v = draws(24).normal("noise", (1, 3, 3)) - x0
     z = x0 + per_sample(t, x0) * v
     with torch.no_grad():
-        null, own = (mean_velocity(network, z, t, t, c) for c in (cond.null(), cond))
+        null, own = (mean_velocity(network, z, t, t, c) for c in (cond.without("labels"), cond))
     guided = torch.where(per_sample(dropped, v), v, 1.5 * v - 0.8 * null + 0.3 * own)
     rate = derivative(lambda z, t: mean_velocity(network, z, t, s, cond), (z, t), (guided, 1.0))
     target = guided - per_sample(t - s, z) * rate

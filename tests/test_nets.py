@@ -193,7 +193,7 @@ def test_minus_one_is_no_label() -> None:
     with torch.no_grad():
         nothing = network(x, noise, replace(cond, labels=None))
         assert torch.equal(network(x, noise, replace(cond, labels=torch.full((3,), -1))), nothing)
-        assert torch.equal(network(x, noise, cond.null()), nothing)
+        assert torch.equal(network(x, noise, cond.without("labels")), nothing)
         assert not torch.allclose(network(x, noise, cond)[1], nothing[1])
         none = network(x, noise, replace(cond, augment=None))
         assert torch.equal(network(x, noise, replace(cond, augment=torch.zeros(3, 3))), none)

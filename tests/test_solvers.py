@@ -12,7 +12,8 @@ from solving import ALL, DETERMINISTIC, TOY, TWO_STAGES, Gaussian, keys, noise_o
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.cond import Call, Cond, Position
+from patchdiffusion.denoiser import Wrapper, ask
 from patchdiffusion.solvers import (
     SOLVERS,
     Churn,
@@ -81,7 +82,8 @@ def test_evaluations_and_the_steps_handed_down(name: str) -> None:
     stages = (0, 1) if name.removeprefix("churned ") in TWO_STAGES else (0,)
     assert len(stages) == SOLVERS[name.removeprefix("churned ").removesuffix(" 0.5")].stages
     places = [(i, stage) for i in range(5) for stage in stages][: 9 if len(stages) == 2 else 5]
-    assert denoiser.steps == [Position(0, i, s, tuple(levels.tolist())) for i, s in places]
+    run = denoiser.steps[0].run if denoiser.steps[0] else -1
+    assert denoiser.steps == [Position(run, i, s, tuple(levels.tolist())) for i, s in places]
     if not name.startswith("churned"):
         assert denoiser.sigmas[:: len(stages)] == pytest.approx(levels[:-1].tolist())
 
@@ -254,6 +256,14 @@ def test_impossible_churn_is_refused(values: dict[str, float]) -> None:
         Churn(**values)
 
 
+def test_every_trajectory_has_a_number_of_its_own() -> None:
+    denoiser = Gaussian()
+    for _ in range(2):
+        solve(euler, denoiser, torch.ones(2, 3), karras(2))
+    a, b, c, d = (position.run for position in denoiser.steps if position)
+    assert a == b != c == d
+
+
 # ---- Resets ----
 
 
@@ -268,23 +278,18 @@ def test_crossings_of_a_guidance_interval() -> None:
     assert crossings(sigmas, ()) == frozenset()
 
 
-class Jump:
+class Jump(Wrapper):
     """One Gaussian above a level and another below: a guidance interval with its edge there."""
 
-    def __init__(self, edge: float):
-        self.edge = edge
-        self.discontinuities: tuple[float, ...] = ()
+    told = False
 
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        return (Gaussian(-2.0, 0.1) if float(sigma) > self.edge else Gaussian())(x, sigma)
+    @property
+    def edges(self) -> tuple[float, ...]:
+        return (1.0,) if self.told else ()
+
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
+        above, below = self.inner
+        return ask(above if float(sigma) > 1.0 else below, x, sigma, cond, call)
 
 
 @pytest.mark.parametrize("solver", [dpmpp_2m, unipc])
@@ -292,12 +297,12 @@ def test_after_a_reset_a_solver_starts_anew(solver: Solver) -> None:
     """As if the rest were a run of its own: nothing is extrapolated across the edge."""
     sigmas, x = karras(12), 80 * rng.normal(keys(20), (2,), torch.float64)
     (edge,) = resets = crossings(sigmas, [1.0])
-    whole = list(solver(Jump(1.0), x, sigmas, resets=resets))
+    jump, told = (Jump(Gaussian(-2.0, 0.1), Gaussian()) for _ in range(2))
+    whole = list(solver(jump, x, sigmas, resets=resets))
     anew = run(solver(Gaussian(), whole[edge - 1].x, sigmas, first=edge)).x
     assert torch.equal(whole[-1].x, anew)
-    told = Jump(1.0)
-    told.discontinuities = (1.0,)  # what guided denoisers say of themselves
+    told.told = True  # what guided denoisers say of themselves
     assert torch.equal(run(solver(told, x, sigmas)).x, anew)
     exact = 0.3 + (whole[edge - 1].x - 0.3) * 0.5 / math.sqrt(0.25 + float(sigmas[edge]) ** 2)
-    mixed = run(solver(Jump(1.0), x, sigmas)).x
+    mixed = run(solver(jump, x, sigmas)).x
     assert float((anew - exact).abs().max()) < 0.5 * float((mixed - exact).abs().max())

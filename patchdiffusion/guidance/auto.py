@@ -2,13 +2,13 @@
 
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Position, Tape
-from patchdiffusion.denoiser import Denoiser, discontinuities
+from patchdiffusion.cond import Call, Cond
+from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.guidance.extrapolate import Extrapolation
 from patchdiffusion.guidance.interval import Interval
 
 
-class AutoGuidance:
+class AutoGuidance(Wrapper):
     """D_guide + weight (D_main - D_guide) under the same condition, which may be none.
 
     The guide should fail as the main model does, only more: the same data and kind of network,
@@ -30,32 +30,18 @@ class AutoGuidance:
 
         The tape of a call records the main denoiser only.
         """
-        self.main = main
-        self.guide = guide
+        # At weight 1 the guide is never asked.
+        super().__init__(*((main,) if weight == 1 else (main, guide)))
         self.extrapolate = Extrapolation(weight=weight, rescale=rescale, channels=channels)
         self.interval = Interval.of(interval)
 
     @property
-    def discontinuities(self) -> tuple[float, ...]:
-        if self.extrapolate.weight == 1:
-            return discontinuities(self.main)
-        return (
-            *self.interval.discontinuities,
-            *discontinuities(self.main),
-            *discontinuities(self.guide),
-        )
+    def edges(self) -> tuple[float, ...]:
+        return () if self.extrapolate.weight == 1 else self.interval.discontinuities
 
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        main = self.main(x, sigma, cond, position=position and position.within("main"), tape=tape)
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
+        main = ask(self.inner[0], x, sigma, cond, call.within("main"))
         if self.extrapolate.weight == 1 or self.interval.excludes(sigma):
             return main
-        guide = self.guide(x, sigma, cond, position=position and position.within("guide"))
+        guide = ask(self.inner[1], x, sigma, cond, call.within("guide").untaped())
         return self.interval.choose(sigma, self.extrapolate(main, guide), main)

@@ -5,13 +5,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Position, Tape
-from patchdiffusion.denoiser import Denoiser, discontinuities, parts
+from patchdiffusion.cond import Call, Cond
+from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.guidance.extrapolate import Extrapolation
 from patchdiffusion.guidance.interval import Interval
 
+CONDITIONS = ("labels", "context")
+"""Fields of the condition that say what is wanted, and so are what guidance drops."""
 
-class CFG:
+
+class CFG(Wrapper):
     """D_null + weight (D_cond - D_null), both halves in one batch of twice the size.
 
     weight 1 is the plain conditional denoiser and costs one evaluation, bit for bit the same;
@@ -27,76 +30,63 @@ class CFG:
         interval: tuple[float, float] | None = None,
         rescale: float = 0.0,
         channels: int | None = None,
+        drops: tuple[str, ...] = CONDITIONS,
     ):
         """Guide where interval[0] < sigma <= interval[1]; elsewhere the condition alone counts.
 
         There, a level that is a number (as solvers have it) costs one evaluation. `rescale` and
         `channels` are those of `Extrapolation`; published DiT models guide 3 of 4 channels.
+        `drops` names the fields of the condition that D_null does not see.
         """
-        if any(isinstance(part, CFG) for part in parts(denoiser)):
+        super().__init__(denoiser)
+        if sum(isinstance(part, CFG) for part in self.walk()) > 1:
             raise ValueError("there is a CFG inside this CFG already; guide once")
-        self.denoiser = denoiser
         self.extrapolate = Extrapolation(weight=weight, rescale=rescale, channels=channels)
         self.interval = Interval.of(interval)
+        self.drops = drops
 
     @property
-    def discontinuities(self) -> tuple[float, ...]:
-        own = () if self.extrapolate.weight == 1 else self.interval.discontinuities
-        return (*own, *discontinuities(self.denoiser))
+    def edges(self) -> tuple[float, ...]:
+        return () if self.extrapolate.weight == 1 else self.interval.discontinuities
 
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
         weight = self.extrapolate.weight
         if weight == 1:
-            return self.denoiser(x, sigma, cond, position=position, tape=tape)
-        if cond is None or (cond.labels is None and cond.context is None):
+            return ask(self.inner[0], x, sigma, cond, call)
+        if cond is None or not cond.gives(*self.drops):
             raise ValueError(
                 f"guidance weight {weight} needs class labels, and none are given; use 1"
             )
         if self.interval.excludes(sigma):
-            return self.denoiser(x, sigma, cond, position=position, tape=tape)
-        both = self.denoiser(
+            return ask(self.inner[0], x, sigma, cond, call)
+        both = ask(
+            self.inner[0],
             torch.cat([x, x]),
             torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma,
-            cond.cat(cond.null()),
-            position=position and _twice(position),
-            tape=tape,
+            cond.cat(cond.without(*self.drops)),
+            _twice(call),
         )
         conditional, unconditional = both.chunk(2)
         guided = self.extrapolate(conditional, unconditional)
         return self.interval.choose(sigma, guided, conditional)
 
 
-def _twice(position: Position) -> Position:
-    """The same place for a batch of twice the size, which no cache may mix with single ones."""
-    seeds = None if position.seeds is None else torch.cat([position.seeds, position.seeds])
-    return replace(position.within("cfg"), seeds=seeds)
+def _twice(call: Call) -> Call:
+    """The same call for a batch of twice the size, which no cache may mix with single ones."""
+    position = call.within("cfg").position
+    if position is None or position.seeds is None:
+        return replace(call, position=position)
+    seeds = torch.cat([position.seeds, position.seeds])
+    return replace(call, position=replace(position, seeds=seeds))
 
 
-class Unconditional:
-    """A denoiser that never learns the class: the base of classifier guidance, or a guide."""
+class Unconditional(Wrapper):
+    """A denoiser that never sees the class: the base of classifier guidance, or a guide."""
 
-    def __init__(self, denoiser: Denoiser):
-        self.denoiser = denoiser
+    def __init__(self, denoiser: Denoiser, drops: tuple[str, ...] = CONDITIONS):
+        """`drops` names the fields of the condition that are kept from the denoiser."""
+        super().__init__(denoiser)
+        self.drops = drops
 
-    @property
-    def discontinuities(self) -> tuple[float, ...]:
-        return discontinuities(self.denoiser)
-
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        return self.denoiser(x, sigma, cond and cond.null(), position=position, tape=tape)
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
+        return ask(self.inner[0], x, sigma, cond and cond.without(*self.drops), call)

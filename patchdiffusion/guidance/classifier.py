@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Position, Tape
-from patchdiffusion.denoiser import Denoiser, discontinuities, expand_sigma
+from patchdiffusion.cond import Call, Cond
+from patchdiffusion.denoiser import Denoiser, Wrapper, ask, expand_sigma
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.nets.attention import twice_differentiable
 from patchdiffusion.paths import per_sample
@@ -19,7 +19,7 @@ class Classifier(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor: ...
 
 
-class ClassifierGuidance:
+class ClassifierGuidance(Wrapper):
     """D + weight sigma^2 grad_x ln p(class | x; sigma): Bayes' rule for the score, in D.
 
     At weight 1 an exact classifier makes `Unconditional(D)` exactly the conditional denoiser. A
@@ -38,27 +38,18 @@ class ClassifierGuidance:
         """weight 0, and levels outside of `interval`, are the denoiser bit for bit."""
         if not 0 <= weight < float("inf"):
             raise ValueError(f"the guidance weight must be >= 0 and finite, not {weight}")
-        self.denoiser = denoiser
+        super().__init__(denoiser)
         self.classifier = classifier
         self.weight = weight
         self.interval = Interval.of(interval)
 
     @property
-    def discontinuities(self) -> tuple[float, ...]:
-        own = () if self.weight == 0 else self.interval.discontinuities
-        return (*own, *discontinuities(self.denoiser))
+    def edges(self) -> tuple[float, ...]:
+        return () if self.weight == 0 else self.interval.discontinuities
 
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
         """Raises `ValueError` without labels and under `torch.inference_mode`."""
-        denoised = self.denoiser(x, sigma, cond, position=position, tape=tape)
+        denoised = ask(self.inner[0], x, sigma, cond, call)
         if self.weight == 0:
             return denoised
         if cond is None or cond.labels is None:

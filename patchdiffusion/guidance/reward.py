@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Position, Tape
-from patchdiffusion.denoiser import Denoiser, discontinuities, expand_sigma
+from patchdiffusion.cond import Call, Cond
+from patchdiffusion.denoiser import Denoiser, Wrapper, ask, expand_sigma
 from patchdiffusion.nets.attention import twice_differentiable
 from patchdiffusion.paths import per_sample
 
@@ -128,7 +128,7 @@ class Measurement:
 # ---- The denoiser that follows one ----
 
 
-class GradientGuidance:
+class GradientGuidance(Wrapper):
     """D + scale * guide(D, Cov[x0 | x]), with gradients that it switches on for itself.
 
     `scale` 1 is the density the guide aims at and 0 is the denoiser, bit for bit in one
@@ -153,7 +153,7 @@ class GradientGuidance:
             raise ValueError(f"the scale of guidance must be finite, not {scale}")
         if not (below > 0 and clip > 0):
             raise ValueError(f"below and clip must be positive, not {below} and {clip}")
-        self.denoiser = denoiser
+        super().__init__(denoiser)
         self.guide = guide
         self.scale = scale
         self.below = below
@@ -161,24 +161,15 @@ class GradientGuidance:
         self.jacobian = jacobian
 
     @property
-    def discontinuities(self) -> tuple[float, ...]:
+    def edges(self) -> tuple[float, ...]:
         # An edge belongs to the levels below it, and `below` to those above.
         guides = self.scale != 0 and self.below < math.inf
-        own = (math.nextafter(self.below, 0),) if guides else ()
-        return (*own, *discontinuities(self.denoiser))
+        return (math.nextafter(self.below, 0),) if guides else ()
 
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
         levels = per_sample(expand_sigma(sigma, x), x)
         if self.scale == 0 or not bool((levels < self.below).any()):
-            return self.denoiser(x, sigma, cond, position=position, tape=tape)
+            return ask(self.inner[0], x, sigma, cond, call)
         if torch.is_inference_mode_enabled():
             raise ValueError("guidance needs gradients: use torch.no_grad, not inference_mode")
         differentiable = torch.is_grad_enabled() and x.requires_grad
@@ -187,7 +178,7 @@ class GradientGuidance:
             point = x if differentiable else x.detach().requires_grad_()
             nested = twice_differentiable() if differentiable else contextlib.nullcontext()
             with nested, torch.set_grad_enabled(self.jacobian or differentiable):
-                seen = self.denoiser(point, sigma, cond, position=position, tape=tape)
+                seen = ask(self.inner[0], point, sigma, cond, call)
             denoised = seen if differentiable else seen.detach()
 
             def covariance(v: Tensor) -> Tensor:

@@ -203,7 +203,7 @@ class MeanFlowLoss:
         if not config.guided or cond.labels is None:
             return v
         goal = config.guidance * v
-        null = mean_velocity(network, z, t, t, cond.null())
+        null = mean_velocity(network, z, t, t, cond.without("labels", "context"))
         goal = goal + (1 - config.guidance - config.mix) * null
         if config.mix:
             goal = goal + config.mix * mean_velocity(network, z, t, t, cond)

@@ -1,16 +1,15 @@
 """The sampling driver: seeds, batches, regions, precision and progress around a solver."""
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.cond import Cond, Position, Tape
-from patchdiffusion.denoiser import Denoiser, PatchDenoiser, discontinuities
+from patchdiffusion.cond import Call, Cond
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser, Wrapper, ask
 from patchdiffusion.flowmap import FlowMap, PatchMap
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.patches import Size
@@ -92,9 +91,9 @@ def _solve(
     cond: Cond,
     noise: Noise,
 ) -> Tensor:
-    stamped, solver = _Stamped(denoiser, next(_RUNS), seeds), config.bound_solver()
+    seeded, solver = _Seeded(denoiser, seeds), config.bound_solver()
     x = noisy * sigmas[0].item()
-    return run(solver(stamped, x, sigmas, cond=cond, noise=noise)).x
+    return run(solver(seeded, x, sigmas, cond=cond, noise=noise)).x
 
 
 def _jump(
@@ -110,33 +109,17 @@ def _jump(
     return run(jump(flow_map, z, times, cond=cond, noise=noise, gamma=config.gamma)).x
 
 
-_RUNS = itertools.count()  # numbers trajectories, so that no cache mixes two of them
+class _Seeded(Wrapper):
+    """Completes the `Position` of a solver with the seeds of the batch."""
 
+    def __init__(self, denoiser: Denoiser, seeds: Tensor):
+        super().__init__(denoiser)
+        self.seeds = seeds
 
-@dataclass(frozen=True)
-class _Stamped:
-    """Completes the `Position` of a solver with the number of the trajectory and its seeds."""
-
-    denoiser: Denoiser
-    run: int
-    seeds: Tensor
-
-    @property
-    def discontinuities(self) -> tuple[float, ...]:
-        return discontinuities(self.denoiser)
-
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        if position is not None:
-            position = replace(position, run=self.run, seeds=self.seeds)
-        return self.denoiser(x, sigma, cond, position=position, tape=tape)
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
+        if call.position is not None:
+            call = replace(call, position=replace(call.position, seeds=self.seeds))
+        return ask(self.inner[0], x, sigma, cond, call)
 
 
 def _fresh_noise(seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:

@@ -6,6 +6,7 @@ dx/dsigma = (x - D(x, sigma)) / sigma; in lambda = -ln sigma its exact solution 
 x_b = (b / a) x_a + b int e^lambda D dlambda (DPM-Solver++, arXiv 2211.01095, proposition 4.1).
 """
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Solver(Protocol):
     """x [B, C, *S] at level sigmas[first]; sigmas decreasing, float64 [n + 1], ending in 0.
 
     The history is dropped before each step in `resets`, and where the denoiser says that it jumps:
-    see `denoiser.discontinuities`.
+    see `Wrapper.discontinuities`. Every call is a trajectory with a number of its own.
     """
 
     def __call__(
@@ -62,6 +63,8 @@ class Solver(Protocol):
 class Step:
     """One step of a solver, as its rule sees it."""
 
+    run: int
+    """Number of the trajectory."""
     denoiser: Denoiser
     cond: Cond | None
     source: Noise | None
@@ -86,7 +89,7 @@ class Step:
 
     def denoise(self, x: Tensor, sigma: float | None = None, stage: int = 0) -> Tensor:
         """Evaluate the denoiser, at `sigma` if it is given, else where the step begins."""
-        position = Position(run=0, index=self.index, stage=stage, sigmas=self.sigmas)
+        position = Position(run=self.run, index=self.index, stage=stage, sigmas=self.sigmas)
         return self.denoiser(
             x, self.sigma if sigma is None else sigma, self.cond, position=position
         )
@@ -99,6 +102,8 @@ class Step:
             raise ValueError("this solver needs noise: pass noise=, a function of the step index")
         return x + std * self.source(self.index)
 
+
+_RUNS = itertools.count()  # numbers trajectories, so that no cache mixes two of them
 
 Move = tuple[Tensor, Tensor, History]  # x at level b, the denoised image, what to remember
 
@@ -134,11 +139,11 @@ class Method:
         **options: object,
     ) -> Iterator[State]:
         """As `Solver`, with the options of the rule."""
-        levels = tuple(sigmas.tolist())
+        number, levels = next(_RUNS), tuple(sigmas.tolist())
         resets = {*resets, *crossings(sigmas, discontinuities(denoiser))}
         for i in range(first, len(levels) - 1):
             memory = () if i in resets or levels[i + 1] == 0 else history
-            step = Step(denoiser, cond, noise, levels, i, memory)
+            step = Step(number, denoiser, cond, noise, levels, i, memory)
             x, denoised, history = self.rule(step, x, **options)
             yield State(x, denoised, i + 1, history)
 

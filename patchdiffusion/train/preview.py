@@ -9,9 +9,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.cond import Call, Cond
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.denoiser import Denoiser, NetDenoiser
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper, ask
 from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.metrics.compare import Gathered
@@ -172,25 +172,17 @@ class Preview:
         return [value for (value,) in found]
 
 
-@dataclass(frozen=True)
-class _Abandonable:
+class _Abandonable(Wrapper):
     """A denoiser that raises `Abandoned` instead of denoising once the run is to end."""
 
-    denoiser: Denoiser
-    ending: Ending
+    def __init__(self, denoiser: Denoiser, ending: Ending):
+        super().__init__(denoiser)
+        self.ending = ending
 
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
         if self.ending():
             raise Abandoned
-        return self.denoiser(x, sigma, cond, position=position, tape=tape)
+        return ask(self.inner[0], x, sigma, cond, call)
 
 
 def training_labels(config: TrainConfig, pack: Pack) -> Tensor | None:
