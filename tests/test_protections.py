@@ -1,37 +1,49 @@
 """The table of what the tests of faults protect fits the package and those tests."""
 
+import importlib
+import types
+from functools import reduce
+from pathlib import Path
+
 import pytest
 from faults import protections
-from faults.protections import PACKAGE, Protection, all_tests, judge, rows_of, table
+from faults.protections import Finder, Protection, all_tests, judge, rows_of, table
+
+from patchdiffusion.train import guard
 
 TABLE = table()
 
 
 @pytest.mark.parametrize("entry", TABLE, ids=lambda entry: f"{entry.row}: {entry.promise}")
 def test_an_entry_is_up_to_date(entry: Protection) -> None:
-    """Its texts occur once, its tests exist and belong to its row, and Python is left."""
-    assert entry.stale(all_tests()) == ""
-    assert all(entry.row in rows_of(test.split("[")[0]) for test in entry.tests)
-    for edit in entry.edits:
-        text = (PACKAGE / edit.file).read_text().replace(edit.old, edit.new)
-        assert text != (PACKAGE / edit.file).read_text()
-        compile(text, edit.file, "exec")
+    """Its name and its tests exist, these belong to its row, and it changes something."""
+    module = importlib.import_module(entry.module)
+    *inside, last = f"patchdiffusion.{entry.name}".removeprefix(f"{entry.module}.").split(".")
+    original = getattr(reduce(getattr, inside, module), last)
+    assert getattr(protections.standins, entry.standin)(original) is not original
+    assert entry.tests
+    for test in entry.tests:
+        assert test.split("[")[0] in all_tests() and entry.row in rows_of(test.split("[")[0])
 
 
 def test_every_row_has_an_entry() -> None:
     rows = {row for test in all_tests() for row in rows_of(test)}
     assert len(rows) > 25
     assert rows == {entry.row for entry in TABLE}
+    assert len({entry.promise for entry in TABLE}) == len(TABLE)
 
 
-def test_an_entry_that_is_out_of_date_is_told() -> None:
-    (entry,) = [e for e in TABLE if e.promise == "digests are compared"]
-    edit = protections.Edit(entry.edits[0].file, "no such text", "")
-    wrong = Protection(entry.row, "", (edit,), entry.tests, 1.0)
-    good, told = protections.verdict(wrong, all_tests())
-    assert not good and "IS OUT OF DATE: train/checkpoint.py has 0 times 'no such text'" in told
-    wrong = Protection(entry.row, "", entry.edits, ("test_r1_gone[1]",), 1.0)
-    assert protections.verdict(wrong, all_tests())[1].endswith("there is no test_r1_gone[1]")
+def test_taking_out() -> None:
+    """A module has what takes the place of a name as soon as it can be imported."""
+    folder = [str(Path(guard.__file__).parent)]
+    finder = Finder(Protection("x1", "", "train.guard.Guard._decide", "nothing", ()))
+    assert finder.find_spec("patchdiffusion.train.state", folder) is None
+    spec = finder.find_spec(guard.__name__, folder)
+    module = types.ModuleType(guard.__name__)
+    spec.loader.exec_module(module)
+    assert module.Guard is not guard.Guard and module.Guard._decide(None) is None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        Protection("x1", "", "train.guard.no_such_name", "nothing", ()).take_out(module)
 
 
 @pytest.mark.parametrize(

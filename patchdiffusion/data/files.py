@@ -162,21 +162,26 @@ def _add(
         ignored["special file"] += 1
 
 
+def leads_outside(name: str) -> bool:
+    """Whether a name in a zip is, on any system, that of a file outside of where it is unpacked."""
+    above = name.startswith("/") or ".." in name.split("/")
+    return above or "\\" in name or re.match("[A-Za-z]:", name) is not None
+
+
 def _list_zip(path: Path, archive: zipfile.ZipFile) -> _Listing:
     entries: list[tuple[str, int, int]] = []
     ignored: Counter[str] = Counter()
     names: set[str] = set()
     for info in archive.infolist():
         name = info.filename
-        parts = name.split("/")
-        if name.startswith("/") or ".." in parts or "\\" in name or re.match("[A-Za-z]:", name):
+        if leads_outside(name):
             raise ValueError(f"{path} is refused: the name {name!r} leads outside of the zip")
         if name in names:
             raise ValueError(f"{path} is refused: the name {name!r} occurs twice")
         names.add(name)
         if info.is_dir() or name == _LABEL_FILE:
             continue
-        if not all(_visible(part) for part in parts):
+        if not all(_visible(part) for part in name.split("/")):
             ignored["hidden"] += 1
         elif _suffix(name) not in EXTENSIONS:
             ignored[_suffix(name)] += 1

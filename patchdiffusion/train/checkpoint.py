@@ -87,7 +87,7 @@ def fault(folder: Path, *, content: bool = True) -> str | None:
         if not (folder / "manifest.json").read_bytes().endswith(b"}\n"):
             return f"{folder / 'manifest.json'} has been cut short"
         for name, facts in files.items():
-            if "/" in name or "\\" in name or name.startswith("."):
+            if _leads_outside(name):
                 return f"{folder}: the manifest names a file outside the folder: {name}"
             path = folder / name
             if path.stat().st_size != facts["bytes"]:
@@ -99,6 +99,11 @@ def fault(folder: Path, *, content: bool = True) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder}: {type(error).__name__}: {error}"
     return None
+
+
+def _leads_outside(name: str) -> bool:
+    """Whether a name is not that of a file in the folder itself."""
+    return "/" in name or "\\" in name or name.startswith(".")
 
 
 def candidates(root: Path) -> Iterator[tuple[Path, str | None]]:

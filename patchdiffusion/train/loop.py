@@ -93,7 +93,7 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
     status = Status(training, saver)
     vote = Vote(team, 3)
     pixels = Verification(training.pack, wanted=team.place.local_rank == 0)
-    deadline = started + (run.max_hours or math.inf) * 3600
+    deadline = deadline_of(run, started)
     saved = time.monotonic()
     training.log.status("running", **_place(training))
     _catch_up(training, stop.is_set)
@@ -133,6 +133,11 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
         if ending or last:
             vote.forget()
             return _tell_end(training, "preempted" if ending else "finished")
+
+
+def deadline_of(run: RunConfig, started: float) -> float:
+    """When `max_hours` is over, on the monotonic clock; infinity without such a limit."""
+    return started + (run.max_hours or math.inf) * 3600
 
 
 def _tell_end(training: Training, how: str) -> None:

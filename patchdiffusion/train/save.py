@@ -22,6 +22,11 @@ Groups = dict[str, dict[str, Tensor]]
 DISK_FULL = 20
 
 
+def gives_up(before: str, *, final: bool) -> bool:
+    """Whether a failed save ends the run: if it was the last one, or that `before` failed, too."""
+    return final or bool(before)
+
+
 class Saver:
     """Saves a run; a save that fails is told and tried again later, two in a row end the run."""
 
@@ -43,7 +48,7 @@ class Saver:
         facts = facts_of(training) | {"groups": {g: list(group) for g, group in groups.items()}}
         full = _collect(groups, main=training.team.is_main)
         problem = training.team.on_main(lambda: _write(training, full, facts))
-        if problem and (final or self.problem):
+        if problem and gives_up(self.problem, final=final):
             raise training.team.stop(
                 f"cannot save in {training.folder}: {problem}; older checkpoints stand",
                 code=DISK_FULL,

@@ -2,44 +2,41 @@
 
 python tests/faults/protections.py [ROW ...] [--list]
 
-Each entry of `protections.toml` names a row of the suite and what it promises, a text of the
-package that keeps the promise, what to put in its place, and the tests that must notice. Without
-its protection the package still trains; one ordinary test sees to that. The exit code is 1 if a
-test still passes or an entry is out of date.
+Each line of `protections.toml` names a promise, the function, method or constant of the package
+that keeps it, what takes its place, and the tests that must notice. It does so in every process
+that the tests start, as soon as its module has been executed and before others can import it.
+Without its protection the package still trains; one ordinary test sees to that. The exit code is
+1 if a test still passes.
 """
 
 import argparse
 import contextlib
 import functools
+import importlib.machinery
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
+import types
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import standins
+
 ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "patchdiffusion"
 FOLDER = Path(__file__).parent
+PACKAGE = "patchdiffusion"
 ORDINARY = "tests/test_train_loop.py::test_everything_is_in_the_folder"
-SECONDS = 60.0
+SECONDS = float(os.environ.get("FAULT_SECONDS", "60"))
 """A program that takes longer hangs, which is a failure, too."""
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A text of the package and what takes its place."""
-
-    file: str
-    old: str
-    new: str
 
 
 @dataclass(frozen=True)
@@ -48,41 +45,37 @@ class Protection:
 
     row: str
     promise: str
-    edits: tuple[Edit, ...]
+    name: str
+    """In the package, with dots."""
+    standin: str
     tests: tuple[str, ...]
-    seconds: float
 
-    @classmethod
-    def of(cls, entry: dict[str, Any]) -> "Protection":
-        """From the table, where further edits are given by `also`."""
-        edits = [Edit(**{name: e[name] for name in ("file", "old", "new")}) for e in _all(entry)]
-        seconds = entry.get("seconds", SECONDS)
-        return cls(entry["row"], entry["promise"], tuple(edits), tuple(entry["tests"]), seconds)
+    @property
+    def module(self) -> str:
+        """The module that has the name."""
+        folder, parts = ROOT / PACKAGE, self.name.split(".")
+        for count, part in enumerate(parts):
+            if not (folder / part).is_dir() and not (folder / f"{part}.py").is_file():
+                return ".".join([PACKAGE, *parts[:count]])
+            folder = folder / part
+        raise ValueError(f"{self.name} is a module")
 
-    def stale(self, tests: dict[str, Path]) -> str:
-        """Why the entry is out of date, or nothing."""
-        for edit in self.edits:
-            count = (PACKAGE / edit.file).read_text().count(edit.old)
-            if count != 1:
-                return f"{edit.file} has {count} times {edit.old!r}"
-        missing = [name for name in self.tests if name.split("[")[0] not in tests]
-        return f"there is no {missing[0]}" if missing else ""
-
-    def remove(self, package: Path) -> None:
-        """Take it out of a copy of the package."""
-        for edit in self.edits:
-            file = package / edit.file
-            file.write_text(file.read_text().replace(edit.old, edit.new))
-
-
-def _all(entry: dict[str, Any]) -> list[dict[str, str]]:
-    return [entry, *entry.get("also", [])]
+    def take_out(self, module: types.ModuleType) -> None:
+        """Change the module; `AttributeError` if the name is not there."""
+        *inside, last = f"{PACKAGE}.{self.name}".removeprefix(f"{module.__name__}.").split(".")
+        owner = functools.reduce(getattr, inside, module)
+        setattr(owner, last, getattr(standins, self.standin)(getattr(owner, last)))
 
 
 def table() -> list[Protection]:
-    """All entries."""
+    """All of them."""
     with open(FOLDER / "protections.toml", "rb") as stream:
-        return [Protection.of(entry) for entry in tomllib.load(stream)["protection"]]
+        rows = tomllib.load(stream)
+    return [
+        Protection(row, promise, name, standin, tuple(tests))
+        for row, promises in rows.items()
+        for promise, (name, standin, *tests) in promises.items()
+    ]
 
 
 @functools.cache
@@ -98,33 +91,58 @@ def rows_of(test: str) -> list[str]:
     return ["two_hosts"] if "two_hosts" in test else re.findall(r"(?<=_)[a-z]\d(?=_)", test)
 
 
-# ---- Running ----
+# ---- In the processes of the tests ----
 
 
-def verdict(protection: Protection, tests: dict[str, Path]) -> tuple[bool, str]:
+class Finder:
+    """Finds the module of a protection, and takes that out once the module has been executed."""
+
+    def __init__(self, protection: Protection):
+        self.protection = protection
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.protection.module:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        assert spec is not None and spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def executed(module: types.ModuleType) -> None:
+            execute(module)
+            self.protection.take_out(module)
+
+        spec.loader.exec_module = executed
+        return spec
+
+
+def take_out(promise: str) -> None:
+    """Have what keeps a promise taken out of the package, which is yet to be imported."""
+    (protection,) = [p for p in table() if p.promise == promise]
+    sys.meta_path.insert(0, Finder(protection))
+
+
+# ---- Running them ----
+
+
+def verdict(protection: Protection) -> tuple[bool, str]:
     """Whether the tests fail without a protection, and how."""
-    if stale := protection.stale(tests):
-        return False, f"IS OUT OF DATE: {stale}"
     with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary) / "copy"
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(PACKAGE, copy / "patchdiffusion", ignore=ignored)
-        protection.remove(copy / "patchdiffusion")
+        tests = all_tests()
         nodes = [f"{tests[name.split('[')[0]]}::{name}" for name in protection.tests]
-        # The copy is found first, as it lies in the current folder.
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rpfE"]
         command += [f"--basetemp={temporary}/pytest", str(ROOT / ORDINARY), *nodes]
-        told = _run(command, copy, protection.seconds)
+        told = _run(command, protection)
     return (True, "FAILS as it should (hangs)") if told is None else judge(told)
 
 
-def _run(command: Sequence[str], copy: Path, seconds: float) -> str | None:
+def _run(command: Sequence[str], without: Protection) -> str | None:
     """What a program tells, or None if it hangs."""
-    own = {"PYTHONPATH": str(copy), "FAULT_SECONDS": str(seconds), "COLUMNS": "240"}
+    own = {"PYTHONPATH": f"{FOLDER / 'without'}:{ROOT}", "FAULTS_WITHOUT": without.promise}
+    own |= {"FAULT_SECONDS": str(SECONDS), "COLUMNS": "240"}
     own["PATCHDIFFUSION_KERNELS"] = "0"  # they protect nothing, and take a second to compile
     process = subprocess.Popen(
         command,
-        cwd=copy,
+        cwd=ROOT,
         env={**os.environ, **own},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -132,7 +150,7 @@ def _run(command: Sequence[str], copy: Path, seconds: float) -> str | None:
         start_new_session=True,
     )
     try:
-        return process.communicate(timeout=2 * seconds + 60)[0]
+        return process.communicate(timeout=2 * SECONDS + 60)[0]
     except subprocess.TimeoutExpired:
         for number in (signal.SIGTERM, signal.SIGKILL):  # torchrun takes its children along
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -170,13 +188,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [p for p in table() if not rows or p.row in rows]
     if unknown := rows - {p.row for p in chosen}:
         parser.error(f"there are no rows {', '.join(sorted(unknown))}")
-    tests, start, wrong = all_tests(), time.monotonic(), 0
+    start, wrong = time.monotonic(), 0
     for protection in chosen:
-        name = f"{protection.row:<10}{protection.promise:<58}"
+        name = f"{protection.row:<10}{protection.promise:<68}"
         if given.list:
             print(f"{name}{', '.join(protection.tests)}")
             continue
-        good, told = verdict(protection, tests)
+        good, told = verdict(protection)
         wrong += not good
         print(f"{name}{told}", flush=True)
     if not given.list:

@@ -1,7 +1,7 @@
 """R: a run that is killed, stopped or restarted is the run that was not."""
 
+import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch
 from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, here, same_run, status, torchrun
 
 from patchdiffusion import rng
-from patchdiffusion.system import files
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.report import read_log
 
@@ -83,16 +82,18 @@ def test_r3_files_are_flushed_before_they_get_their_name(
 ) -> None:
     """A power cut keeps names and loses content, unless that was flushed before."""
     told: list[str] = []
+    flush, rename = os.fsync, Path.rename
 
-    def telling(what: str, act: Callable[..., Any]) -> Callable[..., Any]:
-        def call(path: Path, *arguments: Path) -> Any:
-            told.append(f"{what} {path.name}")
-            return act(path, *arguments)
+    def flushing(handle: int) -> None:
+        told.append(f"flush {Path(os.readlink(f'/proc/self/fd/{handle}')).name}")
+        flush(handle)
 
-        return call
+    def renaming(path: Path, target: Path) -> Path:
+        told.append(f"rename {path.name}")
+        return rename(path, target)
 
-    monkeypatch.setattr(files, "fsync", telling("flush", files.fsync))
-    monkeypatch.setattr(Path, "rename", telling("rename", Path.rename))
+    monkeypatch.setattr(os, "fsync", flushing)
+    monkeypatch.setattr(Path, "rename", renaming)
     root, name = tmp_path / "checkpoints", "step-0000000007"
     checkpoint.save(root, 7, {"weights": {"a": torch.zeros(3)}}, {})
     named = told.index(f"rename {name}.tmp")
