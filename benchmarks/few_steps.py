@@ -27,8 +27,9 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.losses import Batch, DenoisingLoss, Objective
+from patchdiffusion.nets.base import initialize
 from patchdiffusion.nets.embed import positional
-from patchdiffusion.nets.layers import Linear, initialise
+from patchdiffusion.nets.layers import Linear
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives.consistency import ConsistencyConfig
 from patchdiffusion.objectives.ctm import TrajectoryLoss, TrajectoryMap
@@ -62,7 +63,7 @@ class MLP(nn.Module):
         sizes = (2 + 2 * features, width, width, width)
         self.layers = nn.ModuleList(Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.out = Linear(width, 2)
-        initialise(self, seed)
+        initialize(self, seed)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         span = torch.zeros_like(noise) if cond.jump is None else cond.jump

@@ -31,7 +31,7 @@ def main() -> None:
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(0)
 
-    plan = PatchPlan(size, options.batch, divisor=network.divisor)  # ->
+    plan = PatchPlan(size, options.batch, divisor=network.config.divisor)  # ->
     for step in range(options.steps):
         loss = torch.zeros(())
         for group in plan.draw(seed=0, step=step, progress=step / options.steps):  # ->

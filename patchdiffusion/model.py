@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +10,11 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.flowmap import FlowMap
-from patchdiffusion.nets.unet import SongUNet, UNetConfig
+from patchdiffusion.nets import Network, base
 from patchdiffusion.noise import Law
 from patchdiffusion.objectives import FewStep, parameterisation
 from patchdiffusion.parameterisation import Parameterisation
@@ -23,15 +23,12 @@ from patchdiffusion.system.serialize import decode, encode
 
 Weights = Literal["averaged", "raw"]
 
-NETWORKS: dict[type, Callable[..., nn.Module]] = {UNetConfig: SongUNet}
-"""Which class a network configuration builds; nothing else is ever loaded from a file."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What is needed to use a model, beside its weights."""
 
-    network: UNetConfig
+    network: Network
     precond: Parameterisation
     noise: Law
     canvas: tuple[int, int]
@@ -77,7 +74,7 @@ class Model:
     """A loaded model: its configuration, its network in evaluation mode, and a short digest."""
 
     config: ModelConfig
-    network: nn.Module
+    network: base.Network
     digest: str
 
     @property
@@ -96,11 +93,6 @@ class Model:
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.network.parameters()).device
-
-
-def build(config: UNetConfig, *, seed: int = 0) -> nn.Module:
-    """A network whose initial weights are a function of the seed."""
-    return NETWORKS[type(config)](config, seed=seed)
 
 
 def save_model(
@@ -159,7 +151,7 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
         config = decode(ModelConfig, given)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    network = build(config.network)
+    network = config.network.build()
     try:
         given, own = load(data), network.state_dict()
         network.load_state_dict(given)

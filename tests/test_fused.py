@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patchdiffusion.nets import fused
 from patchdiffusion.nets.attention import Attention
-from patchdiffusion.nets.layers import Block, Norm, initialise
+from patchdiffusion.nets.base import initialize
+from patchdiffusion.nets.layers import Block, Norm
 from patchdiffusion.rng import keep_mask, keys
 
 SHAPES = [  # B, C, H, W, groups: whole and broken columns of 16, one pixel, several chunks
@@ -347,7 +348,7 @@ def test_a_block_is_the_same_with_and_without(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, runs: list[str]
 ) -> None:
     block = Block(32, 48, 8, drop=0.2, resample="down", attention=Attention(48))
-    initialise(block, 0)
+    initialize(block, 0)
     block.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     g = torch.Generator().manual_seed(0)
     x, emb = torch.randn(2, 32, 9, 8, generator=g), torch.randn(2, 8, generator=g)

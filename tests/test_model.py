@@ -11,7 +11,7 @@ import tiny
 import torch
 
 from patchdiffusion import load_model, model
-from patchdiffusion.model import ModelConfig, build, save_model
+from patchdiffusion.model import ModelConfig, save_model
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.system.files import read_json, write_json
@@ -29,7 +29,7 @@ CONFIG = ModelConfig(
 
 
 def state(seed: int) -> dict[str, torch.Tensor]:
-    network = build(CONFIG.network)
+    network = CONFIG.network.build()
     tiny.randomise(network, seed)
     return network.state_dict()
 
@@ -201,6 +201,6 @@ def test_nothing_there(tmp_path: Path, finished: Path) -> None:
 
 
 def test_weights_are_a_function_of_the_seed() -> None:
-    a, b, c = (build(CONFIG.network, seed=seed).state_dict() for seed in (1, 1, 2))
+    a, b, c = (CONFIG.network.build(seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.nets import embed, fused, layers
+from patchdiffusion.nets import base, embed, fused, layers
 from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.count import count
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
@@ -122,7 +122,7 @@ def test_no_position_is_the_whole_canvas() -> None:
 def test_coordinates_survive_low_precision_on_large_canvases() -> None:
     stem = embed.Stem(1, 4, coordinates=2)
     assert stem.coordinates is not None
-    layers.initialise(stem, 0)
+    base.initialize(stem, 0)
     with torch.no_grad():
         stem.coordinates.weight.zero_()[:, 0, 1, 1] = 1.0
         pos = coordinates(torch.tensor([8000]), torch.tensor([8000]), (4, 64), (8192, 8192))

@@ -96,7 +96,7 @@ def test_one_graph_for_each_kind_of_block_and_size(images: Path, tmp_path: Path)
     """Equal blocks share graphs, nothing breaks them, and none is made once each size was met."""
     torch._dynamo.reset()
     run = training(images, tmp_path)
-    units = run.network.units()  # pyright: ignore[reportCallIssue]
+    units = run.network.units()
     machine.compile_units(units, backend="eager")
     half = (Group((8, 8), 8, 1.0),)
     before, made = machine.compiled_graphs(), []

@@ -15,7 +15,7 @@ from PIL import Image
 from patchdiffusion import Pipeline, RunConfig, TrainConfig, UNetConfig, train
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
-from patchdiffusion.model import Model, ModelConfig, build
+from patchdiffusion.model import Model, ModelConfig
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.plans import PatchLaw
@@ -138,7 +138,7 @@ def randomise(network: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> No
 
 def pipeline(classes: int = 3) -> Pipeline:
     """A model whose output depends on everything."""
-    network = build(replace(NETWORK, num_classes=classes))
+    network = replace(NETWORK, num_classes=classes).build()
     randomise(network)
     config = ModelConfig(
         network=replace(NETWORK, num_classes=classes),

@@ -1,1 +1,6 @@
 """Networks: pure modules (x, noise, cond) -> output that know nothing of diffusion."""
+
+from patchdiffusion.nets.unet import UNetConfig
+
+Network = UNetConfig
+"""Configurations of networks; each builds its own: `UNetConfig().build(seed=0)`."""

@@ -4,11 +4,13 @@ Shapes: B batch, C channels, H and W height and width, N = H W pixels, n heads, 
 """
 
 import contextlib
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from patchdiffusion.nets.base import Role
 from patchdiffusion.nets.layers import Conv, Norm
 
 
@@ -25,6 +27,8 @@ class Attention(nn.Module):
 
     The channels of `qkv` are all queries, then all keys, then all values.
     """
+
+    role: ClassVar[Role] = "attention"
 
     def __init__(self, channels: int, num_heads: int = 1):
         super().__init__()

@@ -1,14 +1,13 @@
 """Parameters and multiply-accumulates (MAC) of a network, counted without computing anything."""
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchdiffusion.cond import Cond
+from patchdiffusion.nets.base import Network
 
 
 @dataclass(frozen=True)
@@ -24,28 +23,23 @@ class Count:
         return f"{self.params / 1e6:.2f}M parameters, {self.macs / 1e9:.3g} GMAC"
 
 
-class _Config(Protocol):
-    channels: int
-
-
-def count(network: nn.Module, size: int | tuple[int, int], cond: Cond | None = None) -> Count:
-    """Count one image of `size` (a side, or height and width), by default without conditions.
+def count(network: Network, size: int | tuple[int, ...], cond: Cond | None = None) -> Count:
+    """Count one image of `size` (one side for all axes, or each), by default without conditions.
 
     Weights may lie anywhere, also on the meta device. Convolutions, matrix products and attention
     count; normalisation, activations and resampling do not. `cond` is of batch 1, on meta.
     """
-    config: _Config = network.config  # type: ignore[assignment]
-    height, width = (size, size) if isinstance(size, int) else size
+    sides = (size,) * network.config.axes if isinstance(size, int) else size
     params = sum(p.numel() for p in network.parameters())
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     shells = {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
-    x = torch.empty(1, config.channels, height, width, device="meta")
+    x = torch.empty(1, network.config.channels, *sides, device="meta")
     noise = torch.empty(1, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         functional_call(network, shells, (x, noise, cond or Cond()))
     return Count(macs=counter.get_total_flops() // 2, params=params)
 
 
-def training_flops(network: nn.Module, size: int | tuple[int, int]) -> float:
+def training_flops(network: Network, size: int | tuple[int, ...]) -> float:
     """FLOP to train on one image of `size`: 2 per MAC, and twice the forward pass to go back."""
     return 6.0 * count(network, size).macs

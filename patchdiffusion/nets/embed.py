@@ -5,21 +5,15 @@ embedding, K classes.
 """
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.nets.layers import (
-    Conv,
-    Key,
-    Linear,
-    downsample,
-    full_precision,
-    pad_even,
-)
+from patchdiffusion.nets.base import Key, Role
+from patchdiffusion.nets.layers import Conv, Linear, downsample, full_precision, pad_even
 from patchdiffusion.patches import coordinates
 
 EmbeddingKind = Literal["positional", "fourier"]
@@ -62,6 +56,8 @@ class Embedding(nn.Module):
     at the start.
     """
 
+    role: ClassVar[Role] = "embedding"
+
     def __init__(
         self,
         base: int,
@@ -78,7 +74,7 @@ class Embedding(nn.Module):
         self.fourier = Fourier(width) if kind == "fourier" else None
         self.label = Linear(num_classes, width) if num_classes else None
         self.augment = Linear(augment_dim, width, bias=False) if augment_dim else None
-        self.jump = Linear(base, width, scale=0.0, bias=False) if jump else None
+        self.jump = Linear(base, width, bias=False, neutral=True) if jump else None
         self.layer0 = Linear(width, 4 * base)
         self.layer1 = Linear(4 * base, 4 * base)
 
@@ -146,11 +142,13 @@ class Stem(nn.Module):
     the start, they add exactly nothing.
     """
 
+    role: ClassVar[Role] = "stem"
+
     def __init__(self, channels: int, width: int, *, coordinates: int, padding: int = 1):
         super().__init__()
         self.image = Conv(channels, width, padding=padding)
         self.coordinates = (
-            Conv(coordinates, width, scale=0.0, bias=False, padding=padding)
+            Conv(coordinates, width, bias=False, padding=padding, neutral=True)
             if coordinates
             else None
         )

@@ -4,38 +4,16 @@ Shapes: B batch, C channels, H and W height and width (any size), E size of the 
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchdiffusion.nets.base import Key, Role
 from patchdiffusion.nets.fused import group_norm, residual
-from patchdiffusion.rng import seed_of
-
-Key = Callable[[str], torch.Generator]  # name of a parameter within a module -> its own generator
-
 
 # ---- Layers that are filled by seed and not by the global generator ----
-
-
-@runtime_checkable
-class Seeded(Protocol):
-    """A module whose parameters are a function of a seed."""
-
-    def draw(self, key: Key) -> None: ...
-
-
-def initialise(network: nn.Module, seed: int) -> None:
-    """Fill every `Seeded` module; each tensor depends on (seed, its name) and nothing else."""
-
-    def generator(name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(seed_of(seed, "init", name))
-
-    for prefix, module in network.named_modules():
-        if isinstance(module, Seeded):
-            module.draw(lambda name, prefix=prefix: generator(f"{prefix}.{name}"))
 
 
 def _xavier(weight: Tensor, scale: float, generator: torch.Generator) -> None:
@@ -52,6 +30,7 @@ class Conv(nn.Conv2d):
     """A convolution of stride 1; weights Xavier-uniform times `scale`, bias zero.
 
     EDM (arXiv 2206.00364) uses scale 1e-5 at the end of each branch and sqrt(.2) before attention.
+    `role` and `neutral` are explained in `nets.base.Network`; what is neutral has scale 0.
     """
 
     def __init__(
@@ -63,11 +42,14 @@ class Conv(nn.Conv2d):
         scale: float = 1.0,
         bias: bool = True,
         padding: int | None = None,
+        role: Role | None = None,
+        neutral: bool = False,
     ):
-        self.scale = scale
+        self.scale = 0.0 if neutral else scale
         super().__init__(
             cin, cout, kernel, padding=kernel // 2 if padding is None else padding, bias=bias
         )
+        self.role, self.is_neutral = role, neutral
 
     def reset_parameters(self) -> None:
         """Nothing: the default would consume the global generator."""
@@ -79,11 +61,21 @@ class Conv(nn.Conv2d):
 
 
 class Linear(nn.Linear):
-    """A linear layer; weights Xavier-uniform times `scale`, bias zero."""
+    """A linear layer; weights Xavier-uniform times `scale`, bias zero; the rest as in `Conv`."""
 
-    def __init__(self, cin: int, cout: int, *, scale: float = 1.0, bias: bool = True):
-        self.scale = scale
+    def __init__(
+        self,
+        cin: int,
+        cout: int,
+        *,
+        scale: float = 1.0,
+        bias: bool = True,
+        role: Role | None = None,
+        neutral: bool = False,
+    ):
+        self.scale = 0.0 if neutral else scale
         super().__init__(cin, cout, bias=bias)
+        self.role, self.is_neutral = role, neutral
 
     def reset_parameters(self) -> None:
         """Nothing: the default would consume the global generator."""
@@ -100,6 +92,8 @@ class Norm(nn.GroupNorm):
     The number of groups is the largest divisor of the channels up to min(32, channels / 4), which
     is the published number wherever that one divides.
     """
+
+    role: ClassVar[Role] = "norm"
 
     def __init__(self, channels: int, eps: float = 1e-6):
         most = max(1, min(32, channels // 4))
@@ -182,6 +176,8 @@ class Block(nn.Module):
     It may resample, and an attention branch may follow.
     """
 
+    role: ClassVar[Role] = "conv"
+
     def __init__(
         self,
         cin: int,
@@ -199,7 +195,7 @@ class Block(nn.Module):
         self.drop = drop
         self.norm0 = Norm(cin)
         self.conv0 = Conv(cin, cout)
-        self.affine = Linear(emb, cout)
+        self.affine = Linear(emb, cout, role="modulation")
         self.norm1 = Norm(cout)
         self.conv1 = Conv(cout, cout, scale=1e-5)
         self.skip = Conv(cin, cout, 1) if cin != cout or resample != "none" else None

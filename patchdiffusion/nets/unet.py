@@ -1,18 +1,17 @@
 """DDPM++ and NCSN++: the U-Nets of Song et al. (arXiv 2011.13456) as trained in EDM (2206.00364).
 
-Level l works on images of ceil(H / 2^l) x ceil(W / 2^l); level 0 is full resolution.
-Shapes: B batch, C image channels, H and W height and width (any size), F features of a level,
-E size of the embedding.
+Shapes: B batch, C image channels, H and W height and width (any size), E size of the embedding.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Literal
 
 from torch import Tensor, nn
 
-from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.cond import Cond
 from patchdiffusion.nets.attention import Attention
+from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.embed import (
     Embedding,
     EmbeddingKind,
@@ -21,17 +20,15 @@ from patchdiffusion.nets.embed import (
     fourier_features,
     whole_canvas,
 )
-from patchdiffusion.nets.fused import join, residual
-from patchdiffusion.nets.layers import Block, Conv, Norm, initialise
-from patchdiffusion.rng import subkeys
+from patchdiffusion.nets.fused import residual
+from patchdiffusion.nets.layers import Block, Conv, Norm
+from patchdiffusion.nets.topology import Place, UNet, decoder, encoder, middle
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig:
+class UNetConfig(NetworkConfig):
     """A U-Net; the defaults are DDPM++ for 64 x 64 images, without dropout."""
 
-    channels: int = 3
-    """Channels of the image, in and out."""
     base: int = 128
     """Features at a multiplier of 1; a multiple of 4."""
     mult: tuple[int, ...] = (1, 2, 2, 2)
@@ -40,12 +37,8 @@ class UNetConfig:
     """Residual blocks per level."""
     attention: tuple[int, ...] = (2,)
     """Levels with self-attention, whatever the size of the input; 0 is full resolution."""
-    num_classes: int = 0
-    """Number of classes; 0 is an unconditional network."""
-    augment_dim: int = 0
-    """Number of augmentation parameters the network is told."""
     coordinates: bool = True
-    """Whether the network is told where each pixel lies on the canvas."""
+    """Whether the network is conditioned on where each pixel lies on the canvas."""
     fourier_features: int = 0
     """Tell it by sines and cosines of so many frequencies instead of two linear channels."""
     embedding: EmbeddingKind = "positional"
@@ -54,23 +47,11 @@ class UNetConfig:
     """residual adds a pyramid of the down-sampled input to each level (NCSN++)."""
     filter: tuple[int, ...] = (1, 1)
     """Resampling filter: 1 1 (DDPM++) or 1 3 3 1 (NCSN++)."""
-    dropout: float = 0.0
-    """Share of features dropped in every block while training."""
-    jump: bool = False
-    """Whether the network is told how far it goes, as few-step models of two times are."""
 
     def __post_init__(self) -> None:
-        # The upper limits only catch slips: far below them a network fits no machine.
-        for name, least, most in (
-            ("channels", 1, 4096),
-            ("blocks", 1, 64),
-            ("num_classes", 0, 10**6),
-            ("augment_dim", 0, 4096),
-            ("fourier_features", 0, 16),
-        ):
-            value = getattr(self, name)
-            if not least <= value <= most:
-                raise ValueError(f"{name} must lie in [{least}, {most}], not {value}")
+        super().__post_init__()
+        self.limit("blocks", 1, 64)
+        self.limit("fourier_features", 0, 16)
         if not 4 <= self.base <= 4096 or self.base % 4:
             raise ValueError(f"base must be a multiple of 4 in [4, 4096], not {self.base}")
         if not 1 <= len(self.mult) <= 12 or not all(1 <= m <= 64 for m in self.mult):
@@ -85,8 +66,6 @@ class UNetConfig:
             raise ValueError(f"encoder must be standard or residual, not {self.encoder!r}")
         if self.filter not in ((1, 1), (1, 3, 3, 1)):
             raise ValueError(f"filter must be (1, 1) or (1, 3, 3, 1), not {self.filter}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
 
     @property
     def levels(self) -> int:
@@ -100,22 +79,32 @@ class UNetConfig:
 
     @property
     def divisor(self) -> int:
-        """Total down-sampling; sides that are multiples of it need no padding."""
         return 2 ** (self.levels - 1)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return super().reads | ({"pos"} if self.coordinates else set())
 
-class SongUNet(nn.Module):
+    @property
+    def smooth_in_noise(self) -> bool:
+        return self.embedding == "positional"
+
+    def build(self, *, seed: int = 0) -> "SongUNet":
+        return SongUNet(self, seed=seed)
+
+
+_Aside = tuple[Tensor, Tensor | None]  # the input pyramid so far, and the coordinates
+
+
+class SongUNet(UNet[UNetConfig, _Aside]):
     """DDPM++ or NCSN++, according to the configuration.
 
     At the start the last convolution has 1e-5 of its usual scale, as published, so the output is
-    nearly zero while every parameter has a gradient. Activations on the tape: `stem`,
-    `enc.<level>.down`, `enc.<level>.<block>`, `mid.<block>`, `dec.<level>.up`,
-    `dec.<level>.<block>`. The same names key the dropout.
+    nearly zero while every parameter has a gradient.
     """
 
     def __init__(self, config: UNetConfig, *, seed: int = 0):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         widths = [config.base * m for m in config.mult]
         self.embed = Embedding(
             config.base,
@@ -125,120 +114,57 @@ class SongUNet(nn.Module):
             jump=config.jump,
         )
         self.stem = Stem(config.channels, config.base, coordinates=config.position_channels)
-        self.enc = nn.ModuleList()
-        self.pyramid = nn.ModuleDict()
-        self.dec = nn.ModuleList()
-        skips = self._build_encoder(widths)
-        self.mid = nn.ModuleDict(
-            {
-                "0": self._block(widths[-1], widths[-1], True),
-                "1": self._block(widths[-1], widths[-1]),
-            }
-        )
-        self._build_decoder(widths, skips)
+        self.enc, skips = encoder(config.base, widths, config.blocks, self._block)
+        self.pyramid = self._pyramid([config.base, *widths])
+        self.dec = decoder(widths, skips, config.blocks, self._block)
+        self.mid = middle(widths[-1], config.levels - 1, self._block)
         self.out_norm = Norm(widths[0])
-        self.out_conv = Conv(widths[0], config.channels, scale=1e-5)
+        self.out_conv = Conv(widths[0], config.channels, scale=1e-5, role="head")
         self.init(seed)
 
-    def _build_encoder(self, widths: list[int]) -> list[int]:
-        config = self.config
-        width, skips = config.base, [config.base]
-        for level, features in enumerate(widths):
-            stage = nn.ModuleDict()
-            if level > 0:
-                stage["down"] = self._block(width, width, resample="down")
-                skips.append(width)
-                if config.encoder == "residual":
-                    self.pyramid[str(level)] = Pyramid(
-                        config.channels if level == 1 else widths[level - 2],
-                        width,
-                        coordinates=config.position_channels if level == 1 else 0,
-                        smooth=len(config.filter) > 2,
-                    )
-            for i in range(config.blocks):
-                stage[str(i)] = self._block(width, features, level in config.attention)
-                width = features
-                skips.append(width)
-            self.enc.append(stage)
-        return skips
+    def _pyramid(self, widths: list[int]) -> nn.ModuleDict:
+        """NCSN++'s pyramid of the input; `widths[l]` are the features that come down to level l."""
+        config, steps = self.config, nn.ModuleDict()
+        for level in range(1, config.levels if config.encoder == "residual" else 1):
+            steps[str(level)] = Pyramid(
+                config.channels if level == 1 else widths[level - 1],
+                widths[level],
+                coordinates=config.position_channels if level == 1 else 0,
+                smooth=len(config.filter) > 2,
+            )
+        return steps
 
-    def _build_decoder(self, widths: list[int], skips: list[int]) -> None:
-        width = widths[-1]
-        for level, features in reversed(list(enumerate(widths))):
-            stage = nn.ModuleDict()
-            if level < len(widths) - 1:
-                stage["up"] = self._block(width, width, resample="up")
-            for i in range(self.config.blocks + 1):
-                attention = i == self.config.blocks and level in self.config.attention
-                stage[str(i)] = self._block(width + skips.pop(), features, attention)
-                width = features
-            self.dec.insert(0, stage)
-
-    def _block(
-        self,
-        cin: int,
-        cout: int,
-        attention: bool = False,
-        resample: Literal["none", "down", "up"] = "none",
-    ) -> Block:
+    def _block(self, place: Place, cin: int, cout: int) -> Block:
+        attends = {
+            "enc": place.part != "down" and place.level in self.config.attention,
+            "mid": not place.last,
+            "dec": place.last and place.level in self.config.attention,
+        }[place.half]
         return Block(
             cin,
             cout,
             4 * self.config.base,
-            resample=resample,
+            resample="down" if place.part == "down" else "up" if place.part == "up" else "none",
             smooth=len(self.config.filter) > 2,
             drop=self.config.dropout,
-            attention=Attention(cout) if attention else None,
+            attention=Attention(cout) if attends else None,
         )
 
-    def init(self, seed: int) -> Self:
-        """Fill all weights anew: a function of the seed alone, the same on every device."""
-        initialise(self, seed)
-        return self
+    def embedding(self, noise: Tensor, cond: Cond) -> Tensor:
+        return self.embed(noise, cond)
 
-    @property
-    def divisor(self) -> int:
-        """Total down-sampling; sides that are multiples of it need no padding."""
-        return self.config.divisor
-
-    def units(self) -> list[nn.Module]:
-        """The repeated parts, which are compiled and sharded one by one."""
-        return [module for module in self.modules() if isinstance(module, Block)]
-
-    def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
-        """x [B, C, H, W], noise [B] -> [B, C, H, W]; no dropout unless `cond.seed` is given.
-
-        Uses labels, augment, pos, jump and seed of the condition. Raises `ValueError` if the
-        channels of x or the shape of cond.pos [B, 2, H, W] do not fit.
-        """
-        emb = self.embed(noise, cond)  # [B, E]
+    def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, _Aside]:
         pos = self._positions(x, cond)
+        return self.stem(x, pos), (x, pos)
 
-        def run(name: str, block: nn.Module, h: Tensor, size: tuple[int, int] = (0, 0)) -> Tensor:
-            # Names are hashed out here, so that one compiled block serves all of them.
-            key = None
-            if cond.seed is not None and self.config.dropout > 0:
-                key = subkeys(cond.seed, name)
-            return block(h, emb, key, size)
+    def descend(self, level: int, h: Tensor, aside: _Aside) -> tuple[Tensor, _Aside]:
+        if not self.pyramid:
+            return h, aside
+        # From here on the pyramid is the features, which it joins.
+        h = residual(h, self.pyramid[str(level)](*aside))
+        return h, (h, aside[1])
 
-        h = _put(tape, "stem", self.stem(x, pos))
-        skips, sizes = [h], []
-        for level, stage in enumerate(self.enc):
-            for part, block in stage.named_children():
-                h = run(f"enc.{level}.{part}", block, h)
-                if part == "down" and self.pyramid:
-                    # From here on x is the pyramid, which the features of each level join.
-                    x = h = residual(h, self.pyramid[str(level)](x, pos))
-                skips.append(_put(tape, f"enc.{level}.{part}", h))
-            sizes.append((h.shape[-2], h.shape[-1]))
-        for part, block in self.mid.named_children():
-            h = _put(tape, f"mid.{part}", run(f"mid.{part}", block, h))
-        for level in reversed(range(self.config.levels)):
-            for part, block in self.dec[level].named_children():
-                if part != "up":
-                    h = join(h, skips.pop())
-                h = run(f"dec.{level}.{part}", block, h, sizes[level])
-                h = _put(tape, f"dec.{level}.{part}", h)
+    def finish(self, h: Tensor) -> Tensor:
         return self.out_conv(self.out_norm(h, silu=True))
 
     def _positions(self, x: Tensor, cond: Cond) -> Tensor | None:
@@ -257,12 +183,6 @@ class SongUNet(nn.Module):
             if self.config.fourier_features
             else pos
         )
-
-
-def _put(tape: Tape | None, name: str, activation: Tensor) -> Tensor:
-    if tape is not None:
-        tape.put(name, activation)
-    return activation
 
 
 # ---- Published and smaller settings; all take fields of `UNetConfig` as further arguments ----

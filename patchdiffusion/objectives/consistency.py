@@ -14,7 +14,7 @@ from torch import Tensor
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.losses import Batch, LossOut, drop_labels
-from patchdiffusion.nets.unet import UNetConfig
+from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives.discrete import Levels, heun_step
 from patchdiffusion.parameterisation import EDM, Parameterisation, Scales
@@ -146,7 +146,7 @@ class ConsistencyConfig:
             raise ValueError(f"consistency needs the parameterisation EDM, not {given}")
         return Boundary(sigma_data=given.sigma_data, sigma_min=self.sigma_min)
 
-    def check(self, network: UNetConfig, label_dropout: float) -> None:
+    def check(self, network: NetworkConfig, label_dropout: float) -> None:
         """Any network will do."""
 
     def flow_map(self, denoiser: NetDenoiser) -> ConsistencyMap:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
 from patchdiffusion.losses import Batch, LossOut, drop_labels
-from patchdiffusion.nets.unet import UNetConfig
+from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.noise import LogNormal, NoiseLaw
 from patchdiffusion.objectives.tangent import derivative
 from patchdiffusion.parameterisation import FlowMatching, Parameterisation
@@ -112,14 +112,14 @@ class MeanFlowConfig:
         """How its network is preconditioned where it is used as a denoiser."""
         return FlowMatching(time_scale=1.0)
 
-    def check(self, network: UNetConfig, label_dropout: float) -> None:
+    def check(self, network: NetworkConfig, label_dropout: float) -> None:
         """Raise `ValueError` for a network that cannot be trained so."""
-        if not network.jump:
+        if "jump" not in network.reads:
             raise ValueError("meanflow needs a network of two times: set --network.jump")
-        if network.embedding != "positional":
+        if not network.smooth_in_noise:
             raise ValueError(
-                "meanflow needs --network.embedding positional: the derivatives of "
-                f"{network.embedding} features are too large"
+                "meanflow needs --network.embedding positional: the derivatives of this network's "
+                "noise features are too large"
             )
         if self.guided and not network.num_classes:
             raise ValueError(

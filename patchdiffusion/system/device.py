@@ -36,6 +36,14 @@ def resident(images: Tensor, device: torch.device) -> Tensor:
     return images.to(device) if images.numel() < SHARE_FOR_IMAGES * free else images
 
 
+def channels_last(network: nn.Module) -> None:
+    """Lay out the weights of convolutions with their channels last, in place: 2-D and 3-D ones."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in network.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.to(memory_format=formats[parameter.ndim])
+
+
 def compile_units(units: list[nn.Module], *, backend: Any = "inductor") -> None:
     """Compile the repeated parts of a network in place, one graph for each shape they meet."""
     limits: Any = torch._dynamo.config

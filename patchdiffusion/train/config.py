@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from patchdiffusion.data.options import DataConfig
+from patchdiffusion.nets import Network
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import DDPMSteps, Law, LogNormal
 from patchdiffusion.objectives import FewStep
@@ -162,7 +163,7 @@ class TrainConfig:
     name: str = "run"
     """Name of the run and, by default, of its folder."""
     data: DataConfig = field(default_factory=DataConfig)
-    network: UNetConfig = field(default_factory=UNetConfig)
+    network: Network = field(default_factory=UNetConfig)
     precond: Parameterisation = field(default_factory=EDM)
     noise: Law = field(default_factory=LogNormal)
     weighting: LossWeight | None = None

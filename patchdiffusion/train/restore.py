@@ -167,16 +167,15 @@ def empty_moments(
 def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     """The averaged weights of a run or model that a new run may start from.
 
-    A network with coordinates or a span may start from one without: their weights are zero, so that
-    it is the same function. Raises `ValueError` if anything else differs, also what the network
-    is told and predicts.
+    A network may start from one without its neutral parameters, such as those of coordinates or
+    of a jump: they are zero, so that it is the same function. Raises `ValueError` if anything else
+    differs, also what the network predicts.
     """
     model = load_model(path)
     _check_meaning(path, model, training)
     given, own = model.network.state_dict(), _tensors(training.network)
     wrong = [name for name in given if name not in own or given[name].shape != own[name].shape]
-    gained = ("coordinates.", "embed.jump.")
-    wrong += [name for name in own if name not in given and not any(g in name for g in gained)]
+    wrong += sorted(set(own) - set(given) - training.network.neutral())
     if wrong:
         raise ValueError(
             f"cannot start from {path}: its network differs in {len(wrong)} tensors "

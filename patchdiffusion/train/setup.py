@@ -14,12 +14,19 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.encoders.features import Extractor, extractor
 from patchdiffusion.losses import DenoisingLoss, Objective, UncertaintyLoss
-from patchdiffusion.model import Model, ModelConfig, build, load_model
+from patchdiffusion.model import Model, ModelConfig, load_model
+from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.count import training_flops
 from patchdiffusion.objectives import denoises, parameterisation
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import PatchPlan
-from patchdiffusion.system.device import best_precision, compile_units, pick_device, resident
+from patchdiffusion.system.device import (
+    best_precision,
+    channels_last,
+    compile_units,
+    pick_device,
+    resident,
+)
 from patchdiffusion.system.dist import Team
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.ema import EMA
@@ -97,7 +104,7 @@ class Training:
     """What the last bits depend on, see `machine.engine_facts`."""
     canvas: Size
     plan: PatchPlan
-    network: nn.Module
+    network: Network
     objective: Objective
     teacher: str | None
     """Digest of the model that is distilled."""
@@ -215,7 +222,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     folder = run.folder(config.name)
     canvas = (pack.images.shape[1], pack.images.shape[2])
     plan = config.plan(canvas)
-    network = build(config.network, seed=config.seed).to(device)
+    network = config.network.build(seed=config.seed).to(device)
     sizes = dict.fromkeys([canvas, *(k.size for k in plan.sizes)])
     crops = dict.fromkeys([canvas, *(k.size for k in plan.sizes if k.pitch == 1)])
     share = 1 + _passes(config) / 3  # of what `training_flops` counts: one pass, and back
@@ -331,14 +338,14 @@ def _extractor(config: TrainConfig, team: Team, device: torch.device) -> Extract
 
 
 def _spread_out(
-    network: nn.Module, config: TrainConfig, run: RunConfig, team: Team, device: torch.device
+    network: Network, config: TrainConfig, run: RunConfig, team: Team, device: torch.device
 ) -> EMA:
     """Bring a network into the form it is trained in, and make its averages."""
     if not run.shard:
         # Weights as crops come, channels last: faster everywhere, and FSDP2 cannot have it.
-        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        channels_last(network)
     ema = EMA(network, config.ema)
-    units = network.units()  # pyright: ignore[reportCallIssue]
+    units = network.units()
     if compiles(run, device):
         compile_units(units)
     if run.shard:

@@ -1,0 +1,183 @@
+"""The contract of networks: what one is built from, and what others may ask of it.
+
+Nothing outside this folder depends on the class of a network or of its configuration.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.rng import seed_of
+
+Role = Literal["stem", "embedding", "modulation", "norm", "attention", "mlp", "conv", "head"]
+"""What a parameter is for.
+
+stem: from the image and its coordinates to features; embedding: of noise level, class and other
+conditions; modulation: from that embedding to shifts, scales and gates of a block; norm: gains and
+biases of normalizations; attention, mlp, conv: the matrices of blocks; head: to the output.
+"""
+
+Key = Callable[[str], torch.Generator]  # name of a parameter within a module -> its own generator
+
+
+# ---- Configurations ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Base of the records that networks are built from; saved beside their weights."""
+
+    channels: int = 3
+    """Channels of the image, in and out."""
+    num_classes: int = 0
+    """Number of classes; 0 is an unconditional network."""
+    augment_dim: int = 0
+    """Number of augmentation parameters the network is conditioned on."""
+    dropout: float = 0.0
+    """Share of features dropped in every block while training."""
+    jump: bool = False
+    """Whether the network is conditioned on the length of a jump, as few-step models of two times
+    are."""
+
+    def __post_init__(self) -> None:
+        # The upper limits only catch slips: far below them a network fits no machine.
+        self.limit("channels", 1, 4096)
+        self.limit("num_classes", 0, 10**6)
+        self.limit("augment_dim", 0, 4096)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+
+    def limit(self, name: str, least: int, most: int) -> None:
+        """Raise `ValueError` unless a field lies in [least, most]."""
+        value = getattr(self, name)
+        if not least <= value <= most:
+            raise ValueError(f"{name} must lie in [{least}, {most}], not {value}")
+
+    @property
+    def axes(self) -> int:
+        """Number of spatial axes of the data: 2 for images."""
+        return 2
+
+    @property
+    def divisor(self) -> int:
+        """Sides of crops that are multiples of it need no padding."""
+        return 1
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of the fields of `Cond` that change the output."""
+        uses = {
+            "labels": self.num_classes > 0,
+            "augment": self.augment_dim > 0,
+            "jump": self.jump,
+            "seed": self.dropout > 0,
+        }
+        return frozenset(name for name, used in uses.items() if used)
+
+    @property
+    def smooth_in_noise(self) -> bool:
+        """Whether derivatives along the noise condition are moderate, as MeanFlow needs."""
+        return True
+
+    def build(self, *, seed: int = 0) -> "Network":
+        """A network whose initial weights are a function of the seed."""
+        raise NotImplementedError
+
+
+# ---- Networks ----
+
+Config = TypeVar("Config", bound=NetworkConfig)
+
+
+class Network(nn.Module, Generic[Config]):
+    """Base of networks: pure functions (x, noise, cond) -> output that know nothing of diffusion.
+
+    Modules inside say by an attribute `role` what their parameters are for, and by `is_neutral`
+    that they are an addition whose weights start at zero.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+        """x [B, C, *S], noise [B] -> [B, C, *S]."""
+        raise NotImplementedError
+
+    def init(self, seed: int) -> Self:
+        """Fill all weights anew: a function of the seed alone, the same on every device."""
+        initialize(self, seed)
+        return self
+
+    def units(self) -> list[nn.Module]:
+        """The repeated parts, which are compiled and sharded one by one."""
+        return []
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """Names of the activations that it puts on the tape, in order."""
+        return ()
+
+    def roles(self) -> dict[str, Role]:
+        """The role of every parameter, by name; `ValueError` for one that has none."""
+        found = {}
+        for name, role in _roles(self):
+            if role is None:
+                raise ValueError(f"the parameter {name} of {type(self).__name__} has no role")
+            found[name] = role
+        return found
+
+    def neutral(self) -> frozenset[str]:
+        """Names of the parameters that start at zero and then add exactly nothing.
+
+        Weights of a network without them are weights of this one.
+        """
+        return frozenset(
+            f"{path}.{name}"
+            for path, module in self.named_modules()
+            if getattr(module, "is_neutral", False)
+            for name, _ in module.named_parameters()
+        )
+
+
+def _roles(
+    module: nn.Module, prefix: str = "", role: Role | None = None
+) -> Iterator[tuple[str, Role | None]]:
+    """Every parameter with the role that the innermost module around it declares."""
+    role = getattr(module, "role", None) or role
+    for name, _ in module.named_parameters(recurse=False):
+        yield prefix + name, role
+    for name, child in module.named_children():
+        yield from _roles(child, f"{prefix}{name}.", role)
+
+
+def put(tape: Tape | None, name: str, activation: Tensor) -> Tensor:
+    """Offer an activation to the tape, if there is one; returns the activation."""
+    if tape is not None:
+        tape.put(name, activation)
+    return activation
+
+
+# ---- Initial weights: a function of a seed, never of the global generator ----
+
+
+@runtime_checkable
+class Seeded(Protocol):
+    """A module whose parameters are a function of a seed."""
+
+    def draw(self, key: Key) -> None: ...
+
+
+def initialize(network: nn.Module, seed: int) -> None:
+    """Fill every `Seeded` module; each tensor depends on (seed, its name) and nothing else."""
+
+    def generator(name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_of(seed, "init", name))
+
+    for prefix, module in network.named_modules():
+        if isinstance(module, Seeded):
+            module.draw(lambda name, prefix=prefix: generator(f"{prefix}.{name}"))

@@ -1,0 +1,194 @@
+"""The skip topology that U-Nets share: encoder, middle and decoder, whatever their blocks are.
+
+Level l works on images of ceil(H / 2^l) x ceil(W / 2^l); level 0 is full resolution.
+Shapes: B batch, C image channels, H and W height and width (any size), F features of a level,
+E size of the embedding.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.nets.base import Network, NetworkConfig, put
+from patchdiffusion.nets.fused import join
+from patchdiffusion.rng import subkeys
+
+UNetLike = TypeVar("UNetLike", bound=NetworkConfig)
+Aside = TypeVar("Aside")
+"""What goes down the encoder beside the features."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block stands in a U-Net."""
+
+    half: str
+    """enc, mid or dec."""
+    level: int
+    part: str
+    """down, up, or the number of the block within its level."""
+    last: bool = False
+    """Whether it is the last one of its level."""
+
+
+Factory = Callable[[Place, int, int], nn.Module]
+"""(place, features in, features out) -> a block, called with (h, emb, key, size): `UNet.run`."""
+
+
+class Features(NamedTuple):
+    """What the encoder hands to the decoder."""
+
+    h: Tensor
+    """[B, F, H', W'] after the middle."""
+    skips: tuple[Tensor, ...]
+    """Outputs of the stem and of every block of the encoder."""
+    sizes: tuple[tuple[int, int], ...]
+    """Height and width of each level."""
+    emb: Tensor
+    """[B, E]."""
+
+
+def encoder(
+    stem: int, widths: list[int], blocks: int, factory: Factory
+) -> tuple[nn.ModuleList, list[int]]:
+    """The levels of an encoder from full resolution down, and the features of every skip.
+
+    `stem` is the number of features that come in, `widths` that of each level.
+    """
+    levels, width, skips = nn.ModuleList(), stem, [stem]
+    for level, features in enumerate(widths):
+        stage = nn.ModuleDict()
+        if level > 0:
+            stage["down"] = factory(Place("enc", level, "down"), width, width)
+            skips.append(width)
+        for i in range(blocks):
+            place = Place("enc", level, str(i), last=i == blocks - 1)
+            stage[str(i)] = factory(place, width, features)
+            width = features
+            skips.append(width)
+        levels.append(stage)
+    return levels, skips
+
+
+def middle(width: int, level: int, factory: Factory) -> nn.ModuleDict:
+    """The two blocks between encoder and decoder, at the lowest level."""
+    places = (Place("mid", level, "0"), Place("mid", level, "1", last=True))
+    return nn.ModuleDict({place.part: factory(place, width, width) for place in places})
+
+
+def decoder(widths: list[int], skips: list[int], blocks: int, factory: Factory) -> nn.ModuleList:
+    """The levels of a decoder, in the order of the encoder; `skips` are those of `encoder`."""
+    levels, width, skips = nn.ModuleList(), widths[-1], list(skips)
+    for level, features in reversed(list(enumerate(widths))):
+        stage = nn.ModuleDict()
+        if level < len(widths) - 1:
+            stage["up"] = factory(Place("dec", level, "up"), width, width)
+        for i in range(blocks + 1):
+            place = Place("dec", level, str(i), last=i == blocks)
+            stage[str(i)] = factory(place, width + skips.pop(), features)
+            width = features
+        levels.insert(0, stage)
+    return levels
+
+
+class UNet(Network[UNetLike], Generic[UNetLike, Aside]):
+    """A U-Net: stem, encoder, middle, decoder, head; its features pass through `encode`, `decode`.
+
+    A subclass fills `enc`, `mid` and `dec` and writes `embedding`, `begin` and `finish`. On the
+    tape are `stem`, `enc.<level>.down`, `enc.<level>.<block>`, `mid.<block>`, `dec.<level>.up` and
+    `dec.<level>.<block>`. The same names key the dropout.
+    """
+
+    enc: nn.ModuleList
+    mid: nn.ModuleDict
+    dec: nn.ModuleList
+
+    def embedding(self, noise: Tensor, cond: Cond) -> Tensor:
+        """Noise level and conditions as one vector: [B, E]."""
+        raise NotImplementedError
+
+    def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, Aside]:
+        """Features of level 0, and what goes down beside them; `ValueError` for wrong shapes."""
+        raise NotImplementedError
+
+    def descend(self, level: int, h: Tensor, aside: Aside) -> tuple[Tensor, Aside]:
+        """What else is done with the features after they have been sampled down to a level."""
+        return h, aside
+
+    def finish(self, h: Tensor) -> Tensor:
+        """[B, F, H, W] -> [B, C, H, W]."""
+        raise NotImplementedError
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        enc = [f"enc.{i}.{part}" for i, stage in enumerate(self.enc) for part in _parts(stage)]
+        levels = reversed(list(enumerate(self.dec)))
+        dec = [f"dec.{i}.{part}" for i, stage in levels for part in _parts(stage)]
+        return ("stem", *enc, *(f"mid.{part}" for part in self.mid), *dec)
+
+    def units(self) -> list[nn.Module]:
+        stages = [*self.enc, *self.dec, self.mid]
+        chosen = {id(block) for stage in stages for block in stage.children()}
+        return [module for module in self.modules() if id(module) in chosen]
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+        """x [B, C, H, W], noise [B] -> [B, C, H, W]; no dropout unless `cond.seed` is given.
+
+        Raises `ValueError` if the channels of x or the shape of cond.pos [B, 2, H, W] do not fit.
+        """
+        return self.decode(self.encode(x, noise, cond, tape=tape), cond, tape=tape)
+
+    def encode(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Features:
+        """Everything down to the middle, and with it."""
+        emb = self.embedding(noise, cond)
+        h, aside = self.begin(x, cond)
+        skips, sizes = [put(tape, "stem", h)], []
+        for level, stage in enumerate(self.enc):
+            for part, block in stage.named_children():
+                name = f"enc.{level}.{part}"
+                h = self.run(name, block, h, emb, cond)
+                if part == "down":
+                    h, aside = self.descend(level, h, aside)
+                skips.append(put(tape, name, h))
+            sizes.append((h.shape[-2], h.shape[-1]))
+        for part, block in self.mid.named_children():
+            h = put(tape, f"mid.{part}", self.run(f"mid.{part}", block, h, emb, cond))
+        return Features(h, tuple(skips), tuple(sizes), emb)
+
+    def decode(self, features: Features, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+        """Everything after the middle; of the condition only the seed still counts.
+
+        Replace `features.emb` by `embedding(noise, cond)` to decode for another noise level.
+        """
+        h, skips = features.h, list(features.skips)
+        for level in reversed(range(len(self.dec))):
+            for part, block in self.dec[level].named_children():
+                if part != "up":
+                    h = join(h, skips.pop())
+                name = f"dec.{level}.{part}"
+                h = self.run(name, block, h, features.emb, cond, features.sizes[level])
+                h = put(tape, name, h)
+        return self.finish(h)
+
+    def run(
+        self,
+        name: str,
+        block: nn.Module,
+        h: Tensor,
+        emb: Tensor,
+        cond: Cond,
+        size: tuple[int, int] = (0, 0),
+    ) -> Tensor:
+        """Call a block; `size` is the height and width that one goes up to."""
+        # Names are hashed out here, so that one compiled block serves all of them.
+        key = None
+        if cond.seed is not None and self.config.dropout > 0:
+            key = subkeys(cond.seed, name)
+        return block(h, emb, key, size)
+
+
+def _parts(stage: nn.Module) -> list[str]:
+    return [name for name, _ in stage.named_children()]
