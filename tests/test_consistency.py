@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from maps import MEAN, STD, Exact, Little, batch, draws, gaussian, normal
+from oracles import MEAN, STD, Exact, Little, batch, draws, gaussian, normal
 from torch import Tensor
 
 from patchdiffusion.cond import Cond

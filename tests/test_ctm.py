@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from maps import Exact, Little, batch, draws, gaussian, normal
+from oracles import Exact, Little, batch, draws, gaussian, normal
 from torch import Tensor
 
 from patchdiffusion.cond import Cond

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from maps import MEAN, STD, Exact, gaussian, normal, spread
+from oracles import MEAN, STD, Exact, gaussian, normal, spread
 from torch import Tensor
 
 from patchdiffusion.cond import Cond

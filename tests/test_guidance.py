@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from gaussians import Two, images, inputs
+from oracles import Two, images, inputs
 from torch import Tensor
 
 from patchdiffusion.analytic import GaussianMixture
@@ -239,10 +239,12 @@ def test_the_joined_batch_has_a_slot_and_seeds_of_its_own() -> None:
     assert inside.seeds.tolist() == [7, 8, 9, 7, 8, 9] and inside.slot == ("cfg",)
     assert (inside.run, inside.index, inside.stage, inside.sigmas) == (4, 3, 1, (1.0, 0.0))
     assert outside is step
-    assert isinstance(denoiser.sigma, Tensor) and denoiser.sigma.tolist() == sigma.tolist() * 2
+    assert (
+        isinstance(denoiser.given[-1], Tensor) and denoiser.given[-1].tolist() == sigma.tolist() * 2
+    )
     guided(x, 1.0, cond)
     assert denoiser.steps[-1] is None
-    assert denoiser.sigma == 1.0  # a number stays one, so that intervals inside can tell
+    assert denoiser.given[-1] == 1.0  # a number stays one, so that intervals inside can tell
 
 
 def test_a_second_cfg_inside_is_refused() -> None:

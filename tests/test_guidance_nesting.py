@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
-from gaussians import Two, images, inputs
+from oracles import Two, images, inputs
 from torch import Tensor
 
 from patchdiffusion import rng, sample

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from maps import Exact, Little, batch, draws, gaussian, normal
+from oracles import Exact, Little, batch, draws, gaussian, normal
 from torch import Tensor, nn
 
 from patchdiffusion import SongUNet, UNetConfig

@@ -8,7 +8,7 @@ from typing import get_args
 
 import pytest
 import torch
-from solving import ALL, DETERMINISTIC, TOY, TWO_STAGES, Gaussian, keys, noise_of, noisy
+from oracles import ALL, DETERMINISTIC, TOY, TWO_STAGES, Gaussian, keys, noise_of, noisy
 from torch import Tensor
 
 from patchdiffusion import rng

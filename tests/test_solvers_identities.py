@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from solving import TOY, grid, keys, noise_of, noisy
+from oracles import TOY, grid, keys, noise_of, noisy
 from torch import Tensor
 
 from patchdiffusion.cond import Cond, Position, Tape

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from solving import DETERMINISTIC, TOY, Gaussian, grid, keys, noisy, reference
+from oracles import DETERMINISTIC, TOY, Gaussian, grid, keys, noisy, reference
 from torch import Tensor
 
 from patchdiffusion import rng

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from solving import TOY, exact_moments, keys, noise_of, noisy
+from oracles import TOY, exact_moments, keys, noise_of, noisy
 from torch import Tensor
 
 from patchdiffusion.paths import VE, VP
