@@ -224,16 +224,16 @@ def _inflate(pack: Pack, folder: Path, images: int) -> Path:
     """The same pack with as many images, most of which are holes in the file."""
     folder.mkdir()
     facts = json.loads((pack.path / "pack.json").read_text())
-    facts["shape"][0], facts["stamp"] = images, "inflated"
-    whole, rest = divmod(images, facts["block"])
-    image = bytes(int(np.prod(facts["shape"][1:])))
-    facts["crc32"] = [zlib.crc32(image * facts["block"])] * whole
-    facts["crc32"] += [zlib.crc32(image * rest)] if rest else []
+    facts["stamp"] = "inflated"
+    for name, array in facts["arrays"].items():
+        array["shape"][0] = images
+        whole, rest = divmod(images, array["block"])
+        row = bytes(int(np.prod(array["shape"][1:])) * np.dtype(array["dtype"]).itemsize)
+        array["crc32"] = [zlib.crc32(row * array["block"])] * whole
+        array["crc32"] += [zlib.crc32(row * rest)] if rest else []
+        with open(folder / f"{name}.bin", "wb") as file:
+            file.truncate(images * len(row))
     (folder / "pack.json").write_text(json.dumps(facts))
-    with open(folder / "images.bin", "wb") as file:
-        file.truncate(int(np.prod(facts["shape"])))
-    if facts["labels_crc32"] is not None:
-        (folder / "labels.bin").write_bytes(bytes(4 * images))
     with open(folder / "keys.jsonl", "w") as lines:
         lines.writelines(f'["{i}", null]\n' for i in range(images))
     return folder

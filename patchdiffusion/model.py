@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from patchdiffusion.data.space import Pixels, Space
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.nets import Network, base
@@ -33,6 +34,8 @@ class ModelConfig:
     noise: Law
     canvas: tuple[int, int]
     """Height and width of the images it was trained on."""
+    space: Space = field(default_factory=Pixels)
+    """What the numbers of its images mean."""
     classes: tuple[str, ...] = ()
     """Names of the classes, by label."""
     data: str = ""

@@ -20,6 +20,7 @@ from PIL import Image
 
 import patchdiffusion
 from patchdiffusion import SamplerConfig, cli
+from patchdiffusion.data.pack import Pack
 from patchdiffusion.plans import Group
 from patchdiffusion.solvers import SolverName
 from patchdiffusion.system.files import read_json
@@ -222,7 +223,7 @@ def test_prepare(images: Path, tmp_path: Path, capsys: Capture) -> None:
     out = works(capsys, "prepare", images, "--out", tmp_path / "pack", "--resolution", 8,
                 "--channels", 1)  # fmt: skip
     assert "40 images of 8x8 with 1 channels" in out and str(tmp_path / "pack") in out
-    assert read_json(tmp_path / "pack" / "pack.json")["shape"] == [40, 8, 8, 1]
+    assert Pack.open(tmp_path / "pack").images.shape == (40, 8, 8, 1)
     assert "40 images of 8x8" in works(capsys, "doctor", tmp_path / "pack", "--steps", 1)
 
 

@@ -14,6 +14,7 @@ from patchdiffusion.data.arrays import ArraySource
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
+from patchdiffusion.data.space import Pixels
 from patchdiffusion.data.split import held_out, repeats
 
 
@@ -25,9 +26,11 @@ def pack(tmp_path: Path) -> Pack:
     return prepare(source, tmp_path / "pack", resolution=256, progress=False)
 
 
-def edit(path: Path, **changes: object) -> None:
+def edit(path: Path, array: str | None = None, **changes: object) -> None:
+    """Change entries of pack.json, or of one of its arrays."""
     content = json.loads((path / "pack.json").read_text())
-    (path / "pack.json").write_text(json.dumps({**content, **changes}))
+    (content if array is None else content["arrays"][array]).update(changes)
+    (path / "pack.json").write_text(json.dumps(content))
 
 
 def test_open_gives_what_was_prepared(pack: Pack):
@@ -38,7 +41,7 @@ def test_open_gives_what_was_prepared(pack: Pack):
     assert again.train.dtype == again.heldout.dtype == torch.int64
     assert len(again.heldout) == 3 and len(again.train) == 57
     assert again.name == "numbers" and again.classes == ("0", "1", "2")
-    assert len(again.info.crc32) == 3
+    assert len(again.info.arrays["images"].crc32) == 3 and again.space == Pixels()
     again.verify()
 
 
@@ -60,14 +63,10 @@ def test_opening_reads_nothing(tmp_path: Path, pack: Pack):
     count, shape = 2**17, [256, 256, 1]
     with open(pack.path / "images.bin", "wb") as stream:
         stream.truncate(count * 256 * 256)
-    (pack.path / "labels.bin").unlink()
-    edit(
-        pack.path,
-        shape=[count, *shape],
-        block=64,
-        crc32=[0] * (count // 64),
-        labels_crc32=None,
-    )
+    labels = np.arange(count) % 3
+    labels.astype("<i4").tofile(pack.path / "labels.bin")
+    edit(pack.path, "images", shape=[count, *shape], block=64, crc32=[0] * (count // 64))
+    edit(pack.path, "labels", shape=[count], block=count, crc32=[0])
     before, start = anonymous_kib(), time.monotonic()
     large = Pack.open(pack.path)
     assert large.images[count - 1].sum() == 0
@@ -89,7 +88,7 @@ def test_damaged_labels_are_found(pack: Pack):
     labels = bytearray((pack.path / "labels.bin").read_bytes())
     labels[0] ^= 1
     (pack.path / "labels.bin").write_bytes(labels)
-    with pytest.raises(ValueError, match=r"labels\.bin does not have its recorded checksum"):
+    with pytest.raises(ValueError, match=r"labels\.bin is damaged: block 0 \(images 0 to 59\) "):
         Pack.open(pack.path).verify()
 
 
@@ -102,12 +101,24 @@ def test_packs_that_are_refused(pack: Pack, tmp_path: Path):
     with pytest.raises(ValueError, match=r"is not a pack: it has no pack\.json"):
         Pack.open(tmp_path)
     original = (pack.path / "pack.json").read_text()
-    edit(pack.path, shape=[61, 256, 256, 3])
-    refused(r"images\.bin has 11796480 bytes; 11993088 bytes are recorded")
-    edit(pack.path, heldout=[60], shape=[60, 256, 256, 3])
+    edit(pack.path, "images", shape=[60, 256, 255, 3])
+    refused(r"images\.bin has 11796480 bytes; 11750400 bytes are recorded")
+    for array, change in (
+        (None, {"heldout": [60]}),
+        (None, {"arrays": {}}),
+        ("images", {"shape": [61, 256, 256, 3]}),
+        ("images", {"dtype": "int32"}),
+        ("labels", {"shape": []}),
+        ("labels", {"block": 0}),
+        ("labels", {"crc32": []}),
+    ):
+        (pack.path / "pack.json").write_text(original)
+        edit(pack.path, array, **change)
+        refused("contradicts itself")
+    (pack.path / "pack.json").write_text(original.replace('"labels": {', '"../labels": {'))
     refused("contradicts itself")
-    edit(pack.path, format=99)
-    refused("is not a pack of format 1")
+    edit(pack.path, format=1)
+    refused("is not a pack of format 2")
     (pack.path / "pack.json").write_text(original[:50])
     refused("is not valid JSON")
     (pack.path / "pack.json").write_text(original)
@@ -132,9 +143,10 @@ def test_a_pack_is_a_source(pack: Pack, tmp_path: Path):
 def test_files_of_a_pack(pack: Pack):
     content = (pack.path / "images.bin").read_bytes()
     assert content == pack.images.numpy().tobytes()
-    step = pack.info.block * 256 * 256 * 3
+    array = pack.info.arrays["images"]
+    step = array.block * 256 * 256 * 3
     blocks = [content[i : i + step] for i in range(0, len(content), step)]
-    assert tuple(zlib.crc32(block) for block in blocks) == pack.info.crc32
+    assert tuple(zlib.crc32(block) for block in blocks) == array.crc32
     assert sorted(file.name for file in pack.path.iterdir()) == [
         "images.bin",
         "keys.jsonl",

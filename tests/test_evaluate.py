@@ -95,6 +95,7 @@ def test_the_loss_is_that_of_the_run_and_its_law(pack: Pack, finished: Path) -> 
         pack.images,
         pack.labels,
         pack.heldout,
+        space=pack.space,
         law=trained.noise,
         weighting=EDMWeight(),
         sizes=((16, 16),),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from patchdiffusion.analytic import IdealDenoiser
 from patchdiffusion.cond import Cond
+from patchdiffusion.data.space import Pixels
 from patchdiffusion.metrics.heldout import BANDS, HeldOut, held_out_losses, summarise
 from patchdiffusion.metrics.memorise import CopyCounter, copy_rate
 from patchdiffusion.noise import LogNormal
@@ -49,6 +50,7 @@ def measure(denoiser: object, *, batch: int = 64, indices: Tensor = HELD) -> Hel
         IMAGES,
         torch.arange(60),  # the label is the number of the image
         indices,
+        space=Pixels(),
         law=LogNormal(mean=-1.0, std=1.5),
         weighting=EDMWeight(),
         sizes=((8, 8), (4, 4)),
@@ -116,6 +118,7 @@ def test_the_oracle_of_the_training_images_is_no_good_on_others() -> None:
             IMAGES,
             None,
             indices,
+            space=Pixels(),
             law=LogNormal(),
             weighting=EDMWeight(),
             sizes=((8, 8),),

@@ -190,7 +190,9 @@ def _measured(evaluation: Evaluation, pipeline: Pipeline | None, path: Path) -> 
     if pipeline is None:
         shape = evaluation.pack.info.shape
         source = open_source(str(path))
-        images = prepare(source, resolution=shape[1:3], channels=shape[3], holdout=0).images
+        images = prepare(
+            source, resolution=(shape[1], shape[2]), channels=shape[3], holdout=0
+        ).images
     count = evaluation.config.samples if images is None else len(images)
     team = evaluation.team
     if team.is_main:

@@ -93,11 +93,19 @@ def _matrix(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     return torch.stack([torch.stack([a, b], dim=1), torch.stack([c, d], dim=1)], dim=1)
 
 
-def warp(images: Tensor, labels: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
+def warp(
+    images: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    cols: Tensor,
+    *,
+    limits: tuple[float, float] | None = (0.0, 255.0),
+) -> Tensor:
     """Some pixels of changed images, by bicubic interpolation.
 
-    images [B, H, W, C] in 0 ... 255, rows [B, h] and cols [B, w] of the changed images -> float32
-    [B, C, h, w]. What lies outside of an image is its reflection.
+    images [B, H, W, C] as stored, rows [B, h] and cols [B, w] of the changed images -> float32
+    [B, C, h, w]. What lies outside of an image is its reflection. Interpolation does not leave the
+    `limits`, if there are any.
     """
     height, width = images.shape[1:3]
     x = (cols.double() - (width - 1) / 2)[:, None, :].expand(-1, rows.shape[1], -1)
@@ -111,4 +119,4 @@ def warp(images: Tensor, labels: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     warped = F.grid_sample(
         source, grid_of.float(), mode="bicubic", padding_mode="reflection", align_corners=False
     )
-    return warped.clamp_(0, 255)
+    return warped if limits is None else warped.clamp_(*limits)

@@ -10,17 +10,18 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.cond import Cond
 from patchdiffusion.data.augment import Augmentation, warp
+from patchdiffusion.data.space import Pixels, Space
 from patchdiffusion.losses import Batch
 from patchdiffusion.patches import coordinates, corners
 from patchdiffusion.plans import Group
 
 
 class Feed:
-    """Draws crops from uint8 images [N, H, W, C] as a pure function of seed, step and position.
+    """Draws crops from images [N, H, W, C] as a pure function of seed, step and position.
 
     `indices` int64 [M] are the images to draw from; each is used once in every M crops. Images
     are mirrored before they are cropped, so coordinates stay true. Crops are gathered where the
-    images lie, in the memory of the computer or of the device, and moved to `device` as bytes.
+    images lie, in the memory of the computer or of the device, and moved to `device` as stored.
     """
 
     def __init__(
@@ -30,16 +31,18 @@ class Feed:
         indices: Tensor,
         *,
         seed: int,
+        space: Space | None = None,
         flip: bool = False,
         augment: Augmentation | None = None,
         device: torch.device | str = "cpu",
     ):
-        """`augment` None tells the network nothing; otherwise it must take the labels."""
+        """`space` None is `Pixels`. `augment` None tells the network nothing, else it is told."""
         if len(indices) == 0:
             raise ValueError("there are no images to train on")
         self.images = images
         self.labels = None if labels is None else labels.to(images.device)
         self.indices = indices.numpy()
+        self.space = space or Pixels()
         self.seed = seed
         self.flip = flip
         self.augment = augment
@@ -79,7 +82,17 @@ class Feed:
             flip = torch.zeros(len(index), dtype=torch.bool, device=index.device)
         key = draws.keys("crop")
         done = None if self.augment is None else self.augment.labels(draws.keys("augment"))
-        batch = gather(self.images, self.labels, index, group, key, flip, self.device, done)
+        batch = gather(
+            self.images,
+            self.labels,
+            index,
+            group,
+            key,
+            flip,
+            space=self.space,
+            device=self.device,
+            augment=done,
+        )
         return batch, draws.to(self.device)
 
 
@@ -90,13 +103,15 @@ def gather(
     group: Group,
     key: Tensor,
     flip: Tensor,
+    *,
+    space: Space,
     device: torch.device | str = "cpu",
     augment: Tensor | None = None,
 ) -> Batch:
-    """Cut one crop per index out of uint8 images [N, H, W, C], at places that `key` decides.
+    """Cut one crop per index out of stored images [N, H, W, C], at places that `key` decides.
 
-    Crops move to the device as bytes and become float32 there. `augment` [B, 9] says how each
-    image is changed before.
+    Crops move to the device as they are stored and become what the network sees there. `augment`
+    [B, 9] says how each image is changed before.
     """
     canvas = (images.shape[1], images.shape[2])
     (height, width), pitch = group.size, group.pitch
@@ -109,11 +124,11 @@ def gather(
     if augment is not None:
         whole = images[index]
         whole = torch.where(flip[:, None, None, None], whole.flip(2), whole)
-        changed = warp(whole, augment, rows, cols)
+        changed = warp(whole, augment, rows, cols, limits=space.limits)
         augment = _move(augment, device)
         some = augment.any(dim=1)[:, None, None, None]
         crops = torch.where(some, _move(changed, device), crops)
-    crops = crops.div_(127.5).sub_(1)
+    crops = space.to_network(crops)
     if pitch > 1:
         crops = F.avg_pool2d(crops, pitch)
     sides = [torch.full_like(top, height * pitch), torch.full_like(top, width * pitch)]

@@ -12,6 +12,7 @@ from patchdiffusion.data.augment import Augmentation
 from patchdiffusion.data.decode import MAX_SIDE, MIN_SIDE, background_colour, fit, is_grey, to_uint8
 from patchdiffusion.data.example import BadImage, Source
 from patchdiffusion.data.files import FileSource
+from patchdiffusion.data.space import Pixels
 
 _POLICY = 1  # raise it when the same files would give other pixels; packs are then made anew
 _PROBED = 256
@@ -67,6 +68,8 @@ class Plan:
     refuse_colour: bool
     """Grey was inferred from some of the images, so one in colour changes the plan."""
     notes: tuple[str, ...]
+    dtype: str = Pixels.dtype
+    """Type of the stored values."""
 
     def shape(self) -> tuple[int, int, int]:
         """H, W, C."""

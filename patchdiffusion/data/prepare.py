@@ -26,10 +26,11 @@ from patchdiffusion.data.options import (
     make_plan,
     usable,
 )
-from patchdiffusion.data.pack import Pack, pack_writer
+from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.report import Report, bad_lines, write_text
 from patchdiffusion.data.source import open_source
 from patchdiffusion.data.split import held_out, repeats
+from patchdiffusion.data.write import pack_writer
 from patchdiffusion.system.dist import place
 from patchdiffusion.system.files import cache_dir, folder_atomic, lock
 from patchdiffusion.system.progress import progress_bar
@@ -95,9 +96,9 @@ def prepare_data(data: DataConfig) -> Pack:
     """
     source = open_source(data.path)
     if isinstance(source, Pack):
-        _, height, width, channels = source.info.shape
-        square = height if height == width else (height, width)
-        if data.resolution in (None, square, (height, width)) and data.channels in (None, channels):
+        _, *size, channels = source.info.shape
+        sizes = (None, tuple(size), *(size[:1] if len(set(size)) == 1 else ()))
+        if data.resolution in sizes and data.channels in (None, channels):
             return source
     return prepare(
         source, resolution=data.resolution, channels=data.channels, progress=place().is_main
@@ -152,8 +153,8 @@ def _existing(source: Source, options: Options, target: Path | None) -> Pack | N
 
 def _default_target(source: Source, plan: Plan, options: Options) -> Path:
     name = re.sub(r"[^\w.-]+", "-", source.name, flags=re.ASCII).strip("-.")[:40] or "data"
-    height, width, channels = plan.shape()
-    folder = f"{name}-{height}x{width}x{channels}-{_identity(source, options)}"
+    shape = "x".join(map(str, plan.shape()))
+    folder = f"{name}-{shape}-{_identity(source, options)}"
     return cache_dir() / "packs" / folder
 
 
@@ -170,7 +171,7 @@ def _make(
     complaints = target.with_name(target.name + ".bad.txt")
     bar = progress_bar(len(source), "image", name=source.name, disable=not progress)
     with bar, folder_atomic(target) as folder:
-        with pack_writer(folder, plan.shape()) as writer:
+        with pack_writer(folder, plan.shape(), plan.dtype) as writer:
             for result in _results(source, plan, options, workers):
                 bar.update()
                 if isinstance(result, BadImage):

@@ -49,10 +49,11 @@ class Report:
 
     def as_text(self, info: PackInfo) -> str:
         """The same for people, long lists shortened."""
-        count, height, width, channels = info.shape
+        count, *size, channels = info.shape
+        shown = "x".join(map(str, reversed(size)))
         counts = zip(info.classes, info.class_counts, strict=True)
         lines = [
-            f"{info.name}: {count} images of {width}x{height} with {channels} channels",
+            f"{info.name}: {count} images of {shown} with {channels} channels",
             f"given {self.given}, refused {len(self.bad)}, enlarged {self.enlarged}, "
             f"exact duplicates {self.duplicates}, held out {len(info.heldout)}",
             f"standard deviation in [-1, 1]: {info.sigma_data:.4f}",

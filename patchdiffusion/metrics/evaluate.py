@@ -128,6 +128,7 @@ class Evaluation:
                 self.pack.images,
                 model.labels_of(self.pack.labels, self.pack.classes),
                 chosen,
+                space=self.pack.space,
                 law=model.noise,
                 weighting=default_weighting(model.precond),
                 sizes=(model.canvas,),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.data.feed import gather
+from patchdiffusion.data.space import Space
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.losses import denoising_error
 from patchdiffusion.noise import NoiseLaw
@@ -40,6 +41,7 @@ def held_out_losses(
     labels: Tensor | None,
     indices: Tensor,
     *,
+    space: Space,
     law: NoiseLaw,
     weighting: Weighting,
     sizes: tuple[Size, ...],
@@ -47,7 +49,7 @@ def held_out_losses(
     batch: int = 64,
     part: range | None = None,
 ) -> dict[Size, Tensor]:
-    """Losses on `indices` [M] of uint8 images [N, H, W, C] for each crop size, largest first.
+    """Losses on `indices` [M] of stored images [N, H, W, C] for each crop size, largest first.
 
     Each image has one noise level, spread evenly over `law`, one noise and one place per size, the
     same in every call: values of one run, and of runs on the same data, can be compared. `part`
@@ -65,7 +67,7 @@ def held_out_losses(
             group = Group(size, len(indices), 1.0)
             flip = torch.zeros(len(rank)).bool()
             key = draws.keys("held-out crop")
-            crops = gather(images, labels, indices[rank], group, key, flip)
+            crops = gather(images, labels, indices[rank], group, key, flip, space=space)
             sigma = law.icdf((levels[rank] + 0.5) / len(indices)).to(torch.float32).to(device)
             noise = draws.normal("held-out noise", tuple(crops.images.shape[1:])).to(device)
             x = crops.images.to(device)

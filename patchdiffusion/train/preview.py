@@ -116,6 +116,7 @@ class Preview:
                         self.pack.images,
                         training_labels(self.config, self.pack),
                         held,
+                        space=self.pack.space,
                         law=self.config.noise,
                         weighting=default_weighting(self.config.precond),
                         sizes=self.sizes,

@@ -21,7 +21,7 @@ from commands import Capture, fails, works
 from harness import LONG, here, same_run
 from PIL import Image
 
-from patchdiffusion.data import pack as packs
+from patchdiffusion.data import write
 from patchdiffusion.data.decode import decode
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
@@ -151,9 +151,9 @@ def test_i2_flipped_byte_in_a_pack(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It happens after the pack was opened, when the run has made two steps."""
-    monkeypatch.setattr(packs, "_BLOCK_BYTES", 8 * 16 * 16 * 3)
+    monkeypatch.setattr(write, "BLOCK_BYTES", 8 * 16 * 16 * 3)
     pack = prepare(open_source(images), tmp_path / "pack", progress=False)
-    assert len(pack.info.crc32) == 5
+    assert len(pack.info.arrays["images"].crc32) == 5
     data, folder = pack.path / "images.bin", tmp_path / "run"
     fault = {"kind": "damage_pack", "file": str(data), "position": 27 * 16 * 16 * 3}
     ended = here(pack.path, folder, **LONG, faults=[{**fault, "phase": "data", "step": 2}])

@@ -1,0 +1,192 @@
+"""Spaces: what the numbers of a pack mean, and how a network sees them.
+
+A network is trained on numbers of about [-1, 1]. A space takes stored values there and back, and
+makes pictures of them. Stored values have their channels last, [..., C]; a network has them second,
+[B, C, *S].
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+STD = 0.5
+"""Standard deviation of `Values` as a network sees them: what EDM's networks expect of images."""
+
+_SHOWN = (0.1, 99.9)  # percentiles of the values that are black and white in a picture
+_LOOKED_AT = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pixels:
+    """8-bit pixels: 0 and 255 are -1 and 1 to the network."""
+
+    dtype: ClassVar[str] = "uint8"
+    limits: ClassVar[tuple[float, float] | None] = (0.0, 255.0)
+    """Values that interpolation must not leave; None is none."""
+
+    def to_network(self, x: Tensor) -> Tensor:
+        """Stored values as float32 [B, C, *S], changed in place to what the network sees."""
+        return x.div_(127.5).sub_(1)
+
+    def to_values(self, x: Tensor) -> np.ndarray:
+        """What a network has made, [B, C, *S], as values that could be stored: [B, *S, C]."""
+        scaled = (x.to(torch.float32) * 127.5 + 127.5).round().clamp(0, 255)
+        return scaled.to(torch.uint8).movedim(1, -1).cpu().numpy()
+
+    def to_picture(self, values: np.ndarray) -> np.ndarray:
+        """Stored values [..., C] as uint8 to look at."""
+        return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """Measurements in units of their own: each channel has mean 0 and deviation .5 to the network.
+
+    Nothing is clipped. `mean + scale x` takes a number x of the network back to a value.
+    """
+
+    dtype: Literal["uint16", "float32"]
+    """Type of the stored values, and of samples: whole numbers from 0 to 65,535, or floats."""
+    mean: tuple[float, ...]
+    """Of each channel."""
+    scale: tuple[float, ...]
+    """Twice the standard deviation of each channel."""
+    black: tuple[float, ...]
+    """The value of each channel that is black in a picture."""
+    white: tuple[float, ...]
+    """The value of each channel that is white in a picture."""
+
+    limits: ClassVar[tuple[float, float] | None] = None
+
+    def __post_init__(self) -> None:
+        tables = (self.mean, self.scale, self.black, self.white)
+        if len({len(table) for table in tables}) != 1:
+            raise ValueError(f"mean, scale, black and white need as many entries each: {tables}")
+        if not np.isfinite(tables).all() or min(self.scale) <= 0:
+            raise ValueError(f"scale must be positive and finite, not {self.scale}")
+        if not all(low < high for low, high in zip(self.black, self.white, strict=True)):
+            raise ValueError(f"black {self.black} must lie below white {self.white}")
+
+    def to_network(self, x: Tensor) -> Tensor:
+        """Stored values as float32 [B, C, *S], changed in place to what the network sees."""
+        return x.sub_(_channels(self.mean, x)).div_(_channels(self.scale, x))
+
+    def to_values(self, x: Tensor) -> np.ndarray:
+        """What a network has made, [B, C, *S], as values that could be stored: [B, *S, C]."""
+        x = x.to(torch.float32)
+        x = x * _channels(self.scale, x) + _channels(self.mean, x)
+        values = x.movedim(1, -1).cpu().numpy()
+        return values if self.dtype == "float32" else np.rint(values.clip(0, 65535)).astype("u2")
+
+    def to_picture(self, values: np.ndarray) -> np.ndarray:
+        """Stored values [..., C] as uint8 to look at: a straight line from black to white."""
+        black, white = np.array(self.black), np.array(self.white)
+        unit = (values.astype(np.float64) - black) / (white - black)
+        return np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
+
+
+Space = Pixels | Values
+
+
+def _channels(table: tuple[float, ...], x: Tensor) -> Tensor:
+    """One number for each channel, in the shape that goes with [B, C, *S]."""
+    return torch.tensor(table, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * (x.ndim - 2))
+
+
+# ---- Statistics while a pack is written ----
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of all images of a pack, in the units that the network sees."""
+
+    space: Space
+    mean: tuple[float, ...]
+    """Of each channel."""
+    std: tuple[float, ...]
+    """Of each channel."""
+    sigma_data: float
+    """Standard deviation of all values together."""
+
+
+class Tally(Protocol):
+    """Counts while images are written one after another."""
+
+    def add(self, image: np.ndarray) -> None:
+        """Count an image [*S, C]."""
+        ...
+
+    def finish(self, images: np.ndarray) -> Statistics:
+        """The statistics; `images` [N, *S, C] are those that were counted."""
+        ...
+
+
+def tally(dtype: str, channels: int) -> Tally:
+    """A tally of images of this type."""
+    return PixelTally(channels) if dtype == Pixels.dtype else ValueTally(channels)
+
+
+class PixelTally:
+    """Counts how often each of the 256 values occurs in each channel: exact."""
+
+    def __init__(self, channels: int):
+        self._histogram = np.zeros((channels, 256), dtype=np.int64)
+
+    def add(self, image: np.ndarray) -> None:
+        """Count an image, uint8 [*S, C]."""
+        for channel, counts in enumerate(self._histogram):
+            counts += np.bincount(image[..., channel].reshape(-1), minlength=256)
+
+    def finish(self, images: np.ndarray) -> Statistics:
+        """Mean and deviation of each channel, where 0 and 255 are -1 and 1."""
+        mean, std = _moments(self._histogram)
+        together = _moments(self._histogram.sum(0, keepdims=True))[1][0]
+        return Statistics(Pixels(), tuple(mean.tolist()), tuple(std.tolist()), float(together))
+
+
+def _moments(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each row of counts [C, 256]."""
+    values = np.arange(256) / 127.5 - 1
+    weight = histogram / histogram.sum(1, keepdims=True)
+    mean = weight @ values
+    return mean, np.sqrt((weight * (values - mean[:, None]) ** 2).sum(1))
+
+
+class ValueTally:
+    """Mean and deviation of each channel, updated image by image in float64."""
+
+    def __init__(self, channels: int):
+        self._count = 0
+        self._mean = np.zeros(channels)
+        self._squares = np.zeros(channels)  # sum of squared distances from the mean
+
+    def add(self, image: np.ndarray) -> None:
+        """Count an image [*S, C]."""
+        flat = image.reshape(-1, image.shape[-1]).astype(np.float64)
+        mean = flat.mean(0)
+        count, before = len(flat), self._count
+        self._count += count
+        step = mean - self._mean
+        self._mean += step * count / self._count
+        self._squares += ((flat - mean) ** 2).sum(0) + step**2 * before * count / self._count
+
+    def finish(self, images: np.ndarray) -> Statistics:
+        """The space in which each channel has mean 0 and deviation `STD`."""
+        std = np.sqrt(self._squares / self._count)
+        changes = std > 1e-6 * np.abs(self._mean)
+        scale = np.where(changes, std / STD, 1.0)
+        some = images[np.linspace(0, len(images) - 1, min(len(images), _LOOKED_AT)).astype(int)]
+        black, white = np.percentile(some.reshape(-1, some.shape[-1]), _SHOWN, axis=0)
+        space = Values(
+            dtype="uint16" if images.dtype == np.uint16 else "float32",
+            mean=tuple(self._mean.tolist()),
+            scale=tuple(scale.tolist()),
+            black=tuple(black.tolist()),
+            white=tuple(np.where(white > black, white, black + scale).tolist()),
+        )
+        seen = std / scale
+        together = float(np.sqrt((seen**2).mean()))
+        return Statistics(space, (0.0,) * len(std), tuple(seen.tolist()), together)
