@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class LogNormal:
     The same law as a logit-normal flow time: tau = sigma / (1 + sigma) has logit ln sigma.
     """
 
+    word: ClassVar[str] = "lognormal"
     mean: float = -1.2
     """Mean of ln sigma."""
     std: float = 1.2
@@ -84,6 +85,7 @@ class LogitNormal:
 class LogUniform:
     """ln sigma uniform between two bounds (the VE law of Song et al.)."""
 
+    word: ClassVar[str] = "loguniform"
     sigma_min: float = 0.02
     """Smallest noise level."""
     sigma_max: float = 100.0
@@ -148,6 +150,7 @@ class Truncated:
 class DDPMSteps:
     """One of the T discrete steps, each as likely as the others (DDPM, algorithm 1)."""
 
+    word: ClassVar[str] = "ddpm-steps"
     schedule: Schedule = "linear"
     """linear: beta from 1e-4 to .02 if there are 1000 steps; cosine: that of improved DDPM."""
     steps: int = 1000

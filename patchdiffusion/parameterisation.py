@@ -5,8 +5,8 @@ for any prediction on any path.
 """
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from patchdiffusion.paths import (
     convert,
     per_sample,
 )
+from patchdiffusion.system import families
 from patchdiffusion.weighting import (
     EDMWeight,
     EpsWeight,
@@ -52,8 +53,21 @@ class Precond(Protocol):
     def scales(self, sigma: Tensor) -> Scales: ...
 
 
+class Choice:
+    """Noise law and loss weight follow the parameterisation when that is chosen by its word."""
+
+    def inherit(self, old: "Parameterisation", config: object) -> "Parameterisation":
+        """The same with sigma_data or the steps of the one before."""
+        return families.alike(cast("Parameterisation", self), old)
+
+    def adopt(self, config: Any, old: "Parameterisation") -> Any:
+        """The configuration with this one's weight, and its law if the one before had another."""
+        config, law = replace(config, weighting=None), default_noise(cast("Parameterisation", self))
+        return config if law == default_noise(old) else replace(config, noise=law)
+
+
 @dataclass(frozen=True, kw_only=True)
-class EDM:
+class EDM(Choice):
     """Unit-variance inputs and targets, least amplification of errors (EDM, table 1)."""
 
     sigma_data: float = 0.5
@@ -69,7 +83,7 @@ class EDM:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrigFlow:
+class TrigFlow(Choice):
     """The network predicts (dz/dt) / sigma_data on z = cos(t) x0 + sin(t) sigma_data eps.
 
     EDM with the sign of the network flipped and another c_noise (arXiv 2410.11081, section 3).
@@ -77,6 +91,7 @@ class TrigFlow:
     over pi / 2.
     """
 
+    word: ClassVar[str] = "trigflow"
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1] units."""
     time_scale: float = 1000.0
@@ -93,9 +108,10 @@ class TrigFlow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpsVP:
+class EpsVP(Choice):
     """The network predicts eps on a VP path: DDPM in continuous time (EDM, table 1, VP)."""
 
+    word: ClassVar[str] = "eps"
     steps: int = 1000
     """c_noise = (steps - 1) t, the time scale of the discrete model."""
 
@@ -108,9 +124,10 @@ class EpsVP:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EpsDDPM:
+class EpsDDPM(Choice):
     """The network predicts eps and is told the discrete step of the noise level (DDPM)."""
 
+    word: ClassVar[str] = "ddpm"
     schedule: Schedule = "linear"
     """linear: beta from 1e-4 to .02 if there are 1000 steps; cosine: that of improved DDPM."""
     steps: int = 1000
@@ -130,7 +147,7 @@ class EpsDDPM:
 
 
 @dataclass(frozen=True, kw_only=True)
-class V:
+class V(Choice):
     """The network predicts v = a eps - s x0 on a variance-preserving path (arXiv 2202.00512)."""
 
     steps: int = 1000
@@ -146,9 +163,10 @@ class V:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMatching:
+class FlowMatching(Choice):
     """The network predicts eps - x0, the velocity of the straight path (arXiv 2210.02747)."""
 
+    word: ClassVar[str] = "flow"
     time_scale: float = 1000.0
     """c_noise = time_scale t; embeddings by sines tell small times apart only if it is large."""
 
@@ -161,7 +179,7 @@ class FlowMatching:
 
 
 @dataclass(frozen=True)
-class X0:
+class X0(Choice):
     """The network predicts the image itself from x / sqrt(1 + sigma^2); c_noise = ln(sigma) / 4."""
 
     def scales(self, sigma: Tensor) -> Scales:

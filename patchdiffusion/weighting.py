@@ -7,13 +7,14 @@ ratio is SNR = 1 / sigma^2.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from patchdiffusion import rng
 from patchdiffusion.noise import check_sigma_data
+from patchdiffusion.system import families
 
 
 class Weighting(Protocol):
@@ -29,11 +30,16 @@ class Weighting(Protocol):
 class EDMWeight:
     """(sigma^2 + sd^2) / (sigma sd)^2: every noise level counts the same at the start (EDM)."""
 
+    word: ClassVar[str] = "edm"
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1] units."""
 
     def __post_init__(self) -> None:
         check_sigma_data(self.sigma_data)
+
+    def inherit(self, old: object, config: Any) -> "EDMWeight":
+        """The same with the scale of the data that the configuration has."""
+        return families.alike(self, config.precond)
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
@@ -43,6 +49,8 @@ class EDMWeight:
 class X0Weight:
     """1: the mean squared error of the image."""
 
+    word: ClassVar[str] = "x0"
+
     def __call__(self, sigma: Tensor) -> Tensor:
         return torch.ones_like(sigma)
 
@@ -50,6 +58,8 @@ class X0Weight:
 @dataclass(frozen=True)
 class EpsWeight:
     """1 / sigma^2: the mean squared error of eps (DDPM)."""
+
+    word: ClassVar[str] = "eps"
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return sigma**-2
@@ -59,6 +69,8 @@ class EpsWeight:
 class VWeight:
     """(1 + sigma^2) / sigma^2: the mean squared error of v."""
 
+    word: ClassVar[str] = "v"
+
     def __call__(self, sigma: Tensor) -> Tensor:
         return (1 + sigma**2) / sigma**2
 
@@ -67,6 +79,8 @@ class VWeight:
 class FlowWeight:
     """(1 + sigma)^2 / sigma^2: the mean squared error of the velocity of the straight path."""
 
+    word: ClassVar[str] = "flow"
+
     def __call__(self, sigma: Tensor) -> Tensor:
         return (1 + sigma) ** 2 / sigma**2
 
@@ -74,6 +88,8 @@ class FlowWeight:
 @dataclass(frozen=True)
 class ScoreWeight:
     """1 / sigma^4: the mean squared error of the score."""
+
+    word: ClassVar[str] = "score"
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return sigma**-4
@@ -86,6 +102,7 @@ class ScoreWeight:
 class MinSNRWeight:
     """min(SNR, gamma) (arXiv 2303.09556): eps, v and x0 networks have the same on the image."""
 
+    word: ClassVar[str] = "min-snr"
     gamma: float = 5.0
     """Largest weight; a smaller one cares less for low noise."""
 
@@ -100,6 +117,7 @@ class MinSNRWeight:
 class SoftMinSNRWeight:
     """SNR gamma / (SNR + gamma), a smooth min(SNR, gamma) (arXiv 2401.11605)."""
 
+    word: ClassVar[str] = "soft-min-snr"
     gamma: float = 4.0
     """Weight at no noise; the published one is 1 / sigma_data^2."""
 
@@ -114,6 +132,7 @@ class SoftMinSNRWeight:
 class P2Weight:
     """SNR / (k + SNR)^gamma: the error of eps with less weight on low noise (arXiv 2204.00227)."""
 
+    word: ClassVar[str] = "p2"
     gamma: float = 1.0
     """How much less; 0 is the error of eps itself."""
     k: float = 1.0

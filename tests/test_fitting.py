@@ -12,7 +12,7 @@ from commands import Capture, fails, works
 
 from patchdiffusion import Pipeline, SamplerConfig, TrainConfig, load, sample
 from patchdiffusion.apps.likelihood import LikelihoodConfig, held_out_bits
-from patchdiffusion.cli.parts import choose
+from patchdiffusion.cli.flags import choose, read
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare_data
@@ -209,7 +209,7 @@ def test_a_weight_keeps_the_scale_of_the_data(images: Path) -> None:
     plain = tiny.config(images)
     plain = replace(plain, precond=replace(plain.precond, sigma_data=0.7))
     for flags in (["--weighting", "edm"], ["--precond", "flow", "--weighting", "edm"]):
-        assert choose(plain, flags).weighting == EDMWeight(sigma_data=0.7)
+        assert choose(plain, read(flags)).weighting == EDMWeight(sigma_data=0.7)
     with pytest.raises(ValueError, match="sigma_data must be positive and finite"):
         EDMWeight(sigma_data=0.0)
 

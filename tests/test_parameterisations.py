@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.cli.parts import PRECONDS, WEIGHTINGS
-from patchdiffusion.parameterisation import default_noise, default_weighting
+from patchdiffusion.parameterisation import Parameterisation, default_noise, default_weighting
 from patchdiffusion.paths import DDPM, PATHS, VP, Prediction, convert
 from patchdiffusion.paths import Path as NoisePath
+from patchdiffusion.system.families import words
+from patchdiffusion.weighting import LossWeight
 
 ROOT = Path(__file__).parents[1]
 SIGMA = torch.logspace(-1.9, 1.9, 21, dtype=torch.float64)
@@ -65,10 +66,10 @@ def test_the_conversion_table(page: ModuleType, path: NoisePath) -> None:
 
 
 def test_the_table_of_parameterisations(page: ModuleType) -> None:
-    assert set(page.BASES) == set(PRECONDS)
+    assert set(page.BASES) == set(words(Parameterisation))
     symbols = {"sigma": SIGMA, "d": DATA, "t": VP().time(SIGMA), "i": DDPM().index(SIGMA)}
     for word, (*scales, weight, density) in page.BASES.items():
-        precond = PRECONDS[word]
+        precond = words(Parameterisation)[word]()
         for formula, expected in zip(scales, precond.scales(SIGMA), strict=True):
             found = value(formula, **symbols).expand_as(SIGMA)
             assert torch.allclose(found, expected, rtol=1e-12), (word, formula)
@@ -82,10 +83,9 @@ def test_the_table_of_parameterisations(page: ModuleType) -> None:
 
 
 def test_the_table_of_weights(page: ModuleType) -> None:
-    assert set(page.WEIGHTS) == set(WEIGHTINGS) - {"natural"}
+    assert set(page.WEIGHTS) == set(words(LossWeight))
     for word, (formula, _) in page.WEIGHTS.items():
-        weight = WEIGHTINGS[word]
-        assert weight is not None
+        weight = words(LossWeight)[word]()
         own = {name: getattr(weight, name, math.nan) for name in ("gamma", "k")}
         found = value(formula, sigma=SIGMA, d=DATA, **own).expand_as(SIGMA)
         assert torch.allclose(found, weight(SIGMA), rtol=1e-12), word

@@ -98,7 +98,7 @@ def test_train_takes_what_a_run_is_begun_with(
     quality._begin(run, given, time.monotonic() + 60 * minutes)
     assert begun[0][:6] == [sys.executable, "-u", "-m", "patchdiffusion", "train", "x"]
     plain = train.TrainArguments(config=train.generic_config("images"))
-    made = parse(train.TrainArguments, begun[0][6:], default=plain, prog="", description="")
+    made = parse(plain, begun[0][6:], prog="", description="")
     assert (made.config.batch, made.config.seed) == (4, 3)
     limit = None if minutes == math.inf else pytest.approx(minutes / 60, rel=0.01)
     assert made.run.max_hours == limit
@@ -111,7 +111,7 @@ def test_every_experiment_can_be_trained(quality: ModuleType, name: str) -> None
     assert len({(run.plan, run.seed) for run in runs}) == len(runs)
     for run in runs:
         plain = train.TrainArguments(config=train.generic_config("images"))
-        given = parse(train.TrainArguments, run.flags, default=plain, prog="", description="")
+        given = parse(plain, run.flags, prog="", description="")
         given.config.plan((64, 64)).draw(seed=0, step=0, progress=0.5)
 
 

@@ -30,9 +30,8 @@ def main(arguments: Sequence[str]) -> None:
     """Reconstruct an average and write it as a model."""
     first, flags = take_first(arguments)
     given = parse(
-        AverageArguments,
+        AverageArguments(),
         flags,
-        default=AverageArguments(),
         prog="patchdiffusion average RUN",
         description=DESCRIPTION,
     )

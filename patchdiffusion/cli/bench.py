@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
+from patchdiffusion.cli.flags import FLAT
 from patchdiffusion.cli.parse import parse, take_first
-from patchdiffusion.cli.parts import Parts, choose
-from patchdiffusion.cli.train import default_config, generic_config, subject
+from patchdiffusion.cli.train import default_config, for_objective, generic_config, subject
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.plans import Group
 from patchdiffusion.system.dist import join
@@ -45,8 +43,7 @@ class BenchArguments:
     """Compile the blocks of the network; auto does so on CUDA."""
     shard: bool = False
     """Divide the weights among the processes (FSDP2)."""
-    parts: Annotated[Parts, tyro.conf.arg(name="")] = field(default_factory=Parts)
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    config: TrainConfig = field(default_factory=TrainConfig, metadata=FLAT)
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
@@ -77,9 +74,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def _parse(flags: Sequence[str], config: TrainConfig) -> BenchArguments:
     return parse(
-        BenchArguments,
+        BenchArguments(config=for_objective(config, flags)),
         flags,
-        default=BenchArguments(config=choose(config, flags)),
         prog="patchdiffusion bench [RECIPE or PATH]",
         description=DESCRIPTION,
     )

@@ -55,9 +55,8 @@ def main(arguments: Sequence[str]) -> None:
     recipe = recipes.glyphs if first == "glyphs" else recipes.folder
     data = replace(recipe(recipes.Facts()).data, path=first or "")
     given = parse(
-        DoctorArguments,
+        DoctorArguments(data=data),
         flags,
-        default=DoctorArguments(data=data),
         prog="patchdiffusion doctor [PATH]",
         description=DESCRIPTION,
     )

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import tyro
 
 from patchdiffusion.apps.likelihood import LikelihoodConfig, held_out_bits
+from patchdiffusion.cli.flags import FLAT
 from patchdiffusion.cli.parse import parse, take_first
 from patchdiffusion.data.options import DataConfig, common_size
 from patchdiffusion.data.pack import Pack
@@ -53,9 +53,7 @@ class BitsArguments:
 
     images: int = 0
     """Held-out images whose bits per dimension are measured, at most; 0 measures none."""
-    equation: Annotated[LikelihoodConfig, tyro.conf.arg(name="")] = field(
-        default_factory=LikelihoodConfig
-    )
+    equation: LikelihoodConfig = field(default_factory=LikelihoodConfig, metadata=FLAT)
 
     def __post_init__(self) -> None:
         if self.images < 0:
@@ -84,18 +82,15 @@ class EvaluateArguments:
     """Where to compute."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the network that is measured."""
-    config: Annotated[EvaluationConfig, tyro.conf.arg(name="")] = field(
-        default_factory=EvaluationConfig
-    )
+    config: EvaluationConfig = field(default_factory=EvaluationConfig, metadata=FLAT)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, print a table, and write a file."""
     first, flags = take_first(arguments)
     given = parse(
-        EvaluateArguments,
+        EvaluateArguments(),
         flags,
-        default=EvaluateArguments(),
         prog="patchdiffusion evaluate RUN",
         description=DESCRIPTION,
     )

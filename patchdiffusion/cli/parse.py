@@ -1,41 +1,36 @@
-"""Flags from dataclasses with tyro; every error is one line."""
+"""The arguments of a command, as a record; every error is one line."""
 
-import contextlib
-import io
-import itertools
-import os
-import re
 from collections.abc import Sequence
 from typing import TypeVar
 
-import tyro
+from patchdiffusion.cli import flags
+from patchdiffusion.cli.help import help_text
 
 T = TypeVar("T")
 
 
-def parse(cls: type[T], arguments: Sequence[str], *, default: T, prog: str, description: str) -> T:
-    """An instance of a dataclass with fields changed by flags.
+def parse(default: T, arguments: Sequence[str], *, prog: str, description: str) -> T:
+    """A record with what the flags give.
 
-    Raises `ValueError` in one line for unknown flags and impossible values, and `SystemExit(0)`
-    after printing the help.
+    Raises `ValueError` in one line that names the flag, the value and what is allowed, and
+    `SystemExit(0)` after printing the help.
     """
-    with _one_line_errors(arguments):
-        return tyro.cli(
-            cls,
-            args=list(arguments),
-            default=default,
-            prog=prog,
-            description=description,
-            config=(tyro.conf.AvoidSubcommands,),  # a union has the flags of its default's type
-        )
+    given = flags.read(arguments)
+    wants_help = "help" in given
+    given.pop("help", None)
+    record = flags.choose(default, given)
+    flags.check_known(record, given)
+    record = flags.assign(record, given)
+    if wants_help:
+        print(help_text(record, prog, description))
+        raise SystemExit(0)
+    return record
 
 
-def parse_some(cls: type[T], arguments: Sequence[str], *, default: T) -> T:
-    """The same from those flags that the class knows; all others are left for later."""
-    quiet = [a for a in arguments if a not in ("-h", "--help")]
-    with _one_line_errors(quiet):
-        value, _ = tyro.cli(cls, args=quiet, default=default, return_unknown_args=True)
-    return value
+def parse_some(default: T, arguments: Sequence[str]) -> T:
+    """The same from those flags that the record has; all others are left for later."""
+    given = flags.read(arguments)
+    return flags.assign(flags.choose(default, given), given)
 
 
 def take_first(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
@@ -43,37 +38,3 @@ def take_first(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
     if arguments and not arguments[0].startswith("-"):
         return arguments[0], arguments[1:]
     return None, arguments
-
-
-def wants_help(arguments: Sequence[str]) -> bool:
-    """Whether the help is asked for."""
-    return any(a in ("-h", "--help") for a in arguments)
-
-
-@contextlib.contextmanager
-def _one_line_errors(arguments: Sequence[str]):
-    # Wide, so that messages are not folded in the middle of a word.
-    caught, columns = io.StringIO(), os.environ.get("COLUMNS")
-    if not wants_help(arguments):
-        os.environ["COLUMNS"] = "2000"
-    try:
-        with contextlib.redirect_stderr(caught):
-            yield
-    except SystemExit as end:
-        if end.code == 0:
-            raise
-        raise ValueError(_first_paragraph(caught.getvalue())) from None
-    finally:
-        if not wants_help(arguments):
-            os.environ.pop("COLUMNS", None)
-            if columns is not None:
-                os.environ["COLUMNS"] = columns
-
-
-def _first_paragraph(box: str) -> str:
-    """What stands in a box of tyro's, drawn in Unicode or ASCII, above its first inner rule."""
-    rows = [line.strip().strip("\u2502").strip() for line in box.strip().splitlines()]
-    body = rows[1:] if box.lstrip().startswith("\u256d") else rows[2:]  # without the title
-    lines = itertools.takewhile(lambda row: row and set(row) - set("-\u2500\u2570\u256f"), body)
-    text = " ".join(lines) or "the arguments could not be understood"
-    return re.sub(r"^Error parsing (config\.|run: |config: |\w+Arguments: )?", "", text)

@@ -38,9 +38,8 @@ def main(arguments: Sequence[str]) -> None:
     """Prepare, and print the report."""
     first, flags = take_first(arguments)
     given = parse(
-        PrepareArguments,
+        PrepareArguments(),
         flags,
-        default=PrepareArguments(),
         prog="patchdiffusion prepare PATH",
         description=DESCRIPTION,
     )

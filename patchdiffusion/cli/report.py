@@ -25,9 +25,8 @@ def main(arguments: Sequence[str]) -> None:
     """Write the page."""
     first, flags = take_first(arguments)
     given = parse(
-        ReportArguments,
+        ReportArguments(),
         flags,
-        default=ReportArguments(),
         prog="patchdiffusion report RUN",
         description=DESCRIPTION,
     )

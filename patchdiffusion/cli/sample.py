@@ -4,11 +4,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from typing import Literal
 
 from patchdiffusion import __version__
+from patchdiffusion.cli.flags import FLAT
 from patchdiffusion.cli.parse import parse, take_first
 from patchdiffusion.model import Weights
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
@@ -52,16 +51,15 @@ class SampleArguments:
     """Where to compute."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the network."""
-    sampler: Annotated[SamplerConfig, tyro.conf.arg(name="")] = field(default_factory=SamplerConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig, metadata=FLAT)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Sample, and write a grid and single files."""
     first, flags = take_first(arguments)
     given = parse(
-        SampleArguments,
+        SampleArguments(),
         flags,
-        default=SampleArguments(),
         prog="patchdiffusion sample RUN_OR_MODEL",
         description=DESCRIPTION,
     )

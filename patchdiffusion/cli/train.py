@@ -3,13 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from patchdiffusion import recipes
+from patchdiffusion.cli.flags import FLAT, read
 from patchdiffusion.cli.parse import parse, parse_some, take_first
-from patchdiffusion.cli.parts import Parts, choose
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.data.source import is_run
@@ -43,9 +40,8 @@ class _Early:
 class TrainArguments:
     """Everything that can be set."""
 
-    run: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
-    parts: Annotated[Parts, tyro.conf.arg(name="")] = field(default_factory=Parts)
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig, metadata=FLAT)
+    config: TrainConfig = field(default_factory=TrainConfig, metadata=FLAT)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -79,11 +75,16 @@ def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, objective=replace(objective, teacher=path))
 
 
+def for_objective(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
+    """The configuration with the objective that the flags name."""
+    words = read(flags).get("objective", ())
+    return recipes.with_objective(config, words[0] if words else None)
+
+
 def _parse(flags: Sequence[str], config: TrainConfig) -> TrainArguments:
     return parse(
-        TrainArguments,
+        TrainArguments(config=for_objective(config, flags)),
         flags,
-        default=TrainArguments(config=choose(config, flags)),
         prog="patchdiffusion train [RECIPE or PATH]",
         description=DESCRIPTION,
     )
@@ -96,7 +97,7 @@ def generic_config(what: str) -> TrainConfig:
 
 
 def _early(flags: Sequence[str]) -> _Early:
-    return parse_some(_Early, flags, default=_Early(data=DataConfig(path="")))
+    return parse_some(_Early(data=DataConfig(path="")), flags)
 
 
 def _stored(folder: Path) -> TrainConfig:
@@ -120,7 +121,7 @@ def default_config(what: str, flags: Sequence[str]) -> TrainConfig:
         data = replace(data, path=images)
     if not data.path:
         raise ValueError(f"the recipe {what} needs images: give them with --data.path")
-    data = parse_some(_Early, flags, default=_Early(data=data)).data
+    data = parse_some(_Early(data=data), flags).data
     chosen = recipe(Facts.of(prepare_data(data), data.path, early.device))
     if place().is_main:
         print(f"recipe    {recipe.__name__}: {(recipe.__doc__ or '').strip().splitlines()[0]}")

@@ -68,6 +68,7 @@ class MeanFlowMap:
 class MeanFlowConfig:
     """MeanFlow. The first time is drawn by the noise law, as t = sigma / (1 + sigma)."""
 
+    word: ClassVar[str] = "meanflow"
     same: float = 0.75
     """Share of samples whose two times are one, which is flow matching."""
     mean: float | None = None

@@ -3,10 +3,19 @@
 A family is a union of dataclasses, such as `Law = LogNormal | LogUniform`. The command line, JSON
 and the documentation list its members; a member joins by a place in the union, or from outside the
 package by `add`.
+
+Every field of a member has a default. When the command line puts a member in the place of another
+one, two methods are called if the member has them:
+
+- `inherit(self, old, config)` returns the member with what it takes over from the one it replaces,
+  or from the configuration as it was;
+- `adopt(self, config, old)` returns the configuration, in which the member now is, with what
+  belongs to the member, such as the noise law of a parameterisation.
 """
 
 import re
 import types
+from dataclasses import fields, replace
 from typing import Any, TypeVar, Union, get_args, get_origin
 
 T = TypeVar("T")
@@ -74,3 +83,9 @@ def choose(family: Any, name: str, where: str) -> type:
     if found is None:
         raise ValueError(f"unknown {where} {name!r}, allowed: {', '.join(words(family))}")
     return found
+
+
+def alike(new: T, other: object) -> T:
+    """A record with what another one has under the same names."""
+    names = [f.name for f in fields(new) if hasattr(other, f.name)]  # pyright: ignore[reportArgumentType]
+    return replace(new, **{name: getattr(other, name) for name in names})  # pyright: ignore[reportArgumentType]

@@ -165,12 +165,15 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     network: Network = field(default_factory=UNetConfig)
     precond: Parameterisation = field(default_factory=EDM)
+    """What the network predicts. Noise law and loss weight follow unless they are given, too."""
     noise: Law = field(default_factory=LogNormal)
+    """Law of the noise levels in training."""
     weighting: LossWeight | None = None
     """Weight of the loss; None is the one that belongs to the parameterisation."""
     log_variance: int = 0
     """Size of a learned log-variance of the loss, which evens out the levels: 128 in EDM2."""
     objective: FewStep | None = None
+    """What is trained: None is a denoiser, the others sample in a few steps."""
     patches: PatchLaw = field(default_factory=PatchLaw)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)

@@ -58,7 +58,7 @@ def names(error: str, path: tuple[str, ...]) -> bool:
     """Whether a line names a field, or its part of the configuration."""
     said = re.sub(r"[-_ ]", "_", error)
     # A value may be possible in itself and contradict the weights or the data.
-    known = ("does_not_fit", "network", "its_digest", "Unrecognized_options:", "needs_about")
+    known = ("does_not_fit", "network", "its_digest", "unknown_flag", "needs_about")
     return path[-1] in said or ".".join(path[:-1] or path) in said or any(k in said for k in known)
 
 

@@ -1,0 +1,302 @@
+"""Flags from records: every field of a configuration, at any depth, is a flag.
+
+A field of a family (see `system.families`) takes the word of a member, `--noise logit-normal`, and
+the fields of the chosen member are flags below it, `--noise.mean`. A field that holds several
+members takes several words, `--additions contrast`, and each has its flags, such as
+`--additions.contrast.weight`.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from functools import cache
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+from patchdiffusion.cli.values import NONE, convert, options, wanted
+from patchdiffusion.system import families
+
+T = TypeVar("T")
+Given = Mapping[str, Sequence[str]]
+"""Flags without their dashes, and the words that follow each."""
+Kind = Literal["leaf", "record", "family", "several"]
+FLAT = {"flat": True}
+"""Metadata of a field whose own fields are flags without a prefix."""
+_NONE_WORDS = (NONE, "natural", "denoising")
+
+
+def read(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Flags and their words; raises `ValueError` for words before the first flag."""
+    given: dict[str, list[str]] = {}
+    words: list[str] | None = None
+    for argument in arguments:
+        if argument == "-h":
+            argument = "--help"
+        if not re.match("--[A-Za-z]", argument):
+            if words is None:
+                raise ValueError(f"unexpected argument {argument!r} before the flags")
+            words.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        words = given[name.replace("_", "-")] = [value] if equals else []
+    return given
+
+
+# ---- Fields as flags ----
+
+
+class Slot(NamedTuple):
+    """A field of a record, as a flag."""
+
+    owner: type
+    field: str
+    path: tuple[str, ...]
+    """The flag, by its parts."""
+    hint: Any
+    value: Any
+    flat: bool
+
+    @property
+    def name(self) -> str:
+        """The flag without its dashes."""
+        return ".".join(self.path).replace("_", "-")
+
+    @property
+    def negative(self) -> str:
+        """The flag that sets a boolean to False."""
+        return ".".join([*self.path[:-1], f"no_{self.path[-1]}"]).replace("_", "-")
+
+    @property
+    def members(self) -> tuple[type, ...]:
+        """Types of records that the field may hold."""
+        return _members(_entry(self.hint) or self.hint)
+
+    @property
+    def kind(self) -> Kind:
+        """How the field becomes flags."""
+        if not self.members:
+            return "leaf"
+        if _entry(self.hint) is not None:
+            return "several"
+        return "record" if len(self.members) + len(self.others) == 1 else "family"
+
+    @property
+    def others(self) -> tuple[Any, ...]:
+        """What the field of a family may hold beside records."""
+        return tuple(o for o in options(self.hint) if not is_dataclass(o))
+
+    @property
+    def words(self) -> list[str]:
+        """What may be chosen."""
+        literals = [str(v) for o in self.others for v in get_args(o) if get_origin(o) is Literal]
+        none = [NONE] if type(None) in self.others else []
+        return [*none, *literals, *(families.word(member) for member in self.members)]
+
+    def below(self) -> list[tuple[tuple[str, ...], Any]]:
+        """Records whose fields are flags below this one, with their paths."""
+        if self.kind == "several":
+            return [((*self.path, families.word(type(v))), v) for v in self.value]
+        if self.kind == "leaf" or not is_dataclass(self.value):
+            return []
+        return [(self.path[:-1] if self.flat else self.path, self.value)]
+
+
+def _entry(hint: Any) -> Any:
+    """Type of the entries of a tuple of any length, None for other types."""
+    items = get_args(hint) if get_origin(hint) is tuple else ()
+    return items[0] if len(items) == 2 and items[1] is Ellipsis else None
+
+
+def _members(hint: Any) -> tuple[type, ...]:
+    records = tuple(o for o in options(hint) if isinstance(o, type) and is_dataclass(o))
+    return families.members(records) if records else ()
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def slots(record: Any, path: tuple[str, ...] = ()) -> list[Slot]:
+    """The fields of a record in order."""
+    hints = _hints(type(record))
+    return [
+        Slot(
+            owner=type(record),
+            field=f.name,
+            path=(*path, f.name),
+            hint=hints[f.name],
+            value=getattr(record, f.name),
+            flat=bool(f.metadata.get("flat")),
+        )
+        for f in fields(record)
+        if f.init
+    ]
+
+
+def walk(record: Any, path: tuple[str, ...] = ()) -> Iterator[Slot]:
+    """The fields of a record and of all records in it."""
+    for slot in slots(record, path):
+        yield slot
+        for place, inner in slot.below():
+            yield from walk(inner, place)
+
+
+# ---- Words choose types ----
+
+
+def choose(record: T, given: Given, path: tuple[str, ...] = ()) -> T:
+    """A configuration with the members of families that the flags name.
+
+    A word for the type that is there changes nothing, so that a command can be repeated. A new
+    member may take over fields of the one that it replaces (`inherit`) and bring with it what
+    belongs to it (`adopt`), unless that is given, too. Raises `ValueError` for unknown words.
+    """
+    config: Any = record
+    errors: dict[str, ValueError] = {}
+    for _ in given:  # a word may be undone, or made possible, by a later one
+        before, errors = config, {}
+        for slot in _inside(config, path):
+            if slot.name not in given or slot.kind not in ("family", "several"):
+                continue
+            words = given[slot.name]
+            try:
+                config = _chosen(config, record, slot, slot.path[len(path) :], words)
+            except ValueError as error:
+                errors[slot.name] = error
+        if config == before:
+            break
+    for error in errors.values():
+        raise error
+    for slot in list(_inside(config, path)):
+        if slot.flat:  # a configuration by itself
+            inner = choose(slot.value, given, slot.path[:-1])
+            config = _put(config, slot.path[len(path) :], inner)
+    return config
+
+
+def _inside(record: Any, path: tuple[str, ...]) -> Iterator[Slot]:
+    """Like `walk`, without what is in flat fields."""
+    for slot in slots(record, path):
+        yield slot
+        for place, inner in () if slot.flat else slot.below():
+            yield from _inside(inner, place)
+
+
+def _chosen(config: Any, first: Any, slot: Slot, route: Sequence[str], words: Sequence[str]) -> Any:
+    """The configuration with what the words of one flag name."""
+    now = _get(config, route)
+    if slot.kind == "several":
+        there = {families.word(type(v)): v for v in (*(_get(first, route) or ()), *(now or ()))}
+        entries = [there.get(word) or _member(slot, word)() for word in words]
+        return config if tuple(entries) == now else _put(config, route, tuple(entries))
+    if len(words) != 1:
+        raise ValueError(f"--{slot.name} needs one word of {', '.join(slot.words)}")
+    if words[0] not in families.words(slot.members):
+        value = _other(slot, words[0])
+        return config if value == now else _put(config, route, value)
+    cls, known = _member(slot, words[0]), _get(first, route)
+    if type(now) is cls:
+        return config
+    if type(known) is cls:  # the choice of another part had replaced it
+        return _put(config, route, known)
+    new = cls()
+    if hasattr(new, "inherit"):
+        new = new.inherit(now, first)
+    config = _put(config, route, new)
+    return new.adopt(config, now) if hasattr(new, "adopt") else config
+
+
+def _member(slot: Slot, word: str) -> Any:
+    found = families.words(slot.members)
+    if word not in found:
+        raise ValueError(f"--{slot.name} must be one of {', '.join(slot.words)}, not {word!r}")
+    return found[word]
+
+
+def _other(slot: Slot, word: str) -> Any:
+    """A value that is no record: None, a literal, a number."""
+    if type(None) in slot.others and word in _NONE_WORDS:
+        return None
+    for hint in slot.others:
+        try:
+            return convert(hint, [word])
+        except ValueError:
+            continue
+    return _member(slot, word)
+
+
+def _get(record: Any, route: Sequence[str]) -> Any:
+    """What lies on a route of fields, or None."""
+    for part in route:
+        if isinstance(record, tuple):
+            record = next((v for v in record if families.word(type(v)) == part), None)
+        else:
+            record = getattr(record, part, None)
+    return record
+
+
+def _put(record: Any, route: Sequence[str], value: Any) -> Any:
+    if not route:
+        return value
+    part, rest = route[0], route[1:]
+    if isinstance(record, tuple):
+        return tuple(_put(v, rest, value) if families.word(type(v)) == part else v for v in record)
+    return replace(record, **{part: _put(getattr(record, part), rest, value)})
+
+
+# ---- Values ----
+
+
+def assign(record: T, given: Given, path: tuple[str, ...] = ()) -> T:
+    """The record with the values that the flags give; `ValueError` names field and value."""
+    changes: dict[str, Any] = {}
+    for slot in slots(record, path):
+        value: Any = slot.value
+        if slot.kind == "leaf":
+            value = _leaf(slot, given)
+        elif slot.kind == "several":
+            value = tuple(assign(inner, given, place) for place, inner in slot.below())
+        else:
+            for place, inner in slot.below():
+                value = assign(inner, given, place)
+        if value is not slot.value and (type(value) is not type(slot.value) or value != slot.value):
+            changes[slot.field] = value
+    try:
+        return replace(record, **changes) if changes else record  # pyright: ignore[reportArgumentType]
+    except ValueError as error:
+        raise ValueError(f"{'.'.join(path)}: {error}" if path else str(error)) from None
+
+
+def _leaf(slot: Slot, given: Given) -> Any:
+    if slot.hint is bool and slot.negative in given:
+        if given[slot.negative] or slot.name in given:
+            raise ValueError(f"--{slot.negative} takes no value, and not --{slot.name} beside it")
+        return False
+    if slot.name not in given:
+        return slot.value
+    words = given[slot.name]
+    try:
+        return convert(slot.hint, words)
+    except ValueError:
+        told = repr(" ".join(words)) if words else "nothing"
+        raise ValueError(f"--{slot.name} must be {wanted(slot.hint)}, not {told}") from None
+
+
+def check_known(record: Any, given: Given) -> None:
+    """Raise `ValueError` for a flag that no field has, with those it could have been."""
+    known: dict[str, None] = {}
+    for slot in walk(record):
+        if not slot.flat and slot.kind != "record":
+            known[slot.name] = None
+        if slot.hint is bool:
+            known[slot.negative] = None
+    for name in given:
+        if name in known:
+            continue
+        above, _, last = name.rpartition(".")
+        near = [n for n in known if n.rpartition(".")[0] == above] if above else []
+        close = difflib.get_close_matches(name, known, 3, 0.7)
+        allowed = near or close or [n for n in known if n.endswith(f".{last}")][:3]
+        told = f", allowed: {', '.join(f'--{n}' for n in allowed)}" if allowed else "; see --help"
+        raise ValueError(f"unknown flag --{name}{told}")

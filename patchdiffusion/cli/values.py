@@ -1,0 +1,120 @@
+"""Values of flags: from the words of a command line to the type of a field, and types in words."""
+
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+NONE = "none"
+_KINDS: dict[Any, tuple[str, str]] = {
+    int: ("INT", "a whole number"),
+    float: ("NUMBER", "a number"),
+    str: ("TEXT", "a text"),
+    Path: ("PATH", "a path"),
+    bool: ("BOOL", "true or false"),
+}
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """The types that a union is made of, or the type itself."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def convert(hint: Any, words: Sequence[str]) -> Any:
+    """A value of a type from words, all of which it takes; `ValueError` if they make none."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _first_that_fits(options(hint), words)
+    if origin is tuple:
+        return _tuple(get_args(hint), words)
+    if hint is bool and not words:
+        return True
+    if len(words) != 1:
+        raise ValueError(f"one value, not {len(words)}")
+    (text,) = words
+    if hint is type(None) and text.lower() == NONE:
+        return None
+    if hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if origin is Literal:
+        found = [value for value in get_args(hint) if str(value) == text]
+        if found:
+            return found[0]
+    if hint in (int, float, str, Path):
+        return hint(text)
+    raise ValueError(f"{text!r} is not {wanted(hint)}")
+
+
+def _first_that_fits(hints: Sequence[Any], words: Sequence[str]) -> Any:
+    # None first, since its word is a text and a path as well.
+    for hint in sorted(hints, key=lambda hint: hint is not type(None)):
+        try:
+            return convert(hint, words)
+        except ValueError:
+            continue
+    raise ValueError(f"{' '.join(words)!r} fits nothing")
+
+
+def _tuple(items: tuple[Any, ...], words: Sequence[str]) -> tuple[Any, ...]:
+    if len(items) == 2 and items[1] is Ellipsis:
+        items = items[:1] * max(len(words) // _length(items[0]), 1) if words else ()
+    lengths = [_length(item) for item in items]
+    if sum(lengths) != len(words):
+        raise ValueError(f"{sum(lengths)} values, not {len(words)}")
+    starts = [sum(lengths[:i]) for i in range(len(items))]
+    return tuple(
+        convert(item, words[start : start + length])
+        for item, start, length in zip(items, starts, lengths, strict=True)
+    )
+
+
+def _length(hint: Any) -> int:
+    """How many words an entry of a tuple takes."""
+    items = get_args(hint) if get_origin(hint) is tuple else ()
+    return sum(_length(item) for item in items) if items and items[-1] is not Ellipsis else 1
+
+
+def metavar(hint: Any) -> str:
+    """What the help writes behind a flag: INT, {a,b}, INT INT, [NUMBER ...]."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        literals = [str(v) for o in options(hint) for v in get_args(o) if get_origin(o) is Literal]
+        others = [o for o in options(hint) if get_origin(o) is not Literal]
+        parts = ["{" + ",".join(literals) + "}"] if literals else []
+        parts += [metavar(o) for o in others if o is not type(None)]
+        return "|".join(parts + [NONE] * (type(None) in others))
+    if origin is Literal:
+        return "{" + ",".join(str(value) for value in get_args(hint)) + "}"
+    if origin is tuple:
+        items = get_args(hint)
+        if items[-1] is Ellipsis:
+            return f"[{metavar(items[0])} ...]"
+        return " ".join(metavar(item) for item in items)
+    return "" if hint is bool else _KINDS[hint][0] if hint in _KINDS else NONE
+
+
+def wanted(hint: Any) -> str:
+    """What a field takes, for an error message."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(wanted(option) for option in options(hint))
+    if origin is Literal:
+        values = ", ".join(str(value) for value in get_args(hint))
+        return f"one of {values}" if len(get_args(hint)) > 1 else values
+    if origin is tuple:
+        items = get_args(hint)
+        if items[-1] is Ellipsis:
+            return f"any number of: {wanted(items[0])}"
+        same = len(set(items)) == 1
+        inner = wanted(items[0]) if same else ", ".join(wanted(item) for item in items)
+        return f"{len(items)} values, each {inner}" if same else f"the values {inner}"
+    return _KINDS[hint][1] if hint in _KINDS else NONE
+
+
+def shown(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return " ".join(shown(item) for item in value)
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return NONE if value is None else str(value)
