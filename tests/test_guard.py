@@ -7,8 +7,17 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.plans import Group
+from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train.config import GuardConfig
-from patchdiffusion.train.guard import BURST_WINDOW, LEAST, WINDOW, Guard, Judgement, Order
+from patchdiffusion.train.guard import (
+    BURST_WINDOW,
+    LEAST,
+    WINDOW,
+    Guard,
+    GuardState,
+    Judgement,
+    Order,
+)
 
 CPU = torch.device("cpu")
 ONE = torch.tensor(1.0)
@@ -171,11 +180,11 @@ def test_a_guard_goes_on_where_it_was() -> None:
     run.take(math.nan, 1.0)
     run.take(1.0, 1e6)
     other.usual(3, "b")
-    other.guard.load_json(run.guard.to_json())
+    other.guard.load(decode(GuardState, encode(run.guard.state())))
     other.step = run.step
     for loss, norm in ((1.0, 2.0), (1.0, 25.0), (math.nan, 2.0), (5.0, 2.1)):
         a, b = run.take(loss, norm), other.take(loss, norm)
         assert torch.equal(a.report.nan_to_num(), b.report.nan_to_num())
         assert torch.equal(a.most, b.most)
-    assert run.guard.to_json() == other.guard.to_json()
+    assert run.guard.state() == other.guard.state()
     assert list(other.guard.past) == ["a"]

@@ -266,13 +266,13 @@ def test_a_scale_that_is_too_large_is_halved_and_costs_a_step() -> None:
 
 def test_the_scale_grows_after_many_good_steps() -> None:
     update = make(precision="fp16")[0].update
-    update.load_json([4.0, optim.GROWTH_STEPS - 2])
+    update.set_loss_scale((4.0, optim.GROWTH_STEPS - 2))
     good = torch.zeros(())
     scales = []
     for _ in range(3):
         update._adapt(good)
-        scales.append(update.to_json())
-    assert scales == [[4.0, optim.GROWTH_STEPS - 1], [8.0, 0.0], [8.0, 1.0]]
+        scales.append(update.loss_scale())
+    assert scales == [(4.0, optim.GROWTH_STEPS - 1), (8.0, 0.0), (8.0, 1.0)]
 
 
 def test_precision_of_a_device() -> None:

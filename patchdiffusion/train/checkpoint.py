@@ -21,7 +21,7 @@ from patchdiffusion.system.files import folder_atomic, read_json, sha256, write_
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Named groups of named tensors; each group becomes one file."""
 
-FORMAT = 2
+FORMAT = 3
 
 
 # ---- Writing ----

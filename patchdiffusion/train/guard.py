@@ -59,6 +59,29 @@ class Event:
     median: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class GuardState:
+    """The memory of a `Guard`, as checkpoints hold it."""
+
+    past: dict[str, tuple[float | None, ...]]
+    """By kind of step: the last losses, then the last gradient norms; None where there is none."""
+    seen: dict[str, int]
+    """Steps of each kind."""
+    skips_in_a_row: int
+    spikes: tuple[int, ...]
+    """Steps of the newest spikes."""
+    rollbacks: int
+    """How often the run has gone back."""
+
+    def __post_init__(self) -> None:
+        for kind, row in self.past.items():
+            if len(row) != 2 * WINDOW or kind not in self.seen:
+                raise ValueError(
+                    f"past.{kind} must have {2 * WINDOW} values and a count in seen, "
+                    f"not {len(row)} values"
+                )
+
+
 class Guard:
     """Judges every step by the losses and gradient norms of the steps of its kind before it."""
 
@@ -136,27 +159,30 @@ class Guard:
         events, self.events = self.events, []
         return events
 
-    def to_json(self) -> dict[str, Any]:
-        """Everything a resumed run must know; floats as hexadecimal text, which is exact."""
+    def state(self) -> GuardState:
+        """Everything a resumed run must know; waits for the device."""
         self.observe(wait=True)
-        return {
-            "past": {k: [v.hex() for v in t.flatten().tolist()] for k, t in self.past.items()},
-            "seen": self.seen,
-            "skips_in_a_row": self.skips_in_a_row,
-            "spikes": list(self.spikes),
-            "rollbacks": self.rollbacks,
-        }
+        past = {kind: tensor.flatten().tolist() for kind, tensor in self.past.items()}
+        return GuardState(
+            past={k: tuple(None if math.isnan(v) else v for v in row) for k, row in past.items()},
+            seen=dict(self.seen),
+            skips_in_a_row=self.skips_in_a_row,
+            spikes=tuple(self.spikes),
+            rollbacks=self.rollbacks,
+        )
 
-    def load_json(self, data: dict[str, Any]) -> None:
-        """The inverse of `to_json`; reports under way and the last order are forgotten."""
+    def load(self, state: GuardState) -> None:
+        """The inverse of `state`; reports under way and the last order are forgotten."""
         self.past = {
-            kind: torch.tensor([float.fromhex(v) for v in values], device=self.device).view(2, -1)
-            for kind, values in data["past"].items()
+            kind: torch.tensor(
+                [math.nan if v is None else v for v in row], device=self.device
+            ).view(2, WINDOW)
+            for kind, row in state.past.items()
         }
-        self.seen = dict(data["seen"])
-        self.skips_in_a_row = data["skips_in_a_row"]
-        self.spikes = deque(data["spikes"])
-        self.rollbacks = data["rollbacks"]
+        self.seen = dict(state.seen)
+        self.skips_in_a_row = state.skips_in_a_row
+        self.spikes = deque(state.spikes)
+        self.rollbacks = state.rollbacks
         self.order = Order.GO_ON
         self._reports = Later(self.device)
 

@@ -62,14 +62,14 @@ class Update:
         self.scale = (self.scale * (1 + grow) * (1 - bad / 2)).clamp(1.0, 2.0**24)
         self._good = self._good * (1 - grow)
 
-    def to_json(self) -> list[float]:
-        """The loss scale and its age."""
-        return [float(self.scale), float(self._good)]
+    def loss_scale(self) -> tuple[float, float]:
+        """The loss scale and its age; waits for the device."""
+        return float(self.scale), float(self._good)
 
-    def load_json(self, data: list[float]) -> None:
-        """The inverse of `to_json`."""
-        self.scale = self.scale.new_tensor(data[0])
-        self._good = self._good.new_tensor(data[1])
+    def set_loss_scale(self, state: tuple[float, float]) -> None:
+        """The inverse of `loss_scale`."""
+        self.scale = self.scale.new_tensor(state[0])
+        self._good = self._good.new_tensor(state[1])
 
 
 # ---- The state of an optimizer as named tensors ----

@@ -1,9 +1,8 @@
 """Filling a run from files that only the leading process reads: a checkpoint, or a model."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from patchdiffusion.train import checkpoint
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.parallel import as_sharded, is_sharded, local
 from patchdiffusion.train.setup import Training
-from patchdiffusion.train.state import TrainState
+from patchdiffusion.train.state import Meter, RunFacts
 
 CPU = torch.device("cpu")
 
@@ -28,64 +27,17 @@ class Found:
     """A valid checkpoint."""
 
     folder: Path
-    facts: dict[str, Any]
-    """Its `state.json`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _State:
-    step: int
-    crops: int
-    equivalents: str
-    flops: int
-    passed: tuple[int, int]
-    skipped: int
-    shown: str
-    seconds: str
-    meter: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Guard:
-    past: dict[str, tuple[str, ...]]
-    seen: dict[str, int]
-    skips_in_a_row: int
-    spikes: tuple[int, ...]
-    rollbacks: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Data:
-    fingerprint: str
-    images: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Facts:
-    """The form of `state.json`."""
-
-    format: int
-    step: int
-    images: float
-    state: _State
-    guard: _Guard
-    loss_scale: tuple[float, float]
-    data: _Data
-    config: dict[str, Any]
-    engine: dict[str, Any]
-    groups: dict[str, tuple[str, ...]]
-    teacher: str | None = None
+    facts: RunFacts
 
 
 def find(folder: Path) -> Found:
     """A checkpoint whose digests are right; `ValueError` if its facts have another form."""
-    facts = checkpoint.read_state(folder)
     try:
-        groups = decode(_Facts, facts).groups
+        facts = decode(RunFacts, checkpoint.read_state(folder))
     except ValueError as error:
         raise ValueError(f"{folder / 'state.json'} is not that of a run: {error}") from error
     for group in ("weights", "optimizer"):
-        if group not in groups:
+        if group not in facts.groups:
             raise ValueError(f"{folder} has no {group}")
     return Found(folder, facts)
 
@@ -97,22 +49,23 @@ def load(training: Training, found: Found) -> None:
     _read(training.team, found, "weights", own | dict(network.named_buffers()))
     for name in training.ema.averages:
         targets = training.ema.tensors(name)
-        if name in facts["groups"]:
+        if name in facts.groups:
             _read(training.team, found, name, targets)
         else:  # a profile that is new
             for key, target in targets.items():
                 local(target).copy_(local(own[key].detach()))
     optimizer = training.stepper.update.optimizer
     optimizer.state.clear()
-    moments = empty_moments(optimizer, network, facts["groups"]["optimizer"])
+    moments = empty_moments(optimizer, network, facts.groups["optimizer"])
     _read(training.team, found, "optimizer", moments)
-    learned, names = _tensors(training.learner), facts["groups"].get("objective", [])
+    learned, names = _tensors(training.learner), facts.groups.get("objective", ())
     if learned and names:  # what a changed objective adds begins anew
         moments = empty_moments(optimizer, training.learner, [n for n in names if "/" in n])
         _read(training.team, found, "objective", learned | moments)
-    training.state = TrainState.from_json(facts["state"], training.device)
-    training.stepper.guard.load_json(facts["guard"])
-    training.stepper.update.load_json(facts["loss_scale"])
+    training.state = replace(facts.state)
+    training.meter = Meter.of(facts.meter, training.device)
+    training.stepper.guard.load(facts.guard)
+    training.stepper.update.set_loss_scale(facts.loss_scale)
 
 
 def _read(team: Team, found: Found, group: str, targets: Mapping[str, Tensor]) -> None:
@@ -145,7 +98,7 @@ def fill(team: Team, targets: Mapping[str, Tensor], given: Mapping[str, Tensor])
 
 
 def empty_moments(
-    optimizer: torch.optim.Optimizer, network: nn.Module, names: list[str]
+    optimizer: torch.optim.Optimizer, network: nn.Module, names: Sequence[str]
 ) -> dict[str, Tensor]:
     """Empty moments of an optimizer under the names they have in a checkpoint."""
     parameters, found = dict(network.named_parameters()), {}

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from patchdiffusion.system.errors import Stop
 from patchdiffusion.system.files import check_writable, lock
-from patchdiffusion.system.serialize import decode, encode
+from patchdiffusion.system.serialize import encode
 from patchdiffusion.train import checkpoint
-from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.engine import SHARED_FACTS
 from patchdiffusion.train.folder import (
     changed_fields,
@@ -24,6 +23,7 @@ from patchdiffusion.train.folder import (
 from patchdiffusion.train.restore import Found, find, load, start_from, weights_of
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
+from patchdiffusion.train.state import RunFacts
 from patchdiffusion.train.timing import heartbeat
 
 LOCK_PATIENCE = 5.0  # seconds; a process that was just killed may still hold the folder
@@ -133,18 +133,16 @@ def _newest(training: Training) -> Found | None:
     return None
 
 
-def _check(training: Training, facts: dict[str, Any]) -> None:
+def _check(training: Training, facts: RunFacts) -> None:
     """Refuse to go on with other data or another configuration, unless that is allowed."""
-    stored = decode(TrainConfig, facts["config"])
-    changed = changed_fields(stored, training.config)
+    changed = changed_fields(facts.config, training.config)
     if changed and not training.run.allow_config_change:
         refuse_changes(training.folder, changed)
     if changed:
         training.log.record("config change", fields=changed)
         training.log.say(f"warning: the configuration has changed: {'; '.join(changed)}")
-    taught = facts.get("teacher")
-    if taught != training.teacher:
-        message = f"the teacher is {training.teacher} and was {taught}"
+    if facts.teacher != training.teacher:
+        message = f"the teacher is {training.teacher} and was {facts.teacher}"
         if not training.run.allow_config_change:
             raise ValueError(
                 f"{message} when {training.folder} was begun; name that one by "
@@ -152,26 +150,20 @@ def _check(training: Training, facts: dict[str, Any]) -> None:
             )
         training.log.record("config change", fields=[message])
         training.log.say(f"warning: {message}")
-    before, now = (
-        facts["data"],
-        {
-            "fingerprint": training.pack.fingerprint,
-            "images": len(training.pack),
-        },
-    )
+    before, now = facts.data, training.data_facts
     if before == now:
         return
     if not training.run.allow_data_change:
         raise ValueError(
-            f"the data is not what {training.folder} was trained on: {now['images']:,} images "
-            f"({now['fingerprint'][:12]}) instead of {before['images']:,} "
-            f"({before['fingerprint'][:12]}); --allow-data-change goes on with it"
+            f"the data is not what {training.folder} was trained on: {now.images:,} images "
+            f"({now.fingerprint[:12]}) instead of {before.images:,} "
+            f"({before.fingerprint[:12]}); --allow-data-change goes on with it"
         )
-    training.log.record("data change", before=before, after=now)
+    training.log.record("data change", before=encode(before), after=encode(now))
 
 
 def _tell_resumed(training: Training, found: Found) -> None:
-    log, state, before = training.log, training.state, found.facts["engine"]
+    log, state, before = training.log, training.state, found.facts.engine
     log.say(f"resume    at step {state.step:,} from {found.folder}")
     log.resume(state.step, data=training.pack.fingerprint, **training.engine)
     now = training.engine

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +16,7 @@ from patchdiffusion.train.folder import write_config
 from patchdiffusion.train.optim import moments
 from patchdiffusion.train.parallel import is_sharded, local, whole
 from patchdiffusion.train.setup import Training
+from patchdiffusion.train.state import RunFacts
 
 Groups = dict[str, dict[str, Tensor]]
 DISK_FULL = 20
@@ -45,7 +45,7 @@ class Saver:
         groups = _state(training)
         _check_finite(training, groups)
         _check_same(training, groups)
-        facts = facts_of(training) | {"groups": {g: list(group) for g, group in groups.items()}}
+        facts = facts_of(training, groups)
         full = _collect(groups, main=training.team.is_main)
         problem = training.team.on_main(lambda: _write(training, full, facts))
         if problem and gives_up(self.problem, final=final):
@@ -115,18 +115,22 @@ def _state(training: Training) -> Groups:
     }
 
 
-def facts_of(training: Training) -> dict[str, Any]:
+def facts_of(training: Training, groups: Groups) -> RunFacts:
     """All numbers of a run; waits for the device."""
-    return {
-        "images": training.now,
-        "state": training.state.to_json(),
-        "guard": training.stepper.guard.to_json(),
-        "loss_scale": training.stepper.update.to_json(),
-        "data": {"fingerprint": training.pack.fingerprint, "images": len(training.pack)},
-        "teacher": training.teacher,
-        "config": encode(training.config),
-        "engine": training.engine,
-    }
+    return RunFacts(
+        format=checkpoint.FORMAT,
+        step=training.state.step,
+        images=training.now,
+        state=training.state,
+        meter=training.meter.state(),
+        guard=training.stepper.guard.state(),
+        loss_scale=training.stepper.update.loss_scale(),
+        data=training.data_facts,
+        teacher=training.teacher,
+        config=training.config,
+        engine=training.engine,
+        groups={name: tuple(group) for name, group in groups.items()},
+    )
 
 
 def _collect(groups: Groups, *, main: bool) -> Groups:
@@ -170,10 +174,10 @@ def _check_same(training: Training, groups: Groups) -> None:
 # ---- How ----
 
 
-def _write(training: Training, full: Groups, facts: dict[str, Any]) -> str:
+def _write(training: Training, full: Groups, record: RunFacts) -> str:
     """On the leading process: save, make room and try once more; returns what is wrong."""
     root = training.folder / "checkpoints"
-    step, run = training.state.step, training.run
+    step, run, facts = record.step, training.run, encode(record)
     try:
         if not (training.folder / "config.json").exists():  # the folder itself the log makes anew
             training.log.say(f"warning: {training.folder} has vanished; it is made anew")

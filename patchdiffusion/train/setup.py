@@ -36,7 +36,7 @@ from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.log import RunLog, quantity
 from patchdiffusion.train.parallel import LossModule, replicate, shard
 from patchdiffusion.train.preview import Preview, training_labels
-from patchdiffusion.train.state import TrainState
+from patchdiffusion.train.state import DataFacts, Meter, TrainState
 from patchdiffusion.train.step import Stepper
 from patchdiffusion.train.timing import Phases
 from patchdiffusion.weighting import LogVariance
@@ -114,6 +114,8 @@ class Training:
     flops: dict[Size, int]
     preview: Preview
     state: TrainState
+    meter: Meter
+    """Sums for the next status line."""
 
     @property
     def now(self) -> float:
@@ -151,6 +153,11 @@ class Training:
             images=self.state.equivalents,
             step=self.state.step,
         )
+
+    @property
+    def data_facts(self) -> DataFacts:
+        """What this run is trained on."""
+        return DataFacts(fingerprint=self.pack.fingerprint, images=len(self.pack))
 
     @property
     def parameters(self) -> int:
@@ -277,6 +284,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
             config, pack, tuple(crops), device, precision, team, _extractor(config, team, device)
         ),
         state=TrainState(),
+        meter=Meter(),
     )
 
 

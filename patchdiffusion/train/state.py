@@ -1,7 +1,11 @@
-"""Everything that changes while a run goes on, and the sums behind its status lines."""
+"""Everything that changes while a run goes on, declared once: in memory and in checkpoints.
+
+`system/serialize.py` turns the records into JSON and back. JSON holds floats exactly, by their
+shortest text that gives the same bits.
+"""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +13,11 @@ from torch import Tensor
 
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Group, equivalents
-from patchdiffusion.train.config import Clock
+from patchdiffusion.train.config import Clock, TrainConfig
+from patchdiffusion.train.guard import GuardState
+
+Sums = tuple[tuple[tuple[str, ...], tuple[float, ...]], ...]
+"""Of each set of names that are added together: totals, then counts."""
 
 
 class Meter:
@@ -45,25 +53,22 @@ class Meter:
         self.sums.clear()
         return means
 
-    def to_json(self) -> list[Any]:
-        """The sums; floats as hexadecimal text, which is exact."""
-        return [
-            [list(names), [value.hex() for value in pair.flatten().tolist()]]
-            for names, pair in self.sums.items()
-        ]
+    def state(self) -> Sums:
+        """The sums."""
+        rows = self.sums.items()
+        return tuple((names, tuple(pair.flatten().tolist())) for names, pair in rows)
 
     @classmethod
-    def from_json(cls, data: list[Any], device: torch.device) -> "Meter":
-        """The inverse of `to_json`."""
+    def of(cls, state: Sums, device: torch.device) -> "Meter":
+        """The inverse of `state`."""
         meter = cls()
-        for names, values in data:
-            numbers = [float.fromhex(v) for v in values]
-            pair = torch.tensor(numbers, dtype=torch.float64, device=device).view(2, -1)
-            meter.sums[tuple(names)] = pair
+        for names, values in state:
+            pair = torch.tensor(values, dtype=torch.float64, device=device)
+            meter.sums[names] = pair.view(2, len(names))
         return meter
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainState:
     """Counters of a run. There is no random state, since every draw is a function."""
 
@@ -85,7 +90,6 @@ class TrainState:
     """What the clock showed when samples were drawn last."""
     seconds: float = 0.0
     """Time spent training, over all restarts."""
-    meter: Meter = field(default_factory=Meter)
 
     @property
     def cursor(self) -> tuple[int, int]:
@@ -107,32 +111,37 @@ class TrainState:
         self.equivalents += equivalents(groups, canvas)
         self.flops += flops
 
-    def to_json(self) -> dict[str, Any]:
-        """The counters; floats as hexadecimal text, which is exact."""
-        return {
-            "step": self.step,
-            "crops": self.crops,
-            "equivalents": self.equivalents.hex(),
-            "flops": self.flops,
-            "passed": [self.passed_steps, self.passed_crops],
-            "skipped": self.skipped,
-            "shown": self.shown.hex(),
-            "seconds": self.seconds.hex(),
-            "meter": self.meter.to_json(),
-        }
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any], device: torch.device) -> "TrainState":
-        """The inverse of `to_json`."""
-        return cls(
-            step=data["step"],
-            crops=data["crops"],
-            equivalents=float.fromhex(data["equivalents"]),
-            flops=data["flops"],
-            passed_steps=data["passed"][0],
-            passed_crops=data["passed"][1],
-            skipped=data["skipped"],
-            shown=float.fromhex(data["shown"]),
-            seconds=float.fromhex(data["seconds"]),
-            meter=Meter.from_json(data["meter"], device),
-        )
+# ---- As checkpoints hold it ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFacts:
+    """What a run was trained on."""
+
+    fingerprint: str
+    images: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """Everything about a run that is not a tensor: the file `state.json` of a checkpoint."""
+
+    format: int
+    """Version of the checkpoint's layout."""
+    step: int
+    images: float
+    """What the clock of the run shows."""
+    state: TrainState
+    meter: Sums = ()
+    guard: GuardState
+    loss_scale: tuple[float, float]
+    """For fp16: the factor, and the number of good steps since it changed."""
+    data: DataFacts
+    config: TrainConfig
+    engine: dict[str, Any]
+    """What the last bits depend on beside the configuration."""
+    groups: dict[str, tuple[str, ...]]
+    """Names of all tensors, by group."""
+    teacher: str | None = None
+    """Digest of the model that is distilled."""

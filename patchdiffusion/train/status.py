@@ -45,7 +45,7 @@ class Status:
     def report(self) -> None:
         """Print and record a status line; all processes must call it."""
         training, state, config = self.training, self.training.state, self.training.config
-        means = state.meter.read()  # waits for the device
+        means = training.meter.read()  # waits for the device
         seconds = max(time.monotonic() - self._since, 1e-9)
         now, crops, flops = self._before
         rate = (training.now - now) / seconds
