@@ -44,7 +44,7 @@ def main() -> None:
 
     pipeline = load(options.run)
     canvas, denoiser = pipeline.model.config.canvas, pipeline.model.denoiser
-    pack = prepare(open_source("glyphs"), resolution=canvas)
+    pack = prepare(open_source("glyphs"), resolution=(canvas[0], canvas[1]))
     real = pack.images.movedim(-1, 1).float() / 127.5 - 1
     known, held_out = real[pack.train], real[pack.heldout]
 

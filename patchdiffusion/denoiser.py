@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from patchdiffusion.cond import Call, Cond, Position, Tape
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.parameterisation import OnPath, Precond
-from patchdiffusion.patches import Size, coordinates
+from patchdiffusion.patches import Region, Size
 from patchdiffusion.paths import Path, Prediction, per_sample
 
 
@@ -191,16 +191,13 @@ def as_denoiser(
 class PatchDenoiser(Wrapper):
     """Denoise a region of a canvas: fills `cond.pos`, so that every sampler works unchanged.
 
-    `canvas` is the (height, width) the network was trained on and `corner` the (top, left) of x
-    in it; both may make x lie partly or wholly outside, which extrapolates.
+    `canvas` is the size the network was trained on and `corner` the first pixel of x in it, by
+    default that of the canvas; both may make x lie partly or wholly outside, which extrapolates.
     """
 
-    def __init__(self, denoiser: Denoiser, canvas: Size, corner: tuple[int, int] = (0, 0)):
+    def __init__(self, denoiser: Denoiser, canvas: Size, corner: tuple[int, ...] | None = None):
         super().__init__(denoiser)
-        self.canvas = canvas
-        self.corner = corner
+        self.region = Region.whole(canvas) if corner is None else Region(canvas, corner)
 
     def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
-        top, left = (torch.full((len(x),), c, device=x.device) for c in self.corner)
-        pos = coordinates(top, left, (x.shape[-2], x.shape[-1]), self.canvas)
-        return ask(self.inner[0], x, sigma, replace(cond or Cond(), pos=pos), call)
+        return ask(self.inner[0], x, sigma, replace(cond or Cond(), pos=self.region.pos(x)), call)

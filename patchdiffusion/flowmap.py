@@ -8,11 +8,10 @@ pure noise has a finite time.
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.patches import Size, coordinates
+from patchdiffusion.patches import Region, Size
 from patchdiffusion.paths import Path
 
 
@@ -42,10 +41,9 @@ class FlowMap(Protocol):
 class PatchMap:
     """A flow map of a region of a canvas: what `PatchDenoiser` is for a denoiser."""
 
-    def __init__(self, flow_map: FlowMap, canvas: Size, corner: tuple[int, int] = (0, 0)):
+    def __init__(self, flow_map: FlowMap, canvas: Size, corner: tuple[int, ...] | None = None):
         self.flow_map = flow_map
-        self.canvas = canvas
-        self.corner = corner
+        self.region = Region.whole(canvas) if corner is None else Region(canvas, corner)
         self.path = flow_map.path
         self.gamma = flow_map.gamma
 
@@ -56,6 +54,4 @@ class PatchMap:
     def __call__(
         self, z: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond | None = None
     ) -> Tensor:
-        top, left = (torch.full((len(z),), c, device=z.device) for c in self.corner)
-        pos = coordinates(top, left, (z.shape[-2], z.shape[-1]), self.canvas)
-        return self.flow_map(z, t, s, replace(cond or Cond(), pos=pos))
+        return self.flow_map(z, t, s, replace(cond or Cond(), pos=self.region.pos(z)))

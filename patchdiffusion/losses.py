@@ -26,7 +26,7 @@ class Batch:
     index: Tensor
     """int64 [B], which image of the source."""
     box: Tensor
-    """int64 [B, 4]: top, left, height, width on the canvas, after flipping."""
+    """int64 [B, 2 n]: the first pixel along each of n axes, then the lengths, after flipping."""
     flip: Tensor
     """bool [B], whether the image was mirrored before it was cropped."""
     noise: NoiseLaw | None = None

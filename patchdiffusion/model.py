@@ -19,6 +19,7 @@ from patchdiffusion.nets import Network, base
 from patchdiffusion.noise import Law
 from patchdiffusion.objectives import FewStep, parameterisation
 from patchdiffusion.parameterisation import Parameterisation
+from patchdiffusion.patches import Size
 from patchdiffusion.system.files import folder_atomic, read_json, sha256, write_json
 from patchdiffusion.system.serialize import decode, encode
 
@@ -32,8 +33,8 @@ class ModelConfig:
     network: Network
     precond: Parameterisation
     noise: Law
-    canvas: tuple[int, int]
-    """Height and width of the images it was trained on."""
+    canvas: Size
+    """Height and width of the images it was trained on; of other data the length of each axis."""
     space: Space = field(default_factory=Pixels)
     """What the numbers of its images mean."""
     classes: tuple[str, ...] = ()
@@ -50,8 +51,8 @@ class ModelConfig:
     """What a few-step model was trained for; None is denoising."""
 
     def __post_init__(self) -> None:
-        if min(self.canvas) < 1:
-            raise ValueError(f"canvas must be a positive height and width, not {self.canvas}")
+        if not self.canvas or min(self.canvas) < 1:
+            raise ValueError(f"canvas must be the positive length of each axis, not {self.canvas}")
 
     def labels_of(self, labels: Tensor | None, names: Sequence[str]) -> Tensor | None:
         """Labels [N] of data whose classes have these names, as labels of this model.

@@ -20,7 +20,7 @@ import torch
 
 from patchdiffusion import rng
 from patchdiffusion.noise import NoiseLaw, Truncated
-from patchdiffusion.patches import Size
+from patchdiffusion.patches import Size, size_name
 
 Mode = Literal["stratified", "stochastic", "progressive", "constant_pixels"]
 
@@ -114,7 +114,7 @@ class Group:
     """Crops of one size within one optimizer step, over all processes."""
 
     size: Size
-    """Height and width of the crops in the network's input."""
+    """Length of each axis of the crops in the network's input: height and width of images."""
     count: int
     """Number of crops."""
     weight: float
@@ -127,7 +127,7 @@ class Group:
     @property
     def name(self) -> str:
         """What logs call it: its size, then its pitch and noise levels where they are special."""
-        name = "{}x{}".format(*self.size)
+        name = size_name(self.size)
         if self.pitch > 1:
             name += f"@{self.pitch}"
         if isinstance(self.noise, Truncated) and (self.noise.low, self.noise.high) != (0.0, 1.0):
@@ -171,8 +171,11 @@ class PatchPlan:
     def __post_init__(self) -> None:
         if self.noise is None and (self.law.percentiles or self.law.pitches):
             raise ValueError("percentiles or pitches of a patch law need the noise law of the run")
-        if isinstance(self.canvas, int) or len(self.canvas) != 2 or min(self.canvas) < 1:
-            raise ValueError(f"canvas must be (height, width), both positive, not {self.canvas}")
+        if isinstance(self.canvas, int) or not self.canvas or min(self.canvas) < 1:
+            raise ValueError(
+                f"canvas must be the positive length of each axis, not {self.canvas}; "
+                "(height, width) of images"
+            )
         if self.batch < 1 or self.divisor < 1:
             raise ValueError(
                 f"batch and divisor must be at least 1, not {self.batch} and {self.divisor}"
@@ -197,12 +200,13 @@ class PatchPlan:
         total = math.prod(self.canvas)
         probs: dict[tuple[Size, int, NoiseLaw | None], float] = {}
         for fraction, prob, pitch, levels in self.law.views:
-            size = (self._side(0, fraction, pitch), self._side(1, fraction, pitch))
+            size = tuple(self._side(axis, fraction, pitch) for axis in range(len(self.canvas)))
             view = (size, pitch, self._noise(pitch, levels))
             probs[view] = probs.get(view, 0.0) + prob
         found = [(math.prod(view[0]) / total, view, p) for view, p in probs.items() if p]
         found.sort(key=lambda one: (one[0], one[1][0]), reverse=True)
-        power = {"inverse_side": -0.5, "inverse_area": -1.0, "one": 0.0}[self.law.multiplier]
+        sides = -1.0 / len(self.canvas)
+        power = {"inverse_side": sides, "inverse_area": -1.0, "one": 0.0}[self.law.multiplier]
         multipliers = [a**power for a, _, _ in found]
         by_area = self.law.loss_norm == "area"
         shares = [p * a if by_area else p for a, _, p in found]

@@ -21,6 +21,7 @@ from PIL import Image
 import patchdiffusion
 from patchdiffusion import SamplerConfig, cli
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.patches import Size
 from patchdiffusion.plans import Group
 from patchdiffusion.solvers import SolverName
 from patchdiffusion.system.files import read_json
@@ -243,7 +244,7 @@ def test_doctor_weighs_every_kind_of_step(
 
     def measured(training: object, kinds: list[tuple[Group]], repeats: int) -> list[object]:
         assert [group.size for (group,) in kinds] == [(64, 64), (32, 32), (16, 16)]
-        seconds = {(64, 64): 4.0, (32, 32): 2.0, (16, 16): 1.0}
+        seconds: dict[Size, float] = {(64, 64): 4.0, (32, 32): 2.0, (16, 16): 1.0}
         return [SimpleNamespace(seconds=seconds[group.size]) for (group,) in kinds]
 
     monkeypatch.setattr("patchdiffusion.cli.doctor.measure", measured)

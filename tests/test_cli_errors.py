@@ -80,7 +80,7 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("sample trained --threshold hard", "--threshold"),
         ("sample trained --autoguide trained", "a guide has no effect at guidance 1"),
         ("sample trained --guidance 2 --autoguide missing", "missing holds no model"),
-        ("sample trained --size 0 4", "positive height and width"),
+        ("sample trained --size 0 4", "size must be"),
         ("sample trained --seed 99999999999999999999", "seeds must be 64-bit integers"),
         ("sample trained --sigma-min 0", "sigma_min"),
         ("sample trained --solver euler --churn.amount 3", "churn works with heun, midpoint,"),

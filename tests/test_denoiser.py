@@ -337,9 +337,8 @@ class ByPosition:
 
 def test_patch_denoiser_at_full_size_has_the_plain_coordinates() -> None:
     x = torch.zeros(3, 2, 6, 10)
-    zero = torch.zeros(3, dtype=torch.int64)
     denoiser = PatchDenoiser(ByPosition(), (6, 10))
-    assert torch.equal(denoiser(x, 1.0), coordinates(zero, zero, (6, 10), (6, 10)))
+    assert torch.equal(denoiser(x, 1.0), coordinates(torch.zeros(3, 2).long(), (6, 10), (6, 10)))
 
 
 def test_patch_denoiser_regions() -> None:

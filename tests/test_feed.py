@@ -1,6 +1,7 @@
 """Crops as a pure function of seed, step and position."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -9,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchdiffusion import rng
+from patchdiffusion.data.augment import Augmentation
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.losses import Batch
 from patchdiffusion.noise import LogUniform
-from patchdiffusion.patches import coordinates
+from patchdiffusion.patches import Size, coordinates, crop
 from patchdiffusion.plans import Group
 from patchdiffusion.system.png import to_uint8
 
@@ -141,12 +143,30 @@ def test_flips_happen_before_cropping(size: tuple[int, int]) -> None:
         assert (height, width) == size
         expected = image[:, top : top + height, left : left + width]
         assert torch.equal(got["images"][i], expected.float() / 127.5 - 1)
-    where = coordinates(got["box"][:, 0], got["box"][:, 1], size, CANVAS)
+    where = coordinates(got["box"][:, :2], size, CANVAS)
     assert torch.equal(got["pos"], where)
     unflipped = draw(feed(flip=False), group)
     assert not unflipped["flip"].any()
     for name in ("pos", "box", "index", "labels"):
         assert torch.equal(got[name], unflipped[name]), name
+
+
+@pytest.mark.parametrize("size", [(6,), (3, 6, 4)])
+def test_sequences_and_clips_are_cropped_and_flipped_along_their_last_axis(size: Size) -> None:
+    canvas = tuple(2 * length for length in size)
+    data = torch.arange(3 * math.prod(canvas)).to(torch.uint8).view(3, *canvas, 1)
+    source = Feed(data, None, torch.arange(3), seed=1, flip=True)
+    batch, _ = source.batch(Group(size, 20, 1.0), step=0, position=0, first=0, chunk=range(20))
+    assert batch.box.shape == (20, 2 * len(size)) and 0 < int(batch.flip.sum()) < 20
+    corner, length = batch.box.chunk(2, dim=1)
+    assert length.tolist() == [list(size)] * 20
+    clips = data[batch.index].movedim(-1, 1).float().div(127.5).sub(1)
+    clips[batch.flip] = clips[batch.flip].flip(-1)
+    assert torch.equal(batch.images, crop(clips, corner, size))
+    assert batch.cond.pos is not None
+    assert torch.equal(batch.cond.pos, coordinates(corner, size, canvas))
+    with pytest.raises(ValueError, match="two axes, and these have"):
+        Feed(data, None, torch.arange(3), seed=1, augment=Augmentation(p=0.5))
 
 
 def test_half_of_the_crops_are_flipped() -> None:

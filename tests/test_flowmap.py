@@ -145,9 +145,9 @@ def test_a_region_is_told_where_it_lies() -> None:
     assert isinstance(placed, FlowMap) and placed.gamma == 0.5 and placed.path == VE()
     assert torch.equal(placed.times(3), Exact().times(3))
     placed(torch.zeros(2, 1, 8, 6), 1.0, 0.5, Cond(labels=torch.tensor([3, 4])))
-    corner = (torch.full((2,), 4), torch.full((2,), 2))
+    corner = torch.tensor([[4, 2], [4, 2]])
     assert seen[0].pos is not None and seen[0].labels is not None
-    assert torch.equal(seen[0].pos, coordinates(*corner, (8, 6), (16, 12)))
+    assert torch.equal(seen[0].pos, coordinates(corner, (8, 6), (16, 12)))
     assert seen[0].labels.tolist() == [3, 4]
 
 

@@ -199,9 +199,9 @@ class Ramp:
         return (pos * torch.tensor(self.mean)[:, None, None]).sum(1, keepdim=True)
 
     def images(self, count: int, canvas: Size) -> Tensor:
-        zero = torch.zeros(count, dtype=torch.int64)
+        zero = torch.zeros(count, 2, dtype=torch.int64)
         noise = rng.normal(keys(count, "image"), (1, *canvas))
-        return self.means(coordinates(zero, zero, canvas, canvas)) + self.std * noise
+        return self.means(coordinates(zero, canvas, canvas)) + self.std * noise
 
 
 def test_coordinates_matter() -> None:
@@ -228,14 +228,15 @@ def test_coordinates_matter() -> None:
 def test_images_are_flipped_together_with_their_coordinates() -> None:
     ramp, canvas, size = Ramp(), (12, 18), (5, 7)
     whole = ramp.images(200, canvas)
-    top, left = corners(keys(200, "crop"), size, canvas)
-    crops, pos = crop(whole, top, left, size), coordinates(top, left, size, canvas)
+    corner = corners(keys(200, "crop"), size, canvas)
+    crops, pos = crop(whole, corner, size), coordinates(corner, size, canvas)
     noise = rng.normal(keys(200, "noise"), (1, *size))
     sigma = LogNormal().icdf(rng.uniform(keys(200, "sigma"), 1)[:, 0]).float()
 
-    mirrored = crop(whole.flip(-1), top, canvas[1] - size[1] - left, size)
+    opposite = torch.stack([corner[:, 0], canvas[1] - size[1] - corner[:, 1]], dim=1)
+    mirrored = crop(whole.flip(-1), opposite, size)
     assert torch.equal(mirrored, crops.flip(-1))
-    elsewhere = coordinates(top, canvas[1] - size[1] - left, size, canvas)
+    elsewhere = coordinates(opposite, size, canvas)
     turned = elsewhere * torch.tensor([-1.0, 1.0])[:, None, None]  # x -> -x
     assert torch.allclose(turned, pos.flip(-1), atol=1e-6)
 

@@ -132,8 +132,8 @@ def unet(config: UNetConfig = NET) -> SongUNet:
 
 def on_patches(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Cond]:
     """z, t, s, a direction, and a condition with labels and the coordinates of patches."""
-    corner = torch.tensor([0, 3, 8])
-    pos = coordinates(corner, corner, (8, 8), (16, 16))
+    corner = torch.tensor([[0, 0], [3, 3], [8, 8]])
+    pos = coordinates(corner, (8, 8), (16, 16))
     cond = Cond(labels=torch.tensor([0, 1, -1]), pos=pos, seed=torch.arange(3))
     t, s = (torch.tensor(x, dtype=dtype) for x in ([0.9, 0.5, 0.3], [0.1, 0.2, 0.25]))
     z, along = (normal(3, (1, 8, 8), name).to(dtype) for name in ("z", "along"))

@@ -145,7 +145,7 @@ def test_damage_is_found(name: str, saved: Path) -> None:
         ({"format": 2}, "is not a model configuration of format 1"),
         ({"surprise": 1}, "unknown key 'surprise'"),
         ({"type": "TrainConfig"}, "the type must be ModelConfig"),
-        ({"canvas": [8]}, "canvas must have 2 entries"),
+        ({"canvas": [8, 0]}, r"canvas .* \(8, 0\)"),
         ({"sha256": {}}, "is damaged"),
         ({"precond": {"type": "EDM", "sigma_data": 0.0}}, "sigma_data must be positive"),
     ],

@@ -85,7 +85,7 @@ def test_coordinates_equal_concatenated_channels(config: UNetConfig, size: tuple
         state[key] = F.pad(state[key], [0, 0] * (state[key].ndim - 1) + [0, more])
     joined.load_state_dict(state)
     x, noise, cond = batch(size=size)
-    pos = coordinates(torch.tensor([0, 3, 9]), torch.tensor([1, 0, 20]), size, (20, 30))
+    pos = coordinates(torch.tensor([[0, 1], [3, 0], [9, 20]]), size, (20, 30))
     with torch.no_grad():
         told = (
             embed.fourier_features(pos, config.fourier_features) if config.fourier_features else pos
@@ -98,7 +98,7 @@ def test_coordinates_equal_concatenated_channels(config: UNetConfig, size: tuple
 
 
 def test_waves_are_sines_and_cosines_of_the_place() -> None:
-    pos = coordinates(torch.tensor([0]), torch.tensor([0]), (1, 65), (1, 65))
+    pos = coordinates(torch.zeros(1, 2).long(), (1, 65), (1, 65))
     told = embed.fourier_features(pos, 3)
     assert told.shape == (1, 12, 1, 65)
     x = torch.linspace(-1, 1, 65)
@@ -112,8 +112,7 @@ def test_waves_are_sines_and_cosines_of_the_place() -> None:
 def test_no_position_is_the_whole_canvas() -> None:
     network = alive(LITTLE)
     x, noise, cond = batch(size=(6, 9))
-    origin = torch.zeros(3, dtype=torch.int64)
-    pos = coordinates(origin, origin, (6, 9), (6, 9))
+    pos = coordinates(torch.zeros(3, 2).long(), (6, 9), (6, 9))
     with torch.no_grad():
         expected = network(x, noise, replace(cond, pos=pos))
         torch.testing.assert_close(network(x, noise, cond), expected)
@@ -125,7 +124,7 @@ def test_coordinates_survive_low_precision_on_large_canvases() -> None:
     base.initialize(stem, 0)
     with torch.no_grad():
         stem.coordinates.weight.zero_()[:, 0, 1, 1] = 1.0
-        pos = coordinates(torch.tensor([8000]), torch.tensor([8000]), (4, 64), (8192, 8192))
+        pos = coordinates(torch.tensor([[8000, 8000]]), (4, 64), (8192, 8192))
         with torch.autocast("cpu", torch.bfloat16):
             h = stem(torch.zeros(1, 1, 4, 64), pos).float()
     assert (h[0, 0, 0] - pos[0, 0, 0]).abs().max() <= 2**-8  # rounded once, after the convolution

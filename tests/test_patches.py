@@ -12,7 +12,7 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.noise import LogNormal, Truncated
-from patchdiffusion.patches import Size, coordinates, corners, crop, random_crop
+from patchdiffusion.patches import Region, Size, coordinates, corners, crop, random_crop
 from patchdiffusion.plans import Group, Mode, PatchLaw, PatchPlan, equivalents
 
 LAW = LogNormal()
@@ -77,13 +77,13 @@ def test_paper_law() -> None:
         (lambda: PatchPlan((8, 8), 4, JOINT, 8, LAW).sizes, r"\(8, 8\) is too small for pitch 2"),
         (lambda: PatchLaw.paper(1.1), r"must lie in \[0, 1\], not 1.1"),
         (lambda: PatchLaw.paper(-0.1, latent=True), r"must lie in \[0, 1\]"),
-        (lambda: PatchPlan(64, 4), r"\(height, width\), both positive, not 64"),  # type: ignore[arg-type]
-        (lambda: PatchPlan((3, 64, 64), 4), "both positive, not"),  # type: ignore[arg-type]
-        (lambda: PatchPlan((0, 64), 4), "both positive"),
+        (lambda: PatchPlan(64, 4), "canvas .* not 64"),  # type: ignore[arg-type]
+        (lambda: PatchPlan((0, 64), 4), r"canvas .* not \(0, 64\)"),
         (lambda: PatchPlan((64, 64), 0), "at least 1, not 0 and 1"),
         (lambda: PatchPlan((64, 64), 4, divisor=0), "at least 1, not 4 and 0"),
         (lambda: corners(keys(2), (9, 4), (8, 8)), r"crop of \(9, 4\) at pitch 1 does not fit"),
         (lambda: corners(keys(2), (5, 4), (8, 8), 2), "at pitch 2 does not fit the canvas"),
+        (lambda: Region((8, 8), (1, 2, 3)), r"corner must have 2 numbers, .* not \(1, 2, 3\)"),
     ],
 )
 def test_impossible_values_are_refused(make: Callable[[], object], message: str) -> None:
@@ -228,78 +228,80 @@ def test_joint_law_of_size_and_noise(mode: Mode) -> None:
     ]  # fmt: skip
     groups = {g for step in range(99) for g in plan.draw(seed=0, step=step)}
     assert {(g.pitch, g.noise) for g in groups} == {(k.pitch, k.noise) for k in plan.sizes}
-    top, left = corners(keys(5), coarse.size, plan.canvas, coarse.pitch)
-    assert not top.any() and not left.any()  # all of the image
+    assert not corners(keys(5), coarse.size, plan.canvas, coarse.pitch).any()  # all of the image
 
 
 # ---- Crops and coordinates ----
 
-
-@pytest.mark.parametrize("canvas", [(64, 64), (32, 2048), (65, 31), (2, 2)])
-def test_corners_of_the_canvas_are_exactly_one(canvas: Size) -> None:
-    zero = torch.zeros(1, dtype=torch.int64)
-    pos = coordinates(zero, zero, canvas, canvas)
-    assert pos.dtype == torch.float32
-    assert pos[0, :, 0, 0].tolist() == [-1, -1] and pos[0, :, -1, -1].tolist() == [1, 1]
-    assert pos[0, :, 0, -1].tolist() == [1, -1]  # x first
-    assert bool((pos[0, 0].diff(dim=1) > 0).all()) and bool((pos[0, 1].diff(dim=0) > 0).all())
+CROPS: list[tuple[Size, Size]] = [
+    ((11,), (50,)), ((1,), (1,)), ((7, 13), (21, 50)), ((7, 13), (64, 64)), ((5, 16), (37, 16)),
+    ((1, 4), (1, 9)), ((3, 5, 7), (8, 11, 9)), ((2, 2, 2, 2), (3, 5, 4, 2))
+]  # fmt: skip
 
 
-def test_an_axis_of_one_pixel_is_zero() -> None:
-    zero = torch.zeros(3, dtype=torch.int64)
-    assert coordinates(zero, zero, (1, 4), (1, 4))[:, 1].abs().max() == 0
+@pytest.mark.parametrize("canvas", [(1,), (50,), (64, 64), (32, 2048), (65, 31), (5, 1, 9)])
+def test_the_ends_of_every_axis_are_exactly_one(canvas: Size) -> None:
+    pos = coordinates(torch.zeros(1, len(canvas)).long(), canvas, canvas)
+    assert pos.shape == (1, len(canvas), *canvas) and pos.dtype == torch.float32
+    for channel, axis in enumerate(reversed(range(len(canvas)))):  # the last axis comes first
+        line = pos[0, channel].movedim(axis, 0).reshape(canvas[axis], -1)
+        assert torch.equal(line, line[:, :1].expand_as(line))  # it changes along no other axis
+        ends = (-1.0, 1.0) if canvas[axis] > 1 else (0.0, 0.0)
+        assert (line[0, 0], line[-1, 0]) == ends and bool((line.diff(dim=0) > 0).all())
 
 
-@pytest.mark.parametrize("canvas", [(21, 50), (64, 64), (37, 16)])
-def test_coordinates_of_a_crop_are_the_crop_of_the_coordinates(canvas: Size) -> None:
-    zero = torch.zeros(9, dtype=torch.int64)
-    grid = coordinates(zero, zero, canvas, canvas)
-    top, left = corners(keys(9), (7, 13), canvas)
-    assert torch.equal(coordinates(top, left, (7, 13), canvas), crop(grid, top, left, (7, 13)))
+@pytest.mark.parametrize(("size", "canvas"), CROPS)
+def test_crops_are_slices_that_know_where_they_are(size: Size, canvas: Size) -> None:
+    x, key = images(9, canvas), keys(9)
+    corner = corners(key, size, canvas)
+    assert corner.shape == (9, len(size)) and corner.dtype == torch.int64
+    cut, pos = random_crop(x, size, key=key)
+    grid = Region.whole(canvas).pos(x)
+    for i, start in enumerate(corner.tolist()):
+        part = [slice(a, a + length) for a, length in zip(start, size, strict=True)]
+        assert torch.equal(cut[i], x[(i, slice(None), *part)])
+        assert torch.equal(pos[i], grid[(i, slice(None), *part)])
+        assert torch.equal(pos[i], Region(canvas, tuple(start)).pos(cut[i : i + 1])[0])
+    assert torch.equal(random_crop(x[4:7], size, key=key[4:7])[0], cut[4:7])
+    whole, pos = random_crop(x, canvas, key=key)
+    assert torch.equal(whole, x) and torch.equal(pos, grid)
+
+
+def test_streams_of_corners_have_the_names_of_their_axes() -> None:
+    """A crop of an image lies where those of the first release do, and so does that of a frame."""
+    drawn = corners(keys(5), (4, 3, 5), (9, 8, 10))
+    for axis, (name, count) in enumerate((("front", 6), ("top", 6), ("left", 6))):
+        assert torch.equal(drawn[:, axis], rng.integers(rng.subkeys(keys(5), name), count))
+    assert torch.equal(corners(keys(5), (3, 5), (8, 10)), drawn[:, 1:])
+    assert torch.equal(corners(keys(5), (5,), (10,)), drawn[:, 2:])
 
 
 def test_coordinates_outside_continue_the_scale() -> None:
-    top, left = torch.tensor([-2]), torch.tensor([3])
-    pos = coordinates(top, left, (4, 6), (5, 5))
+    pos = Region((5, 5), (-2, 3)).pos(torch.zeros(1, 1, 4, 6))
     assert pos[0, 0, 0].tolist() == [0.5, 1, 1.5, 2, 2.5, 3]
     assert pos[0, 1, :, 0].tolist() == [-2, -1.5, -1, -0.5]
 
 
-def test_crops_are_slices() -> None:
-    x = images(12, (19, 30))
-    cut, pos = random_crop(x, (7, 11), key=keys(12))
-    top, left = corners(keys(12), (7, 11), (19, 30))
-    for n, (i, j) in enumerate(zip(top.tolist(), left.tolist(), strict=True)):
-        assert torch.equal(cut[n], x[n, :, i : i + 7, j : j + 11])
-    assert torch.equal(pos, coordinates(top, left, (7, 11), (19, 30)))
-    some, _ = random_crop(x[4:7], (7, 11), key=keys(12)[4:7])
-    assert torch.equal(some, cut[4:7])
-
-
-def test_a_whole_crop_is_the_identity() -> None:
-    x = images(5, (9, 6))
-    cut, pos = random_crop(x, (9, 6), key=keys(5))
-    zero = torch.zeros(5, dtype=torch.int64)
-    assert torch.equal(cut, x)
-    assert torch.equal(pos, coordinates(zero, zero, (9, 6), (9, 6)))
-
-
 def test_corners_are_uniform_with_ends_included() -> None:
     count = 30000
-    top, left = corners(keys(count), (3, 5), (8, 10))
-    table = torch.bincount(top * 6 + left, minlength=36)
+    corner = corners(keys(count), (3, 5), (8, 10))
+    table = torch.bincount(corner[:, 0] * 6 + corner[:, 1], minlength=36)
     assert table.numel() == 36  # 6 x 6 places
     chi2 = float(((table - count / 36) ** 2 / (count / 36)).sum())
     assert 10 < chi2 < 66.6  # p = 0.001 at 35 degrees of freedom; too regular is wrong too
 
 
-def test_pitch_is_a_view_averaged_down() -> None:
-    x, canvas = images(6, (20, 33)), (20, 33)
-    top, left = corners(keys(6), (6, 8), canvas, pitch=2)
-    fine = crop(x, top, left, (12, 16))
-    assert torch.equal(crop(x, top, left, (6, 8), pitch=2), F.avg_pool2d(fine, 2))
-    pos = F.avg_pool2d(coordinates(top, left, (12, 16), canvas), 2)
-    assert torch.allclose(coordinates(top, left, (6, 8), canvas, pitch=2), pos, atol=1e-6)
+@pytest.mark.parametrize(
+    ("size", "canvas"), [((4,), (21,)), ((6, 8), (20, 33)), ((2, 3, 1), (4, 9, 2))]
+)
+def test_pitch_is_a_view_averaged_down(size: Size, canvas: Size) -> None:
+    x, corner = images(6, canvas), corners(keys(6), size, canvas, pitch=2)
+    double = tuple(2 * length for length in size)
+    pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[len(size) - 1]
+    cut = crop(x, corner, size, pitch=2)
+    torch.testing.assert_close(cut, pool(crop(x, corner, double), 2), rtol=1e-6, atol=0)
+    pos = pool(coordinates(corner, double, canvas), 2)
+    assert torch.allclose(coordinates(corner, size, canvas, pitch=2), pos, atol=1e-6)
 
 
 def test_equivalents() -> None:

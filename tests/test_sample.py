@@ -11,6 +11,7 @@ from torch import Tensor
 from patchdiffusion import SamplerConfig, sample
 from patchdiffusion.analytic import IdealDenoiser
 from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.patches import Size
 from patchdiffusion.sampling.driver import noise_field
 from patchdiffusion.solvers import Churn
 from patchdiffusion.system.png import to_uint8
@@ -60,12 +61,13 @@ def test_noise_is_standard_normal() -> None:
     assert (x[:, 0] * x[:, 1]).mean().item() == pytest.approx(0.0, abs=0.02)
 
 
-@pytest.mark.parametrize("corner", [(0, 0), (-3, 5), (100, -40)])
-def test_regions_of_a_seed_agree_where_they_overlap(corner: tuple[int, int]) -> None:
+@pytest.mark.parametrize("corner", [(7,), (0, 0), (-3, 5), (100, -40), (2, -3, 5), (1, 2, 3, 4)])
+def test_regions_of_a_seed_agree_where_they_overlap(corner: Size) -> None:
     seeds = torch.tensor([3, 2**40])
-    large = noise_field(seeds, 2, (corner[0] - 4, corner[1] - 6), (20, 24))
-    small = noise_field(seeds, 2, corner, (8, 7))
-    assert torch.equal(large[:, :, 4:12, 6:13], small)
+    large = noise_field(seeds, 2, tuple(c - 2 for c in corner), (7,) * len(corner))
+    small = noise_field(seeds, 2, corner, (4,) * len(corner))
+    assert torch.equal(large[(..., *(slice(2, 6) for _ in corner))], small)
+    assert large.unique().numel() > 0.99 * large.numel()
 
 
 def test_noise_depends_on_the_seed_alone() -> None:

@@ -11,6 +11,7 @@ from patchdiffusion.cli.flags import FLAT
 from patchdiffusion.cli.parse import parse, take_first
 from patchdiffusion.cli.train import default_config, for_objective, generic_config, subject
 from patchdiffusion.data.prepare import prepare_data
+from patchdiffusion.patches import size_name
 from patchdiffusion.plans import Group
 from patchdiffusion.system.dist import join
 from patchdiffusion.system.files import write_json
@@ -107,7 +108,7 @@ def bench(training: Training, repeats: int) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         "engine": training.engine,
-        "data": f"{training.pack.name}, {training.canvas[0]}x{training.canvas[1]}",
+        "data": f"{training.pack.name}, {size_name(training.canvas)}",
         "parameters": training.parameters,
         "gmac": training.flops[training.canvas] / 6e9,
         "peak_flops": peak,

@@ -21,6 +21,7 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import cache_dir, prepare_data
 from patchdiffusion.nets import fused
 from patchdiffusion.parameterisation import EDM
+from patchdiffusion.patches import size_name
 from patchdiffusion.system.device import best_precision, pick_device
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
@@ -105,9 +106,9 @@ def _hardware(chosen: torch.device) -> None:
 
 
 def _images(pack: Pack, sigma_data: float) -> None:
-    count, height, width, channels = pack.images.shape
+    count, *size = pack.images.shape
     print(
-        f"data      {pack.name}: {count:,} images of {height}x{width}x{channels}, "
+        f"data      {pack.name}: {count:,} images of {size_name(tuple(size))}, "
         f"{len(pack.train):,} to train on, {len(pack.heldout):,} held out"
     )
     if pack.classes:

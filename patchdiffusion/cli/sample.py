@@ -37,10 +37,12 @@ class SampleArguments:
     """A worse model, smaller or earlier, to lead away from; --guidance is then its weight."""
     autoguide_weights: Weights = "averaged"
     """Which weights of that model."""
-    size: tuple[int, int] | None = None
-    """Height and width; the default is the size the model was trained on."""
-    corner: tuple[int, int] | None = None
-    """Top and left of the region on the canvas; the default is in the middle."""
+    size: tuple[int, ...] | None = None
+    """Height and width, of other data the length of each axis; the default is the size the model
+    was trained on."""
+    corner: tuple[int, ...] | None = None
+    """Top and left of the region on the canvas, of other data its first place along each axis;
+    the default is in the middle."""
     out: Path | None = None
     """Folder for the files; the default is generated/0001, 0002, ... in the folder of the run."""
     singles: bool = True

@@ -4,7 +4,6 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from patchdiffusion import rng
@@ -12,12 +11,12 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.data.augment import Augmentation, warp
 from patchdiffusion.data.space import Pixels, Space
 from patchdiffusion.losses import Batch
-from patchdiffusion.patches import coordinates, corners
+from patchdiffusion.patches import average_pool, coordinates, corners, pixel_indices
 from patchdiffusion.plans import Group
 
 
 class Feed:
-    """Draws crops from images [N, H, W, C] as a pure function of seed, step and position.
+    """Draws crops from images [N, *S, C] as a pure function of seed, step and position.
 
     `indices` int64 [M] are the images to draw from; each is used once in every M crops. Images
     are mirrored before they are cropped, so coordinates stay true. Crops are gathered where the
@@ -39,6 +38,11 @@ class Feed:
         """`space` None is `Pixels`. `augment` None tells the network nothing, else it is told."""
         if len(indices) == 0:
             raise ValueError("there are no images to train on")
+        if augment is not None and images.dim() != 4:
+            raise ValueError(
+                f"data.augment changes images of two axes, and these have {images.dim() - 2}: "
+                "set --data.augment.p 0"
+            )
         self.images = images
         self.labels = None if labels is None else labels.to(images.device)
         self.indices = indices.numpy()
@@ -108,40 +112,38 @@ def gather(
     device: torch.device | str = "cpu",
     augment: Tensor | None = None,
 ) -> Batch:
-    """Cut one crop per index out of stored images [N, H, W, C], at places that `key` decides.
+    """Cut one crop per index out of stored images [N, *S, C], at places that `key` decides.
 
     Crops move to the device as they are stored and become what the network sees there. `augment`
     [B, 9] says how each image is changed before.
     """
-    canvas = (images.shape[1], images.shape[2])
-    (height, width), pitch = group.size, group.pitch
-    top, left = corners(key, group.size, canvas, pitch)
-    rows = top[:, None] + torch.arange(height * pitch, device=top.device)
-    cols = left[:, None] + torch.arange(width * pitch, device=top.device)
-    seen = torch.where(flip[:, None], canvas[1] - 1 - cols, cols)
-    cut = images[index[:, None, None], rows[:, :, None], seen[:, None, :]]  # [B, h, w, C]
+    canvas, pitch = tuple(images.shape[1:-1]), group.pitch
+    corner = corners(key, group.size, canvas, pitch)
+    places = pixel_indices(corner, group.size, pitch)
+    each, last = (-1, *(1 for _ in canvas)), places[-1]
+    mirrored = torch.where(flip.view(each), canvas[-1] - 1 - last, last)
+    cut = images[(index.view(each), *places[:-1], mirrored)]  # [B, *size, C]
     crops = _move(cut, device).movedim(-1, 1).to(torch.float32)
     if augment is not None:
         whole = images[index]
         whole = torch.where(flip[:, None, None, None], whole.flip(2), whole)
+        rows, cols = (place.flatten(1) for place in places)
         changed = warp(whole, augment, rows, cols, limits=space.limits)
         augment = _move(augment, device)
         some = augment.any(dim=1)[:, None, None, None]
         crops = torch.where(some, _move(changed, device), crops)
-    crops = space.to_network(crops)
-    if pitch > 1:
-        crops = F.avg_pool2d(crops, pitch)
-    sides = [torch.full_like(top, height * pitch), torch.full_like(top, width * pitch)]
-    top, left = _move(top, device), _move(left, device)
+    lengths = [torch.full_like(corner[:, 0], length * pitch) for length in group.size]
+    box = torch.cat([corner, torch.stack(lengths, dim=1)], dim=1)
+    corner = _move(corner, device)
     return Batch(
-        images=crops,
+        images=average_pool(space.to_network(crops), pitch),
         cond=Cond(
             labels=None if labels is None else _move(labels[index], device),
-            pos=coordinates(top, left, group.size, canvas, pitch),
+            pos=coordinates(corner, group.size, canvas, pitch),
             augment=augment,
         ),
         index=index,
-        box=torch.stack([top, left, *(_move(side, device) for side in sides)], dim=1),
+        box=_move(box, device),
         flip=flip,
         noise=group.noise,
     )

@@ -12,7 +12,7 @@ from patchdiffusion.data.space import Space
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.losses import denoising_error
 from patchdiffusion.noise import NoiseLaw
-from patchdiffusion.patches import Size
+from patchdiffusion.patches import Size, size_name
 from patchdiffusion.plans import Group
 from patchdiffusion.weighting import Weighting
 
@@ -49,7 +49,7 @@ def held_out_losses(
     batch: int = 64,
     part: range | None = None,
 ) -> dict[Size, Tensor]:
-    """Losses on `indices` [M] of stored images [N, H, W, C] for each crop size, largest first.
+    """Losses on `indices` [M] of stored images [N, *S, C] for each crop size, largest first.
 
     Each image has one noise level, spread evenly over `law`, one noise and one place per size, the
     same in every call: values of one run, and of runs on the same data, can be compared. `part`
@@ -85,5 +85,5 @@ def summarise(losses: dict[Size, Tensor]) -> HeldOut:
         inside = (sigma >= low) & (sigma < high)
         if inside.any():
             bands[f"{low:g}-{high:g}"] = loss[inside].mean().item()
-    means = {"{}x{}".format(*size): rows[1].mean().item() for size, rows in losses.items()}
+    means = {size_name(size): rows[1].mean().item() for size, rows in losses.items()}
     return HeldOut(loss.mean().item(), bands, means)

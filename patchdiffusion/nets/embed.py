@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from patchdiffusion.cond import Cond
 from patchdiffusion.nets.base import Key, Role
 from patchdiffusion.nets.layers import Conv, Linear, downsample, full_precision, pad_even
-from patchdiffusion.patches import coordinates
+from patchdiffusion.patches import Region
 
 EmbeddingKind = Literal["positional", "fourier"]
 
@@ -103,10 +103,8 @@ class Embedding(nn.Module):
 
 
 def whole_canvas(x: Tensor) -> Tensor:
-    """Coordinates if x [B, C, H, W] is the whole canvas: float32 [1, 2, H, W]."""
-    origin = torch.zeros(1, dtype=torch.int64, device=x.device)
-    size = (x.shape[-2], x.shape[-1])
-    return coordinates(origin, origin, size, size)
+    """Coordinates if x [B, C, *S] is the whole canvas of n axes: float32 [1, n, *S]."""
+    return Region.whole(tuple(x.shape[2:])).pos(x[:1])
 
 
 def fourier_features(pos: Tensor, count: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Recipes: functions from facts about the data to a full training configuration."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from patchdiffusion.nets import unet
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ConsistencyConfig, FewStep, MeanFlowConfig
 from patchdiffusion.parameterisation import EDM, default_noise
+from patchdiffusion.patches import Size
 from patchdiffusion.plans import PatchLaw
 from patchdiffusion.train.config import EMAConfig, OptimConfig, PreviewConfig, TrainConfig
 
@@ -25,8 +27,8 @@ class Facts:
     """Name of the data set."""
     path: str = "glyphs"
     """Where it is."""
-    canvas: tuple[int, int] = (32, 32)
-    """Height and width of the images."""
+    canvas: Size = (32, 32)
+    """Height and width of the images, or the length of each axis of other data."""
     channels: int = 3
     """Their channels."""
     classes: int = 0
@@ -43,8 +45,8 @@ class Facts:
         return cls(
             name=pack.name,
             path=path,
-            canvas=(pack.images.shape[1], pack.images.shape[2]),
-            channels=pack.images.shape[3],
+            canvas=tuple(pack.images.shape[1:-1]),
+            channels=pack.images.shape[-1],
             classes=len(pack.classes) if len(pack.classes) > 1 else 0,
             count=len(pack.train),
             device=auto if device == "auto" else device,
@@ -68,7 +70,7 @@ def folder(facts: Facts) -> TrainConfig:
     if facts.device == "cpu":
         network, law = unet.tiny(resolution), GROWING
         # In short runs the number of steps decides: no more pixels in one than keep a core busy.
-        batch, lr = min(max(2**14 // (facts.canvas[0] * facts.canvas[1]), 4), 16), 1e-3
+        batch, lr = min(max(2**14 // math.prod(facts.canvas), 4), 16), 1e-3
         images = float(min(max(150_000 * 32**2 // resolution**2, 20_000), 300_000))
     else:
         network, law = unet.small(resolution) if few else unet.ddpmpp(resolution), PatchLaw()

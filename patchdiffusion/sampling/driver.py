@@ -18,18 +18,23 @@ from patchdiffusion.solvers import Noise, run
 from patchdiffusion.solvers.jumps import jump
 
 
-def noise_field(seeds: Tensor, channels: int, corner: tuple[int, int], size: Size) -> Tensor:
+def noise_field(seeds: Tensor, channels: int, corner: tuple[int, ...], size: Size) -> Tensor:
     """Standard normal noise that belongs to a seed and a place: float32 [B, channels, *size].
 
     The value at a pixel depends on its position on the unbounded canvas only, so that regions of
     one image agree where they overlap.
     """
-    key = rng.keys(0, "initial noise", 0, seeds)
-    rows = torch.arange(size[0], device=seeds.device) + corner[0]
-    cols = torch.arange(size[1], device=seeds.device) + corner[1]
-    row_keys = rng.keys(0, "row", 0, rows)[None, :] ^ key[:, None]  # [B, h]
-    pixel_keys = rng.keys(0, "column", 0, cols)[None, None, :] + row_keys[:, :, None]  # [B, h, w]
-    values = rng.normal(pixel_keys.flatten(), (channels,))  # [B h w, C]
+    key = rng.keys(0, "initial noise", 0, seeds)  # [B], and an axis more at each turn
+    for axis, (start, length) in enumerate(zip(corner, size, strict=True)):
+        place = torch.arange(length, device=seeds.device) + start
+        match len(size) - 1 - axis:
+            case 0:
+                key = rng.keys(0, "column", 0, place) + key[..., None]
+            case 1:
+                key = rng.keys(0, "row", 0, place) ^ key[..., None]
+            case outer:
+                key = rng.subkeys(key[..., None] + place, f"axis {outer}")
+    values = rng.normal(key.flatten(), (channels,))  # [B * pixels, C]
     return values.reshape(len(seeds), *size, channels).movedim(-1, 1)
 
 
@@ -43,7 +48,7 @@ def sample(
     config: SamplerConfig | None = None,
     guide: Denoiser | None = None,
     size: Size | None = None,
-    corner: tuple[int, int] | None = None,
+    corner: tuple[int, ...] | None = None,
     batch: int = 64,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -53,7 +58,8 @@ def sample(
     """Sample one image per seed: float32 [N, C, *size] in about [-1, 1], on the CPU.
 
     An image depends on its seed and label, not on the batch it is computed in. `size` defaults to
-    the canvas; `corner` (top, left) places a region of another size, by default in the middle.
+    the canvas; `corner` (top, left of images) places a region of another size, by default in the
+    middle.
     With a `guide`, a worse denoiser, the weight `config.guidance` is that of `AutoGuidance`.
     The solver runs in `dtype`, at noise levels that `law` draws if it is given; a flow map takes
     `config.count` jumps. `progress` is called with the number of images done at a time.
@@ -62,7 +68,8 @@ def sample(
     if guide is not None and isinstance(model, FlowMap):
         raise ValueError("a guide is for solvers of denoisers, and this is sampled by a flow map")
     size = size or canvas
-    corner = corner or ((canvas[0] - size[0]) // 2, (canvas[1] - size[1]) // 2)
+    middle = tuple((side - length) // 2 for side, length in zip(canvas, size, strict=True))
+    corner = middle if corner is None else corner
     if isinstance(model, FlowMap):
         solve = functools.partial(_jump, PatchMap(model, canvas, corner), config)
     else:

@@ -49,7 +49,7 @@ class Pipeline:
         classes: Sequence[str | int] | None = None,
         config: SamplerConfig | None = None,
         size: Size | None = None,
-        corner: tuple[int, int] | None = None,
+        corner: tuple[int, ...] | None = None,
         batch: int = 64,
         progress: bool = False,
     ) -> np.ndarray:
@@ -63,7 +63,7 @@ class Pipeline:
         if not -(2**63) <= seed <= 2**63 - count:
             raise ValueError(f"seeds must be 64-bit integers, not {seed} to {seed + count - 1}")
         if size is not None and min(size) < 1:
-            raise ValueError(f"a size needs positive height and width, not {size}")
+            raise ValueError(f"size must be the positive length of each axis, not {size}")
         labels = self.labels(count, classes)
         config = self.sampler(config or SamplerConfig())
         flow_map = self.model.flow_map if config.solver == "map" else None

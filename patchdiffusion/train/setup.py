@@ -18,7 +18,7 @@ from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.count import training_flops
 from patchdiffusion.objectives import denoises, parameterisation
-from patchdiffusion.patches import Size
+from patchdiffusion.patches import Size, size_name
 from patchdiffusion.plans import PatchPlan
 from patchdiffusion.system.device import (
     best_precision,
@@ -44,7 +44,7 @@ from patchdiffusion.weighting import LogVariance
 
 def check_fits(config: TrainConfig, pack: Pack) -> None:
     """Raise `ValueError` unless the network takes the channels and classes of the images."""
-    channels, classes = pack.images.shape[3], len(pack.classes)
+    channels, classes = pack.images.shape[-1], len(pack.classes)
     if channels != config.network.channels:
         raise ValueError(
             f"the images have {channels} channels and the network {config.network.channels}: "
@@ -193,8 +193,8 @@ class Training:
         sizes = " + ".join(k.group(1).name for k in self.plan.sizes)
         classes = f", {len(pack.classes)} classes" if config.network.num_classes else ""
         say(
-            f"data      {pack.name}: {len(pack.train):,} images of {self.canvas[0]}x"
-            f"{self.canvas[1]}{classes}, {len(pack.heldout):,} held out; pack {pack.path}"
+            f"data      {pack.name}: {len(pack.train):,} images of "
+            f"{size_name(self.canvas)}{classes}, {len(pack.heldout):,} held out; pack {pack.path}"
         )
         say(
             f"network   {self.parameters / 1e6:.2f}M parameters, "
@@ -228,7 +228,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     prepare_machine(run, device, team.place)
     precision = best_precision(device) if config.precision == "auto" else config.precision
     folder = run.folder(config.name)
-    canvas = (pack.images.shape[1], pack.images.shape[2])
+    canvas = tuple(pack.images.shape[1:-1])
     plan = config.plan(canvas)
     network = config.network.build(seed=config.seed).to(device)
     sizes = dict.fromkeys([canvas, *(k.size for k in plan.sizes)])
@@ -333,7 +333,7 @@ def _teacher(config: TrainConfig, canvas: Size, device: torch.device) -> Model |
     found = (*model.config.canvas, other.channels, other.num_classes)
     if own != found:
         raise ValueError(
-            f"the teacher {path} does not fit: height, width, channels and classes are "
+            f"the teacher {path} does not fit: size, channels and classes are "
             f"{found} instead of {own}"
         )
     return model

@@ -1,6 +1,7 @@
 """One optimizer step: groups of crops, their losses, one update that is skipped when not finite."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -125,7 +126,7 @@ class Stepper:
     def _limit(self, group: Group) -> int:
         if self.micro_batch is None:
             return group.count
-        area = self.canvas[0] * self.canvas[1] / (group.size[0] * group.size[1])
+        area = math.prod(self.canvas) / math.prod(group.size)
         return max(1, int(self.micro_batch * area))
 
     def _accumulate(
