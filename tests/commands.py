@@ -1,10 +1,28 @@
-"""Commands that must work or fail."""
+"""Commands that work or fail, and errors by what they name: a field, its value, what is allowed."""
+
+import contextlib
+import re
+from collections.abc import Iterator
 
 import pytest
 
 from patchdiffusion import cli
 
 Capture = pytest.CaptureFixture[str]
+
+
+def names(told: str, *parts: object) -> bool:
+    """Whether an error is one line that has each of these as a word; how it says so is free."""
+    words = (rf"(?<!\w){re.escape(str(part))}(?!\w)" for part in parts)
+    return "\n" not in told and all(re.search(word, told) for word in words)
+
+
+@contextlib.contextmanager
+def refuses(*parts: object, error: type[Exception] = ValueError) -> Iterator[None]:
+    """What is inside must raise an error that names these."""
+    with pytest.raises(error) as caught:
+        yield
+    assert names(str(caught.value), *parts), str(caught.value)
 
 
 def fails(capsys: Capture, *arguments: object, code: int = 2) -> str:

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from commands import refuses
 
 from patchdiffusion.system import files
 
@@ -75,14 +76,14 @@ def test_json_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_json_refuses_what_is_not_json(tmp_path: Path, bad: float) -> None:
     files.write_json(tmp_path / "a.json", 1)
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(ValueError):
         files.write_json(tmp_path / "a.json", {"x": bad})
     assert files.read_json(tmp_path / "a.json") == 1
 
 
 def test_read_json_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text('{"a": ')
-    with pytest.raises(ValueError, match=r"broken\.json is not valid JSON: .*line 1"):
+    with refuses("broken.json", "line 1"):
         files.read_json(tmp_path / "broken.json")
 
 

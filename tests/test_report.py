@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from commands import refuses
 
 from patchdiffusion.system.files import read_json, write_json
 from patchdiffusion.train.report import read_log, write_report
@@ -120,7 +121,7 @@ def test_text_is_escaped(run: Path) -> None:
 
 
 def test_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no run: config\.json is missing"):
+    with refuses(tmp_path, "config.json"):
         write_report(tmp_path)
 
 
