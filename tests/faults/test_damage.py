@@ -8,7 +8,7 @@ import harness
 import pytest
 import tiny
 import torch
-from commands import Capture, fails
+from commands import Capture, fails, names
 from harness import FILES, NEWEST, OLDER, SAVE_ALWAYS, checkpoints, here, same_run
 from safetensors.torch import load
 
@@ -42,8 +42,7 @@ def test_d4_truncated_file(
         with resume.opened(training):
             assert training.state.step == 3
         out = capsys.readouterr().out
-        warning = next(x for x in out.splitlines() if "warning: skipping a checkpoint: " in x)
-        assert str(newest / name) in warning
+        assert any(names(line, "warning", newest / name) for line in out.splitlines())
         assert f"resume    at step 3 from {newest.with_name(OLDER)}" in out
         assert f"aside     {newest}.damaged-1" in out
         assert checkpoints(folder) == [1, 2, 3]
@@ -76,7 +75,7 @@ def test_d5_flipped_byte_in_tensor_data(images: Path, run: Path, finished: Path)
     assert sum(not torch.equal(before[k], after[k]) for k in before) == 1
     ended = here(images, run)
     assert ended.code == 0
-    assert f"skipping a checkpoint: {file} does not have the digest that its" in ended.out
+    assert any(names(line, file, "digest") for line in ended.out.splitlines())
     same_run(run, finished)
     assert (run / "checkpoints" / f"{NEWEST}.damaged-1").is_dir()
 
@@ -87,7 +86,7 @@ def test_d5_flipped_byte_in_all(images: Path, run: Path) -> None:
     before = tiny.digests(run)
     ended = here(images, run)
     assert ended.code == 25
-    assert f"no checkpoint in {run}/checkpoints is valid; --fresh starts again" in ended.error
+    assert names(ended.error, run / "checkpoints", "--fresh")
     assert tiny.digests(run) == before
 
 
@@ -141,8 +140,7 @@ def test_d6_other_flags_that_are_allowed(images: Path, run: Path) -> None:
     config = {"optim.lr": 0.5, "images": 15.0}
     ended = here(images, run, config=config, run={"allow_config_change": True})
     assert ended.code == 0
-    told = "warning: the configuration has changed: optim.lr: 0.01 -> 0.5"
-    assert told in ended.out.splitlines()
+    assert any(names(x, "warning", "optim.lr: 0.01 -> 0.5") for x in ended.out.splitlines())
     changes = [r["fields"] for r in read_log(run) if r["kind"] == "config change"]
     assert changes == [["optim.lr: 0.01 -> 0.5"]]
     assert read_json(run / "config.json")["optim"]["lr"] == 0.5
@@ -157,7 +155,4 @@ def test_d6_checkpoint_of_another_format(images: Path, run: Path) -> None:
     harness.reseal(newest)
     assert checkpoint.fault(newest) is None
     ended = here(images, run)
-    assert (ended.code, ended.error) == (
-        2,
-        f"{newest} is not a checkpoint of format {checkpoint.FORMAT}; --fresh starts again",
-    )
+    assert ended.code == 2 and names(ended.error, newest, checkpoint.FORMAT, "--fresh")

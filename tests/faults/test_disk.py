@@ -15,6 +15,7 @@ from typing import Any
 import harness
 import pytest
 import tiny
+from commands import names
 from harness import (
     FILES,
     LONG,
@@ -51,8 +52,8 @@ def test_d1_disk_full_at_a_save(images: Path, steady: Path, tmp_path: Path) -> N
     fault = {"kind": "limit_file_size", "size": 100_000, "saves": [1, 3, 4]}
     ended = alone(images, folder, **LONG, run=SAVE_ALWAYS, faults=[fault])
     assert ended.code == 20
-    assert f"cannot save in {folder}: " in ended.error and "File too large" in ended.error
-    assert ended.out.count("warning: cannot save: ") == 2
+    assert names(ended.error, folder, "File too large")
+    assert ended.out.count("warning: cannot save") == 2
     told = ["NOT SAVED: " in line for line in status_lines(ended)]
     assert told == [False, False, True, False, True]
     assert checkpoints(folder) == [3]
@@ -115,8 +116,8 @@ def test_d2_quota_almost_reached_at_the_start(images: Path, tmp_path: Path) -> N
     tiny.training(tiny.config(images), tmp_path / "run")  # the pack is made
     ended = here(images, tmp_path / "run", faults=[{"kind": "fill_disk", "free": 1000}])
     assert ended.code == 2
-    told = re.search(r"run needs about ([\d,]+) bytes .* only 1,000 are free there", ended.error)
-    assert told and int(told[1].replace(",", "")) > 2**26
+    needed, free = re.findall(r"\d[\d,]*(?= bytes| are free)", ended.error)
+    assert int(needed.replace(",", "")) > 2**26 and free == "1,000"
     assert not (tmp_path / "run").exists()
 
 
@@ -134,13 +135,13 @@ def test_d2_quota_almost_reached_at_a_save(
     fault = {"kind": "fill_disk", "free": 1000, "saves": [1]}
     ended = here(images, folder, run=SAVE_ALWAYS, faults=[fault])
     assert ended.code == 0
-    assert "warning: cannot save: " in ended.out and "bytes and only 1,000 are free" in ended.out
+    assert any(names(x, "warning", "1,000") for x in ended.out.splitlines())
     assert ["NOT SAVED" in line for line in status_lines(ended)] == [False, False, True, False]
     assert written == [1, 3, 4]  # it was refused before anything was written
     same_run(folder, finished)
     fault = {"kind": "fill_disk", "free": 1000, "saves": [1, 2]}
     ended = here(images, tmp_path / "other", run=SAVE_ALWAYS, faults=[fault])
-    assert ended.code == 20 and "only 1,000 are free there" in ended.error
+    assert ended.code == 20 and names(ended.error, "1,000")
     assert checkpoints(tmp_path / "other") == [1]
 
 
@@ -172,7 +173,7 @@ def test_d3_unwritable_folder_at_the_start(
     (tmp_path / "locked").mkdir()
     ended = here(images, tmp_path / "locked" / "run", faults=unwritable(tmp_path / "locked"))
     assert ended.code == 2
-    assert "Permission denied" in ended.error and str(tmp_path / "locked") in ended.error
+    assert names(ended.error, tmp_path / "locked", "Permission denied")
     assert list((tmp_path / "locked").iterdir()) == []
 
 
@@ -182,7 +183,7 @@ def test_d3_unwritable_checkpoints_at_the_start(
     before, faults = tiny.digests(run), unwritable(run / "checkpoints")
     ended = here(images, run, config={"images": 15.0}, faults=faults)
     assert ended.code == 2
-    assert ended.error == f"files cannot be made in {run}/checkpoints: Permission denied"
+    assert names(ended.error, run / "checkpoints", "Permission denied")
     assert tiny.digests(run) == before
 
 
@@ -191,7 +192,7 @@ def test_d3_folder_removed_in_mid_run(images: Path, finished: Path, tmp_path: Pa
     fault = {"kind": "remove", "path": str(folder), "phase": "data", "step": 2}
     ended = here(images, folder, run=SAVE_ALWAYS, faults=[fault])
     assert (ended.code, status(folder)) == (0, "finished")
-    assert ended.out.count(f"warning: {folder} has vanished; it is made anew") == 1
+    assert ended.out.count(f"warning: {folder} has vanished") == 1
     assert tiny.weights(folder) == tiny.weights(finished)
     assert checkpoints(folder) == [3, 4]
     assert "is finished" in here(images, folder).out  # it is a run like any other
@@ -218,9 +219,7 @@ def test_d7_two_trainers_in_one_folder(
         first.kill()
         harness.finish([first])
     assert second.code == 2
-    who = rf"in use by process {first.pid} on {re.escape(socket.gethostname())} since 20\d\d-"
-    assert re.search(who, second.error), second.error
-    assert second.error.endswith("two processes must not train in one folder")
+    assert names(second.error, folder, first.pid, socket.gethostname())
     assert (folder / "lock").exists()  # a dead process cannot delete it, nor does it hold it
     third = here(images, folder, **LONG)
     assert third.code == 0 and "resume    at step 4" in third.out
@@ -288,7 +287,7 @@ def test_d7_two_preparations_of_the_same_images(tmp_path: Path) -> None:
         waiting.start()
         line = processes[1].stdout.readline()
         waiting.cancel()
-        assert f"is in use by process {processes[0].pid} on " in line
+        assert names(line.strip(), processes[0].pid)
         go.touch()
     finally:
         go.touch()

@@ -17,7 +17,7 @@ import harness
 import numpy as np
 import pytest
 import tiny
-from commands import Capture, fails, works
+from commands import Capture, fails, names, works
 from harness import LONG, here, same_run
 from PIL import Image
 
@@ -88,15 +88,14 @@ def test_i1_broken_files_are_listed_and_the_rest_goes_on(
 def test_i1_too_many_broken_files(mixed: Path, tmp_path: Path, capsys: Capture) -> None:
     pack, flags = tmp_path / "pack", ["--max-bad", "0.05"]
     error = fails(capsys, "prepare", mixed, "--out", pack, *flags)
-    assert "8 of 88 images of mixed cannot be used (allowed are 5%)" in error
-    assert f"the list is in {pack}.bad.txt" in error
+    assert names(error, "mixed", 8, 88, "5%", f"{pack}.bad.txt", "--max-bad")
     listed = Path(f"{pack}.bad.txt").read_text().splitlines()
     assert [line.split(": ")[0] for line in listed] == [f"good/a/{name}" for name in BROKEN]
     assert not pack.exists()
     for number in range(80):
         (mixed / "good" / "ab"[number % 2] / f"{number:02d}.png").write_bytes(b"")
     ended = here(mixed, tmp_path / "run")
-    assert ended.code == 2 and "88 of 88 images of mixed cannot be used" in ended.error
+    assert ended.code == 2 and names(ended.error, "mixed", "88 of 88")
     assert not (tmp_path / "run").exists()
 
 
@@ -158,8 +157,7 @@ def test_i2_flipped_byte_in_a_pack(
     fault = {"kind": "damage_pack", "file": str(data), "position": 27 * 16 * 16 * 3}
     ended = here(pack.path, folder, **LONG, faults=[{**fault, "phase": "data", "step": 2}])
     assert ended.code == 23
-    block = "block 3 (images 24 to 31) does not have its recorded checksum"
-    assert ended.error == f"{data} is damaged: {block}; prepare the data again"
+    assert names(ended.error, data, "block 3", 24, 31)
     assert harness.status(folder) == "failed"
     assert len(tiny.history(folder)) == 3
 
@@ -256,14 +254,14 @@ def test_i5_zip_names_that_lead_outside(name: str, tmp_path: Path, capsys: Captu
     (tmp_path / "here").mkdir()
     path = zipped(tmp_path / "here" / "bad.zip", [*GOOD, (name, b"x")])
     error = fails(capsys, "prepare", path, "--out", tmp_path / "pack")
-    assert error == f"{path} is refused: the name {name!r} leads outside of the zip"
+    assert names(error, path) and repr(name) in error
     assert [f.name for f in tmp_path.rglob("*")] == ["here", "bad.zip"]
 
 
 def test_i5_zip_with_repeated_names(tmp_path: Path, capsys: Capture) -> None:
     path = zipped(tmp_path / "bad.zip", [*GOOD, GOOD[3]])
     error = fails(capsys, "prepare", path)
-    assert error == f"{path} is refused: the name '3.png' occurs twice"
+    assert names(error, path, "3.png")
 
 
 def test_i5_zip_with_damage(tmp_path: Path, capsys: Capture) -> None:
@@ -279,7 +277,7 @@ def test_i5_zip_with_damage(tmp_path: Path, capsys: Capture) -> None:
     assert len(Pack.open(tmp_path / "pack")) == 11
     path.write_bytes(data[:-30])  # a download that was broken off has no directory
     error = fails(capsys, "prepare", path)
-    assert error == f"{path} cannot be read as a zip: File is not a zip file"
+    assert names(error, path)
 
 
 # ---- I6, I8: data that change or come late ----
@@ -307,9 +305,7 @@ def test_i6_the_data_change(
     before, config = tiny.digests(run), {"images": 15.0}
     ended = here(data, run, config=config)
     assert ended.code == 2
-    assert f"the data is not what {run} was trained on: {count} images (" in ended.error
-    assert ") instead of 40 (" in ended.error
-    assert "--allow-data-change goes on with it" in ended.error
+    assert names(ended.error, run, f"{count} images", 40, "--allow-data-change")
     assert tiny.digests(run) == before
     ended = here(data, run, config=config, run={"allow_data_change": True})
     assert ended.code == 0
@@ -325,5 +321,5 @@ def test_i8_slow_disk(images: Path, steady: Path, tmp_path: Path) -> None:
     ended = here(images, tmp_path / "run", **LONG, faults=[fault])
     assert ended.code == 0
     (line,) = [x for x in ended.out.splitlines() if x.startswith("slow ")]
-    assert re.fullmatch(r"slow      step 9 took [23]\.\d s, [23]\.\d s of it in data", line)
+    assert re.search(r"step 9 .*[23]\.\d s.*[23]\.\d s.* data", line)
     same_run(tmp_path / "run", steady)

@@ -8,6 +8,7 @@ import harness
 import pytest
 import tiny
 import torch
+from commands import names
 from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, here, status
 
 from patchdiffusion.train import checkpoint, loop
@@ -57,7 +58,7 @@ def test_n1_n3_on_one_of_two_ranks(gradient_only: bool, images: Path, tmp_path: 
     assert all(len(g["sigma"]) == len(g["images"]) for g in record["groups"])
     assert tiny.history(folder)[-1][-1] == 1  # counted
     what = "gradient" if gradient_only else "loss"
-    assert f"guard     step 5: the {what} is not finite; nothing was changed" in ended[0].out
+    assert any(names(x, "guard", "step 5", what) for x in ended[0].out.splitlines())
 
 
 def test_n2_nan_for_ever(images: Path, tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ def test_n2_nan_for_ever(images: Path, tmp_path: Path) -> None:
     fault = {"kind": "scale_loss", "factor": float("nan"), "steps": list(range(4, 99))}
     ended = alone(images, folder, **LONG, run=SAVE_ALWAYS, faults=[fault])
     assert (ended.code, status(folder)) == (21, "failed")
-    assert "8 steps in a row had a loss or gradient that is not finite" in ended.error
+    assert names(ended.error, 8, "not finite")
     newest = max(checkpoints(folder))
     assert all(bool(torch.isfinite(x).all()) for x in weights_of(folder, newest).values())
     again = alone(images, folder, **LONG)  # what was wrong is mended
@@ -79,7 +80,7 @@ def test_n6_state_that_is_not_finite(what: str, images: Path, tmp_path: Path) ->
     fault = {"kind": "poke", "what": what, "step": 4}
     ended = alone(images, folder, **LONG, run=SAVE_ALWAYS, faults=[fault])
     assert ended.code == 21
-    assert "not finite; nothing was saved" in ended.error
+    assert names(ended.error, "not finite")
     assert checkpoints(folder) == [2, 3]
     assert alone(images, folder, **LONG).code == 0
 
@@ -101,7 +102,7 @@ def test_n4_a_spike(images: Path, longer: Path, tmp_path: Path) -> None:
     (record,) = records(folder, "guard")
     assert (record["step"], record["what"]) == (at, "spike")
     assert record["grad_norm"] > 100 * record["usual_norm"]
-    assert f"guard     step {at}: loss " in ended.out and "; scaled down" in ended.out
+    assert any(names(x, "guard", f"step {at}") for x in ended.out.splitlines())
     assert losses(folder)[:at] == losses(longer)[:at]
     ends = [statistics.mean(losses(f)[-30:]) for f in (folder, longer)]
     assert ends[0] == pytest.approx(ends[1], rel=0.05)
@@ -131,7 +132,7 @@ def test_n5_a_bad_window_of_images(images: Path, longer: Path, tmp_path: Path) -
     assert (ended.code, status(folder)) == (0, "finished"), ended.err
     (record,) = records(folder, "rollback")
     assert (record["step"], record["since"], record["spikes_since"]) == (40, 46, 40)
-    assert "rollback  from step 46 to step 40" in ended.out
+    assert any(names(x, "rollback", "step 46", "step 40") for x in ended.out.splitlines())
     assert losses(folder)[:40] == losses(longer)[:40]
     ends = [statistics.mean(losses(f)[-30:]) for f in (folder, longer)]
     assert ends[0] == pytest.approx(ends[1], rel=0.1)
@@ -147,7 +148,7 @@ def test_n5_a_window_that_does_not_end(images: Path, tmp_path: Path) -> None:
     faults = [fault, {"kind": "save_every", "steps": 5}]
     ended = alone(images, folder, **LONGER, run=SAVE_ALWAYS, faults=faults)
     assert (ended.code, status(folder)) == (22, "failed")
-    assert "exploded again after 1 rollbacks" in ended.error
+    assert names(ended.error, "exploded", "1 rollbacks", "--guard.rollbacks")
     assert max(checkpoints(folder)) <= 50
     # The count is part of the run: it cannot be forgotten by starting again.
     again = alone(images, folder, **LONGER, run=SAVE_ALWAYS, faults=faults)
@@ -187,4 +188,4 @@ def test_n5_without_an_older_checkpoint(images: Path, tmp_path: Path) -> None:
     fault = {"kind": "scale_loss", "factor": 1000.0, "positions": (6 * 40, 6 * 48)}
     ended = alone(images, tmp_path / "run", **LONGER, faults=[fault])
     assert ended.code == 22
-    assert "has exploded since step 40, and no checkpoint is older" in ended.error
+    assert names(ended.error, "exploded", "step 40")

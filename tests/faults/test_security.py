@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from commands import Capture, fails, works
+from commands import Capture, fails, names, works
 from harness import NEWEST
 from safetensors.torch import load_file
 
@@ -187,7 +187,7 @@ def test_s1_names_in_a_manifest(
         manifest["files"] = {str(folder / name) if absolute else name: facts, **manifest["files"]}
         write_json(folder / "manifest.json", manifest)
     before = tiny.digests(run)
-    assert "no checkpoint" in fails(capsys, "train", run, code=25)
+    assert names(fails(capsys, "train", run, code=25), run / "checkpoints")
     assert tiny.digests(run) == before
 
 
@@ -299,7 +299,7 @@ def test_s1_facts_of_another_type(
     put(newest / "state.json", ("state", "crops"), "many")
     harness.reseal(newest)
     before = tiny.digests(run)
-    assert "state.crops must be int, not 'many'" in fails(capsys, "train", run)
+    assert names(fails(capsys, "train", run), "state.crops", "int", "many")
     assert tiny.digests(run) == before
 
 
@@ -309,7 +309,7 @@ def test_s1_labels_of_a_pack(pack: Path, tmp_path: Path, outside: Path, capsys: 
         labels[7] = label
         labels.tofile(pack / "labels.bin")
         error = fails(capsys, "train", pack, "--out", tmp_path / "new")
-        assert error == f"{pack}/labels.bin names classes that pack.json does not have"
+        assert names(error, pack / "labels.bin")
 
 
 def test_s1_a_log_of_another_form(
@@ -320,6 +320,6 @@ def test_s1_a_log_of_another_form(
     lines += ['{"kind": "status", "step": "x"}', '{"kind": "resume"}', '{"kind": "preview"}']
     with open(run / "log.jsonl", "a") as log:
         log.write("\n".join(lines))
-    assert "the records of" in fails(capsys, "report", run)
+    assert names(fails(capsys, "report", run), run)
     out = works(capsys, "train", run, "--images", 15)
-    assert "warning: there is no report: the records of" in out
+    assert any(names(x, "warning", "report", run) for x in out.splitlines())

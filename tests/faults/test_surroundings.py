@@ -8,6 +8,7 @@ from typing import Any
 import harness
 import pytest
 import tiny
+from commands import names
 from harness import LONG, checkpoints, drive, here, same_run, status
 
 from patchdiffusion.train import trackers
@@ -69,7 +70,7 @@ def test_o1_a_tracker_that_fails(
     ended = here(images, tmp_path / "run", run={"track": ("wandb",)})
     assert ended.code == 0
     told = [x for x in ended.out.splitlines() if x.startswith("warning: ")]
-    assert told == ["warning: wandb is left out: the network is unreachable"]
+    assert len(told) == 1 and names(told[0], "wandb", "the network is unreachable")
     assert Wrong.calls.count(broken) == 1
     same_run(tmp_path / "run", finished)
 
@@ -140,7 +141,7 @@ def test_o3_out_of_memory(images: Path, finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     ended = here(images, folder, run={"save_minutes": 0.0}, faults=[out_of_memory("backward", 2)])
     assert (ended.code, status(folder)) == (26, "failed")
-    assert "out of memory; go on with --micro-batch 2: the same training in" in ended.error
+    assert names(ended.error, "out of memory", "--micro-batch 2")
     assert checkpoints(folder) == [1, 2]
     again = here(images, folder, config={"micro_batch": 2})
     assert again.code == 0 and "resume    at step 2" in again.out
@@ -180,8 +181,8 @@ def test_o3_on_two_ranks(images: Path, tmp_path: Path) -> None:
     run = {"auto_micro_batch": True, "timeout_minutes": 0.2}
     ended = drive(images, tmp_path / "run", size=2, run=run, faults=[fault])
     assert [e.code for e in ended] == [24, 26], ended
-    assert "--micro-batch 2" in ended[1].error and ended[1].error.startswith("rank 1: ")
-    assert ended[0].error.startswith("another process has ended")
+    assert names(ended[1].error, "rank 1", "--micro-batch 2")
+    assert names(ended[0].error, "another process")
 
 
 # ---- O4: where a run is started from ----
