@@ -18,7 +18,6 @@ from patchdiffusion.train.ema import EMA, power_decay, profile_name
 from patchdiffusion.train.posthoc import (
     exponent,
     inner_product,
-    relative_width,
     snapshots,
     solve,
 )
@@ -33,7 +32,8 @@ def test_published_exponents() -> None:
 
 @pytest.mark.parametrize("std", [0.01, 0.05, 0.1, 0.2, 0.28])
 def test_exponents_and_widths_are_inverse(std: float) -> None:
-    assert relative_width(exponent(std)) == pytest.approx(std, rel=1e-9)
+    gamma = exponent(std)
+    assert (gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)) == pytest.approx(std**2, rel=1e-9)
 
 
 @pytest.mark.parametrize("std", [0.0, -0.1, WIDEST, 0.5, math.nan])

@@ -35,11 +35,6 @@ def exponent(std: float) -> float:
     return float(roots[np.abs(roots.imag) < 1e-9].real.max())
 
 
-def relative_width(gamma: float) -> float:
-    """The standard deviation of a profile relative to its time, the inverse of `exponent`."""
-    return ((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3))) ** 0.5
-
-
 def inner_product(a: Point, b: Point) -> float:
     """The integral of the product of two profiles over time (appendix C.2)."""
     (ta, ga), (tb, gb) = ((t, exponent(std)) for t, std in (a, b))
