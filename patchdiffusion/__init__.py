@@ -14,6 +14,7 @@ from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.model import load_model
+from patchdiffusion.nets.transformer import TransformerConfig
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ConsistencyConfig, MeanFlowConfig
@@ -61,6 +62,7 @@ __all__ = [
     "euler",
     "heun",
     "SongUNet",
+    "TransformerConfig",
     "UNetConfig",
     "load_model",
 ]

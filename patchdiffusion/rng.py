@@ -123,6 +123,11 @@ def keep_mask(key: Tensor, shape: tuple[int, ...], drop: float) -> Tensor:
     return (word.view(torch.int16) >= level)[:, :numel].reshape(len(key), *shape)
 
 
+def keep_scale(drop: float) -> float:
+    """Factor of the kept values that preserves the mean, for the share `keep_mask` really drops."""
+    return 1 / (1 - round(drop * 2**16) / 2**16)
+
+
 def permutation(seed: int, stream: str, epoch: int, length: int) -> np.ndarray:
     """A random order of `length` items, a function of its arguments alone: int64 [length]."""
     generator = np.random.Generator(np.random.Philox(key=seed_of(seed, stream, epoch) % 2**64))

@@ -1,22 +1,32 @@
 """What every network promises to the rest: one list of networks, the same tests for all."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets import Network, base
 from patchdiffusion.nets.topology import Features
+from patchdiffusion.nets.transformer import TransformerConfig
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
+from patchdiffusion.objectives.tangent import derivative
 from patchdiffusion.rng import keys
 
 UNET = UNetConfig(
     base=8, mult=(1, 2), blocks=1, attention=(1,), num_classes=4, augment_dim=3, jump=True
 )
 NCSN = replace(UNET, embedding="fourier", encoder="residual", filter=(1, 3, 3, 1), dropout=0.1)
-NETWORKS = {"unet": UNET, "ncsnpp": NCSN}
+DIT = TransformerConfig(width=16, depth=2, heads=2, num_classes=4, augment_dim=3, jump=True)
+NETWORKS = {
+    "unet": UNET,
+    "ncsnpp": NCSN,
+    "transformer": replace(DIT, dropout=0.1),
+    "transformer, 1 axis": replace(DIT, patch=(2,)),
+    "transformer, 3 axes": replace(DIT, patch=(1, 2, 4)),
+}
 
 every_network = pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS.keys())
 
@@ -34,9 +44,9 @@ def alive(config: Network) -> base.Network:
     return network
 
 
-def batch(
-    config: Network, n: int = 3, sides: tuple[int, ...] = (8, 6)
-) -> tuple[Tensor, Tensor, Cond]:
+def batch(config: Network, sides: tuple[int, ...] = (3, 8, 6)) -> tuple[Tensor, Tensor, Cond]:
+    """Inputs with every field of the condition; of the sides, the last ones count."""
+    n, sides = 3, sides[-config.axes :]
     g = torch.Generator().manual_seed(0)
     x, noise = torch.randn(n, config.channels, *sides, generator=g), torch.randn(n, generator=g)
     cond = Cond(
@@ -50,11 +60,126 @@ def batch(
 
 
 @every_network
+@pytest.mark.parametrize("sides", [(3, 8, 6), (2, 7, 9), (1, 1, 1)])
+def test_any_size(config: Network, sides: tuple[int, ...]) -> None:
+    x, noise, cond = batch(config, sides)
+    with torch.no_grad():
+        out = alive(config)(x, noise, cond)
+    assert out.shape == x.shape and out.dtype == x.dtype
+    assert out.isfinite().all()
+
+
+@every_network
+def test_wrong_shapes_are_named(config: Network) -> None:
+    network = config.build()
+    x, noise, cond = batch(config)
+    assert cond.pos is not None
+    with pytest.raises(ValueError, match="x must have 3 channels"):
+        network(x[:, :2], noise, cond)
+    with pytest.raises(ValueError, match=f"and {config.axes} axes"):
+        network(x[None], noise, cond)
+    with pytest.raises(ValueError, match=r"cond\.pos must be"):
+        network(x, noise, replace(cond, pos=cond.pos[..., :-1]))
+
+
+@every_network
+def test_the_start_is_a_function_of_the_seed(config: Network) -> None:
+    before = torch.get_rng_state()
+    a, b, c = (config.build(seed=seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+    out = config.build()(*batch(config))
+    assert out.abs().max() < 1e-3
+
+
+@every_network
+def test_gradients_reach_every_parameter(config: Network) -> None:
+    network = alive(config)
+    network(*batch(config)).square().sum().backward()
+    dead = [n for n, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not dead
+
+
+@every_network
+def test_forward_derivatives_are_differences(config: Network) -> None:
+    """As MeanFlow asks for them: d/dh f(x + h v, noise + h)."""
+    if not config.smooth_in_noise:
+        pytest.skip("such noise features are not for derivatives")
+    network = alive(config).double()
+    x, noise, cond = batch(config)
+    x, noise, v = x.double(), noise.double(), x.double().flip(-1)
+    slope = derivative(lambda x, noise: network(x, noise, cond), (x, noise), (v, 1.0))
+    with torch.no_grad():
+        ahead, behind = (network(x + h * v, noise + h, cond) for h in (1e-3, -1e-3))
+    torch.testing.assert_close(slope, (ahead - behind) / 2e-3, rtol=1e-3, atol=1e-3)
+
+
+@every_network
+def test_a_sample_does_not_see_its_batch(config: Network) -> None:
+    network = alive(config)
+    x, noise, cond = batch(config)
+    with torch.no_grad():
+        whole = network(x, noise, cond)
+        one = network(x[1:2], noise[1:2], cond.take(slice(1, 2)))
+    torch.testing.assert_close(one, whole[1:2], rtol=1e-4, atol=1e-4)
+
+
+@every_network
+def test_bfloat16_is_close(config: Network) -> None:
+    network = alive(config)
+    x, noise, cond = batch(config)
+    with torch.no_grad():
+        expected = network(x, noise, cond)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = network(x, noise, cond)
+    assert low.dtype == torch.bfloat16
+    assert (low - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize(
+    ("name", "low"),
+    [("unet", True), ("ncsnpp", False), ("transformer", True), ("transformer, 3 axes", False)],
+)
+def test_compiles_as_one_graph(name: str, low: bool) -> None:
+    config = NETWORKS[name]
+    network = alive(config)
+    compiled: nn.Module = torch.compile(network, fullgraph=True, dynamic=False)  # type: ignore[assignment]
+    x, noise, cond = batch(config)
+    with torch.no_grad():
+        expected = network(x, noise, cond)
+    with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        out = compiled(x, noise, cond)
+    assert (out - expected).abs().max() < (0.05 if low else 1e-4) * expected.abs().max()
+    out.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.gpu
+@every_network
+def test_no_host_synchronisation(config: Network) -> None:
+    network = alive(config).cuda()
+    x, noise, cond = batch(config)
+    x, noise, cond = x.cuda(), noise.cuda(), cond.to("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            out = network(x, noise, cond)
+        out.float().square().mean().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert out.isfinite().all()
+
+
+@every_network
 def test_every_parameter_has_one_role(config: Network) -> None:
     network = config.build()
     roles = network.roles()
     assert list(roles) == [name for name, _ in network.named_parameters()]
-    assert {"stem", "embedding", "modulation", "attention", "head"} <= set(roles.values())
+    common = {"stem", "embedding", "modulation", "attention", "head"}
+    assert common < set(roles.values()) <= set(get_args(base.Role))
 
 
 def test_roles_of_a_unet() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from patchdiffusion import Cond, SongUNet, auto, recipes
+from patchdiffusion import Cond, auto, recipes
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
@@ -48,7 +48,7 @@ def test_every_recipe_works(name: str, situation: str) -> None:
 def test_every_network_can_be_built(name: str, device: str) -> None:
     config = recipes.find(name)(Facts(classes=3, device=device))
     with torch.device("meta"):
-        network = SongUNet(config.network)
+        network = config.network.build()
         x = torch.zeros(2, 3, 32, 32)
         cond = Cond(labels=torch.zeros(2, dtype=torch.int64))
         assert network(x, torch.zeros(2), cond).shape == x.shape

@@ -20,32 +20,26 @@ T = TypeVar("T")
 Given = Mapping[str, Sequence[str]]
 """Flags without their dashes, and the words that follow each."""
 Kind = Literal["leaf", "record", "family", "several"]
+FLAT = {"flat": True}
+"""Metadata of a field whose own fields are flags without a prefix."""
 _NONE_WORDS = (NONE, "natural", "denoising")
 
 
-def flat(title: str) -> dict[str, str]:
-    """Metadata of a field whose own fields are flags without a prefix; the help calls them so."""
-    return {"flat": title}
-
-
-def positional(usage: str, *, required: bool = True) -> dict[str, object]:
-    """Metadata of a field that is given before all flags, without a flag."""
-    return {"positional": usage, "required": required}
-
-
-def read(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The words before the first flag, and the flags, each with the words behind it."""
+def read(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Flags and their words; raises `ValueError` for words before the first flag."""
     given: dict[str, list[str]] = {}
-    words: list[str] = []
-    last = words
+    words: list[str] | None = None
     for argument in arguments:
-        if not re.match("-h$|--[A-Za-z]", argument):
-            last.append(argument)
+        if argument == "-h":
+            argument = "--help"
+        if not re.match("--[A-Za-z]", argument):
+            if words is None:
+                raise ValueError(f"unexpected argument {argument!r} before the flags")
+            words.append(argument)
             continue
-        name, equals, value = argument.lstrip("-").partition("=")
-        name = "help" if name == "h" else name.replace("_", "-")
-        last = given[name] = [value] if equals else []
-    return words, given
+        name, equals, value = argument[2:].partition("=")
+        words = given[name.replace("_", "-")] = [value] if equals else []
+    return given
 
 
 # ---- Fields as flags ----
@@ -60,8 +54,7 @@ class Slot(NamedTuple):
     """The flag, by its parts."""
     hint: Any
     value: Any
-    flat: str = ""
-    """Heading of its fields if these are flags without a prefix."""
+    flat: bool
 
     @property
     def name(self) -> str:
@@ -134,10 +127,10 @@ def slots(record: Any, path: tuple[str, ...] = ()) -> list[Slot]:
             path=(*path, f.name),
             hint=hints[f.name],
             value=getattr(record, f.name),
-            flat=f.metadata.get("flat", ""),
+            flat=bool(f.metadata.get("flat")),
         )
         for f in fields(record)
-        if f.init and "positional" not in f.metadata
+        if f.init
     ]
 
 

@@ -1,26 +1,25 @@
-"""patchdiffusion prepare DATA [options]"""
+"""patchdiffusion prepare PATH [options]"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from patchdiffusion.cli.flags import positional
-from patchdiffusion.cli.parse import parse
+from patchdiffusion.cli.parse import parse, take_first
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
+
+DESCRIPTION = (
+    "Decode a folder, zip or array of images, given as the first argument, once into a pack: all "
+    "images in one size in one file that training maps into memory. Files that cannot be read are "
+    "listed with the reason. Training does this by itself; here it can be done ahead."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareArguments:
-    """Decode images once into a pack: all in one size in one file that training maps into memory.
+    """Everything that can be set."""
 
-    Files that cannot be read are listed with the reason. Training does this by itself; here it can
-    be done ahead.
-    """
-
-    path: str = field(default="", metadata=positional("DATA"))
-    """Folder, zip or array of images."""
     out: Path | None = None
     """Folder of the pack; the default lies in the cache, $PATCHDIFFUSION_CACHE or ~/.cache."""
     resolution: int | tuple[int, int] | None = None
@@ -37,9 +36,17 @@ class PrepareArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Prepare, and print the report."""
-    given = parse(PrepareArguments(), arguments, "prepare")
+    first, flags = take_first(arguments)
+    given = parse(
+        PrepareArguments(),
+        flags,
+        prog="patchdiffusion prepare PATH",
+        description=DESCRIPTION,
+    )
+    if first is None:
+        raise ValueError("give the images: patchdiffusion prepare PATH")
     pack = prepare(
-        open_source(given.path),
+        open_source(first),
         given.out,
         resolution=given.resolution,
         channels=given.channels,

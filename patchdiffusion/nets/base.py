@@ -4,7 +4,7 @@ Nothing outside this folder depends on the class of a network or of its configur
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
@@ -57,6 +57,10 @@ class NetworkConfig:
         if not least <= value <= most:
             raise ValueError(f"{name} must lie in [{least}, {most}], not {value}")
 
+    def inherit(self, old: "NetworkConfig", config: object) -> Self:
+        """The same with what does not depend on the kind of network, from the one it replaces."""
+        return replace(self, **{f.name: getattr(old, f.name) for f in fields(NetworkConfig)})
+
     @property
     def axes(self) -> int:
         """Number of spatial axes of the data: 2 for images."""
@@ -103,6 +107,7 @@ class Network(nn.Module, Generic[Config]):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self._places = "pos" in config.reads
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """x [B, C, *S], noise [B] -> [B, C, *S]."""
@@ -112,6 +117,20 @@ class Network(nn.Module, Generic[Config]):
         """Fill all weights anew: a function of the seed alone, the same on every device."""
         initialize(self, seed)
         return self
+
+    def check_shapes(self, x: Tensor, cond: Cond) -> None:
+        """Raise `ValueError` if the channels of x or the shape of `cond.pos` do not fit."""
+        channels, n = self.config.channels, self.config.axes
+        if x.ndim != 2 + n or x.shape[1] != channels:
+            raise ValueError(
+                f"x must have {channels} channels and {n} axes, [B, {channels}, ...], "
+                f"not {tuple(x.shape)}"
+            )
+        expected = (x.shape[0], n, *x.shape[2:])
+        if cond.pos is not None and self._places and cond.pos.shape != expected:
+            raise ValueError(
+                f"cond.pos must be {expected} for x {tuple(x.shape)}, not {tuple(cond.pos.shape)}"
+            )
 
     def units(self) -> list[nn.Module]:
         """The repeated parts, which are compiled and sharded one by one."""

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from patchdiffusion.rng import keep_level, keep_mask
+from patchdiffusion.rng import keep_level, keep_mask, keep_scale
 from patchdiffusion.system.native import UnavailableError, compiled
 
 HALF = 0.5**0.5  # keeps the variance of a sum of two branches
@@ -76,7 +76,7 @@ def dropout(x: Tensor, key: Tensor, drop: float) -> Tensor:
     _, c, height, width = x.shape
     # Neighbouring channels share a random word, as they share a cache line.
     mask = keep_mask(key, (height, width, c), drop).permute(0, 3, 1, 2)
-    return x * mask * _scale(drop)
+    return x * mask * keep_scale(drop)
 
 
 def status() -> str:
@@ -97,10 +97,6 @@ def _operators(
     h = F.group_norm(h, how.groups, weight, bias, how.eps).to(x.dtype)
     h = F.silu(h) if how.silu else h
     return h if key is None else dropout(h, key, how.drop)
-
-
-def _scale(drop: float) -> float:
-    return 1 / (1 - round(drop * 2**16) / 2**16)  # what `keep_mask` can express
 
 
 # ---- When a kernel fits ----
@@ -170,7 +166,7 @@ def _run(kernel: Any, how: _How, inputs: list[Tensor | None], *others: Tensor | 
     b, c, height, width = x.shape
     call = _Call(
         *(_pointer(t) for t in inputs),
-        *(b, height * width, c, how.groups, how.eps, _scale(how.drop), keep_level(how.drop)),
+        *(b, height * width, c, how.groups, how.eps, keep_scale(how.drop), keep_level(how.drop)),
         *(how.silu, x.dtype == torch.bfloat16, torch.get_num_threads()),
     )
     if kernel(ctypes.byref(call), *map(_pointer, others)):

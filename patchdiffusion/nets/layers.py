@@ -120,12 +120,13 @@ class Norm(nn.GroupNorm):
 # ---- Resampling ----
 
 
-def pad_even(x: Tensor) -> Tensor:
-    """Repeat the last row and column where a side is odd: [B, C, H, W]."""
-    if x.shape[-2] % 2:
-        x = torch.cat([x, x[..., -1:, :]], dim=-2)
-    if x.shape[-1] % 2:
-        x = torch.cat([x, x[..., -1:]], dim=-1)
+def pad_to_multiple(x: Tensor, factors: tuple[int, ...]) -> Tensor:
+    """Repeat the last pixels until every side is a multiple of its factor: [B, C, *S]."""
+    for axis, factor in enumerate(factors, start=2):
+        missing = -x.shape[axis] % factor
+        if missing:
+            last = x.narrow(axis, x.shape[axis] - 1, 1)
+            x = torch.cat([x, *(last,) * missing], dim=axis)
     return x
 
 
@@ -134,6 +135,11 @@ def _smooth(x: Tensor, gain: int) -> Tensor:
     # Made where it is used: nothing to store, and no copy from the host that would have to wait.
     taps = 1 + 2 * (torch.arange(4, device=x.device) % 3 != 0).to(x.dtype)
     return (taps[:, None] * taps * (gain / 64)).expand(x.shape[1], 1, 4, 4)
+
+
+def pad_even(x: Tensor) -> Tensor:
+    """Repeat the last row and column where a side is odd: [B, C, H, W]."""
+    return pad_to_multiple(x, (2, 2))
 
 
 def downsample(x: Tensor, *, smooth: bool, padded: bool = False) -> Tensor:

@@ -168,15 +168,9 @@ class SongUNet(UNet[UNetConfig, _Aside]):
         return self.out_conv(self.out_norm(h, silu=True))
 
     def _positions(self, x: Tensor, cond: Cond) -> Tensor | None:
-        if x.ndim != 4 or x.shape[1] != self.config.channels:
-            raise ValueError(f"x must be [B, {self.config.channels}, H, W], not {tuple(x.shape)}")
+        self.check_shapes(x, cond)
         if not self.config.coordinates:
             return None
-        if cond.pos is not None and cond.pos.shape != (x.shape[0], 2, *x.shape[2:]):
-            raise ValueError(
-                f"cond.pos must be {(x.shape[0], 2, *x.shape[2:])} for x {tuple(x.shape)}, "
-                f"not {tuple(cond.pos.shape)}"
-            )
         pos = whole_canvas(x) if cond.pos is None else cond.pos
         return (
             fourier_features(pos, self.config.fourier_features)

@@ -142,12 +142,10 @@ def faces64(facts: Facts) -> TrainConfig:
 
 
 def meanflow(facts: Facts) -> TrainConfig:
-    """MeanFlow with patches, sampled in one to four evaluations: of the demo, or other images.
+    """The demo as a few-step model: MeanFlow with patches, sampled in one to four evaluations.
 
     Coordinates do not move along the path, so that patches change nothing in its derivative.
     """
-    if facts.path not in ("", "glyphs"):
-        return replace(with_objective(folder(facts), "meanflow"), patches=PatchLaw())
     demo = glyphs(facts)
     config = with_objective(demo, "meanflow")
     optim = replace(demo.optim, lr=1e-3)
@@ -192,9 +190,12 @@ def with_objective(config: TrainConfig, name: str | None) -> TrainConfig:
 
 
 RECIPES: dict[str, Recipe] = {
-    recipe.__name__: recipe for recipe in (glyphs, folder, cifar10, faces64, meanflow)
+    "glyphs": glyphs,
+    "folder": folder,
+    "cifar10": cifar10,
+    "faces64": faces64,
+    "meanflow": meanflow,
 }
-"""Recipes by name."""
 
 
 def find(name: str) -> Recipe:

@@ -45,6 +45,12 @@ from patchdiffusion.weighting import LogVariance
 def check_fits(config: TrainConfig, pack: Pack) -> None:
     """Raise `ValueError` unless the network takes the channels and classes of the images."""
     channels, classes = pack.images.shape[-1], len(pack.classes)
+    axes = pack.images.ndim - 2
+    if axes != config.network.axes:
+        raise ValueError(
+            f"the data has {axes} axes and the network {config.network.axes}: use a network for "
+            f"{axes} axes, such as --network transformer --network.patch{' 2' * axes}"
+        )
     if channels != config.network.channels:
         raise ValueError(
             f"the images have {channels} channels and the network {config.network.channels}: "

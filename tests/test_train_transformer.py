@@ -1,0 +1,75 @@
+"""A transformer in place of the U-Net: everything a run can do, it does with it, too."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+from commands import Capture, fails, works
+
+from patchdiffusion import TrainConfig, load_model
+from patchdiffusion.nets.transformer import TransformerConfig
+from patchdiffusion.objectives import MeanFlowConfig
+from patchdiffusion.train import resume
+
+NETWORK = TransformerConfig(width=16, depth=2, heads=2, num_classes=2, dropout=0.1)
+
+
+def config(images: Path, steps: int = 4, **changes: object) -> TrainConfig:
+    return tiny.config(images, steps=steps, network=NETWORK, **changes)
+
+
+def test_it_is_one_word(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    """It takes over channels and classes, stops and resumes, samples and reports."""
+    run = tmp_path / "run"
+    small = "--network.width 16 --network.depth 1 --network.heads 1 --batch 2 --images 8"
+    flags = f"--network transformer {small} --preview.grid 2 --preview.sample-steps 1 --device cpu"
+    works(capsys, "train", images, *flags.split(), "--out", run, "--max-hours", "1e-9")
+    works(capsys, "train", images, *flags.split(), "--out", run)
+    assert len(tiny.history(run)) > 1
+    network = load_model(run).config.network
+    assert isinstance(network, TransformerConfig)
+    assert (network.channels, network.num_classes, network.patch) == (3, 2, (2, 2))
+    works(capsys, "sample", run, "--count", 2, "--steps", 1, "--size", 6, 10)
+    works(capsys, "report", run)
+
+
+def test_resumed_it_is_the_same_run(images: Path, tmp_path: Path) -> None:
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    tiny.run(config(images), straight)
+    tiny.run(config(images), broken, max_hours=1e-9)
+    assert 0 < len(tiny.history(broken)) < len(tiny.history(straight))
+    tiny.run(config(images), broken)
+    assert tiny.weights(broken) == tiny.weights(straight)
+    assert tiny.history(broken) == tiny.history(straight)
+
+
+def test_meanflow_starts_from_a_denoiser(images: Path, tmp_path: Path) -> None:
+    """The condition on the jump is neutral: weights without it load."""
+    flow = config(images, steps=1, precond=MeanFlowConfig().precond(tiny.config(images).precond))
+    tiny.run(flow, tmp_path / "denoiser")
+    two_times = tiny.config(
+        images, steps=1, network=replace(NETWORK, jump=True), objective=MeanFlowConfig()
+    )
+    training = tiny.training(two_times, tmp_path / "run", start_from=tmp_path / "denoiser")
+    with resume.opened(training):
+        given = load_model(tmp_path / "denoiser").network.state_dict()
+        own = training.network.state_dict()
+        assert all((own[name] == value).all() for name, value in given.items())
+        assert set(own) - set(given) == {"embed.jump.weight"} == training.network.neutral()
+    tiny.run(two_times, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--network.patch 2", "2 axes and the network 1"),
+        ("--network.base 8", "--network.base"),
+        ("--network.heads 3", "width"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    flags: str, told: str, images: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    words = ["--network", "transformer", *flags.split(), "--out", tmp_path / "run"]
+    assert told in fails(capsys, "train", images, *words)
