@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+from commands import refuses
 from torch import Tensor
 
 from patchdiffusion import rng
@@ -132,7 +133,7 @@ def test_labels_pick_components() -> None:
     assert torch.equal(out[labels == -1], law(x, sigma)[labels == -1])
     joint = [law.logp(x, sigma, Cond(labels=torch.full((12,), k))) for k in range(3)]
     assert torch.allclose(torch.stack(joint).logsumexp(0), law.logp(x, sigma))
-    with pytest.raises(ValueError, match="labels must be below 3"):
+    with refuses("labels", 3):
         law(x, sigma, Cond(labels=torch.full((12,), 3)))
 
 
@@ -168,11 +169,11 @@ def test_any_shape_and_dtype() -> None:
 def test_impossible_mixtures_are_refused() -> None:
     with pytest.raises(ValueError, match="orthonormal"):
         LowRankMixture(torch.ones(1, 4, 2), torch.ones(1, 2))
-    with pytest.raises(ValueError, match="do not fit variances"):
+    with refuses("variances"):
         LowRankMixture(bases(2, 4, 2), torch.ones(2, 3))
-    with pytest.raises(ValueError, match="do not fit variances"):
+    with refuses("variances"):
         LowRankMixture(bases(2, 4, 2), torch.ones(2, 2), means=torch.zeros(2, 5))
-    with pytest.raises(ValueError, match="2 positive numbers"):
+    with refuses(2, "positive"):
         LowRankMixture(bases(2, 4, 2), torch.ones(2, 2), torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match="positive semi-definite"):
         GaussianMixture(torch.zeros(1, 2), torch.tensor([[[1.0, 2.0], [2.0, 1.0]]]))
@@ -266,7 +267,7 @@ def test_least_squares_on_random_crops_finds_the_crop_denoiser() -> None:
 
 
 def test_the_torus_must_hold_the_canvas() -> None:
-    with pytest.raises(ValueError, match=r"\(16, 16\) is smaller than \(17, 4\)"):
+    with refuses("(16, 16)", "(17, 4)"):
         GaussianField((4, 4)).crop((17, 4))
 
 
@@ -303,11 +304,11 @@ def test_ideal_denoiser_of_a_class(chunk: int) -> None:
     for k in range(3):
         assert torch.allclose(out[k], IdealDenoiser(data[labels == k])(x, 0.8)[k], atol=1e-12)
     assert torch.allclose(out[3], IdealDenoiser(data)(x, 0.8)[3], atol=1e-12)
-    with pytest.raises(ValueError, match="no image has one of the labels"):
+    with refuses("labels"):
         ideal(x, 0.8, Cond(labels=torch.tensor([0, 1, 2, 3])))
 
 
 def test_ideal_denoiser_needs_data() -> None:
     for images, labels in ((torch.zeros(0, 3), None), (torch.zeros(2, 3), torch.zeros(3))):
-        with pytest.raises(ValueError, match="at least one image, and a label for each or none"):
+        with refuses("image", "label"):
             IdealDenoiser(images, labels)

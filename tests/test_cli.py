@@ -153,6 +153,16 @@ def test_a_dry_run_writes_nothing(images: Path, tmp_path: Path, capsys: Capture)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_recipe_and_images(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = works(capsys, "train", "meanflow", images, "--dry-run")
+    assert "recipe    meanflow:" in out and "in runs/images-meanflow" in out
+    assert "in runs/x" in works(capsys, "train", "meanflow", images, "--name", "x", "--dry-run")
+    works(capsys, "train", "meanflow", images, *SMALL)
+    config = read_json(tmp_path / "runs" / "images-meanflow" / "config.json")
+    assert config["objective"]["type"] == "MeanFlowConfig" and config["network"]["channels"] == 3
+    assert "is finished" in works(capsys, "train", "meanflow", images)
+
+
 @pytest.mark.parametrize("kind", ["one image", "one bad file", "mixed sizes"])
 def test_odd_folders(kind: str, images: Path, tmp_path: Path, capsys: Capture) -> None:
     folder = tmp_path / "data"

@@ -4,6 +4,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from commands import refuses
 from torch.utils import _pytree as pytree
 
 from patchdiffusion.cond import Cond, Position, Tape
@@ -64,7 +65,7 @@ def test_fields_are_dropped_by_name() -> None:
     assert same(replace(null, labels=cond.labels, context=cond.context, pos=cond.pos), cond)
     assert cond.labels is not None and cond.labels.tolist() == [0, 1, 2]  # the original is intact
     assert same(Cond().without("labels", "pos"), Cond())
-    with pytest.raises(ValueError, match="'label', allowed: labels"):
+    with refuses("label", "labels"):
         cond.without("label")
     assert cond.gives("labels", "pos") and null.gives("pos", "labels") and not null.gives("pos")
 
@@ -75,7 +76,7 @@ def test_fields_are_dropped_for_some_samples() -> None:
         mixed = full().without(name, where=some)
         assert same(mixed.take(some), full().without(name).take(some))
         assert same(mixed.take(~some), full().take(~some))
-    with pytest.raises(ValueError, match="pos cannot be dropped for some"):
+    with refuses("pos"):
         full().without("pos", where=some)
 
 
@@ -88,9 +89,9 @@ def test_cat_then_take_gives_the_parts_back() -> None:
 
 
 def test_cat_names_the_field_that_does_not_match() -> None:
-    with pytest.raises(ValueError, match="extra is given in only one"):
+    with refuses("extra"):
         Cond(labels=torch.tensor([1]), extra=torch.ones(1, 2)).cat(Cond(labels=torch.tensor([1])))
-    with pytest.raises(ValueError, match="pos is given in only one"):
+    with refuses("pos"):
         Cond().cat(Cond(pos=torch.ones(1, 2, 3, 3)))
 
 
@@ -116,14 +117,14 @@ def test_tape_keeps_only_what_is_wanted() -> None:
 def test_tape_refuses_duplicates_even_of_what_nobody_wants() -> None:
     tape = Tape()
     tape.put("a", torch.ones(1))
-    with pytest.raises(ValueError, match="activation 'a' was put on the tape twice"):
+    with refuses("activation", "a"):
         tape.put("a", torch.ones(1))
     tape.loss("x", torch.ones(()))
-    with pytest.raises(ValueError, match="loss 'x' was put on the tape twice"):
+    with refuses("loss", "x"):
         tape.loss("x", torch.ones(()))
     with tape.scope("s"):
         tape.put("a", torch.ones(1))
-        with pytest.raises(ValueError, match="'s/a'"):
+        with refuses("s/a"):
             tape.put("a", torch.ones(1))
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from commands import refuses
 from oracles import Exact, Little, batch, draws, gaussian, normal
 from torch import Tensor
 
@@ -136,5 +137,5 @@ def test_without_a_teacher_the_target_solves() -> None:
 def test_impossible_settings() -> None:
     changes: list[dict[str, Any]] = [{"levels": 1}, {"steps": 0}, {"denoising": -1.0}]
     for change in changes:
-        with pytest.raises(ValueError, match="levels >= 2, steps >= 1 and denoising >= 0"):
+        with refuses("levels", "steps", "denoising"):
             TrajectoryLoss(target=gaussian(), **change)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import refuses
 
 from patchdiffusion.data.glyphs import Glyphs
 from patchdiffusion.data.prepare import prepare
@@ -73,7 +74,7 @@ def test_deterministic_and_scalable(glyphs: Glyphs):
     ]
     assert digests[0] == digests[1]
     assert small[0].image.shape == (16, 16, 1)
-    with pytest.raises(ValueError, match="allowed are 8 to 512"):
+    with refuses(7, 8, 512):
         Glyphs(7)
 
 

@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import tiny
 import torch
+from commands import refuses
 from torch import Tensor, nn
 
 from patchdiffusion import rng
@@ -171,19 +172,19 @@ def test_trigflow_of_unit_data_is_v() -> None:
 def test_impossible_sigma_data_is_refused(
     precond: type[EDM] | type[TrigFlow], value: float
 ) -> None:
-    with pytest.raises(ValueError, match="sigma_data must be positive and finite"):
+    with refuses("sigma_data"):
         precond(sigma_data=value)
 
 
 def test_impossible_time_scales_are_refused() -> None:
     for precond in (EpsVP, V):
         for steps in (1, 10**400):
-            with pytest.raises(ValueError, match=r"steps must lie in \[2, 1000000\]"):
+            with refuses("steps", 2, 10**6):
                 precond(steps=steps)
     for scale in (0.0, math.inf):
-        with pytest.raises(ValueError, match="time_scale must be positive and finite"):
+        with refuses("time_scale"):
             FlowMatching(time_scale=scale)
-        with pytest.raises(ValueError, match="time_scale must be positive and finite"):
+        with refuses("time_scale"):
             TrigFlow(time_scale=scale)
 
 
@@ -251,10 +252,10 @@ def test_a_foreign_network_sees_its_time_and_the_condition() -> None:
 
 
 def test_foreign_networks_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="unknown prediction 'noise', allowed"):
+    with refuses("prediction", "noise"):
         as_denoiser(lambda z, t, cond: z, Flow(), "noise")  # pyright: ignore[reportArgumentType]
     for scale in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="data_scale must be positive and finite"):
+        with refuses("data_scale"):
             as_denoiser(lambda z, t, cond: z, Flow(), "eps", scale)
 
 

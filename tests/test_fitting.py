@@ -209,7 +209,7 @@ def test_a_weight_keeps_the_scale_of_the_data(images: Path) -> None:
     plain = tiny.config(images)
     plain = replace(plain, precond=replace(plain.precond, sigma_data=0.7))
     for flags in (["--weighting", "edm"], ["--precond", "flow", "--weighting", "edm"]):
-        assert choose(plain, read(flags)).weighting == EDMWeight(sigma_data=0.7)
+        assert choose(plain, read(flags)[1]).weighting == EDMWeight(sigma_data=0.7)
     with pytest.raises(ValueError, match="sigma_data must be positive and finite"):
         EDMWeight(sigma_data=0.0)
 

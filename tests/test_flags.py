@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
 
-from patchdiffusion.cli import flags
-from patchdiffusion.cli.flags import FLAT
+from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.help import help_text
+from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.values import convert, metavar, shown
 from patchdiffusion.system import families
 
@@ -100,16 +101,15 @@ class Config:
 class Command:
     """A command."""
 
+    place: Path | None = field(default=None, metadata=positional("[PLACE]", required=False))
+    """Where it happens."""
     seed: int | None = None
     """Where randomness begins."""
-    config: Config = field(default_factory=Config, metadata=FLAT)
+    config: Config = field(default_factory=Config, metadata=flat("configuration"))
 
 
 def parsed(line: str, start: Any = None) -> Any:
-    start, given = Command() if start is None else start, flags.read(line.split())
-    record = flags.choose(start, given)
-    flags.check_known(record, given)
-    return flags.assign(record, given)
+    return parse(Command() if start is None else start, line.split(), "toy")
 
 
 def config(line: str, **start: Any) -> Config:
@@ -211,7 +211,20 @@ def test_forms_of_flags() -> None:
     assert config("--mirror --batch=2") == Config(mirror=True, batch=2.0)
     assert config("--no-mirror", mirror=True).mirror is False
     assert config("--batch 1 --batch 2").batch == 2.0
-    assert parsed("--seed -4").seed == -4
+    assert parsed("here --seed -4") == Command(place=Path("here"), seed=-4)
+
+
+def test_words_before_the_flags() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Two:
+        first: str = field(default="", metadata=positional("FIRST"))
+        """The first one."""
+        rest: tuple[int, ...] = field(default=(), metadata=positional("[N ...]", required=False))
+        """The others."""
+
+    assert parse(Two(), ["a", "1", "2"], "two") == Two(first="a", rest=(1, 2))
+    with pytest.raises(ValueError, match=r"FIRST is missing.*patchdiffusion two FIRST \[N ...\]"):
+        parse(Two(), [], "two")
 
 
 # ---- Errors name the field, the value and what is allowed ----
@@ -231,7 +244,7 @@ def test_forms_of_flags() -> None:
         ("--mirrored", ("unknown flag --mirrored", "--mirror")),
         ("--batch 0", ("batch", "0.0", "positive")),
         ("--no-mirror 3", ("--no-mirror", "no value")),
-        ("stray", ("'stray'",)),
+        ("one two", ("'two'", "patchdiffusion toy [PLACE]")),
     ],
 )
 def test_wrong_flags(line: str, parts: tuple[str, ...]) -> None:
@@ -244,7 +257,7 @@ def test_wrong_flags(line: str, parts: tuple[str, ...]) -> None:
 
 
 def test_the_help_lists_members_and_the_flags_of_the_chosen() -> None:
-    text = help_text(parsed("--terms mix"), "toy", "What it does.")
+    text = help_text(parsed("--terms mix"), "patchdiffusion toy")
     for part in ("plain: Steps along", "heavy-ball: Steps with", "--optim.rate", "--terms.mix.law"):
         assert part in text
     assert "--optim.history" not in text and "--terms.blur" not in text

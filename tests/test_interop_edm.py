@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import refuses
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -144,17 +145,17 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing() -> None:
     weights = exported(network, 16)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     lost = {k: v for k, v in weights.items() if "map_layer0" not in k}
-    with pytest.raises(ValueError, match=r"missing: map_layer0.weight, map_layer0.bias$"):
+    with refuses("map_layer0.weight", "map_layer0.bias"):
         load_edm_state_dict(network, lost)
-    with pytest.raises(ValueError, match="unknown: model_extra"):
+    with refuses("model_extra"):
         load_edm_state_dict(network, weights | {"model_extra": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"of another shape: map_layer0.weight \(1, 2\)"):
+    with refuses("map_layer0.weight", "1, 2"):
         load_edm_state_dict(network, weights | {"model.map_layer0.weight": torch.zeros(1, 2)})
-    with pytest.raises(ValueError, match=r"of another shape: enc.16x16_conv.weight \(8, 5, 3, 3\)"):
+    with refuses("enc.16x16_conv.weight", "8, 5, 3, 3"):
         load_edm_state_dict(SongUNet(replace(LITTLE, coordinates=False)), weights)
-    with pytest.raises(ValueError, match=r"missing: .* and \d+ more"):
+    with refuses("missing"):
         load_edm_state_dict(SongUNet(replace(LITTLE, blocks=2)), weights)
-    with pytest.raises(ValueError, match="not published EDM U-Net weights"):
+    with refuses("EDM"):
         load_edm_state_dict(network, {"x": torch.zeros(1)})
     assert all(torch.equal(v, before[n]) for n, v in network.state_dict().items())
 
@@ -162,10 +163,10 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing() -> None:
 def test_other_networks_are_refused() -> None:
     weights = exported(random_network(LITTLE), 16)
     adm = {k.replace("aux_conv", "out_conv"): v for k, v in weights.items()}
-    with pytest.raises(ValueError, match="not the weights of a DDPM"):
+    with refuses("DDPM"):
         edm_config(adm)
     wide = weights | {"model.enc.16x16_conv.weight": torch.zeros(8, 4, 3, 3)}
-    with pytest.raises(ValueError, match="takes 4 channels and returns 3"):
+    with refuses(4, 3):
         edm_config(wide)
-    with pytest.raises(ValueError, match="no tensor 'nonsense'"):
+    with refuses("nonsense"):
         edm_name("nonsense", 16, 2)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from commands import refuses
 
 from patchdiffusion.nets.count import count, training_flops
 from patchdiffusion.nets.unet import SongUNet, UNetConfig, base, ddpmpp, ncsnpp, small, tiny
@@ -71,7 +72,7 @@ def test_every_resolution_has_a_setting(resolution: int) -> None:
         assert config.divisor == 2 ** (config.levels - 1)
     assert ddpmpp(32).mult == (2, 2, 2)
     assert (ddpmpp(64).mult, ddpmpp(64).attention) == ((1, 2, 2, 2), (2,))
-    with pytest.raises(ValueError, match="resolution must be at least 8, not 4"):
+    with refuses("resolution", 8, 4):
         tiny(4)
 
 

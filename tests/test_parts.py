@@ -43,7 +43,7 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def chosen(flags: str, config: TrainConfig = GLYPHS) -> TrainConfig:
-    return choose(config, read(flags.split()))
+    return choose(config, read(flags.split())[1])
 
 
 # ---- Words ----

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
+from commands import refuses
 from torch import Tensor
 
 from patchdiffusion.paths import PATHS
@@ -94,18 +95,18 @@ def test_one_step_starts_at_the_top() -> None:
 
 
 def test_impossible_grids_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"shift must be positive and finite, not 0\.0"):
+    with refuses("shift", 0.0):
         flow_uniform(3, shift=0.0)
-    with pytest.raises(ValueError, match=r"power must be positive, not -1\.0"):
+    with refuses("power", -1.0):
         time_uniform(3, power=-1.0)
-    with pytest.raises(ValueError, match=r"the vp path has no room for sigma_max 1e\+200"):
+    with refuses("vp", "sigma_max", "1e+200"):
         time_uniform(3, sigma_max=1e200)
-    with pytest.raises(ValueError, match=r"the flow path has no room for sigma_max 1e\+20"):
+    with refuses("flow", "sigma_max", "1e+20"):
         flow_uniform(3, sigma_max=1e20)
-    with pytest.raises(ValueError, match=r"sigma_max 80\.0 or 1e-200"):
+    with refuses("sigma_max", "1e-200"):
         time_uniform(3, 1e-200)
     for grid in (time_uniform, flow_uniform):
-        with pytest.raises(ValueError, match="at least 1 step, not 0"):
+        with refuses(1, 0):
             grid(0)
         with pytest.raises(ValueError, match="sigma_min < sigma_max"):
             grid(3, 2.0, 1.0)

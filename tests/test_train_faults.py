@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import refuses
 from PIL import Image
 
 from patchdiffusion import UNetConfig, rng
@@ -207,7 +208,7 @@ def test_labels_may_be_ignored(images: Path, tmp_path: Path) -> None:
 def test_no_cuda_is_one_line(images: Path, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    with pytest.raises(ValueError, match="no CUDA device is available here; use --device cpu"):
+    with refuses("CUDA", "--device cpu"):
         tiny.run(tiny.config(images), tmp_path / "run", device="cuda")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from commands import refuses
 
 from patchdiffusion import load_model
 from patchdiffusion.system.files import read_json
@@ -51,7 +52,7 @@ def test_fresh_sets_aside(images: Path, finished: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
     before = tiny.digests(folder)
     config = tiny.config(images, steps=1, seed=9)
-    with pytest.raises(ValueError, match="another configuration"):
+    with refuses("seed"):
         tiny.run(config, folder)
     assert tiny.digests(folder) == before
     tiny.run(config, folder, fresh=True)
@@ -68,7 +69,7 @@ def test_fresh_needs_no_older_run(images: Path, tmp_path: Path) -> None:
 
 def test_fresh_leaves_other_folders_alone(images: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
+    with refuses(tmp_path, "--out"):
         tiny.run(tiny.config(images, steps=1), tmp_path, fresh=True)
     assert stored(tmp_path) == ["letter.txt"]
 
@@ -121,7 +122,7 @@ def test_a_network_of_another_shape_is_refused(
         with pytest.raises(ValueError, match=r"cannot start from .* differs in \d+ tensors"):
             tiny.run(config, tmp_path / "run", start_from=finished)
         assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="holds no model"):
+    with refuses(tmp_path / "missing"):
         tiny.run(tiny.config(images), tmp_path / "run", start_from=tmp_path / "missing")
 
 

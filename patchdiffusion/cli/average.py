@@ -1,23 +1,25 @@
 """patchdiffusion average RUN --std 0.1"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.cli.flags import positional
+from patchdiffusion.cli.parse import parse
 from patchdiffusion.model import load_model, save_model
 from patchdiffusion.train.posthoc import reconstruct
-
-DESCRIPTION = (
-    "Make an average of the weights of any width after training, from the profiles that a run has "
-    "stored (train --ema.profiles 0.05 0.1). Writes a model that `sample` takes."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AverageArguments:
-    """Everything that can be set."""
+    """Make an average of the weights of any width after training.
 
+    It is made from the profiles that a run has stored (train --ema.profiles 0.05 0.1), and becomes
+    a model that `sample` takes.
+    """
+
+    run: Path = field(default=Path(), metadata=positional("RUN"))
+    """Folder of a run."""
     std: float = 0.1
     """Width of the average relative to the time it ends at; above 0, below 0.2887."""
     at: float | None = None
@@ -28,16 +30,8 @@ class AverageArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Reconstruct an average and write it as a model."""
-    first, flags = take_first(arguments)
-    given = parse(
-        AverageArguments(),
-        flags,
-        prog="patchdiffusion average RUN",
-        description=DESCRIPTION,
-    )
-    if first is None:
-        raise ValueError("give the folder of a run: patchdiffusion average RUN --std 0.1")
-    run = Path(first)
+    given = parse(AverageArguments(), arguments, "average")
+    run = given.run
     weights, step = reconstruct(run, given.std, given.at)
     raw = load_model(run, weights="raw")
     at = "" if given.at is None else f"-at-{given.at:g}"

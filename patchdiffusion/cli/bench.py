@@ -1,4 +1,4 @@
-"""patchdiffusion bench [RECIPE or PATH]"""
+"""patchdiffusion bench [RECIPE] [DATA]"""
 
 import tempfile
 from collections.abc import Sequence
@@ -7,9 +7,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-from patchdiffusion.cli.flags import FLAT
-from patchdiffusion.cli.parse import parse, take_first
-from patchdiffusion.cli.train import default_config, for_objective, generic_config, subject
+from patchdiffusion.cli.flags import flat, positional
+from patchdiffusion.cli.parse import parse
+from patchdiffusion.cli.subject import Subject
+from patchdiffusion.cli.train import for_objective
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.patches import size_name
 from patchdiffusion.plans import Group
@@ -21,17 +22,19 @@ from patchdiffusion.train.profile import Cost, measure
 from patchdiffusion.train.setup import Training, assemble
 from patchdiffusion.train.status import measured_peak
 
-DESCRIPTION = (
-    "Measure training steps: of whole images, of each crop size alone, and of the mixture. The "
-    "first argument and the flags are those of train; nothing is written but the file you name. "
-    "Run it on an idle machine, also under torchrun."
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class BenchArguments:
-    """Everything that can be set."""
+    """Measure training steps: of whole images, of each crop size alone, and of the mixture.
 
+    What is measured is chosen as for train; nothing is written but the file you name. Run it on an
+    idle machine, also under torchrun.
+    """
+
+    subject: tuple[str, ...] = field(
+        default=(), metadata=positional("[RECIPE] [DATA]", required=False)
+    )
+    """As for train."""
     repeats: int = 9
     """Steps of each kind that are timed; the median counts."""
     save: Path | None = None
@@ -44,7 +47,7 @@ class BenchArguments:
     """Compile the blocks of the network; auto does so on CUDA."""
     shard: bool = False
     """Divide the weights among the processes (FSDP2)."""
-    config: TrainConfig = field(default_factory=TrainConfig, metadata=FLAT)
+    config: TrainConfig = field(default_factory=TrainConfig, metadata=flat("training"))
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
@@ -53,10 +56,9 @@ class BenchArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, and print a table."""
-    first, flags = take_first(arguments)
-    what = subject(first, flags)
-    _parse(flags, generic_config(what))  # wrong flags are found before any data is read
-    given = _parse(flags, default_config(what, flags))
+    subject = Subject.of(arguments)
+    _parse(arguments, subject.generic())  # wrong flags are found before any data is read
+    given = _parse(arguments, subject.config(arguments))
     with tempfile.TemporaryDirectory() as folder, join() as team:
         run = RunConfig(
             out=Path(folder) / "none",
@@ -73,13 +75,8 @@ def main(arguments: Sequence[str]) -> None:
             write_json(given.save, result)
 
 
-def _parse(flags: Sequence[str], config: TrainConfig) -> BenchArguments:
-    return parse(
-        BenchArguments(config=for_objective(config, flags)),
-        flags,
-        prog="patchdiffusion bench [RECIPE or PATH]",
-        description=DESCRIPTION,
-    )
+def _parse(arguments: Sequence[str], config: TrainConfig) -> BenchArguments:
+    return parse(BenchArguments(config=for_objective(config, arguments)), arguments, "bench")
 
 
 Kind = tuple[Group, ...]

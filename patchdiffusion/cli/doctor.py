@@ -1,4 +1,4 @@
-"""patchdiffusion doctor [PATH]"""
+"""patchdiffusion doctor [RECIPE] [DATA]"""
 
 import os
 import platform
@@ -14,14 +14,17 @@ import PIL
 import safetensors
 import torch
 
-from patchdiffusion import __version__, recipes
-from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion import __version__
+from patchdiffusion.cli.flags import positional, read
+from patchdiffusion.cli.parse import parse
+from patchdiffusion.cli.subject import Subject
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import cache_dir, prepare_data
 from patchdiffusion.nets import fused
-from patchdiffusion.parameterisation import EDM
+from patchdiffusion.parameterisation import Parameterisation
 from patchdiffusion.patches import size_name
+from patchdiffusion.recipes import Facts
 from patchdiffusion.system.device import best_precision, pick_device
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
@@ -29,16 +32,19 @@ from patchdiffusion.train.profile import measure
 from patchdiffusion.train.setup import assemble
 from patchdiffusion.train.status import measured_peak
 
-DESCRIPTION = (
-    "Check the installation and what the hardware can do; with images as the first argument also "
-    "their scale, and how long the recipe chosen for them takes, measured over a few steps."
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorArguments:
-    """Everything that can be set."""
+    """Check the installation and what the hardware can do; with images also these.
 
+    Of images it tells their scale, and how long the recipe chosen for them takes, measured over a
+    few steps.
+    """
+
+    subject: tuple[str, ...] = field(
+        default=(), metadata=positional("[RECIPE] [DATA]", required=False)
+    )
+    """As for train."""
     data: DataConfig = field(default_factory=DataConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
@@ -52,23 +58,16 @@ class DoctorArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Print findings; lines that need attention begin with 'warning'."""
-    first, flags = take_first(arguments)
-    recipe = recipes.glyphs if first == "glyphs" else recipes.folder
-    data = replace(recipe(recipes.Facts()).data, path=first or "")
-    given = parse(
-        DoctorArguments(data=data),
-        flags,
-        prog="patchdiffusion doctor [PATH]",
-        description=DESCRIPTION,
-    )
+    subject = Subject.of(arguments)
+    data = subject.data if read(arguments)[0] else DataConfig(path="")
+    given = parse(DoctorArguments(data=data), arguments, "doctor")
     device = pick_device(given.device)
     _installation()
     _hardware(device)
     if given.data.path:
         pack = prepare_data(given.data)
-        chosen = recipe(recipes.Facts.of(pack, given.data.path, device.type))
-        assert isinstance(chosen.precond, EDM)  # of both recipes
-        _images(pack, chosen.precond.sigma_data)
+        chosen = subject.recipe(Facts.of(pack, given.data.path, device.type))
+        _images(pack, chosen.precond)
         _time(replace(chosen, data=given.data), pack, given)
 
 
@@ -105,7 +104,7 @@ def _hardware(chosen: torch.device) -> None:
             print(f"warning: {best} is not the faster one here; set --precision yourself")
 
 
-def _images(pack: Pack, sigma_data: float) -> None:
+def _images(pack: Pack, precond: Parameterisation) -> None:
     count, *size = pack.images.shape
     print(
         f"data      {pack.name}: {count:,} images of {size_name(tuple(size))}, "
@@ -118,6 +117,7 @@ def _images(pack: Pack, sigma_data: float) -> None:
         )
     mean = ", ".join(f"{m:+.2f}" for m in pack.info.mean)
     print(f"          mean {mean}; measured sigma_data {pack.sigma_data:.3f}")
+    sigma_data = getattr(precond, "sigma_data", pack.sigma_data)
     print(f"          the recipe assumes {sigma_data:g}")
     if not 0.5 <= pack.sigma_data / sigma_data <= 2.0:
         print(f"warning: set --precond.sigma-data {pack.sigma_data:.2f}, the measured value")

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 
 from patchdiffusion.apps.likelihood import LikelihoodConfig, held_out_bits
-from patchdiffusion.cli.flags import FLAT
-from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.cli.flags import flat, positional
+from patchdiffusion.cli.parse import parse
 from patchdiffusion.data.options import DataConfig, common_size
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare, prepare_data
@@ -26,13 +26,6 @@ from patchdiffusion.system.serialize import decode
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.log import duration
 
-DESCRIPTION = (
-    "Measure a run or model, given as the first argument: its loss on held-out images, how many "
-    "bits it needs for them (--bits.images), and its samples beside the real images (Frechet and "
-    "kernel distance, precision, recall, density, coverage, copies). A folder or zip of images "
-    "takes the place of a model as well. The quick default shows a trend; --full is the protocol "
-    "of publications. Also under torchrun."
-)
 FULL = 50_000
 _ALL = 10**9
 
@@ -53,7 +46,7 @@ class BitsArguments:
 
     images: int = 0
     """Held-out images whose bits per dimension are measured, at most; 0 measures none."""
-    equation: LikelihoodConfig = field(default_factory=LikelihoodConfig, metadata=FLAT)
+    equation: LikelihoodConfig = field(default_factory=LikelihoodConfig, metadata=flat("bits"))
 
     def __post_init__(self) -> None:
         if self.images < 0:
@@ -62,8 +55,16 @@ class BitsArguments:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments:
-    """Everything that can be set."""
+    """Measure a run or a model, or compare images with images.
 
+    Of a model: its loss on held-out images, how many bits it needs for them (--bits.images), and
+    its samples beside the real images (Frechet and kernel distance, precision, recall, density,
+    coverage, copies). The quick default shows a trend; --full is the protocol of publications.
+    Also under torchrun.
+    """
+
+    path: Path = field(default=Path(), metadata=positional("RUN"))
+    """Folder of a run or model, or images in a folder or zip."""
     data: str | None = None
     """Images to compare with; None takes those that the run was trained on."""
     full: bool = False
@@ -82,21 +83,13 @@ class EvaluateArguments:
     """Where to compute."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the network that is measured."""
-    config: EvaluationConfig = field(default_factory=EvaluationConfig, metadata=FLAT)
+    config: EvaluationConfig = field(default_factory=EvaluationConfig, metadata=flat("measures"))
 
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, print a table, and write a file."""
-    first, flags = take_first(arguments)
-    given = parse(
-        EvaluateArguments(),
-        flags,
-        prog="patchdiffusion evaluate RUN",
-        description=DESCRIPTION,
-    )
-    if first is None:
-        raise ValueError("give a run, a model or images: patchdiffusion evaluate RUN")
-    path, device = Path(first), pick_device(given.device)
+    given = parse(EvaluateArguments(), arguments, "evaluate")
+    path, device = given.path, pick_device(given.device)
     config = given.config
     if given.full:
         if config.samples != EvaluationConfig.samples:

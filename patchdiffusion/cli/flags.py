@@ -20,26 +20,32 @@ T = TypeVar("T")
 Given = Mapping[str, Sequence[str]]
 """Flags without their dashes, and the words that follow each."""
 Kind = Literal["leaf", "record", "family", "several"]
-FLAT = {"flat": True}
-"""Metadata of a field whose own fields are flags without a prefix."""
 _NONE_WORDS = (NONE, "natural", "denoising")
 
 
-def read(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Flags and their words; raises `ValueError` for words before the first flag."""
+def flat(title: str) -> dict[str, str]:
+    """Metadata of a field whose own fields are flags without a prefix; the help calls them so."""
+    return {"flat": title}
+
+
+def positional(usage: str, *, required: bool = True) -> dict[str, object]:
+    """Metadata of a field that is given before all flags, without a flag."""
+    return {"positional": usage, "required": required}
+
+
+def read(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The words before the first flag, and the flags, each with the words behind it."""
     given: dict[str, list[str]] = {}
-    words: list[str] | None = None
+    words: list[str] = []
+    last = words
     for argument in arguments:
-        if argument == "-h":
-            argument = "--help"
-        if not re.match("--[A-Za-z]", argument):
-            if words is None:
-                raise ValueError(f"unexpected argument {argument!r} before the flags")
-            words.append(argument)
+        if not re.match("-h$|--[A-Za-z]", argument):
+            last.append(argument)
             continue
-        name, equals, value = argument[2:].partition("=")
-        words = given[name.replace("_", "-")] = [value] if equals else []
-    return given
+        name, equals, value = argument.lstrip("-").partition("=")
+        name = "help" if name == "h" else name.replace("_", "-")
+        last = given[name] = [value] if equals else []
+    return words, given
 
 
 # ---- Fields as flags ----
@@ -54,7 +60,8 @@ class Slot(NamedTuple):
     """The flag, by its parts."""
     hint: Any
     value: Any
-    flat: bool
+    flat: str = ""
+    """Heading of its fields if these are flags without a prefix."""
 
     @property
     def name(self) -> str:
@@ -127,10 +134,10 @@ def slots(record: Any, path: tuple[str, ...] = ()) -> list[Slot]:
             path=(*path, f.name),
             hint=hints[f.name],
             value=getattr(record, f.name),
-            flat=bool(f.metadata.get("flat")),
+            flat=f.metadata.get("flat", ""),
         )
         for f in fields(record)
-        if f.init
+        if f.init and "positional" not in f.metadata
     ]
 
 

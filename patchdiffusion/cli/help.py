@@ -15,10 +15,11 @@ from patchdiffusion.system import families
 _INDENT = 30
 
 
-def help_text(record: Any, prog: str, description: str) -> str:
+def help_text(record: Any, usage: str) -> str:
     """What `--help` prints."""
     width = min(shutil.get_terminal_size().columns, 100)
-    lines = [f"usage: {prog} [options]", "", *textwrap.wrap(description, width)]
+    description = " ".join((type(record).__doc__ or "").split())
+    lines = [f"usage: {usage} [options]", "", *textwrap.wrap(description, width)]
     for heading, group in _groups(record, (), "options"):
         lines += ["", heading]
         for slot in group:

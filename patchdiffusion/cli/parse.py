@@ -1,40 +1,62 @@
 """The arguments of a command, as a record; every error is one line."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from dataclasses import Field, fields, replace
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from patchdiffusion.cli import flags
-from patchdiffusion.cli.help import help_text
+from patchdiffusion.cli.help import docs, help_text
+from patchdiffusion.cli.values import convert
 
 T = TypeVar("T")
 
 
-def parse(default: T, arguments: Sequence[str], *, prog: str, description: str) -> T:
-    """A record with what the flags give.
+def parse(default: T, arguments: Sequence[str], command: str) -> T:
+    """A record with what the arguments of a command give.
 
     Raises `ValueError` in one line that names the flag, the value and what is allowed, and
     `SystemExit(0)` after printing the help.
     """
-    given = flags.read(arguments)
-    wants_help = "help" in given
-    given.pop("help", None)
+    words, given = flags.read(arguments)
+    wants_help = given.pop("help", None) is not None
     record = flags.choose(default, given)
     flags.check_known(record, given)
     record = flags.assign(record, given)
     if wants_help:
-        print(help_text(record, prog, description))
+        print(help_text(record, usage(record, command)))
         raise SystemExit(0)
-    return record
+    return _place(record, words, command)
 
 
 def parse_some(default: T, arguments: Sequence[str]) -> T:
-    """The same from those flags that the record has; all others are left for later."""
-    given = flags.read(arguments)
+    """The same from those flags that the record has; all else is left for later."""
+    _, given = flags.read(arguments)
     return flags.assign(flags.choose(default, given), given)
 
 
-def take_first(arguments: Sequence[str]) -> tuple[str | None, Sequence[str]]:
-    """The first argument if it is not a flag, and all others."""
-    if arguments and not arguments[0].startswith("-"):
-        return arguments[0], arguments[1:]
-    return None, arguments
+def usage(record: Any, command: str) -> str:
+    """How a command is typed."""
+    places = [f.metadata["positional"] for f in _positionals(record)]
+    return " ".join(["patchdiffusion", command, *places])
+
+
+def _positionals(record: Any) -> list[Field[Any]]:
+    return [f for f in fields(record) if "positional" in f.metadata]
+
+
+def _place(record: T, words: Sequence[str], command: str) -> T:
+    """The record with the words before the flags."""
+    hints, rest = get_type_hints(type(record)), list(words)
+    changes: dict[str, Any] = {}
+    for place in _positionals(record):
+        kind, name = hints[place.name], place.metadata["positional"]
+        if get_origin(kind) is tuple:
+            changes[place.name], rest = convert(kind, rest), []
+        elif rest:
+            changes[place.name] = convert(kind, [rest.pop(0)])
+        elif place.metadata["required"]:
+            text = docs(type(record))[place.name].rstrip(".")
+            raise ValueError(f"{name} is missing: {text}; type {usage(record, command)}")
+    if rest:
+        raise ValueError(f"{rest[0]!r} is one argument too many; type {usage(record, command)}")
+    return replace(record, **changes)  # pyright: ignore[reportArgumentType]

@@ -1,25 +1,26 @@
-"""patchdiffusion prepare PATH [options]"""
+"""patchdiffusion prepare DATA [options]"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.cli.flags import positional
+from patchdiffusion.cli.parse import parse
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
-
-DESCRIPTION = (
-    "Decode a folder, zip or array of images, given as the first argument, once into a pack: all "
-    "images in one size in one file that training maps into memory. Files that cannot be read are "
-    "listed with the reason. Training does this by itself; here it can be done ahead."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareArguments:
-    """Everything that can be set."""
+    """Decode images once into a pack: all in one size in one file that training maps into memory.
 
+    Files that cannot be read are listed with the reason. Training does this by itself; here it can
+    be done ahead.
+    """
+
+    path: str = field(default="", metadata=positional("DATA"))
+    """Folder, zip or array of images."""
     out: Path | None = None
     """Folder of the pack; the default lies in the cache, $PATCHDIFFUSION_CACHE or ~/.cache."""
     resolution: int | tuple[int, int] | None = None
@@ -36,17 +37,9 @@ class PrepareArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Prepare, and print the report."""
-    first, flags = take_first(arguments)
-    given = parse(
-        PrepareArguments(),
-        flags,
-        prog="patchdiffusion prepare PATH",
-        description=DESCRIPTION,
-    )
-    if first is None:
-        raise ValueError("give the images: patchdiffusion prepare PATH")
+    given = parse(PrepareArguments(), arguments, "prepare")
     pack = prepare(
-        open_source(first),
+        open_source(given.path),
         given.out,
         resolution=given.resolution,
         channels=given.channels,

@@ -1,35 +1,29 @@
 """patchdiffusion report RUN"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.cli.flags import positional
+from patchdiffusion.cli.parse import parse
 from patchdiffusion.train.report import write_report
-
-DESCRIPTION = (
-    "Write RUN/report.html, a page that opens anywhere: loss curves, grids of samples, speed and "
-    "configuration. The run, given as the first argument, may be running or have crashed."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArguments:
-    """Everything that can be set."""
+    """Write RUN/report.html, a page that opens anywhere.
 
+    It shows loss curves, grids of samples, speed and configuration; the run may be running or have
+    crashed.
+    """
+
+    run: Path = field(default=Path(), metadata=positional("RUN"))
+    """Folder of a run."""
     out: Path | None = None
     """File to write; the default is report.html in the folder of the run."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Write the page."""
-    first, flags = take_first(arguments)
-    given = parse(
-        ReportArguments(),
-        flags,
-        prog="patchdiffusion report RUN",
-        description=DESCRIPTION,
-    )
-    if first is None:
-        raise ValueError("give the folder of a run: patchdiffusion report RUN")
-    print(write_report(Path(first), given.out))
+    given = parse(ReportArguments(), arguments, "report")
+    print(write_report(given.run, given.out))

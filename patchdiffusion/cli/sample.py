@@ -1,4 +1,4 @@
-"""patchdiffusion sample RUN_OR_MODEL [options]"""
+"""patchdiffusion sample RUN [options]"""
 
 import json
 from collections.abc import Sequence
@@ -7,24 +7,24 @@ from pathlib import Path
 from typing import Literal
 
 from patchdiffusion import __version__
-from patchdiffusion.cli.flags import FLAT
-from patchdiffusion.cli.parse import parse, take_first
+from patchdiffusion.cli.flags import flat, positional
+from patchdiffusion.cli.parse import parse
 from patchdiffusion.model import Weights
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.system.png import grid, save_png
 from patchdiffusion.system.serialize import encode
 
-DESCRIPTION = (
-    "Sample images from a run (also while it trains) or from a model folder, given as the first "
-    "argument. Seeds are SEED, SEED + 1, ...; the same seed gives the same image whatever the "
-    "batch. Files go to a new folder each time and hold their seed and the model's digest."
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArguments:
-    """Everything that can be set."""
+    """Sample images from a run, also while it trains, or from a model.
 
+    Seeds are SEED, SEED + 1, ...; the same seed gives the same image whatever the batch. Files go
+    to a new folder each time and hold their seed and the model's digest.
+    """
+
+    path: Path = field(default=Path(), metadata=positional("RUN"))
+    """Folder of a run or model."""
     count: int = 16
     """Number of images."""
     seed: int = 0
@@ -53,21 +53,13 @@ class SampleArguments:
     """Where to compute."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the network."""
-    sampler: SamplerConfig = field(default_factory=SamplerConfig, metadata=FLAT)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig, metadata=flat("sampler"))
 
 
 def main(arguments: Sequence[str]) -> None:
     """Sample, and write a grid and single files."""
-    first, flags = take_first(arguments)
-    given = parse(
-        SampleArguments(),
-        flags,
-        prog="patchdiffusion sample RUN_OR_MODEL",
-        description=DESCRIPTION,
-    )
-    if first is None:
-        raise ValueError("give the folder of a run or model: patchdiffusion sample RUN_OR_MODEL")
-    path = Path(first)
+    given = parse(SampleArguments(), arguments, "sample")
+    path = given.path
     pipeline = load(
         path,
         weights=given.weights,

@@ -142,10 +142,12 @@ def faces64(facts: Facts) -> TrainConfig:
 
 
 def meanflow(facts: Facts) -> TrainConfig:
-    """The demo as a few-step model: MeanFlow with patches, sampled in one to four evaluations.
+    """MeanFlow with patches, sampled in one to four evaluations: of the demo, or other images.
 
     Coordinates do not move along the path, so that patches change nothing in its derivative.
     """
+    if facts.path not in ("", "glyphs"):
+        return replace(with_objective(folder(facts), "meanflow"), patches=PatchLaw())
     demo = glyphs(facts)
     config = with_objective(demo, "meanflow")
     optim = replace(demo.optim, lr=1e-3)
@@ -190,12 +192,9 @@ def with_objective(config: TrainConfig, name: str | None) -> TrainConfig:
 
 
 RECIPES: dict[str, Recipe] = {
-    "glyphs": glyphs,
-    "folder": folder,
-    "cifar10": cifar10,
-    "faces64": faces64,
-    "meanflow": meanflow,
+    recipe.__name__: recipe for recipe in (glyphs, folder, cifar10, faces64, meanflow)
 }
+"""Recipes by name."""
 
 
 def find(name: str) -> Recipe:

@@ -1,0 +1,101 @@
+"""The subject of a command: a recipe, the images for it, and the run that they make."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from patchdiffusion import recipes
+from patchdiffusion.cli.flags import read
+from patchdiffusion.cli.parse import parse_some
+from patchdiffusion.data.options import DataConfig
+from patchdiffusion.data.prepare import prepare_data
+from patchdiffusion.data.source import is_run
+from patchdiffusion.recipes import Facts, Recipe
+from patchdiffusion.system.dist import place
+from patchdiffusion.train.config import RunConfig, TrainConfig
+from patchdiffusion.train.folder import stored_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Early:
+    """Flags that the defaults of all others depend on."""
+
+    name: str | None = None
+    out: Path | None = None
+    fresh: bool = False
+    device: str = "auto"
+    data: DataConfig = field(default_factory=lambda: DataConfig(path=""))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A recipe, images for it, and the name of their run."""
+
+    recipe: Recipe
+    images: str
+    """Where they are; empty if the recipe brings its own."""
+    name: str
+    early: Early
+
+    @classmethod
+    def of(cls, arguments: Sequence[str]) -> "Subject":
+        """What the words before the flags name; without any, the built-in images.
+
+        One word is data if it exists as a path, else a recipe; two are a recipe and data. Raises
+        `ValueError` for more words and for unknown recipes.
+        """
+        words, _ = read(arguments)
+        early = parse_some(Early(), arguments)
+        if len(words) > 2:
+            raise ValueError(f"{words[2]!r} is one argument too many after a recipe and data")
+        words = words or [early.data.path or "glyphs"]
+        path = Path(words[-1]).expanduser()
+        is_data = path.exists() and not (words[-1] in recipes.RECIPES and is_run(path))
+        images = str(path.resolve()) if is_data else words[-1]
+        stem = path.resolve().name.split(".")[0] or "run"
+        if len(words) == 2:
+            found = cls(recipes.find(words[0]), images, f"{stem}-{words[0]}", early)
+        elif is_data:
+            found = cls(recipes.folder, images, stem, early)
+        else:
+            found = cls(recipes.find(words[0]), "", words[0], early)
+        images = early.data.path or found.images
+        return replace(found, images=images, name=early.name or found.name)
+
+    @property
+    def data(self) -> DataConfig:
+        """How the recipe has its images prepared."""
+        data = self.recipe(Facts(path=self.images)).data
+        return replace(data, path=self.images) if self.images else data
+
+    def generic(self) -> TrainConfig:
+        """A configuration without having seen any images: of the run, or of the recipe."""
+        return self._begun() or self.recipe(Facts(path=self.images))
+
+    def config(self, arguments: Sequence[str]) -> TrainConfig:
+        """The configuration of the run, or what the recipe gives for its images once prepared."""
+        if (stored := self._begun()) is not None:
+            return self._same_data(stored)
+        name = self.recipe.__name__
+        data = parse_some(Early(data=self.data), arguments).data
+        if not data.path:
+            raise ValueError(f"the recipe {name} needs images: patchdiffusion train {name} DATA")
+        chosen = self.recipe(Facts.of(prepare_data(data), data.path, self.early.device))
+        if place().is_main:
+            print(f"recipe    {name}: {(self.recipe.__doc__ or '').strip().splitlines()[0]}")
+        return replace(chosen, name=self.name, data=replace(data, flip=chosen.data.flip))
+
+    def _begun(self) -> TrainConfig | None:
+        """The configuration of the run that goes on, if there is one."""
+        folder = RunConfig(out=self.early.out).folder(self.name)
+        return stored_config(folder) if not self.early.fresh and is_run(folder) else None
+
+    def _same_data(self, stored: TrainConfig) -> TrainConfig:
+        """The stored configuration; refused if other images are given than it was trained on."""
+        given = self.images
+        if given and Path(given).resolve() != Path(stored.data.path).resolve():
+            raise ValueError(
+                f"there is a run of that name already, on {stored.data.path}; use --name or --out "
+                "for another one, --fresh to set it aside, or its own folder to go on with it"
+            )
+        return stored
