@@ -62,14 +62,14 @@ class ModelConfig:
         """
         if labels is None or not self.network.num_classes:
             return None
-        known = self.classes or tuple(names[: self.network.num_classes])
-        strange = [name for name in names if name not in known]
-        if strange:
+        classes = self.classes or tuple(names[: self.network.num_classes])
+        unknown = [name for name in names if name not in classes]
+        if unknown:
             raise ValueError(
-                f"the data has classes that the model does not know: {', '.join(strange[:10])}; "
+                f"the data has classes that the model does not know: {', '.join(unknown[:10])}; "
                 f"it knows {', '.join(self.classes[:20]) or self.network.num_classes}"
             )
-        table = torch.tensor([*(known.index(name) for name in names), -1])  # -1 is none
+        table = torch.tensor([*(classes.index(name) for name in names), -1])  # -1 is none
         return table[labels]
 
 
@@ -143,25 +143,27 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
         raise ValueError(f"{folder / 'config.json'} is not a model configuration of format 1")
     file = folder / {"averaged": "model.safetensors", "raw": "raw.safetensors"}[weights]
     digests = facts.get("sha256")
-    wanted = digests.get(file.name) if isinstance(digests, dict) else None
+    recorded = digests.get(file.name) if isinstance(digests, dict) else None
     data = file.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != wanted:
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != recorded:
         if read_json(folder / "config.json") != facts:
             raise FileNotFoundError(2, "replaced while it was read", str(file))
-        raise ValueError(f"{file} is damaged: its digest is {found[:12]}, not {str(wanted)[:12]}")
-    given = {key: value for key, value in facts.items() if key not in ("format", "sha256")}
+        raise ValueError(
+            f"{file} is damaged: its digest is {actual[:12]}, not {str(recorded)[:12]}"
+        )
+    fields = {key: value for key, value in facts.items() if key not in ("format", "sha256")}
     try:
-        config = decode(ModelConfig, given)
+        config = decode(ModelConfig, fields)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     network = config.network.build()
     try:
-        given, own = load(data), network.state_dict()
-        network.load_state_dict(given)
-        if wrong := [name for name, value in given.items() if value.dtype != own[name].dtype]:
-            raise RuntimeError(f"{wrong[0]} is of {given[wrong[0]].dtype}")
+        tensors, own = load(data), network.state_dict()
+        network.load_state_dict(tensors)
+        if wrong := [name for name, value in tensors.items() if value.dtype != own[name].dtype]:
+            raise RuntimeError(f"{wrong[0]} is of {tensors[wrong[0]].dtype}")
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} does not fit its configuration: {reason}") from error
-    return Model(config, network.to(device).eval().requires_grad_(False), found[:16])
+    return Model(config, network.to(device).eval().requires_grad_(False), actual[:16])

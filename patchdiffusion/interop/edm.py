@@ -65,24 +65,24 @@ def load_edm_state_dict(network: SongUNet, state_dict: Mapping[str, Tensor]) -> 
     coordinates get zero weights. Raises `ValueError`, before anything is changed, if a name is
     missing or unknown or a shape differs.
     """
-    given = _weights(state_dict)
-    resolution, levels = _resolution(given), network.config.levels
+    published = _weights(state_dict)
+    resolution, levels = _resolution(published), network.config.levels
     ready: dict[str, Tensor] = {}
-    missing, wrong, unknown = [], [], set(given)
+    missing, wrong, unknown = [], [], set(published)
     for name, target in network.state_dict().items():
         source = edm_name(name, resolution, levels)
         unknown.discard(source)
-        if source not in given:
+        if source not in published:
             missing.append(source)
             continue
-        value = _converted(network, name, given[source])
+        value = _converted(network, name, published[source])
         if value.shape != target.shape:
-            wrong.append(f"{source} {tuple(given[source].shape)}")
+            wrong.append(f"{source} {tuple(published[source].shape)}")
         ready[name] = value
     faults = {"missing": missing, "unknown": sorted(unknown), "of another shape": wrong}
-    found = [f"{kind}: {_few(names)}" for kind, names in faults.items() if names]
-    if found:
-        raise ValueError(f"these weights do not fit the network; {'; '.join(found)}")
+    parts = [f"{kind}: {_few(names)}" for kind, names in faults.items() if names]
+    if parts:
+        raise ValueError(f"these weights do not fit the network; {'; '.join(parts)}")
     network.load_state_dict(ready)
 
 
@@ -92,27 +92,27 @@ def edm_config(state_dict: Mapping[str, Tensor], *, dropout: float = 0.0) -> UNe
     Weights do not say how much dropout they were trained with. Raises `ValueError` if they are
     not those of a DDPM++ or NCSN++.
     """
-    given = _weights(state_dict)
-    resolution = _resolution(given)
+    published = _weights(state_dict)
+    resolution = _resolution(published)
     top = f"{resolution}x{resolution}"
 
     def shape(name: str) -> torch.Size:
-        if name not in given:
+        if name not in published:
             raise ValueError(f"no {name}: these are not the weights of a DDPM++ or NCSN++")
-        return given[name].shape
+        return published[name].shape
 
     base, inputs = shape(f"enc.{top}_conv.weight")[:2]
     channels = shape(f"dec.{top}_aux_conv.weight")[0]
     if inputs not in (channels, channels + 2):
         raise ValueError(f"the network takes {inputs} channels and returns {channels}: unsupported")
-    blocks = sum(f"enc.{top}_block{i}.conv0.weight" in given for i in range(100))
+    blocks = sum(f"enc.{top}_block{i}.conv0.weight" in published for i in range(100))
     mult, attention = [], []
-    while (first := f"enc.{resolution}x{resolution}_block0") + ".conv0.weight" in given:
-        if f"{first}.qkv.weight" in given:
+    while (first := f"enc.{resolution}x{resolution}_block0") + ".conv0.weight" in published:
+        if f"{first}.qkv.weight" in published:
             attention.append(len(mult))
-        mult.append(given[f"{first}.conv0.weight"].shape[0] // base)
+        mult.append(published[f"{first}.conv0.weight"].shape[0] // base)
         resolution //= 2
-    residual = any("_aux_residual." in name for name in given)
+    residual = any("_aux_residual." in name for name in published)
     taps = {x.shape[-1] for name, x in state_dict.items() if name.endswith("resample_filter")}
     smooth = 4 in taps if taps else residual
     return UNetConfig(
@@ -121,10 +121,14 @@ def edm_config(state_dict: Mapping[str, Tensor], *, dropout: float = 0.0) -> UNe
         mult=tuple(mult),
         blocks=blocks,
         attention=tuple(attention),
-        num_classes=given["map_label.weight"].shape[1] if "map_label.weight" in given else 0,
-        augment_dim=given["map_augment.weight"].shape[1] if "map_augment.weight" in given else 0,
+        num_classes=published["map_label.weight"].shape[1]
+        if "map_label.weight" in published
+        else 0,
+        augment_dim=published["map_augment.weight"].shape[1]
+        if "map_augment.weight" in published
+        else 0,
         coordinates=inputs == channels + 2,
-        embedding="fourier" if "map_noise.freqs" in given else "positional",
+        embedding="fourier" if "map_noise.freqs" in published else "positional",
         encoder="residual" if residual else "standard",
         filter=(1, 3, 3, 1) if smooth else (1, 1),
         dropout=dropout,
@@ -140,10 +144,10 @@ def _weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _resolution(given: Mapping[str, Tensor]) -> int:
-    for name in given:
-        if found := re.fullmatch(r"enc\.(\d+)x\d+_conv\.weight", name):
-            return int(found[1])
+def _resolution(published: Mapping[str, Tensor]) -> int:
+    for name in published:
+        if match := re.fullmatch(r"enc\.(\d+)x\d+_conv\.weight", name):
+            return int(match[1])
     raise ValueError("no enc.<size>_conv.weight: these are not published EDM U-Net weights")
 
 

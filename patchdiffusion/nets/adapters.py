@@ -1,4 +1,4 @@
-"""Few new parameters on a network that exists."""
+"""Adapters: a few new parameters on an existing network."""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from patchdiffusion.nets.embed import exact_convolution
 
 
 class CoordinateStem(nn.Module):
-    """Lets an existing network see where a crop lies: `net.conv_in = CoordinateStem(net.conv_in)`.
+    """Conditions an existing network on coordinates: `net.conv_in = CoordinateStem(net.conv_in)`.
 
     Takes the image with the coordinates as further channels, [B, C + 2, H, W]. The coordinates go
     through a convolution of their own, in float32 and with zero weights at first: the network
-    then is the one it was, bit for bit, and can be fine-tuned on crops.
+    is unchanged at first, bit for bit, and can be fine-tuned on crops.
     """
 
     def __init__(self, conv: nn.Conv2d, axes: int = 2):
@@ -32,7 +32,7 @@ class CoordinateStem(nn.Module):
         nn.init.zeros_(self.coordinates.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C + 2, H, W] -> what the convolution makes of it."""
+        """x [B, C + 2, H, W] -> output of the convolution, coordinates included."""
         channels = self.image.in_channels
         h = self.image(x[:, :channels])
         return h + exact_convolution(self.coordinates, x[:, channels:]).to(h.dtype)

@@ -1,4 +1,4 @@
-"""The contract of networks: what one is built from, and what others may ask of it.
+"""The contract of networks: their configurations, parts, parameter roles and initial weights.
 
 Nothing outside this folder depends on the class of a network or of its configuration.
 """
@@ -14,7 +14,7 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.rng import seed_of
 
 Role = Literal["stem", "embedding", "modulation", "norm", "attention", "mlp", "conv", "head"]
-"""What a parameter is for.
+"""Purpose of a parameter.
 
 stem: from the image and its coordinates to features; embedding: of noise level, class and other
 conditions; modulation: from that embedding to shifts, scales and gates of a block; norm: gains and
@@ -58,7 +58,7 @@ class NetworkConfig:
             raise ValueError(f"{name} must lie in [{least}, {most}], not {value}")
 
     def inherit(self, old: "NetworkConfig", config: object) -> Self:
-        """The same with what does not depend on the kind of network, from the one it replaces."""
+        """A copy with the contract's fields (channels, classes, ...) of the network it replaces."""
         return replace(self, **{f.name: getattr(old, f.name) for f in fields(NetworkConfig)})
 
     @property
@@ -107,7 +107,7 @@ class Network(nn.Module, Generic[Config]):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self._places = "pos" in config.reads
+        self._positional = "pos" in config.reads
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """x [B, C, *S], noise [B] -> [B, C, *S]."""
@@ -127,7 +127,7 @@ class Network(nn.Module, Generic[Config]):
                 f"not {tuple(x.shape)}"
             )
         expected = (x.shape[0], n, *x.shape[2:])
-        if cond.pos is not None and self._places and cond.pos.shape != expected:
+        if cond.pos is not None and self._positional and cond.pos.shape != expected:
             raise ValueError(
                 f"cond.pos must be {expected} for x {tuple(x.shape)}, not {tuple(cond.pos.shape)}"
             )
@@ -143,12 +143,12 @@ class Network(nn.Module, Generic[Config]):
 
     def roles(self) -> dict[str, Role]:
         """The role of every parameter, by name; `ValueError` for one that has none."""
-        found = {}
+        roles = {}
         for name, role in _roles(self):
             if role is None:
                 raise ValueError(f"the parameter {name} of {type(self).__name__} has no role")
-            found[name] = role
-        return found
+            roles[name] = role
+        return roles
 
     def neutral(self) -> frozenset[str]:
         """Names of the parameters that start at zero and then add exactly nothing.

@@ -12,7 +12,7 @@ from patchdiffusion.nets.base import Network
 
 @dataclass(frozen=True)
 class Count:
-    """What a network costs."""
+    """Cost of a network."""
 
     macs: int
     """Multiply-accumulates of one forward pass of one image; 2 FLOP each."""

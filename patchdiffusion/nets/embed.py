@@ -1,4 +1,4 @@
-"""What a network is told beside the image: noise level, class, augmentation, coordinates.
+"""Embeddings of what a network is conditioned on: noise level, class, augmentation, coordinates.
 
 Shapes: B batch, C channels, H and W height and width, D size of the noise features, E size of the
 embedding, K classes.

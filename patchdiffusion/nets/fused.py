@@ -1,4 +1,4 @@
-"""What stands between two convolutions, in one kernel where there is one.
+"""Normalization, SiLU, dropout and sums between convolutions, in one kernel where there is one.
 
 On a CPU these parts are bound by memory: operators one by one read and write a feature map eight
 times and more, the kernels of fused.c three times. They take float32 and bfloat16 in
@@ -43,7 +43,7 @@ def group_norm(
     silu: bool = False,
     drop: float = 0.0,
 ) -> Tensor:
-    """Normalise x [B, C, H, W] + shift [B, C] in groups, then SiLU and dropout where asked for.
+    """Normalize x [B, C, H, W] + shift [B, C] in groups, then SiLU and dropout where asked for.
 
     weight and bias [C]; `key` int64 [B] is that of the dropout, None is no dropout. Statistics are
     float32, the result is like x.
@@ -80,7 +80,7 @@ def dropout(x: Tensor, key: Tensor, drop: float) -> Tensor:
 
 
 def status() -> str:
-    """What CPU tensors go through and why, in a few words."""
+    """Whether CPU tensors take the fused kernels, and if not why, in a few words."""
     return _library()[1]
 
 
@@ -215,9 +215,9 @@ def _differentiable(
     assert x is not None and weight is not None and bias is not None
     with torch.enable_grad():
         y = _operators(x, weight, bias, shift, key, how)
-    wanted = [t for t, need in zip(inputs, needed, strict=False) if need and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, gy, create_graph=torch.is_grad_enabled()))
-    return [next(found) if need else None for need in needed[:5]]
+    sources = [t for t, need in zip(inputs, needed, strict=False) if need and t is not None]
+    gradients = iter(torch.autograd.grad(y, sources, gy, create_graph=torch.is_grad_enabled()))
+    return [next(gradients) if need else None for need in needed[:5]]
 
 
 class _Residual(torch.autograd.Function):

@@ -18,7 +18,7 @@ from patchdiffusion.rng import subkeys
 
 UNetLike = TypeVar("UNetLike", bound=NetworkConfig)
 Aside = TypeVar("Aside")
-"""What goes down the encoder beside the features."""
+"""Whatever goes down the encoder beside the features, such as an input pyramid."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ Factory = Callable[[Place, int, int], nn.Module]
 
 
 class Features(NamedTuple):
-    """What the encoder hands to the decoder."""
+    """Output of the encoder, input of the decoder."""
 
     h: Tensor
     """[B, F, H', W'] after the middle."""
@@ -111,11 +111,11 @@ class UNet(Network[UNetLike], Generic[UNetLike, Aside]):
         raise NotImplementedError
 
     def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, Aside]:
-        """Features of level 0, and what goes down beside them; `ValueError` for wrong shapes."""
+        """Features of level 0, and what else goes down; `ValueError` for wrong shapes."""
         raise NotImplementedError
 
     def descend(self, level: int, h: Tensor, aside: Aside) -> tuple[Tensor, Aside]:
-        """What else is done with the features after they have been sampled down to a level."""
+        """Change the features that have just been sampled down to a level; here nothing."""
         return h, aside
 
     def finish(self, h: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, Aside]):
         return self.decode(self.encode(x, noise, cond, tape=tape), cond, tape=tape)
 
     def encode(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Features:
-        """Everything down to the middle, and with it."""
+        """Stem, encoder and middle."""
         emb = self.embedding(noise, cond)
         h, aside = self.begin(x, cond)
         skips, sizes = [put(tape, "stem", h)], []
@@ -159,7 +159,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, Aside]):
         return Features(h, tuple(skips), tuple(sizes), emb)
 
     def decode(self, features: Features, cond: Cond, *, tape: Tape | None = None) -> Tensor:
-        """Everything after the middle; of the condition only the seed still counts.
+        """Decoder and head; of the condition only the seed still counts.
 
         Replace `features.emb` by `embedding(noise, cond)` to decode for another noise level.
         """

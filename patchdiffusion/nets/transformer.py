@@ -1,8 +1,8 @@
 """A transformer over patches: DiT (Peebles & Xie, ICCV 2023, arXiv 2212.09748), for any axes.
 
-Patches become tokens, blocks let them attend to each other, tokens become patches. A token knows
-its place by sines and cosines of the canvas coordinates of its center, so that crops of any size
-know where they are. Written from the paper.
+Patches become tokens, blocks let them attend to each other, tokens become patches. Sines and
+cosines of the canvas coordinates of its center are added to each token, so that the network knows
+where a crop of any size lies. Written from the paper.
 
 Shapes: B batch, C image channels, n spatial axes, *S their lengths, T tokens, D features of a
 token, E size of the embedding.
@@ -76,7 +76,7 @@ def tiny(resolution: int = 32, **changes: object) -> TransformerConfig:
 
 
 class Tokens(NamedTuple):
-    """What the blocks work on."""
+    """Input and output of the blocks."""
 
     h: Tensor
     """[B, T, D]."""
