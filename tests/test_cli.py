@@ -5,6 +5,7 @@ delete the file; the next run of this test writes it anew and fails once.
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -49,18 +50,10 @@ def trained(finished: Path, tmp_path: Path) -> Path:
 
 def help_of(capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str) -> dict[str, str]:
     """Every flag of a command with its help text."""
-    monkeypatch.setenv("COLUMNS", "100")  # wider help has two columns
-    with pytest.raises(SystemExit) as ended:
-        cli.main([command, "--help"])
-    assert ended.value.code == 0
-    rows = [row.strip("\u2502| ") for row in capsys.readouterr().out.splitlines()]
-    flags: dict[str, str] = {}
-    for row, following in zip(rows, [*rows[1:], ""], strict=True):
-        if not re.match("--[a-z]", row):
-            continue
-        invocation, _, text = row.partition("   " if "   " in row else "  ")
-        flags[invocation.split(",")[0].split()[0]] = (text or following).strip()
-    return flags
+    monkeypatch.setenv("COLUMNS", "100")
+    rows = [row.strip() for row in works(capsys, command, "--help").splitlines()]
+    pairs = (re.split(r" {2,}", row, maxsplit=1) for row in rows if row.startswith("--"))
+    return {flag.split()[0].replace("[no-]", ""): text for flag, text in pairs}
 
 
 # ---- Help and version ----
@@ -86,8 +79,44 @@ def test_every_flag_has_a_help_text(
     flags = help_of(capsys, monkeypatch, command)
     assert flags
     for flag, text in flags.items():
-        words = re.sub(r"\(.*?\)", "", text).strip()
-        assert len(words) > 8 and not words.startswith("-"), (flag, text)
+        assert re.search(r"\w{2,}.* \[.*\]$", text) or text.startswith("["), (flag, text)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_the_help_of_training_is_read_in_a_minute(
+    columns: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line for each flag, what is set most above; the flags are those of what is chosen."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = works(capsys, "train", "--help").splitlines()
+    assert len(lines) <= 200
+    starts = [i for i, line in enumerate(lines) if line.startswith("  --")]
+    headings = [lines[i - 1].split(":")[0] for i in starts if lines[i - 1][0] != " "]
+    assert headings[:4] == ["training", "run", "data", "data.augment"]
+    assert headings[-1] == "preview" and starts[0] < 24
+    assert "--precond.sigma-data" in "".join(lines)
+    flow = works(capsys, "train", "--help", "--precond", "flow")
+    assert "--precond.time-scale" in flow and "--precond.sigma-data" not in flow
+    assert len(works(capsys, "train", "--help", "all")) > 1.2 * len("\n".join(lines))
+
+
+def test_help_on_one_thing(capsys: Capture) -> None:
+    part = works(capsys, "train", "--help", "noise", "batch", "--noise", "logit-normal")
+    assert part.startswith("noise: ") and "--noise.shift" in part and "--batch" in part
+    assert "--images" not in part and "..." not in part
+    assert "names no flag and no group; groups are" in fails(capsys, "train", "--help", "fly")
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_that_nobody_reads_to_its_end(
+    command: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as closed:
+        monkeypatch.setattr("sys.stdout", closed)
+        assert cli.main([*command.split(), "--help"]) == 141
+    assert capsys.readouterr().err == ""
 
 
 def frozen(name: str, lines: list[str]) -> None:

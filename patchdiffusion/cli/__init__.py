@@ -1,12 +1,15 @@
 """The command line: `patchdiffusion COMMAND ...`."""
 
 import io
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from patchdiffusion import __version__
 from patchdiffusion.cli import average, bench, doctor, evaluate, prepare, report, sample, train
+from patchdiffusion.cli.parse import HelpShown
 from patchdiffusion.system.dist import leave, place
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 
@@ -45,6 +48,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # no name that it cannot show may end a run
         sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError as error:
+        closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
+        code = 141 if closed else _fail(str(error), 2)
+    return code
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Whether nobody reads an output any more; what is still in it goes nowhere then."""
+    poll = select.poll()
+    try:
+        poll.register(stream.fileno(), 0)
+    except io.UnsupportedOperation:  # it is no file
+        return False
+    closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return closed
+
+
+def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
@@ -56,8 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if name not in COMMANDS:
             raise ValueError(f"unknown command {name!r}; commands are {', '.join(COMMANDS)}")
         COMMANDS[name][0](rest)
+    except HelpShown:
+        return 0
     except Stop as error:
         return _fail(str(error), error.code)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, ImportError) as error:
         return _fail(str(error) or type(error).__name__, 2)
     except (RuntimeError, MemoryError) as error:

@@ -7,6 +7,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
+from patchdiffusion import recipes
 from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.subject import Subject
@@ -32,9 +33,9 @@ class BenchArguments:
     """
 
     subject: tuple[str, ...] = field(
-        default=(), metadata=positional("[RECIPE] [DATA]", required=False)
+        default=(), metadata=positional("[RECIPE] [DATA]", required=False, listed=recipes.RECIPES)
     )
-    """As for train."""
+    """As for train: a recipe, and images. Recipes are:"""
     repeats: int = 9
     """Steps of each kind that are timed; the median counts."""
     save: Path | None = None

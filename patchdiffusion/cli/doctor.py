@@ -14,7 +14,7 @@ import PIL
 import safetensors
 import torch
 
-from patchdiffusion import __version__
+from patchdiffusion import __version__, recipes
 from patchdiffusion.cli.flags import positional, read
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.subject import Subject
@@ -42,9 +42,9 @@ class DoctorArguments:
     """
 
     subject: tuple[str, ...] = field(
-        default=(), metadata=positional("[RECIPE] [DATA]", required=False)
+        default=(), metadata=positional("[RECIPE] [DATA]", required=False, listed=recipes.RECIPES)
     )
-    """As for train."""
+    """As for train: a recipe, and images. Recipes are:"""
     data: DataConfig = field(default_factory=DataConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""

@@ -28,9 +28,11 @@ def flat(title: str) -> dict[str, str]:
     return {"flat": title}
 
 
-def positional(usage: str, *, required: bool = True) -> dict[str, object]:
-    """Metadata of a field that is given before all flags, without a flag."""
-    return {"positional": usage, "required": required}
+def positional(
+    usage: str, *, required: bool = True, listed: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    """Metadata of a field that is given before all flags; the help lists what has a docstring."""
+    return {"positional": usage, "required": required, "listed": listed}
 
 
 def read(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:

@@ -11,20 +11,24 @@ from patchdiffusion.cli.values import convert
 T = TypeVar("T")
 
 
+class HelpShown(Exception):
+    """The help was asked for and printed; there is nothing else to do."""
+
+
 def parse(default: T, arguments: Sequence[str], command: str) -> T:
     """A record with what the arguments of a command give.
 
     Raises `ValueError` in one line that names the flag, the value and what is allowed, and
-    `SystemExit(0)` after printing the help.
+    `HelpShown` after printing the help.
     """
     words, given = flags.read(arguments)
-    wants_help = given.pop("help", None) is not None
+    help_words = given.pop("help", None)
     record = flags.choose(default, given)
     flags.check_known(record, given)
     record = flags.assign(record, given)
-    if wants_help:
-        print(help_text(record, usage(record, command)))
-        raise SystemExit(0)
+    if help_words is not None:
+        print(help_text(record, usage(record, command), help_words))
+        raise HelpShown
     return _place(record, words, command)
 
 

@@ -25,9 +25,9 @@ class TrainArguments:
     """
 
     subject: tuple[str, ...] = field(
-        default=(), metadata=positional("[RECIPE] [DATA]", required=False)
+        default=(), metadata=positional("[RECIPE] [DATA]", required=False, listed=recipes.RECIPES)
     )
-    """A recipe, and a folder, zip, array or pack of images; or a run to go on with."""
+    """A recipe, and a folder, zip, array or pack of images; or a run to go on with. Recipes are:"""
     config: TrainConfig = field(default_factory=TrainConfig, metadata=flat("training"))
     run: RunConfig = field(default_factory=RunConfig, metadata=flat("run"))
 

@@ -12,6 +12,7 @@
 | 25 | no checkpoint is valid |
 | 26 | out of memory |
 | 130 | interrupted twice |
+| 141 | the program that read the output has ended, as `head` does |
 """
 
 import torch
