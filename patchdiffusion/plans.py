@@ -123,6 +123,8 @@ class Group:
     """Image pixels per input pixel along a side; q > 1 is a view down-sampled by averaging."""
     noise: NoiseLaw | None = None
     """Noise law of this group; None is the law of the run."""
+    lr: float = 1.0
+    """Factor of the learning rate of the step."""
 
     @property
     def name(self) -> str:

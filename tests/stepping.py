@@ -13,16 +13,19 @@ from patchdiffusion.losses import DenoisingLoss, Objective
 from patchdiffusion.nets.unet import SongUNet
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.plans import Group, PatchLaw, PatchPlan
-from patchdiffusion.train.config import GuardConfig, OptimConfig
+from patchdiffusion.train.config import GuardConfig
 from patchdiffusion.train.guard import Guard
+from patchdiffusion.train.optimizers import AdamW, Muon, OptimizerConfig
 from patchdiffusion.train.parallel import LossModule
+from patchdiffusion.train.schedules import Trapezoid
 from patchdiffusion.train.state import Meter
 from patchdiffusion.train.step import Stepper
 
 CANVAS = (8, 8)
 IMAGES = torch.from_numpy(np.stack([tiny.picture(n, 8) for n in range(12)]))
 LABELS = torch.arange(12) % 2
-FREE = OptimConfig(clip=1e9, warmup=0.0)
+FREE = AdamW(clip=1e9, schedule=Trapezoid(warmup=0.0))
+MUON = Muon(clip=1e9, schedule=Trapezoid(warmup=0.0))
 GROUPS = PatchPlan(CANVAS, 6, tiny.LAW, 2).draw(seed=0, step=0)  # 3 of 8x8, 6 of 4x4
 WHOLE = PatchPlan(CANVAS, 6, PatchLaw.whole(), 2).draw(seed=0, step=0)
 
@@ -31,7 +34,7 @@ def make(
     objective: Objective | None = None,
     *,
     network: SongUNet | None = None,
-    config: OptimConfig = FREE,
+    config: OptimizerConfig = FREE,
     guard: GuardConfig | None = None,
     micro_batch: int | None = None,
     precision: str = "fp32",
@@ -45,6 +48,7 @@ def make(
         Feed(IMAGES, LABELS, torch.arange(12), seed=7, flip=True),
         Guard(guard or GuardConfig(), torch.device("cpu")),
         config=config,
+        roles={network.get_parameter(name): role for name, role in network.roles().items()},
         canvas=CANVAS,
         micro_batch=micro_batch,
         precision=precision,
@@ -56,7 +60,7 @@ def take(
     stepper: Stepper, groups: tuple[Group, ...] = GROUPS, *, step: int = 0, progress: float = 0.5
 ) -> dict[str, float]:
     meter = Meter()
-    stepper(groups, meter, step=step, cursor=(step, 9 * step), progress=progress)
+    stepper(groups, meter, step=step, cursor=(step, 9 * step), progress=progress, seen=0.0)
     return meter.read()
 
 
@@ -69,7 +73,7 @@ def everything(stepper: Stepper, network: torch.nn.Module) -> dict[str, Tensor]:
     """Weights, moments and step counts."""
     state = {name: p.detach().clone() for name, p in network.named_parameters()}
     for i, p in enumerate(stepper.parameters):
-        for name, value in stepper.update.optimizer.state.get(p, {}).items():
+        for name, value in stepper.update.state(p).items():
             state[f"{i}/{name}"] = value.clone()
     return state
 

@@ -37,7 +37,7 @@ def test_a_step_waits_for_nothing() -> None:
     stepper, _ = make()
     take(stepper)
     with Operators() as counted:
-        stepper(GROUPS, Meter(), step=1, cursor=(1, 9), progress=0.5)
+        stepper(GROUPS, Meter(), step=1, cursor=(1, 9), progress=0.5, seen=0.0)
     assert counted.total > 100
     assert counted.syncs == 0
 

@@ -15,6 +15,7 @@ from patchdiffusion.data.source import open_source
 from patchdiffusion.recipes import RECIPES, Facts
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train.config import TrainConfig
+from patchdiffusion.train.schedules import Trapezoid
 
 SITUATIONS = {
     "nothing known": Facts(),
@@ -71,7 +72,8 @@ def test_the_paper_is_the_paper() -> None:
     assert config.patches.mode == "stochastic" and config.patches.probs == (0.5, 0.3, 0.2)
     assert (config.clock, config.batch, config.images) == ("crops", 512, 2e8)
     assert (config.optim.lr, config.ema.half_life, config.ema.ramp_up) == (2e-4, 5e5, 0.05)
-    assert config.optim.warmup * config.images == pytest.approx(10e6)
+    assert isinstance(config.optim.schedule, Trapezoid)
+    assert config.optim.schedule.warmup * config.images == pytest.approx(10e6)
     cost = config.plan((64, 64)).cost()
     equivalents = 2e8 * cost.step / cost.crops
     assert equivalents == pytest.approx(73.7e6, rel=0.001)

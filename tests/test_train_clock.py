@@ -12,8 +12,10 @@ from patchdiffusion import train
 from patchdiffusion.plans import PatchLaw
 from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop
-from patchdiffusion.train.config import Clock, EMAConfig, OptimConfig, RunConfig
+from patchdiffusion.train.config import Clock, EMAConfig, RunConfig
 from patchdiffusion.train.log import duration, quantity
+from patchdiffusion.train.optimizers import AdamW
+from patchdiffusion.train.schedules import Trapezoid
 from patchdiffusion.train.status import measured_peak
 
 
@@ -29,7 +31,7 @@ def test_counters_rates_and_averages_have_closed_forms(
     clock: Clock, images: Path, tmp_path: Path
 ) -> None:
     law = PatchLaw(mode="stochastic", fractions=(1.0, 0.5), probs=(0.5, 0.5))
-    optim = OptimConfig(lr=1e-2, warmup=0.5, cooldown=0.25)
+    optim = AdamW(lr=1e-2, schedule=Trapezoid(warmup=0.5, cooldown=0.25))
     ema = EMAConfig(half_life=9.0, ramp_up=0.8)
     config = tiny.config(images, clock=clock, images=60, optim=optim, ema=ema, patches=law)
     training = tiny.training(config, tmp_path / "run")
@@ -44,7 +46,7 @@ def test_counters_rates_and_averages_have_closed_forms(
     for k in range(steps):
         sizes.append(training.plan.draw(seed=config.seed, step=k)[0].size)
         loop.one_step(training)
-        rates.append(training.stepper.update.optimizer.param_groups[0]["lr"])
+        rates.append(training.stepper.update.lr)
         shown.append(training.now)
         passed.append(look())
     assert set(sizes) == {(16, 16), (8, 8)}

@@ -17,7 +17,7 @@ from patchdiffusion.parameterisation import EDM, V
 from patchdiffusion.plans import PatchLaw
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import decode
-from patchdiffusion.train.config import FREE, EMAConfig, GuardConfig, OptimConfig, PreviewConfig
+from patchdiffusion.train.config import FREE, EMAConfig, GuardConfig, PreviewConfig
 from patchdiffusion.train.folder import (
     check_disk,
     is_same_run,
@@ -25,6 +25,8 @@ from patchdiffusion.train.folder import (
     stored_config,
     write_config,
 )
+from patchdiffusion.train.optimizers import AdamW
+from patchdiffusion.train.schedules import Trapezoid
 from patchdiffusion.weighting import EDMWeight, EpsWeight, P2Weight
 
 NAN, INF = float("nan"), float("inf")
@@ -33,12 +35,12 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OptimConfig(lr=-1.0), "lr must be positive and finite, not -1.0"),
-        (lambda: OptimConfig(lr=0.0), "lr must be positive"),
-        (lambda: OptimConfig(lr=NAN), "lr must be positive and finite, not nan"),
-        (lambda: OptimConfig(lr=INF), "lr must be positive and finite, not inf"),
-        (lambda: OptimConfig(eps=0.0), "eps must be positive"),
-        (lambda: OptimConfig(clip=-1.0), "clip must be positive"),
+        (lambda: AdamW(lr=-1.0), "lr must be positive and finite, not -1.0"),
+        (lambda: AdamW(lr=0.0), "lr must be positive"),
+        (lambda: AdamW(lr=NAN), "lr must be positive and finite, not nan"),
+        (lambda: AdamW(lr=INF), "lr must be positive and finite, not inf"),
+        (lambda: AdamW(eps=0.0), "eps must be positive"),
+        (lambda: AdamW(clip=-1.0), "clip must be positive"),
         (lambda: GuardConfig(max_skips=0), "max_skips must be positive"),
         (lambda: GuardConfig(spike=1.0), "spike must be above 1"),
         (lambda: GuardConfig(spike=INF), "spike must be above 1 and finite, not inf"),
@@ -47,12 +49,12 @@ NAN, INF = float("nan"), float("inf")
         (lambda: EMAConfig(profiles=(0.3,)), r"profiles must lie above 0 and below 0.2887, not"),
         (lambda: EMAConfig(profiles=(0.1, 0.1)), "profiles must differ from each other"),
         (lambda: EMAConfig(snapshots=0), "snapshots must be positive"),
-        (lambda: OptimConfig(warmup=1.5), r"warmup must lie in \[0, 1\], not 1.5"),
-        (lambda: OptimConfig(cooldown=-0.1), "cooldown must lie in"),
-        (lambda: OptimConfig(betas=(0.9, 1.0)), r"betas must lie in \[0, 1\), not \(0.9, 1.0\)"),
-        (lambda: OptimConfig(weight_decay=-1.0), "weight_decay must be >= 0"),
-        (lambda: OptimConfig(weight_decay=NAN), "weight_decay must be >= 0"),
-        (lambda: OptimConfig(weight_decay=INF), "weight_decay must be >= 0"),
+        (lambda: Trapezoid(warmup=1.5), r"warmup must lie in \[0, 1\], not 1.5"),
+        (lambda: Trapezoid(cooldown=-0.1), "cooldown must lie in"),
+        (lambda: AdamW(betas=(0.9, 1.0)), r"betas must lie in \[0, 1\), not \(0.9, 1.0\)"),
+        (lambda: AdamW(weight_decay=-1.0), "weight_decay must be >= 0"),
+        (lambda: AdamW(weight_decay=NAN), "weight_decay must be >= 0"),
+        (lambda: AdamW(weight_decay=INF), "weight_decay must be >= 0"),
         (lambda: EMAConfig(half_life=0.0), "half_life must be positive"),
         (lambda: EMAConfig(ramp_up=-1.0), "ramp_up must be positive"),
         (lambda: PreviewConfig(status=0), "status must be positive"),
@@ -84,24 +86,7 @@ def test_impossible_values_are_named(make: Callable[[], object], message: str) -
         make()
 
 
-# ---- Schedules ----
-
-
-def test_learning_rate() -> None:
-    optim = OptimConfig(lr=3.0, warmup=0.1, cooldown=0.4)
-    expected = {0.0: 0.0, 0.05: 1.5, 0.1: 3.0, 0.3: 3.0, 0.6: 3.0, 0.8: 1.5, 1.0: 0.0, 1.2: 0.0}
-    for progress, rate in expected.items():
-        assert optim.learning_rate(progress) == pytest.approx(rate, abs=1e-12), progress
-
-
-def test_learning_rate_without_warmup_or_cooldown() -> None:
-    optim = OptimConfig(lr=3.0, warmup=0.0, cooldown=0.0)
-    assert [optim.learning_rate(p) for p in (0.0, 0.5, 1.0)] == [3.0] * 3
-
-
-def test_learning_rate_when_warmup_meets_cooldown() -> None:
-    optim = OptimConfig(lr=1.0, warmup=1.0, cooldown=1.0)
-    assert [optim.learning_rate(p) for p in (0.0, 0.5, 0.75)] == [0.0, 0.5, 0.25]
+# ---- Averages ----
 
 
 def test_average_forgets_half_in_a_half_life() -> None:
@@ -184,7 +169,7 @@ def test_some_fields_may_change(field: str, tmp_path: Path) -> None:
         ({"precond": V()}, ["precond: EDM(sigma_data=0.5) -> V(steps=1000)"]),
         ({"weighting": EpsWeight()}, ["weighting: None -> EpsWeight()"]),
         ({"log_variance": 8}, ["log_variance: 0 -> 8"]),
-        ({"optim": OptimConfig(lr=1.0), "network": UNetConfig(base=64)},
+        ({"optim": AdamW(lr=1.0), "network": UNetConfig(base=64)},
          ["optim.lr: 0.0002 -> 1.0", "network.base: 128 -> 64"]),
     ],
 )  # fmt: skip

@@ -16,8 +16,10 @@ import torch
 from patchdiffusion.plans import PatchLaw
 from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop, optim
-from patchdiffusion.train.config import OptimConfig, Precision, PreviewConfig
+from patchdiffusion.train.config import Precision, PreviewConfig
+from patchdiffusion.train.optimizers import AdamW
 from patchdiffusion.train.report import read_log
+from patchdiffusion.train.schedules import Trapezoid
 
 Hook = Callable[[int], None]
 
@@ -211,7 +213,7 @@ def test_a_finished_run_is_left_as_it_is(
 
 
 def test_a_finished_run_can_be_extended(images: Path, tmp_path: Path) -> None:
-    constant = OptimConfig(lr=1e-2, warmup=0.0, cooldown=0.0)
+    constant = AdamW(lr=1e-2, schedule=Trapezoid(warmup=0.0, cooldown=0.0))
     short, long = (tiny.config(images, steps=n, optim=constant) for n in (2, 4))
     tiny.run(short, tmp_path / "extended")
     folder = tiny.run(long, tmp_path / "extended")

@@ -4,11 +4,12 @@ import math
 
 import pytest
 import torch
-from stepping import everything, make, same, take
+from stepping import FREE, MUON, everything, make, same, take
 
 from patchdiffusion import rng
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut, Objective
+from patchdiffusion.train.optimizers import OptimizerConfig
 from patchdiffusion.train.step import Stepper
 
 
@@ -38,9 +39,10 @@ def skips_in_a_row(stepper: Stepper) -> int:
 
 @pytest.mark.parametrize("kind", ["nan loss", "infinite loss", "infinite gradient"])
 @pytest.mark.parametrize("at", [0, 1])
-def test_a_bad_step_changes_nothing(kind: str, at: int) -> None:
-    stepper, network = make(poison(kind, at))
-    clean, undisturbed = make()
+@pytest.mark.parametrize("optimizer", [FREE, MUON], ids=["adamw", "muon"])
+def test_a_bad_step_changes_nothing(optimizer: OptimizerConfig, kind: str, at: int) -> None:
+    stepper, network = make(poison(kind, at), config=optimizer)
+    clean, undisturbed = make(config=optimizer)
     for step in range(at):
         take(stepper, step=step)
         take(clean, step=step)

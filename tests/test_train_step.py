@@ -19,9 +19,12 @@ from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
 from patchdiffusion.system.device import autocast, best_precision
 from patchdiffusion.train import optim
-from patchdiffusion.train.config import OptimConfig
 from patchdiffusion.train.guard import Order
+from patchdiffusion.train.optimizers import AdamW
+from patchdiffusion.train.schedules import Trapezoid
 from patchdiffusion.train.step import chunks
+
+CONSTANT = Trapezoid(warmup=0.0, cooldown=0.0)
 
 # ---- Micro-batches ----
 
@@ -199,13 +202,13 @@ def test_gradients_are_clipped() -> None:
 
 
 def test_the_learning_rate_follows_progress() -> None:
-    stepper, _ = make(config=OptimConfig(lr=0.5, warmup=0.5, cooldown=0.0))
+    stepper, _ = make(config=AdamW(lr=0.5, schedule=Trapezoid(warmup=0.5, cooldown=0.0)))
     take(stepper, progress=0.25)
-    assert stepper.update.optimizer.param_groups[0]["lr"] == 0.25
+    assert stepper.update.optimizers[0].param_groups[0]["lr"] == stepper.update.lr == 0.25
 
 
 def test_the_update_is_that_of_adam() -> None:
-    config = OptimConfig(lr=1e-2, warmup=0.0, cooldown=0.0, clip=1e9, weight_decay=0.1)
+    config = AdamW(lr=1e-2, schedule=CONSTANT, clip=1e9, weight_decay=0.1)
     stepper, network = make(config=config)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
     take(stepper)

@@ -16,11 +16,15 @@ from patchdiffusion import Pipeline, RunConfig, TrainConfig, UNetConfig, train
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.model import Model, ModelConfig
+from patchdiffusion.nets.base import Network
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.plans import PatchLaw
-from patchdiffusion.train.config import EMAConfig, OptimConfig, PreviewConfig
+from patchdiffusion.train.config import EMAConfig, PreviewConfig
+from patchdiffusion.train.optim import Update
+from patchdiffusion.train.optimizers import AdamW, OptimizerConfig, Trained
 from patchdiffusion.train.report import read_log
+from patchdiffusion.train.schedules import Trapezoid
 from patchdiffusion.train.setup import Training, assemble
 
 NETWORK = UNetConfig(base=4, mult=(1, 2), blocks=1, attention=(), num_classes=2)
@@ -75,7 +79,7 @@ def config(path: Path, *, steps: int = 4, **changes: object) -> TrainConfig:
         network=NETWORK,
         noise=LogNormal(mean=-0.5),
         patches=LAW,
-        optim=OptimConfig(lr=1e-2, warmup=0.1),
+        optim=AdamW(lr=1e-2, schedule=Trapezoid(warmup=0.1)),
         ema=EMAConfig(half_life=10.0, ramp_up=0.5),
         preview=PreviewConfig(status=10**6, samples=1, grid=2, sample_steps=2, held_out=2),
         images=steps * STEP,
@@ -126,6 +130,13 @@ def digests(folder: Path) -> dict[str, str]:
 def weights(folder: Path) -> dict[str, str]:
     """Digests of the averaged and raw weights of a run."""
     return {k: v for k, v in digests(folder / "model").items() if k.endswith(".safetensors")}
+
+
+def update(network: Network, optimizer: OptimizerConfig) -> Update:
+    """The update of a network's weights."""
+    roles = network.roles()
+    trained = [Trained(p, roles[name]) for name, p in network.named_parameters()]
+    return Update(trained, optimizer, scaled=False)
 
 
 def randomise(network: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:

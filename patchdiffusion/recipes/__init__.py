@@ -16,7 +16,9 @@ from patchdiffusion.objectives import ConsistencyConfig, FewStep, MeanFlowConfig
 from patchdiffusion.parameterisation import EDM, default_noise
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import PatchLaw
-from patchdiffusion.train.config import EMAConfig, OptimConfig, PreviewConfig, TrainConfig
+from patchdiffusion.train.config import EMAConfig, PreviewConfig, TrainConfig
+from patchdiffusion.train.optimizers import AdamW
+from patchdiffusion.train.schedules import Trapezoid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +86,7 @@ def folder(facts: Facts) -> TrainConfig:
             network, channels=facts.channels, num_classes=facts.classes, dropout=dropout
         ),
         patches=law,
-        optim=OptimConfig(lr=lr),
+        optim=AdamW(lr=lr),
         batch=batch,
         images=images,
     )
@@ -103,7 +105,7 @@ def glyphs(facts: Facts) -> TrainConfig:
         precond=EDM(sigma_data=0.7),
         noise=LogNormal(mean=-0.7),
         patches=GROWING,
-        optim=OptimConfig(lr=3e-3, cooldown=0.4),
+        optim=AdamW(lr=3e-3, schedule=Trapezoid(cooldown=0.4)),
         batch=32,
         images=20_000,
         preview=PreviewConfig(status=40, samples=4),
@@ -116,7 +118,7 @@ def cifar10(facts: Facts) -> TrainConfig:
         name="cifar10",
         data=DataConfig(path=facts.path, flip=True),
         network=unet.ddpmpp(32, channels=facts.channels, num_classes=facts.classes),
-        optim=OptimConfig(lr=1e-3, warmup=0.05),
+        optim=AdamW(lr=1e-3, schedule=Trapezoid(warmup=0.05)),
         batch=512,
         images=75_000_000,
     )
@@ -133,7 +135,7 @@ def faces64(facts: Facts) -> TrainConfig:
         network=unet.ddpmpp(64, channels=facts.channels, num_classes=facts.classes),
         precond=EDM(sigma_data=0.5),
         patches=PatchLaw.paper(0.5),
-        optim=OptimConfig(lr=2e-4, warmup=0.05, cooldown=0.0),
+        optim=AdamW(lr=2e-4, schedule=Trapezoid(warmup=0.05, cooldown=0.0)),
         ema=EMAConfig(half_life=500_000),
         batch=512,
         images=200_000_000,

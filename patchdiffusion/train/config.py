@@ -13,62 +13,14 @@ from patchdiffusion.objectives import FewStep
 from patchdiffusion.parameterisation import EDM, EpsDDPM, Parameterisation, default_weighting
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Clock, PatchLaw, PatchPlan
+from patchdiffusion.system.checks import fraction, positive
+from patchdiffusion.train.optimizers import AdamW, Optimizer
 from patchdiffusion.weighting import LossWeight
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 WIDEST = 12**-0.5
 """Relative width of the average of all weights alike, the widest of the power-function averages."""
-
-
-def positive(owner: object, *names: str) -> None:
-    """Raise `ValueError` unless the named fields are above 0 and no larger than 64 bits count."""
-    for name in names:
-        value = getattr(owner, name)
-        if not 0 < value < 2**63:
-            raise ValueError(f"{name} must be positive and finite, not {value}")
-
-
-def fraction(owner: object, *names: str) -> None:
-    """Raise `ValueError` unless the named fields lie in [0, 1]."""
-    for name in names:
-        value = getattr(owner, name)
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], not {value}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW and its schedule, as a function of the share of the run that is done."""
-
-    lr: float = 2e-4
-    """Learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment per step."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay; 0 is plain Adam."""
-    warmup: float = 0.02
-    """Share of the run over which the learning rate rises linearly from 0."""
-    cooldown: float = 0.2
-    """Share of the run, at its end, over which it falls linearly to 0; 0 keeps it constant."""
-    clip: float = 1.0
-    """Largest gradient norm; larger gradients are scaled down."""
-
-    def __post_init__(self) -> None:
-        positive(self, "lr", "eps", "clip")
-        fraction(self, "warmup", "cooldown")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), not {self.betas}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ValueError(f"weight_decay must be >= 0 and finite, not {self.weight_decay}")
-
-    def learning_rate(self, progress: float) -> float:
-        """The learning rate when a share `progress` of the run is done."""
-        rise = min(progress / self.warmup, 1.0) if self.warmup else 1.0
-        fall = min((1 - progress) / self.cooldown, 1.0) if self.cooldown else 1.0
-        return self.lr * max(min(rise, fall), 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +127,8 @@ class TrainConfig:
     objective: FewStep | None = None
     """What is trained: None is a denoiser, the others sample in a few steps."""
     patches: PatchLaw = field(default_factory=PatchLaw)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: Optimizer = field(default_factory=AdamW)
+    """How the weights are updated."""
     ema: EMAConfig = field(default_factory=EMAConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)

@@ -25,15 +25,21 @@ def profile_name(std: float) -> str:
 class EMA:
     """Averages in float32 that follow the parameters of a network, each with one kernel launch.
 
-    Parameters are averaged; buffers are copied once, as networks here only have constant ones.
+    Parameters that are trained are averaged; the others are shared with the network. Buffers are
+    copied once, as networks here only have constant ones.
     """
 
     def __init__(self, network: nn.Module, config: EMAConfig):
         self.config = config
         self._shell = copy.deepcopy(network).requires_grad_(False)  # its weights are the average
-        self._names = [name for name, _ in network.named_parameters()]
-        self._sources = list(network.parameters())
-        self.averages: dict[str, list[Tensor]] = {MAIN: list(self._shell.parameters())}
+        own = dict(network.named_parameters())
+        self._names = [name for name, p in own.items() if p.requires_grad]
+        self._fixed = {name: p for name, p in own.items() if not p.requires_grad}
+        self._sources = [own[name] for name in self._names]
+        for name, p in self._fixed.items():
+            self._shell.get_parameter(name).data = p.data
+        shell: list[Tensor] = [self._shell.get_parameter(name) for name in self._names]
+        self.averages: dict[str, list[Tensor]] = {MAIN: shell}
         for std in config.profiles:
             self.averages[profile_name(std)] = [p.detach().clone() for p in self._sources]
         self._sharded = False
@@ -41,7 +47,9 @@ class EMA:
 
     def shard(self, network: nn.Module) -> None:
         """Divide the averages like the parameters of a network that is sharded by now."""
-        self._sources = list(network.parameters())
+        own = dict(network.named_parameters())
+        self._sources = [own[name] for name in self._names]
+        self._fixed = {name: own[name] for name in self._fixed}
         for name, tensors in self.averages.items():
             pairs = zip(tensors, self._sources, strict=True)
             self.averages[name] = [as_sharded(t, like) for t, like in pairs]
@@ -62,9 +70,10 @@ class EMA:
     @torch.no_grad()
     def copy(self, network: nn.Module) -> None:
         """Begin all averages anew at the weights of a network."""
+        own = dict(network.named_parameters())
         for tensors in self.averages.values():
-            for target, source in zip(tensors, network.parameters(), strict=True):
-                local(target).copy_(local(source))
+            for target, name in zip(tensors, self._names, strict=True):
+                local(target).copy_(local(own[name]))
 
     def network(self) -> nn.Module:
         """A network with the main average as its weights; with shards, all processes must ask."""
@@ -73,8 +82,9 @@ class EMA:
         device = local(self._sources[0]).device
         network = copy.deepcopy(self._shell).to_empty(device=device)
         network.load_state_dict(self._buffers, strict=False)
-        for target, average in zip(network.parameters(), self.averages[MAIN], strict=True):
-            target.copy_(whole(average))
+        values = dict(zip(self._names, self.averages[MAIN], strict=True)) | self._fixed
+        for name, target in network.named_parameters():
+            target.copy_(whole(values[name]))
         return network
 
     def tensors(self, name: str) -> dict[str, Tensor]:

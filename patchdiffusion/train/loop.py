@@ -183,7 +183,9 @@ def one_step(training: Training, groups: tuple[Group, ...] | None = None) -> Non
     phases.begin_step(state.step)
     progress = min(before / config.images, 1.0)
     groups = groups or training.plan.draw(seed=config.seed, step=cursor[0], progress=progress)
-    training.stepper(groups, training.meter, step=state.step, cursor=cursor, progress=progress)
+    training.stepper(
+        groups, training.meter, step=state.step, cursor=cursor, progress=progress, seen=before
+    )
     flops = sum(training.flops[group.size] * group.count for group in groups)
     state.advance(groups, training.canvas, flops)
     with phases("average"):

@@ -15,6 +15,7 @@ from patchdiffusion.system.dist import Team
 from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.config import TrainConfig
+from patchdiffusion.train.optim import Update, moments
 from patchdiffusion.train.parallel import as_sharded, is_sharded, local
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import Meter, RunFacts
@@ -54,18 +55,18 @@ def load(training: Training, found: Found) -> None:
         else:  # a profile that is new
             for key, target in targets.items():
                 local(target).copy_(local(own[key].detach()))
-    optimizer = training.stepper.update.optimizer
-    optimizer.state.clear()
-    moments = empty_moments(optimizer, network, facts.groups["optimizer"])
-    _read(training.team, found, "optimizer", moments)
+    update = training.stepper.update
+    update.clear()
+    empty = empty_moments(update, network, facts.groups["optimizer"])
+    _read(training.team, found, "optimizer", empty)
     learned, names = _tensors(training.learner), facts.groups.get("objective", ())
     if learned and names:  # what a changed objective adds begins anew
-        moments = empty_moments(optimizer, training.learner, [n for n in names if "/" in n])
-        _read(training.team, found, "objective", learned | moments)
+        empty = empty_moments(update, training.learner, [n for n in names if "/" in n])
+        _read(training.team, found, "objective", learned | empty)
     training.state = replace(facts.state)
     training.meter = Meter.of(facts.meter, training.device)
     training.stepper.guard.load(facts.guard)
-    training.stepper.update.set_loss_scale(facts.loss_scale)
+    update.set_loss_scale(facts.loss_scale)
 
 
 def _read(team: Team, found: Found, group: str, targets: Mapping[str, Tensor]) -> None:
@@ -97,21 +98,15 @@ def fill(team: Team, targets: Mapping[str, Tensor], given: Mapping[str, Tensor])
             target.copy_(team.broadcast(value.contiguous()))
 
 
-def empty_moments(
-    optimizer: torch.optim.Optimizer, network: nn.Module, names: Sequence[str]
-) -> dict[str, Tensor]:
-    """Empty moments of an optimizer under the names they have in a checkpoint."""
-    parameters, found = dict(network.named_parameters()), {}
-    for path in names:
-        name, entry = path.rsplit("/", 1)
-        parameter = parameters.get(name)
-        if parameter is None:
-            raise ValueError(f"the checkpoint has moments of {name}, which the network has not")
-        # Fused kernels walk through memory: the layout must be that of the parameter.
-        scalar = entry == "step"
-        like = torch.zeros((), device=parameter.device) if scalar else torch.zeros_like(parameter)
-        found[path] = optimizer.state[parameter][entry] = like.detach()
-    return found
+def empty_moments(update: Update, network: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
+    """The state of the optimizers, zero, for the parameters of which a checkpoint has any."""
+    parameters = dict(network.named_parameters())
+    owners = dict.fromkeys(path.rsplit("/", 1)[0] for path in names)
+    for name in owners:
+        if name not in parameters or not parameters[name].requires_grad:
+            raise ValueError(f"the checkpoint has moments of {name}, which is not trained here")
+    update.begin(parameters[name] for name in owners)
+    return moments(update, network)
 
 
 # ---- Beginning with the weights of a model ----

@@ -105,13 +105,13 @@ class Saver:
 def _state(training: Training) -> Groups:
     """All tensors of a run, as this process has them."""
     buffers = dict(training.network.named_buffers())
-    learner, optimizer = training.learner, training.stepper.update.optimizer
+    learner, update = training.learner, training.stepper.update
     learned = dict(learner.named_parameters()) | dict(learner.named_buffers())
     return {
         "weights": dict(training.network.named_parameters()) | buffers,
         **{name: training.ema.tensors(name) for name in training.ema.averages},
-        "optimizer": moments(optimizer, training.network),
-        **({"objective": learned | moments(optimizer, learner)} if learned else {}),
+        "optimizer": moments(update, training.network),
+        **({"objective": learned | moments(update, learner)} if learned else {}),
     }
 
 
@@ -199,8 +199,7 @@ def _write(training: Training, full: Groups, record: RunFacts) -> str:
 
 
 def _write_model(training: Training, full: Groups) -> None:
-    buffers = dict(training.network.named_buffers())
-    averaged = full[MAIN] | buffers
+    averaged = full["weights"] | full[MAIN]
     save_model(training.folder / "model", training.model_config, averaged, full["weights"])
 
 

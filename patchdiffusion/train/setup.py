@@ -20,6 +20,7 @@ from patchdiffusion.nets.count import training_flops
 from patchdiffusion.objectives import denoises, parameterisation
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.plans import PatchPlan
+from patchdiffusion.system import families
 from patchdiffusion.system.device import (
     best_precision,
     channels_last,
@@ -37,7 +38,7 @@ from patchdiffusion.train.log import RunLog, quantity
 from patchdiffusion.train.parallel import LossModule, replicate, shard
 from patchdiffusion.train.preview import Preview, training_labels
 from patchdiffusion.train.state import DataFacts, Meter, TrainState
-from patchdiffusion.train.step import Stepper
+from patchdiffusion.train.step import AfterStep, Stepper
 from patchdiffusion.train.timing import Phases
 from patchdiffusion.weighting import LogVariance
 
@@ -230,6 +231,9 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     check_team(config, team)
     if run.shard and config.objective is not None:
         raise ValueError("--shard works with --objective denoising only; leave one of them out")
+    if run.shard and not config.optim.shardable:
+        word = families.word(type(config.optim))
+        raise ValueError(f"--shard divides the matrices that {word} needs whole: use --optim adamw")
     device = pick_device(run.device)
     prepare_machine(run, device, team.place)
     precision = best_precision(device) if config.precision == "auto" else config.precision
@@ -255,12 +259,14 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         augment=config.data.augment if config.data.augment.p else None,
         device=device,
     )
-    phases = Phases()
+    phases, parameters = Phases(), dict(network.named_parameters())
     stepper = Stepper(
         work if run.shard else replicate(work, team),
         feed,
         Guard(config.guard, device),
         config=config.optim,
+        roles={parameters[name]: role for name, role in network.roles().items()},
+        watchers=[part for part in (network, objective) if isinstance(part, AfterStep)],
         canvas=canvas,
         micro_batch=config.micro_batch,
         precision=precision,

@@ -70,7 +70,7 @@ class Status:
             loss=loss,
             sizes=sizes,
             grad_norm=means.get("grad norm"),
-            lr=training.stepper.update.optimizer.param_groups[0]["lr"],
+            lr=training.stepper.update.lr,
             skipped=state.skipped,
             seconds=round(state.seconds, 3),
             images_per_second=rate,

@@ -2,22 +2,23 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.losses import LossOut
+from patchdiffusion.nets.base import Role
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Group
 from patchdiffusion.system.device import autocast
 from patchdiffusion.system.dist import Team
-from patchdiffusion.train.config import OptimConfig
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.optim import Update
+from patchdiffusion.train.optimizers import OptimizerConfig, Trained
 from patchdiffusion.train.parallel import synchronised
 from patchdiffusion.train.state import Meter
 from patchdiffusion.train.timing import Phases
@@ -27,6 +28,23 @@ def chunks(part: range, count: int) -> Iterator[range]:
     """Split a range into `count` ranges, as even as possible."""
     edges = [part.start + len(part) * i // count for i in range(count + 1)]
     return (range(a, b) for a, b in itertools.pairwise(edges))
+
+
+def rate_of(groups: Sequence[Group]) -> float:
+    """The factor of the learning rate of a step: that of its groups, averaged by weight."""
+    return sum(g.weight * g.lr for g in groups) / sum(g.weight for g in groups)
+
+
+@runtime_checkable
+class AfterStep(Protocol):
+    """A network or objective that does something after each update, before it is averaged."""
+
+    def after_step(self, applied: Tensor) -> None:
+        """Change its weights or state; all must stay as it is where `applied` is 0, not 1.
+
+        `applied` is a scalar on the device: an update that was skipped is not known to the host.
+        """
+        ...
 
 
 class Pass(NamedTuple):
@@ -57,14 +75,19 @@ class Stepper:
         feed: Feed,
         guard: Guard,
         *,
-        config: OptimConfig,
+        config: OptimizerConfig,
+        roles: Mapping[nn.Parameter, Role] | None = None,
+        watchers: Sequence[AfterStep] = (),
         canvas: Size,
         micro_batch: int | None,
         precision: str,
         team: Team | None = None,
         phases: Phases | None = None,
     ):
-        """`work` takes a batch and its draws and returns a `LossOut`; see `parallel.LossModule`."""
+        """`work` takes a batch and its draws and returns a `LossOut`; see `parallel.LossModule`.
+
+        Trains the parameters that require a gradient; those without a role are the objective's.
+        """
         self.work = work
         self.feed = feed
         self.guard = guard
@@ -73,10 +96,13 @@ class Stepper:
         self.precision = precision
         self.team = team or Team()
         self.phases = phases or Phases()
-        self.clip = config.clip
-        self.parameters = list(work.parameters())
+        self.config = config
+        self.watchers = watchers
+        roles = roles or {}
+        trained = [Trained(p, roles.get(p)) for p in work.parameters() if p.requires_grad]
+        self.parameters = [t.parameter for t in trained]
         self.device = self.parameters[0].device
-        self.update = Update(self.parameters, config, scaled=precision == "fp16")
+        self.update = Update(trained, config, scaled=precision == "fp16")
 
     def __call__(
         self,
@@ -86,12 +112,14 @@ class Stepper:
         step: int,
         cursor: tuple[int, int],
         progress: float,
+        seen: float,
     ) -> None:
         """Train on the groups of a step; `cursor` is the step and position of its draws.
 
-        The position is the number of crops drawn before.
+        The position is the number of crops drawn before, `seen` what the clock shows, and
+        `progress` its share of the run.
         """
-        self.update.optimizer.zero_grad(set_to_none=True)
+        self.update.zero_grad()
         passes = self._passes(groups)
         values: list[dict[str, Tensor]] = [{} for _ in groups]
         for one in passes:
@@ -103,8 +131,12 @@ class Stepper:
                 [g.weight * row["loss"] for g, row in zip(groups, losses, strict=True)]
             ).sum()
             norm = self.update.norm()
-            verdict = self.guard.judge(kind, total, norm, clip=self.clip, scale=self.update.scale)
-            self.update(norm, verdict.most, verdict.bad, progress)
+            clip, scale = self.config.clip, self.update.scale
+            verdict = self.guard.judge(kind, total, norm, clip=clip, scale=scale)
+            lr = self.config.learning_rate(progress, seen) * rate_of(groups)
+            self.update(norm, verdict.most, verdict.bad, lr)
+            for watcher in self.watchers:
+                watcher.after_step(1 - verdict.bad)
             self.guard.send(step, cursor, groups, verdict.report)
             meter.add({"loss": total, "grad norm": norm, "skipped": verdict.bad})
             for group, row in zip(groups, losses, strict=True):

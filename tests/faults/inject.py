@@ -204,7 +204,7 @@ def poke(what: str, step: int, value: float = float("nan")) -> None:
     def one_step(training: Any, groups: Any = None) -> None:
         original(training, groups)
         if training.state.step == step:
-            optimizer = training.stepper.update.optimizer
+            (optimizer,) = training.stepper.update.optimizers
             target = {
                 "weights": lambda: next(iter(training.network.parameters())),
                 "averaged": lambda: training.ema.averages["averaged"][0],

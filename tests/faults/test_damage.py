@@ -113,14 +113,14 @@ def test_d6_additional_file(images: Path, run: Path) -> None:
 def test_d6_configuration_edited_by_hand(images: Path, run: Path, capsys: Capture) -> None:
     stored = read_json(run / "config.json")
     stored["optim"]["lr"] = 0.02
-    stored["optim"]["warmup"] = 0.2
+    stored["optim"]["schedule"]["warmup"] = 0.2
     write_json(run / "config.json", stored)
     before = tiny.digests(run)
     error = fails(capsys, "train", run)  # what is stored against what was trained
-    assert "optim.lr: 0.01 -> 0.02; optim.warmup: 0.1 -> 0.2" in error
+    assert "optim.lr: 0.01 -> 0.02; optim.schedule.warmup: 0.1 -> 0.2" in error
     ended = here(images, run)  # what is asked for against what is stored
     assert ended.code == 2
-    assert "optim.lr: 0.02 -> 0.01; optim.warmup: 0.2 -> 0.1" in ended.error
+    assert "optim.lr: 0.02 -> 0.01; optim.schedule.warmup: 0.2 -> 0.1" in ended.error
     assert tiny.digests(run) == before
 
 

@@ -15,7 +15,7 @@ from patchdiffusion.train import checkpoint, loop
 from patchdiffusion.train.report import read_log
 
 STEPS = 96
-LONGER: dict[str, Any] = {"config": {"images": 3.0 * STEPS, "optim.cooldown": 0.0}}
+LONGER: dict[str, Any] = {"config": {"images": 3.0 * STEPS, "optim.schedule.cooldown": 0.0}}
 
 
 def records(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -1,0 +1,175 @@
+"""Optimizers: records that say how weights are updated, and build PyTorch's optimizers.
+
+A parameter has a role (`nets.base.Role`), by which learning rate, decay and rule may differ.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from torch import nn
+from torch.optim import Optimizer as TorchOptimizer
+
+from patchdiffusion.nets.base import Role
+from patchdiffusion.system.checks import positive
+from patchdiffusion.train.matrices import Matrices
+from patchdiffusion.train.schedules import Schedule, Trapezoid
+
+
+class Trained(NamedTuple):
+    """A parameter that is trained."""
+
+    parameter: nn.Parameter
+    role: Role | None
+    """None for what the objective itself learns."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Base of optimizers, with what all have: AdamW takes the parameters that no other rule does.
+
+    `build` groups them by role; each group has a `factor` of the learning rate.
+    """
+
+    shardable: ClassVar[bool] = True
+    """Whether it can update a part of a matrix by itself, as `--shard` asks of it."""
+
+    lr: float = 2e-4
+    """Learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the first and second moment per step, of AdamW."""
+    eps: float = 1e-8
+    """Added to the root of the second moment, of AdamW."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; 0 is plain Adam."""
+    clip: float = 1.0
+    """Largest gradient norm; larger gradients are scaled down."""
+    schedule: Schedule = field(default_factory=Trapezoid)
+    """How the learning rate changes over the run."""
+    role_lr: tuple[tuple[Role, float], ...] = ()
+    """Factors of the learning rate by role of the parameters, such as: head 0.1 embedding 2."""
+    role_decay: tuple[tuple[Role, float], ...] = ()
+    """Weight decay by role, where it is another one, such as: norm 0 embedding 0."""
+    role_betas: tuple[tuple[Role, float, float], ...] = ()
+    """Decay of the moments of AdamW by role, where it is another one: embedding 0.9 0.99."""
+
+    def __post_init__(self) -> None:
+        positive(self, "lr", "eps", "clip")
+        by_role = {f"role_betas of {role}": (b1, b2) for role, b1, b2 in self.role_betas}
+        for name, betas in {"betas": self.betas, **by_role}.items():
+            if not all(0 <= beta < 1 for beta in betas):
+                raise ValueError(f"{name} must lie in [0, 1), not {betas}")
+        numbers = {"weight_decay": self.weight_decay}
+        numbers |= {f"role_lr of {role}": value for role, value in self.role_lr}
+        numbers |= {f"role_decay of {role}": value for role, value in self.role_decay}
+        for name, value in numbers.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite, not {value}")
+
+    def learning_rate(self, progress: float, seen: float = 0.0) -> float:
+        """The learning rate at a share `progress` of the run, when its clock shows `seen`."""
+        return self.lr * self.schedule.factor(progress, seen)
+
+    def build(self, parameters: Sequence[Trained]) -> list[TorchOptimizer]:
+        """Optimizers that together have all parameters."""
+        raise NotImplementedError
+
+    def adamw(self, parameters: Sequence[Trained]) -> list[TorchOptimizer]:
+        """AdamW in one pass over some parameters; nothing for none."""
+        groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+        betas = {role: (b1, b2) for role, b1, b2 in self.role_betas}
+        for parameter, role in parameters:
+            settings = (*self._settings(role), betas.get(role, self.betas) if role else self.betas)
+            groups.setdefault(settings, []).append(parameter)
+        listed = [
+            {"params": some, "factor": factor, "weight_decay": decay, "betas": betas}
+            for (factor, decay, betas), some in groups.items()
+        ]
+        if not listed:
+            return []
+        return [torch.optim.AdamW(listed, lr=self.lr, eps=self.eps, fused=True)]
+
+    def _settings(self, role: Role | None) -> tuple[float, float]:
+        """Factor of the learning rate, and weight decay."""
+        factors, decays = dict(self.role_lr), dict(self.role_decay)
+        if role is None:
+            return 1.0, self.weight_decay
+        return factors.get(role, 1.0), decays.get(role, self.weight_decay)
+
+    def inherit(self, old: object, first: object) -> Self:
+        """The same with the fields that it shares with the optimizer it replaces."""
+        shared = {f.name for f in fields(OptimizerConfig)}
+        return replace(self, **{name: getattr(old, name) for name in shared if hasattr(old, name)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(OptimizerConfig):
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+
+    word: ClassVar[str] = "adamw"
+
+    def build(self, parameters: Sequence[Trained]) -> list[TorchOptimizer]:
+        """One fused optimizer."""
+        return self.adamw(parameters)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(OptimizerConfig):
+    """Orthogonalized momentum for hidden matrices (Keller Jordan, 2024), AdamW for the rest.
+
+    Of a weight of rows x columns. Convolutions count as matrices of [out, in * height * width].
+    """
+
+    word: ClassVar[str] = "muon"
+    shardable: ClassVar[bool] = False
+
+    momentum: float = 0.95
+    """Decay of the momentum per step."""
+    nesterov: bool = True
+    """Look one step ahead (Nesterov's momentum)."""
+    iterations: int = 5
+    """Newton-Schulz iterations that orthogonalize the update."""
+    adjust: Literal["match_rms", "original"] = "match_rms"
+    """match_rms scales updates by 0.2 sqrt(max(rows, columns)), which gives them the size that
+    AdamW's have, so that its learning rates fit (arXiv 2502.16982); original scales by
+    sqrt(max(1, rows / columns)) and wants learning rates of about 0.02."""
+    roles: tuple[Role, ...] = ("attention", "mlp", "conv")
+    """Parameters whose matrices it takes, by role."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), not {self.momentum}")
+        if not 1 <= self.iterations < 100:
+            raise ValueError(f"iterations must lie in [1, 99], not {self.iterations}")
+
+    def build(self, parameters: Sequence[Trained]) -> list[TorchOptimizer]:
+        """Muon for matrices, AdamW for the rest; `ValueError` if PyTorch has no Muon."""
+        chosen = [t for t in parameters if t.role in self.roles and t.parameter.ndim >= 2]
+        matrices = {id(t.parameter) for t in chosen}
+        rest = [t for t in parameters if id(t.parameter) not in matrices]
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for parameter, role in chosen:
+            groups.setdefault(self._settings(role), []).append(parameter)
+        listed: list[dict[str, Any]] = [
+            {"params": some, "factor": factor, "lr": self.lr, "weight_decay": decay}
+            for (factor, decay), some in groups.items()
+        ]
+        found: list[TorchOptimizer] = []
+        if listed:
+            found.append(
+                Matrices(
+                    listed,
+                    momentum=self.momentum,
+                    nesterov=self.nesterov,
+                    ns_steps=self.iterations,
+                    adjust_lr_fn="match_rms_adamw" if self.adjust == "match_rms" else "original",
+                )
+            )
+        return found + self.adamw(rest)
+
+
+Optimizer = AdamW | Muon
+"""Optimizers."""
