@@ -27,7 +27,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from patchdiffusion import cli
-from patchdiffusion.solvers import SOLVERS
+from patchdiffusion.solvers import Solver
+from patchdiffusion.system.families import words as words_of
 
 Record = dict[str, Any]
 
@@ -64,18 +65,23 @@ RANKS: dict[str, str] = {
     "two ranks, sharded": f"IMAGES {STEPS} {SMALL} --patches.mode stratified --shard",
 }
 SAMPLED: dict[str, str] = {
-    **{f"solver {name}": f"RUNS/folder --solver {name} --steps 6" for name in SOLVERS},
     **{
-        f"schedule {name}": f"RUNS/folder --solver dpmpp_2m --steps 6 --grid {name}"
+        f"solver {name}": f"RUNS/folder --solver {name} --steps 6"
+        for name in words_of(Solver)
+        if name not in ("auto", "map")
+    },
+    **{
+        f"schedule {name}": f"RUNS/folder --solver dpmpp_2m --steps 6 --schedule {name}"
         for name in ("log_uniform", "uniform_t", "quadratic", "flow")
     },
-    "churn": "RUNS/folder --steps 6 --churn.amount 10",
-    "guided": "RUNS/folder --steps 6 --guidance 2 --guidance-interval 0.1 10 "
-    "--guidance-rescale 0.5",
-    "autoguided": "RUNS/folder --steps 6 --autoguide RUNS/stratified --guidance 2",
+    "churn": "RUNS/folder --steps 6 --solver heun --solver.churn.amount 10",
+    "guided": "RUNS/folder --steps 6 --guidance cfg --guidance.weight 2 --guidance.interval 0.1 10 "
+    "--guidance.rescale 0.5",
+    "autoguided": "RUNS/folder --steps 6 --guidance autoguidance --guidance.weight 2 "
+    "--guidance.model RUNS/stratified",
     "clamped": "RUNS/folder --steps 6 --threshold clamp",
-    "thresholded": "RUNS/folder --steps 6 --threshold 0.9",
-    "region": "RUNS/folder --steps 6 --size 12 20 --corner 4 -2",
+    "thresholded": "RUNS/folder --steps 6 --threshold dynamic --threshold.quantile 0.9",
+    "region": "RUNS/folder --steps 6 --canvas region --canvas.size 12 20 --canvas.corner 4 -2",
     "eps": "RUNS/ddpm --steps 6",
     "few steps": "RUNS/meanflow",
     "one step": "RUNS/consistency --steps 1",

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.solvers import SOLVERS, solve
+from patchdiffusion.solvers import Method, Solver, solve
 from patchdiffusion.solvers.schedules import karras
+from patchdiffusion.system.families import words
 
 OUT = Path(__file__).parents[1] / "docs" / "solvers-orders.png"
 TWO_STAGES = ("heun", "midpoint", "ralston", "dpmpp_2s")
 STOCHASTIC = ("ancestral", "sde_dpmpp_2m", "euler_maruyama")
 SAME = ("ddim", "sde_dpmpp_1")  # here as euler and ancestral
+SOLVERS = {name: cls() for name, cls in words(Solver).items() if issubclass(cls, Method)}
 BUDGETS = (9, 19, 35, 79, 159)
 Curves = dict[str, dict[int, float]]
 

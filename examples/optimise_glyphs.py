@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from patchdiffusion import SamplerConfig, load, sample
+from patchdiffusion import Cond, SamplerConfig, load, sample
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.guidance.reward import GradientGuidance, Tilt
@@ -62,7 +62,7 @@ def main() -> None:
             seeds=range(options.count),
             channels=1,
             canvas=canvas,
-            labels=pipeline.labels(options.count),
+            cond=Cond(labels=pipeline.labels(options.count)),
             config=SamplerConfig(steps=options.steps),
         )
         mean = float(reward(images).mean())

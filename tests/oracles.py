@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,23 @@ from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import expand_sigma
 from patchdiffusion.losses import Batch
 from patchdiffusion.paths import VE, Path, per_sample
-from patchdiffusion.solvers import SOLVERS, Churn, Noise, Solver, heun, solve
+from patchdiffusion.solvers import (
+    DDIM,
+    Churn,
+    Heun,
+    Integrator,
+    Method,
+    Midpoint,
+    Noise,
+    Ralston,
+    SDEDPMpp1,
+    SDEDPMpp2M,
+    Solver,
+    heun,
+    solve,
+)
 from patchdiffusion.solvers.schedules import karras
+from patchdiffusion.system.families import words
 
 TOY = GaussianMixture.toy()
 MEAN, STD = 0.3, 0.6
@@ -189,13 +205,19 @@ class Little(nn.Module):
 TWO_STAGES = ("heun", "midpoint", "ralston", "dpmpp_2s")
 DETERMINISTIC = (*TWO_STAGES, "euler", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_published", "unipc", "ab2")
 
+SOLVERS: Mapping[str, Any] = {
+    name: member() for name, member in words(Solver).items() if issubclass(member, Method)
+}
+
 # Every solver, and those with options as they are not by default.
-ALL: Mapping[str, Solver] = {
+ALL: Mapping[str, Integrator] = {
     **SOLVERS,
-    **{f"churned {n}": partial(SOLVERS[n], churn=Churn(amount=9.0)) for n in TWO_STAGES[:3]},
-    "ddim 0.5": partial(SOLVERS["ddim"], eta=0.5),
-    "sde_dpmpp_1 0.5": partial(SOLVERS["sde_dpmpp_1"], eta=0.5),
-    "sde_dpmpp_2m 0.5": partial(SOLVERS["sde_dpmpp_2m"], eta=0.5),
+    "churned heun": Heun(churn=Churn(amount=9.0)),
+    "churned midpoint": Midpoint(churn=Churn(amount=9.0)),
+    "churned ralston": Ralston(churn=Churn(amount=9.0)),
+    "ddim 0.5": DDIM(eta=0.5),
+    "sde_dpmpp_1 0.5": SDEDPMpp1(eta=0.5),
+    "sde_dpmpp_2m 0.5": SDEDPMpp2M(eta=0.5),
 }
 
 
@@ -218,7 +240,7 @@ def reference() -> Tensor:
     return more + (more - some) / 3
 
 
-def exact_moments(solver: Solver, sigmas: Tensor) -> tuple[float, float]:
+def exact_moments(solver: Integrator, sigmas: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of what a solver makes of `Gaussian`, without sampling.
 
     The denoiser is linear, so the end is linear in the start and in the noise of each step: the

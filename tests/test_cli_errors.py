@@ -13,6 +13,8 @@ from commands import Capture, fails
 from patchdiffusion import cli
 from patchdiffusion.system.errors import Stop
 
+CFG = "sample trained --guidance cfg --guidance"
+
 
 @pytest.fixture(autouse=True)
 def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,34 +69,30 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("sample trained --steps many", "--steps"),
         ("sample trained --count 0", "count and batch must be at least 1"),
         ("sample trained --classes zebra", "unknown class 'zebra'; this model has 0 a, 1 b"),
-        ("sample trained --guidance -1", "the guidance weight must be >= 0 and finite, not -1.0"),
-        ("sample trained --guidance nan", "the guidance weight must be >= 0 and finite, not nan"),
-        ("sample trained --guidance-interval 0.2 2", "guidance is 1, which is none"),
-        ("sample trained --guidance-rescale 0.7", "guidance is 1, which is none"),
-        ("sample trained --guidance-channels 3", "guidance is 1, which is none"),
-        ("sample trained --guidance 2 --guidance-interval 2 1", "0 <= low <= high < inf"),
-        ("sample trained --guidance 2 --guidance-interval 0 inf", "0 <= low <= high < inf"),
-        ("sample trained --guidance 2 --guidance-rescale 2", "rescale must lie in [0, 1], not 2.0"),
-        ("sample trained --guidance 2 --guidance-channels 4", "3 channels cannot be guided as 4"),
+        ("sample trained --guidance 2", "none, cfg, autoguidance, classifier, not '2'"),
+        (f"{CFG}.weight -1", "the guidance weight must be >= 0 and finite, not -1.0"),
+        (f"{CFG}.weight nan", "the guidance weight must be >= 0 and finite, not nan"),
+        ("sample trained --guidance.weight 2", "unknown flag --guidance.weight"),
+        (f"{CFG}.interval 2 1", "0 <= low <= high < inf"),
+        (f"{CFG}.interval 0 inf", "0 <= low <= high < inf"),
+        (f"{CFG}.rescale 2", "rescale must lie in [0, 1], not 2.0"),
+        (f"{CFG}.channels 4", "3 channels cannot be guided as 4"),
+        ("sample trained --threshold dynamic --threshold.quantile 1.5", "in (0, 1], not 1.5"),
+        ("sample trained --threshold hard", "auto, none, clamp, dynamic, not 'hard'"),
+        ("sample trained --guidance autoguidance", "needs a worse model: --guidance.model"),
         (
-            "sample trained --threshold 1.5",
-            "threshold must be clamp, none or in (0, 1], not 1.5",
+            "sample trained --guidance autoguidance --guidance.model missing",
+            "missing holds no model",
         ),
-        ("sample trained --threshold hard", "--threshold"),
-        ("sample trained --autoguide trained", "a guide has no effect at guidance 1"),
-        ("sample trained --guidance 2 --autoguide missing", "missing holds no model"),
-        ("sample trained --size 0 4", "size must be"),
+        ("sample trained --canvas region --canvas.size 0 4", "positive height and width"),
+        ("sample trained --canvas region --canvas.size 4", "a region needs 2 numbers, not (4,)"),
         ("sample trained --seed 99999999999999999999", "seeds must be 64-bit integers"),
         ("sample trained --sigma-min 0", "sigma_min"),
-        ("sample trained --solver euler --churn.amount 3", "churn works with heun, midpoint,"),
-        ("sample trained --solver unipc --churn.amount 3", "ralston, not with unipc"),
-        ("sample trained --eta 1", "eta works with ddim, ancestral, sde_dpmpp_1, sde_dpmpp_2m,"),
-        ("sample trained --solver ddim --eta 2", "eta of ddim must be in [0, 1], not 2"),
-        ("sample trained --shift 3", "shift works with the flow grid only, not with karras"),
-        (
-            "sample trained --grid flow --rho 3",
-            "rho works with the karras grid only, not with flow",
-        ),
+        ("sample trained --solver euler --solver.churn.amount 3", "--solver.churn.amount"),
+        ("sample trained --solver ddim --solver.eta 2", "eta must be in [0, 1], not 2"),
+        ("sample trained --schedule.shift 3", "unknown flag --schedule.shift"),
+        ("sample trained --schedule flow --schedule.shift 0", "shift must be positive and finite"),
+        ("sample trained --solver map", "map is for few-step models"),
         ("sample trained --solver rk4", "--solver"),
         ("sample trained --out filled", "filled exists and is not empty; nothing is overwritten"),
         ("sample trained --out notes.txt", "notes.txt exists and is not empty"),

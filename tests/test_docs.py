@@ -2,15 +2,15 @@
 
 import re
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 import pytest
 
 from patchdiffusion.cli import COMMANDS
 from patchdiffusion.objectives import ConsistencyConfig
-from patchdiffusion.sampling.pipeline import SamplerConfig
-from patchdiffusion.solvers import SOLVERS
+from patchdiffusion.solvers import Solver
+from patchdiffusion.solvers.schedules import Schedule
 from patchdiffusion.system import errors
+from patchdiffusion.system.families import words
 from patchdiffusion.train.config import FREE, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -65,11 +65,9 @@ def test_pages_name_commands_that_exist() -> None:
             assert command in COMMANDS, f"{page.name}: {command}"
 
 
-def test_every_solver_and_grid_has_its_place_in_the_page() -> None:
+def test_every_solver_and_schedule_has_its_place_in_the_page() -> None:
     text = (ROOT / "docs" / "solvers.md").read_text()
-    grids = get_args(get_type_hints(SamplerConfig)["grid"])
-    assert len(grids) == 5
-    for name in (*SOLVERS, *grids):
+    for name in (*words(Solver), *words(Schedule)):
         assert f"`{name}`" in text, name
 
 

@@ -11,14 +11,16 @@ from torch import Tensor
 from patchdiffusion import SamplerConfig, sample
 from patchdiffusion.analytic import IdealDenoiser
 from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.patches import Size
-from patchdiffusion.sampling.driver import noise_field
-from patchdiffusion.solvers import Churn
+from patchdiffusion.sampling.canvas import CanvasRegion
+from patchdiffusion.sampling.driver import Start, noise_field
+from patchdiffusion.solvers import Churn, Euler, Heun
 from patchdiffusion.system.png import to_uint8
 
 CANVAS = tiny.CANVAS
 FAST = SamplerConfig(steps=3)
-CHURNED = replace(FAST, churn=Churn(amount=20.0))
+CHURNED = replace(FAST, solver=Heun(churn=Churn(amount=20.0)))
 FIVE = range(40, 45)
 
 
@@ -81,7 +83,7 @@ def test_noise_depends_on_the_seed_alone() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 5, 64])
-@pytest.mark.parametrize("config", [FAST, CHURNED, replace(FAST, solver="euler")])
+@pytest.mark.parametrize("config", [FAST, CHURNED, replace(FAST, solver=Euler())])
 def test_any_batches_are_bit_equal_with_an_oracle(batch: int, config: SamplerConfig) -> None:
     def draw(size: int) -> Tensor:
         return sample(blend, seeds=FIVE, channels=3, canvas=CANVAS, config=config, batch=size)
@@ -91,7 +93,7 @@ def test_any_batches_are_bit_equal_with_an_oracle(batch: int, config: SamplerCon
     assert torch.equal(one[0], draw(batch)[2])
 
 
-@pytest.mark.parametrize("config", [FAST, CHURNED, replace(FAST, guidance=2.0)])
+@pytest.mark.parametrize("config", [FAST, CHURNED, replace(FAST, guidance=ClassifierFree())])
 def test_any_batches_are_close_with_a_network(config: SamplerConfig) -> None:
     pipe = tiny.pipeline()
     labels = torch.tensor([0, 1, 2, -1, 0])
@@ -102,7 +104,7 @@ def test_any_batches_are_close_with_a_network(config: SamplerConfig) -> None:
             seeds=FIVE,
             channels=3,
             canvas=CANVAS,
-            labels=labels,
+            cond=Cond(labels=labels),
             config=config,
             batch=size,
         )
@@ -168,12 +170,80 @@ def test_an_ideal_denoiser_gives_back_its_images() -> None:
         assert min(abs(image.astype(int) - k.astype(int)).max() for k in known.numpy()) == 0
 
 
+# ---- Conditions and starts ----
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_any_condition_is_handed_down_in_parts(batch: int) -> None:
+    """A pooled embedding here; each image has its own row of it."""
+
+    def told(
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        position: Position | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        assert cond is not None and cond.extra is not None and cond.pos is not None
+        return cond.extra[:, :, None, None].to(x).expand_as(x)
+
+    extra = torch.linspace(-1, 1, 5)[:, None]
+    images = sample(told, seeds=FIVE, channels=1, canvas=(2, 3), cond=Cond(extra=extra),
+                    config=FAST, batch=batch)  # fmt: skip
+    torch.testing.assert_close(images, extra[:, :, None, None].expand(5, 1, 2, 3))
+
+
+def test_a_start_is_where_the_solver_begins() -> None:
+    seen: list[tuple[float, Tensor]] = []
+
+    def watched(
+        x: Tensor,
+        sigma: Tensor | float,
+        cond: Cond | None = None,
+        *,
+        position: Position | None = None,
+        tape: Tape | None = None,
+    ) -> Tensor:
+        seen.append((float(sigma), x))
+        return blend(x, sigma, cond)
+
+    def begun(start: Start, batch: int = 64) -> Tensor:
+        seen.clear()
+        return sample(watched, seeds=FIVE, channels=3, canvas=CANVAS, config=FAST, start=start,
+                      batch=batch)  # fmt: skip
+
+    x = torch.linspace(-1, 1, 5 * 3 * 8 * 12).reshape(5, 3, *CANVAS)
+    noised = begun(Start(x, 0.7))
+    noise = noise_field(torch.tensor(list(FIVE)), 3, (0, 0), CANVAS)
+    assert seen[0][0] == pytest.approx(0.7)
+    torch.testing.assert_close(seen[0][1], x + 0.7 * noise)
+    assert torch.equal(begun(Start(x + 0.7 * noise, 0.7, fresh=False)), noised)
+    assert torch.equal(begun(Start(x, 0.7), batch=2), noised)
+
+
+def test_a_start_that_does_not_fit() -> None:
+    x = torch.zeros(2, 3, *CANVAS)
+
+    def draw(count: int, config: SamplerConfig) -> Tensor:
+        return sample(blend, seeds=range(count), channels=3, canvas=CANVAS, config=config,
+                      start=Start(x, 0.7))  # fmt: skip
+
+    with pytest.raises(ValueError, match="3 seeds need as many images to start from, not 2"):
+        draw(3, FAST)
+    with pytest.raises(ValueError, match=r"sigma_max 5 beside a start at sigma 0.7"):
+        draw(2, replace(FAST, sigma_max=5.0))
+
+
 # ---- Regions ----
 
 
+def region(size: tuple[int, int] | None, corner: tuple[int, int] | None) -> SamplerConfig:
+    return replace(FAST, canvas=CanvasRegion(size=size, corner=corner))
+
+
 def shown(size: tuple[int, int] | None, corner: tuple[int, int] | None) -> Tensor:
-    return sample(place, seeds=[0], channels=3, canvas=CANVAS, config=FAST, size=size,
-                  corner=corner)[0, :2]  # fmt: skip
+    return sample(place, seeds=[0], channels=3, canvas=CANVAS, config=region(size, corner))[0, :2]
 
 
 def test_the_whole_canvas_has_its_corners_at_one() -> None:
@@ -205,16 +275,16 @@ def test_a_smaller_region_is_in_the_middle() -> None:
 
 def test_overlapping_regions_of_a_pixelwise_denoiser_agree() -> None:
     """The noise belongs to the place, so a region is a cut-out of the larger image."""
-    a = sample(blend, seeds=FIVE, channels=3, canvas=CANVAS, config=FAST, size=(20, 20),
-               corner=(-6, -4))  # fmt: skip
+    config = region((20, 20), (-6, -4))
+    a = sample(blend, seeds=FIVE, channels=3, canvas=CANVAS, config=config)
     b = sample(blend, seeds=FIVE, channels=3, canvas=CANVAS, config=FAST)
     torch.testing.assert_close(a[:, :, 6:14, 4:16], b, rtol=0, atol=1e-6)
 
 
 def test_regions_of_a_model() -> None:
     pipe = tiny.pipeline()
-    assert pipe.sample(1, config=FAST, size=(5, 7), corner=(1, 1)).shape == (1, 5, 7, 3)
-    assert pipe.sample(1, config=FAST, size=(20, 16)).shape == (1, 20, 16, 3)
+    assert pipe.sample(1, config=region((5, 7), (1, 1))).shape == (1, 5, 7, 3)
+    assert pipe.sample(1, config=region((20, 16), None)).shape == (1, 20, 16, 3)
 
 
 def test_every_trajectory_has_a_number_and_its_seeds() -> None:
@@ -226,7 +296,7 @@ def test_every_trajectory_has_a_number_and_its_seeds() -> None:
         seen.append(step)
         return torch.zeros_like(x)
 
-    config = SamplerConfig(solver="euler", steps=2)
+    config = SamplerConfig(solver=Euler(), steps=2)
     sample(denoiser, seeds=[5, 6, 7], channels=1, canvas=(4, 4), config=config, batch=2)
     runs = [step.run for step in seen]
     assert runs[0] == runs[1] != runs[2] == runs[3]

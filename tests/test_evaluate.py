@@ -26,7 +26,7 @@ from patchdiffusion.metrics.compare import Gathered, compare
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.metrics.heldout import held_out_losses
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
-from patchdiffusion.solvers import SolverName
+from patchdiffusion.solvers import AutoSolver, DPMpp2M, DPMpp2S, Midpoint, Solver
 from patchdiffusion.system.dist import Place, Team
 from patchdiffusion.train.config import PreviewConfig
 from patchdiffusion.train.report import read_log
@@ -206,10 +206,10 @@ def test_a_cache_that_is_damaged_or_of_one_process(
 
 @pytest.mark.parametrize(
     ("solver", "steps", "evaluations"),
-    [("auto", 18, 35), ("midpoint", 5, 9), ("dpmpp_2s", 1, 1), ("dpmpp_2m", 18, 18)],
+    [(AutoSolver(), 18, 35), (Midpoint(), 5, 9), (DPMpp2S(), 1, 1), (DPMpp2M(), 18, 18)],
 )
 def test_the_estimate_counts_evaluations(
-    solver: SolverName,
+    solver: Solver,
     steps: int,
     evaluations: int,
     pack: Pack,

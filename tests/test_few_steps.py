@@ -14,7 +14,9 @@ from commands import Capture, fails, works
 from PIL import Image
 from test_train_loop import after_step, status
 
-from patchdiffusion import Pipeline, SamplerConfig, TrainConfig, load, recipes, sample
+from patchdiffusion import Cond, Pipeline, SamplerConfig, TrainConfig, load, recipes, sample
+from patchdiffusion.guidance.cfg import ClassifierFree
+from patchdiffusion.guidance.threshold import Clamp, NoThreshold
 from patchdiffusion.model import load_model
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives.consistency import (
@@ -26,7 +28,7 @@ from patchdiffusion.objectives.consistency import (
 from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowLoss, MeanFlowMap
 from patchdiffusion.parameterisation import EDM, FlowMatching
 from patchdiffusion.recipes import Facts
-from patchdiffusion.solvers import Churn
+from patchdiffusion.solvers import Euler, Heun, Jumps
 from patchdiffusion.system.files import read_json, write_json
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train import loop, resume
@@ -237,24 +239,23 @@ def test_configurations_survive_a_file(name: str, images: Path) -> None:
 def test_the_solver_that_fits_is_chosen(runs: dict[str, Path], finished: Path) -> None:
     plain, mean, consistent = (load(f) for f in (finished, runs["meanflow"], runs["consistency"]))
     auto = SamplerConfig(steps=3)
-    assert plain.sampler(auto) == replace(auto, solver="heun", threshold="none")
-    assert mean.sampler(auto) == consistent.sampler(auto) == replace(auto, solver="map")
+    assert plain.sampler(auto) == replace(auto, solver=Heun(), threshold=NoThreshold())
+    jumps = replace(auto, solver=Jumps(), threshold=NoThreshold())
+    assert mean.sampler(auto) == consistent.sampler(auto) == mean.sampler(jumps) == jumps
     assert (plain.sampler(SamplerConfig()).steps, mean.sampler(SamplerConfig()).steps) == (18, 2)
-    euler = SamplerConfig(solver="euler", threshold="none", steps=18)
+    euler = SamplerConfig(solver=Euler(), threshold=NoThreshold(), steps=18)
     assert plain.sampler(euler) == mean.sampler(euler) == euler
     for pipeline, changes, message in (
-        (plain, {"solver": "map"}, "map is for few-step models; use heun or euler"),
-        (plain, {"gamma": 0.5}, "gamma works with the map solver only, not with heun"),
-        (consistent, {"solver": "heun"}, "use --solver map, not heun"),
-        (mean, {"guidance": 2.0}, "cannot be guided by 2.0"),
-        (mean, {"churn": Churn(amount=1.0)}, "churn works with heun, midpoint, ralston, not with"),
-        (mean, {"threshold": "clamp"}, "threshold works with solvers of denoisers only"),
+        (plain, {"solver": Jumps()}, "map is for few-step models; use heun or euler"),
+        (consistent, {"solver": Heun()}, "use --solver map, not heun"),
+        (mean, {"guidance": ClassifierFree()}, "cannot be guided by cfg"),
+        (mean, {"threshold": Clamp()}, "threshold works with solvers of denoisers only"),
         (consistent, {"sigma_max": 20.0}, "sigma_max works with solvers of denoisers only"),
     ):
         with pytest.raises(ValueError, match=message):
             pipeline.sampler(replace(auto, **changes))
     with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], not 2.0"):
-        SamplerConfig(gamma=2.0)
+        Jumps(gamma=2.0)
 
 
 def test_samples_are_those_of_the_map(runs: dict[str, Path]) -> None:
@@ -263,7 +264,7 @@ def test_samples_are_those_of_the_map(runs: dict[str, Path]) -> None:
     assert flow_map is not None
     images = [
         sample(flow_map, seeds=range(4), channels=3, canvas=(16, 16), batch=b,
-               labels=torch.tensor([0, 1, 0, 1]), config=SamplerConfig(steps=2))
+               cond=Cond(labels=torch.tensor([0, 1, 0, 1])), config=SamplerConfig(steps=2))
         for b in (4, 3)
     ]  # fmt: skip
     torch.testing.assert_close(images[0], images[1], rtol=1e-4, atol=1e-5)
@@ -271,7 +272,7 @@ def test_samples_are_those_of_the_map(runs: dict[str, Path]) -> None:
     expected = ((images[0] + 1) * 127.5).round().clamp(0, 255).movedim(1, -1)
     assert (torch.from_numpy(bytes_).float() - expected).abs().max() <= 1
     many = pipeline.sample(4, config=SamplerConfig(steps=5))
-    ordinary = pipeline.sample(4, config=SamplerConfig(solver="heun", steps=5))
+    ordinary = pipeline.sample(4, config=SamplerConfig(solver=Heun(), steps=5))
     assert (bytes_ != many).any() and (many != ordinary).any()
 
 
@@ -280,7 +281,9 @@ def test_fresh_noise_is_keyed(runs: dict[str, Path]) -> None:
     a, b = (pipeline.sample(3, config=SamplerConfig(steps=3), batch=n) for n in (3, 2))
     assert abs(a.astype(int) - b.astype(int)).max() <= 1
     mean = load(runs["meanflow"])
-    some, none = (mean.sample(3, config=SamplerConfig(steps=3, gamma=g)) for g in (0.7, None))
+    some, none = (
+        mean.sample(3, config=SamplerConfig(steps=3, solver=Jumps(gamma=g))) for g in (0.7, None)
+    )
     assert (some != none).any()
 
 
@@ -291,8 +294,8 @@ def test_the_grids_of_a_run_are_those_of_its_map(
     grid = training.preview.draw(training.averaged)
     flow_map = training.config.objective.flow_map(training.averaged)  # type: ignore
     expected = sample(
-        flow_map, seeds=range(2), channels=3, canvas=(16, 16), labels=torch.tensor([0, 1]),
-        config=SamplerConfig(steps=2),
+        flow_map, seeds=range(2), channels=3, canvas=(16, 16),
+        cond=Cond(labels=torch.tensor([0, 1])), config=SamplerConfig(steps=2),
     )  # fmt: skip
     torch.testing.assert_close(grid, expected)
     kinds = {kind: read_log(folder)[-1] for kind, folder in runs.items()}
@@ -316,17 +319,27 @@ def test_sampling_in_few_steps(
         with Image.open(folder / "grid.png") as file:
             facts = json.loads(file.info["sampler"])
             grids.append(file.tobytes())
-        assert (facts["solver"], facts["steps"]) == ("map", steps)
+        assert (facts["solver"]["type"], facts["steps"]) == ("Jumps", steps)
     assert len(set(grids)) == 3
     error = "a consistency model denoises in one jump and not step by step"
     if kind == "consistency":
         assert error in fails(capsys, "sample", run, "--solver", "heun")
         assert "sample it with gamma 1" in fails(
-            capsys, "sample", run, "--gamma", 0, "--steps", 2, "--count", 1
+            capsys,
+            "sample",
+            run,
+            "--solver",
+            "map",
+            "--solver.gamma",
+            0,
+            "--steps",
+            2,
+            "--count",
+            1,
         )
     else:
         works(capsys, "sample", run, "--solver", "heun", "--steps", 2, "--count", 1)
-    assert "cannot be guided" in fails(capsys, "sample", run, "--guidance", 2)
+    assert "cannot be guided" in fails(capsys, "sample", run, "--guidance", "cfg")
 
 
 def test_an_objective_is_chosen_by_a_word(
@@ -372,4 +385,4 @@ def test_an_evaluation_tells_the_solver(runs: dict[str, Path]) -> None:
     for kind in KINDS:
         pipeline = load(runs[kind])
         assert isinstance(pipeline, Pipeline)
-        assert encode(pipeline.sampler(SamplerConfig()))["solver"] == "map"
+        assert encode(pipeline.sampler(SamplerConfig()))["solver"]["type"] == "Jumps"

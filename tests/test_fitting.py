@@ -16,13 +16,16 @@ from patchdiffusion.cli.flags import choose, read
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare_data
+from patchdiffusion.guidance.cfg import ClassifierFree
+from patchdiffusion.guidance.threshold import Clamp, Dynamic, NoThreshold
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.model import Model
 from patchdiffusion.noise import LogNormal, LogUniform
 from patchdiffusion.objectives import ConsistencyConfig, MeanFlowConfig
 from patchdiffusion.parameterisation import EpsDDPM, EpsVP, V
 from patchdiffusion.recipes import OBJECTIVES, with_objective
-from patchdiffusion.solvers import Churn
+from patchdiffusion.sampling.driver import Start
+from patchdiffusion.solvers import Churn, Euler, Heun, Jumps, SDEDPMpp2M
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import resume
@@ -58,69 +61,50 @@ def meanflow() -> Pipeline:
 
 def test_options_of_another_kind_are_refused_in_python_too() -> None:
     flow_map, denoiser = meanflow().model.flow_map, tiny.pipeline().model.denoiser
+    x = torch.zeros(1, 3, *tiny.CANVAS)
     assert flow_map is not None
     for model, config, message in (
-        (denoiser, SamplerConfig(solver="map"), "the solver map is for few-step models"),
-        (denoiser, SamplerConfig(gamma=0.5), "gamma works with the map solver only"),
-        (flow_map, SamplerConfig(solver="heun"), "sampled by the solver map, not by heun"),
-        (flow_map, SamplerConfig(guidance=2.0), "a few-step model cannot be guided by 2"),
+        (denoiser, SamplerConfig(solver=Jumps()), "the solver map is for few-step models"),
+        (flow_map, SamplerConfig(solver=Heun()), "use --solver map, not heun"),
+        (
+            flow_map,
+            SamplerConfig(guidance=ClassifierFree()),
+            "a few-step model cannot be guided by cfg",
+        ),
         (flow_map, SamplerConfig(sigma_max=5.0), "sigma_max works with solvers of denoisers only"),
     ):
         with pytest.raises(ValueError, match=message):
             sample(model, seeds=[0], channels=3, canvas=tiny.CANVAS, config=config)
-    with pytest.raises(ValueError, match="a guide is for solvers of denoisers"):
-        sample(flow_map, seeds=[0], channels=3, canvas=tiny.CANVAS, guide=denoiser)
+    with pytest.raises(ValueError, match="a start is for solvers of denoisers"):
+        sample(flow_map, seeds=[0], channels=3, canvas=tiny.CANVAS, start=Start(x, 1.0))
 
 
 def test_models_of_eps_are_clamped_and_corrected() -> None:
-    for precond, wanted in ((EpsVP(), "clamp"), (EpsDDPM(), "clamp"), (V(), "none")):
+    for precond, threshold in ((EpsVP(), Clamp()), (EpsDDPM(), Clamp()), (V(), NoThreshold())):
         pipeline = changed(tiny.pipeline(), precond=precond)
         chosen = pipeline.sampler(SamplerConfig())
-        assert chosen.threshold == wanted
-        assert chosen.solver == ("heun" if wanted == "none" else "sde_dpmpp_2m")
-        assert pipeline.sampler(SamplerConfig(solver="euler")).solver == "euler"
-        assert pipeline.sampler(SamplerConfig(churn=Churn(amount=1.0))).solver == "heun"
-        assert pipeline.sampler(SamplerConfig(threshold="none")).threshold == "none"
-        assert pipeline.sampler(SamplerConfig(threshold=0.9)).threshold == 0.9
+        assert chosen.threshold == threshold
+        assert chosen.solver == (Heun() if threshold == NoThreshold() else SDEDPMpp2M())
+        assert pipeline.sampler(SamplerConfig(solver=Euler())).solver == Euler()
+        for given in (NoThreshold(), Clamp(), Dynamic(quantile=0.9)):
+            assert pipeline.sampler(SamplerConfig(threshold=given)).threshold == given
         config = SamplerConfig(steps=4)
         found = pipeline.sample(4, config=config)
-        assert (found == pipeline.sample(4, config=replace(config, threshold=wanted))).all()
+        assert (found == pipeline.sample(4, config=replace(config, threshold=threshold))).all()
 
 
 def test_churn_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"churn.amount is 0, which is none"):
-        SamplerConfig(churn=Churn(scale=1.01))
+    with pytest.raises(ValueError, match=r"amount is 0, which is none"):
+        Churn(scale=1.01)
 
 
 def test_churn_stays_within_the_levels_of_training() -> None:
-    churned = SamplerConfig(churn=Churn(amount=40.0))
+    churned = SamplerConfig(solver=Heun(churn=Churn(amount=40.0)))
     churned.sigmas(LogNormal())
     with pytest.raises(ValueError, match=r"churn raises noise to 28.28, above 20, the most in"):
         churned.sigmas(NARROW)
     assert replace(churned, sigma_max=14.0).sigmas(NARROW)[0] == 14
-    replace(churned, churn=Churn(amount=40.0, sigma_max=14.0)).sigmas(NARROW)
-
-
-# ---- Guides ----
-
-
-def test_a_guide_is_a_denoiser() -> None:
-    with pytest.raises(ValueError, match=r"a consistency model .* cannot be a guide"):
-        replace(tiny.pipeline(), guide=consistency().model)
-
-
-def test_a_guide_has_an_effect() -> None:
-    guided = replace(meanflow(), guide=tiny.pipeline().model)
-    with pytest.raises(ValueError, match="a guide is for solvers of denoisers"):
-        guided.sample(1)
-
-
-def test_a_guide_knows_the_levels_of_sampling() -> None:
-    guide = changed(tiny.pipeline(), noise=NARROW).model
-    guided, config = replace(tiny.pipeline(), guide=guide), SamplerConfig(steps=2, guidance=2.0)
-    with pytest.raises(ValueError, match=r"the guide cannot follow: sigma_min 0.002 lies outside"):
-        guided.sample(1, config=config)
-    assert len(guided.sample(1, config=replace(config, sigma_min=0.05, sigma_max=20.0))) == 1
+    replace(churned, solver=Heun(churn=Churn(amount=40.0, sigma_max=14.0))).sigmas(NARROW)
 
 
 # ---- Likelihoods ----

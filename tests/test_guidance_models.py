@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,18 @@ from commands import Capture, works
 from PIL import Image
 from torch import Tensor
 
-from patchdiffusion import Pipeline, load, load_model, sample
+from patchdiffusion import Cond, load, load_model, sample
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.guidance.auto import AutoGuidance
-from patchdiffusion.guidance.cfg import CFG
-from patchdiffusion.guidance.threshold import Clamp, DynamicThreshold
+from patchdiffusion.guidance.auto import ByModel
+from patchdiffusion.guidance.cfg import CFG, ClassifierFree
+from patchdiffusion.guidance.classifier import ByClassifier
+from patchdiffusion.guidance.threshold import Clamp, Clamped, Dynamic, Thresholded
+from patchdiffusion.noise import LogUniform
+from patchdiffusion.objectives import ConsistencyConfig
+from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.pipeline import SamplerConfig
+from patchdiffusion.solvers import Heun
 from patchdiffusion.system.serialize import decode
 
 TOY = GaussianMixture.toy()
@@ -26,44 +32,56 @@ TOY = GaussianMixture.toy()
 
 def test_the_configuration_is_the_nesting() -> None:
     config = SamplerConfig(
-        steps=3, guidance=2.5, guidance_interval=(0.1, 9.0), guidance_rescale=0.4,
-        guidance_channels=2, threshold=0.9,
-    )  # fmt: skip
-    model, guide = (tiny.pipeline().model.denoiser for _ in range(2))
-    tiny.randomise(guide, seed=1)
+        steps=3,
+        guidance=ClassifierFree(weight=2.5, interval=(0.1, 9.0), rescale=0.4, channels=2),
+        threshold=Dynamic(quantile=0.9),
+    )
+    model = tiny.pipeline().model.denoiser
 
-    def draw(denoiser: Denoiser, config: SamplerConfig, guide: Denoiser | None = None) -> Tensor:
+    def draw(denoiser: Denoiser, config: SamplerConfig) -> Tensor:
         return sample(denoiser, seeds=[3, 4], channels=3, canvas=tiny.CANVAS, config=config,
-                      labels=torch.tensor([0, 2]), guide=guide)  # fmt: skip
+                      cond=Cond(labels=torch.tensor([0, 2])))  # fmt: skip
 
     plain = SamplerConfig(steps=3)
     cfg = CFG(model, 2.5, interval=(0.1, 9.0), rescale=0.4, channels=2)
-    auto = AutoGuidance(model, guide, 2.5, interval=(0.1, 9.0), rescale=0.4, channels=2)
-    for other, nested in ((None, cfg), (guide, auto)):
-        found = draw(model, config, other)
-        assert torch.equal(found, draw(DynamicThreshold(nested, 0.9), plain))
-        assert not torch.allclose(found, draw(model, plain), atol=1e-3)
-    clamped = draw(model, SamplerConfig(steps=3, threshold="clamp"))
-    assert torch.equal(clamped, draw(Clamp(model), plain))
+    found = draw(model, config)
+    assert torch.equal(found, draw(Thresholded(cfg, 0.9), plain))
+    assert not torch.allclose(found, draw(model, plain), atol=1e-3)
+    clamped = draw(model, SamplerConfig(steps=3, threshold=Clamp()))
+    assert torch.equal(clamped, draw(Clamped(model), plain))
 
 
 def test_a_guide_must_fit() -> None:
-    pipeline = tiny.pipeline()
-    with pytest.raises(ValueError, match="a guide has no effect at guidance 1"):
-        sample(TOY, guide=TOY, seeds=[0], channels=1, canvas=(1, 2))
-    Pipeline(pipeline.model, guide=tiny.pipeline().model)
+    model, other = tiny.pipeline().model, tiny.pipeline(2).model
+    levels = (0.002, 80.0)
+    Companions(beside=model).admit(tiny.pipeline().model, levels)
     with pytest.raises(ValueError, match="the guide has classes cat, dog and the model cat, dog, "):
-        Pipeline(pipeline.model, guide=tiny.pipeline(2).model)
+        Companions(beside=model).admit(other, levels)
+    narrow = replace(model, config=replace(model.config, noise=LogUniform()))
+    with pytest.raises(ValueError, match=r"noise levels 0.02 to 100 and is needed on 0.001 to"):
+        Companions(beside=model).admit(narrow, (0.001, 80.0))
+    few = replace(model, config=replace(model.config, objective=ConsistencyConfig()))
+    with pytest.raises(ValueError, match="a consistency model is no denoiser"):
+        Companions(beside=model).admit(few, levels)
+    with pytest.raises(ValueError, match=r"needs a worse model: --guidance\.model"):
+        sample(TOY, seeds=[0], channels=1, canvas=(1, 2), config=SamplerConfig(guidance=ByModel()))
+
+
+def test_a_classifier_must_be_one(finished: Path) -> None:
+    guidance = ByClassifier(model=str(finished))
+    with pytest.raises(ValueError, match="guidance needs a classifier of noisy images"):
+        load(finished).sample(1, config=SamplerConfig(guidance=guidance))
 
 
 def test_autoguide(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     """A run guided by itself draws what it draws alone; by its raw weights something else."""
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    few = ("--count", 2, "--steps", 3, "--guidance", 2)
-    works(capsys, "sample", run, "--count", 2, "--steps", 3)
-    works(capsys, "sample", run, *few, "--autoguide", run)
-    works(capsys, "sample", run, *few, "--autoguide", run / "model", "--autoguide-weights", "raw",
-          "--guidance-interval", "0.1", "9", "--threshold", "clamp")  # fmt: skip
+    few = ("--count", 2, "--steps", 3)
+    guided = (*few, "--guidance", "autoguidance", "--guidance.weight", 2, "--guidance.model")
+    works(capsys, "sample", run, *few)
+    works(capsys, "sample", run, *guided, run)
+    works(capsys, "sample", run, *guided, run / "model", "--guidance.weights", "raw",
+          "--guidance.interval", "0.1", "9", "--threshold", "clamp")  # fmt: skip
     pictures, told = [], []
     for number in (1, 2, 3):
         with Image.open(run / "generated" / f"000{number}" / "seed-00000001.png") as file:
@@ -73,19 +91,17 @@ def test_autoguide(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     assert (alone == itself).all() and (alone != raw).any()
     facts = told[2]
     digest = load_model(run, weights="raw").digest
-    assert (facts["guide"], facts["guide-weights"]) == (digest, "raw")
+    guide = str(run / "model")
+    assert json.loads(facts["guides"]) == {guide: digest}
     config = decode(SamplerConfig, json.loads(facts["sampler"]))
-    assert config == SamplerConfig(
-        solver="heun", steps=3, guidance=2.0, guidance_interval=(0.1, 9.0), threshold="clamp"
-    )
-    assert "guide" not in told[0]
-    pipeline = load(run, guide=run, guide_weights="raw", device="cpu")
+    guidance = ByModel(model=guide, weights="raw", weight=2.0, interval=(0.1, 9.0))
+    assert config == SamplerConfig(solver=Heun(), steps=3, guidance=guidance, threshold=Clamp())
+    assert "guides" not in told[0]
+    pipeline = load(run, device="cpu")
     assert (np.abs(pipeline.sample(2, config=config)[1] - raw) <= 1).all()
 
 
-def test_a_model_without_classes_needs_a_guide() -> None:
-    model, config = tiny.pipeline(classes=0).model, SamplerConfig(steps=2, guidance=2.0)
+def test_a_model_without_classes_cannot_be_led_away_from_none() -> None:
+    config = SamplerConfig(steps=2, guidance=ClassifierFree())
     with pytest.raises(ValueError, match="needs class labels, and none are given"):
-        Pipeline(model).sample(1, config=config)
-    guided = Pipeline(model, guide=model).sample(1, config=config)
-    assert (guided == Pipeline(model).sample(1, config=SamplerConfig(steps=2))).all()
+        tiny.pipeline(classes=0).sample(1, config=config)

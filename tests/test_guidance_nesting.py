@@ -15,11 +15,11 @@ from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser, discontinuities
 from patchdiffusion.guidance.auto import AutoGuidance
-from patchdiffusion.guidance.cfg import CFG, Unconditional
+from patchdiffusion.guidance.cfg import CFG, ClassifierFree, Unconditional
 from patchdiffusion.guidance.classifier import ClassifierGuidance
-from patchdiffusion.guidance.threshold import Clamp, DynamicThreshold
+from patchdiffusion.guidance.threshold import Clamp, Clamped, Thresholded
 from patchdiffusion.sampling.pipeline import SamplerConfig
-from patchdiffusion.solvers import heun, solve
+from patchdiffusion.solvers import Heun, Move, Step, heun, solve
 from patchdiffusion.solvers.schedules import karras
 
 TOY = GaussianMixture.toy()
@@ -170,14 +170,14 @@ def identity(
 
 def test_values_within_the_range_are_left_alone() -> None:
     x = images()[0].tanh()
-    assert torch.equal(Clamp(identity)(x, 1.0), x)
-    assert torch.equal(DynamicThreshold(identity, 0.9)(x, 1.0), x)
+    assert torch.equal(Clamped(identity)(x, 1.0), x)
+    assert torch.equal(Thresholded(identity, 0.9)(x, 1.0), x)
 
 
 @pytest.mark.parametrize("quantile", [0.5, 0.9, 0.995, 1.0])
 def test_dynamic_threshold(quantile: float) -> None:
     x = 3 * images()[0]
-    found = DynamicThreshold(identity, quantile)(x, 1.0)
+    found = Thresholded(identity, quantile)(x, 1.0)
     for image, result in zip(x, found, strict=True):
         size = image.abs().flatten().sort().values
         limit = max(1.0, float(size[math.ceil(quantile * len(size)) - 1]))
@@ -186,13 +186,13 @@ def test_dynamic_threshold(quantile: float) -> None:
         assert float((image.abs() <= limit).double().mean()) >= quantile
     assert float(found.abs().max()) == 1.0
     assert not torch.allclose(found, x.clamp(-1, 1))
-    assert torch.equal(Clamp(identity)(x, 1.0), x.clamp(-1, 1))
+    assert torch.equal(Clamped(identity)(x, 1.0), x.clamp(-1, 1))
 
 
 @pytest.mark.parametrize("quantile", [0.0, 1.01, -1.0, math.nan])
 def test_impossible_quantiles_are_refused(quantile: float) -> None:
     with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
-        DynamicThreshold(TOY, quantile)
+        Thresholded(TOY, quantile)
 
 
 # ---- Nested ----
@@ -216,8 +216,8 @@ def spikes_in_the_plane() -> GaussianMixture:
 
 def test_orders_that_differ() -> None:
     x, sigma, cond = inputs()
-    outside = Clamp(CFG(TOY, 5.0))(x, sigma, cond)
-    inside = CFG(Clamp(TOY), 5.0)(x, sigma, cond)
+    outside = Clamped(CFG(TOY, 5.0))(x, sigma, cond)
+    inside = CFG(Clamped(TOY), 5.0)(x, sigma, cond)
     assert float(outside.abs().max()) == 1.0 < float(inside.abs().max())
     given, null = TOY(x, sigma, cond).clamp(-1, 1), TOY(x, sigma).clamp(-1, 1)
     torch.testing.assert_close(inside, null + 5 * (given - null), rtol=0, atol=1e-12)
@@ -233,8 +233,8 @@ def test_coordinates_inside_or_outside() -> None:
     def place(denoiser: Denoiser) -> PatchDenoiser:
         return PatchDenoiser(denoiser, tiny.CANVAS, (1, 2))
 
-    a = place(Clamp(AutoGuidance(CFG(inner, 2.0), guide, 1.5)))(x, 0.8, cond)
-    b = Clamp(AutoGuidance(CFG(place(inner), 2.0), place(guide), 1.5))(x, 0.8, cond)
+    a = place(Clamped(AutoGuidance(CFG(inner, 2.0), guide, 1.5)))(x, 0.8, cond)
+    b = Clamped(AutoGuidance(CFG(place(inner), 2.0), place(guide), 1.5))(x, 0.8, cond)
     assert torch.equal(a, b) and not torch.equal(a, place(inner)(x, 0.8, cond).clamp(-1, 1))
 
 
@@ -242,7 +242,7 @@ def test_every_call_within_an_evaluation_has_its_slot() -> None:
     x, _, cond = inputs()
     leaves = [Two() for _ in range(4)]
     first = AutoGuidance(leaves[0], leaves[1], 2.0)
-    second = AutoGuidance(Clamp(leaves[2]), leaves[3], 2.0)
+    second = AutoGuidance(Clamped(leaves[2]), leaves[3], 2.0)
     AutoGuidance(first, second, 2.0)(x, 1.0, cond, position=STEP)
     steps = [leaf.steps[0] for leaf in leaves]
     assert [step.slot for step in steps if step] == [
@@ -254,14 +254,16 @@ def test_every_call_within_an_evaluation_has_its_slot() -> None:
 def test_the_tape_records_the_main_model() -> None:
     x, _, cond = inputs()
     tape = Tape(wants=("x",))
-    ClassifierGuidance(Clamp(AutoGuidance(Two(), Two(), 2.0)), bayes, 1.0)(x, 1.0, cond, tape=tape)
+    ClassifierGuidance(Clamped(AutoGuidance(Two(), Two(), 2.0)), bayes, 1.0)(
+        x, 1.0, cond, tape=tape
+    )
     assert torch.equal(tape.activations["x"], x)
 
 
 def test_edges_of_all_parts() -> None:
     auto = AutoGuidance(CFG(TOY, 2.0, interval=(0.1, 2.0)), CFG(TOY, 2.0, interval=(0.2, 3.0)), 2.0)
-    assert set(discontinuities(PatchDenoiser(Clamp(auto), (4, 4)))) == {0.1, 2.0, 0.2, 3.0}
-    other = ClassifierGuidance(DynamicThreshold(auto), bayes, 1.0, interval=(0.0, 4.0))
+    assert set(discontinuities(PatchDenoiser(Clamped(auto), (4, 4)))) == {0.1, 2.0, 0.2, 3.0}
+    other = ClassifierGuidance(Thresholded(auto), bayes, 1.0, interval=(0.0, 4.0))
     assert set(discontinuities(Unconditional(other))) == {0.1, 2.0, 0.2, 3.0, 4.0}
     assert discontinuities(ClassifierGuidance(TOY, bayes, 0.0, interval=(1.0, 2.0))) == ()
     assert discontinuities(AutoGuidance(TOY, auto, 1.0, interval=(1.0, 2.0))) == ()
@@ -271,16 +273,16 @@ def test_edges_of_all_parts() -> None:
 def test_the_sampling_driver_passes_on_the_edges() -> None:
     seen: list[tuple[float, ...]] = []
 
-    def solver(denoiser: Denoiser, *given: object, **options: object):
-        seen.append(discontinuities(denoiser))
-        return heun(denoiser, *given, **options)  # pyright: ignore[reportArgumentType]
+    class Spy(Heun):
+        def move(self, step: Step, x: Tensor) -> Move:
+            seen.append(discontinuities(step.denoiser))
+            return super().move(step, x)
 
-    class Config(SamplerConfig):
-        def bound_solver(self):
-            return solver
-
-    config = Config(steps=2, guidance=2.0, guidance_interval=(0.3, 2.0), threshold="clamp")
-    sample(Two(), seeds=[0], channels=1, canvas=(4, 4), labels=torch.tensor([0]), config=config)
+    config = SamplerConfig(
+        solver=Spy(), steps=1, guidance=ClassifierFree(interval=(0.3, 2.0)), threshold=Clamp()
+    )
+    cond = Cond(labels=torch.tensor([0]))
+    sample(Two(), seeds=[0], channels=1, canvas=(4, 4), cond=cond, config=config)
     assert seen == [(0.3, 2.0)]
 
 
@@ -288,7 +290,7 @@ def test_the_sampling_driver_passes_on_the_edges() -> None:
 def test_guidance_compiles_into_one_graph() -> None:
     x, cond = images()
     guided = CFG(Two(), 3.0, interval=(0.3, 2.0), rescale=0.5, channels=2)
-    guided = DynamicThreshold(AutoGuidance(guided, Clamp(Two(0.7)), 2.0), 0.9)
+    guided = Thresholded(AutoGuidance(guided, Clamped(Two(0.7)), 2.0), 0.9)
     compiled = torch.compile(guided.__call__, fullgraph=True, backend="eager")
     for sigma in (1.0, 5.0, torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)):
         torch.testing.assert_close(compiled(x, sigma, cond), guided(x, sigma, cond))

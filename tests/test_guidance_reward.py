@@ -15,7 +15,7 @@ from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, discon
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.guidance.classifier import ClassifierGuidance
 from patchdiffusion.guidance.reward import GradientGuidance, Measurement, Tilt, gradient
-from patchdiffusion.guidance.threshold import DynamicThreshold
+from patchdiffusion.guidance.threshold import Thresholded
 from patchdiffusion.nets import unet
 from patchdiffusion.nets.unet import SongUNet
 from patchdiffusion.parameterisation import EDM
@@ -298,7 +298,7 @@ def test_nests_around_a_network_with_attention() -> None:
     x = rng.normal(rng.keys(0, "x", 0, torch.arange(2)), (1, 8, 8))
     inner = GradientGuidance(denoiser, Tilt(lambda x: x.mean(dim=(1, 2, 3))))
     square = Tilt(lambda x: x.square().mean(dim=(1, 2, 3)))
-    nested = GradientGuidance(DynamicThreshold(inner, 0.9), square)(x, 1.0, cond)
+    nested = GradientGuidance(Thresholded(inner, 0.9), square)(x, 1.0, cond)
     assert nested.isfinite().all() and not torch.allclose(nested, inner(x, 1.0, cond))
 
     def classifier(x: Tensor, sigma: Tensor) -> Tensor:

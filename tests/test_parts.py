@@ -27,6 +27,7 @@ from patchdiffusion.parameterisation import (
 from patchdiffusion.plans import PatchLaw
 from patchdiffusion.recipes import Facts
 from patchdiffusion.sampling.pipeline import SamplerConfig
+from patchdiffusion.solvers.schedules import LogSpaced
 from patchdiffusion.system.families import words
 from patchdiffusion.system.files import read_json, write_json
 from patchdiffusion.train.folder import stored_config
@@ -257,7 +258,7 @@ def test_samplers_stay_within_the_levels_of_training() -> None:
         )
     assert plain.ends(LogUniform(sigma_min=0.02, sigma_max=50.0)) == (0.02, 50.0)
     assert plain.ends(DDPMSteps()) == (pytest.approx(0.0100005, rel=1e-6), 80.0)
-    own = SamplerConfig(sigma_min=0.1, sigma_max=150.0, grid="log_uniform")
+    own = SamplerConfig(sigma_min=0.1, sigma_max=150.0, schedule=LogSpaced())
     assert own.ends(DDPMSteps()) == (0.1, 150.0)
     assert own.sigmas(DDPMSteps())[0].item() == pytest.approx(150.0)
 

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +13,25 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import SamplerConfig, load
-from patchdiffusion.solvers import Churn, SolverName
-from patchdiffusion.solvers.schedules import flow_uniform, karras, log_uniform, time_uniform
+from patchdiffusion.guidance.cfg import ClassifierFree
+from patchdiffusion.paths import DDPM
+from patchdiffusion.sampling.canvas import CanvasRegion
+from patchdiffusion.solvers import DDIM, Ancestral, Churn, Euler, Heun, Method, Solver
+from patchdiffusion.solvers.schedules import (
+    FlowSpaced,
+    Karras,
+    LogSpaced,
+    Quadratic,
+    Schedule,
+    TableSpaced,
+    TimeSpaced,
+    ddpm_table,
+    flow_uniform,
+    karras,
+    log_uniform,
+    time_uniform,
+)
+from patchdiffusion.system.families import members
 
 FAST = SamplerConfig(steps=3)
 
@@ -51,17 +68,22 @@ def test_a_model_without_classes_takes_none() -> None:
 def test_classes_and_guidance_change_the_image() -> None:
     pipe = tiny.pipeline()
     a, b = (pipe.sample(1, classes=[c], config=FAST) for c in (0, 1))
-    c, d = (pipe.sample(1, classes=[0], config=replace(FAST, guidance=g)) for g in (1.0, 3.0))
+    c, d = (
+        pipe.sample(1, classes=[0], config=replace(FAST, guidance=ClassifierFree(weight=g)))
+        for g in (1.0, 3.0)
+    )
     assert not (a == b).all()
     assert (a == c).all() and not (a == d).all()
     null = pipe.sample(1, classes=[-1], config=FAST)
-    unguided = pipe.sample(1, classes=[0], config=replace(FAST, guidance=0.0))
+    unguided = pipe.sample(
+        1, classes=[0], config=replace(FAST, guidance=ClassifierFree(weight=0.0))
+    )
     assert abs(null.astype(int) - unguided).max() <= 1
 
 
 def test_guidance_needs_classes() -> None:
     with pytest.raises(ValueError, match="needs class labels"):
-        tiny.pipeline(0).sample(1, config=replace(FAST, guidance=2.0))
+        tiny.pipeline(0).sample(1, config=replace(FAST, guidance=ClassifierFree()))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +91,6 @@ def test_guidance_needs_classes() -> None:
     [
         ({"count": 0}, "count and batch must be at least 1, not 0 and 64"),
         ({"batch": 0}, "count and batch must be at least 1"),
-        ({"size": (0, 4)}, r"size .* not \(0, 4\)"),
         ({"seed": 2**63}, "seed"),
         ({"seed": -(2**63) - 1}, "seed"),
     ],
@@ -82,59 +103,60 @@ def test_impossible_options(options: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SamplerConfig(solver="euler", churn=Churn(amount=1.0)),
-         "churn works with heun, midpoint, ralston, not with euler"),
-        (lambda: SamplerConfig(solver="dpmpp_2m", churn=Churn(amount=1.0)), "not with dpmpp_2m"),
-        (lambda: SamplerConfig(solver="ancestral", churn=Churn(amount=1.0)), "not with ancestral"),
-        (lambda: SamplerConfig(eta=0.0),
-         "eta works with ddim, ancestral, sde_dpmpp_1, .*, euler_maruyama, not with heun"),
-        (lambda: SamplerConfig(solver="unipc", eta=1.0), "eta works with .*, not with unipc"),
-        (lambda: SamplerConfig(solver="ddim", eta=1.5), r"eta of ddim must be in \[0, 1\], not 1"),
-        (lambda: SamplerConfig(solver="sde_dpmpp_1", eta=-1.0), r"in \[0, 100\], not -1"),
-        (lambda: SamplerConfig(solver="euler_maruyama", eta=float("nan")), "not nan"),
-        (lambda: SamplerConfig(shift=3.0), "shift works with the flow grid only, not with karras"),
-        (lambda: SamplerConfig(grid="flow", shift=-1.0), "shift must be positive and finite"),
-        (lambda: SamplerConfig(grid="flow", rho=5.0), "rho works with the karras grid only"),
+        (lambda: DDIM(eta=1.5), r"eta must be in \[0, 1\], not 1.5"),
+        (lambda: CanvasRegion(size=(0, 4)), r"positive height and width, not \(0, 4\)"),
+        (lambda: CanvasRegion(size=(4,)).place((8, 8)), r"size of a region needs 2 .*, not \(4,\)"),
+        (lambda: CanvasRegion(corner=(1,)).place((8, 8)), r"corner of a region needs 2 numbers"),
+        (lambda: SamplerConfig(schedule=FlowSpaced(shift=-1.0)), "shift must be positive and fin"),
+        (lambda: SamplerConfig(schedule=Karras(rho=0.0)), "rho must be positive"),
+        (lambda: SamplerConfig(steps=0), "at least 1 step, not 0"),
+        (lambda: TableSpaced(steps=3), r"steps must lie in \[25, 100000\], not 3"),
     ],
 )  # fmt: skip
-def test_impossible_combinations(make: Callable[[], SamplerConfig], message: str) -> None:
+def test_impossible_values(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("solver", get_args(SolverName))
-def test_every_solver_samples_from_a_model(solver: SolverName) -> None:
-    image = tiny.pipeline().sample(1, config=SamplerConfig(solver=solver, steps=4))
+METHODS = [member for member in members(Solver) if issubclass(member, Method)]
+
+
+@pytest.mark.parametrize("solver", METHODS)
+def test_every_solver_samples_from_a_model(solver: Callable[[], Any]) -> None:
+    image = tiny.pipeline().sample(1, config=SamplerConfig(solver=solver(), steps=4))
     assert image.shape == (1, *tiny.CANVAS, 3) and image.std() > 0
 
 
 def test_options_reach_the_solver() -> None:
-    def image(**given: object) -> np.ndarray:
-        config = SamplerConfig(**{"steps": 4, **given})  # pyright: ignore[reportArgumentType]
-        return tiny.pipeline().sample(2, config=config)
+    def image(solver: Solver) -> np.ndarray:
+        return tiny.pipeline().sample(2, config=SamplerConfig(steps=4, solver=solver))
 
-    plain = image(solver="euler")
-    assert (image(solver="ddim") == plain).all()
-    assert (image(solver="ancestral", eta=0.0) == plain).all()
-    assert not (image(solver="ancestral") == plain).all()
-    assert (image(solver="ddim", eta=1.0) == image(solver="ancestral")).all()
-    assert not (image(churn=Churn(amount=9.0)) == image()).all()
+    plain = image(Euler())
+    assert (image(DDIM()) == plain).all()
+    assert not (image(Ancestral()) == plain).all()
+    assert (image(DDIM(eta=1.0)) == image(Ancestral())).all()
+    assert not (image(Heun(churn=Churn(amount=9.0))) == image(Heun())).all()
 
 
 @pytest.mark.parametrize(
-    ("given", "grid"),
+    ("schedule", "expected"),
     [
-        ({"rho": 5.0}, lambda: karras(9, 0.01, 50.0, 5.0)),
-        ({"grid": "log_uniform"}, lambda: log_uniform(9, 0.01, 50.0)),
-        ({"grid": "uniform_t"}, lambda: time_uniform(9, 0.01, 50.0)),
-        ({"grid": "quadratic"}, lambda: time_uniform(9, 0.01, 50.0, power=2.0)),
-        ({"grid": "flow", "shift": 3.0}, lambda: flow_uniform(9, 0.01, 50.0, 3.0)),
+        (Karras(rho=5.0), lambda: karras(9, 0.01, 50.0, 5.0)),
+        (LogSpaced(), lambda: log_uniform(9, 0.01, 50.0)),
+        (TimeSpaced(), lambda: time_uniform(9, 0.01, 50.0)),
+        (TimeSpaced(path="cosine"), lambda: time_uniform(9, 0.01, 50.0, path="cosine")),
+        (Quadratic(), lambda: time_uniform(9, 0.01, 50.0, power=2.0)),
+        (FlowSpaced(shift=3.0), lambda: flow_uniform(9, 0.01, 50.0, 3.0)),
+        (
+            TableSpaced(table="cosine", steps=500),
+            lambda: ddpm_table(9, 0.01, 50.0, table=DDPM(schedule="cosine", steps=500)),
+        ),
     ],
 )
-def test_grids_of_the_sampler(given: dict[str, object], grid: Callable[[], Tensor]) -> None:
-    config = SamplerConfig(steps=9, sigma_min=0.01, sigma_max=50.0, **given)  # pyright: ignore[reportArgumentType]
-    assert torch.equal(config.sigmas(), grid())
+def test_schedules_of_the_sampler(schedule: Schedule, expected: Callable[[], Tensor]) -> None:
+    config = SamplerConfig(steps=9, sigma_min=0.01, sigma_max=50.0, schedule=schedule)
+    assert torch.equal(config.sigmas(), expected())
 
 
 # ---- A run ----

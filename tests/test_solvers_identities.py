@@ -1,38 +1,36 @@
 """Solvers against each other, against second implementations, and where they must be exact."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
-from oracles import TOY, grid, keys, noise_of, noisy
+from oracles import SOLVERS, TOY, grid, keys, noise_of, noisy
 from torch import Tensor
 
 from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.solvers import (
-    SOLVERS,
-    Solver,
+    DDIM,
+    EulerMaruyama,
+    Integrator,
+    SDEDPMpp1,
+    SDEDPMpp2M,
     State,
     ancestral,
-    ddim,
     dpmpp_2m,
     dpmpp_3m,
     euler,
-    euler_maruyama,
-    sde_dpmpp_1,
-    sde_dpmpp_2m,
     solve,
     unipc,
 )
 from patchdiffusion.solvers.schedules import karras
 
 
-def ends(solver: Solver, sigmas: Tensor) -> Tensor:
+def ends(solver: Integrator, sigmas: Tensor) -> Tensor:
     noise = noise_of(keys(100), (2,), torch.float64)
     return solve(solver, TOY, noisy(100), sigmas, noise=noise)
 
 
-def same(one: Solver, other: Solver, tolerance: float = 1e-13) -> None:
+def same(one: Integrator, other: Integrator, tolerance: float = 1e-13) -> None:
     """To the last digits, which chaos between modes amplifies a little."""
     for sigmas in (karras(9, 0.01, 10.0), grid(12)):
         assert torch.allclose(ends(one, sigmas), ends(other, sigmas), rtol=0, atol=tolerance)
@@ -44,22 +42,22 @@ def same(one: Solver, other: Solver, tolerance: float = 1e-13) -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        partial(ddim, eta=0.0),
-        partial(sde_dpmpp_1, eta=0.0),
-        partial(euler_maruyama, eta=0.0),  # straight lines of the flow stay straight
+        DDIM(eta=0.0),
+        SDEDPMpp1(eta=0.0),
+        EulerMaruyama(eta=0.0),  # straight lines of the flow stay straight
     ],
 )
-def test_without_noise_first_order_is_euler(other: Solver) -> None:
+def test_without_noise_first_order_is_euler(other: Integrator) -> None:
     same(euler, other, 1e-12)
 
 
 def test_all_the_noise_is_ancestral() -> None:
-    same(ancestral, partial(ddim, eta=1.0))
-    same(ancestral, partial(sde_dpmpp_1, eta=1.0))
+    same(ancestral, DDIM(eta=1.0))
+    same(ancestral, SDEDPMpp1(eta=1.0))
 
 
 def test_without_noise_the_second_order_is_2m() -> None:
-    same(dpmpp_2m, partial(sde_dpmpp_2m, eta=0.0))
+    same(dpmpp_2m, SDEDPMpp2M(eta=0.0))
 
 
 def test_ancestral_has_the_posterior_of_ddpm() -> None:
@@ -90,10 +88,10 @@ def test_sde_dpmpp_as_written(eta: float) -> None:
     second = TOY(middle, b)
     sigmas = torch.tensor([a, b, c], dtype=torch.float64)
     for solver, image in (
-        (sde_dpmpp_1, second),
-        (sde_dpmpp_2m, second + (second - first) / (2 * h1 / h)),
+        (SDEDPMpp1(eta=eta), second),
+        (SDEDPMpp2M(eta=eta), second + (second - first) / (2 * h1 / h)),
     ):
-        end = solve(partial(solver, eta=eta), TOY, noisy(50), sigmas, noise=z)
+        end = solve(solver, TOY, noisy(50), sigmas, noise=z)
         assert torch.allclose(end, step(middle, image, h, c, 1), rtol=0, atol=1e-13)
 
 
@@ -104,7 +102,7 @@ def test_ddim_between() -> None:
     image = TOY(x, a)
     expected = image + math.sqrt(b**2 - up**2) * (x - image) / a + up * z
     sigmas = torch.tensor([a, b], dtype=torch.float64)
-    end = solve(partial(ddim, eta=eta), TOY, x, sigmas, noise=lambda i: z)
+    end = solve(DDIM(eta=eta), TOY, x, sigmas, noise=lambda i: z)
     assert torch.allclose(end, expected, rtol=0, atol=1e-13)
 
 
@@ -201,7 +199,7 @@ class Slopes(Moves):
         return x - s * (c0 + c1 * s + c2 * s * s)
 
 
-def misses(solver: Solver, problem: Moves, first: int) -> float:
+def misses(solver: Integrator, problem: Moves, first: int) -> float:
     """How far each step from number `first` on ends from the exact solution, at most."""
     sigmas, x = grid(8), torch.ones(1, 1, dtype=torch.float64)
     levels = sigmas.tolist()

@@ -8,11 +8,11 @@ from functools import cache
 
 import pytest
 import torch
-from oracles import DETERMINISTIC, TOY, Gaussian, grid, keys, noisy, reference
+from oracles import DETERMINISTIC, SOLVERS, TOY, Gaussian, grid, keys, noisy, reference
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.solvers import SOLVERS, solve
+from patchdiffusion.solvers import solve
 from patchdiffusion.solvers.schedules import karras
 
 

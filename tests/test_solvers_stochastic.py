@@ -1,24 +1,26 @@
 """Stochastic solvers keep the distribution: exactly on a Gaussian, by sampling on a mixture."""
 
 import math
-from functools import partial
 
 import pytest
 import torch
 from oracles import TOY, exact_moments, keys, noise_of, noisy
 from torch import Tensor
 
-from patchdiffusion.paths import VE, VP
 from patchdiffusion.solvers import (
-    SOLVERS,
+    DDIM,
     Churn,
-    Solver,
+    EulerMaruyama,
+    Heun,
+    Integrator,
+    Midpoint,
+    Ralston,
+    SDEDPMpp1,
+    SDEDPMpp2M,
     ancestral,
     brownian,
-    ddim,
     euler_maruyama,
     heun,
-    sde_dpmpp_1,
     sde_dpmpp_2m,
     solve,
 )
@@ -31,21 +33,21 @@ from patchdiffusion.solvers.schedules import flow_uniform, karras
     ("solver", "order", "most"),
     [
         (ancestral, 1, 0.016),
-        (partial(ddim, eta=0.5), 1, 0.010),
-        (partial(sde_dpmpp_1, eta=0.5), 1, 0.012),
+        (DDIM(eta=0.5), 1, 0.010),
+        (SDEDPMpp1(eta=0.5), 1, 0.012),
         (euler_maruyama, 1, 0.002),
-        (partial(euler_maruyama, eta=3.0), 1, 0.006),
-        (partial(euler_maruyama, diffusion=torch.ones_like), 1, 0.003),
-        (partial(euler_maruyama, path=VE()), 1, 0.007),
-        (partial(euler_maruyama, path=VP()), 1, 0.003),
+        (EulerMaruyama(eta=3.0), 1, 0.006),
+        (EulerMaruyama(diffusion="constant"), 1, 0.003),
+        (EulerMaruyama(path="ve"), 1, 0.007),
+        (EulerMaruyama(path="vp"), 1, 0.003),
         (sde_dpmpp_2m, 2, 6e-4),
-        (partial(sde_dpmpp_2m, eta=0.5), 2, 4e-4),
-        (partial(heun, churn=Churn(amount=20.0)), 2, 1e-3),
-        (partial(SOLVERS["midpoint"], churn=Churn(amount=20.0)), 2, 1e-3),
-        (partial(SOLVERS["ralston"], churn=Churn(amount=20.0)), 2, 1e-3),
+        (SDEDPMpp2M(eta=0.5), 2, 4e-4),
+        (Heun(churn=Churn(amount=20.0)), 2, 1e-3),
+        (Midpoint(churn=Churn(amount=20.0)), 2, 1e-3),
+        (Ralston(churn=Churn(amount=20.0)), 2, 1e-3),
     ],
 )
-def test_marginal_of_a_gaussian(solver: Solver, order: int, most: float) -> None:
+def test_marginal_of_a_gaussian(solver: Integrator, order: int, most: float) -> None:
     """The end is N(0.3, 0.5^2) up to an error of the order of the solver."""
     (_, few), (mean, many) = (exact_moments(solver, karras(n)) for n in (100, 200))
     assert abs(mean - 0.3) < 1e-3
@@ -56,8 +58,8 @@ def test_marginal_of_a_gaussian(solver: Solver, order: int, most: float) -> None
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_marginal_where_steps_are_spaced_in_flow_time(eta: float) -> None:
     sigmas = flow_uniform(200, 0.002, 80.0)
-    for solver, most in ((euler_maruyama, 2e-3), (sde_dpmpp_2m, 1.1e-3)):
-        assert abs(exact_moments(partial(solver, eta=eta), sigmas)[1] - 0.5) < most
+    for solver, most in ((EulerMaruyama, 2e-3), (SDEDPMpp2M, 1.1e-3)):
+        assert abs(exact_moments(solver(eta=eta), sigmas)[1] - 0.5) < most
 
 
 # ---- A mixture ----
@@ -75,15 +77,15 @@ def truth() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     "solver",
     [
-        partial(heun, churn=Churn(amount=40.0)),
+        Heun(churn=Churn(amount=40.0)),
         ancestral,
         sde_dpmpp_2m,
-        partial(sde_dpmpp_2m, eta=0.5),
+        SDEDPMpp2M(eta=0.5),
         euler_maruyama,
-        partial(euler_maruyama, diffusion=torch.ones_like),
+        EulerMaruyama(diffusion="constant"),
     ],
 )
-def test_marginal_of_a_mixture(solver: Solver) -> None:
+def test_marginal_of_a_mixture(solver: Integrator) -> None:
     """Mean and covariance stay those of the mixture however much noise is replaced."""
     count, sigmas = 3000, karras(80, 0.01, 10.0)
     noise = noise_of(keys(count), (2,), torch.float64)

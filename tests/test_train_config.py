@@ -11,6 +11,7 @@ import pytest
 
 from patchdiffusion import RunConfig, SamplerConfig, TrainConfig, UNetConfig
 from patchdiffusion.data.options import DataConfig
+from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.parameterisation import EDM, V
@@ -77,7 +78,7 @@ NAN, INF = float("nan"), float("inf")
         (lambda: RunConfig(timeout_minutes=0.0), "timeout_minutes must be positive"),
         (lambda: RunConfig(save_minutes=-1.0), "save_minutes must be >= 0"),
         (lambda: SamplerConfig(steps=0), "at least 1 step, not 0"),
-        (lambda: SamplerConfig(guidance=-1.0), "guidance weight must be >= 0"),
+        (lambda: ClassifierFree(weight=-1.0), "guidance weight must be >= 0"),
         (lambda: SamplerConfig(sigma_min=2.0, sigma_max=1.0), "sigma_min"),
     ],
 )  # fmt: skip

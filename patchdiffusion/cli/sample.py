@@ -33,16 +33,6 @@ class SampleArguments:
     """Names or numbers of classes, taken in turn; none is all of them in turn, -1 no class."""
     weights: Weights = "averaged"
     """averaged: what one wants; raw: the weights as trained."""
-    autoguide: Path | None = None
-    """A worse model, smaller or earlier, to lead away from; --guidance is then its weight."""
-    autoguide_weights: Weights = "averaged"
-    """Which weights of that model."""
-    size: tuple[int, ...] | None = None
-    """Height and width, of other data the length of each axis; the default is the size the model
-    was trained on."""
-    corner: tuple[int, ...] | None = None
-    """Top and left of the region on the canvas, of other data its first place along each axis;
-    the default is in the middle."""
     out: Path | None = None
     """Folder for the files; the default is generated/0001, 0002, ... in the folder of the run."""
     singles: bool = True
@@ -60,22 +50,13 @@ def main(arguments: Sequence[str]) -> None:
     """Sample, and write a grid and single files."""
     given = parse(SampleArguments(), arguments, "sample")
     path = given.path
-    pipeline = load(
-        path,
-        weights=given.weights,
-        device=given.device,
-        precision=given.precision,
-        guide=given.autoguide,
-        guide_weights=given.autoguide_weights,
-    )
+    pipeline = load(path, weights=given.weights, device=given.device, precision=given.precision)
     _check_out(given.out)
     images = pipeline.sample(
         given.count,
         seed=given.seed,
         classes=given.classes or None,
         config=given.sampler,
-        size=given.size,
-        corner=given.corner,
         batch=given.batch,
         progress=True,
     )
@@ -109,10 +90,9 @@ def _write(folder: Path, images, pipeline: Pipeline, given: SampleArguments) -> 
         "model": pipeline.model.digest,
         "weights": given.weights,
         "sampler": json.dumps(encode(pipeline.sampler(given.sampler))),
-        "region": json.dumps({"size": given.size, "corner": given.corner}),
     }
-    if pipeline.guide is not None:
-        common |= {"guide": pipeline.guide.digest, "guide-weights": given.autoguide_weights}
+    if pipeline.companions.digests:
+        common["guides"] = json.dumps(pipeline.companions.digests)
     seeds = {"seeds": f"{given.seed}-{given.seed + given.count - 1}"}
     save_png(folder / "grid.png", grid(images), {**common, **seeds})
     for i, image in enumerate(images if given.singles else ()):

@@ -1,10 +1,14 @@
 """Guiding a model with a bad version of itself (Karras et al., arXiv 2406.02507)."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask
-from patchdiffusion.guidance.extrapolate import Extrapolation
+from patchdiffusion.guidance.base import Surroundings, Weights
+from patchdiffusion.guidance.extrapolate import Extrapolation, Strength
 from patchdiffusion.guidance.interval import Interval
 
 
@@ -45,3 +49,27 @@ class AutoGuidance(Wrapper):
             return main
         guide = ask(self.inner[1], x, sigma, cond, call.within("guide").untaped())
         return self.interval.choose(sigma, self.extrapolate(main, guide), main)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByModel(Strength):
+    """Away from a worse model, smaller or less trained; needs no classes."""
+
+    word: ClassVar[str] = "autoguidance"
+    model: str | None = None
+    """Folder of the run or model to lead away from."""
+    weights: Weights = "averaged"
+    """Which weights of that model."""
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        """Raises `ValueError` without a model."""
+        if self.model is None:
+            raise ValueError("autoguidance needs a worse model: --guidance.model RUN")
+        return AutoGuidance(
+            denoiser,
+            around.models.denoiser(self.model, self.weights, around.levels),
+            self.weight,
+            interval=self.interval,
+            rescale=self.rescale,
+            channels=self.channels,
+        )

@@ -1,13 +1,15 @@
 """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598)."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask
-from patchdiffusion.guidance.extrapolate import Extrapolation
+from patchdiffusion.guidance.base import Surroundings
+from patchdiffusion.guidance.extrapolate import Extrapolation, Strength
 from patchdiffusion.guidance.interval import Interval
 
 CONDITIONS = ("labels", "context")
@@ -90,3 +92,19 @@ class Unconditional(Wrapper):
 
     def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
         return ask(self.inner[0], x, sigma, cond and cond.without(*self.drops), call)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierFree(Strength):
+    """Away from the same model without a class: twice the cost."""
+
+    word: ClassVar[str] = "cfg"
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return CFG(
+            denoiser,
+            self.weight,
+            interval=self.interval,
+            rescale=self.rescale,
+            channels=self.channels,
+        )

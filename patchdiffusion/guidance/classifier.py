@@ -1,22 +1,19 @@
 """Classifier guidance (Dhariwal and Nichol, arXiv 2105.05233)."""
 
 import contextlib
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask, expand_sigma
+from patchdiffusion.guidance.base import Classifier, Surroundings, Weights
+from patchdiffusion.guidance.cfg import Unconditional
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.nets.attention import twice_differentiable
 from patchdiffusion.paths import per_sample
-
-
-class Classifier(Protocol):
-    """Noisy x [B, C, *S] at levels sigma [B] -> logits [B, K], each sample by itself."""
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor: ...
 
 
 class ClassifierGuidance(Wrapper):
@@ -36,8 +33,7 @@ class ClassifierGuidance(Wrapper):
         interval: tuple[float, float] | None = None,
     ):
         """weight 0, and levels outside of `interval`, are the denoiser bit for bit."""
-        if not 0 <= weight < float("inf"):
-            raise ValueError(f"the guidance weight must be >= 0 and finite, not {weight}")
+        check_weight(weight)
         super().__init__(denoiser)
         self.classifier = classifier
         self.weight = weight
@@ -73,3 +69,41 @@ class ClassifierGuidance(Wrapper):
             named = logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
             total = named.where(labels >= 0, 0).sum()
             return torch.autograd.grad(total, watched, create_graph=x.requires_grad)[0]
+
+
+def check_weight(weight: float) -> None:
+    """Raise `ValueError` for an impossible weight."""
+    if not 0 <= weight < float("inf"):
+        raise ValueError(f"the guidance weight must be >= 0 and finite, not {weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ByClassifier:
+    """Towards what a classifier of noisy images takes for the class; the model itself sees none."""
+
+    word: ClassVar[str] = "classifier"
+    model: str | None = None
+    """Folder of the run or model of the classifier."""
+    weights: Weights = "averaged"
+    """Which weights of that model."""
+    weight: float = 1.0
+    """1 is the class as the classifier sees it, more exaggerates it, 0 is no class."""
+    interval: tuple[float, float] | None = None
+    """Guide at levels above the first number, up to the second; None is at all of them."""
+
+    def __post_init__(self) -> None:
+        check_weight(self.weight)
+        Interval.of(self.interval)
+
+    def everywhere(self) -> Self:
+        """The same at all noise levels."""
+        return replace(self, interval=None)
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        """Raises `ValueError` without a model."""
+        if self.model is None:
+            raise ValueError("guidance by a classifier needs one: --guidance.model RUN")
+        classifier = around.models.classifier(self.model, self.weights)
+        return ClassifierGuidance(
+            Unconditional(denoiser), classifier, self.weight, interval=self.interval
+        )

@@ -1,10 +1,12 @@
 """From a reference through an estimate and beyond: what guidance by two denoisers shares."""
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.paths import per_sample
 
 
@@ -42,6 +44,28 @@ class Extrapolation:
             ratio = torch.where(found > 0, wanted / found, 1)  # a flat image has no contrast
             guided = guided * per_sample(1 + self.rescale * (ratio - 1), guided)
         return guided
+
+
+@dataclass(frozen=True, kw_only=True)
+class Strength:
+    """How far guidance by a second denoiser goes, and where."""
+
+    weight: float = 2.0
+    """1 is the model as it is, 0 the denoiser that it is led away from."""
+    interval: tuple[float, float] | None = None
+    """Guide at levels above the first number, up to the second; None is at all of them."""
+    rescale: float = 0.0
+    """Share, 0 to 1, of the contrast that guidance adds which is taken back."""
+    channels: int | None = None
+    """Guide so many channels, the first ones; None guides all (DiT models: 3 of 4)."""
+
+    def __post_init__(self) -> None:
+        Extrapolation(weight=self.weight, rescale=self.rescale, channels=self.channels)
+        Interval.of(self.interval)
+
+    def everywhere(self) -> Self:
+        """The same at all noise levels."""
+        return replace(self, interval=None)
 
 
 def _std(x: Tensor) -> Tensor:

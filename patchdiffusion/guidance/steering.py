@@ -15,7 +15,7 @@ from patchdiffusion import rng
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.reward import Reward, rewards_of
-from patchdiffusion.solvers import History, Noise, Solver, State
+from patchdiffusion.solvers import History, Integrator, Noise, State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Steering:
     particles change places.
     """
 
-    solver: Solver
+    solver: Integrator
     """What moves the particles; without noise of its own, copies would stay copies."""
     reward: Reward
     """Clean images [B, *S] -> [B]."""

@@ -1,22 +1,25 @@
 """Keeping estimates within the range of pixels; for models of pixels, not of latents."""
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask
+from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.paths import per_sample
 
 
-class Clamp(Wrapper):
+class Clamped(Wrapper):
     """Static thresholding: every value of the estimate into [-1, 1]."""
 
     def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
         return ask(self.inner[0], x, sigma, cond, call).clamp(-1, 1)
 
 
-class DynamicThreshold(Wrapper):
+class Thresholded(Wrapper):
     """Clamp to [-s, s] and divide by s, where a share `quantile` of a sample is within s.
 
     s is at least 1, so an estimate within the range is left as it is (arXiv 2205.11487, section
@@ -24,8 +27,7 @@ class DynamicThreshold(Wrapper):
     """
 
     def __init__(self, denoiser: Denoiser, quantile: float = 0.995):
-        if not 0 < quantile <= 1:
-            raise ValueError(f"the quantile of a threshold must lie in (0, 1], not {quantile}")
+        check_quantile(quantile)
         super().__init__(denoiser)
         self.quantile = quantile
 
@@ -36,3 +38,58 @@ class DynamicThreshold(Wrapper):
         rank = math.ceil(self.quantile * size.shape[1])
         limit = per_sample(size.kthvalue(rank, dim=1).values.clamp(min=1), denoised)
         return denoised.clamp(-limit, limit) / limit
+
+
+def check_quantile(quantile: float) -> None:
+    """Raise `ValueError` for an impossible share."""
+    if not 0 < quantile <= 1:
+        raise ValueError(f"the quantile of a threshold must lie in (0, 1], not {quantile}")
+
+
+# ---- As parts of a sampler ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoThreshold:
+    """clamp for models of eps, whose errors are largest at high noise; none for others."""
+
+    word: ClassVar[str] = "auto"
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        raise AssertionError("auto is resolved before")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoThreshold:
+    """Estimates as they are."""
+
+    word: ClassVar[str] = "none"
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return denoiser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clamp:
+    """Estimates cut off at [-1, 1]."""
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return Clamped(denoiser)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dynamic:
+    """Estimates scaled into [-1, 1], see `Thresholded`."""
+
+    quantile: float = 0.995
+    """Share of the values of an image that fit without being cut off."""
+
+    def __post_init__(self) -> None:
+        check_quantile(self.quantile)
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return Thresholded(denoiser, self.quantile)
+
+
+Threshold = AutoThreshold | NoThreshold | Clamp | Dynamic
+"""What may keep estimates in range; each is a `guidance.base.Part`."""

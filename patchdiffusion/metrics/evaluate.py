@@ -300,8 +300,8 @@ class Evaluation:
                 card["samples"] = self.config.samples
                 card["seeds"] = f"{self.config.seed}-{last}"
                 card["sampler"] = encode(pipeline.sampler(self.config.sampler))
-                if pipeline.guide is not None:
-                    card["guide"] = pipeline.guide.digest
+                if pipeline.companions.digests:
+                    card["guides"] = pipeline.companions.digests
                 known = "all alike" if self.pack.labels is None else "as in the data"
                 card["classes"] = known if pipeline.model.config.network.num_classes else "none"
         return card
@@ -321,7 +321,8 @@ class Evaluation:
             evaluations = len(self.loss_images(pipeline))
             if self.extract is not None:
                 evaluations += samples * pipeline.sampler(self.config.sampler).evaluations
-            config = replace(self.config.sampler, steps=1, guidance_interval=None)
+            sampler = self.config.sampler
+            config = replace(sampler, steps=1, guidance=sampler.guidance.everywhere())
             labels = (self.labels(pipeline) or [])[:_TRIAL] or None
             once = _time(lambda: pipeline.sample(_TRIAL, classes=labels, config=config))
             seconds += once / _TRIAL * evaluations

@@ -2,19 +2,21 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.cond import Call, Cond
-from patchdiffusion.denoiser import Denoiser, PatchDenoiser, Wrapper, ask
+from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.flowmap import FlowMap, PatchMap
+from patchdiffusion.guidance.base import Models
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.patches import Size
-from patchdiffusion.sampling.config import SamplerConfig
-from patchdiffusion.solvers import Noise, run
+from patchdiffusion.sampling.companions import Companions
+from patchdiffusion.sampling.config import Kind, SamplerConfig
+from patchdiffusion.solvers import Jumps, Method, Noise, run
 from patchdiffusion.solvers.jumps import jump
 
 
@@ -38,17 +40,28 @@ def noise_field(seeds: Tensor, channels: int, corner: tuple[int, ...], size: Siz
     return values.reshape(len(seeds), *size, channels).movedim(-1, 1)
 
 
+@dataclass(frozen=True)
+class Start:
+    """Images that sampling begins with, instead of noise alone."""
+
+    x: Tensor
+    """[N, C, *S], of the size that is sampled."""
+    sigma: float
+    """Noise level to begin with."""
+    fresh: bool = True
+    """Add noise of that level, that of the seeds; False takes x as it is, noisy already."""
+
+
 def sample(
     model: Denoiser | FlowMap,
     *,
     seeds: Sequence[int],
     channels: int,
     canvas: Size,
-    labels: Tensor | None = None,
+    cond: Cond | None = None,
+    start: Start | None = None,
     config: SamplerConfig | None = None,
-    guide: Denoiser | None = None,
-    size: Size | None = None,
-    corner: tuple[int, ...] | None = None,
+    models: Models | None = None,
     batch: int = 64,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -57,36 +70,53 @@ def sample(
 ) -> Tensor:
     """Sample one image per seed: float32 [N, C, *size] in about [-1, 1], on the CPU.
 
-    An image depends on its seed and label, not on the batch it is computed in. `size` defaults to
-    the canvas; `corner` (top, left of images) places a region of another size, by default in the
-    middle.
-    With a `guide`, a worse denoiser, the weight `config.guidance` is that of `AutoGuidance`.
-    The solver runs in `dtype`, at noise levels that `law` draws if it is given; a flow map takes
-    `config.count` jumps. `progress` is called with the number of images done at a time.
+    An image depends on its seed and its condition [N, ...], not on the batch it is computed in.
+    `canvas` is the size the model was trained on, of which `config.canvas` may choose a region;
+    `models` loads those that guidance asks. The solver runs in `dtype`, at noise levels that
+    `law` draws if it is given; a flow map takes `config.count` jumps. `progress` is called with
+    the number of images done at a time. Raises `ValueError` for what does not fit together.
     """
-    config = (config or SamplerConfig()).of_kind(isinstance(model, FlowMap))
-    if guide is not None and isinstance(model, FlowMap):
-        raise ValueError("a guide is for solvers of denoisers, and this is sampled by a flow map")
-    size = size or canvas
-    middle = tuple((side - length) // 2 for side, length in zip(canvas, size, strict=True))
-    corner = middle if corner is None else corner
+    config = config or SamplerConfig()
+    if start is not None:
+        config = _from(start, config, model, len(seeds))
+    size, corner = config.canvas.place(canvas)
     if isinstance(model, FlowMap):
+        config = config.resolved(Kind(denoiser=False, flow_map=True))
         solve = functools.partial(_jump, PatchMap(model, canvas, corner), config)
     else:
-        denoiser = PatchDenoiser(config.guided(model, guide), canvas, corner)
-        solve = functools.partial(_solve, denoiser, config, config.sigmas(law))
+        config = config.resolved(Kind())
+        sigmas = config.sigmas(law)
+        wrapped = config.wrap(model, canvas, sigmas, models or Companions(device))
+        solve = functools.partial(_solve, wrapped, config, sigmas)
     done = [torch.empty(0, channels, *size)]
-    for start in range(0, len(seeds), batch):
-        part = torch.tensor(list(seeds[start : start + batch]), dtype=torch.int64, device=device)
-        cond = Cond(labels=None if labels is None else labels[start : start + batch].to(device))
-        noise = functools.partial(_fresh_noise, part, (channels, *size), dtype)
-        x = noise_field(part, channels, corner, size).to(dtype)
+    for first in range(0, len(seeds), batch):
+        part = slice(first, first + batch)
+        some = torch.tensor(list(seeds[part]), dtype=torch.int64, device=device)
+        noise = functools.partial(_fresh_noise, some, (channels, *size), dtype)
+        given = (cond or Cond()).take(part).to(device)
+        begin = None if start is None else replace(start, x=start.x[part].to(device, dtype))
         with torch.no_grad():
-            x = solve(part, x, cond, noise)
+            x = noise_field(some, channels, corner, size).to(dtype)
+            x = solve(some, x, begin, given, noise)
         done.append(x.to("cpu", torch.float32))
         if progress:
-            progress(len(part))
+            progress(len(some))
     return torch.cat(done)
+
+
+def _from(
+    start: Start, config: SamplerConfig, model: Denoiser | FlowMap, count: int
+) -> SamplerConfig:
+    """The same configuration from the noise level of a start."""
+    if isinstance(model, FlowMap):
+        raise ValueError("a start is for solvers of denoisers, and this is sampled by a flow map")
+    if config.sigma_max is not None:
+        raise ValueError(
+            f"sigma_max {config.sigma_max:g} beside a start at sigma {start.sigma:g}; leave it out"
+        )
+    if len(start.x) != count:
+        raise ValueError(f"{count} seeds need as many images to start from, not {len(start.x)}")
+    return replace(config, sigma_max=start.sigma)
 
 
 def _solve(
@@ -94,26 +124,33 @@ def _solve(
     config: SamplerConfig,
     sigmas: Tensor,
     seeds: Tensor,
-    noisy: Tensor,
+    noise: Tensor,
+    start: Start | None,
     cond: Cond,
-    noise: Noise,
+    fresh: Noise,
 ) -> Tensor:
-    seeded, solver = _Seeded(denoiser, seeds), config.bound_solver()
-    x = noisy * sigmas[0].item()
-    return run(solver(seeded, x, sigmas, cond=cond, noise=noise)).x
+    seeded, method = _Seeded(denoiser, seeds), config.method
+    assert isinstance(method, Method)
+    x = noise * sigmas[0].item()
+    if start is not None:
+        x = start.x + x if start.fresh else start.x
+    return run(method(seeded, x, sigmas, cond=cond, noise=fresh)).x
 
 
 def _jump(
     flow_map: FlowMap,
     config: SamplerConfig,
     seeds: Tensor,
-    noisy: Tensor,
+    noise: Tensor,
+    start: Start | None,
     cond: Cond,
-    noise: Noise,
+    fresh: Noise,
 ) -> Tensor:
+    method = config.method
+    assert isinstance(method, Jumps)
     times = flow_map.times(config.count)
-    z = noisy * flow_map.path.s(times[0]).item()
-    return run(jump(flow_map, z, times, cond=cond, noise=noise, gamma=config.gamma)).x
+    z = noise * flow_map.path.s(times[0]).item()
+    return run(jump(flow_map, z, times, cond=cond, noise=fresh, gamma=method.gamma)).x
 
 
 class _Seeded(Wrapper):

@@ -4,22 +4,54 @@ A solver is an iterator: it yields a `State` after every step and can be continu
 them. Plumbing (seeds, batches, precision, progress, saving) belongs to the sampling driver.
 """
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 from patchdiffusion.solvers.brownian import brownian
 from patchdiffusion.solvers.core import (
     History,
+    Integrator,
     Method,
+    Move,
     Noise,
-    Solver,
     State,
+    Step,
     crossings,
     run,
     solve,
 )
-from patchdiffusion.solvers.multistep import ab2, dpmpp_2m, dpmpp_3m, dpmpp_3m_published, unipc
-from patchdiffusion.solvers.single import Churn, dpmpp_2s, euler, heun, midpoint, ralston
+from patchdiffusion.solvers.jumps import Jumps
+from patchdiffusion.solvers.multistep import (
+    AB2,
+    DPMpp2M,
+    DPMpp3M,
+    DPMpp3MPublished,
+    UniPC,
+    ab2,
+    dpmpp_2m,
+    dpmpp_3m,
+    dpmpp_3m_published,
+    unipc,
+)
+from patchdiffusion.solvers.single import (
+    Churn,
+    DPMpp2S,
+    Euler,
+    Heun,
+    Midpoint,
+    Ralston,
+    dpmpp_2s,
+    euler,
+    heun,
+    midpoint,
+    ralston,
+)
 from patchdiffusion.solvers.stochastic import (
+    DDIM,
+    Ancestral,
+    EulerMaruyama,
+    SDEDPMpp1,
+    SDEDPMpp2M,
     ancestral,
     ddim,
     euler_maruyama,
@@ -27,43 +59,39 @@ from patchdiffusion.solvers.stochastic import (
     sde_dpmpp_2m,
 )
 
-SolverName = Literal[
-    "heun",
-    "midpoint",
-    "ralston",
-    "dpmpp_2s",
-    "euler",
-    "dpmpp_2m",
-    "dpmpp_3m",
-    "dpmpp_3m_published",
-    "unipc",
-    "ab2",
-    "ddim",
-    "ancestral",
-    "sde_dpmpp_1",
-    "sde_dpmpp_2m",
-    "euler_maruyama",
-]
 
-SOLVERS: dict[str, Method] = {
-    "heun": heun,
-    "midpoint": midpoint,
-    "ralston": ralston,
-    "dpmpp_2s": dpmpp_2s,
-    "euler": euler,
-    "dpmpp_2m": dpmpp_2m,
-    "dpmpp_3m": dpmpp_3m,
-    "dpmpp_3m_published": dpmpp_3m_published,
-    "unipc": unipc,
-    "ab2": ab2,
-    "ddim": ddim,
-    "ancestral": ancestral,
-    "sde_dpmpp_1": sde_dpmpp_1,
-    "sde_dpmpp_2m": sde_dpmpp_2m,
-    "euler_maruyama": euler_maruyama,
-}
+@dataclass(frozen=True)
+class AutoSolver:
+    """map for few-step models, sde_dpmpp_2m for eps, else heun (twice the evaluations)."""
 
-__all__ = ["SOLVERS", "Churn", "History", "Method", "Noise", "Solver", "SolverName", "State", "ab2"]
-__all__ += ["ancestral", "brownian", "crossings", "ddim", "dpmpp_2m", "dpmpp_2s", "dpmpp_3m"]
-__all__ += ["dpmpp_3m_published", "euler", "euler_maruyama", "heun", "midpoint", "ralston"]
-__all__ += ["run", "sde_dpmpp_1", "sde_dpmpp_2m", "solve", "unipc"]
+    word: ClassVar[str] = "auto"
+    usual_steps: ClassVar[int] = 18
+
+
+Solver = (
+    AutoSolver
+    | Heun
+    | Midpoint
+    | Ralston
+    | DPMpp2S
+    | Euler
+    | DPMpp2M
+    | DPMpp3M
+    | DPMpp3MPublished
+    | UniPC
+    | AB2
+    | DDIM
+    | Ancestral
+    | SDEDPMpp1
+    | SDEDPMpp2M
+    | EulerMaruyama
+    | Jumps
+)
+"""What a sampler may walk with; a new member is a `Method`, see `solvers.core`."""
+
+__all__ = ["AB2", "AutoSolver", "Ancestral", "Churn", "DDIM", "DPMpp2M", "DPMpp2S", "DPMpp3M"]
+__all__ += ["DPMpp3MPublished", "Euler", "EulerMaruyama", "Heun", "History", "Integrator", "Jumps"]
+__all__ += ["Method", "Midpoint", "Move", "Noise", "Ralston", "SDEDPMpp1", "SDEDPMpp2M", "Solver"]
+__all__ += ["State", "Step", "UniPC", "ab2", "ancestral", "brownian", "crossings", "ddim"]
+__all__ += ["dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "dpmpp_3m_published", "euler", "euler_maruyama"]
+__all__ += ["heun", "midpoint", "ralston", "run", "sde_dpmpp_1", "sde_dpmpp_2m", "solve", "unipc"]

@@ -1,18 +1,18 @@
 """What all solvers share: the state, the loop over the steps, and what a rule sees of a step.
 
-A solver is the rule of one step, from level a down to level b, under the loop of `Method`. Rules
-are written in the frame x = x0 + sigma eps, where the probability-flow equation is
-dx/dsigma = (x - D(x, sigma)) / sigma; in lambda = -ln sigma its exact solution over a step is
-x_b = (b / a) x_a + b int e^lambda D dlambda (DPM-Solver++, arXiv 2211.01095, proposition 4.1).
+A solver is the rule of one step, from level a down to level b, under the loop of `Method`, and a
+frozen record of its options. Rules are written in the frame x = x0 + sigma eps, where the
+probability-flow equation is dx/dsigma = (x - D(x, sigma)) / sigma; in lambda = -ln sigma its exact
+solution over a step is x_b = (b / a) x_a + b int e^lambda D dlambda (DPM-Solver++, arXiv
+2211.01095, proposition 4.1).
 """
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
-from functools import update_wrapper
-from inspect import Parameter, signature
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -38,8 +38,10 @@ class State:
     """What a multistep solver remembers of earlier steps, the latest first."""
 
 
-class Solver(Protocol):
-    """x [B, C, *S] at level sigmas[first]; sigmas decreasing, float64 [n + 1], ending in 0.
+class Integrator(Protocol):
+    """Walks from noise to an image: any `Method`, and what is made of one.
+
+    x [B, C, *S] at level sigmas[first]; sigmas decreasing, float64 [n + 1], ending in 0.
 
     The history is dropped before each step in `resets`, and where the denoiser says that it jumps:
     see `Wrapper.discontinuities`. Every call is a trajectory with a number of its own.
@@ -108,22 +110,25 @@ _RUNS = itertools.count()  # numbers trajectories, so that no cache mixes two of
 Move = tuple[Tensor, Tensor, History]  # x at level b, the denoised image, what to remember
 
 
-class Method:
-    """A solver made of the rule of one step; the keyword-only options of the rule are its own.
+class Method(ABC):
+    """A solver made of the rule of one step; a subclass is a frozen record of its options."""
 
-    Bind them with `functools.partial`: `partial(ddim, eta=0.5)`.
-    """
+    stages: ClassVar[int] = 1
+    """Evaluations of a step; the step to 0 takes one."""
+    usual_steps: ClassVar[int] = 18
+    """Number of steps where none is given."""
 
-    def __init__(self, rule: Callable[..., Move], *, stages: int = 1):
-        """rule(step, x, **options) -> Move, in so many evaluations, in one to sigma 0."""
-        update_wrapper(self, rule)
-        self.rule = rule
-        self.stages = stages
-        self.options = frozenset(
-            name
-            for name, p in signature(rule).parameters.items()
-            if p.kind is Parameter.KEYWORD_ONLY
-        )
+    @abstractmethod
+    def move(self, step: Step, x: Tensor) -> Move:
+        """The rule of one step."""
+
+    def evaluations(self, steps: int) -> int:
+        """How often the denoiser is evaluated for a sample."""
+        return steps * self.stages - (self.stages - 1)
+
+    def highest(self, sigmas: Tensor) -> float:
+        """The largest noise level at which the denoiser is evaluated."""
+        return float(sigmas[0])
 
     def __call__(
         self,
@@ -136,15 +141,14 @@ class Method:
         first: int = 0,
         history: History = (),
         resets: Collection[int] = (),
-        **options: object,
     ) -> Iterator[State]:
-        """As `Solver`, with the options of the rule."""
+        """As an `Integrator`."""
         number, levels = next(_RUNS), tuple(sigmas.tolist())
         resets = {*resets, *crossings(sigmas, discontinuities(denoiser))}
         for i in range(first, len(levels) - 1):
             memory = () if i in resets or levels[i + 1] == 0 else history
             step = Step(number, denoiser, cond, noise, levels, i, memory)
-            x, denoised, history = self.rule(step, x, **options)
+            x, denoised, history = self.move(step, x)
             yield State(x, denoised, i + 1, history)
 
 
@@ -176,7 +180,7 @@ def run(solution: Iterator[State]) -> State:
 
 @torch.no_grad()
 def solve(
-    solver: Solver,
+    solver: Integrator,
     denoiser: Denoiser,
     x: Tensor,
     sigmas: Tensor,

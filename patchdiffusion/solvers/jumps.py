@@ -3,6 +3,8 @@
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,24 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.paths import Path
 from patchdiffusion.solvers.core import Noise, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jumps:
+    """The solver of few-step models: `jump` from each time of a flow map to the next."""
+
+    word: ClassVar[str] = "map"
+    usual_steps: ClassVar[int] = 2
+    gamma: float | None = None
+    """Share of the noise that is drawn anew after each jump but the last; None is what suits."""
+
+    def __post_init__(self) -> None:
+        if self.gamma is not None and not 0 <= self.gamma <= 1:
+            raise ValueError(f"gamma must lie in [0, 1], not {self.gamma}")
+
+    def evaluations(self, steps: int) -> int:
+        """How often the map is evaluated for a sample."""
+        return steps
 
 
 def jump(

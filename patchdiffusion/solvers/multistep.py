@@ -4,21 +4,24 @@ All begin with a step of first order, and end with one, to 0.
 """
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from patchdiffusion.solvers.core import Method, Move, Step, towards
 
 
-@Method
-def dpmpp_2m(step: Step, x: Tensor) -> Move:
+@dataclass(frozen=True, kw_only=True)
+class DPMpp2M(Method):
     """Second order, n evaluations: DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2)."""
-    denoised = step.denoise(x)
-    return (
-        towards(extrapolated(step, denoised), x, step.next_sigma / step.sigma),
-        denoised,
-        (denoised,),
-    )
+
+    word: ClassVar[str] = "dpmpp_2m"
+
+    def move(self, step: Step, x: Tensor) -> Move:
+        denoised = step.denoise(x)
+        ahead = extrapolated(step, denoised)
+        return towards(ahead, x, step.next_sigma / step.sigma), denoised, (denoised,)
 
 
 def extrapolated(step: Step, denoised: Tensor) -> Tensor:
@@ -28,19 +31,27 @@ def extrapolated(step: Step, denoised: Tensor) -> Tensor:
     return denoised + step.width() / (2 * step.width(1)) * (denoised - step.history[0])
 
 
-@Method
-def dpmpp_3m(step: Step, x: Tensor) -> Move:
+@dataclass(frozen=True, kw_only=True)
+class DPMpp3M(Method):
     """Third order, n evaluations: the exact integral of a parabola through three images.
 
     DPM-Solver++(3M) as its derivation has it (arXiv 2211.01095).
     """
-    return _parabola(step, x, 2.0)
+
+    word: ClassVar[str] = "dpmpp_3m"
+
+    def move(self, step: Step, x: Tensor) -> Move:
+        return _parabola(step, x, 2.0)
 
 
-@Method
-def dpmpp_3m_published(step: Step, x: Tensor) -> Move:
-    """`dpmpp_3m` with half the second-order term, as in the authors' code: not third order."""
-    return _parabola(step, x, 1.0)
+@dataclass(frozen=True, kw_only=True)
+class DPMpp3MPublished(Method):
+    """`DPMpp3M` with half the second-order term, as in the authors' code: not third order."""
+
+    word: ClassVar[str] = "dpmpp_3m_published"
+
+    def move(self, step: Step, x: Tensor) -> Move:
+        return _parabola(step, x, 1.0)
 
 
 def _parabola(step: Step, x: Tensor, factor: float) -> Move:
@@ -61,18 +72,22 @@ def _parabola(step: Step, x: Tensor, factor: float) -> Move:
     return x, denoised, keep
 
 
-@Method
-def unipc(step: Step, x: Tensor) -> Move:
+@dataclass(frozen=True, kw_only=True)
+class UniPC(Method):
     """Third order, n evaluations: UniPC-2 with its corrector (arXiv 2302.04867, B2(h)).
 
     The corrector uses the evaluation at the end of a step, which is that of the step after:
     `State.x` is not yet corrected, and the last one, at 0, needs no correction.
     """
-    denoised = step.denoise(x)
-    if step.history:
-        x = x + _correction(step, denoised)
-    x = towards(extrapolated(step, denoised), x, step.next_sigma / step.sigma)
-    return x, denoised, (denoised, *step.history[:1])
+
+    word: ClassVar[str] = "unipc"
+
+    def move(self, step: Step, x: Tensor) -> Move:
+        denoised = step.denoise(x)
+        if step.history:
+            x = x + _correction(step, denoised)
+        x = towards(extrapolated(step, denoised), x, step.next_sigma / step.sigma)
+        return x, denoised, (denoised, *step.history[:1])
 
 
 def _correction(step: Step, denoised: Tensor) -> Tensor:
@@ -90,14 +105,22 @@ def _correction(step: Step, denoised: Tensor) -> Tensor:
     return -grown * ((rho0 - 1 / 2) * slope + (both - rho0) * (denoised - step.history[0]))
 
 
-@Method
-def ab2(step: Step, x: Tensor) -> Move:
+@dataclass(frozen=True, kw_only=True)
+class AB2(Method):
     """Second order, n evaluations: Adams-Bashforth in sigma, the rhoAB1 of DEIS (2204.13902)."""
-    a, b = step.sigma, step.next_sigma
-    denoised = step.denoise(x)
-    slope = (x - denoised) / a
-    x = towards(denoised, x, b / a)
-    if step.history:
-        before = step.sigmas[step.index - 1]
-        x = x + (b - a) ** 2 / (2 * (a - before)) * (slope - step.history[0])
-    return x, denoised, (slope,)
+
+    word: ClassVar[str] = "ab2"
+
+    def move(self, step: Step, x: Tensor) -> Move:
+        a, b = step.sigma, step.next_sigma
+        denoised = step.denoise(x)
+        slope = (x - denoised) / a
+        x = towards(denoised, x, b / a)
+        if step.history:
+            before = step.sigmas[step.index - 1]
+            x = x + (b - a) ** 2 / (2 * (a - before)) * (slope - step.history[0])
+        return x, denoised, (slope,)
+
+
+dpmpp_2m, dpmpp_3m, dpmpp_3m_published = DPMpp2M(), DPMpp3M(), DPMpp3MPublished()
+unipc, ab2 = UniPC(), AB2()

@@ -5,13 +5,14 @@ at them, such as guidance in an interval, finds them.
 """
 
 import math
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from patchdiffusion.noise import NoiseLaw, check_range
-from patchdiffusion.paths import PATHS
+from patchdiffusion.paths import DDPM, PATHS
 
 MOST_STEPS = 1_000_000  # beyond is a slip
 
@@ -67,6 +68,112 @@ def flow_uniform(
     _check_grid(n, sigma_min, sigma_max)
     levels = shift * time_uniform(n, sigma_min / shift, sigma_max / shift, path="flow")[:-1]
     return _grid(levels, sigma_min, sigma_max)
+
+
+def ddpm_table(n: int, sigma_min: float = 0.01, sigma_max: float = 150.0, *, table: DDPM) -> Tensor:
+    """Levels of a DDPM table at evenly spaced steps of it, then 0 (DDIM, arXiv 2010.02502, 4.2).
+
+    Raises `ValueError` for more levels than the table has between the ends.
+    """
+    _check_grid(n, sigma_min, sigma_max)
+    ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
+    low, high = table.index(ends).clamp(0, table.steps - 1)
+    place = (low + _ramp(n) * (high - low)).round() / (table.steps - 1)
+    levels = _grid(table.sigma(place), sigma_min, sigma_max)
+    if not bool((levels.diff() < 0).all()):
+        raise ValueError(
+            f"the ddpm table of {table.steps} steps has no {n} levels from sigma {sigma_min:g} to "
+            f"{sigma_max:g}; use fewer steps"
+        )
+    return levels
+
+
+# ---- As parts of a configuration ----
+
+
+class Spacing(Protocol):
+    """What a schedule is: n levels between two ends, and then 0."""
+
+    def sigmas(self, n: int, low: float, high: float) -> Tensor:
+        """Decreasing noise levels: float64 [n + 1]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Karras:
+    """Evenly spaced in sigma^(1/rho): see `karras`."""
+
+    rho: float = 7.0
+    """Larger numbers have more steps at low noise."""
+
+    def sigmas(self, n: int, low: float, high: float) -> Tensor:
+        return karras(n, low, high, self.rho)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSpaced:
+    """Evenly spaced in ln sigma, which is log SNR: see `log_uniform`."""
+
+    word: ClassVar[str] = "log_uniform"
+
+    def sigmas(self, n: int, low: float, high: float) -> Tensor:
+        return log_uniform(n, low, high)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSpaced:
+    """Evenly spaced in the time of a path: see `time_uniform`."""
+
+    word: ClassVar[str] = "uniform_t"
+    path: Literal["vp", "cosine"] = "vp"
+    """vp: the variance-preserving path, as of DDPM in continuous time; cosine: that of v models."""
+
+    def sigmas(self, n: int, low: float, high: float) -> Tensor:
+        return time_uniform(n, low, high, path=self.path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quadratic:
+    """Evenly spaced in the root of the time of the variance-preserving path, as of DDIM."""
+
+    def sigmas(self, n: int, low: float, high: float) -> Tensor:
+        return time_uniform(n, low, high, power=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowSpaced:
+    """Evenly spaced in the time of flow matching before a shift: see `flow_uniform`."""
+
+    word: ClassVar[str] = "flow"
+    shift: float = 1.0
+    """Factor on the noise levels between the ends; above 1 moves steps to high noise."""
+
+    def sigmas(self, n: int, low: float, high: float) -> Tensor:
+        return flow_uniform(n, low, high, self.shift)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSpaced:
+    """Levels of a DDPM table, at evenly spaced steps of it: see `ddpm_table`."""
+
+    word: ClassVar[str] = "ddpm"
+    table: Literal["linear", "cosine"] = "linear"
+    """Which table, as in `precond.schedule` of the model."""
+    steps: int = 1000
+    """Number of steps of the table."""
+
+    def __post_init__(self) -> None:
+        DDPM(schedule=self.table, steps=self.steps)  # raises if there is none
+
+    def sigmas(self, n: int, low: float, high: float) -> Tensor:
+        return ddpm_table(n, low, high, table=DDPM(schedule=self.table, steps=self.steps))
+
+
+Schedule = Karras | LogSpaced | TimeSpaced | Quadratic | FlowSpaced | TableSpaced
+"""How a sampler may space its noise levels; each is a `Spacing`."""
+
+
+# ---- Between which levels ----
 
 
 def ends(

@@ -1,8 +1,8 @@
 """Solvers that remember nothing: Euler, the family of Heun, DPM-Solver-2, and churn."""
 
 import math
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -28,6 +28,10 @@ class Churn:
                 "churn needs amount >= 0, scale > 0 and sigma_min <= sigma_max, not "
                 f"{self.amount}, {self.scale}, {self.sigma_min}, {self.sigma_max}"
             )
+        if not self.amount and (self.sigma_min, self.sigma_max, self.scale) != (0.0, 1e6, 1.0):
+            raise ValueError(
+                "sigma_min, sigma_max and scale shape the churn, and amount is 0, which is none"
+            )
 
     def gamma(self, sigma: float, steps: int) -> float:
         """Relative increase of the noise level before a step."""
@@ -35,59 +39,84 @@ class Churn:
         return min(self.amount / steps, math.sqrt(2) - 1) if inside else 0.0
 
 
-@Method
-def euler(step: Step, x: Tensor) -> Move:
+@dataclass(frozen=True, kw_only=True)
+class Euler(Method):
     """First order, n evaluations; the same as DDIM (arXiv 2010.02502) and DPM-Solver++(1)."""
-    denoised = step.denoise(x)
-    return towards(denoised, x, step.next_sigma / step.sigma), denoised, ()
+
+    def move(self, step: Step, x: Tensor) -> Move:
+        denoised = step.denoise(x)
+        return towards(denoised, x, step.next_sigma / step.sigma), denoised, ()
 
 
-@partial(Method, stages=2)
-def heun(step: Step, x: Tensor, *, churn: Churn | None = None) -> Move:
+@dataclass(frozen=True, kw_only=True)
+class TwoStages(Method):
+    """The second-order methods with stages at a and a + alpha (b - a) (EDM, algorithms 2 and 3)."""
+
+    stages: ClassVar[int] = 2
+    alpha: ClassVar[float]
+    """Place of the second evaluation in the step."""
+    churn: Churn = field(default_factory=Churn)
+
+    def highest(self, sigmas: Tensor) -> float:
+        """The largest noise level at which the denoiser is evaluated."""
+        return max(s * (1 + self.churn.gamma(s, len(sigmas) - 1)) for s in sigmas.tolist())
+
+    def move(self, step: Step, x: Tensor) -> Move:
+        a, b = step.sigma, step.next_sigma
+        gamma = self.churn.gamma(a, len(step.sigmas) - 1)
+        if gamma > 0:
+            raised = a * (1 + gamma)
+            x = step.perturb(x, math.sqrt(raised**2 - a**2) * self.churn.scale)
+            a = raised
+        denoised = step.denoise(x, a)
+        slope = (x - denoised) / a
+        if b > 0:
+            middle = b + (1 - self.alpha) * (a - b)  # exactly b for alpha = 1
+            x_middle = x + self.alpha * (b - a) * slope
+            denoised = step.denoise(x_middle, middle, stage=1)
+            share = 1 / (2 * self.alpha)
+            slope = (1 - share) * slope + share * ((x_middle - denoised) / middle)
+        return x + (b - a) * slope, denoised, ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heun(TwoStages):
     """Second order, 2n - 1 evaluations, optionally stochastic (EDM, algorithms 1 and 2)."""
-    return _two_stages(step, x, 1.0, churn)
+
+    alpha: ClassVar[float] = 1.0
 
 
-@partial(Method, stages=2)
-def midpoint(step: Step, x: Tensor, *, churn: Churn | None = None) -> Move:
-    """As `heun`, with the second evaluation half way in sigma."""
-    return _two_stages(step, x, 1 / 2, churn)
+@dataclass(frozen=True, kw_only=True)
+class Midpoint(TwoStages):
+    """As `Heun`, with the second evaluation half way in sigma."""
+
+    alpha: ClassVar[float] = 1 / 2
 
 
-@partial(Method, stages=2)
-def ralston(step: Step, x: Tensor, *, churn: Churn | None = None) -> Move:
-    """As `heun`, with the second evaluation at two thirds, where the error bound is least."""
-    return _two_stages(step, x, 2 / 3, churn)
+@dataclass(frozen=True, kw_only=True)
+class Ralston(TwoStages):
+    """As `Heun`, with the second evaluation at two thirds, where the error bound is least."""
+
+    alpha: ClassVar[float] = 2 / 3
 
 
-def _two_stages(step: Step, x: Tensor, alpha: float, churn: Churn | None) -> Move:
-    """The second-order methods with stages at a and a + alpha (b - a) (EDM, algorithm 3)."""
-    a, b = step.sigma, step.next_sigma
-    gamma = churn.gamma(a, len(step.sigmas) - 1) if churn else 0.0
-    if churn and gamma > 0:
-        raised = a * (1 + gamma)
-        x = step.perturb(x, math.sqrt(raised**2 - a**2) * churn.scale)
-        a = raised
-    denoised = step.denoise(x, a)
-    slope = (x - denoised) / a
-    if b > 0:
-        middle = b + (1 - alpha) * (a - b)  # exactly b for alpha = 1
-        x_middle = x + alpha * (b - a) * slope
-        denoised = step.denoise(x_middle, middle, stage=1)
-        share = 1 / (2 * alpha)
-        slope = (1 - share) * slope + share * ((x_middle - denoised) / middle)
-    return x + (b - a) * slope, denoised, ()
-
-
-@partial(Method, stages=2)
-def dpmpp_2s(step: Step, x: Tensor) -> Move:
+@dataclass(frozen=True, kw_only=True)
+class DPMpp2S(Method):
     """Second order, 2n - 1 evaluations: the midpoint in ln sigma (arXiv 2211.01095, algorithm 1).
 
     There with r = 1/2.
     """
-    denoised = step.denoise(x)
-    if step.next_sigma > 0:
-        middle = math.sqrt(step.sigma * step.next_sigma)
-        x_middle = towards(denoised, x, middle / step.sigma)
-        denoised = step.denoise(x_middle, middle, stage=1)
-    return towards(denoised, x, step.next_sigma / step.sigma), denoised, ()
+
+    word: ClassVar[str] = "dpmpp_2s"
+    stages: ClassVar[int] = 2
+
+    def move(self, step: Step, x: Tensor) -> Move:
+        denoised = step.denoise(x)
+        if step.next_sigma > 0:
+            middle = math.sqrt(step.sigma * step.next_sigma)
+            x_middle = towards(denoised, x, middle / step.sigma)
+            denoised = step.denoise(x_middle, middle, stage=1)
+        return towards(denoised, x, step.next_sigma / step.sigma), denoised, ()
+
+
+euler, heun, midpoint, ralston, dpmpp_2s = Euler(), Heun(), Midpoint(), Ralston(), DPMpp2S()

@@ -14,6 +14,8 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper, ask
 from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.flowmap import FlowMap
+from patchdiffusion.guidance import NoGuidance
+from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.metrics.compare import Gathered
 from patchdiffusion.metrics.evaluate import (
     COPY_LIMIT,
@@ -78,14 +80,16 @@ class Preview:
 
     def _sample(self, model: Denoiser | FlowMap, seeds: range, labels: Tensor | None) -> Tensor:
         preview = self.config.preview
+        guided = preview.guidance != 1
+        guidance = ClassifierFree(weight=preview.guidance) if guided else NoGuidance()
         with autocast(self.device, self.precision):
             return sample(
                 model,
                 seeds=seeds,
                 channels=self.config.network.channels,
                 canvas=self.sizes[0],
-                labels=labels,
-                config=SamplerConfig(steps=preview.sample_steps, guidance=preview.guidance),
+                cond=Cond(labels=labels),
+                config=SamplerConfig(steps=preview.sample_steps, guidance=guidance),
                 batch=self._batch,
                 device=self.device,
                 law=self.config.noise,

@@ -1,0 +1,55 @@
+"""Which part of the canvas is sampled: the whole of it, a region, or more than it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser
+from patchdiffusion.guidance.base import Surroundings
+from patchdiffusion.patches import Size
+
+Corner = tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeCanvas:
+    """The canvas that the model was trained on."""
+
+    word: ClassVar[str] = "whole"
+
+    def place(self, canvas: Size) -> tuple[Size, Corner]:
+        """Size of the samples, and where their first pixel lies on the canvas."""
+        return canvas, (0,) * len(canvas)
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return PatchDenoiser(denoiser, around.canvas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanvasRegion:
+    """A region of the canvas, which may reach beyond it."""
+
+    word: ClassVar[str] = "region"
+    size: tuple[int, ...] | None = None
+    """Height and width; None is the size that the model was trained on."""
+    corner: tuple[int, ...] | None = None
+    """Top and left of the region on the canvas; None is in the middle."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None and (not self.size or min(self.size) < 1):
+            raise ValueError(f"a size needs positive height and width, not {self.size}")
+
+    def place(self, canvas: Size) -> tuple[Size, Corner]:
+        """Size of the samples, and where their first pixel lies on the canvas."""
+        size = self.size or canvas
+        for name, value in (("size", size), ("corner", self.corner or canvas)):
+            if len(value) != len(canvas):
+                raise ValueError(f"the {name} of a region needs {len(canvas)} numbers, not {value}")
+        middle = tuple((side - length) // 2 for side, length in zip(canvas, size, strict=True))
+        return size, middle if self.corner is None else self.corner
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return PatchDenoiser(denoiser, around.canvas, self.place(around.canvas)[1])
+
+
+Canvas = WholeCanvas | CanvasRegion
+"""Where a sampler may work; each is a `guidance.base.Part` with `place`."""

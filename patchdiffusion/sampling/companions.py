@@ -1,0 +1,71 @@
+"""The trained models that guidance asks beside the one that samples."""
+
+import torch
+
+from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.guidance.base import Classifier, Weights
+from patchdiffusion.model import Model, load_model
+from patchdiffusion.objectives import denoises
+from patchdiffusion.solvers.schedules import support
+
+
+class Companions:
+    """Loads each model once, and checks that it fits the one it stands beside."""
+
+    def __init__(self, device: torch.device | str = "cpu", beside: Model | None = None):
+        self.device = device
+        self.beside = beside
+        self._models: dict[tuple[str, str], Model] = {}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of the models that have been loaded, by their folders."""
+        return {path: model.digest for (path, _), model in self._models.items()}
+
+    def denoiser(self, path: str, weights: Weights, levels: tuple[float, float]) -> Denoiser:
+        """The denoiser in a run or model folder, for noise levels from the first to the second."""
+        model = self._load(path, weights)
+        self.admit(model, levels)
+        return model.denoiser
+
+    def admit(self, model: Model, levels: tuple[float, float]) -> None:
+        """Raise `ValueError` for a guide of other images, classes or noise levels."""
+        if not denoises(model.config.objective):
+            raise ValueError("a consistency model is no denoiser and cannot be a guide")
+        if self.beside is None:
+            return
+        _check_alike(model, self.beside)
+        low, high = support(model.config.noise)
+        if levels[0] < low or levels[1] > high:
+            raise ValueError(
+                f"the guide was trained on noise levels {low:.4g} to {high:.4g} and is needed on "
+                f"{levels[0]:.4g} to {levels[1]:.4g}; set sigma_min and sigma_max"
+            )
+
+    def classifier(self, path: str, weights: Weights) -> Classifier:
+        """The classifier in a run or model folder; raises `ValueError` for another model."""
+        self._load(path, weights)
+        raise ValueError(f"{path} is a denoiser, and guidance needs a classifier of noisy images")
+
+    def _load(self, path: str, weights: Weights) -> Model:
+        key = (path, weights)
+        if key not in self._models:
+            self._models[key] = load_model(path, weights=weights, device=self.device)
+        return self._models[key]
+
+
+def _check_alike(guide: Model, model: Model) -> None:
+    """Raise `ValueError` unless both are of the same images and classes."""
+    found, wanted = _interface(guide), _interface(model)
+    for name in wanted:
+        if found[name] != wanted[name]:
+            raise ValueError(
+                f"the guide has {name} {found[name]} and the model {wanted[name]}; "
+                "they must be alike"
+            )
+
+
+def _interface(model: Model) -> dict[str, object]:
+    config = model.config
+    classes = ", ".join(config.classes) or config.network.num_classes
+    return {"canvas": config.canvas, "channels": config.network.channels, "classes": classes}
