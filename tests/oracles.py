@@ -1,6 +1,6 @@
 """Problems with known solutions, and stand-ins that remember how they were called."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -60,8 +60,13 @@ def draws(count: int, step: int = 0) -> rng.Draws:
 
 
 def batch(images: Tensor, cond: Cond | None = None, progress: float = 0.0) -> Batch:
-    box = torch.zeros(len(images), 4, dtype=torch.int64)
-    return Batch(images, cond or Cond(), box[:, 0], box, box[:, 0].bool(), progress=progress)
+    """Whole images of a training step."""
+    box = torch.tensor([0] * len(images.shape[2:]) + list(images.shape[2:]))
+    index = torch.arange(len(images))
+    still = torch.zeros(len(images), dtype=torch.bool)
+    return Batch(
+        images, cond or Cond(), index, box.expand(len(images), -1), still, progress=progress
+    )
 
 
 def inputs(count: int = 12) -> tuple[Tensor, Tensor, Cond]:
@@ -81,13 +86,20 @@ def images(channels: int = 4, count: int = 3) -> tuple[Tensor, Cond]:
 
 
 class Oracle:
-    """A denoiser with a closed form, `best`; remembers its calls."""
+    """A denoiser that is a function of an input, one level for each sample, and the condition.
 
-    def __init__(self) -> None:
+    Remembers its calls, and the arguments of the last one.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    cond: Cond
+
+    def __init__(self, best: Callable[[Tensor, Tensor, Cond], Tensor]):
+        self.best = best
         self.batches: list[int] = []
         self.given: list[Tensor | float] = []
         """Levels as they came, numbers or one for each sample."""
-        self.conds: list[Cond] = []
         self.steps: list[Position | None] = []
         self.tapes: list[Tape | None] = []
 
@@ -95,10 +107,6 @@ class Oracle:
     def sigmas(self) -> list[float]:
         """The level of the first sample in each call."""
         return [float(torch.as_tensor(sigma).flatten()[0]) for sigma in self.given]
-
-    def best(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        """E[x0 | x]; one level for each sample."""
-        raise NotImplementedError
 
     def __call__(
         self,
@@ -111,23 +119,23 @@ class Oracle:
     ) -> Tensor:
         self.batches.append(len(x))
         self.given.append(sigma)
-        self.conds.append(cond or Cond())
         self.steps.append(position)
         self.tapes.append(tape)
         if tape is not None:
             tape.put("x", x)
-        return self.best(x, expand_sigma(sigma, x), cond or Cond())
+        self.x, self.sigma, self.cond = x, expand_sigma(sigma, x), cond or Cond()
+        return self.best(x, self.sigma, self.cond)
 
 
 class Gaussian(Oracle):
     """N(mean, std^2) in every pixel, element by element."""
 
     def __init__(self, mean: float = 0.3, std: float = 0.5):
-        super().__init__()
+        super().__init__(self._best)
         self.mean = mean
         self.std = std
 
-    def best(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    def _best(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         share = self.std**2 / (self.std**2 + sigma**2)
         return self.mean + per_sample(share, x) * (x - self.mean)
 
@@ -136,11 +144,11 @@ class Two(Oracle):
     """N(0, std^2) by label: any class narrow, no class wide."""
 
     def __init__(self, conditional: float = 0.5, unconditional: float = 1.0):
-        super().__init__()
+        super().__init__(self._best)
         self.conditional = conditional
         self.unconditional = unconditional
 
-    def best(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    def _best(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         assert cond.labels is not None
         var = torch.where(cond.labels < 0, self.unconditional**2, self.conditional**2)
         return per_sample(var / (var + sigma**2), x).to(x) * x

@@ -8,10 +8,11 @@ import pytest
 import tiny
 import torch
 from commands import refuses
+from oracles import TOY, Oracle
 from torch import Tensor, nn
 
 from patchdiffusion import rng
-from patchdiffusion.analytic import GaussianField, GaussianMixture
+from patchdiffusion.analytic import GaussianField
 from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import NetDenoiser, PatchDenoiser, as_denoiser, expand_sigma
 from patchdiffusion.noise import LogNormal
@@ -30,7 +31,6 @@ from patchdiffusion.parameterisation import (
 from patchdiffusion.patches import coordinates
 from patchdiffusion.paths import DDPM, VE, VP, Cosine, Flow, Path, Prediction, convert, per_sample
 
-TOY = GaussianMixture.toy()
 SIGMA = torch.logspace(-2.5, 2, 30, dtype=torch.float64)
 
 
@@ -319,43 +319,31 @@ def test_expand_sigma_keeps_precision() -> None:
 # ---- Coordinates ----
 
 
-class ByPosition:
-    """A denoiser whose answer is the coordinates; keeps the condition it was given."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        assert cond is not None and cond.pos is not None
-        self.cond = cond
-        return cond.pos.to(x.dtype)
+def by_position() -> Oracle:
+    """A denoiser whose answer is the coordinates."""
+    return Oracle(lambda x, sigma, cond: torch.zeros_like(x) if cond.pos is None else cond.pos)
 
 
 def test_patch_denoiser_at_full_size_has_the_plain_coordinates() -> None:
     x = torch.zeros(3, 2, 6, 10)
-    denoiser = PatchDenoiser(ByPosition(), (6, 10))
+    denoiser = PatchDenoiser(by_position(), (6, 10))
     assert torch.equal(denoiser(x, 1.0), coordinates(torch.zeros(3, 2).long(), (6, 10), (6, 10)))
 
 
 def test_patch_denoiser_regions() -> None:
-    whole = PatchDenoiser(ByPosition(), (8, 12))(torch.zeros(1, 2, 8, 12), 1.0)
-    inside = PatchDenoiser(ByPosition(), (8, 12), corner=(3, 5))(torch.zeros(1, 2, 4, 6), 1.0)
+    whole = PatchDenoiser(by_position(), (8, 12))(torch.zeros(1, 2, 8, 12), 1.0)
+    inside = PatchDenoiser(by_position(), (8, 12), corner=(3, 5))(torch.zeros(1, 2, 4, 6), 1.0)
     assert torch.equal(inside, whole[..., 3:7, 5:11])
-    partly = PatchDenoiser(ByPosition(), (8, 12), corner=(-2, 8))(torch.zeros(1, 2, 4, 6), 1.0)
+    partly = PatchDenoiser(by_position(), (8, 12), corner=(-2, 8))(torch.zeros(1, 2, 4, 6), 1.0)
     assert torch.equal(partly[..., 2:, :4], whole[..., :2, 8:])
     assert float(partly[0, 1, 0, 0]) == pytest.approx(-1 - 2 * 2 / 7)
     assert float(partly[0, 0, 0, -1]) == pytest.approx(1 + 2 * 2 / 11)
-    larger = PatchDenoiser(ByPosition(), (8, 12), corner=(-8, -12))(torch.zeros(1, 2, 24, 36), 1.0)
+    larger = PatchDenoiser(by_position(), (8, 12), corner=(-8, -12))(torch.zeros(1, 2, 24, 36), 1.0)
     assert torch.equal(larger[..., 8:16, 12:24], whole)
 
 
 def test_patch_denoiser_keeps_the_rest_of_the_condition() -> None:
-    inner = ByPosition()
+    inner = by_position()
     cond = Cond(labels=torch.tensor([4]), pos=torch.full((1, 2, 4, 4), 9.0))
     out = PatchDenoiser(inner, (4, 4))(torch.zeros(1, 2, 4, 4), 1.0, cond)
     assert inner.cond.labels is cond.labels

@@ -6,18 +6,15 @@ from typing import Any
 import pytest
 import torch
 from commands import refuses
-from oracles import Two, images, inputs
+from oracles import TOY, Two, images, inputs
 from torch import Tensor
 
-from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.cond import Cond, Position
 from patchdiffusion.denoiser import PatchDenoiser
 from patchdiffusion.guidance.auto import AutoGuidance
 from patchdiffusion.guidance.cfg import CFG, Unconditional
 from patchdiffusion.solvers import heun, solve
 from patchdiffusion.solvers.schedules import karras
-
-TOY = GaussianMixture.toy()
 
 
 def test_weight_1_is_the_denoiser_bit_for_bit_in_one_evaluation() -> None:
@@ -75,21 +72,7 @@ def test_impossible_weight_is_refused(weight: float) -> None:
 
 
 def test_everything_else_in_the_condition_is_the_same_in_both_halves() -> None:
-    class Spy(Two):
-        def __call__(
-            self,
-            x: Tensor,
-            sigma: Tensor | float,
-            cond: Cond | None = None,
-            *,
-            position: Position | None = None,
-            tape: Tape | None = None,
-        ) -> Tensor:
-            assert cond is not None
-            self.cond = cond
-            return super().__call__(x, sigma, cond, position=position, tape=tape)
-
-    spy, x = Spy(), torch.ones(2, 1, 3, 3)
+    spy, x = Two(), torch.ones(2, 1, 3, 3)
     pos, context = torch.rand(2, 2, 3, 3, generator=torch.Generator()), torch.ones(2, 4, 5)
     CFG(spy, 2.0)(x, 1.0, Cond(labels=torch.tensor([0, 1]), pos=pos, context=context))
     assert spy.cond.pos is not None and torch.equal(spy.cond.pos, torch.cat([pos, pos]))

@@ -7,22 +7,17 @@ from collections.abc import Collection, Iterator
 import pytest
 import torch
 from commands import refuses
+from oracles import TOY, keys
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.steering import Steering, best_of
 from patchdiffusion.solvers import History, Noise, State, ancestral, heun, run, sde_dpmpp_2m, solve
 from patchdiffusion.solvers.schedules import karras
 
-TOY = GaussianMixture.toy()
 COVS = torch.tensor([0.15, 0.25, 0.2], dtype=torch.float64)
-
-
-def keys(count: int) -> Tensor:
-    return rng.keys(0, "x", 0, torch.arange(count))
 
 
 def noise_of(count: int) -> Noise:

@@ -10,27 +10,27 @@ import pytest
 import tiny
 import torch
 from commands import Capture, fails, refuses, works
+from oracles import TOY, Oracle
 from torch import Tensor
 
 from patchdiffusion import load, rng
-from patchdiffusion.analytic import GaussianField, GaussianMixture
+from patchdiffusion.analytic import GaussianField
 from patchdiffusion.apps.likelihood import (
     LikelihoodConfig,
     bits_per_dim,
     held_out_bits,
     log_likelihood,
 )
-from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.cond import Cond
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare_data
-from patchdiffusion.denoiser import Denoiser, PatchDenoiser, expand_sigma
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.guidance.cfg import Unconditional
 from patchdiffusion.guidance.classifier import ClassifierGuidance
 from patchdiffusion.paths import per_sample
 from patchdiffusion.system.dist import Place, Team
 
-TOY = GaussianMixture.toy()
 EXACT = LikelihoodConfig(method="exact")
 FEW = LikelihoodConfig(steps=8)
 
@@ -39,28 +39,19 @@ def points(count: int = 100) -> tuple[Tensor, Tensor]:
     return TOY.sample(rng.keys(0, "x", 0, torch.arange(count)))
 
 
-class Pixels:
+def pixels(std: float | None = None) -> Oracle:
     """Independent pixels: Gaussian of a width, or uniform in [-1, 1] without one."""
 
-    def __init__(self, std: float | None = None):
-        self.std = std
-
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        level = per_sample(expand_sigma(sigma, x.double()), x)
-        if self.std is not None:
-            return (x * (self.std**2 / (self.std**2 + level**2))).to(x.dtype)
+    def best(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        level = per_sample(sigma, x).double()
+        if std is not None:
+            return (x * (std**2 / (std**2 + level**2))).to(x.dtype)
         low, high = (-1 - x.double()) / level, (1 - x.double()) / level
         gap = ((-(low**2) / 2).exp() - (-(high**2) / 2).exp()) / math.sqrt(2 * math.pi)
         mass = torch.special.ndtr(high) - torch.special.ndtr(low)
         return (x.double() + level * gap / mass).to(x.dtype)
+
+    return Oracle(best)
 
 
 # ---- Nats ----
@@ -121,8 +112,8 @@ def test_without_gradients_outside_and_none_left() -> None:
 def test_probes_are_exact_for_equal_pixels() -> None:
     """v^T (c I) v = c n for signs, whatever they are."""
     x = 0.5 * rng.normal(rng.keys(0, "x", 0, torch.arange(4)), (2, 3, 3), torch.float64)
-    found = log_likelihood(Pixels(0.5), x, config=LikelihoodConfig())
-    exact = log_likelihood(Pixels(0.5), x, config=EXACT)
+    found = log_likelihood(pixels(0.5), x, config=LikelihoodConfig())
+    exact = log_likelihood(pixels(0.5), x, config=EXACT)
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-9)
 
 
@@ -181,14 +172,14 @@ def pictures(count: int = 4) -> Tensor:
 
 def test_uniform_pixels_need_all_bits() -> None:
     """A density of 1 / 255 per level."""
-    bits = bits_per_dim(Pixels(), pictures(), config=LikelihoodConfig(steps=400))
+    bits = bits_per_dim(pixels(), pictures(), config=LikelihoodConfig(steps=400))
     assert bits.tolist() == pytest.approx([math.log2(255)] * 4, abs=5e-3)
 
 
 def test_gaussian_pixels_in_levels_of_8_bits() -> None:
     images, std = pictures(), 0.4 * 127.5
     law = torch.distributions.Normal(127.5, std)
-    bits = bits_per_dim(Pixels(0.4), images, config=LikelihoodConfig(steps=400))
+    bits = bits_per_dim(pixels(0.4), images, config=LikelihoodConfig(steps=400))
     exact = -law.log_prob(images.double()).flatten(1).mean(1) / math.log(2)
     torch.testing.assert_close(bits, exact, rtol=0, atol=8e-3)
 
@@ -197,7 +188,7 @@ def test_bits_are_an_upper_bound_of_the_code_length() -> None:
     """Pixels about as narrow as a level: the mean over the level, not its middle."""
     count, level, std, config = 3000, 128, 0.006, LikelihoodConfig(steps=200, sigma_min=2e-4)
     images = torch.full((count, 1, 1, 1), level, dtype=torch.uint8)
-    found = bits_per_dim(Pixels(std), images, config=config)
+    found = bits_per_dim(pixels(std), images, config=config)
     law = torch.distributions.Normal(127.5, std * 127.5)
     middle = float(-law.log_prob(torch.tensor(float(level)))) / math.log(2)
     expected = middle + 1 / 12 / (2 * (std * 127.5) ** 2) / math.log(2)
@@ -210,10 +201,10 @@ def test_bits_are_an_upper_bound_of_the_code_length() -> None:
 
 def test_dequantisation_belongs_to_the_image_and_the_seed() -> None:
     images = pictures(5)
-    together = bits_per_dim(Pixels(0.01), images, config=FEW)
-    apart = bits_per_dim(Pixels(0.01), images[2:4], config=FEW, index=torch.arange(2, 4))
+    together = bits_per_dim(pixels(0.01), images, config=FEW)
+    apart = bits_per_dim(pixels(0.01), images[2:4], config=FEW, index=torch.arange(2, 4))
     torch.testing.assert_close(together[2:4], apart, rtol=1e-9, atol=0)
-    other = bits_per_dim(Pixels(0.01), images, config=replace(FEW, seed=1))
+    other = bits_per_dim(pixels(0.01), images, config=replace(FEW, seed=1))
     assert not torch.allclose(together, other)
 
 

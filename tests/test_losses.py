@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from oracles import Oracle, batch, draws, keys
 from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.cond import Cond, Position, Tape
-from patchdiffusion.denoiser import NetDenoiser, expand_sigma
-from patchdiffusion.losses import Batch, DenoisingLoss, denoising_error
+from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.denoiser import NetDenoiser
+from patchdiffusion.losses import DenoisingLoss, denoising_error
 from patchdiffusion.noise import LogNormal, LogUniform
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.patches import Size, coordinates, corners, crop, random_crop
@@ -20,38 +21,9 @@ from patchdiffusion.rng import Draws
 from patchdiffusion.weighting import EDMWeight, EpsWeight, FlowWeight, VWeight, Weighting
 
 
-def keys(count: int, stream: str = "test") -> Tensor:
-    return rng.keys(0, stream, 0, torch.arange(count))
-
-
-def draws(count: int, step: int = 0) -> Draws:
-    index = torch.arange(count)
-    return Draws(seed=0, step=step, index=index, rank=index, count=count)
-
-
-def batch(images: Tensor, cond: Cond | None = None) -> Batch:
-    count, size = len(images), (images.shape[-2], images.shape[-1])
-    box = torch.tensor([[0, 0, *size]]).expand(count, -1)
-    return Batch(images, cond or Cond(), torch.arange(count), box, torch.zeros(count).bool())
-
-
-class Spy:
-    """A denoiser that returns a constant and remembers its arguments."""
-
-    def __init__(self, value: float = 0.0):
-        self.value = value
-
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        self.x, self.sigma, self.cond = x, expand_sigma(sigma, x), cond or Cond()
-        return torch.full_like(x, self.value)
+def spy(value: float = 0.0) -> Oracle:
+    """A denoiser that returns a constant."""
+    return Oracle(lambda x, sigma, cond: torch.full_like(x, value))
 
 
 class Silent(torch.nn.Module):
@@ -75,13 +47,13 @@ def test_loss_is_one_at_the_start_for_every_sigma(sigma: float) -> None:
 
 def test_loss_by_hand() -> None:
     images = rng.normal(keys(6), (2, 3, 4))
-    spy, law = Spy(0.25), LogUniform(sigma_min=0.5, sigma_max=2.0)
-    out = DenoisingLoss(law=law, weighting=EpsWeight())(spy, batch(images), draws(6))
-    expected = (0.25 - images).square().flatten(1).mean(1) / spy.sigma**2
+    seen, law = spy(0.25), LogUniform(sigma_min=0.5, sigma_max=2.0)
+    out = DenoisingLoss(law=law, weighting=EpsWeight())(seen, batch(images), draws(6))
+    expected = (0.25 - images).square().flatten(1).mean(1) / seen.sigma**2
     assert out.per_sample.shape == (6,) and torch.allclose(out.per_sample, expected)
     assert out.batch_loss is None and out.scalars == {}
-    assert float(spy.sigma.min()) >= 0.5 and float(spy.sigma.max()) <= 2
-    noise = (spy.x - images) / per_sample(spy.sigma, images)
+    assert float(seen.sigma.min()) >= 0.5 and float(seen.sigma.max()) <= 2
+    noise = (seen.x - images) / per_sample(seen.sigma, images)
     assert torch.allclose(noise, draws(6).normal("noise", (2, 3, 4)), atol=1e-5)
 
 
@@ -126,72 +98,67 @@ def test_weights_are_losses_on_other_predictions(
 
 
 def test_noise_levels_are_spread_over_the_law() -> None:
-    spy, images = Spy(), torch.zeros(16, 1, 2, 2)
+    seen, images = spy(), torch.zeros(16, 1, 2, 2)
     for step in range(5):
-        DenoisingLoss()(spy, batch(images), draws(16, step))
-        level = LogNormal().cdf(spy.sigma.double()).sort().values
+        DenoisingLoss()(seen, batch(images), draws(16, step))
+        level = LogNormal().cdf(seen.sigma.double()).sort().values
         assert float(level.diff().max()) < 2 / 16 + 1e-6
-    DenoisingLoss(stratified=False)(spy, batch(torch.zeros(4000, 1, 1, 1)), draws(4000))
-    log = spy.sigma.log()
+    DenoisingLoss(stratified=False)(seen, batch(torch.zeros(4000, 1, 1, 1)), draws(4000))
+    log = seen.sigma.log()
     assert abs(float(log.mean()) + 1.2) < 4 * 1.2 / math.sqrt(4000)
     assert abs(float(log.std()) - 1.2) < 4 * 1.2 / math.sqrt(8000)
 
 
 def test_a_group_may_have_its_own_law() -> None:
-    spy, images = Spy(), torch.zeros(8, 1, 2, 2)
+    seen, images = spy(), torch.zeros(8, 1, 2, 2)
     own = LogUniform(sigma_min=5.0, sigma_max=6.0)
-    DenoisingLoss()(spy, replace(batch(images), noise=own), draws(8))
-    assert float(spy.sigma.min()) >= 5 and float(spy.sigma.max()) <= 6
+    DenoisingLoss()(seen, replace(batch(images), noise=own), draws(8))
+    assert float(seen.sigma.min()) >= 5 and float(seen.sigma.max()) <= 6
 
 
 def test_labels_are_dropped_at_the_given_rate_and_nothing_else() -> None:
     count = 20000
     cond = Cond(labels=torch.full((count,), 7), extra=torch.ones(count, 1))
-    images, spy = torch.zeros(count, 1, 1, 1), Spy()
-    DenoisingLoss(label_dropout=0.1)(spy, batch(images, cond), draws(count))
-    assert spy.cond.labels is not None and set(spy.cond.labels.tolist()) == {-1, 7}
-    rate = float((spy.cond.labels == -1).double().mean())
+    images, seen = torch.zeros(count, 1, 1, 1), spy()
+    DenoisingLoss(label_dropout=0.1)(seen, batch(images, cond), draws(count))
+    assert seen.cond.labels is not None and set(seen.cond.labels.tolist()) == {-1, 7}
+    rate = float((seen.cond.labels == -1).double().mean())
     assert abs(rate - 0.1) < 4 * math.sqrt(0.09 / count)
-    assert spy.cond.extra is cond.extra
-    assert spy.cond.seed is not None and spy.cond.seed.unique().numel() == count
-    DenoisingLoss(label_dropout=0)(spy, batch(images, cond), draws(count))
-    assert spy.cond.labels is not None and torch.equal(spy.cond.labels, torch.full((count,), 7))
-    DenoisingLoss()(spy, batch(images), draws(count))
-    assert spy.cond.labels is None
+    assert seen.cond.extra is cond.extra
+    assert seen.cond.seed is not None and seen.cond.seed.unique().numel() == count
+    DenoisingLoss(label_dropout=0)(seen, batch(images, cond), draws(count))
+    assert seen.cond.labels is not None and torch.equal(seen.cond.labels, torch.full((count,), 7))
+    DenoisingLoss()(seen, batch(images), draws(count))
+    assert seen.cond.labels is None
 
 
 def test_micro_batches_draw_what_the_whole_batch_draws() -> None:
     images = rng.normal(keys(12), (1, 4, 4))
-    whole = DenoisingLoss()(Spy(), batch(images), draws(12)).per_sample
+    whole = DenoisingLoss()(spy(), batch(images), draws(12)).per_sample
     parts = []
     for first in range(0, 12, 5):
         index = torch.arange(first, min(first + 5, 12))
         part = Draws(seed=0, step=0, index=index, rank=index, count=12)
-        parts.append(DenoisingLoss()(Spy(), batch(images[index]), part).per_sample)
+        parts.append(DenoisingLoss()(spy(), batch(images[index]), part).per_sample)
     assert torch.equal(torch.cat(parts), whole)
 
 
 # ---- Positions ----
 
 
-class Ramp:
+class Ramp(Oracle):
     """The exact denoiser of x0 = mean(position) + N(0, std^2), told or not told the position."""
 
     mean = (0.5, -0.25)
     std = 0.1
 
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        assert cond is not None and cond.pos is not None
+    def __init__(self) -> None:
+        super().__init__(self._best)
+
+    def _best(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        assert cond.pos is not None
         mean = self.means(cond.pos)
-        share = self.std**2 / (self.std**2 + expand_sigma(sigma, x) ** 2)
+        share = self.std**2 / (self.std**2 + sigma**2)
         return mean + per_sample(share, x) * (x - mean)
 
     def means(self, pos: Tensor) -> Tensor:

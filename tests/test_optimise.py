@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from commands import refuses
+from oracles import draws, keys
 from torch import Tensor, nn
 
 from patchdiffusion import rng
@@ -20,11 +21,6 @@ from patchdiffusion.objectives.reward import LinearReward, PseudoLabelled, Rewar
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.solvers import heun, solve
 from patchdiffusion.solvers.schedules import karras
-
-
-def keys(count: int, stream: str = "x") -> Tensor:
-    return rng.keys(0, stream, 0, torch.arange(count))
-
 
 # ---- The loop, on a Gaussian and a quadratic reward ----
 
@@ -143,11 +139,6 @@ def batch_of(index: Tensor, images: Tensor) -> Batch:
     return Batch(images[index], Cond(), index, none.long()[:, None].expand(-1, 4), none.bool())
 
 
-def draws_of(index: Tensor, step: int = 0) -> rng.Draws:
-    place = torch.arange(len(index))
-    return rng.Draws(seed=0, step=step, index=place, rank=place, count=len(index))
-
-
 def test_pseudo_labels_reach_the_denoiser() -> None:
     seen = []
 
@@ -159,12 +150,12 @@ def test_pseudo_labels_reach_the_denoiser() -> None:
     index = torch.tensor([7, 2, 2])
     batch = replace(batch_of(index, images), cond=Cond(labels=index))
     for noise in (0.0, 0.5, 0.5):
-        PseudoLabelled(objective, rewards, noise)(GAUSSIAN, batch, draws_of(index))
+        PseudoLabelled(objective, rewards, noise)(GAUSSIAN, batch, draws(len(index)))
     clean, noisy, again = (c.extra for c in seen)
     assert clean is not None and clean.tolist() == [[7.0], [2.0], [2.0]]
     assert noisy is not None and again is not None and torch.equal(noisy, again)
     many = torch.full((4000,), 3)
-    PseudoLabelled(objective, rewards, 0.5)(GAUSSIAN, batch_of(many, images), draws_of(many))
+    PseudoLabelled(objective, rewards, 0.5)(GAUSSIAN, batch_of(many, images), draws(len(many)))
     extra = seen[-1].extra
     assert float(extra.mean()) == pytest.approx(3, abs=0.04)
     assert float(extra.std()) == pytest.approx(0.5, abs=0.03)
@@ -198,7 +189,7 @@ def test_reward_weights_train_the_tilted_distribution() -> None:
 
     def slope(objective: DenoisingLoss | RewardWeighted, theta: Tensor) -> Tensor:
         denoiser = Constant(theta.clone())
-        objective(denoiser, batch_of(index, images), draws_of(index)).per_sample.mean().backward()
+        objective(denoiser, batch_of(index, images), draws(len(index))).per_sample.mean().backward()
         assert denoiser.theta.grad is not None
         return denoiser.theta.grad
 
@@ -279,7 +270,7 @@ def test_reward_directed_training_follows_the_target_and_then_leaves_the_support
     steps = 2500
     for step in range(steps):
         index = rng.integers(keys(256, f"batch {step}"), N)
-        loss = objective(denoiser, batch_of(index, images), draws_of(index, step))
+        loss = objective(denoiser, batch_of(index, images), draws(len(index), step))
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         optimizer.zero_grad()
         loss.per_sample.mean().backward()

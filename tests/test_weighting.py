@@ -5,13 +5,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from oracles import batch, draws
 from torch import Tensor, nn
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.denoiser import NetDenoiser
-from patchdiffusion.losses import Batch, DenoisingLoss, UncertaintyLoss, denoising_error
+from patchdiffusion.losses import DenoisingLoss, UncertaintyLoss, denoising_error
 from patchdiffusion.noise import LogitNormal, LogNormal, LogUniform, NoiseLaw, UniformTime
 from patchdiffusion.parameterisation import (
     EDM,
@@ -25,7 +26,6 @@ from patchdiffusion.parameterisation import (
     default_noise,
     default_weighting,
 )
-from patchdiffusion.rng import Draws
 from patchdiffusion.weighting import (
     EDMWeight,
     EpsWeight,
@@ -41,17 +41,6 @@ from patchdiffusion.weighting import (
 
 SIGMA = torch.logspace(-3, 3, 61, dtype=torch.float64)
 SNR = SIGMA**-2
-
-
-def draws(count: int, step: int = 0) -> Draws:
-    index = torch.arange(count)
-    return Draws(seed=0, step=step, index=index, rank=index, count=count)
-
-
-def batch(images: Tensor) -> Batch:
-    count = len(images)
-    box = torch.zeros(count, 4, dtype=torch.int64)
-    return Batch(images, Cond(), torch.arange(count), box, torch.zeros(count).bool())
 
 
 class Linear(nn.Module):
