@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from patchdiffusion.data.decode import background_colour, decode, decode_image, fit, to_uint8
+from patchdiffusion.data.decode import decode as decode_stored
+from patchdiffusion.data.decode import decode_image
 from patchdiffusion.data.example import BadImage, Example
+from patchdiffusion.data.pixels import background_colour, fit, to_uint8, unit_span
 
 WHITE = (255, 255, 255)
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -20,6 +22,12 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def decode(data: bytes, key: str) -> tuple[np.ndarray, str]:
+    """A file as 8-bit pixels."""
+    image, mode = decode_stored(data, key)
+    return to_uint8(Example(image, None, key, span=unit_span(image), mode=mode)), mode
 
 
 def refusal(data: bytes) -> str:

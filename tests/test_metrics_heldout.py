@@ -144,26 +144,26 @@ def test_copies_are_found() -> None:
     noise = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     close = floats(torch.tensor([7])) + 0.02 * noise[:1]
     samples = torch.cat([floats(torch.tensor([3, 31])), close, noise[:3]])
-    found = copy_rate(samples, IMAGES, TRAIN)
+    found = copy_rate(samples, IMAGES, TRAIN, space=Pixels())
     assert found.nearest[:3].tolist() == [3, 31, 7]
     assert found.rate == 0.5
     assert (found.ratio[:3] < 0.1).all() and (found.ratio[3:] > 0.8).all()
 
 
 def test_all_copies_and_none() -> None:
-    assert copy_rate(floats(TRAIN[:9]), IMAGES, TRAIN).rate == 1.0
-    assert copy_rate(floats(torch.arange(40, 49)), IMAGES, TRAIN).rate == 0.0
+    assert copy_rate(floats(TRAIN[:9]), IMAGES, TRAIN, space=Pixels()).rate == 1.0
+    assert copy_rate(floats(torch.arange(40, 49)), IMAGES, TRAIN, space=Pixels()).rate == 0.0
 
 
 def test_only_the_images_of_training_count() -> None:
     few = torch.tensor([2, 5, 11])
-    assert copy_rate(floats(torch.tensor([5])), IMAGES, few).nearest.tolist() == [5]
-    assert copy_rate(floats(torch.tensor([6])), IMAGES, few).rate == 0.0
+    assert copy_rate(floats(torch.tensor([5])), IMAGES, few, space=Pixels()).nearest.tolist() == [5]
+    assert copy_rate(floats(torch.tensor([6])), IMAGES, few, space=Pixels()).rate == 0.0
 
 
 def test_distances_are_those_of_a_plain_loop() -> None:
     samples = floats(torch.arange(50, 55)) * 0.7
-    found = copy_rate(samples, IMAGES, TRAIN)
+    found = copy_rate(samples, IMAGES, TRAIN, space=Pixels())
     known = floats(TRAIN).flatten(1).double()
     for i, sample in enumerate(samples.flatten(1).double()):
         distance = (known - sample).norm(dim=1)
@@ -175,7 +175,7 @@ def test_distances_are_those_of_a_plain_loop() -> None:
 def test_copies_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("patchdiffusion.metrics.memorise.CHUNK", 5 * IMAGES[0].numel())
     samples = IMAGES[[0, 41, 3, 42, 5, 7, 43]]
-    counter = CopyCounter(IMAGES, TRAIN)
+    counter = CopyCounter(IMAGES, TRAIN, Pixels())
     for part in samples.split(2):
         counter.add(part)
     assert (counter.copies, counter.samples) == (4, 6)  # the last one waits
@@ -186,4 +186,4 @@ def test_copies_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_image_is_too_few() -> None:
     with refuses(2, 1):
-        copy_rate(floats(TRAIN[:1]), IMAGES, TRAIN[:1])
+        copy_rate(floats(TRAIN[:1]), IMAGES, TRAIN[:1], space=Pixels())

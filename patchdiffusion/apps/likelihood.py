@@ -25,6 +25,7 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.cond import Cond
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.space import Pixels
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.metrics.heldout import standard_error
 from patchdiffusion.noise import NoiseLaw
@@ -165,9 +166,14 @@ def held_out_bits(
     """Mean bits per dimension of held-out images and what they depend on; alike on all processes.
 
     Of whole images, without guidance, under their classes if the model has any. Raises
-    `ValueError` if the pack holds no image out, for other classes and for a consistency model.
+    `ValueError` if the pack holds no image out or no pixels, for other classes and for a
+    consistency model.
     """
     chosen = pack.some_held_out(images)
+    if pack.space != Pixels():
+        raise ValueError(
+            f"{pack.name} holds {pack.space.word}; bits per dimension are those of 8-bit pixels"
+        )
     if not len(chosen):
         raise ValueError(f"{pack.name} has no held-out images to measure bits per dimension on")
     model, device, team = pipeline.model, pipeline.model.device, team or Team()

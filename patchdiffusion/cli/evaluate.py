@@ -10,8 +10,9 @@ import torch
 from patchdiffusion.apps.likelihood import LikelihoodConfig, held_out_bits
 from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.parse import parse
-from patchdiffusion.data.options import DataConfig, common_size
+from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.plan import common_size
 from patchdiffusion.data.prepare import prepare, prepare_data
 from patchdiffusion.data.source import is_run, open_source
 from patchdiffusion.encoders.features import Extractor, extractor
@@ -148,9 +149,15 @@ def _reference(path: Path, given: EvaluateArguments, pipeline: Pipeline | None, 
     else:
         model = pipeline.model.config
         pack = Pack.open(team.on_main(lambda: str(prepare_data(wanted).path)))
-        if (*pack.info.shape[1:],) == (*model.canvas, model.network.channels):
+        alike = pack.space.word == model.space.word
+        if alike and (*pack.info.shape[1:],) == (*model.canvas, model.network.channels):
             return pack
-        wanted = replace(wanted, resolution=model.canvas, channels=model.network.channels)
+        wanted = replace(
+            wanted,
+            resolution=model.canvas,
+            channels=model.network.channels,
+            space=model.space.word,
+        )
     return Pack.open(team.on_main(lambda: str(prepare_data(wanted).path)))
 
 
@@ -161,7 +168,7 @@ def _own_size(images: Path, data: str) -> tuple[int, int] | None:
     size = common_size(open_source(str(images)))
     if size is None:
         raise ValueError(f"the images of {images} differ in size; give one with --resolution")
-    return size
+    return size[-2], size[-1]
 
 
 def _trained_on(path: Path) -> DataConfig:
@@ -177,9 +184,12 @@ def _measured(evaluation: Evaluation, pipeline: Pipeline | None, path: Path) -> 
     images = None
     if pipeline is None:
         shape = evaluation.pack.info.shape
-        source = open_source(str(path))
         images = prepare(
-            source, resolution=(shape[1], shape[2]), channels=shape[3], holdout=0
+            open_source(str(path)),
+            resolution=(shape[1], shape[2]),
+            channels=shape[3],
+            space=evaluation.pack.space.word,
+            holdout=0,
         ).images
     count = evaluation.config.samples if images is None else len(images)
     team = evaluation.team

@@ -7,6 +7,7 @@ from typing import Literal
 
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
+from patchdiffusion.data.options import SpaceName
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 
@@ -27,6 +28,8 @@ class PrepareArguments:
     """Side, or height and width; None chooses from the images."""
     channels: Literal[1, 3, 4] | None = None
     """1 grey, 3 colour, 4 with alpha; None chooses from the images."""
+    space: SpaceName = "auto"
+    """pixels: 8 bits; values: 16 bits and floats in their own units; auto chooses."""
     background: str = "white"
     """Colour under transparent pixels: a name or #rrggbb."""
     holdout: float = 0.05
@@ -43,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         given.out,
         resolution=given.resolution,
         channels=given.channels,
+        space=given.space,
         background=given.background,
         holdout=given.holdout,
         max_bad=given.max_bad,

@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from patchdiffusion import __version__
 from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.parse import parse
+from patchdiffusion.data.source import SAMPLES
 from patchdiffusion.model import Weights
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
-from patchdiffusion.system.png import grid, save_png
+from patchdiffusion.system.files import write_bytes, write_json
+from patchdiffusion.system.png import grid, image_file, npy, save_png
 from patchdiffusion.system.serialize import encode
 
 
@@ -36,7 +40,7 @@ class SampleArguments:
     out: Path | None = None
     """Folder for the files; the default is generated/0001, 0002, ... in the folder of the run."""
     singles: bool = True
-    """Write one PNG per image beside the grid."""
+    """Write one file per image beside the grid: PNG, or TIFF for floats of one channel."""
     batch: int = 64
     """Images at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -82,7 +86,7 @@ def _new_folder(path: Path, out: Path | None) -> Path:
     return folder
 
 
-def _write(folder: Path, images, pipeline: Pipeline, given: SampleArguments) -> None:
+def _write(folder: Path, images: np.ndarray, pipeline: Pipeline, given: SampleArguments) -> None:
     labels = pipeline.labels(given.count, given.classes or None)
     names = pipeline.model.config.classes
     common = {
@@ -94,10 +98,15 @@ def _write(folder: Path, images, pipeline: Pipeline, given: SampleArguments) -> 
     if pipeline.companions.digests:
         common["guides"] = json.dumps(pipeline.companions.digests)
     seeds = {"seeds": f"{given.seed}-{given.seed + given.count - 1}"}
-    save_png(folder / "grid.png", grid(images), {**common, **seeds})
+    pictures = pipeline.model.config.space.to_picture(images)
+    save_png(folder / "grid.png", grid(pictures), {**common, **seeds})
+    if images is not pictures:  # not what can be looked at
+        write_bytes(folder / SAMPLES, npy(images))
+        write_json(folder / "samples.json", {**common, **seeds})
     for i, image in enumerate(images if given.singles else ()):
         facts = {**common, "seed": str(given.seed + i)}
         if labels is not None:
             label = int(labels[i])
             facts["class"] = names[label] if 0 <= label < len(names) else str(label)
-        save_png(folder / f"seed-{given.seed + i:08d}.png", image, facts)
+        if (file := image_file(image, facts)) is not None:
+            write_bytes(folder / f"seed-{given.seed + i:08d}{file.suffix}", file.content)

@@ -10,8 +10,10 @@ from typing import Protocol, SupportsIndex
 import numpy as np
 from PIL import Image
 
-from patchdiffusion.data.decode import MIN_SIDE, decode_image
+from patchdiffusion.data.decode import decode_image
 from patchdiffusion.data.example import MAX_LABEL, BadImage, Example
+from patchdiffusion.data.frame import MIN_SIDE
+from patchdiffusion.data.pixels import unit_span
 
 _IMAGE_KEYS = ("images", "x", "arr_0")
 _LABEL_KEYS = ("labels", "y")
@@ -48,8 +50,9 @@ def array_source(path: Path) -> ArraySource:
     """Images of an .npy file, or of an .npz file with images, x or arr_0, and labels or y.
 
     Shapes: [N, H, W], [N, H, W, C] or [N, C, H, W], the channels being the axis below 8. Types:
-    bool, uint8, uint16, and floats, which are taken as [0, 1] if all of them lie there and as
-    [-1, 1] if all of them lie there. Raises `ValueError` for anything else.
+    bool, integers, and floats, which as pixels are taken as [0, 1] if all of them lie there, as
+    [-1, 1] if all of them lie there, and else cannot be pixels. Raises `ValueError` for anything
+    else.
     """
     try:
         # Only an .npy file is mapped; the arrays of an .npz file are read as a whole.
@@ -98,10 +101,10 @@ def _layout(path: Path, array: np.ndarray) -> np.ndarray:
 
 
 def _span(path: Path, array: np.ndarray) -> tuple[float, float] | None:
-    if array.dtype in (np.bool_, np.uint8, np.uint16):
+    if array.dtype.kind in "biu":
         return None
     if array.dtype.kind != "f":
-        raise ValueError(f"{path} is of type {array.dtype}; allowed are bool, uint8, uint16, float")
+        raise ValueError(f"{path} is of type {array.dtype}; allowed are bool, integers and floats")
     low, high = np.inf, -np.inf
     for start in range(0, len(array), _CHUNK):
         part = array[start : start + _CHUNK]
@@ -112,9 +115,7 @@ def _span(path: Path, array: np.ndarray) -> tuple[float, float] | None:
         return (0.0, 1.0)
     if low >= -1 - 1e-4 and high <= 1 + 1e-4:
         return (-1.0, 1.0)
-    raise ValueError(
-        f"{path} holds floats from {low:g} to {high:g}; allowed are all in [0, 1] or in [-1, 1]"
-    )
+    return None
 
 
 def _checked(path: Path, labels: np.ndarray, count: int) -> np.ndarray:
@@ -160,7 +161,7 @@ class RowSource:
         label = None if self.label is None else _label(_column(row, self.label), key)
         if isinstance(picture, Image.Image):
             pixels, mode = decode_image(picture, key)
-            return Example(pixels, label, key, mode=mode)
+            return Example(pixels, label, key, span=unit_span(pixels), mode=mode)
         if isinstance(picture, np.ndarray):
             return Example(picture, label, key, mode=str(picture.dtype))
         kind = type(picture).__name__

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from patchdiffusion.data.decode import EXTENSIONS, decode
 from patchdiffusion.data.example import MAX_LABEL, BadImage, Example
+from patchdiffusion.data.pixels import unit_span
 from patchdiffusion.system.files import parse_json
 
 _MAX_BYTES = 2**30
@@ -39,7 +40,7 @@ class FileSource:
         key = self.keys[index]
         image, mode = decode(self.read(key), key)
         label = None if self.labels is None else self.labels[index]
-        return Example(image, label, key, mode=mode)
+        return Example(image, label, key, span=unit_span(image), mode=mode)
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,8 @@ def _source(name: str, path: Path, listing: _Listing, read: Callable[[str], byte
 
 def _grids(keys: list[str]) -> set[str]:
     """The overview beside each set of samples, which `patchdiffusion sample` has drawn."""
-    samples = {key.rpartition("/")[0] for key in keys if re.search(r"(^|/)seed-\d{8}\.png$", key)}
+    sample = re.compile(r"(^|/)seed-\d{8}\.(png|tiff)$")
+    samples = {key.rpartition("/")[0] for key in keys if sample.search(key)}
     grids = {f"{folder}/grid.png" if folder else "grid.png" for folder in samples}
     return grids & set(keys)
 

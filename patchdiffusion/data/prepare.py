@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -9,24 +10,23 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from patchdiffusion.data.decode import fit, is_grey, to_uint8
 from patchdiffusion.data.example import MAX_LABEL, BadImage, Source
+from patchdiffusion.data.frame import Fitted, Plan, Replan
 from patchdiffusion.data.options import (
     DataConfig,
     Options,
-    Plan,
+    SpaceName,
     check_options,
     count_workers,
-    make_plan,
-    usable,
 )
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.plan import make_plan
 from patchdiffusion.data.report import Report, bad_lines, write_text
 from patchdiffusion.data.source import open_source
 from patchdiffusion.data.split import held_out, repeats
@@ -46,6 +46,7 @@ def prepare(
     *,
     resolution: int | tuple[int, int] | None = None,
     channels: int | None = None,
+    space: SpaceName = "auto",
     background: str | tuple[int, int, int] = "white",
     holdout: float = 0.05,
     max_bad: float | None = None,
@@ -56,12 +57,14 @@ def prepare(
 
     `resolution` is a side or (height, width); None is the common size up to 128, else the power
     of two below the median of the smaller side, at most 64. `channels` None is 1 if every image
-    is grey, else 3; 4 keeps alpha. A part `holdout` of the images (at most 1,000) is kept from
-    training. An existing pack of the same data and options is reused, another one at `out` is
+    is grey, else 3; 4 keeps alpha. `space` "pixels" makes 8 bits of everything, "values" keeps 16
+    bits and floats in their own units, and "auto" does that if most images are floats or long
+    integers of which some cannot be pixels. A part `holdout` of the images (at most 1,000) is kept
+    from training. An existing pack of the same data and options is reused, another one at `out` is
     replaced. Images that cannot be used are listed in the report; raises `ValueError` if they
     are all, or more than the part `max_bad` (0.1), and `OSError` if `out` cannot be written.
     """
-    options = check_options(resolution, channels, background, holdout, max_bad)
+    options = check_options(resolution, channels, space, background, holdout, max_bad)
     workers = count_workers(workers, source)
     target = None if out is None else Path(out).expanduser()
     found = _existing(source, options, target)
@@ -74,7 +77,8 @@ def prepare(
         warnings.filterwarnings("ignore", module=r"PIL\.")
         plan = make_plan(source, options)
         place = target or _default_target(source, plan, options)
-        _make_room(place, len(source) * (int(np.prod(plan.shape())) + _BYTES_PER_IMAGE))
+        bytes_each = math.prod(_shape(plan)) * np.dtype(plan.dtype).itemsize + _BYTES_PER_IMAGE
+        _make_room(place, len(source) * bytes_each)
         guard = place.with_name(place.name + ".lock")
         waiting = print if progress else None
         with lock(guard, place, patience=float("inf"), waiting=waiting):
@@ -83,10 +87,9 @@ def prepare(
                 return found
             try:
                 return _make(source, plan, options, place, workers, progress)
-            except _ColourFoundError:
-                plan = replace(plan, channels=3, refuse_colour=False)
-                place = target or _default_target(source, plan, options)
-                return _make(source, plan, options, place, workers, progress)
+            except Replan as other:
+                place = target or _default_target(source, other.plan, options)
+                return _make(source, other.plan, options, place, workers, progress)
 
 
 def prepare_data(data: DataConfig) -> Pack:
@@ -98,26 +101,29 @@ def prepare_data(data: DataConfig) -> Pack:
     if isinstance(source, Pack):
         _, *size, channels = source.info.shape
         sizes = (None, tuple(size), *(size[:1] if len(set(size)) == 1 else ()))
-        if data.resolution in sizes and data.channels in (None, channels):
+        fits = data.resolution in sizes and data.channels in (None, channels)
+        if fits and data.space in ("auto", source.space.word):
             return source
     return prepare(
-        source, resolution=data.resolution, channels=data.channels, progress=place().is_main
+        source,
+        resolution=data.resolution,
+        channels=data.channels,
+        space=data.space,
+        progress=place().is_main,
     )
-
-
-class _ColourFoundError(Exception):
-    """The first images were grey and a later one is not."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Ready:
-    image: np.ndarray
+    fitted: Fitted
     label: int | None
     key: str
     group: str | None
     mode: str
-    size: tuple[int, int]
-    enlarged: bool
+
+
+def _shape(plan: Plan) -> tuple[int, ...]:
+    return (*plan.size, plan.channels)
 
 
 def _stamp(source: Source) -> str:
@@ -153,7 +159,7 @@ def _existing(source: Source, options: Options, target: Path | None) -> Pack | N
 
 def _default_target(source: Source, plan: Plan, options: Options) -> Path:
     name = re.sub(r"[^\w.-]+", "-", source.name, flags=re.ASCII).strip("-.")[:40] or "data"
-    shape = "x".join(map(str, plan.shape()))
+    shape = "x".join(map(str, _shape(plan)))
     folder = f"{name}-{shape}-{_identity(source, options)}"
     return cache_dir() / "packs" / folder
 
@@ -171,14 +177,14 @@ def _make(
     complaints = target.with_name(target.name + ".bad.txt")
     bar = progress_bar(len(source), "image", name=source.name, disable=not progress)
     with bar, folder_atomic(target) as folder:
-        with pack_writer(folder, plan.shape(), plan.dtype) as writer:
-            for result in _results(source, plan, options, workers):
+        with pack_writer(folder, _shape(plan), plan.dtype) as writer:
+            for result in _results(source, plan, workers):
                 bar.update()
                 if isinstance(result, BadImage):
                     report.bad.append((result.key, result.reason))
                     continue
                 _count(report, result)
-                writer.add(result.image, result.label, result.key, result.group)
+                writer.add(result.fitted.image, result.label, result.key, result.group)
         _check_bad(report, options.max_bad, complaints, source.name)
         digests = np.array(writer.digests, dtype=np.uint64)
         groups = np.array(writer.groups, dtype=np.uint64)
@@ -212,17 +218,15 @@ def _make_room(target: Path, needed: int) -> None:
         raise OSError(f"the pack {target} needs {needed} bytes, but {free} are free there")
 
 
-def _results(
-    source: Source, plan: Plan, options: Options, workers: int
-) -> Iterator[_Ready | BadImage]:
+def _results(source: Source, plan: Plan, workers: int) -> Iterator[_Ready | BadImage]:
     """All images in order; a few tasks are in flight, so memory does not grow with the data."""
 
     def task(indices: Iterable[int]) -> list[_Ready | BadImage]:
-        return [_ready(source, index, plan, options) for index in indices]
+        return [_ready(source, index, plan) for index in indices]
 
     if workers == 1:
         for index in range(len(source)):
-            yield _ready(source, index, plan, options)
+            yield _ready(source, index, plan)
         return
     starts = iter(range(0, len(source), _TASK))
     flying: deque[Future[list[_Ready | BadImage]]] = deque()
@@ -236,21 +240,10 @@ def _results(
             yield from flying.popleft().result()
 
 
-def _ready(source: Source, index: int, plan: Plan, options: Options) -> _Ready | BadImage:
+def _ready(source: Source, index: int, plan: Plan) -> _Ready | BadImage:
     try:
         example = source[index]
-        image = usable(example.key, to_uint8(example))
-        planes = image.shape[2]
-        if planes != plan.channels and not {planes, plan.channels} <= {1, 3, 4}:
-            reason = f"{planes} channels cannot become {plan.channels}"
-            raise BadImage(example.key, reason)
-        if plan.refuse_colour and planes != 1:
-            colour, enlarged = fit(image, plan.size, 3, options.background)
-            if not is_grey(colour):
-                raise _ColourFoundError
-            small = colour[:, :, :1]
-        else:
-            small, enlarged = fit(image, plan.size, plan.channels, options.background)
+        fitted = plan.fitted(example)
     except BadImage as error:
         return error
     label, limit = example.label, len(source.classes) or MAX_LABEL + 1
@@ -258,14 +251,13 @@ def _ready(source: Source, index: int, plan: Plan, options: Options) -> _Ready |
         raise ValueError(
             f"{source.name}: {example.key} has the label {label}; allowed are 0 to {limit - 1}"
         )
-    size = (image.shape[1], image.shape[0])
-    return _Ready(small, label, example.key, example.group, example.mode, size, enlarged)
+    return _Ready(fitted, label, example.key, example.group, example.mode)
 
 
 def _count(report: Report, result: _Ready) -> None:
-    report.sizes[result.size] += 1
+    report.sizes[result.fitted.size] += 1
     report.modes[result.mode or "unknown"] += 1
-    report.enlarged += result.enlarged
+    report.enlarged += result.fitted.enlarged
 
 
 def _check_bad(report: Report, max_bad: float, complaints: Path, name: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from patchdiffusion.data.frame import size_text
 from patchdiffusion.data.pack import PackInfo
 from patchdiffusion.system.files import write_bytes, write_json
 
@@ -18,8 +19,8 @@ class Report:
 
     given: int
     bad: list[tuple[str, str]] = field(default_factory=list)
-    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
-    """Width, height."""
+    sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
+    """Height, width."""
     modes: Counter[str] = field(default_factory=Counter)
     enlarged: int = 0
     duplicates: int = 0
@@ -38,7 +39,7 @@ class Report:
             "duplicates": self.duplicates,
             "duplicate_pairs": [list(pair) for pair in self.duplicate_pairs],
             "enlarged": self.enlarged,
-            "sizes": {f"{w}x{h}": n for (w, h), n in self.sizes.most_common()},
+            "sizes": {size_text(size): n for size, n in self.sizes.most_common()},
             "modes": dict(self.modes.most_common()),
             "classes": dict(zip(info.classes, info.class_counts, strict=True)),
             "heldout": len(info.heldout),
@@ -50,15 +51,14 @@ class Report:
     def as_text(self, info: PackInfo) -> str:
         """The same for people, long lists shortened."""
         count, *size, channels = info.shape
-        shown = "x".join(map(str, reversed(size)))
         counts = zip(info.classes, info.class_counts, strict=True)
         lines = [
-            f"{info.name}: {count} images of {shown} with {channels} channels",
+            f"{info.name}: {count} images of {size_text(size)} with {channels} channels",
             f"given {self.given}, refused {len(self.bad)}, enlarged {self.enlarged}, "
             f"exact duplicates {self.duplicates}, held out {len(info.heldout)}",
             f"standard deviation in [-1, 1]: {info.sigma_data:.4f}",
             *self.notes,
-            *_section("sizes", (f"{w}x{h}: {n}" for (w, h), n in self.sizes.most_common())),
+            *_section("sizes", (f"{size_text(size)}: {n}" for size, n in self.sizes.most_common())),
             *_section("stored as", (f"{mode}: {n}" for mode, n in self.modes.most_common())),
             *_section("classes", (f"{name}: {n}" for name, n in counts)),
             *_section("other files", (f"{kind}: {n}" for kind, n in self.ignored.items())),

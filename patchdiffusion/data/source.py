@@ -11,6 +11,9 @@ from patchdiffusion.system.files import read_json
 
 __all__ = ["BadImage", "Example", "Source", "is_run", "open_source"]
 
+SAMPLES = "samples.npy"
+"""What `patchdiffusion sample` writes beside pictures that do not hold every number."""
+
 _ALLOWED = "allowed are a folder, a pack, a .zip, .npy or .npz file, or the name 'glyphs'"
 
 
@@ -34,8 +37,11 @@ def open_source(spec: str | Path) -> Source:
     if run and str(spec) != "glyphs":
         raise ValueError(f"{spec} is the folder of a run, not of images")
     if path.is_dir() and not run:
-        is_pack = (path / "pack.json").is_file() and (path / "images.bin").is_file()
-        return Pack.open(path) if is_pack else folder_source(path)
+        if (path / "pack.json").is_file() and (path / "images.bin").is_file():
+            return Pack.open(path)
+        samples = path / SAMPLES
+        is_made = samples.is_file() and samples.with_suffix(".json").is_file()
+        return array_source(samples) if is_made else folder_source(path)
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix == ".zip":

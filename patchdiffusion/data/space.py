@@ -23,6 +23,7 @@ _LOOKED_AT = 256
 class Pixels:
     """8-bit pixels: 0 and 255 are -1 and 1 to the network."""
 
+    word: ClassVar[Literal["pixels"]] = "pixels"
     dtype: ClassVar[str] = "uint8"
     limits: ClassVar[tuple[float, float] | None] = (0.0, 255.0)
     """Values that interpolation must not leave; None is none."""
@@ -48,6 +49,7 @@ class Values:
     Nothing is clipped. `mean + scale x` takes a number x of the network back to a value.
     """
 
+    word: ClassVar[Literal["values"]] = "values"
     dtype: Literal["uint16", "float32"]
     """Type of the stored values, and of samples: whole numbers from 0 to 65,535, or floats."""
     mean: tuple[float, ...]

@@ -85,6 +85,9 @@ class Evaluation:
 
     def of_model(self, pipeline: Pipeline) -> dict[str, Any]:
         """Every number and its card, ready for JSON; alike on all processes."""
+        wanted, given = pipeline.model.config.space.word, self.pack.space.word
+        if wanted != given:
+            raise ValueError(f"{self.pack.name} holds {given}, and the model makes {wanted}")
         result: dict[str, Any] = {"left_out": {}}
         own = self.is_data_of(pipeline)
         if len(self.loss_images(pipeline)):
@@ -128,7 +131,7 @@ class Evaluation:
                 self.pack.images,
                 model.labels_of(self.pack.labels, self.pack.classes),
                 chosen,
-                space=self.pack.space,
+                space=model.space,
                 law=model.noise,
                 weighting=default_weighting(model.precond),
                 sizes=(model.canvas,),
@@ -168,7 +171,7 @@ class Evaluation:
     # ---- Of images ----
 
     def of_images(self, images: Tensor, name: str) -> dict[str, Any]:
-        """The same for images that somebody has made: uint8 [N, H, W, C]."""
+        """The same for images that somebody has made, in the space of the pack: [N, H, W, C]."""
         if self.extract is None:
             raise ValueError("images can only be compared by features; name an extractor")
 
@@ -203,7 +206,7 @@ class Evaluation:
         elif not 2 <= len(copies_of) <= COPY_LIMIT:
             left_out["copies"] = f"of 2 to {COPY_LIMIT:,} images, not {len(copies_of):,}"
         else:
-            counter = CopyCounter(self.pack.images, copies_of)
+            counter = CopyCounter(self.pack.images, copies_of, self.pack.space)
 
         def features() -> Iterator[Tensor]:
             done = part.start
@@ -226,6 +229,7 @@ class Evaluation:
 
     def _features(self, images: Tensor, first: int) -> Tensor:
         assert self.extract is not None
+        images = torch.from_numpy(self.pack.space.to_picture(images.numpy()))
         if self.config.crop:
             images = crops(images, first, side=self.config.crop, each=1)
         return self.extract(images)
@@ -282,6 +286,7 @@ class Evaluation:
                 "name": self.pack.name,
                 "fingerprint": self.pack.fingerprint[:16],
                 "size": list(self.pack.info.shape[1:]),
+                "space": encode(self.pack.space),
             },
         }
         if self.extract is not None:

@@ -20,7 +20,6 @@ from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import Start, sample
 from patchdiffusion.solvers import Jumps
 from patchdiffusion.system.device import pick_device
-from patchdiffusion.system.png import to_uint8
 from patchdiffusion.system.progress import progress_bar
 
 
@@ -48,7 +47,9 @@ class Pipeline:
         batch: int = 64,
         progress: bool = False,
     ) -> np.ndarray:
-        """Images of seeds seed ... seed + count - 1: uint8 [count, H, W, C].
+        """Images of seeds seed ... seed + count - 1: [count, H, W, C] in the space of the model.
+
+        uint8 for models of pixels, else values in the units of the data.
 
         `classes` are names or numbers, taken in turn; None takes all classes in turn where the
         model has any, unless `cond` [count, ...] gives labels. Raises `ValueError` for a class or
@@ -80,7 +81,7 @@ class Pipeline:
                 law=self.model.config.noise,
                 progress=bar.update,
             )
-        return to_uint8(images)
+        return self.model.config.space.to_values(images)
 
     def sampler(self, config: SamplerConfig) -> SamplerConfig:
         """The same with what this model takes for auto; `ValueError` for what it does not take."""

@@ -1,9 +1,11 @@
-"""Tensors to pictures: PNG files and grids, with text inside that says where they are from."""
+"""Arrays to files: PNG, TIFF and grids, with text inside that says where they are from."""
 
 import io
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +43,7 @@ def enlarge(picture: np.ndarray, shortest: int = 512) -> np.ndarray:
 
 
 def png(picture: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
-    """A PNG file of uint8 [H, W, C] with text entries.
+    """A PNG file of uint8 [H, W, C], or uint16 [H, W, 1], with text entries.
 
     1 channel is grey, 3 are colour, 4 colour and alpha; of 2 the first is shown, of more three.
     """
@@ -53,6 +55,35 @@ def png(picture: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(picture)).save(stream, "PNG", pnginfo=info)
     return stream.getvalue()
+
+
+def npy(array: np.ndarray) -> bytes:
+    """An .npy file of an array."""
+    stream = io.BytesIO()
+    np.save(stream, array, allow_pickle=False)
+    return stream.getvalue()
+
+
+class ImageFile(NamedTuple):
+    """A file that holds every number of an image."""
+
+    suffix: str
+    content: bytes
+
+
+def image_file(image: np.ndarray, text: Mapping[str, str]) -> ImageFile | None:
+    """A file of an image [H, W, C] with text inside, or None if PNG and TIFF cannot hold it.
+
+    uint8 and 16 bits in grey become PNG, floats in one channel TIFF.
+    """
+    single = image.shape[-1] == 1
+    if image.dtype == np.uint8 or (single and image.dtype == np.uint16):
+        return ImageFile(".png", png(image, text))
+    if not single or image.dtype != np.float32:
+        return None
+    stream = io.BytesIO()
+    Image.fromarray(image[..., 0]).save(stream, "TIFF", description=json.dumps(dict(text)))
+    return ImageFile(".tiff", stream.getvalue())
 
 
 def save_png(path: Path, picture: np.ndarray, text: Mapping[str, str] | None = None) -> None:

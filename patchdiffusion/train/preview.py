@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from patchdiffusion.sampling.driver import sample
 from patchdiffusion.sampling.pipeline import SamplerConfig
 from patchdiffusion.system.device import autocast
 from patchdiffusion.system.dist import Team
-from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
+from patchdiffusion.system.png import enlarge, grid, save_png
 from patchdiffusion.train.config import TrainConfig
 
 T = TypeVar("T")
@@ -99,7 +100,12 @@ class Preview:
         """Write the grid as PNG."""
         if self.team.is_main:
             text = {"seeds": f"0-{self.config.preview.grid - 1}", "software": "patchdiffusion"}
-            save_png(path, enlarge(grid(to_uint8(images))), text)
+            save_png(path, enlarge(grid(self._pictures(images))), text)
+
+    def _pictures(self, images: Tensor) -> np.ndarray:
+        """What a network has made [N, C, *S] as uint8 [N, *S, C]."""
+        space = self.pack.space
+        return space.to_picture(space.to_values(images))
 
     @property
     def _batch(self) -> int:
@@ -134,7 +140,7 @@ class Preview:
             loss = summarise(dict(zip(self.sizes, table, strict=True)))
             facts["held_out"] = {"loss": loss.total, "bands": loss.bands, "sizes": loss.sizes}
         if self.team.is_main and 2 <= len(self.pack.train) <= COPY_LIMIT:
-            copies = copy_rate(samples, self.pack.images, self.pack.train)
+            copies = copy_rate(samples, self.pack.images, self.pack.train, space=self.pack.space)
             facts["copy_rate"] = copies.rate
         if self.extract is not None:
             facts["distance"] = self._distance(denoiser, self.extract, ending)
@@ -160,7 +166,7 @@ class Preview:
                 chosen = None if labels is None else labels[numbers.start : numbers.stop]
                 seeds = range(SEED + numbers.start, SEED + numbers.stop)
                 images = self._sample(watched, seeds, chosen)
-                yield extract(torch.from_numpy(to_uint8(images)))
+                yield extract(torch.from_numpy(self._pictures(images)))
 
         samples = Gathered.together(self._all(lambda: Gathered.of(features())))
         return frechet_distance(self._real, samples.moments)

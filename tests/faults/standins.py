@@ -117,7 +117,7 @@ def clipped(original: Any) -> Any:
     """What Pillow makes of 16 bits."""
     import numpy as np
 
-    return lambda image, key: np.asarray(image).clip(0, 255).astype(np.uint8)
+    return lambda image: image.clip(0, 255).astype(np.uint8)
 
 
 def without_errors(original: Any) -> Any:

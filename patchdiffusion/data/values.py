@@ -1,0 +1,87 @@
+"""Images as measurements of one size: whole numbers of 16 bits or floats, in their own units.
+
+Nothing is scaled to bytes and nothing is clipped. Size and aspect are those of `pixels`: a central
+part, reduced or enlarged by Lanczos channel by channel, if an image does not have the size already.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image
+
+from patchdiffusion.data.decode import DEEP
+from patchdiffusion.data.example import BadImage, Example
+from patchdiffusion.data.frame import (
+    Fitted,
+    Replan,
+    Size,
+    central_box,
+    frame_by_frame,
+    resized,
+    usable,
+    with_channels,
+)
+
+WHOLE, FLOAT = "uint16", "float32"
+
+
+def to_values(example: Example) -> np.ndarray:
+    """The numbers of an example, [*S, C]: uint16 for types that fit into it, else float32.
+
+    Raises `BadImage` for other types, for NaN and infinity, and for 16-bit colour, of which the
+    low bytes are gone.
+    """
+    image = with_channels(example)
+    if example.mode.startswith(("RGB" + DEEP, "RGBA" + DEEP)):
+        raise BadImage(example.key, "16-bit colour, of which only 8 can be read; use .npy")
+    if image.dtype in (np.bool_, np.uint8, np.uint16):
+        return image.astype(WHOLE)
+    if image.dtype.kind not in "iuf":
+        raise BadImage(example.key, f"type {image.dtype}; allowed are bool, integers and floats")
+    with np.errstate(over="ignore"):
+        values = image.astype(FLOAT)
+    if not np.isfinite(values).all():
+        raise BadImage(example.key, "NaN or infinite values")
+    return values
+
+
+def fit(image: np.ndarray, size: Size) -> tuple[np.ndarray, bool]:
+    """Bring [H, W, C] to [*size, C]; also say whether it had to be enlarged."""
+    height, width, _ = image.shape
+    if (height, width) == size:
+        return image, False
+    box = central_box(width, height, size)
+    planes = [
+        resized(Image.fromarray(plane), size, box)
+        for plane in np.ascontiguousarray(image.transpose(2, 0, 1), dtype=FLOAT)
+    ]
+    whole = np.stack(planes, axis=2)
+    if image.dtype == WHOLE:
+        whole = np.rint(whole.clip(0, 65535)).astype(WHOLE)
+    return whole, box[2] - box[0] < size[1]
+
+
+@dataclass(frozen=True)
+class ValuePlan:
+    """Shape and type of a pack of values, and why."""
+
+    size: Size
+    """Height and width, after other axes if there are any."""
+    channels: int
+    dtype: str
+    """uint16 or float32."""
+    notes: tuple[str, ...] = ()
+
+    def fitted(self, example: Example) -> Fitted:
+        """One image. Raises `BadImage` for one that cannot be used, and `Replan` for floats."""
+        image = usable(example.key, to_values(example))
+        planes = image.shape[-1]
+        if planes != self.channels:
+            raise BadImage(example.key, f"{planes} channels; allowed are {self.channels}")
+        if image.dtype == FLOAT and self.dtype == WHOLE:
+            raise Replan(replace(self, dtype=FLOAT))
+
+        def fit_frame(frame: np.ndarray) -> tuple[np.ndarray, bool]:
+            return fit(frame, self.size[-2:])
+
+        return frame_by_frame(fit_frame, example.key, image.astype(self.dtype), self.size)
