@@ -31,9 +31,9 @@ from patchdiffusion.nets.base import initialize
 from patchdiffusion.nets.embed import positional
 from patchdiffusion.nets.layers import Linear
 from patchdiffusion.noise import LogNormal
-from patchdiffusion.objectives.consistency import ConsistencyConfig
+from patchdiffusion.objectives.consistency import ConsistencyConfig, ConsistencyLoss
 from patchdiffusion.objectives.ctm import TrajectoryLoss, TrajectoryMap
-from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowMap
+from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowLoss, MeanFlowMap
 from patchdiffusion.parameterisation import EDM, Precond
 from patchdiffusion.paths import Flow, Path, per_sample
 from patchdiffusion.solvers import run
@@ -140,7 +140,7 @@ def meanflow(steps: int) -> FlowMap:
     its minimum where it is.
     """
     config = MeanFlowConfig(same=0.25, power=0.0)
-    loss = config.loss(LogNormal(mean=0.0, std=2.0), 0.0)
+    loss = MeanFlowLoss(config=config, law=LogNormal(mean=0.0, std=2.0))
     return MeanFlowMap(network=train(STRAIGHT, lambda average: loss, steps).network)
 
 
@@ -149,8 +149,8 @@ def consistency(steps: int, teacher: Denoiser | None = None) -> FlowMap:
     first, last = (10, 320) if teacher is None else (40, 160)
     config = ConsistencyConfig(first=first, last=last, huber=0.1, sigma_max=LARGEST)
     precond = config.precond(EDM(sigma_data=SPREAD))
-    loss = config.loss(LAW, 0.0, teacher=teacher)
-    return config.flow_map(train(precond, lambda average: loss, steps))
+    loss = ConsistencyLoss(config=config, law=LAW, teacher=teacher)
+    return config.product(train(precond, lambda average: loss, steps))
 
 
 def trajectory(steps: int) -> FlowMap:

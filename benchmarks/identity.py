@@ -48,7 +48,7 @@ TRAINED: dict[str, str] = {
     "--patches.probs 0.5 0.3 0.2 --patches.pitches 1 2 1",
     "v": f"IMAGES {STEPS} {SMALL} --precond v",
     "ddpm": f"IMAGES {STEPS} {SMALL} --precond ddpm",
-    "flow": f"IMAGES {STEPS} {SMALL} --precond flow --noise logit-normal --weighting edm",
+    "flow": f"IMAGES {STEPS} {SMALL} --precond flow --noise logit-normal --objective.weighting edm",
     "meanflow": f"IMAGES {STEPS} {SMALL} --objective meanflow --patches.mode stratified",
     "consistency": f"IMAGES {STEPS} {SMALL} --objective consistency",
     "distillation": f"IMAGES {STEPS} {SMALL} --objective consistency "
@@ -56,7 +56,7 @@ TRAINED: dict[str, str] = {
     "profiles": f"IMAGES {STEPS} {SMALL} --ema.profiles 0.05 0.1",
     "augmentation": f"IMAGES {STEPS} {SMALL} --data.no-flip --data.augment.p 0.5 "
     "--network.augment-dim 9",
-    "log-variance": f"IMAGES {STEPS} {SMALL} --log-variance 16",
+    "log-variance": f"IMAGES {STEPS} {SMALL} --objective.log-variance 16",
     "dropout": f"IMAGES {STEPS} {SMALL} --network.dropout 0.2 --micro-batch 1",
     "start from": f"IMAGES {STEPS} {SMALL} --start-from RUNS/folder",
 }

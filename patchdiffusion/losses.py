@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
@@ -50,7 +50,7 @@ class LossOut:
 
 
 class Objective(Protocol):
-    """What is minimised: a function or an `nn.Module` with parameters and teachers of its own."""
+    """What is minimised: a function of a denoiser, crops and the random draws of a step."""
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut: ...
 
@@ -84,25 +84,21 @@ class DenoisingLoss:
         return LossOut(per_sample=self.weighting(sigma) * per_crop)
 
 
-class UncertaintyLoss(nn.Module):
+@dataclass(frozen=True, eq=False)
+class UncertaintyLoss:
     """loss / exp(u) + u with a learned u(sigma), the log-variance of the loss (EDM2, 2312.02696).
 
     At its minimum u = ln E[loss | sigma]: the denoiser then descends the mean of the logarithm of
     its loss, to which every noise level contributes the same. Reports the loss itself.
     """
 
-    def __init__(self, loss: DenoisingLoss, log_variance: LogVariance):
-        super().__init__()
-        self.loss = loss
-        self.log_variance = log_variance
+    loss: DenoisingLoss
+    log_variance: LogVariance
+    """Is trained with the network: its parameters must be given to the optimizer."""
 
-    def levels(self, draws: Draws, law: NoiseLaw | None = None) -> Tensor:
-        """The noise level of each sample: float32 [B]."""
-        return self.loss.levels(draws, law)
-
-    def forward(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         out = self.loss(denoiser, batch, draws)
-        u = self.log_variance(self.levels(draws, batch.noise))
+        u = self.log_variance(self.loss.levels(draws, batch.noise))
         return replace(out, per_sample=out.per_sample / u.exp() + u, reported=out.per_sample)
 
 

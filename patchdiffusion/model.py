@@ -13,11 +13,11 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from patchdiffusion.data.space import Pixels, Space
-from patchdiffusion.denoiser import NetDenoiser
+from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.nets import Network, base
 from patchdiffusion.noise import Law
-from patchdiffusion.objectives import FewStep, parameterisation
+from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
 from patchdiffusion.parameterisation import Parameterisation
 from patchdiffusion.patches import Size
 from patchdiffusion.system.files import folder_atomic, read_json, sha256, write_json
@@ -47,8 +47,8 @@ class ModelConfig:
     """Full-image equivalents seen in training."""
     step: int = 0
     """Optimizer steps."""
-    objective: FewStep | None = None
-    """What a few-step model was trained for; None is denoising."""
+    objective: ObjectiveUnion = field(default_factory=DenoisingConfig)
+    """What it was trained for."""
 
     def __post_init__(self) -> None:
         if not self.canvas or min(self.canvas) < 1:
@@ -84,14 +84,13 @@ class Model:
     @property
     def denoiser(self) -> NetDenoiser:
         """D(x, sigma, cond)."""
-        precond = parameterisation(self.config.objective, self.config.precond)
+        precond = self.config.objective.precond(self.config.precond)
         return NetDenoiser(self.network, precond, self.config.noise)
 
     @property
-    def flow_map(self) -> FlowMap | None:
-        """What a few-step model samples with."""
-        objective = self.config.objective
-        return None if objective is None else objective.flow_map(self.denoiser)
+    def product(self) -> Denoiser | FlowMap:
+        """What it samples with: a flow map if it is a few-step model, else the denoiser."""
+        return self.config.objective.product(self.denoiser)
 
     @property
     def device(self) -> torch.device:

@@ -62,7 +62,8 @@ class Choice:
 
     def adopt(self, config: Any, old: "Parameterisation") -> Any:
         """The configuration with this one's weight, and its law if the one before had another."""
-        config, law = replace(config, weighting=None), default_noise(cast("Parameterisation", self))
+        config = replace(config, objective=config.objective.of_another_precond())
+        law = default_noise(cast("Parameterisation", self))
         return config if law == default_noise(old) else replace(config, noise=law)
 
 

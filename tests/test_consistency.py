@@ -3,8 +3,10 @@
 import itertools
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import tiny
 import torch
 from oracles import MEAN, STD, Exact, Little, batch, draws, gaussian, normal
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.noise import LogNormal, LogUniform
+from patchdiffusion.objectives.base import Materials
 from patchdiffusion.objectives.consistency import (
     Boundary,
     ConsistencyConfig,
@@ -30,6 +33,10 @@ LAW = LogNormal(mean=-1.1, std=2.0)
 
 def denoiser(seed: int = 0, precond: Boundary | None = None) -> NetDenoiser:
     return NetDenoiser(Little(seed), precond or Boundary())
+
+
+def loss_of(config: ConsistencyConfig, **parts: Any) -> ConsistencyLoss:
+    return ConsistencyLoss(config=config, law=LAW, **parts)
 
 
 # ---- The boundary ----
@@ -151,7 +158,7 @@ def by_hand(
 def test_the_default_is_that_of_ict() -> None:
     f, x0 = denoiser(), normal(8, (1, 4, 4)).float()
     cond, progress = Cond(labels=torch.arange(8) % 3), 0.5
-    loss = ConsistencyConfig().loss(LAW, 0.0)
+    loss = loss_of(ConsistencyConfig())
     out = loss(f, batch(x0, cond, progress=progress), draws(8))
     high, low = loss.neighbours(draws(8), progress)
     prediction, goal = by_hand(f, x0, high, low, draws(8).normal("noise", (1, 4, 4)), cond)
@@ -165,9 +172,9 @@ def test_the_default_is_that_of_ict() -> None:
 def test_gradients_go_into_the_noisier_side_only() -> None:
     f, x0 = denoiser(), normal(8, (1, 4, 4)).float()
     config = ConsistencyConfig(huber=0.0, weighted=False)
-    out = config.loss(LAW, 0.0)(f, batch(x0), draws(8))
+    out = loss_of(config)(f, batch(x0), draws(8))
     (found,) = torch.autograd.grad(out.per_sample.sum(), [f.network.get_parameter("mix")])
-    high, low = config.loss(LAW, 0.0).neighbours(draws(8), 0.0)
+    high, low = loss_of(config).neighbours(draws(8), 0.0)
     prediction, goal = by_hand(f, x0, high, low, draws(8).normal("noise", (1, 4, 4)), Cond())
     expected = torch.autograd.grad(
         (prediction - goal).square().flatten(1).mean(1).sum(), [f.network.get_parameter("mix")]
@@ -177,7 +184,7 @@ def test_gradients_go_into_the_noisier_side_only() -> None:
 
 def test_both_sides_have_the_same_dropout_and_label() -> None:
     network = Little()
-    loss = ConsistencyConfig().loss(LAW, 0.5)
+    loss = loss_of(ConsistencyConfig(), label_dropout=0.5)
     given = batch(normal(20, (1, 2, 2)).float(), Cond(labels=torch.zeros(20).long()))
     loss(NetDenoiser(network, Boundary()), given, draws(20))
     first, second = network.calls
@@ -188,8 +195,9 @@ def test_both_sides_have_the_same_dropout_and_label() -> None:
 
 def test_the_target_may_be_an_average() -> None:
     f, average, x0 = denoiser(), denoiser(1), normal(4, (1, 2, 2)).float()
-    own = ConsistencyConfig().loss(LAW, 0.0, average)
-    other = ConsistencyConfig(target="average").loss(LAW, 0.0, average)
+    materials = Materials(network=tiny.NETWORK.build(), average=lambda: average)
+    own = ConsistencyConfig().build(materials)
+    other = ConsistencyConfig(target="average").build(materials)
     assert own.target is None and other.target is average
     a, b = (loss(f, batch(x0), draws(4)).per_sample for loss in (own, other))
     assert not torch.allclose(a, b)
@@ -204,7 +212,7 @@ def test_distillation_follows_the_teacher() -> None:
         return oracle(x, sigma)
 
     config = ConsistencyConfig(huber=0.0, weighted=False, uniform=True, target="average")
-    loss = config.loss(LAW, 0.0, average, teacher)  # type: ignore
+    loss = loss_of(config, target=average, teacher=teacher)  # type: ignore
     f = NetDenoiser(network, Boundary())
     out = loss(f, batch(x0), draws(8))
     high, low = loss.neighbours(draws(8), 0.0)
@@ -260,7 +268,7 @@ def test_training_and_distillation_agree_in_the_limit() -> None:
             first=count, last=count, huber=0.0, weighted=False, sigma_min=0.1, sigma_max=10.0
         )
         trained, distilled = (
-            quadrature(config.loss(LAW, 0.0, None, teacher), 1.3, count // 2)
+            quadrature(loss_of(config, teacher=teacher), 1.3, count // 2)
             for teacher in (None, gaussian((1,)))
         )
         differences.append(float((trained / distilled - 1).abs()))
@@ -272,7 +280,7 @@ def test_the_exact_function_is_where_distillation_ends() -> None:
     config = ConsistencyConfig(
         first=160, last=160, huber=0.0, weighted=False, sigma_min=0.1, sigma_max=10.0
     )
-    loss = config.loss(LAW, 0.0, None, gaussian((1,)))
+    loss = loss_of(config, teacher=gaussian((1,)))
     at, below, above = (float(quadrature(loss, gain, 80)) for gain in (1.0, 0.9, 1.1))
     assert below < 0 < above and abs(at) < 0.01 * min(above, -below)
 

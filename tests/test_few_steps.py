@@ -15,6 +15,7 @@ from PIL import Image
 from test_train_loop import after_step, status
 
 from patchdiffusion import Cond, Pipeline, SamplerConfig, TrainConfig, load, recipes, sample
+from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.guidance.threshold import Clamp, NoThreshold
 from patchdiffusion.model import load_model
@@ -25,11 +26,12 @@ from patchdiffusion.objectives.consistency import (
     ConsistencyLoss,
     ConsistencyMap,
 )
+from patchdiffusion.objectives.denoising import DenoisingConfig
 from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowLoss, MeanFlowMap
 from patchdiffusion.parameterisation import EDM, FlowMatching
 from patchdiffusion.recipes import Facts
 from patchdiffusion.solvers import Euler, Heun, Jumps
-from patchdiffusion.system.files import read_json, write_json
+from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train import loop, resume
 from patchdiffusion.train.config import PreviewConfig
@@ -62,9 +64,8 @@ def test_an_objective_brings_its_noise_and_network(images: Path) -> None:
     assert consistent.noise == LogNormal(mean=-1.1, std=2.0)
     changed = replace(mean, noise=LogNormal(mean=3.0))
     assert recipes.with_objective(changed, "meanflow") == changed
-    assert recipes.with_objective(plain, None) == recipes.with_objective(plain, "denoising")
-    assert recipes.with_objective(plain, None) == plain
-    assert recipes.with_objective(mean, "denoising").objective is None
+    assert recipes.with_objective(plain, "denoising") == plain
+    assert recipes.with_objective(mean, "denoising").objective == DenoisingConfig()
 
 
 def test_training_is_put_together(images: Path, finished: Path, tmp_path: Path) -> None:
@@ -208,23 +209,12 @@ def test_a_model_knows_what_it_is(runs: dict[str, Path], finished: Path) -> None
     mean, consistent, plain = (
         load_model(f) for f in (runs["meanflow"], runs["consistency"], finished)
     )
-    assert isinstance(mean.flow_map, MeanFlowMap) and mean.denoiser.precond == FlowMatching(
+    assert isinstance(mean.product, MeanFlowMap) and mean.denoiser.precond == FlowMatching(
         time_scale=1.0
     )
-    assert isinstance(consistent.flow_map, ConsistencyMap)
+    assert isinstance(consistent.product, ConsistencyMap)
     assert consistent.denoiser.precond == Boundary(sigma_data=0.5, sigma_min=0.002)
-    assert plain.flow_map is None and plain.denoiser.precond == EDM()
-
-
-def test_older_files_are_denoisers(finished: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    for file in (folder / "config.json", folder / "model" / "config.json"):
-        facts = read_json(file)
-        assert facts.pop("objective") is None
-        facts["network"].pop("jump")
-        write_json(file, facts)
-    assert decode(TrainConfig, read_json(folder / "config.json")).objective is None
-    assert load_model(folder).flow_map is None
+    assert isinstance(plain.product, NetDenoiser) and plain.denoiser.precond == EDM()
 
 
 @pytest.mark.parametrize("name", [*KINDS])
@@ -260,8 +250,7 @@ def test_the_solver_that_fits_is_chosen(runs: dict[str, Path], finished: Path) -
 
 def test_samples_are_those_of_the_map(runs: dict[str, Path]) -> None:
     pipeline = load(runs["meanflow"])
-    flow_map = pipeline.model.flow_map
-    assert flow_map is not None
+    flow_map = pipeline.model.product
     images = [
         sample(flow_map, seeds=range(4), channels=3, canvas=(16, 16), batch=b,
                cond=Cond(labels=torch.tensor([0, 1, 0, 1])), config=SamplerConfig(steps=2))
@@ -292,7 +281,7 @@ def test_the_grids_of_a_run_are_those_of_its_map(
 ) -> None:
     training = tiny.training(config(images, "meanflow"), tmp_path)
     grid = training.preview.draw(training.averaged)
-    flow_map = training.config.objective.flow_map(training.averaged)  # type: ignore
+    flow_map = training.config.objective.product(training.averaged)
     expected = sample(
         flow_map, seeds=range(2), channels=3, canvas=(16, 16),
         cond=Cond(labels=torch.tensor([0, 1])), config=SamplerConfig(steps=2),
@@ -363,8 +352,8 @@ def test_an_objective_is_chosen_by_a_word(
     assert "objective.same: 0.5 -> 0.25" in fails(capsys, "train", run, "--objective.same", "0.25")
     for arguments, message in (
         (["--objective", "magic"], "unknown objective 'magic', allowed: denoising, consistency"),
-        (["--objective"], "Missing value for argument '--objective'"),
-        (["--objective.same", "0.5"], "Unrecognized options: --objective.same"),
+        (["--objective"], "--objective needs one word of denoising"),
+        (["--objective.same", "0.5"], "unknown flag --objective.same"),
         (["--objective", "meanflow", "--objective.same", "7"], "same in [0, 1]"),
         (["--objective=meanflow", "--network.no-jump"], "set --network.jump"),
     ):
@@ -374,7 +363,7 @@ def test_an_objective_is_chosen_by_a_word(
 def test_the_recipe(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     told = works(capsys, "train", "meanflow", "--dry-run", "--device", "cpu")
-    assert "recipe    meanflow: The demo as a few-step model" in told and "24x24" in told
+    assert "recipe    meanflow: MeanFlow with patches" in told and "24x24" in told
     given = recipes.find("meanflow")(Facts(classes=3))
     assert isinstance(given.objective, MeanFlowConfig) and given.network.jump
     assert len(given.patches.fractions) > 1  # patches, whose coordinates do not move

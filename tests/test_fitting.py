@@ -21,11 +21,17 @@ from patchdiffusion.guidance.threshold import Clamp, Dynamic, NoThreshold
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.model import Model
 from patchdiffusion.noise import LogNormal, LogUniform
-from patchdiffusion.objectives import ConsistencyConfig, MeanFlowConfig
+from patchdiffusion.objectives import (
+    ConsistencyConfig,
+    DenoisingConfig,
+    MeanFlowConfig,
+    ObjectiveUnion,
+)
 from patchdiffusion.parameterisation import EpsDDPM, EpsVP, V
-from patchdiffusion.recipes import OBJECTIVES, with_objective
+from patchdiffusion.recipes import with_objective
 from patchdiffusion.sampling.driver import Start
 from patchdiffusion.solvers import Churn, Euler, Heun, Jumps, SDEDPMpp2M
+from patchdiffusion.system import families
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import resume
@@ -60,9 +66,8 @@ def meanflow() -> Pipeline:
 
 
 def test_options_of_another_kind_are_refused_in_python_too() -> None:
-    flow_map, denoiser = meanflow().model.flow_map, tiny.pipeline().model.denoiser
+    flow_map, denoiser = meanflow().model.product, tiny.pipeline().model.denoiser
     x = torch.zeros(1, 3, *tiny.CANVAS)
-    assert flow_map is not None
     for model, config, message in (
         (denoiser, SamplerConfig(solver=Jumps()), "the solver map is for few-step models"),
         (flow_map, SamplerConfig(solver=Heun()), "use --solver map, not heun"),
@@ -183,8 +188,9 @@ def test_without_classes_in_the_data_all_are_drawn_alike(pack: Pack, finished: P
 def test_every_objective_may_follow_every_other(images: Path) -> None:
     plain = replace(tiny.config(images), noise=LogNormal())
     plain = replace(plain, preview=replace(plain.preview, sample_steps=18))
-    for first in OBJECTIVES:
-        for second in OBJECTIVES:
+    words = families.words(ObjectiveUnion)
+    for first in words:
+        for second in words:
             there = with_objective(with_objective(plain, first), second)
             assert there == with_objective(plain, second), (first, second)
 
@@ -192,8 +198,13 @@ def test_every_objective_may_follow_every_other(images: Path) -> None:
 def test_a_weight_keeps_the_scale_of_the_data(images: Path) -> None:
     plain = tiny.config(images)
     plain = replace(plain, precond=replace(plain.precond, sigma_data=0.7))
-    for flags in (["--weighting", "edm"], ["--precond", "flow", "--weighting", "edm"]):
-        assert choose(plain, read(flags)[1]).weighting == EDMWeight(sigma_data=0.7)
+    for flags in (
+        ["--objective.weighting", "edm"],
+        ["--precond", "flow", "--objective.weighting", "edm"],
+    ):
+        assert choose(plain, read(flags)[1]).objective == DenoisingConfig(
+            weighting=EDMWeight(sigma_data=0.7)
+        )
     with pytest.raises(ValueError, match="sigma_data must be positive and finite"):
         EDMWeight(sigma_data=0.0)
 

@@ -29,6 +29,7 @@ from patchdiffusion.paths import Flow, convert, per_sample
 from patchdiffusion.solvers import euler, run
 from patchdiffusion.solvers.jumps import jump
 from patchdiffusion.system.device import compile_units
+from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.weighting import FlowWeight
 
 LAW = LogNormal(mean=-0.4, std=1.0)
@@ -225,7 +226,7 @@ def test_the_span_gets_a_gradient_from_the_start() -> None:
 
 def test_times_follow_two_draws_of_the_law() -> None:
     config, count = MeanFlowConfig(same=0.0), 20_000
-    t, s = config.loss(LAW, 0.0).times(draws(count))
+    t, s = MeanFlowLoss(config=config, law=LAW).times(draws(count))
     assert bool((t >= s).all()) and t.dtype == torch.float32
     logits = torch.cat([t, s]).logit()
     assert float(logits.mean()) == pytest.approx(-0.4, abs=0.03)
@@ -236,7 +237,7 @@ def test_times_follow_two_draws_of_the_law() -> None:
 
 def test_the_second_time_may_have_its_own_law() -> None:
     config = MeanFlowConfig(same=0.0, mean=-4.0, std=0.5)
-    t, s = config.loss(LogNormal(mean=2.0, std=0.5), 0.0).times(draws(5000))
+    t, s = MeanFlowLoss(config=config, law=LogNormal(mean=2.0, std=0.5)).times(draws(5000))
     assert float(t.logit().mean()) == pytest.approx(2.0, abs=0.05)
     assert float(s.logit().mean()) == pytest.approx(-4.0, abs=0.05)
     t, _ = MeanFlowLoss(config=config, law=LAW).times(
@@ -246,7 +247,10 @@ def test_the_second_time_may_have_its_own_law() -> None:
 
 
 def test_which_times_are_one_has_nothing_to_do_with_the_labels() -> None:
-    count, loss = 20_000, MeanFlowConfig(same=0.75, guidance=2.0).loss(LAW, 0.1)
+    count, loss = (
+        20_000,
+        MeanFlowLoss(config=MeanFlowConfig(same=0.75, guidance=2.0), law=LAW, label_dropout=0.1),
+    )
     t, s = loss.times(draws(count))
     same = (t == s).double()
     assert float(same.mean()) == pytest.approx(0.75, abs=0.01)
@@ -260,7 +264,7 @@ def test_which_times_are_one_has_nothing_to_do_with_the_labels() -> None:
 
 def test_without_spans_it_is_flow_matching() -> None:
     network, x0 = Little(), normal(16, (1, 3, 3)).float()
-    loss = MeanFlowConfig(same=1.0, power=0.0).loss(LAW, 0.0)
+    loss = MeanFlowLoss(config=MeanFlowConfig(same=1.0, power=0.0), law=LAW)
     denoiser = NetDenoiser(network, FlowMatching(time_scale=1.0))
     out = loss(denoiser, batch(x0), draws(16))
     t, s = loss.times(draws(16))
@@ -300,10 +304,10 @@ def test_the_loss_by_hand(tangent: str) -> None:
     network, x0 = Little(), normal(32, (1, 3, 3)).float()
     cond = Cond(labels=torch.arange(32) % 3)
     config = MeanFlowConfig(same=0.5, power=0.75, eps=1e-3, tangent=tangent)  # type: ignore
-    out = config.loss(LAW, 0.0)(
+    out = MeanFlowLoss(config=config, law=LAW)(
         NetDenoiser(network, FlowMatching(time_scale=1.0)), batch(x0, cond), draws(32)
     )
-    t, s = config.loss(LAW, 0.0).times(draws(32))
+    t, s = MeanFlowLoss(config=config, law=LAW).times(draws(32))
     v = draws(32).normal("noise", (1, 3, 3)) - x0
     z = x0 + per_sample(t, x0) * v
     along = v if tangent == "data" else mean_velocity(network, z, t, t, cond).detach()
@@ -320,7 +324,10 @@ def test_guidance_is_part_of_the_target() -> None:
     """w v + (1 - w - k) u(null) + k u(label), v where there is no label."""
     network, x0 = Little(), normal(24, (1, 3, 3)).float()
     config = MeanFlowConfig(same=0.4, power=0.0, guidance=1.5, mix=0.3)
-    loss, cond = config.loss(LAW, 0.25), Cond(labels=torch.arange(24) % 3)
+    loss, cond = (
+        MeanFlowLoss(config=config, law=LAW, label_dropout=0.25),
+        Cond(labels=torch.arange(24) % 3),
+    )
     out = loss(NetDenoiser(network, FlowMatching(time_scale=1.0)), batch(x0, cond), draws(24))
     t, s = loss.times(draws(24))
     dropped = draws(24).bernoulli("label dropout", 0.25)
@@ -340,7 +347,9 @@ def test_guidance_is_part_of_the_target() -> None:
 def test_neutral_guidance_costs_nothing() -> None:
     def calls(**changes: float) -> int:
         network = Little()
-        loss = replace(MeanFlowConfig(same=0.5), **changes).loss(LAW, 0.1)  # type: ignore
+        loss = MeanFlowLoss(
+            config=replace(MeanFlowConfig(same=0.5), **changes), law=LAW, label_dropout=0.1
+        )  # type: ignore
         given = batch(normal(8, (1, 2, 2)).float(), Cond(labels=torch.zeros(8).long()))
         loss(NetDenoiser(network, FlowMatching(time_scale=1.0)), given, draws(8))
         return len(network.calls)
@@ -353,7 +362,7 @@ def test_neutral_guidance_costs_nothing() -> None:
 
 def test_only_networks_are_trained() -> None:
     with pytest.raises(ValueError, match="trains a NetDenoiser, not a GaussianMixture"):
-        MeanFlowConfig().loss(LAW, 0.0)(gaussian(), batch(normal(2)), draws(2))
+        MeanFlowLoss(config=MeanFlowConfig(), law=LAW)(gaussian(), batch(normal(2)), draws(2))
 
 
 # ---- Refused ----
@@ -388,4 +397,4 @@ def test_networks_that_cannot_be_trained(
     config: MeanFlowConfig, network: UNetConfig, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        config.check(network, 0.1)
+        TrainConfig(network=network, objective=config)

@@ -1,6 +1,5 @@
 """Words for parameterisations, noise laws and loss weights, and training with each of them."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from safetensors.torch import load_file
 from patchdiffusion import TrainConfig, load, load_model, recipes
 from patchdiffusion.cli.flags import choose, read
 from patchdiffusion.noise import DDPMSteps, LogitNormal, LogNormal, LogUniform, UniformTime
+from patchdiffusion.objectives import DenoisingConfig
 from patchdiffusion.parameterisation import (
-    EDM,
     EpsDDPM,
     EpsVP,
     FlowMatching,
@@ -29,13 +28,13 @@ from patchdiffusion.recipes import Facts
 from patchdiffusion.sampling.pipeline import SamplerConfig
 from patchdiffusion.solvers.schedules import LogSpaced
 from patchdiffusion.system.families import words
-from patchdiffusion.system.files import read_json, write_json
 from patchdiffusion.train.folder import stored_config
 from patchdiffusion.train.report import read_log
 from patchdiffusion.weighting import EDMWeight, EpsWeight, MinSNRWeight, P2Weight
 
 GLYPHS = recipes.glyphs(Facts())
 PRECONDS = words(Parameterisation)
+WEIGHTED = DenoisingConfig(weighting=P2Weight())
 
 
 @pytest.fixture(autouse=True)
@@ -57,21 +56,19 @@ def test_without_words_nothing_changes() -> None:
 
 
 def test_a_word_for_what_is_there_changes_nothing() -> None:
-    assert chosen("--precond edm --noise lognormal --weighting natural") == GLYPHS
-    flow = replace(
-        GLYPHS, precond=FlowMatching(), noise=LogitNormal(mean=2.0), weighting=P2Weight()
-    )
-    assert chosen("--precond flow --noise logit-normal --weighting p2", flow) == flow
+    assert chosen("--precond edm --noise lognormal --objective.weighting natural") == GLYPHS
+    flow = replace(GLYPHS, precond=FlowMatching(), noise=LogitNormal(mean=2.0), objective=WEIGHTED)
+    assert chosen("--precond flow --noise logit-normal --objective.weighting p2", flow) == flow
     assert chosen("--precond flow", flow) == flow
 
 
 @pytest.mark.parametrize("word", [word for word in PRECONDS if word != "v"])
 def test_a_parameterisation_comes_with_its_law_and_its_weight(word: str) -> None:
-    begun = replace(GLYPHS, precond=V(), noise=LogUniform(), weighting=P2Weight())
+    begun = replace(GLYPHS, precond=V(), noise=LogUniform(), objective=WEIGHTED)
     config = chosen(f"--precond {word}", begun)
     assert type(config.precond) is PRECONDS[word]
     assert config.noise == default_noise(config.precond)
-    assert config.weighting is None
+    assert config.objective == DenoisingConfig()
 
 
 def test_what_parts_have_in_common_is_kept() -> None:
@@ -79,38 +76,42 @@ def test_what_parts_have_in_common_is_kept() -> None:
     assert config.precond == TrigFlow(sigma_data=0.7)
     assert config.noise == GLYPHS.noise  # chosen for this data, and natural to both
     assert chosen("--precond v", replace(GLYPHS, precond=EpsVP(steps=300))).precond == V(steps=300)
-    assert chosen("--weighting edm").weighting == EDMWeight(sigma_data=0.7)
+    assert chosen("--objective.weighting edm").objective == DenoisingConfig(
+        weighting=EDMWeight(sigma_data=0.7)
+    )
 
 
 def test_the_words_may_be_combined() -> None:
-    config = chosen("--precond flow --noise lognormal --weighting min-snr")
+    config = chosen("--precond flow --noise lognormal --objective.weighting min-snr")
     assert config.precond == FlowMatching()
     assert config.noise == LogNormal(mean=-0.7)  # the recipe's
-    assert config.weighting == MinSNRWeight()
+    assert config.objective == DenoisingConfig(weighting=MinSNRWeight())
     assert chosen("--precond v --noise uniform-time").noise == UniformTime(path="cosine")
     assert chosen("--noise loguniform").noise == LogUniform()
-    assert chosen("--weighting natural", replace(GLYPHS, weighting=P2Weight())).weighting is None
+    assert chosen("--objective.weighting natural", replace(GLYPHS, objective=WEIGHTED)) == GLYPHS
 
 
 def test_words_and_fields(images: Path, tmp_path: Path, capsys: Capture) -> None:
     works(
         capsys, "train", images, "--out", tmp_path / "run", *SMALL, "--precond", "ddpm",
         "--precond.schedule", "cosine", "--noise.schedule", "cosine", "--precond.nearest",
-        "--weighting", "p2", "--weighting.gamma", 0.5,
+        "--objective.weighting", "p2", "--objective.weighting.gamma", 0.5,
     )  # fmt: skip
     config = stored_config(tmp_path / "run")
     assert config is not None
     assert config.precond == EpsDDPM(schedule="cosine", nearest=True)
     assert config.noise == DDPMSteps(schedule="cosine")
-    assert config.weighting == P2Weight(gamma=0.5)
+    assert config.objective == DenoisingConfig(weighting=P2Weight(gamma=0.5))
     # Its own fields are known when it goes on, and its type is part of what it is.
-    assert "is finished" in works(capsys, "train", tmp_path / "run", "--weighting.gamma", 0.5)
+    assert "is finished" in works(
+        capsys, "train", tmp_path / "run", "--objective.weighting.gamma", 0.5
+    )
     again = ("train", images, "--out", tmp_path / "run")
     assert "is finished" in works(capsys, *again, "--precond", "ddpm", "--noise.schedule", "cosine")
     error = fails(capsys, *again, "--precond", "v")
     assert "precond: EpsDDPM(schedule='cosine', steps=1000, nearest=True) -> V(steps=1000)" in error
     assert "UniformTime(path='cosine'" in error and "weighting: P2Weight" in error
-    assert "weighting.gamma: 0.5 -> 1.0" in fails(capsys, *again, "--weighting.gamma", 1)
+    assert "weighting.gamma: 0.5 -> 1.0" in fails(capsys, *again, "--objective.weighting.gamma", 1)
 
 
 SMALL = [
@@ -132,7 +133,10 @@ SMALL = [
             "--noise fly",
             "--noise must be one of lognormal, logit-normal, loguniform, uniform",
         ),
-        ("--weighting fly", "--weighting must be one of none, edm, x0, eps, v, flow"),
+        (
+            "--objective.weighting fly",
+            "--objective.weighting must be one of none, edm, x0, eps, v, flow",
+        ),
         ("--precond", "--precond needs one word of edm, eps"),
         (
             "--precond flow --precond.sigma-data 0.5",
@@ -146,8 +150,8 @@ SMALL = [
         ("--precond flow --precond.time-scale 0", "time_scale must be positive"),
         ("--precond ddpm --precond.steps 500", "precond.schedule and precond.steps are"),
         ("--noise uniform-time --noise.path ve", "--noise.path"),
-        ("--weighting min-snr --weighting.gamma 0", "gamma must be positive"),
-        ("--log-variance -1", "log_variance must lie in [0, 65536], not -1"),
+        ("--objective.weighting min-snr --objective.weighting.gamma 0", "gamma must be positive"),
+        ("--objective.log-variance -1", "log_variance must lie in [0, 65536], not -1"),
     ],
 )
 def test_wrong_words_are_one_line(flags: str, message: str, capsys: Capture) -> None:
@@ -188,7 +192,7 @@ def objective_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_learned_log_variance_is_saved_and_goes_on(images: Path, tmp_path: Path) -> None:
-    config = tiny.config(images, log_variance=8)
+    config = tiny.config(images, objective=DenoisingConfig(log_variance=8))
     straight = tiny.run(config, tmp_path / "straight")
     folder = tiny.run(config, tmp_path / "run", max_hours=1e-9)
     tiny.run(config, folder)
@@ -212,8 +216,11 @@ def test_a_learned_log_variance_is_saved_and_goes_on(images: Path, tmp_path: Pat
 def test_a_log_variance_may_be_added_and_dropped(
     before: int, after: int, images: Path, tmp_path: Path
 ) -> None:
-    folder = tiny.run(tiny.config(images, steps=2, log_variance=before), tmp_path / "run")
-    config = tiny.config(images, steps=4, log_variance=after)
+    folder = tiny.run(
+        tiny.config(images, steps=2, objective=DenoisingConfig(log_variance=before)),
+        tmp_path / "run",
+    )
+    config = tiny.config(images, steps=4, objective=DenoisingConfig(log_variance=after))
     with pytest.raises(ValueError, match=f"log_variance: {before} -> {after}"):
         tiny.run(config, folder)
     tiny.run(config, folder, allow_config_change=True)
@@ -228,22 +235,11 @@ def test_the_weight_of_training_does_not_move_the_held_out_loss(
     """So that runs with different weights can be compared."""
     losses = []
     for weighting in (None, EpsWeight(), P2Weight()):
-        config = tiny.config(images, weighting=weighting)
+        config = tiny.config(images, objective=DenoisingConfig(weighting=weighting))
         training = tiny.training(config, tmp_path / "run")
         facts = training.preview.measure(training.averaged, torch.zeros(2, 3, 16, 16))
         losses.append(facts["held_out"])
     assert losses[0] == losses[1] == losses[2]
-
-
-def test_runs_and_models_of_before_are_read(finished: Path, images: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    stored = read_json(folder / "config.json")
-    del stored["weighting"], stored["log_variance"]
-    write_json(folder / "config.json", stored)
-    assert stored["precond"]["type"] == "EDM" and stored["noise"]["type"] == "LogNormal"
-    assert stored_config(folder) == tiny.config(images)
-    tiny.run(tiny.config(images, steps=5), folder)
-    assert load_model(folder).config.precond == EDM()
 
 
 # ---- Noise levels of sampling ----

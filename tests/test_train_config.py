@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import tiny
+from torch import nn
 
 from patchdiffusion import RunConfig, SamplerConfig, TrainConfig, UNetConfig
 from patchdiffusion.data.options import DataConfig
+from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.guidance.cfg import ClassifierFree
+from patchdiffusion.losses import DenoisingLoss
 from patchdiffusion.noise import LogNormal
-from patchdiffusion.objectives import ConsistencyConfig
+from patchdiffusion.objectives import ConsistencyConfig, DenoisingConfig
+from patchdiffusion.objectives.base import Materials
 from patchdiffusion.parameterisation import EDM, V
 from patchdiffusion.plans import PatchLaw
 from patchdiffusion.system.files import read_json
@@ -105,9 +110,17 @@ def test_average_forgets_half_in_a_half_life() -> None:
 
 
 def test_the_loss_weight_belongs_to_the_preconditioner() -> None:
-    config = TrainConfig(precond=EDM(sigma_data=0.3))
-    assert config.loss_weight == EDMWeight(sigma_data=0.3)
-    assert replace(config, weighting=P2Weight()).loss_weight == P2Weight()
+    given = Materials(
+        network=tiny.NETWORK.build(),
+        average=lambda: NetDenoiser(nn.Identity(), EDM()),
+        precond=EDM(sigma_data=0.3),
+    )
+    for objective, expected in (
+        (DenoisingConfig(), EDMWeight(sigma_data=0.3)),
+        (DenoisingConfig(weighting=P2Weight()), P2Weight()),
+    ):
+        loss = objective.build(given)
+        assert isinstance(loss, DenoisingLoss) and loss.weighting == expected
 
 
 def test_the_plan_knows_the_network_and_the_batch() -> None:
@@ -168,8 +181,9 @@ def test_some_fields_may_change(field: str, tmp_path: Path) -> None:
         ({"data": DataConfig(resolution=64)}, ["data.resolution: None -> 64"]),
         ({"noise": LogNormal(mean=-1.0)}, ["noise.mean: -1.2 -> -1.0"]),
         ({"precond": V()}, ["precond: EDM(sigma_data=0.5) -> V(steps=1000)"]),
-        ({"weighting": EpsWeight()}, ["weighting: None -> EpsWeight()"]),
-        ({"log_variance": 8}, ["log_variance: 0 -> 8"]),
+        ({"objective": DenoisingConfig(weighting=EpsWeight())},
+         ["objective.weighting: None -> EpsWeight()"]),
+        ({"objective": DenoisingConfig(log_variance=8)}, ["objective.log_variance: 0 -> 8"]),
         ({"optim": AdamW(lr=1.0), "network": UNetConfig(base=64)},
          ["optim.lr: 0.0002 -> 1.0", "network.base: 128 -> 64"]),
     ],
@@ -189,7 +203,7 @@ def test_others_make_it_another_run(
 def test_every_field_is_either_free_or_compared() -> None:
     free = {path.split(".")[0] for path in FREE}
     compared = {"network", "precond", "noise", "patches", "ema", "clock", "batch", "seed"}
-    compared |= {"weighting", "log_variance", "label_dropout", "precision", "data", "optim"}
+    compared |= {"label_dropout", "precision", "data", "optim"}
     compared |= {"guard", "objective"}
     assert free | compared == {f.name for f in dataclasses.fields(TrainConfig)}
 

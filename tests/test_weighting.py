@@ -223,7 +223,7 @@ def test_the_log_variance_changes_nothing_at_first() -> None:
         head.weight.fill_(0.01)
     changed = UncertaintyLoss(DenoisingLoss(), head)
     out = changed(lambda x, sigma, *_, **__: 0.7 * x, batch(images), given)  # pyright: ignore[reportArgumentType]
-    u = head(changed.levels(given))
+    u = head(changed.loss.levels(given))
     assert out.reported is not None and torch.equal(out.reported, losses[0])
     assert torch.equal(out.per_sample, out.reported / u.exp() + u)
     assert bool((u.detach().abs() > 0.01).any())

@@ -29,7 +29,6 @@ from patchdiffusion.data.space import Pixels
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.metrics.heldout import standard_error
 from patchdiffusion.noise import NoiseLaw
-from patchdiffusion.objectives import denoises
 from patchdiffusion.sampling.pipeline import Pipeline
 from patchdiffusion.solvers.schedules import ends, karras
 from patchdiffusion.system.dist import Team
@@ -177,7 +176,7 @@ def held_out_bits(
     if not len(chosen):
         raise ValueError(f"{pack.name} has no held-out images to measure bits per dimension on")
     model, device, team = pipeline.model, pipeline.model.device, team or Team()
-    if not denoises(model.config.objective):
+    if not model.config.objective.denoises:
         raise ValueError("a consistency model is no denoiser, so it has no likelihood to measure")
     config = config.within(model.config.noise)
     denoiser = PatchDenoiser(model.denoiser, model.config.canvas)

@@ -20,7 +20,7 @@ T = TypeVar("T")
 Given = Mapping[str, Sequence[str]]
 """Flags without their dashes, and the words that follow each."""
 Kind = Literal["leaf", "record", "family", "several"]
-_NONE_WORDS = (NONE, "natural", "denoising")
+_NONE_WORDS = (NONE, "natural")
 
 
 def flat(title: str) -> dict[str, str]:

@@ -9,7 +9,6 @@ from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.subject import Subject
 from patchdiffusion.data.source import is_run
-from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.folder import stored_config
 from patchdiffusion.train.loop import train
@@ -55,17 +54,13 @@ def _data_of(run: Path) -> str:
 
 def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     """The same wherever the run goes on."""
-    objective = config.objective
-    if not isinstance(objective, ConsistencyConfig) or objective.teacher is None:
-        return config
-    path = str(Path(objective.teacher).expanduser().resolve())
-    return replace(config, objective=replace(objective, teacher=path))
+    return replace(config, objective=config.objective.located())
 
 
 def for_objective(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
     """The configuration with the objective that the flags name."""
     words = read(arguments)[1].get("objective", ())
-    return recipes.with_objective(config, words[0] if words else None)
+    return recipes.with_objective(config, words[0]) if words else config
 
 
 def _parse(arguments: Sequence[str], config: TrainConfig) -> TrainArguments:

@@ -23,7 +23,6 @@ from patchdiffusion.metrics.compare import Gathered, compare, crops, multiply_ad
 from patchdiffusion.metrics.frechet import Moments
 from patchdiffusion.metrics.heldout import held_out_losses, standard_error, summarise
 from patchdiffusion.metrics.memorise import CopyCounter
-from patchdiffusion.objectives import denoises
 from patchdiffusion.parameterisation import default_weighting
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig
 from patchdiffusion.system.dist import Team
@@ -93,7 +92,7 @@ class Evaluation:
         if len(self.loss_images(pipeline)):
             result["held_out" if own else "loss"] = self.loss(pipeline)
         elif self.config.held_out:
-            known = denoises(pipeline.model.config.objective)
+            known = pipeline.model.config.objective.denoises
             why = "no image was held out" if known else "a consistency model is no denoiser"
             result["left_out"]["held-out loss"] = why
         if self.extract is not None and self.config.samples:
@@ -113,7 +112,7 @@ class Evaluation:
 
     def loss_images(self, pipeline: Pipeline) -> Tensor:
         """Indices of images for the loss: held out, or some of a pack that is not the model's."""
-        if not denoises(pipeline.model.config.objective):
+        if not pipeline.model.config.objective.denoises:
             return torch.empty(0, dtype=torch.int64)
         if self.is_data_of(pipeline):
             return self.pack.some_held_out(self.config.held_out)

@@ -6,7 +6,8 @@ Song and Dhariwal (iCT, 2310.14189). Everything is in the VE frame: time is the 
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from pathlib import Path as File
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from torch import Tensor
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.losses import Batch, LossOut, drop_labels
-from patchdiffusion.nets.base import NetworkConfig
-from patchdiffusion.noise import NoiseLaw
+from patchdiffusion.noise import LogNormal, NoiseLaw
+from patchdiffusion.objectives.base import C, Materials, ObjectiveConfig, Settings
 from patchdiffusion.objectives.discrete import Levels, heun_step
 from patchdiffusion.parameterisation import EDM, Parameterisation, Scales
 from patchdiffusion.paths import VE, Path, per_sample
@@ -96,7 +97,7 @@ def pseudo_huber(square: Tensor, c: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyConfig:
+class ConsistencyConfig(ObjectiveConfig):
     """Consistency training, by default as in iCT; with a teacher it is distillation."""
 
     sigma_min: float = 0.002
@@ -122,7 +123,9 @@ class ConsistencyConfig:
     teacher: str | None = None
     """Run or model whose denoiser leads to the next level (distillation); None is training."""
 
+    few_step: ClassVar[bool] = True
     denoises: ClassVar[bool] = False
+    shards: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
@@ -140,39 +143,56 @@ class ConsistencyConfig:
                 f"not {self.rho}, {self.huber}"
             )
 
-    def precond(self, given: Parameterisation) -> Boundary:
-        """How its network is preconditioned; `ValueError` if it is not derived from EDM's."""
-        if not isinstance(given, EDM):
-            raise ValueError(f"consistency needs the parameterisation EDM, not {given}")
-        return Boundary(sigma_data=given.sigma_data, sigma_min=self.sigma_min)
-
-    def check(self, network: NetworkConfig, label_dropout: float) -> None:
-        """Any network will do."""
-
-    def flow_map(self, denoiser: NetDenoiser) -> ConsistencyMap:
-        """What the trained network is."""
-        return ConsistencyMap(f=denoiser, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
-
-    def loss(
-        self,
-        law: NoiseLaw,
-        label_dropout: float,
-        average: Denoiser | None = None,
-        teacher: Denoiser | None = None,
-    ) -> "ConsistencyLoss":
-        """The objective; `average` is the network with averaged weights."""
-        return ConsistencyLoss(
-            config=self,
-            law=law,
-            label_dropout=label_dropout,
-            target=average if self.target == "average" else None,
-            teacher=teacher,
+    def prefers(self, config: C) -> C:
+        """The noise law of iCT, a network of one time, previews in two steps."""
+        return replace(
+            config,
+            objective=self,
+            noise=LogNormal(mean=-1.1, std=2.0),
+            network=replace(config.network, jump=False),
+            preview=replace(config.preview, sample_steps=2),
         )
+
+    def check(self, config: Settings) -> None:
+        """Raise `ValueError` for another parameterisation than EDM's."""
+        self.precond(config.precond)
+
+    def precond(self, given: Parameterisation) -> Boundary:
+        """EDM's with a boundary; `ValueError` for any other."""
+        if not isinstance(given, EDM):
+            raise ValueError(
+                f"precond is for denoising; consistency needs EDM's, not {given}: leave it alone"
+            )
+        return Boundary(sigma_data=given.sigma_data, sigma_min=self.sigma_min)
 
     @property
     def passes(self) -> float:
-        """Forward passes of a step beside the usual one: the target, and two of a teacher."""
+        """The target, and two of a teacher."""
         return 1.0 if self.teacher is None else 3.0
+
+    @property
+    def teachers(self) -> tuple[File, ...]:
+        """The one teacher, if there is one."""
+        return () if self.teacher is None else (File(self.teacher),)
+
+    def located(self) -> Self:
+        """The same with the absolute path of its teacher."""
+        files = [str(file.expanduser().resolve()) for file in self.teachers]
+        return replace(self, teacher=files[0]) if files else self
+
+    def build(self, materials: Materials) -> "ConsistencyLoss":
+        """The loss, with the average as its target if that is chosen."""
+        return ConsistencyLoss(
+            config=self,
+            law=materials.law,
+            label_dropout=materials.label_dropout,
+            target=materials.average() if self.target == "average" else None,
+            teacher=next(iter(materials.teachers), None),
+        )
+
+    def product(self, denoiser: NetDenoiser) -> ConsistencyMap:
+        """The map to the smallest noise level."""
+        return ConsistencyMap(f=denoiser, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
 
 
 @dataclass(frozen=True, kw_only=True)

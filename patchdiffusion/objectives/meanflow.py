@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
 from patchdiffusion.losses import Batch, LossOut, drop_labels
-from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.noise import LogNormal, NoiseLaw
+from patchdiffusion.objectives.base import C, Materials, ObjectiveConfig, Settings
 from patchdiffusion.objectives.tangent import derivative
-from patchdiffusion.parameterisation import FlowMatching, Parameterisation
+from patchdiffusion.parameterisation import EDM, FlowMatching, Parameterisation
 from patchdiffusion.paths import Flow, Path, per_sample
 from patchdiffusion.rng import Draws
 
@@ -65,7 +65,7 @@ class MeanFlowMap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanFlowConfig:
+class MeanFlowConfig(ObjectiveConfig):
     """MeanFlow. The first time is drawn by the noise law, as t = sigma / (1 + sigma)."""
 
     word: ClassVar[str] = "meanflow"
@@ -86,8 +86,9 @@ class MeanFlowConfig:
     tangent: Literal["data", "network"] = "data"
     """Along what the derivative is taken: eps - x0, or the network's own velocity (improved)."""
 
-    denoises: ClassVar[bool] = True
-    teacher: ClassVar[None] = None
+    word: ClassVar[str] = "meanflow"
+    few_step: ClassVar[bool] = True
+    shards: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.same <= 1 or not 0 <= self.mix < 1:
@@ -109,12 +110,27 @@ class MeanFlowConfig:
         """Whether the velocity that is learned is not that of the data."""
         return (self.guidance, self.mix) != (1.0, 0.0)
 
+    def prefers(self, config: C) -> C:
+        """The noise law of the authors, a network of two times, previews in two steps."""
+        return replace(
+            config,
+            objective=self,
+            noise=LogNormal(mean=-0.4, std=1.0),
+            network=replace(config.network, jump=True),
+            preview=replace(config.preview, sample_steps=2),
+        )
+
     def precond(self, given: Parameterisation) -> FlowMatching:
-        """How its network is preconditioned where it is used as a denoiser."""
+        """Flow matching, whatever is given: where its network is used as a denoiser."""
         return FlowMatching(time_scale=1.0)
 
-    def check(self, network: NetworkConfig, label_dropout: float) -> None:
-        """Raise `ValueError` for a network that cannot be trained so."""
+    def check(self, config: Settings) -> None:
+        """Raise `ValueError` for a network or a parameterisation that cannot be trained so."""
+        network = config.network
+        if not isinstance(config.precond, EDM):
+            raise ValueError(
+                f"precond is for denoising, not {config.precond} for meanflow: leave it alone"
+            )
         if "jump" not in network.reads:
             raise ValueError("meanflow needs a network of two times: set --network.jump")
         if not network.smooth_in_noise:
@@ -127,29 +143,23 @@ class MeanFlowConfig:
                 f"guidance {self.guidance} and mix {self.mix} of the objective need a network "
                 "with classes; leave them at 1 and 0"
             )
-        if self.guided and not label_dropout:
+        if self.guided and not config.label_dropout:
             raise ValueError(
                 "objective.guidance needs a label_dropout above 0: the network must know images "
                 "without labels, too"
             )
 
-    def flow_map(self, denoiser: NetDenoiser) -> MeanFlowMap:
-        """What the trained network is."""
-        return MeanFlowMap(network=denoiser.network)
+    def build(self, materials: Materials) -> "MeanFlowLoss":
+        """The loss."""
+        return MeanFlowLoss(config=self, law=materials.law, label_dropout=materials.label_dropout)
 
-    def loss(
-        self,
-        law: NoiseLaw,
-        label_dropout: float,
-        average: Denoiser | None = None,
-        teacher: Denoiser | None = None,
-    ) -> "MeanFlowLoss":
-        """The objective, which needs neither an average nor a teacher."""
-        return MeanFlowLoss(config=self, law=law, label_dropout=label_dropout)
+    def product(self, denoiser: NetDenoiser) -> MeanFlowMap:
+        """The map along the mean velocity."""
+        return MeanFlowMap(network=denoiser.network)
 
     @property
     def passes(self) -> float:
-        """Forward passes of a step beside the usual one; a derivative is worth two."""
+        """A derivative is worth two."""
         return (
             2 * (1 - self.same) + (self.tangent == "network") + self.guided * (1 + (self.mix > 0))
         )

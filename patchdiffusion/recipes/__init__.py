@@ -12,10 +12,11 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.nets import unet
 from patchdiffusion.noise import LogNormal
-from patchdiffusion.objectives import ConsistencyConfig, FewStep, MeanFlowConfig
-from patchdiffusion.parameterisation import EDM, default_noise
+from patchdiffusion.objectives import ObjectiveUnion
+from patchdiffusion.parameterisation import EDM
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import PatchLaw
+from patchdiffusion.system import families
 from patchdiffusion.train.config import EMAConfig, PreviewConfig, TrainConfig
 from patchdiffusion.train.optimizers import AdamW
 from patchdiffusion.train.schedules import Trapezoid
@@ -158,39 +159,14 @@ def meanflow(facts: Facts) -> TrainConfig:
 
 # ---- Objectives ----
 
-OBJECTIVES: dict[str, type[FewStep] | None] = {
-    "denoising": None,
-    "consistency": ConsistencyConfig,
-    "meanflow": MeanFlowConfig,
-}
 
-
-def with_objective(config: TrainConfig, name: str | None) -> TrainConfig:
+def with_objective(config: TrainConfig, word: str) -> TrainConfig:
     """The same for another objective, with the noise law and network that belong to it.
 
-    A configuration of that objective stays as it is. None is the objective that it has. Raises
-    `ValueError` for an unknown name.
+    A configuration of that objective stays as it is. Raises `ValueError` for an unknown word.
     """
-    if name is not None and name not in OBJECTIVES:
-        raise ValueError(f"unknown objective {name!r}, allowed: {', '.join(OBJECTIVES)}")
-    if name is None or isinstance(config.objective, OBJECTIVES[name] or type(None)):
-        return config
-    if name == "denoising":
-        return replace(
-            config,
-            objective=None,
-            noise=default_noise(config.precond),
-            network=replace(config.network, jump=False),
-            preview=replace(config.preview, sample_steps=PreviewConfig().sample_steps),
-        )
-    meanflow = name == "meanflow"
-    return replace(
-        config,
-        objective=MeanFlowConfig() if meanflow else ConsistencyConfig(),
-        noise=LogNormal(mean=-0.4, std=1.0) if meanflow else LogNormal(mean=-1.1, std=2.0),
-        network=replace(config.network, jump=meanflow),
-        preview=replace(config.preview, sample_steps=2),
-    )
+    chosen = families.choose(ObjectiveUnion, word, "objective")
+    return config if type(config.objective) is chosen else chosen().prefers(config)
 
 
 RECIPES: dict[str, Recipe] = {

@@ -5,7 +5,6 @@ import torch
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.base import Classifier, Weights
 from patchdiffusion.model import Model, load_model
-from patchdiffusion.objectives import denoises
 from patchdiffusion.solvers.schedules import support
 
 
@@ -30,7 +29,7 @@ class Companions:
 
     def admit(self, model: Model, levels: tuple[float, float]) -> None:
         """Raise `ValueError` for a guide of other images, classes or noise levels."""
-        if not denoises(model.config.objective):
+        if not model.config.objective.denoises:
             raise ValueError("a consistency model is no denoiser and cannot be a guide")
         if self.beside is None:
             return

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.model import Model, Weights, load_model
-from patchdiffusion.objectives import denoises
 from patchdiffusion.parameterisation import EpsDDPM, EpsVP
 from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
@@ -68,7 +67,7 @@ class Pipeline:
         jumps = isinstance(config.solver, Jumps)
         with progress_bar(count, "image", disable=not progress) as bar, self.autocast():
             images = sample(
-                (self.model.flow_map if jumps else None) or self.model.denoiser,
+                self.model.product if jumps else self.model.denoiser,
                 seeds=range(seed, seed + count),
                 channels=self.model.config.network.channels,
                 canvas=self.model.config.canvas,
@@ -86,9 +85,9 @@ class Pipeline:
     def sampler(self, config: SamplerConfig) -> SamplerConfig:
         """The same with what this model takes for auto; `ValueError` for what it does not take."""
         objective, precond = self.model.config.objective, self.model.config.precond
-        few = self.model.flow_map is not None
+        few = objective.few_step
         eps = not few and isinstance(precond, EpsVP | EpsDDPM)
-        return config.resolved(Kind(denoiser=denoises(objective), flow_map=few, eps=eps))
+        return config.resolved(Kind(denoiser=objective.denoises, flow_map=few, eps=eps))
 
     def autocast(self) -> torch.autocast:
         """A context in which the network has the precision of this pipeline."""

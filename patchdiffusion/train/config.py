@@ -9,13 +9,12 @@ from patchdiffusion.data.options import DataConfig
 from patchdiffusion.nets import Network
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import DDPMSteps, Law, LogNormal
-from patchdiffusion.objectives import FewStep
-from patchdiffusion.parameterisation import EDM, EpsDDPM, Parameterisation, default_weighting
+from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
+from patchdiffusion.parameterisation import EDM, EpsDDPM, Parameterisation
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Clock, PatchLaw, PatchPlan
 from patchdiffusion.system.checks import fraction, positive
 from patchdiffusion.train.optimizers import AdamW, Optimizer
-from patchdiffusion.weighting import LossWeight
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -116,16 +115,13 @@ class TrainConfig:
     """Name of the run and, by default, of its folder."""
     data: DataConfig = field(default_factory=DataConfig)
     network: Network = field(default_factory=UNetConfig)
+    """The network that is trained."""
     precond: Parameterisation = field(default_factory=EDM)
     """What the network predicts. Noise law and loss weight follow unless they are given, too."""
     noise: Law = field(default_factory=LogNormal)
     """Law of the noise levels in training."""
-    weighting: LossWeight | None = None
-    """Weight of the loss; None is the one that belongs to the parameterisation."""
-    log_variance: int = 0
-    """Size of a learned log-variance of the loss, which evens out the levels: 128 in EDM2."""
-    objective: FewStep | None = None
-    """What is trained: None is a denoiser, the others sample in a few steps."""
+    objective: ObjectiveUnion = field(default_factory=DenoisingConfig)
+    """What is trained: a denoiser, or a model that samples in a few steps."""
     patches: PatchLaw = field(default_factory=PatchLaw)
     optim: Optimizer = field(default_factory=AdamW)
     """How the weights are updated."""
@@ -153,26 +149,10 @@ class TrainConfig:
         fraction(self, "label_dropout")
         if self.micro_batch is not None:
             positive(self, "micro_batch")
-        if self.objective is not None:
-            self._check_objective(self.objective)
+        self.objective.check(self)
         if not self.name or self.name in (".", "..") or {"/", "\\", "\0"} & set(self.name):
             raise ValueError(f"name must be usable as a folder name, not {self.name!r}")
-        if not 0 <= self.log_variance <= 65536:
-            raise ValueError(f"log_variance must lie in [0, 65536], not {self.log_variance}")
         _check_steps(self.precond, self.noise)
-
-    def _check_objective(self, objective: FewStep) -> None:
-        objective.check(self.network, self.label_dropout)
-        if not isinstance(self.precond, EDM) or self.weighting or self.log_variance:
-            raise ValueError(
-                "precond, weighting and log_variance are for denoising; "
-                f"{type(objective).__name__} has its own, leave them alone"
-            )
-
-    @property
-    def loss_weight(self) -> LossWeight:
-        """The chosen weight, or the one that belongs to the parameterisation."""
-        return self.weighting or default_weighting(self.precond)
 
     def plan(self, canvas: Size) -> PatchPlan:
         """The patch plan on a canvas."""

@@ -18,10 +18,12 @@ from patchdiffusion.system.dist import Team
 class LossModule(nn.Module):
     """The objective of a denoiser as one module: whatever it does inside is synchronised."""
 
-    def __init__(self, denoiser: Denoiser, objective: Objective):
+    def __init__(self, denoiser: Denoiser, objective: Objective, learned: nn.Module | None = None):
+        """`learned` are the modules of the objective that are trained with the network."""
         super().__init__()
         self.denoiser = denoiser
         self.objective = objective
+        self.learned = learned
 
     def forward(self, batch: Batch, draws: Draws) -> LossOut:
         """The losses of some crops."""

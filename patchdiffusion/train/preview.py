@@ -28,7 +28,6 @@ from patchdiffusion.metrics.evaluate import (
 from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.heldout import held_out_losses, summarise
 from patchdiffusion.metrics.memorise import copy_rate
-from patchdiffusion.objectives import denoises
 from patchdiffusion.parameterisation import default_weighting
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.driver import sample
@@ -75,9 +74,7 @@ class Preview:
     def _sampler(self, denoiser: NetDenoiser, ending: Ending) -> Denoiser | FlowMap:
         """What images are made with; a few evaluations need not be broken off."""
         objective = self.config.objective
-        if objective is not None:
-            return objective.flow_map(denoiser)
-        return _Abandonable(denoiser, ending)
+        return objective.product(denoiser) if objective.few_step else _Abandonable(denoiser, ending)
 
     def _sample(self, model: Denoiser | FlowMap, seeds: range, labels: Tensor | None) -> Tensor:
         preview = self.config.preview
@@ -117,7 +114,7 @@ class Preview:
         """Held-out loss (total, per band, per size), copies and distance, where they apply."""
         facts: dict[str, object] = {}
         held = self.pack.some_held_out(self.config.preview.held_out)
-        if len(held) and denoises(self.config.objective):
+        if len(held) and self.config.objective.denoises:
 
             def losses() -> Tensor:
                 with autocast(self.device, self.precision):

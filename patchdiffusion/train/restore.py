@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.model import Model, ModelConfig, load_model
-from patchdiffusion.objectives import parameterisation
 from patchdiffusion.objectives.consistency import Boundary
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.system.dist import Team
@@ -59,9 +58,9 @@ def load(training: Training, found: Found) -> None:
     update.clear()
     empty = empty_moments(update, network, facts.groups["optimizer"])
     _read(training.team, found, "optimizer", empty)
-    learned, names = _tensors(training.learner), facts.groups.get("objective", ())
+    learned, names = _tensors(training.learned), facts.groups.get("objective", ())
     if learned and names:  # what a changed objective adds begins anew
-        empty = empty_moments(update, training.learner, [n for n in names if "/" in n])
+        empty = empty_moments(update, training.learned, [n for n in names if "/" in n])
         _read(training.team, found, "objective", learned | empty)
     training.state = replace(facts.state)
     training.meter = Meter.of(facts.meter, training.device)
@@ -137,13 +136,13 @@ def _check_meaning(path: Path, model: Model, training: Training) -> None:
     """Refuse weights whose output means something else here."""
 
     def meaning(config: ModelConfig | TrainConfig) -> tuple[type, float | None]:
-        precond = parameterisation(config.objective, config.precond)
+        precond = config.objective.precond(config.precond)
         kind = EDM if isinstance(precond, Boundary) else type(precond)  # which it is, moved
         return kind, getattr(precond, "time_scale", None)
 
     if meaning(model.config) != meaning(training.config):
         theirs, ours = (
-            str(parameterisation(c.objective, c.precond)) for c in (model.config, training.config)
+            str(c.objective.precond(c.precond)) for c in (model.config, training.config)
         )
         raise ValueError(
             f"cannot start from {path}: it was trained as {theirs}, and this run is {ours}; "

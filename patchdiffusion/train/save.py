@@ -105,13 +105,13 @@ class Saver:
 def _state(training: Training) -> Groups:
     """All tensors of a run, as this process has them."""
     buffers = dict(training.network.named_buffers())
-    learner, update = training.learner, training.stepper.update
-    learned = dict(learner.named_parameters()) | dict(learner.named_buffers())
+    learned, update = training.learned, training.stepper.update
+    own = dict(learned.named_parameters()) | dict(learned.named_buffers())
     return {
         "weights": dict(training.network.named_parameters()) | buffers,
         **{name: training.ema.tensors(name) for name in training.ema.averages},
         "optimizer": moments(update, training.network),
-        **({"objective": learned | moments(update, learner)} if learned else {}),
+        **({"objective": own | moments(update, learned)} if own else {}),
     }
 
 

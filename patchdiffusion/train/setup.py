@@ -13,11 +13,11 @@ from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.encoders.features import Extractor, extractor
-from patchdiffusion.losses import DenoisingLoss, Objective, UncertaintyLoss
+from patchdiffusion.losses import Objective
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.count import training_flops
-from patchdiffusion.objectives import denoises, parameterisation
+from patchdiffusion.objectives.base import Materials
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.plans import PatchPlan
 from patchdiffusion.system import families
@@ -40,7 +40,6 @@ from patchdiffusion.train.preview import Preview, training_labels
 from patchdiffusion.train.state import DataFacts, Meter, TrainState
 from patchdiffusion.train.step import AfterStep, Stepper
 from patchdiffusion.train.timing import Phases
-from patchdiffusion.weighting import LogVariance
 
 
 def check_fits(config: TrainConfig, pack: Pack) -> None:
@@ -73,7 +72,7 @@ def check_fits(config: TrainConfig, pack: Pack) -> None:
             f"preview.guidance {config.preview.guidance} needs a network with classes; "
             "leave it at 1"
         )
-    if config.preview.guidance != 1 and config.objective is not None:
+    if config.preview.guidance != 1 and config.objective.few_step:
         raise ValueError(
             f"preview.guidance {config.preview.guidance} cannot be had of a few-step model; "
             "leave it at 1"
@@ -113,6 +112,8 @@ class Training:
     plan: PatchPlan
     network: Network
     objective: Objective
+    learned: nn.Module
+    """What the objective itself learns, which is no part of the model; mostly nothing."""
     teacher: str | None
     """Digest of the model that is distilled."""
     ema: EMA
@@ -138,11 +139,6 @@ class Training:
     def averaged(self) -> NetDenoiser:
         """The denoiser of the averaged weights; all processes must ask if they are sharded."""
         return denoiser_of(self.ema.network(), self.config)
-
-    @property
-    def learner(self) -> nn.Module:
-        """What the objective itself learns, which is no part of the model; mostly nothing."""
-        return self.objective if isinstance(self.objective, nn.Module) else nn.Module()
 
     @property
     def model_config(self) -> ModelConfig:
@@ -174,7 +170,7 @@ class Training:
     @property
     def macs(self) -> float:
         """Multiply-accumulates of the network for one image."""
-        return self.flops[self.canvas] / (6 + 2 * _passes(self.config))
+        return self.flops[self.canvas] / (6 + 2 * self.config.objective.passes)
 
     @property
     def total_steps(self) -> int:
@@ -229,7 +225,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     team = team or Team()
     check_fits(config, pack)
     check_team(config, team)
-    if run.shard and config.objective is not None:
+    if run.shard and not config.objective.shards:
         raise ValueError("--shard works with --objective denoising only; leave one of them out")
     if run.shard and not config.optim.shardable:
         word = families.word(type(config.optim))
@@ -243,12 +239,16 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     network = config.network.build(seed=config.seed).to(device)
     sizes = dict.fromkeys([canvas, *(k.size for k in plan.sizes)])
     crops = dict.fromkeys([canvas, *(k.size for k in plan.sizes if k.pitch == 1)])
-    share = 1 + _passes(config) / 3  # of what `training_flops` counts: one pass, and back
+    share = 1 + config.objective.passes / 3  # of what `training_flops` counts: one pass, and back
     flops = {size: round(training_flops(network, size) * share) for size in sizes}
     ema = _spread_out(network, config, run, team, device)
-    teacher = _teacher(config, canvas, device)
-    objective = _objective(config, run, ema, teacher, team, device)
-    work = LossModule(denoiser_of(network, config), objective)
+    teachers = _teachers(config, canvas, device)
+    materials = _materials(config, network, ema, teachers, team, device)
+    objective = config.objective.build(materials)
+    if run.shard:  # the optimizer takes sharded weights or whole ones, not both
+        for module in materials.learned.values():
+            shard(module, [], team, device)
+    work = LossModule(denoiser_of(network, config), objective, materials.learned)
     feed = Feed(
         resident(pack.images, device),
         training_labels(config, pack),
@@ -287,7 +287,8 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         plan=plan,
         network=network,
         objective=objective,
-        teacher=None if teacher is None else teacher.digest,
+        learned=materials.learned,
+        teacher=" ".join(model.digest for model in teachers) or None,
         ema=ema,
         stepper=stepper,
         phases=phases,
@@ -300,45 +301,39 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     )
 
 
-def _passes(config: TrainConfig) -> float:
-    """Forward passes of a step beside the usual one."""
-    return 0.0 if config.objective is None else config.objective.passes
-
-
 def denoiser_of(network: nn.Module, config: TrainConfig) -> NetDenoiser:
     """A network as the denoiser that is trained, or that a few-step model is made of."""
-    precond = parameterisation(config.objective, config.precond)
-    return NetDenoiser(network, precond, config.noise)
+    return NetDenoiser(network, config.objective.precond(config.precond), config.noise)
 
 
-def _objective(
+def _materials(
     config: TrainConfig,
-    run: RunConfig,
+    network: Network,
     ema: EMA,
-    teacher: Model | None,
+    teachers: tuple[Model, ...],
     team: Team,
     device: torch.device,
-) -> Objective:
-    if config.objective is not None:
-        average = denoiser_of(ema.network(), config)
-        known = None if teacher is None else teacher.denoiser
-        return config.objective.loss(config.noise, config.label_dropout, average, known)
-    loss = DenoisingLoss(config.noise, config.loss_weight, config.label_dropout)
-    if not config.log_variance:
-        return loss
-    learned = LogVariance(config.log_variance).to(device)
-    if run.shard:  # the optimizer takes sharded weights or whole ones, not both
-        shard(learned, [], team, device)
-    return UncertaintyLoss(loss, learned)
+) -> Materials:
+    return Materials(
+        network=network,
+        average=lambda: denoiser_of(ema.network(), config),
+        precond=config.precond,
+        law=config.noise,
+        label_dropout=config.label_dropout,
+        teachers=tuple(model.denoiser for model in teachers),
+        device=device,
+        team=team,
+    )
 
 
-def _teacher(config: TrainConfig, canvas: Size, device: torch.device) -> Model | None:
-    """The model that is distilled; raises `ValueError` if it does not fit."""
-    path = None if config.objective is None else config.objective.teacher
-    if path is None:
-        return None
+def _teachers(config: TrainConfig, canvas: Size, device: torch.device) -> tuple[Model, ...]:
+    return tuple(_teacher(path, config, canvas, device) for path in config.objective.teachers)
+
+
+def _teacher(path: Path, config: TrainConfig, canvas: Size, device: torch.device) -> Model:
+    """A model that is distilled; raises `ValueError` if it does not fit."""
     model = load_model(path, device=device)
-    if not denoises(model.config.objective):
+    if not model.config.objective.denoises:
         raise ValueError(f"the teacher {path} is no denoiser: it is a consistency model itself")
     network, other = config.network, model.config.network
     own = (*canvas, network.channels, network.num_classes)

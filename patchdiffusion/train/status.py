@@ -140,14 +140,14 @@ def _draws_of(training: Training, event: Event) -> list[dict[str, object]]:
     """Images and noise levels of a step that is over: they are functions of its number."""
     step, position = event.cursor
     feed, first, found = training.stepper.feed, 0, []
-    levels = getattr(training.objective, "levels", None)
     for group in event.groups:
         start = position + first
         images = feed.which(np.arange(start, start + group.count)).tolist()
         facts: dict[str, object] = {"size": list(group.size), "images": images}
+        draws = feed.draws(group, step=step, first=first, chunk=range(group.count))
+        levels = training.config.objective.levels(draws, group.noise or training.config.noise)
         if levels is not None:
-            draws = feed.draws(group, step=step, first=first, chunk=range(group.count))
-            facts["sigma"] = [round(sigma, 6) for sigma in levels(draws, group.noise).tolist()]
+            facts["sigma"] = [round(sigma, 6) for sigma in levels.tolist()]
         found.append(facts)
         first += group.count
     return found

@@ -27,7 +27,9 @@ def carry_out(spec: Mapping[str, Any]) -> int:
         fault = dict(fault)
         if fault.pop("rank", place().rank) == place().rank:
             inject.FAULTS[fault.pop("kind")](**fault)
-    config = recipes.with_objective(tiny.config(Path(spec["images"])), spec.get("objective"))
+    config = recipes.with_objective(
+        tiny.config(Path(spec["images"])), spec.get("objective", "denoising")
+    )
     config = tiny.change(config, spec.get("config", {}))
 
     def train(arguments: object) -> None:

@@ -139,7 +139,7 @@ def test_a_sharded_run_is_exact(images: Path, tmp_path: Path) -> None:
 
 def test_a_learned_log_variance_is_the_same_everywhere(images: Path, tmp_path: Path) -> None:
     """One process, replicas, and shards that are interrupted."""
-    spec: dict[str, Any] = {"config": {"images": 24.0, "log_variance": 8}}
+    spec: dict[str, Any] = {"config": {"images": 24.0, "objective.log_variance": 8}}
     stop = {"kind": "send", "name": "SIGTERM", "phase": "after", "step": 5, "rank": 0}
     kinds: dict[str, dict[str, Any]] = {
         "one": {},
