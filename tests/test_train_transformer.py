@@ -30,7 +30,8 @@ def test_it_is_one_word(images: Path, tmp_path: Path, capsys: Capture) -> None:
     network = load_model(run).config.network
     assert isinstance(network, TransformerConfig)
     assert (network.channels, network.num_classes, network.patch) == (3, 2, (2, 2))
-    works(capsys, "sample", run, "--count", 2, "--steps", 1, "--size", 6, 10)
+    size = ("--canvas", "region", "--canvas.size", 6, 10)
+    works(capsys, "sample", run, "--count", 2, "--steps", 1, *size)
     works(capsys, "report", run)
 
 
