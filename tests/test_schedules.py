@@ -9,8 +9,14 @@ import torch
 from commands import refuses
 from torch import Tensor
 
-from patchdiffusion.paths import PATHS
-from patchdiffusion.solvers.schedules import flow_uniform, karras, log_uniform, time_uniform
+from patchdiffusion.paths import DDPM, PATHS
+from patchdiffusion.solvers.schedules import (
+    ddpm_table,
+    flow_uniform,
+    karras,
+    log_uniform,
+    time_uniform,
+)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:
@@ -110,3 +116,18 @@ def test_impossible_grids_are_refused() -> None:
             grid(0)
         with pytest.raises(ValueError, match="sigma_min < sigma_max"):
             grid(3, 2.0, 1.0)
+
+
+@pytest.mark.parametrize("table", [DDPM(), DDPM(schedule="cosine", steps=200)])
+def test_levels_of_a_ddpm_table(table: DDPM) -> None:
+    """Between the ends only levels of the table are visited, at evenly spaced steps."""
+    low, high = (float(table.sigma(torch.tensor(t).double())) for t in (0.0, 1.0))
+    sigmas = ddpm_table(10, low, high, table=table)
+    steps = table.index(sigmas[:-1])
+    torch.testing.assert_close(steps, steps.round(), rtol=0, atol=1e-6)
+    assert float((steps.diff() + (table.steps - 1) / 9).abs().max()) <= 1
+    assert sigmas[[0, -2, -1]].tolist() == [high, low, 0]
+    every = ddpm_table(table.steps, low, high, table=table)
+    torch.testing.assert_close(table.index(every[:-1]), torch.arange(table.steps).flip(0).double())
+    with pytest.raises(ValueError, match="use fewer steps"):
+        ddpm_table(table.steps + 1, low, high, table=table)

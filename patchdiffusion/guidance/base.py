@@ -1,7 +1,7 @@
 """What a part of a sampler is: a frozen record that wraps the denoiser, and what it may ask for."""
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from torch import Tensor
 
@@ -47,3 +47,11 @@ class Part(Protocol):
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
         """The changed denoiser; an absent part returns the same."""
         ...
+
+
+class GuidancePart(Part, Protocol):
+    """A part of a sampler that leads estimates somewhere."""
+
+    def everywhere(self) -> Self:
+        """The same at all noise levels, for measuring what an evaluation costs."""
+        return self

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask, expand_sigma
-from patchdiffusion.guidance.base import Classifier, Surroundings, Weights
+from patchdiffusion.guidance.base import Classifier, GuidancePart, Surroundings, Weights
 from patchdiffusion.guidance.cfg import Unconditional
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.nets.attention import twice_differentiable
@@ -78,7 +78,7 @@ def check_weight(weight: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByClassifier:
+class ByClassifier(GuidancePart):
     """Towards what a classifier of noisy images takes for the class; the model itself sees none."""
 
     word: ClassVar[str] = "classifier"
@@ -96,7 +96,6 @@ class ByClassifier:
         Interval.of(self.interval)
 
     def everywhere(self) -> Self:
-        """The same at all noise levels."""
         return replace(self, interval=None)
 
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:

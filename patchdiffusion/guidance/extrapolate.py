@@ -1,11 +1,12 @@
 """From a reference through an estimate and beyond: what guidance by two denoisers shares."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
+from patchdiffusion.guidance.base import GuidancePart
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.paths import per_sample
 
@@ -47,7 +48,7 @@ class Extrapolation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Strength:
+class Strength(GuidancePart, Protocol):
     """How far guidance by a second denoiser goes, and where."""
 
     weight: float = 2.0
@@ -64,7 +65,6 @@ class Strength:
         Interval.of(self.interval)
 
     def everywhere(self) -> Self:
-        """The same at all noise levels."""
         return replace(self, interval=None)
 
 

@@ -101,7 +101,7 @@ class Spacing(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Karras:
-    """Evenly spaced in sigma^(1/rho): see `karras`."""
+    """Evenly spaced in sigma^(1/rho), as of EDM."""
 
     rho: float = 7.0
     """Larger numbers have more steps at low noise."""
@@ -112,7 +112,7 @@ class Karras:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSpaced:
-    """Evenly spaced in ln sigma, which is log SNR: see `log_uniform`."""
+    """Evenly spaced in ln sigma, which is log SNR."""
 
     word: ClassVar[str] = "log_uniform"
 
@@ -122,7 +122,7 @@ class LogSpaced:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSpaced:
-    """Evenly spaced in the time of a path: see `time_uniform`."""
+    """Evenly spaced in the time of DDPM, or of the cosine path."""
 
     word: ClassVar[str] = "uniform_t"
     path: Literal["vp", "cosine"] = "vp"
@@ -134,7 +134,7 @@ class TimeSpaced:
 
 @dataclass(frozen=True, kw_only=True)
 class Quadratic:
-    """Evenly spaced in the root of the time of the variance-preserving path, as of DDIM."""
+    """Evenly spaced in the root of the time of DDPM, as of DDIM."""
 
     def sigmas(self, n: int, low: float, high: float) -> Tensor:
         return time_uniform(n, low, high, power=2)
@@ -142,7 +142,7 @@ class Quadratic:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowSpaced:
-    """Evenly spaced in the time of flow matching before a shift: see `flow_uniform`."""
+    """Evenly spaced in the time of flow matching, before a shift."""
 
     word: ClassVar[str] = "flow"
     shift: float = 1.0
@@ -154,7 +154,7 @@ class FlowSpaced:
 
 @dataclass(frozen=True, kw_only=True)
 class TableSpaced:
-    """Levels of a DDPM table, at evenly spaced steps of it: see `ddpm_table`."""
+    """Levels of a DDPM table, at evenly spaced steps of it."""
 
     word: ClassVar[str] = "ddpm"
     table: Literal["linear", "cosine"] = "linear"
