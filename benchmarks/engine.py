@@ -29,8 +29,8 @@ from patchdiffusion.data.source import open_source
 
 NETWORK = "--network.base 64 --network.mult 1 2 2 2 --network.blocks 4 --network.attention 2"
 NETWORK += " --network.dropout 0.05 --network.num-classes 0 --batch 8"
-CONSTANT = "--patches.mode constant_pixels"
-PAPER = "--patches.mode stochastic"
+CONSTANT = "--patches constant-pixels"
+PAPER = "--patches stochastic"
 
 Result = dict[str, Any]
 
@@ -137,7 +137,7 @@ def mixture(bench: Bench, turns: int) -> Result:
     rows = [bench(CONSTANT, cores=["0", "1"])["rows"]["mixture"] for _ in range(turns)]
     found["constant pixels, 2 processes"] = statistics.median(row[name] for row in rows)
     found["default plan"] = statistics.median(
-        bench("--patches.mode stratified")["rows"]["mixture"][name] for _ in range(turns)
+        bench("--patches stratified")["rows"]["mixture"][name] for _ in range(turns)
     )
     return found
 

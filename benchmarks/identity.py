@@ -41,15 +41,15 @@ STEPS += (
 TRAINED: dict[str, str] = {
     "demo": f"glyphs {STEPS}",
     "folder": f"IMAGES {STEPS} {SMALL}",
-    "stratified": f"IMAGES {STEPS} {SMALL} --patches.mode stratified",
-    "stochastic": f"IMAGES {STEPS} {SMALL} --patches.mode stochastic",
-    "constant pixels": f"IMAGES {STEPS} {SMALL} --patches.mode constant_pixels",
-    "pitches": f"IMAGES {STEPS} {SMALL} --patches.mode stratified --patches.fractions 1 1 0.5 "
+    "stratified": f"IMAGES {STEPS} {SMALL} --patches stratified",
+    "stochastic": f"IMAGES {STEPS} {SMALL} --patches stochastic",
+    "constant pixels": f"IMAGES {STEPS} {SMALL} --patches constant-pixels",
+    "pitches": f"IMAGES {STEPS} {SMALL} --patches stratified --patches.fractions 1 1 0.5 "
     "--patches.probs 0.5 0.3 0.2 --patches.pitches 1 2 1",
     "v": f"IMAGES {STEPS} {SMALL} --precond v",
     "ddpm": f"IMAGES {STEPS} {SMALL} --precond ddpm",
     "flow": f"IMAGES {STEPS} {SMALL} --precond flow --noise logit-normal --objective.weighting edm",
-    "meanflow": f"IMAGES {STEPS} {SMALL} --objective meanflow --patches.mode stratified",
+    "meanflow": f"IMAGES {STEPS} {SMALL} --objective meanflow --patches stratified",
     "consistency": f"IMAGES {STEPS} {SMALL} --objective consistency",
     "distillation": f"IMAGES {STEPS} {SMALL} --objective consistency "
     "--objective.teacher RUNS/folder",
@@ -61,8 +61,8 @@ TRAINED: dict[str, str] = {
     "start from": f"IMAGES {STEPS} {SMALL} --start-from RUNS/folder",
 }
 RANKS: dict[str, str] = {
-    "two ranks": f"IMAGES {STEPS} {SMALL} --patches.mode stratified",
-    "two ranks, sharded": f"IMAGES {STEPS} {SMALL} --patches.mode stratified --shard",
+    "two ranks": f"IMAGES {STEPS} {SMALL} --patches stratified",
+    "two ranks, sharded": f"IMAGES {STEPS} {SMALL} --patches stratified --shard",
 }
 SAMPLED: dict[str, str] = {
     **{

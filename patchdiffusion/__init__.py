@@ -20,7 +20,14 @@ from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ConsistencyConfig, MeanFlowConfig
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.patches import coordinates, crop, random_crop
-from patchdiffusion.plans import Group, PatchLaw, PatchPlan
+from patchdiffusion.plans import (
+    ConstantPixels,
+    Group,
+    PatchPlan,
+    Progressive,
+    Stochastic,
+    Stratified,
+)
 from patchdiffusion.recipes import auto
 from patchdiffusion.sampling.driver import sample
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
@@ -39,7 +46,10 @@ __all__ = [
     "SamplerConfig",
     "Pipeline",
     "PatchPlan",
-    "PatchLaw",
+    "Stratified",
+    "Stochastic",
+    "Progressive",
+    "ConstantPixels",
     "Group",
     "crop",
     "random_crop",

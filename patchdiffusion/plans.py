@@ -7,106 +7,27 @@ NeurIPS 2023 (arXiv 2304.12526). `patches.py` cuts the crops.
     for group in plan.draw(seed=0, step=step, progress=step / total):
         crops, pos = random_crop(next_images(group.count), group.size, key=keys)
         loss += group.weight * denoising_loss(net, crops, pos).mean()
+
+A member of `Patches` says how steps are made of groups of crops; `PatchPlan` binds it to a canvas
+and a batch, and names, sizes and costs follow from its kinds of steps.
 """
 
 import bisect
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 
 from patchdiffusion import rng
 from patchdiffusion.noise import NoiseLaw, Truncated
 from patchdiffusion.patches import Size, size_name
-
-Mode = Literal["stratified", "stochastic", "progressive", "constant_pixels"]
-
-
-Multiplier = Literal["inverse_side", "inverse_area", "one"]
-
-
-LossNorm = Literal["area", "mean"]
-
+from patchdiffusion.sizes import PatchLaw, PatchSize
 
 Clock = Literal["equivalents", "crops", "steps"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PatchLaw:
-    """The distribution of crop sizes, as fractions of the sides of the canvas."""
-
-    fractions: tuple[float, ...] = (1.0, 0.5, 0.25)
-    """Crop sides relative to the canvas; 1 is the whole image."""
-    probs: tuple[float, ...] = (0.5, 0.3, 0.2)
-    """Probability of each size, summing to 1; the share of whole images is the paper's p."""
-    mode: Mode = "stratified"
-    """stratified: all sizes in every step. stochastic: one size a step (the paper's default).
-    progressive: small to large over the run, probs being shares of its clock. constant_pixels: one
-    size a step, and batches grow with 1/area, so that every step costs the same."""
-    multiplier: Multiplier = "inverse_side"
-    """How the number of crops grows as they shrink; the paper uses 1, 2, 4: inverse_side."""
-    loss_norm: LossNorm = "area"
-    """area: a crop's gradient counts with its area, as in the paper; mean: all crops alike."""
-    percentiles: tuple[tuple[float, float], ...] = ()
-    """Noise levels of each size, from one quantile of the run's noise law to another; by default
-    every size sees all of them."""
-    pitches: tuple[int, ...] = ()
-    """Image pixels that make a pixel of each size along a side: fraction 1 and pitch 2 is the
-    whole image at half its resolution, with half the noise; by default 1 for every size."""
-
-    def __post_init__(self) -> None:
-        if not self.fractions or len(self.fractions) != len(self.probs):
-            raise ValueError(
-                "fractions and probs need the same length, at least 1, "
-                f"not {len(self.fractions)} and {len(self.probs)}"
-            )
-        if not all(0 < f <= 1 for f in self.fractions):
-            raise ValueError(f"fractions must lie in (0, 1], not {self.fractions}")
-        if not all(p >= 0 for p in self.probs) or abs(sum(self.probs) - 1) > 1e-6:
-            raise ValueError(f"probs must be >= 0 and sum to 1, not {self.probs}")
-        for name, kind in (("mode", Mode), ("multiplier", Multiplier), ("loss_norm", LossNorm)):
-            if getattr(self, name) not in get_args(kind):
-                raise ValueError(
-                    f"unknown {name} {getattr(self, name)!r}, allowed: {get_args(kind)}"
-                )
-        for name, given in (("percentiles", self.percentiles), ("pitches", self.pitches)):
-            if given and len(given) != len(self.fractions):
-                raise ValueError(f"{name} needs one entry per fraction, or none, not {len(given)}")
-        if not all(0 <= low < high <= 1 for low, high in self.percentiles):
-            raise ValueError(f"percentiles need 0 <= low < high <= 1, not {self.percentiles}")
-        if not all(pitch >= 1 for pitch in self.pitches):
-            raise ValueError(f"pitches must be at least 1, not {self.pitches}")
-
-    @property
-    def views(self) -> tuple[tuple[float, float, int, tuple[float, float]], ...]:
-        """Fraction, probability, pitch and percentiles of each size."""
-        count = len(self.fractions)
-        pitches, percentiles = (
-            self.pitches or (1,) * count,
-            self.percentiles or ((0.0, 1.0),) * count,
-        )
-        return tuple(zip(self.fractions, self.probs, pitches, percentiles, strict=True))
-
-    @classmethod
-    def paper(cls, p: float = 0.5, *, latent: bool = False) -> "PatchLaw":
-        """The published law for a share p of whole images: one size a step, batch x 1, 2, 4.
-
-        Pixels: (p, .6 (1-p), .4 (1-p)) for sides (1, 1/2, 1/4); latents: (p, 1-p) for (1, 1/2).
-        """
-        if not 0 <= p <= 1:
-            raise ValueError(f"the share p of whole images must lie in [0, 1], not {p}")
-        if latent:
-            return cls(fractions=(1.0, 0.5), probs=(p, 1 - p), mode="stochastic")
-        probs = (p, 0.6 * (1 - p), 0.4 * (1 - p))
-        return cls(fractions=(1.0, 0.5, 0.25), probs=probs, mode="stochastic")
-
-    @classmethod
-    def whole(cls) -> "PatchLaw":
-        """Whole images only: ordinary diffusion training."""
-        return cls(fractions=(1.0,), probs=(1.0,))
 
 
 @dataclass(frozen=True)
@@ -122,9 +43,9 @@ class Group:
     pitch: int = 1
     """Image pixels per input pixel along a side; q > 1 is a view down-sampled by averaging."""
     noise: NoiseLaw | None = None
-    """Noise law of this group; None is the law of the run."""
+    """Noise law of this group; None if the plan knows no noise law."""
     lr: float = 1.0
-    """Factor of the learning rate of the step."""
+    """Factor of the learning rate of a step of this group."""
 
     @property
     def name(self) -> str:
@@ -137,21 +58,135 @@ class Group:
         return name
 
 
-@dataclass(frozen=True)
-class PatchSize:
-    """One size of a plan: relative area a, probability, batch multiplier, share of the gradient."""
+Kinds = tuple[tuple[float, tuple[Group, ...]], ...]
+"""The groups of each kind of step, and which share of the steps is of that kind."""
 
-    size: Size
-    area: float
-    prob: float
-    multiplier: float
-    share: float
-    pitch: int = 1
-    noise: NoiseLaw | None = None
 
-    def group(self, count: int, weight: float = 1.0) -> Group:
-        """So many crops of this size."""
-        return Group(self.size, max(1, count), weight, self.pitch, self.noise)
+class Moment(NamedTuple):
+    """What the groups of a step depend on."""
+
+    seed: int
+    step: int
+    progress: float | None
+    """Share of the run that is done, None where nobody knows."""
+
+
+class Plan(Protocol):
+    """How steps are made of groups; `on` says the canvas, batch, divisor and noise law."""
+
+    def draw(self, on: "PatchPlan", now: Moment) -> tuple[Group, ...]:
+        """The groups of one step, a pure function."""
+        ...
+
+    def kinds(self, on: "PatchPlan", clock: Clock) -> Kinds:
+        """Everything that `draw` may return, and how often; `clock` is that of the run."""
+        ...
+
+
+# ---- Plans of a few crop sizes ----
+
+
+def _group(k: PatchSize, count: float, weight: float) -> Group:
+    """About so many crops of a size."""
+    return Group(k.size, max(1, round(count)), weight, k.pitch, k.noise)
+
+
+def _alone(on: "PatchPlan", k: PatchSize) -> tuple[Group, ...]:
+    """A step of one size."""
+    return (_group(k, on.batch * k.multiplier, k.share / k.prob),)
+
+
+def _pick(sizes: Sequence[PatchSize], u: float) -> PatchSize:
+    """The size at a percentile of their probabilities."""
+    edges = list(itertools.accumulate(k.prob for k in sizes))
+    return sizes[min(bisect.bisect_right(edges, u), len(sizes) - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stratified(PatchLaw):
+    """All sizes in every step, in the proportions of their probabilities."""
+
+    def draw(self, on: "PatchPlan", now: Moment) -> tuple[Group, ...]:
+        """The same groups in every step."""
+        sizes = self.sizes(on.canvas, on.divisor, on.noise)
+        return tuple(_group(k, on.batch * k.multiplier * k.prob, k.share) for k in sizes)
+
+    def kinds(self, on: "PatchPlan", clock: Clock) -> Kinds:
+        """One kind."""
+        return ((1.0, self.draw(on, Moment(0, 0, None))),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _RandomSize(PatchLaw):
+    """One size a step, drawn by the probabilities."""
+
+    def draw(self, on: "PatchPlan", now: Moment) -> tuple[Group, ...]:
+        """One group."""
+        key = rng.keys(now.seed, "patch size", now.step, torch.zeros(1, dtype=torch.int64))
+        sizes = self.sizes(on.canvas, on.divisor, on.noise)
+        return _alone(on, _pick(sizes, float(rng.uniform(key, 1))))
+
+    def kinds(self, on: "PatchPlan", clock: Clock) -> Kinds:
+        """A kind for each size."""
+        return tuple((k.prob, _alone(on, k)) for k in self.sizes(on.canvas, on.divisor, on.noise))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stochastic(_RandomSize):
+    """One random size a step, as published."""
+
+    @classmethod
+    def paper(cls, p: float = 0.5, *, latent: bool = False) -> Self:
+        """The published law for a share p of whole images: batch x 1, 2, 4.
+
+        Pixels: (p, .6 (1-p), .4 (1-p)) for sides (1, 1/2, 1/4); latents: (p, 1-p) for (1, 1/2).
+        """
+        if not 0 <= p <= 1:
+            raise ValueError(f"the share p of whole images must lie in [0, 1], not {p}")
+        if latent:
+            return cls(fractions=(1.0, 0.5), probs=(p, 1 - p))
+        return cls(fractions=(1.0, 0.5, 0.25), probs=(p, 0.6 * (1 - p), 0.4 * (1 - p)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progressive(PatchLaw):
+    """Small to large over the run; probabilities are shares of its clock."""
+
+    def draw(self, on: "PatchPlan", now: Moment) -> tuple[Group, ...]:
+        """One group; raises `ValueError` without `progress`."""
+        if now.progress is None:
+            raise ValueError("a progressive plan draws by the progress of the run, in [0, 1]")
+        return _alone(on, _pick(self.sizes(on.canvas, on.divisor, on.noise)[::-1], now.progress))
+
+    def kinds(self, on: "PatchPlan", clock: Clock) -> Kinds:
+        """A kind for each size: the smaller it is, the more steps go into the same area."""
+        steps = [(k.prob, _alone(on, k)) for k in self.sizes(on.canvas, on.divisor, on.noise)]
+        counts = [prob / _advance(groups, on.canvas, clock) for prob, groups in steps]
+        shares = [count / sum(counts) for count in counts]
+        return tuple((s, groups) for s, (_, groups) in zip(shares, steps, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantPixels(_RandomSize):
+    """One random size a step, with batches that grow with 1/area: every step costs the same."""
+
+    def sizes(
+        self, canvas: Size, divisor: int = 1, noise: NoiseLaw | None = None
+    ) -> tuple[PatchSize, ...]:
+        """As many crops of each size as by their probabilities, in steps of equal cost."""
+        sizes = super().sizes(canvas, divisor, noise)
+        images = [k.prob * k.multiplier * k.area for k in sizes]
+        return tuple(
+            replace(k, prob=i / sum(images), multiplier=1 / k.area)
+            for k, i in zip(sizes, images, strict=True)
+        )
+
+
+Patches = Stratified | Stochastic | Progressive | ConstantPixels
+"""The plans that a run may have."""
+
+
+# ---- A plan on a canvas ----
 
 
 @dataclass(frozen=True)
@@ -165,14 +200,12 @@ class PatchPlan:
 
     canvas: Size
     batch: int
-    law: PatchLaw = PatchLaw()
+    law: Plan = Stratified()
     divisor: int = 1
     noise: NoiseLaw | None = None
-    """Noise law of the run, which a law of sizes with percentiles or pitches divides."""
+    """Noise law of the run, which groups with percentiles or pitches divide."""
 
     def __post_init__(self) -> None:
-        if self.noise is None and (self.law.percentiles or self.law.pitches):
-            raise ValueError("percentiles or pitches of a patch law need the noise law of the run")
         if isinstance(self.canvas, int) or not self.canvas or min(self.canvas) < 1:
             raise ValueError(
                 f"canvas must be the positive length of each axis, not {self.canvas}; "
@@ -182,6 +215,7 @@ class PatchPlan:
             raise ValueError(
                 f"batch and divisor must be at least 1, not {self.batch} and {self.divisor}"
             )
+        self.kinds()  # raises an error for sizes that cannot be had on this canvas
 
     @classmethod
     def paper(
@@ -193,97 +227,25 @@ class PatchPlan:
         latent: bool = False,
         divisor: int = 1,
     ) -> "PatchPlan":
-        """The plan of the paper: see `PatchLaw.paper`."""
-        return cls(canvas, batch, PatchLaw.paper(p, latent=latent), divisor)
-
-    @cached_property
-    def sizes(self) -> tuple[PatchSize, ...]:
-        """The distinct sizes with a positive probability, largest first."""
-        total = math.prod(self.canvas)
-        probs: dict[tuple[Size, int, NoiseLaw | None], float] = {}
-        for fraction, prob, pitch, levels in self.law.views:
-            size = tuple(self._side(axis, fraction, pitch) for axis in range(len(self.canvas)))
-            view = (size, pitch, self._noise(pitch, levels))
-            probs[view] = probs.get(view, 0.0) + prob
-        found = [(math.prod(view[0]) / total, view, p) for view, p in probs.items() if p]
-        found.sort(key=lambda one: (one[0], one[1][0]), reverse=True)
-        sides = -1.0 / len(self.canvas)
-        power = {"inverse_side": sides, "inverse_area": -1.0, "one": 0.0}[self.law.multiplier]
-        multipliers = [a**power for a, _, _ in found]
-        by_area = self.law.loss_norm == "area"
-        shares = [p * a if by_area else p for a, _, p in found]
-        drawn = [p for _, _, p in found]
-        if self.law.mode == "constant_pixels":  # as many crops of each size, in steps of equal cost
-            images = [p * m * a for (a, _, p), m in zip(found, multipliers, strict=True)]
-            drawn = [i / sum(images) for i in images]
-            multipliers = [1 / a for a, _, _ in found]
-        return tuple(
-            PatchSize(size, a, prob, m, share / sum(shares), pitch, noise)
-            for (a, (size, pitch, noise), _), prob, m, share in zip(
-                found, drawn, multipliers, shares, strict=True
-            )
-        )
-
-    def frequencies(self, clock: Clock = "equivalents") -> tuple[float, ...]:
-        """How often a step is of each size, where it is of one.
-
-        Probabilities of a progressive plan are shares of the clock: the smaller a size, the more
-        of its steps go into the same area.
-        """
-        if self.law.mode != "progressive":
-            return tuple(k.prob for k in self.sizes)
-        counts = []
-        for k in self.sizes:
-            crops = self._alone(k)[0].count
-            step = {"equivalents": crops * k.area, "crops": crops, "steps": 1.0}
-            counts.append(k.prob / step[clock])
-        return tuple(count / sum(counts) for count in counts)
-
-    def kinds(self, clock: Clock = "equivalents") -> tuple[tuple[float, tuple[Group, ...]], ...]:
-        """The groups of each kind of step, and how often it comes; `clock` is that of the run."""
-        if self.law.mode == "stratified":
-            return ((1.0, self.draw(seed=0, step=0)),)
-        return tuple(zip(self.frequencies(clock), map(self._alone, self.sizes), strict=True))
-
-    def _side(self, axis: int, fraction: float, pitch: int) -> int:
-        side, divisor = self.canvas[axis], self.divisor
-        if fraction == 1 and pitch == 1:
-            return side
-        most = side if pitch == 1 else side // pitch // divisor * divisor
-        if most < 1:
-            raise ValueError(
-                f"a canvas of {self.canvas} is too small for pitch {pitch} and a network that "
-                f"divides sides by {divisor}"
-            )
-        rounded = round(fraction * side / pitch / divisor) * divisor
-        return min(max(rounded, divisor), most)
-
-    def _noise(self, pitch: int, levels: tuple[float, float]) -> NoiseLaw | None:
-        if self.noise is None or (pitch == 1 and levels == (0.0, 1.0)):
-            return None
-        return Truncated(law=self.noise, low=levels[0], high=levels[1], scale=1 / pitch)
+        """The plan of the paper: see `Stochastic.paper`."""
+        return cls(canvas, batch, Stochastic.paper(p, latent=latent), divisor)
 
     def draw(self, *, seed: int, step: int, progress: float | None = None) -> tuple[Group, ...]:
         """The groups of one step.
 
         `progress` in [0, 1] is the share of the run that is done, which progressive sizes need.
         """
-        if self.law.mode == "stratified":
-            return tuple(
-                k.group(round(self.batch * k.multiplier * k.prob), k.share) for k in self.sizes
-            )
-        if self.law.mode == "progressive":
-            if progress is None:
-                raise ValueError("a progressive plan draws by the progress of the run, in [0, 1]")
-            order, u = self.sizes[::-1], progress
-        else:
-            key = rng.keys(seed, "patch size", step, torch.zeros(1, dtype=torch.int64))
-            order, u = self.sizes, float(rng.uniform(key, 1))
-        edges = list(itertools.accumulate(k.prob for k in order))
-        return self._alone(order[min(bisect.bisect_right(edges, u), len(order) - 1)])
+        return self.law.draw(self, Moment(seed, step, progress))
 
-    def _alone(self, k: PatchSize) -> tuple[Group, ...]:
-        return (k.group(round(self.batch * k.multiplier), k.share / k.prob),)
+    def kinds(self, clock: Clock = "equivalents") -> Kinds:
+        """The groups of each kind of step, and how often it comes; `clock` is that of the run."""
+        return self.law.kinds(self, clock)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """One group of each name, largest crops first."""
+        groups = {group.name: group for _, groups in self.kinds() for group in groups}
+        return tuple(sorted(groups.values(), key=lambda g: math.prod(g.size), reverse=True))
 
     def cost(
         self,
@@ -331,3 +293,10 @@ def equivalents(groups: tuple[Group, ...], canvas: Size) -> float:
     """Area of the crops of a step in whole images, the unit of the clock."""
     pixels = sum(g.count * math.prod(g.size) for g in groups)
     return pixels / math.prod(canvas)
+
+
+def _advance(groups: tuple[Group, ...], canvas: Size, clock: Clock) -> float:
+    """By how much a step moves the clock."""
+    if clock == "steps":
+        return 1.0
+    return sum(g.count for g in groups) if clock == "crops" else equivalents(groups, canvas)

@@ -12,7 +12,7 @@ from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import DenoisingLoss, Objective
 from patchdiffusion.nets.unet import SongUNet
 from patchdiffusion.parameterisation import EDM
-from patchdiffusion.plans import Group, PatchLaw, PatchPlan
+from patchdiffusion.plans import Group, PatchPlan, Stratified
 from patchdiffusion.train.config import GuardConfig
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.optimizers import AdamW, Muon, OptimizerConfig
@@ -27,7 +27,7 @@ LABELS = torch.arange(12) % 2
 FREE = AdamW(clip=1e9, schedule=Trapezoid(warmup=0.0))
 MUON = Muon(clip=1e9, schedule=Trapezoid(warmup=0.0))
 GROUPS = PatchPlan(CANVAS, 6, tiny.LAW, 2).draw(seed=0, step=0)  # 3 of 8x8, 6 of 4x4
-WHOLE = PatchPlan(CANVAS, 6, PatchLaw.whole(), 2).draw(seed=0, step=0)
+WHOLE = PatchPlan(CANVAS, 6, Stratified.whole(), 2).draw(seed=0, step=0)
 
 
 def make(

@@ -23,7 +23,7 @@ from patchdiffusion.parameterisation import (
     V,
     default_noise,
 )
-from patchdiffusion.plans import PatchLaw
+from patchdiffusion.plans import Stratified
 from patchdiffusion.recipes import Facts
 from patchdiffusion.sampling.pipeline import SamplerConfig
 from patchdiffusion.solvers.schedules import LogSpaced
@@ -160,7 +160,7 @@ def test_wrong_words_are_one_line(flags: str, message: str, capsys: Capture) -> 
 
 # ---- Training ----
 
-EVERYWHERE = PatchLaw(
+EVERYWHERE = Stratified(
     fractions=(1.0, 1.0, 0.5), probs=(0.4, 0.2, 0.4), pitches=(1, 2, 1),
     percentiles=((0.0, 1.0), (0.5, 1.0), (0.0, 0.6)),
 )  # fmt: skip

@@ -11,7 +11,7 @@ from commands import Capture, fails, works
 from stepping import GROUPS, make, take
 
 from patchdiffusion.nets import fused
-from patchdiffusion.plans import Group, PatchLaw
+from patchdiffusion.plans import Group, Stochastic
 from patchdiffusion.system import device as machine
 from patchdiffusion.train.loop import one_step
 from patchdiffusion.train.profile import Operators, measure
@@ -19,10 +19,10 @@ from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import Meter
 
 SMALL = replace(tiny.NETWORK, mult=(1,), dropout=0.1)
-LAW = PatchLaw(fractions=(1.0, 0.5), probs=(0.5, 0.5), mode="stochastic")
+LAW = Stochastic(fractions=(1.0, 0.5), probs=(0.5, 0.5))
 
 
-def training(images: Path, folder: Path, law: PatchLaw = LAW) -> Training:
+def training(images: Path, folder: Path, law: Stochastic = LAW) -> Training:
     return tiny.training(tiny.config(images, network=SMALL, patches=law, steps=99), folder)
 
 
@@ -121,8 +121,8 @@ def test_bench_measures_the_mixture(images: Path, tmp_path: Path, capsys: Captur
     small = ["--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1"]
     options = [*small, "--network.attention", "--batch", "4", "--repeats", "1", "--device", "cpu"]
     file = tmp_path / "bench.json"
-    for mode in ("stratified", "progressive", "constant_pixels"):
-        out = works(capsys, "bench", images, *options, "--patches.mode", mode, "--save", file)
+    for mode in ("stratified", "progressive", "constant-pixels"):
+        out = works(capsys, "bench", images, *options, "--patches", mode, "--save", file)
         result = json.loads(file.read_text())
         rows = result["rows"]
         assert list(rows) == ["whole images", "only 8x8", "only 4x4", "mixture"]

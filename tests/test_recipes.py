@@ -12,6 +12,7 @@ from patchdiffusion import Cond, auto, recipes
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
+from patchdiffusion.plans import Stochastic
 from patchdiffusion.recipes import RECIPES, Facts
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train.config import TrainConfig
@@ -69,7 +70,7 @@ def test_every_recipe_says_what_it_is_for(name: str) -> None:
 
 def test_the_paper_is_the_paper() -> None:
     config = recipes.faces64(Facts(canvas=(64, 64)))
-    assert config.patches.mode == "stochastic" and config.patches.probs == (0.5, 0.3, 0.2)
+    assert config.patches == Stochastic(probs=(0.5, 0.3, 0.2))
     assert (config.clock, config.batch, config.images) == ("crops", 512, 2e8)
     assert (config.optim.lr, config.ema.half_life, config.ema.ramp_up) == (2e-4, 5e5, 0.05)
     assert isinstance(config.optim.schedule, Trapezoid)
@@ -109,7 +110,7 @@ def test_auto_is_what_the_command_line_chooses(images: Path, pack: Pack) -> None
         ({"optim": {"lr": "fast"}}, "optim.lr must be float, not 'fast'"),
         ({"optim": {"momentum": 0.9}}, "unknown key 'optim.momentum'"),
         ({"clock": "hours"}, "clock must be one of"),
-        ({"patches": {"mode": "random"}}, "patches.mode must be one of"),
+        ({"patches": {"type": "Random"}}, "patches needs a type out of Stratified, "),
         ({"data": {"resolution": [64]}}, "data.resolution must"),
         ({"data": {"resolution": 64.5}}, "data.resolution must"),
         ({"data": {"channels": True}}, "data.channels must be one of"),

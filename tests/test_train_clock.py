@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from patchdiffusion import train
-from patchdiffusion.plans import PatchLaw
+from patchdiffusion.plans import Stochastic
 from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop
 from patchdiffusion.train.config import Clock, EMAConfig, RunConfig
@@ -30,7 +30,7 @@ def status(folder: Path) -> str:
 def test_counters_rates_and_averages_have_closed_forms(
     clock: Clock, images: Path, tmp_path: Path
 ) -> None:
-    law = PatchLaw(mode="stochastic", fractions=(1.0, 0.5), probs=(0.5, 0.5))
+    law = Stochastic(fractions=(1.0, 0.5), probs=(0.5, 0.5))
     optim = AdamW(lr=1e-2, schedule=Trapezoid(warmup=0.5, cooldown=0.25))
     ema = EMAConfig(half_life=9.0, ramp_up=0.8)
     config = tiny.config(images, clock=clock, images=60, optim=optim, ema=ema, patches=law)

@@ -20,7 +20,7 @@ from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ConsistencyConfig, DenoisingConfig
 from patchdiffusion.objectives.base import Materials
 from patchdiffusion.parameterisation import EDM, V
-from patchdiffusion.plans import PatchLaw
+from patchdiffusion.plans import Stochastic
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import decode
 from patchdiffusion.train.config import FREE, EMAConfig, GuardConfig, PreviewConfig
@@ -139,7 +139,7 @@ def test_the_folder_of_a_run() -> None:
 
 
 def test_the_configuration_is_stored_exactly(tmp_path: Path) -> None:
-    config, folder = TrainConfig(seed=5, patches=PatchLaw.paper(0.25)), tmp_path / "new" / "run"
+    config, folder = TrainConfig(seed=5, patches=Stochastic.paper(0.25)), tmp_path / "new" / "run"
     assert stored_config(folder) is None
     assert not is_same_run(folder, config)
     assert not folder.exists()

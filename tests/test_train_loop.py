@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 
-from patchdiffusion.plans import PatchLaw
+from patchdiffusion.plans import Stratified
 from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop, optim
 from patchdiffusion.train.config import Precision, PreviewConfig
@@ -224,7 +224,7 @@ def test_a_finished_run_can_be_extended(images: Path, tmp_path: Path) -> None:
 
 
 def test_sizes_with_levels_and_pitches_of_their_own(images: Path, tmp_path: Path) -> None:
-    law = PatchLaw(
+    law = Stratified(
         fractions=(1.0, 1.0, 0.5),
         probs=(0.5, 0.25, 0.25),
         percentiles=((0.0, 1.0), (0.5, 1.0), (0.0, 0.5)),

@@ -9,7 +9,7 @@ import tiny
 import torch
 from commands import Capture, fails, refuses, works
 
-from patchdiffusion import PatchLaw
+from patchdiffusion import Stratified
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare, prepare_data
 from patchdiffusion.data.source import open_source
@@ -37,7 +37,7 @@ def test_a_pack_is_trained_on_as_it_is(images: Path, tmp_path: Path) -> None:
 def test_a_plan_without_whole_images_is_watched_on_the_whole_canvas(
     images: Path, tmp_path: Path
 ) -> None:
-    law = PatchLaw(fractions=(0.5,), probs=(1.0,))
+    law = Stratified(fractions=(0.5,), probs=(1.0,))
     config = replace(tiny.config(images, steps=1), patches=law)
     training = tiny.training(config, tmp_path)
     assert training.preview.sizes == ((16, 16), (8, 8))

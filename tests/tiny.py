@@ -19,7 +19,7 @@ from patchdiffusion.model import Model, ModelConfig
 from patchdiffusion.nets.base import Network
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.parameterisation import EDM
-from patchdiffusion.plans import PatchLaw
+from patchdiffusion.plans import Stratified
 from patchdiffusion.train.config import EMAConfig, PreviewConfig
 from patchdiffusion.train.optim import Update
 from patchdiffusion.train.optimizers import AdamW, OptimizerConfig, Trained
@@ -28,7 +28,7 @@ from patchdiffusion.train.schedules import Trapezoid
 from patchdiffusion.train.setup import Training, assemble
 
 NETWORK = UNetConfig(base=4, mult=(1, 2), blocks=1, attention=(), num_classes=2)
-LAW = PatchLaw(fractions=(1.0, 0.5), probs=(0.5, 0.5))  # 2 whole images and 4 crops from a batch 4
+LAW = Stratified(fractions=(1.0, 0.5), probs=(0.5, 0.5))  # 2 whole images, 4 crops of batch 4
 CANVAS = (8, 12)
 """Of `pipeline`: not square."""
 STEP = 3.0

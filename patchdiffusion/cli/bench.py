@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, Literal
@@ -85,23 +85,19 @@ Kind = tuple[Group, ...]
 
 def bench(training: Training, repeats: int) -> dict[str, Any]:
     """Measure every kind of step of a run, and the whole-image step it is compared with."""
-    plan, batch = training.plan, training.config.batch
+    plan, clock = training.plan, training.config.clock
     peak = measured_peak(training.device, training.precision) * training.team.size
-    whole: Kind = (Group(training.canvas, batch, 1.0),)
-    sizes: list[Kind] = [(k.group(round(batch * k.multiplier)),) for k in plan.sizes]
-    together = training.config.patches.mode == "stratified"  # all sizes in one step
-    mixed = plan.draw(seed=0, step=0) if together else whole
-    kinds = list(dict.fromkeys([whole, *sizes, mixed]))
+    whole: Kind = (Group(training.canvas, training.config.batch, 1.0, noise=plan.noise),)
+    mixed = [(share, _weightless(groups)) for share, groups in plan.kinds(clock)]
+    alone = [_weightless((g,)) for g in plan.groups if g.size != training.canvas]
+    kinds = list(dict.fromkeys([whole, *alone, *(kind for _, kind in mixed)]))
     costs = dict(zip(kinds, measure(training, kinds, repeats), strict=True))
     rows = {"whole images": _row(costs[whole], costs[whole], peak)}
-    for size in sizes:
-        if size != whole:
-            rows[f"only {size[0].name}"] = _row(costs[size], costs[whole], peak)
-    if together:
-        rows["mixture"] = _row(costs[mixed], costs[whole], peak)
+    rows |= {f"only {k[0].name}": _row(costs[k], costs[whole], peak) for k in alone}
+    if len(mixed) == 1:
+        rows["mixture"] = _row(costs[mixed[0][1]], costs[whole], peak)
     else:
-        frequencies = plan.frequencies(training.config.clock)
-        parts = list(zip(frequencies, (costs[size] for size in sizes), strict=True))
+        parts = [(share, costs[kind]) for share, kind in mixed]
         rows["mixture"] = _mixture(parts, costs[whole], peak)
     return {
         "date": date.today().isoformat(),
@@ -114,6 +110,11 @@ def bench(training: Training, repeats: int) -> dict[str, Any]:
         "config": encode(training.config),
         "rows": rows,
     }
+
+
+def _weightless(groups: Kind) -> Kind:
+    """The same crops with the same weight, so that equal work is measured once."""
+    return tuple(replace(group, weight=1.0) for group in groups)
 
 
 def _row(cost: Cost, whole: Cost, peak: float) -> dict[str, Any]:

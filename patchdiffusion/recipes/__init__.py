@@ -15,7 +15,7 @@ from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ObjectiveUnion
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.patches import Size
-from patchdiffusion.plans import PatchLaw
+from patchdiffusion.plans import Progressive, Stochastic, Stratified
 from patchdiffusion.system import families
 from patchdiffusion.train.config import EMAConfig, PreviewConfig, TrainConfig
 from patchdiffusion.train.optimizers import AdamW
@@ -58,7 +58,7 @@ class Facts:
 
 Recipe = Callable[[Facts], TrainConfig]
 
-GROWING = PatchLaw(mode="progressive", loss_norm="mean")
+GROWING = Progressive(loss_norm="mean")
 """Crops from small to large over the run: of all laws measured it learns most from an operation."""
 
 
@@ -76,7 +76,7 @@ def folder(facts: Facts) -> TrainConfig:
         batch, lr = min(max(2**14 // math.prod(facts.canvas), 4), 16), 1e-3
         images = float(min(max(150_000 * 32**2 // resolution**2, 20_000), 300_000))
     else:
-        network, law = unet.small(resolution) if few else unet.ddpmpp(resolution), PatchLaw()
+        network, law = unet.small(resolution) if few else unet.ddpmpp(resolution), Stratified()
         batch, lr = 256, 4e-4 if few else 2e-4
         images = min(max(facts.count * 250.0, 2e6), 5e7)
     dropout = 0.2 if facts.count < 6_000 and facts.device != "cpu" else network.dropout
@@ -135,7 +135,7 @@ def faces64(facts: Facts) -> TrainConfig:
         data=DataConfig(path=facts.path, resolution=64),
         network=unet.ddpmpp(64, channels=facts.channels, num_classes=facts.classes),
         precond=EDM(sigma_data=0.5),
-        patches=PatchLaw.paper(0.5),
+        patches=Stochastic.paper(0.5),
         optim=AdamW(lr=2e-4, schedule=Trapezoid(warmup=0.05, cooldown=0.0)),
         ema=EMAConfig(half_life=500_000),
         batch=512,
@@ -154,7 +154,7 @@ def meanflow(facts: Facts) -> TrainConfig:
     demo = glyphs(facts)
     config = with_objective(demo, "meanflow")
     optim = replace(demo.optim, lr=1e-3)
-    return replace(config, name="meanflow", patches=PatchLaw(), optim=optim, images=60_000)
+    return replace(config, name="meanflow", patches=Stratified(), optim=optim, images=60_000)
 
 
 # ---- Objectives ----

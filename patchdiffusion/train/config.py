@@ -12,7 +12,7 @@ from patchdiffusion.noise import DDPMSteps, Law, LogNormal
 from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
 from patchdiffusion.parameterisation import EDM, EpsDDPM, Parameterisation
 from patchdiffusion.patches import Size
-from patchdiffusion.plans import Clock, PatchLaw, PatchPlan
+from patchdiffusion.plans import Clock, Patches, PatchPlan, Stratified
 from patchdiffusion.system.checks import fraction, positive
 from patchdiffusion.train.optimizers import AdamW, Optimizer
 
@@ -122,7 +122,8 @@ class TrainConfig:
     """Law of the noise levels in training."""
     objective: ObjectiveUnion = field(default_factory=DenoisingConfig)
     """What is trained: a denoiser, or a model that samples in a few steps."""
-    patches: PatchLaw = field(default_factory=PatchLaw)
+    patches: Patches = field(default_factory=Stratified)
+    """Which crops a step is made of."""
     optim: Optimizer = field(default_factory=AdamW)
     """How the weights are updated."""
     ema: EMAConfig = field(default_factory=EMAConfig)

@@ -193,7 +193,7 @@ class Training:
             profiles=len(config.ema.profiles),
             snapshots=config.ema.snapshots,
         )
-        sizes = " + ".join(k.group(1).name for k in self.plan.sizes)
+        sizes = " + ".join(group.name for group in self.plan.groups)
         classes = f", {len(pack.classes)} classes" if config.network.num_classes else ""
         say(
             f"data      {pack.name}: {len(pack.train):,} images of "
@@ -206,7 +206,8 @@ class Training:
             f"{self.engine['kernels']}"
         )
         say(
-            f"patches   {config.patches.mode}, sizes {sizes}; a step of batch {config.batch} "
+            f"patches   {families.word(type(config.patches))}, sizes {sizes}; "
+            f"a step of batch {config.batch} "
             f"costs {self.plan.cost(clock=config.clock).step:.2f} of one with whole images only"
         )
         say(
@@ -237,8 +238,8 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     canvas = tuple(pack.images.shape[1:-1])
     plan = config.plan(canvas)
     network = config.network.build(seed=config.seed).to(device)
-    sizes = dict.fromkeys([canvas, *(k.size for k in plan.sizes)])
-    crops = dict.fromkeys([canvas, *(k.size for k in plan.sizes if k.pitch == 1)])
+    sizes = dict.fromkeys([canvas, *(group.size for group in plan.groups)])
+    crops = dict.fromkeys([canvas, *(group.size for group in plan.groups if group.pitch == 1)])
     share = 1 + config.objective.passes / 3  # of what `training_flops` counts: one pass, and back
     flops = {size: round(training_flops(network, size) * share) for size in sizes}
     ema = _spread_out(network, config, run, team, device)

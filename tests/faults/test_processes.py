@@ -55,10 +55,10 @@ def test_c2_another_configuration(images: Path, tmp_path: Path) -> None:
 
 
 def test_c2_another_plan(images: Path, tmp_path: Path) -> None:
-    fault = {"kind": "change_config", "rank": 1, "patches.mode": "stochastic"}
+    fault = {"kind": "change_config", "rank": 1, "patches.loss_norm": "mean"}
     ended = drive(images, tmp_path / "run", size=2, **LONG, faults=[fault])
     assert [e.code for e in ended] == [2, 2], ended
-    assert names(ended[0].error, "rank 1", "patches.mode")
+    assert names(ended[0].error, "rank 1", "patches.loss_norm")
 
 
 def test_c2_other_data(images: Path, tmp_path: Path) -> None:

@@ -9,17 +9,26 @@ import pytest
 import torch
 
 from patchdiffusion import rng
-from patchdiffusion.plans import Clock, PatchLaw, PatchPlan, equivalents
+from patchdiffusion.plans import (
+    Clock,
+    ConstantPixels,
+    PatchPlan,
+    Progressive,
+    Stochastic,
+    Stratified,
+    equivalents,
+)
 
 RATIOS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 @pytest.mark.parametrize("attention", [0.0, 0.3, 1.0])
 def test_unsynced_cost_by_enumeration(attention: float) -> None:
-    plan = PatchPlan.paper((64, 64), 8, p=0.25)
+    law = Stochastic.paper(0.25)
+    plan = PatchPlan((64, 64), 8, law)
     costs = [
         (k.prob, k.multiplier * (k.area * (1 - attention) + k.area**2 * attention))
-        for k in plan.sizes
+        for k in law.sizes((64, 64))
     ]
     slowest = sum(
         math.prod(p for p, _ in ranks) * max(c for _, c in ranks)
@@ -32,12 +41,13 @@ def test_unsynced_cost_by_enumeration(attention: float) -> None:
 
 @pytest.mark.parametrize("p", RATIOS)
 def test_cost_by_simulation(p: float) -> None:
-    plan = PatchPlan.paper((64, 64), 8, p=p)
+    law = Stochastic.paper(p)
+    plan, sizes = PatchPlan((64, 64), 8, law), law.sizes((64, 64))
     u = rng.uniform(rng.keys(0, "size", 0, torch.arange(100000)), 16)
-    edges = torch.tensor([k.prob for k in plan.sizes], dtype=torch.float64).cumsum(0)[:-1]
+    edges = torch.tensor([k.prob for k in sizes], dtype=torch.float64).cumsum(0)[:-1]
     chosen = torch.searchsorted(edges, u, right=True)
-    multiplier = torch.tensor([k.multiplier for k in plan.sizes])[chosen]
-    cost = torch.tensor([k.multiplier * k.area for k in plan.sizes])[chosen]
+    multiplier = torch.tensor([k.multiplier for k in sizes])[chosen]
+    cost = torch.tensor([k.multiplier * k.area for k in sizes])[chosen]
     crops = float(multiplier.double().mean())
     assert plan.cost().crops == pytest.approx(crops, rel=0.01)
     assert plan.cost().step == pytest.approx(float(cost.double().mean()), rel=0.01)
@@ -50,7 +60,7 @@ def test_cost_by_simulation(p: float) -> None:
 
 def test_progressive_cost_by_simulation() -> None:
     """Of a run with a clock of full-image equivalents."""
-    plan = PatchPlan((64, 64), 8, PatchLaw(mode="progressive"))
+    plan = PatchPlan((64, 64), 8, Progressive())
     done, steps, crops, total = 0.0, 0, 0, 20_000.0
     while done < total:
         groups = plan.draw(seed=0, step=steps, progress=done / total)
@@ -65,8 +75,8 @@ def test_progressive_cost_by_simulation() -> None:
 @pytest.mark.parametrize(("side", "batch", "divisor"), [(64, 8, 1), (28, 1, 4)])
 def test_kinds_of_steps_by_simulation(clock: Clock, side: int, batch: int, divisor: int) -> None:
     """Also where sides and counts are rounded."""
-    for mode in ("progressive", "stochastic", "constant_pixels", "stratified"):
-        plan = PatchPlan((side, side), batch, PatchLaw(mode=mode), divisor)
+    for law in (Progressive(), Stochastic(), ConstantPixels(), Stratified()):
+        plan = PatchPlan((side, side), batch, law, divisor)
         done, area, steps, found, total = 0.0, 0.0, 0, Counter(), 2500.0 * batch
         while done < total:
             groups = plan.draw(seed=0, step=steps, progress=done / total)
@@ -96,10 +106,9 @@ def test_latent_cost() -> None:
 
 def cost_table() -> str:
     """The rows of docs/cost-model.md; run this file as a script to print them."""
-    laws = [(f"{p:g}", PatchLaw.paper(p)) for p in RATIOS]
-    laws.append(("0.5, constant pixels", PatchLaw(mode="constant_pixels")))
+    laws = {f"{p:g}": Stochastic.paper(p) for p in RATIOS}
     rows = []
-    for name, law in laws:
+    for name, law in {**laws, "0.5, constant pixels": ConstantPixels()}.items():
         plan = PatchPlan((64, 64), 512, law)
         one, eight, sixteen = plan.cost(), *(plan.cost(world=w, synced=False) for w in (8, 16))
         rows.append(

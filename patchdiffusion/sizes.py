@@ -1,0 +1,131 @@
+"""Crop sizes: fractions of a canvas in pixels that a network takes, and how often each is seen."""
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal, Self, get_args
+
+from patchdiffusion.noise import NoiseLaw, Truncated
+from patchdiffusion.patches import Size
+from patchdiffusion.system import families
+
+Multiplier = Literal["inverse_side", "inverse_area", "one"]
+LossNorm = Literal["area", "mean"]
+
+_ALL = (0.0, 1.0)  # percentiles
+
+
+@dataclass(frozen=True)
+class PatchSize:
+    """One size of a plan: relative area a, probability, batch multiplier, share of the gradient."""
+
+    size: Size
+    area: float
+    prob: float
+    multiplier: float
+    share: float
+    pitch: int = 1
+    noise: NoiseLaw | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchLaw:
+    """A few crop sizes, as fractions of every axis of the canvas, and how often each is seen."""
+
+    fractions: tuple[float, ...] = (1.0, 0.5, 0.25)
+    """Crop sides relative to the canvas; 1 is the whole image. Of clips, time is a side too."""
+    probs: tuple[float, ...] = (0.5, 0.3, 0.2)
+    """Probability of each size, summing to 1; the share of whole images is the paper's p."""
+    multiplier: Multiplier = "inverse_side"
+    """How the number of crops grows as they shrink; the paper uses 1, 2, 4: inverse_side."""
+    loss_norm: LossNorm = "area"
+    """area: a crop's gradient counts with its area, as in the paper; mean: all crops alike."""
+    percentiles: tuple[tuple[float, float], ...] = ()
+    """Noise levels of each size, from one quantile of the run's noise law to another; by default
+    every size sees all of them."""
+    pitches: tuple[int, ...] = ()
+    """Image pixels that make a pixel of each size along a side: fraction 1 and pitch 2 is the
+    whole image at half its resolution, with half the noise; by default 1 for every size."""
+
+    def __post_init__(self) -> None:
+        if not self.fractions or len(self.fractions) != len(self.probs):
+            raise ValueError(
+                "fractions and probs need the same length, at least 1, "
+                f"not {len(self.fractions)} and {len(self.probs)}"
+            )
+        if not all(0 < f <= 1 for f in self.fractions):
+            raise ValueError(f"fractions must lie in (0, 1], not {self.fractions}")
+        if not all(p >= 0 for p in self.probs) or abs(sum(self.probs) - 1) > 1e-6:
+            raise ValueError(f"probs must be >= 0 and sum to 1, not {self.probs}")
+        for name, kind in (("multiplier", Multiplier), ("loss_norm", LossNorm)):
+            if getattr(self, name) not in get_args(kind):
+                raise ValueError(
+                    f"unknown {name} {getattr(self, name)!r}, allowed: {get_args(kind)}"
+                )
+        for name, given in (("percentiles", self.percentiles), ("pitches", self.pitches)):
+            if given and len(given) != len(self.fractions):
+                raise ValueError(f"{name} needs one entry per fraction, or none, not {len(given)}")
+        if not all(0 <= low < high <= 1 for low, high in self.percentiles):
+            raise ValueError(f"percentiles need 0 <= low < high <= 1, not {self.percentiles}")
+        if not all(pitch >= 1 for pitch in self.pitches):
+            raise ValueError(f"pitches must be at least 1, not {self.pitches}")
+
+    @classmethod
+    def whole(cls) -> Self:
+        """Whole images only: ordinary diffusion training."""
+        return cls(fractions=(1.0,), probs=(1.0,))
+
+    def inherit(self, old: object, config: object) -> Self:
+        """This plan with the crop sizes of the one that it replaces."""
+        return families.alike(self, old)
+
+    def sizes(
+        self, canvas: Size, divisor: int = 1, noise: NoiseLaw | None = None
+    ) -> tuple[PatchSize, ...]:
+        """The distinct sizes with a positive probability, largest first.
+
+        The noise law is that of the run. Raises `ValueError` for sizes that cannot be had.
+        """
+        if noise is None and (self.percentiles or self.pitches):
+            raise ValueError("percentiles or pitches of a patch law need the noise law of the run")
+        probs: dict[tuple[Size, int, NoiseLaw | None], float] = {}
+        views = (self.pitches or itertools.repeat(1), self.percentiles or itertools.repeat(_ALL))
+        for fraction, prob, pitch, levels in zip(self.fractions, self.probs, *views, strict=False):
+            size = _rounded(canvas, divisor, fraction, pitch)
+            view = (size, pitch, _noise(noise, pitch, levels))
+            probs[view] = probs.get(view, 0.0) + prob
+        whole, power = math.prod(canvas), self._power(len(canvas))
+        rows = [(math.prod(view[0]) / whole, view, p) for view, p in probs.items() if p]
+        rows.sort(key=lambda row: (row[0], row[1][0]), reverse=True)
+        shares = [p * area if self.loss_norm == "area" else p for area, _, p in rows]
+        return tuple(
+            PatchSize(size, area, p, area**power, share / sum(shares), pitch, law)
+            for (area, (size, pitch, law), p), share in zip(rows, shares, strict=True)
+        )
+
+    def _power(self, axes: int) -> float:
+        """The number of crops is the area to this power."""
+        return {"inverse_side": -1 / axes, "inverse_area": -1.0, "one": 0.0}[self.multiplier]
+
+
+def _rounded(canvas: Size, divisor: int, fraction: float, pitch: int) -> Size:
+    """A fraction of each side in pixels of the network, a multiple of its divisor."""
+    if fraction == 1 and pitch == 1:
+        return canvas
+    sides = []
+    for side in canvas:
+        most = side if pitch == 1 else side // pitch // divisor * divisor
+        if most < 1:
+            raise ValueError(
+                f"a canvas of {canvas} is too small for pitch {pitch} and a network that "
+                f"divides sides by {divisor}"
+            )
+        nearest = round(fraction * side / pitch / divisor) * divisor
+        sides.append(min(max(nearest, divisor), most))
+    return tuple(sides)
+
+
+def _noise(law: NoiseLaw | None, pitch: int, levels: tuple[float, float]) -> NoiseLaw | None:
+    if law is None or (pitch == 1 and levels == _ALL):
+        return law
+    return Truncated(law=law, low=levels[0], high=levels[1], scale=1 / pitch)
