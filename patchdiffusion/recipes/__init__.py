@@ -150,7 +150,7 @@ def meanflow(facts: Facts) -> TrainConfig:
     Coordinates do not move along the path, so that patches change nothing in its derivative.
     """
     if facts.path not in ("", "glyphs"):
-        return replace(with_objective(folder(facts), "meanflow"), patches=PatchLaw())
+        return replace(with_objective(folder(facts), "meanflow"), patches=Stratified())
     demo = glyphs(facts)
     config = with_objective(demo, "meanflow")
     optim = replace(demo.optim, lr=1e-3)
