@@ -151,7 +151,7 @@ def test_exit_codes_of_stops(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -
         (ValueError(), 2, "ValueError"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ):
-        monkeypatch.setitem(cli.COMMANDS, "train", (command(error), ""))
+        monkeypatch.setitem(cli.COMMANDS, "train", cli.Command(command(error), object))
         assert text in fails(capsys, "train", code=code)
 
 

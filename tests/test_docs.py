@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from patchdiffusion.cli import COMMANDS
+from patchdiffusion.cli import COMMANDS, techniques
 from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.solvers import Solver
 from patchdiffusion.solvers.schedules import Schedule
@@ -63,6 +63,11 @@ def test_pages_name_commands_that_exist() -> None:
     for page in PAGES:
         for command in re.findall(r"^patchdiffusion (\w+)", page.read_text(), flags=re.MULTILINE):
             assert command in COMMANDS, f"{page.name}: {command}"
+
+
+def test_the_page_of_techniques_is_what_the_classes_say() -> None:
+    text = (ROOT / "docs" / "techniques.md").read_text()
+    assert text == techniques.page(), "python -m patchdiffusion.cli.techniques > docs/techniques.md"
 
 
 def test_every_solver_and_schedule_has_its_place_in_the_page() -> None:

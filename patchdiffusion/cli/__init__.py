@@ -5,23 +5,35 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NoReturn, TextIO
 
 from patchdiffusion import __version__
 from patchdiffusion.cli import average, bench, doctor, evaluate, prepare, report, sample, train
+from patchdiffusion.cli.help import first_line
 from patchdiffusion.cli.parse import HelpShown
 from patchdiffusion.system.dist import leave, place
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 
-COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
-    "train": (train.main, "train on a folder of images, a recipe, or go on with a run"),
-    "sample": (sample.main, "sample images from a run or model"),
-    "evaluate": (evaluate.main, "measure a run, a model or images against real images"),
-    "prepare": (prepare.main, "decode images once into a pack"),
-    "report": (report.main, "write a page about a run: curves, grids, configuration"),
-    "average": (average.main, "make an average of the weights of any width after training"),
-    "bench": (bench.main, "measure training steps of each crop size and of the mixture"),
-    "doctor": (doctor.main, "check the installation, a data set, and how long training takes"),
+
+@dataclass(frozen=True)
+class Command:
+    """A word after `patchdiffusion`."""
+
+    main: Callable[[Sequence[str]], None]
+    arguments: Callable[[], object]
+    """Makes the record that its arguments change; the docstring of its class is the help."""
+
+
+COMMANDS: dict[str, Command] = {
+    "train": Command(train.main, train.TrainArguments),
+    "sample": Command(sample.main, sample.SampleArguments),
+    "evaluate": Command(evaluate.main, evaluate.EvaluateArguments),
+    "prepare": Command(prepare.main, prepare.PrepareArguments),
+    "report": Command(report.main, report.ReportArguments),
+    "average": Command(average.main, average.AverageArguments),
+    "bench": Command(bench.main, bench.BenchArguments),
+    "doctor": Command(doctor.main, doctor.DoctorArguments),
 }
 
 USAGE = "\n".join(
@@ -30,7 +42,7 @@ USAGE = "\n".join(
         "",
         "Train diffusion models from scratch on your own images, on patches.",
         "",
-        *(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()),
+        *(f"  {name:<10}{first_line(command.arguments)}" for name, command in COMMANDS.items()),
         "",
         "patchdiffusion COMMAND --help lists the options of a command.",
         "patchdiffusion --version prints the version.",
@@ -81,7 +93,7 @@ def _run(arguments: Sequence[str]) -> int:
     try:
         if name not in COMMANDS:
             raise ValueError(f"unknown command {name!r}; commands are {', '.join(COMMANDS)}")
-        COMMANDS[name][0](rest)
+        COMMANDS[name].main(rest)
     except HelpShown:
         return 0
     except Stop as error:

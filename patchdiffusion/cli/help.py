@@ -68,7 +68,7 @@ def _groups(record: Any, path: tuple[str, ...], title: str) -> tuple[list[Group]
     """Groups of plain fields, and groups of parts."""
     inside = slots(record, path)
     leaves = [slot for slot in inside if slot.kind == "leaf"]
-    first = [Group(title, _first_line(type(record)) if path else "", leaves)] if leaves else []
+    first = [Group(title, first_line(type(record)) if path else "", leaves)] if leaves else []
     later: list[Group] = []
     for slot in inside:
         if slot.flat:
@@ -127,7 +127,7 @@ def _flag(slot: Slot, width: int, short: bool) -> Iterator[str]:
     yield from _columns(f"  {name}", text, f"[{value}]", width, short)
     for member in slot.members if family else ():
         left = f"      {families.word(member)}"
-        yield from _columns(left, _first_line(member), "", width, short)
+        yield from _columns(left, first_line(member), "", width, short)
 
 
 def _chosen(slot: Slot) -> str:
@@ -164,14 +164,15 @@ def _listed(record: Any, field: str, listed: Mapping[str, object], width: int) -
     """What may stand before the flags."""
     lines = textwrap.wrap(docs(type(record))[field], width)
     for name, value in listed.items():
-        lines += _columns(f"  {name}", _first_line(value), "", width, True)
+        lines += _columns(f"  {name}", first_line(value), "", width, True)
     return lines
 
 
 # ---- Texts ----
 
 
-def _first_line(documented: object) -> str:
+def first_line(documented: object) -> str:
+    """The first line of a docstring."""
     return (documented.__doc__ or "").strip().split("\n")[0]
 
 

@@ -14,10 +14,10 @@ from patchdiffusion.data.source import open_source
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareArguments:
-    """Decode images once into a pack: all in one size in one file that training maps into memory.
+    """Decode images once into a pack: one file that training maps into memory.
 
-    Files that cannot be read are listed with the reason. Training does this by itself; here it can
-    be done ahead.
+    All images get one size. Files that cannot be read are listed with the reason. Training does
+    this by itself; here it can be done ahead.
     """
 
     path: str = field(default="", metadata=positional("DATA"))

@@ -35,7 +35,7 @@ def carry_out(spec: Mapping[str, Any]) -> int:
     def train(arguments: object) -> None:
         tiny.run(config, Path(spec["out"]), **spec.get("run", {}))
 
-    cli.COMMANDS["train"] = (train, "")
+    cli.COMMANDS["train"] = cli.Command(train, object)
     return cli.main(["train"])
 
 

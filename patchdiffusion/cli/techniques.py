@@ -1,0 +1,79 @@
+"""Everything that a word of the command line chooses, as a page: one table for each family.
+
+python -m patchdiffusion.cli.techniques > docs/techniques.md
+"""
+
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from patchdiffusion import recipes
+from patchdiffusion.cli import COMMANDS
+from patchdiffusion.cli.flags import Slot, slots
+from patchdiffusion.cli.help import docs, first_line
+from patchdiffusion.system.families import word
+
+_HEAD = (
+    "# Techniques\n\n"
+    "What a word chooses, by the flag that takes it; the fields of what is chosen are flags "
+    "below it. This page is written\n"
+    "by `python -m patchdiffusion.cli.techniques > docs/techniques.md` from the classes themselves."
+)
+
+
+def reachable(records: Iterable[Any]) -> Iterator[Slot]:
+    """The fields of records, and of all that these can hold, each type of record once."""
+    seen: set[type] = set()
+    for record in records:
+        yield from _below(record, (), seen)
+
+
+def _below(record: Any, path: tuple[str, ...], seen: set[type]) -> Iterator[Slot]:
+    if type(record) in seen:
+        return
+    seen.add(type(record))
+    found = slots(record, path)
+    yield from found
+    for slot in found:
+        place = slot.path[:-1] if slot.flat else slot.path
+        for member in slot.members:
+            end = (word(member),) if slot.kind == "several" else ()
+            yield from _below(member(), (*place, *end), seen)
+
+
+def page() -> str:
+    """The page in Markdown."""
+    blocks = [_HEAD, "## Recipes", _table(["recipe", "what it is for"], _recipes())]
+    done: set[tuple[type, ...]] = set()
+    for slot in reachable(command.arguments() for command in COMMANDS.values()):
+        if slot.kind in ("family", "several") and slot.members not in done:
+            done.add(slot.members)
+            text = docs(slot.owner).get(slot.field, "")
+            rows = [_row(member, slot.members) for member in slot.members]
+            table = _table(["word", "class", "what it is", "source"], rows)
+            blocks += [f"## `--{slot.name}`", text, table]
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _recipes() -> list[list[str]]:
+    return [[f"`{name}`", first_line(recipe)] for name, recipe in recipes.RECIPES.items()]
+
+
+def _row(member: type, family: Sequence[type]) -> list[str]:
+    alone = sum(other.__module__ == member.__module__ for other in family) == 1
+    texts = [member.__doc__ or "", (sys.modules[member.__module__].__doc__ or "") * alone]
+    papers = next(filter(None, (re.findall(r"\b\d{4}\.\d{5}\b", text) for text in texts)), [])
+    unique = dict.fromkeys(papers)
+    links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in unique)
+    place = member.__module__.removeprefix("patchdiffusion.")
+    return [f"`{word(member)}`", f"`{place}.{member.__name__}`", first_line(member), links]
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    cells = [head, ["---"] * len(head), *([c.replace("|", "\\|") for c in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
