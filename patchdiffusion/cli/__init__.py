@@ -1,11 +1,13 @@
 """The command line: `patchdiffusion COMMAND ...`."""
 
+import importlib.util
 import io
 import os
 import select
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, TextIO
 
 from patchdiffusion import __version__
@@ -38,7 +40,7 @@ COMMANDS: dict[str, Command] = {
 
 USAGE = "\n".join(
     [
-        "usage: patchdiffusion COMMAND [options]",
+        "usage: patchdiffusion [--import FILE.py] COMMAND [options]",
         "",
         "Train diffusion models from scratch on your own images, on patches.",
         "",
@@ -46,6 +48,7 @@ USAGE = "\n".join(
         "",
         "patchdiffusion COMMAND --help lists the options of a command.",
         "patchdiffusion --version prints the version.",
+        "--import FILE.py adds networks, objectives, solvers ... of your own.",
     ]
 )
 
@@ -69,6 +72,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
+def _import(arguments: Sequence[str]) -> Sequence[str]:
+    """Execute the Python file behind `--import`, whose types join their families; the rest.
+
+    Raises `ValueError` if there is no such file, or if it cannot be executed.
+    """
+    if len(arguments) < 2:
+        raise ValueError("--import needs a Python file: patchdiffusion --import FILE COMMAND ...")
+    file = Path(arguments[1]).expanduser().resolve()
+    if file.suffix != ".py" or not file.is_file():
+        raise ValueError(f"--import {arguments[1]} is no Python file that exists")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    known = sys.modules.get(file.stem)
+    if known is not None and getattr(known, "__file__", None) != str(file):
+        raise ValueError(f"--import {file}: a module has the name {file.stem}; rename the file")
+    if known is None:
+        module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[file.stem]
+            raise ValueError(f"--import {file}: {type(error).__name__}: {error}") from error
+    return arguments[2:]
+
+
 def _is_closed(stream: TextIO) -> bool:
     """Whether nobody reads an output any more; what is still in it goes nowhere then."""
     poll = select.poll()
@@ -83,6 +111,11 @@ def _is_closed(stream: TextIO) -> bool:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    try:
+        while arguments and arguments[0] == "--import":
+            arguments = _import(arguments)
+    except ValueError as error:
+        return _fail(str(error), 2)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0

@@ -99,7 +99,10 @@ def _union(options: tuple[Any, ...], value: Any, where: str) -> Any:
         named = {o.__name__: o for o in members(tuple(classes))}
         chosen = named.get(str(value.get("type")))
         if chosen is None:
-            raise ValueError(f"{where} needs a type out of {', '.join(named)}")
+            raise ValueError(
+                f"{where} needs a type out of {', '.join(named)}, not {value.get('type')!r}; "
+                "one of your own is made known by patchdiffusion --import FILE.py"
+            )
         return decode(chosen, value, where)
     errors = []
     for option in options:

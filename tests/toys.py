@@ -1,0 +1,186 @@
+"""A toy of each kind that a run is made of, as somebody outside the package would write it.
+
+python -m patchdiffusion --import tests/toys.py train IMAGES --network toy-net ...
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from patchdiffusion import accel, guidance, noise, solvers, weighting
+from patchdiffusion.cond import Call, Cond, Tape
+from patchdiffusion.denoiser import Denoiser, Wrapper, ask
+from patchdiffusion.guidance import threshold
+from patchdiffusion.guidance.base import Surroundings
+from patchdiffusion.nets import Network
+from patchdiffusion.nets.base import Network as NetworkBase
+from patchdiffusion.nets.base import NetworkConfig
+from patchdiffusion.nets.layers import Conv
+from patchdiffusion.solvers import schedules
+from patchdiffusion.solvers.core import Method, Move, Step
+from patchdiffusion.system import families
+from patchdiffusion.train import optimizers
+from patchdiffusion.train import schedules as rates
+
+# ---- A network ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyNet(NetworkConfig):
+    """One convolution."""
+
+    kernel: int = 3
+
+    def build(self, *, seed: int = 0) -> "OneConvolution":
+        return OneConvolution(self).init(seed)
+
+
+class OneConvolution(NetworkBase[ToyNet]):
+    """The whole of a toy network."""
+
+    def __init__(self, config: ToyNet):
+        super().__init__(config)
+        self.conv = Conv(config.channels, config.channels, config.kernel)
+        self.conv.role = "conv"  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+        return self.conv(x)
+
+    def units(self) -> list[nn.Module]:
+        return [self.conv]
+
+
+# ---- Numbers: a noise law, a weight ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyLaw:
+    """Sigma uniform between two bounds."""
+
+    low: float = 0.1
+    high: float = 2.0
+
+    def icdf(self, u: Tensor) -> Tensor:
+        return self.low + (self.high - self.low) * u
+
+    def cdf(self, sigma: Tensor) -> Tensor:
+        return ((sigma - self.low) / (self.high - self.low)).clamp(0, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyWeight:
+    """The same for all noise levels."""
+
+    value: float = 2.0
+
+    def __call__(self, sigma: Tensor) -> Tensor:
+        return torch.full_like(sigma, self.value)
+
+
+# ---- Training: an optimizer, a schedule of its learning rate ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyMomentum(optimizers.OptimizerConfig):
+    """Gradient descent with momentum."""
+
+    momentum: float = 0.9
+
+    def build(self, parameters: Sequence[optimizers.Trained]) -> list[torch.optim.Optimizer]:
+        group = {"params": [p.parameter for p in parameters], "factor": 1.0}
+        return [torch.optim.SGD([group], lr=self.lr, momentum=self.momentum)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyRate:
+    """Half the learning rate, always."""
+
+    def factor(self, progress: float, seen: float) -> float:
+        return 0.5
+
+
+# ---- Sampling: a solver, a schedule, guidance, a threshold, an accelerator ----
+
+
+@dataclass(frozen=True)
+class ToySolver(Method):
+    """Euler's rule with steps that fall a little short."""
+
+    word: ClassVar[str] = "toy-solver"
+    short: float = 0.01
+
+    def move(self, step: Step, x: Tensor) -> Move:
+        denoised = step.denoise(x)
+        ratio = step.next_sigma / step.sigma
+        return denoised + (ratio * (1 - self.short)) * (x - denoised), denoised, ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToySchedule:
+    """Noise levels evenly spaced in sigma."""
+
+    def sigmas(self, n: int, sigma_min: float, sigma_max: float) -> Tensor:
+        levels = torch.linspace(sigma_max, sigma_min, n, dtype=torch.float64)
+        return torch.cat([levels, levels.new_zeros(1)])
+
+
+class Brighter(Wrapper):
+    """Adds to every estimate."""
+
+    def __init__(self, denoiser: Denoiser, by: float):
+        super().__init__(denoiser)
+        self.by = by
+
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
+        return ask(self.inner[0], x, sigma, cond, call) + self.by
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyGuidance:
+    """Towards brighter images."""
+
+    by: float = 0.1
+
+    def everywhere(self) -> "ToyGuidance":
+        return self
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return Brighter(denoiser, self.by)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyThreshold:
+    """Dims estimates."""
+
+    by: float = 0.1
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return Brighter(denoiser, -self.by)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyAccelerator:
+    """Spares nothing."""
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return Brighter(denoiser, 0.0)
+
+
+TOYS = (
+    (Network, ToyNet),
+    (noise.Law, ToyLaw),
+    (weighting.LossWeight, ToyWeight),
+    (optimizers.Optimizer, ToyMomentum),
+    (rates.Schedule, ToyRate),
+    (solvers.Solver, ToySolver),
+    (schedules.Schedule, ToySchedule),
+    (guidance.Guidance, ToyGuidance),
+    (threshold.Threshold, ToyThreshold),
+    (accel.Accelerator, ToyAccelerator),
+)
+
+for family, toy in TOYS:
+    families.add(family, toy)
