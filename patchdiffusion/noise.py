@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from patchdiffusion.paths import DDPM, PATHS, Schedule, check_table, levels
+from patchdiffusion.paths import DDPM, PATHS, Table, check_table, table_sigmas
 
 
 class NoiseLaw(Protocol):
@@ -151,22 +151,22 @@ class DDPMSteps:
     """One of the T discrete steps, each as likely as the others (DDPM, algorithm 1)."""
 
     word: ClassVar[str] = "ddpm-steps"
-    schedule: Schedule = "linear"
+    table: Table = "linear"
     """linear: beta from 1e-4 to .02 if there are 1000 steps; cosine: that of improved DDPM."""
     steps: int = 1000
     """Number of steps T."""
 
     def __post_init__(self) -> None:
-        check_table(self.schedule, self.steps)
+        check_table(self.table, self.steps)
 
     def icdf(self, u: Tensor) -> Tensor:
         """Sigma at the percentiles u."""
         step = (u * self.steps).long().clamp(max=self.steps - 1)
-        return levels(self.schedule, self.steps, u.device)[step].to(u.dtype)
+        return table_sigmas(self.table, self.steps, u.device)[step].to(u.dtype)
 
     def cdf(self, sigma: Tensor) -> Tensor:
         """The percentile in the middle of its step, with a fraction between two: in (0, 1)."""
-        index = DDPM(schedule=self.schedule, steps=self.steps).index(sigma)
+        index = DDPM(table=self.table, steps=self.steps).index(sigma)
         return ((index.clamp(0, self.steps - 1) + 0.5) / self.steps).to(sigma.dtype)
 
 

@@ -5,8 +5,9 @@ for any prediction on any path.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Protocol, cast
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from patchdiffusion.paths import (
     VP,
     Path,
     Prediction,
-    Schedule,
+    Table,
     check_table,
     convert,
     per_sample,
@@ -53,22 +54,42 @@ class Precond(Protocol):
     def scales(self, sigma: Tensor) -> Scales: ...
 
 
-class Choice:
-    """Noise law and loss weight follow the parameterisation when that is chosen by its word."""
+class Trainable(ABC):
+    """Base of the parameterisations that a run may be trained in, with what belongs to each."""
 
-    def inherit(self, old: "Parameterisation", config: object) -> "Parameterisation":
+    predicts_eps: ClassVar[bool] = False
+    """Whether the network predicts eps, whose error is sigma times as large in the image."""
+
+    @abstractmethod
+    def scales(self, sigma: Tensor) -> Scales:
+        """The four functions of sigma."""
+
+    @abstractmethod
+    def default_weighting(self) -> LossWeight:
+        """The weight of the loss it is trained with: mostly the mean squared error of the output of
+        the network."""
+
+    def default_noise(self) -> Law:
+        """The noise law it was published with."""
+        return LogNormal()
+
+    def check_noise(self, law: object) -> None:
+        """Raise `ValueError` for a noise law that it cannot be trained with; any will do."""
+        return None
+
+    def inherit(self, old: object, config: object) -> Self:
         """The same with sigma_data or the steps of the one before."""
-        return families.alike(cast("Parameterisation", self), old)
+        return families.alike(self, old)
 
-    def adopt(self, config: Any, old: "Parameterisation") -> Any:
+    def adopt(self, config: Any, old: "Trainable") -> Any:
         """The configuration with this one's weight, and its law if the one before had another."""
         config = replace(config, objective=config.objective.of_another_precond())
-        law = default_noise(cast("Parameterisation", self))
-        return config if law == default_noise(old) else replace(config, noise=law)
+        law = self.default_noise()
+        return config if law == old.default_noise() else replace(config, noise=law)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDM(Choice):
+class EDM(Trainable):
     """Unit-variance inputs and targets, least amplification of errors (EDM, table 1)."""
 
     sigma_data: float = 0.5
@@ -82,9 +103,12 @@ class EDM(Choice):
         out = sigma * self.sigma_data * total.rsqrt()
         return Scales(self.sigma_data**2 / total, out, total.rsqrt(), sigma.log() / 4)
 
+    def default_weighting(self) -> LossWeight:
+        return EDMWeight(sigma_data=self.sigma_data)
+
 
 @dataclass(frozen=True, kw_only=True)
-class TrigFlow(Choice):
+class TrigFlow(Trainable):
     """The network predicts (dz/dt) / sigma_data on z = cos(t) x0 + sin(t) sigma_data eps.
 
     EDM with the sign of the network flipped and another c_noise (arXiv 2410.11081, section 3).
@@ -107,12 +131,16 @@ class TrigFlow(Choice):
         time = (sigma / self.sigma_data).atan()
         return edm._replace(out=-edm.out, noise=self.time_scale * time)
 
+    def default_weighting(self) -> LossWeight:
+        return EDMWeight(sigma_data=self.sigma_data)
+
 
 @dataclass(frozen=True, kw_only=True)
-class EpsVP(Choice):
+class EpsVP(Trainable):
     """The network predicts eps on a VP path: DDPM in continuous time (EDM, table 1, VP)."""
 
     word: ClassVar[str] = "eps"
+    predicts_eps: ClassVar[bool] = True
     steps: int = 1000
     """c_noise = (steps - 1) t, the time scale of the discrete model."""
 
@@ -123,13 +151,20 @@ class EpsVP(Choice):
         inner = (sigma**2 + 1).rsqrt()
         return Scales(torch.ones_like(sigma), -sigma, inner, (self.steps - 1) * VP().time(sigma))
 
+    def default_weighting(self) -> LossWeight:
+        return EpsWeight()
+
+    def default_noise(self) -> Law:
+        return UniformTime(path="vp")
+
 
 @dataclass(frozen=True, kw_only=True)
-class EpsDDPM(Choice):
+class EpsDDPM(Trainable):
     """The network predicts eps and is told the discrete step of the noise level (DDPM)."""
 
     word: ClassVar[str] = "ddpm"
-    schedule: Schedule = "linear"
+    predicts_eps: ClassVar[bool] = True
+    table: Table = "linear"
     """linear: beta from 1e-4 to .02 if there are 1000 steps; cosine: that of improved DDPM."""
     steps: int = 1000
     """Number of steps."""
@@ -137,18 +172,33 @@ class EpsDDPM(Choice):
     """Between two steps tell the nearer one, instead of a fraction."""
 
     def __post_init__(self) -> None:
-        check_table(self.schedule, self.steps)
+        check_table(self.table, self.steps)
 
     def scales(self, sigma: Tensor) -> Scales:
-        step = DDPM(schedule=self.schedule, steps=self.steps).index(sigma)
+        step = DDPM(table=self.table, steps=self.steps).index(sigma)
         step = step.clamp(0, self.steps - 1).to(sigma.dtype)
         inner = (sigma**2 + 1).rsqrt()
         noise = step.round() if self.nearest else step
         return Scales(torch.ones_like(sigma), -sigma, inner, noise)
 
+    def default_weighting(self) -> LossWeight:
+        return EpsWeight()
+
+    def default_noise(self) -> Law:
+        return DDPMSteps(table=self.table, steps=self.steps)
+
+    def check_noise(self, law: object) -> None:
+        """Raise `ValueError` for the steps of another table."""
+        own = (self.table, self.steps)
+        if isinstance(law, DDPMSteps) and (law.table, law.steps) != own:
+            raise ValueError(
+                f"precond.table and precond.steps are {own} and those of noise "
+                f"{(law.table, law.steps)}: give both the same"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
-class V(Choice):
+class V(Trainable):
     """The network predicts v = a eps - s x0 on a variance-preserving path (arXiv 2202.00512)."""
 
     steps: int = 1000
@@ -162,9 +212,15 @@ class V(Choice):
         noise = (self.steps - 1) * VP().time(sigma)
         return Scales(1 / total, -sigma * total.rsqrt(), total.rsqrt(), noise)
 
+    def default_weighting(self) -> LossWeight:
+        return VWeight()
+
+    def default_noise(self) -> Law:
+        return UniformTime(path="cosine")
+
 
 @dataclass(frozen=True, kw_only=True)
-class FlowMatching(Choice):
+class FlowMatching(Trainable):
     """The network predicts eps - x0, the velocity of the straight path (arXiv 2210.02747)."""
 
     word: ClassVar[str] = "flow"
@@ -178,14 +234,23 @@ class FlowMatching(Choice):
         inner = 1 / (1 + sigma)
         return Scales(inner, -sigma * inner, inner, self.time_scale * (sigma * inner))
 
+    def default_weighting(self) -> LossWeight:
+        return FlowWeight()
+
+    def default_noise(self) -> Law:
+        return UniformTime(path="flow")
+
 
 @dataclass(frozen=True)
-class X0(Choice):
+class X0(Trainable):
     """The network predicts the image itself from x / sqrt(1 + sigma^2); c_noise = ln(sigma) / 4."""
 
     def scales(self, sigma: Tensor) -> Scales:
         inner = (sigma**2 + 1).rsqrt()
         return Scales(torch.zeros_like(sigma), torch.ones_like(sigma), inner, sigma.log() / 4)
+
+    def default_weighting(self) -> LossWeight:
+        return MinSNRWeight()
 
 
 Parameterisation = EDM | EpsVP | EpsDDPM | V | X0 | FlowMatching | TrigFlow
@@ -223,36 +288,3 @@ def _check_time_scale(value: float) -> None:
 def _check_steps(value: int) -> None:
     if not 2 <= value <= 1_000_000:
         raise ValueError(f"steps must lie in [2, 1000000], not {value}")
-
-
-# ---- What belongs to a parameterisation ----
-
-
-def default_weighting(precond: Parameterisation) -> LossWeight:
-    """The mean squared error of what the network puts out; of X0, min-SNR as its authors train."""
-    match precond:
-        case EDM() | TrigFlow():
-            return EDMWeight(sigma_data=precond.sigma_data)
-        case EpsVP() | EpsDDPM():
-            return EpsWeight()
-        case V():
-            return VWeight()
-        case FlowMatching():
-            return FlowWeight()
-        case X0():
-            return MinSNRWeight()
-
-
-def default_noise(precond: Parameterisation) -> Law:
-    """The noise levels that a parameterisation was published with."""
-    match precond:
-        case EDM() | TrigFlow() | X0():
-            return LogNormal()
-        case EpsVP():
-            return UniformTime(path="vp")
-        case EpsDDPM():
-            return DDPMSteps(schedule=precond.schedule, steps=precond.steps)
-        case V():
-            return UniformTime(path="cosine")
-        case FlowMatching():
-            return UniformTime(path="flow")

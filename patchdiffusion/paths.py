@@ -142,13 +142,13 @@ PATHS: dict[str, Path] = {"vp": VP(), "cosine": Cosine(), "flow": Flow(), "ve": 
 # 2021 (2102.09672), equation 17: abar the square of a cosine.
 
 
-Schedule = Literal["linear", "cosine"]
+Table = Literal["linear", "cosine"]
 
 
 @lru_cache
-def levels(schedule: Schedule, steps: int, device: torch.device) -> Tensor:
+def table_sigmas(table: Table, steps: int, device: torch.device) -> Tensor:
     """Every sigma_i, increasing: float64 [steps]."""
-    if schedule == "linear":  # the sum of all betas does not depend on their number
+    if table == "linear":  # the sum of all betas does not depend on their number
         beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64) * (1000 / steps)
     else:
         time = torch.arange(steps + 1, dtype=torch.float64) / steps
@@ -164,21 +164,21 @@ class DDPM:
     Between two steps ln sigma is linear in time, and goes on as straight beyond the table.
     """
 
-    schedule: Schedule = "linear"
+    table: Table = "linear"
     """linear: beta from 1e-4 to .02 if there are 1000 steps; cosine: that of improved DDPM."""
     steps: int = 1000
     """Number of steps T."""
 
     def __post_init__(self) -> None:
-        check_table(self.schedule, self.steps)
+        check_table(self.table, self.steps)
 
     def index(self, sigma: Tensor) -> Tensor:
         """The step of a sigma, with a fraction between two: float64, in the table [0, T - 1]."""
-        table = self._logs(sigma)
+        logs = self._logs(sigma)
         log = sigma.double().log()
-        above = torch.searchsorted(table, log.contiguous()).clamp(1, self.steps - 1)
+        above = torch.searchsorted(logs, log.contiguous()).clamp(1, self.steps - 1)
         below = above - 1
-        part = (log - table[below]) / (table[above] - table[below])
+        part = (log - logs[below]) / (logs[above] - logs[below])
         return below + part
 
     def time(self, sigma: Tensor) -> Tensor:
@@ -202,19 +202,19 @@ class DDPM:
         return self.a(t) ** 2 * self.s(t) * self._piece(t)[1].to(t.dtype)
 
     def _logs(self, like: Tensor) -> Tensor:
-        return levels(self.schedule, self.steps, like.device).log()
+        return table_sigmas(self.table, self.steps, like.device).log()
 
     def _piece(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The last step at or before a time, and d ln sigma / dt after it."""
-        table = self._logs(t)
+        logs = self._logs(t)
         below = (t.detach().double() * (self.steps - 1)).long().clamp(0, self.steps - 2)
-        return below, (table[below + 1] - table[below]) * (self.steps - 1)
+        return below, (logs[below + 1] - logs[below]) * (self.steps - 1)
 
 
-def check_table(schedule: str, steps: int) -> None:
+def check_table(table: str, steps: int) -> None:
     """Raise `ValueError` unless there is such a table."""
-    if schedule not in get_args(Schedule):
-        raise ValueError(f"unknown schedule {schedule!r}, allowed: {get_args(Schedule)}")
+    if table not in get_args(Table):
+        raise ValueError(f"unknown table {table!r}, allowed: {get_args(Table)}")
     if not 25 <= steps <= 100_000:  # below, a linear beta exceeds 1
         raise ValueError(f"steps must lie in [25, 100000], not {steps}")
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.noise import DDPMSteps, NoiseLaw, Truncated
-from patchdiffusion.parameterisation import EpsDDPM, default_noise
-from patchdiffusion.paths import DDPM, Schedule, levels
+from patchdiffusion.parameterisation import EpsDDPM
+from patchdiffusion.paths import DDPM, Table, table_sigmas
 
-SCHEDULES: tuple[Schedule, ...] = ("linear", "cosine")
+TABLES: tuple[Table, ...] = ("linear", "cosine")
 
 
-def table(schedule: Schedule, steps: int = 1000) -> Tensor:
-    return levels(schedule, steps, torch.device("cpu"))
+def table(schedule: Table, steps: int = 1000) -> Tensor:
+    return table_sigmas(schedule, steps, torch.device("cpu"))
 
 
 # ---- The table, by other ways to it ----
@@ -53,18 +53,18 @@ def test_fewer_linear_steps_reach_as_far() -> None:
 # ---- The path ----
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_level_there_and_back(schedule: Schedule) -> None:
-    path, sigma, steps = DDPM(schedule=schedule), table(schedule), torch.arange(1000).double()
+@pytest.mark.parametrize("schedule", TABLES)
+def test_every_level_there_and_back(schedule: Table) -> None:
+    path, sigma, steps = DDPM(table=schedule), table(schedule), torch.arange(1000).double()
     assert torch.equal(path.index(sigma), steps)
     assert torch.allclose(path.sigma(steps / 999), sigma, rtol=1e-12)
     assert float((path.index(sigma.float()) - steps).abs().max()) < 1e-4
     assert torch.allclose(path.sigma((steps / 999).float()).double(), sigma, rtol=1e-4)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_between_two_steps_ln_sigma_is_linear(schedule: Schedule) -> None:
-    path, sigma = DDPM(schedule=schedule), table(schedule)
+@pytest.mark.parametrize("schedule", TABLES)
+def test_between_two_steps_ln_sigma_is_linear(schedule: Table) -> None:
+    path, sigma = DDPM(table=schedule), table(schedule)
     between = sigma[:-1] ** 0.75 * sigma[1:] ** 0.25
     expected = torch.arange(999).double() + 0.25
     assert float((path.index(between) - expected).abs().max()) < 1e-9
@@ -89,9 +89,9 @@ def test_one_level_for_all_samples() -> None:
 # ---- The law ----
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_step_is_drawn_alike(schedule: Schedule) -> None:
-    law = DDPMSteps(schedule=schedule, steps=250)
+@pytest.mark.parametrize("schedule", TABLES)
+def test_every_step_is_drawn_alike(schedule: Table) -> None:
+    law = DDPMSteps(table=schedule, steps=250)
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     sigma = law.icdf(u)
     assert torch.equal(sigma, table(schedule, 250).repeat_interleave(4))
@@ -115,11 +115,11 @@ def test_a_part_of_the_law() -> None:
 # ---- The preconditioner ----
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_the_network_is_told_the_step_it_was_drawn_at(schedule: Schedule) -> None:
-    precond = EpsDDPM(schedule=schedule, steps=100)
-    law = default_noise(precond)
-    assert law == DDPMSteps(schedule=schedule, steps=100)
+@pytest.mark.parametrize("schedule", TABLES)
+def test_the_network_is_told_the_step_it_was_drawn_at(schedule: Table) -> None:
+    precond = EpsDDPM(table=schedule, steps=100)
+    law = precond.default_noise()
+    assert law == DDPMSteps(table=schedule, steps=100)
     told = precond.scales(law.icdf(torch.linspace(0.005, 0.995, 100, dtype=torch.float64))).noise
     assert torch.equal(told, torch.arange(100).double())
 
@@ -136,7 +136,7 @@ def test_the_nearest_step_or_a_fraction() -> None:
     [
         (lambda: DDPMSteps(steps=24), r"steps must lie in \[25, 100000\], not 24"),
         (lambda: EpsDDPM(steps=10**18), r"steps must lie in \[25, 100000\]"),
-        (lambda: DDPM(schedule="sigmoid"), "unknown schedule 'sigmoid', allowed: .*'cosine'"),  # pyright: ignore[reportArgumentType]
+        (lambda: DDPM(table="sigmoid"), "unknown table 'sigmoid', allowed: .*'cosine'"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_impossible_tables_are_refused(make: Callable[[], object], message: str) -> None:

@@ -26,7 +26,6 @@ from patchdiffusion.parameterisation import (
     Precond,
     TrigFlow,
     V,
-    default_weighting,
 )
 from patchdiffusion.patches import coordinates
 from patchdiffusion.paths import DDPM, VE, VP, Cosine, Flow, Path, Prediction, convert, per_sample
@@ -77,11 +76,11 @@ class Circle(Exact):
 
 
 SD = 0.7
-DISCRETE = DDPM(schedule="cosine", steps=500)
+DISCRETE = DDPM(table="cosine", steps=500)
 EXACT: dict[str, tuple[Precond, Exact]] = {
     "eps": (EpsVP(), Exact(VP(), "eps", lambda c: VP().sigma(c / 999))),
     "ddpm": (
-        EpsDDPM(schedule="cosine", steps=500),
+        EpsDDPM(table="cosine", steps=500),
         Exact(DISCRETE, "eps", lambda c: DISCRETE.sigma(c / 499)),
     ),
     "v": (V(), Exact(VP(), "v", lambda c: VP().sigma(c / 999))),
@@ -136,7 +135,7 @@ def test_edm_scales() -> None:
 )
 def test_natural_weight_times_c_out_squared_is_one(precond: Parameterisation) -> None:
     """Every noise level counts the same for the network's own output."""
-    product = default_weighting(precond)(SIGMA) * precond.scales(SIGMA).out ** 2
+    product = precond.default_weighting()(SIGMA) * precond.scales(SIGMA).out ** 2
     assert float((product - 1).abs().max()) < 1e-12
 
 

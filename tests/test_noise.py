@@ -31,7 +31,7 @@ LAWS: list[NoiseLaw] = [
     UniformTime(path="flow"),
     Truncated(law=LogNormal(), low=0.3, high=0.9, scale=0.5),
 ]
-ALL_PATHS: dict[str, Path] = {**PATHS, "ddpm": DDPM(), "ddpm-cosine": DDPM(schedule="cosine")}
+ALL_PATHS: dict[str, Path] = {**PATHS, "ddpm": DDPM(), "ddpm-cosine": DDPM(table="cosine")}
 QUANTILES = torch.linspace(0.001, 0.999, 501, dtype=torch.float64)
 TIMES = torch.linspace(0.02, 0.95, 40, dtype=torch.float64)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
-from patchdiffusion.parameterisation import Parameterisation, default_noise, default_weighting
+from patchdiffusion.parameterisation import Parameterisation
 from patchdiffusion.paths import DDPM, PATHS, VP, Prediction, convert
 from patchdiffusion.paths import Path as NoisePath
 from patchdiffusion.system.families import words
@@ -74,10 +74,10 @@ def test_the_table_of_parameterisations(page: ModuleType) -> None:
             found = value(formula, **symbols).expand_as(SIGMA)
             assert torch.allclose(found, expected, rtol=1e-12), (word, formula)
         found = value(weight, **symbols)
-        assert torch.allclose(found, default_weighting(precond)(SIGMA), rtol=1e-12), word
+        assert torch.allclose(found, precond.default_weighting()(SIGMA), rtol=1e-12), word
         if density != "discrete":
             sigma = SIGMA.clone().requires_grad_()
-            (exact,) = torch.autograd.grad(default_noise(precond).cdf(sigma).sum(), sigma)
+            (exact,) = torch.autograd.grad(precond.default_noise().cdf(sigma).sum(), sigma)
             ratio = exact / value(density, **symbols)
             assert float(ratio.max() / ratio.min()) == pytest.approx(1, abs=1e-9), word
 

@@ -21,7 +21,6 @@ from patchdiffusion.parameterisation import (
     Parameterisation,
     TrigFlow,
     V,
-    default_noise,
 )
 from patchdiffusion.plans import Stratified
 from patchdiffusion.recipes import Facts
@@ -67,7 +66,7 @@ def test_a_parameterisation_comes_with_its_law_and_its_weight(word: str) -> None
     begun = replace(GLYPHS, precond=V(), noise=LogUniform(), objective=WEIGHTED)
     config = chosen(f"--precond {word}", begun)
     assert type(config.precond) is PRECONDS[word]
-    assert config.noise == default_noise(config.precond)
+    assert config.noise == config.precond.default_noise()
     assert config.objective == DenoisingConfig()
 
 
@@ -94,22 +93,22 @@ def test_the_words_may_be_combined() -> None:
 def test_words_and_fields(images: Path, tmp_path: Path, capsys: Capture) -> None:
     works(
         capsys, "train", images, "--out", tmp_path / "run", *SMALL, "--precond", "ddpm",
-        "--precond.schedule", "cosine", "--noise.schedule", "cosine", "--precond.nearest",
+        "--precond.table", "cosine", "--noise.table", "cosine", "--precond.nearest",
         "--objective.weighting", "p2", "--objective.weighting.gamma", 0.5,
     )  # fmt: skip
     config = stored_config(tmp_path / "run")
     assert config is not None
-    assert config.precond == EpsDDPM(schedule="cosine", nearest=True)
-    assert config.noise == DDPMSteps(schedule="cosine")
+    assert config.precond == EpsDDPM(table="cosine", nearest=True)
+    assert config.noise == DDPMSteps(table="cosine")
     assert config.objective == DenoisingConfig(weighting=P2Weight(gamma=0.5))
     # Its own fields are known when it goes on, and its type is part of what it is.
     assert "is finished" in works(
         capsys, "train", tmp_path / "run", "--objective.weighting.gamma", 0.5
     )
     again = ("train", images, "--out", tmp_path / "run")
-    assert "is finished" in works(capsys, *again, "--precond", "ddpm", "--noise.schedule", "cosine")
+    assert "is finished" in works(capsys, *again, "--precond", "ddpm", "--noise.table", "cosine")
     error = fails(capsys, *again, "--precond", "v")
-    assert "precond: EpsDDPM(schedule='cosine', steps=1000, nearest=True) -> V(steps=1000)" in error
+    assert "precond: EpsDDPM(table='cosine', steps=1000, nearest=True) -> V(steps=1000)" in error
     assert "UniformTime(path='cosine'" in error and "weighting: P2Weight" in error
     assert "weighting.gamma: 0.5 -> 1.0" in fails(capsys, *again, "--objective.weighting.gamma", 1)
 
@@ -148,7 +147,7 @@ SMALL = [
         ),
         ("--precond eps --precond.steps 1", "steps must lie in [2, 1000000], not 1"),
         ("--precond flow --precond.time-scale 0", "time_scale must be positive"),
-        ("--precond ddpm --precond.steps 500", "precond.schedule and precond.steps are"),
+        ("--precond ddpm --precond.steps 500", "precond.table and precond.steps are"),
         ("--noise uniform-time --noise.path ve", "--noise.path"),
         ("--objective.weighting min-snr --objective.weighting.gamma 0", "gamma must be positive"),
         ("--objective.log-variance -1", "log_variance must lie in [0, 65536], not -1"),

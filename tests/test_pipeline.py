@@ -150,7 +150,7 @@ def test_options_reach_the_solver() -> None:
         (FlowSpaced(shift=3.0), lambda: flow_uniform(9, 0.01, 50.0, 3.0)),
         (
             TableSpaced(table="cosine", steps=500),
-            lambda: ddpm_table(9, 0.01, 50.0, table=DDPM(schedule="cosine", steps=500)),
+            lambda: ddpm_table(9, 0.01, 50.0, table=DDPM(table="cosine", steps=500)),
         ),
     ],
 )

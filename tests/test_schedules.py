@@ -118,7 +118,7 @@ def test_impossible_grids_are_refused() -> None:
             grid(3, 2.0, 1.0)
 
 
-@pytest.mark.parametrize("table", [DDPM(), DDPM(schedule="cosine", steps=200)])
+@pytest.mark.parametrize("table", [DDPM(), DDPM(table="cosine", steps=200)])
 def test_levels_of_a_ddpm_table(table: DDPM) -> None:
     """Between the ends only levels of the table are visited, at evenly spaced steps."""
     low, high = (float(table.sigma(torch.tensor(t).double())) for t in (0.0, 1.0))

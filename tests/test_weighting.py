@@ -23,8 +23,6 @@ from patchdiffusion.parameterisation import (
     Parameterisation,
     TrigFlow,
     V,
-    default_noise,
-    default_weighting,
 )
 from patchdiffusion.weighting import (
     EDMWeight,
@@ -70,9 +68,9 @@ def test_natural_training_is_least_squares_on_the_output(
 ) -> None:
     """The loss of training is the mean squared error of what the network predicts, exactly."""
     network, given = Linear(), draws(64)
-    denoiser, weight = NetDenoiser(network, precond), default_weighting(precond)
+    denoiser, weight = NetDenoiser(network, precond), precond.default_weighting()
     images = rng.normal(given.keys("images"), (2, 3, 4), torch.float64)
-    objective = DenoisingLoss(default_noise(precond), weight)
+    objective = DenoisingLoss(precond.default_noise(), weight)
     trained = objective(denoiser, batch(images), given).per_sample
     sigma = objective.levels(given).double()
     noise = given.normal("noise", (2, 3, 4)).double()
@@ -84,14 +82,16 @@ def test_natural_training_is_least_squares_on_the_output(
 
 
 def test_an_image_network_is_trained_with_min_snr() -> None:
-    assert default_weighting(X0()) == MinSNRWeight(gamma=5.0)
+    assert X0().default_weighting() == MinSNRWeight(gamma=5.0)
 
 
 def test_published_laws() -> None:
-    assert default_noise(EDM()) == default_noise(TrigFlow()) == default_noise(X0()) == LogNormal()
-    assert default_noise(EpsVP()) == UniformTime(path="vp")
-    assert default_noise(V()) == UniformTime(path="cosine")
-    assert default_noise(FlowMatching()) == UniformTime(path="flow")
+    assert (
+        EDM().default_noise() == TrigFlow().default_noise() == X0().default_noise() == LogNormal()
+    )
+    assert EpsVP().default_noise() == UniformTime(path="vp")
+    assert V().default_noise() == UniformTime(path="cosine")
+    assert FlowMatching().default_noise() == UniformTime(path="flow")
 
 
 # ---- Formulas of the papers ----

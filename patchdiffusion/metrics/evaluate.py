@@ -23,7 +23,6 @@ from patchdiffusion.metrics.compare import Gathered, compare, crops, multiply_ad
 from patchdiffusion.metrics.frechet import Moments
 from patchdiffusion.metrics.heldout import held_out_losses, standard_error, summarise
 from patchdiffusion.metrics.memorise import CopyCounter
-from patchdiffusion.parameterisation import default_weighting
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.files import cache_dir, write_atomic
@@ -132,7 +131,7 @@ class Evaluation:
                 chosen,
                 space=model.space,
                 law=model.noise,
-                weighting=default_weighting(model.precond),
+                weighting=model.precond.default_weighting(),
                 sizes=(model.canvas,),
                 device=pipeline.model.device,
                 batch=self.config.batch,

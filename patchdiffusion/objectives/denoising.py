@@ -8,7 +8,6 @@ from torch import Tensor
 from patchdiffusion.losses import DenoisingLoss, Objective, UncertaintyLoss
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives.base import C, Materials, ObjectiveConfig
-from patchdiffusion.parameterisation import default_noise, default_weighting
 from patchdiffusion.rng import Draws
 from patchdiffusion.weighting import LogVariance, LossWeight
 
@@ -31,7 +30,7 @@ class DenoisingConfig(ObjectiveConfig):
         return replace(
             config,
             objective=self,
-            noise=default_noise(config.precond),
+            noise=config.precond.default_noise(),
             network=replace(config.network, jump=False),
             preview=replace(config.preview, sample_steps=type(config.preview)().sample_steps),
         )
@@ -46,7 +45,7 @@ class DenoisingConfig(ObjectiveConfig):
 
     def build(self, materials: Materials) -> Objective:
         """The denoising loss, on top of a learned log-variance if there is one."""
-        weighting = self.weighting or default_weighting(materials.precond)
+        weighting = self.weighting or materials.precond.default_weighting()
         loss = DenoisingLoss(materials.law, weighting, materials.label_dropout)
         if not self.log_variance:
             return loss

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.model import Model, Weights, load_model
-from patchdiffusion.parameterisation import EpsDDPM, EpsVP
 from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import Start, sample
@@ -86,7 +85,7 @@ class Pipeline:
         """The same with what this model takes for auto; `ValueError` for what it does not take."""
         objective, precond = self.model.config.objective, self.model.config.precond
         few = objective.few_step
-        eps = not few and isinstance(precond, EpsVP | EpsDDPM)
+        eps = not few and precond.predicts_eps
         return config.resolved(Kind(denoiser=objective.denoises, flow_map=few, eps=eps))
 
     def autocast(self) -> torch.autocast:

@@ -158,15 +158,15 @@ class TableSpaced:
 
     word: ClassVar[str] = "ddpm"
     table: Literal["linear", "cosine"] = "linear"
-    """Which table, as in `precond.schedule` of the model."""
+    """Which table, as in `precond.table` of the model."""
     steps: int = 1000
     """Number of steps of the table."""
 
     def __post_init__(self) -> None:
-        DDPM(schedule=self.table, steps=self.steps)  # raises if there is none
+        DDPM(table=self.table, steps=self.steps)  # raises if there is none
 
     def sigmas(self, n: int, low: float, high: float) -> Tensor:
-        return ddpm_table(n, low, high, table=DDPM(schedule=self.table, steps=self.steps))
+        return ddpm_table(n, low, high, table=DDPM(table=self.table, steps=self.steps))
 
 
 Schedule = Karras | LogSpaced | TimeSpaced | Quadratic | FlowSpaced | TableSpaced

@@ -8,9 +8,9 @@ from typing import Literal
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.nets import Network
 from patchdiffusion.nets.unet import UNetConfig
-from patchdiffusion.noise import DDPMSteps, Law, LogNormal
+from patchdiffusion.noise import Law, LogNormal
 from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
-from patchdiffusion.parameterisation import EDM, EpsDDPM, Parameterisation
+from patchdiffusion.parameterisation import EDM, Parameterisation
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Clock, Patches, PatchPlan, Stratified
 from patchdiffusion.system.checks import fraction, positive
@@ -153,22 +153,11 @@ class TrainConfig:
         self.objective.check(self)
         if not self.name or self.name in (".", "..") or {"/", "\\", "\0"} & set(self.name):
             raise ValueError(f"name must be usable as a folder name, not {self.name!r}")
-        _check_steps(self.precond, self.noise)
+        self.precond.check_noise(self.noise)
 
     def plan(self, canvas: Size) -> PatchPlan:
         """The patch plan on a canvas."""
         return PatchPlan(canvas, self.batch, self.patches, self.network.divisor, self.noise)
-
-
-def _check_steps(precond: Parameterisation, noise: Law) -> None:
-    """Raise `ValueError` if a network of discrete steps is trained on those of another table."""
-    if isinstance(precond, EpsDDPM) and isinstance(noise, DDPMSteps):
-        told, drawn = (precond.schedule, precond.steps), (noise.schedule, noise.steps)
-        if told != drawn:
-            raise ValueError(
-                f"precond.schedule and precond.steps are {told} and those of noise {drawn}: "
-                "give both the same"
-            )
 
 
 FREE = (

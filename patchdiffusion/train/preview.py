@@ -28,7 +28,6 @@ from patchdiffusion.metrics.evaluate import (
 from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.heldout import held_out_losses, summarise
 from patchdiffusion.metrics.memorise import copy_rate
-from patchdiffusion.parameterisation import default_weighting
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.driver import sample
 from patchdiffusion.sampling.pipeline import SamplerConfig
@@ -125,7 +124,7 @@ class Preview:
                         held,
                         space=self.pack.space,
                         law=self.config.noise,
-                        weighting=default_weighting(self.config.precond),
+                        weighting=self.config.precond.default_weighting(),
                         sizes=self.sizes,
                         device=self.device,
                         batch=self._batch,
