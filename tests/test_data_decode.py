@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import tiny
+from commands import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -238,7 +239,7 @@ def test_channels():
     assert fit(colour, (8, 8), 4, WHITE)[0][0, 0].tolist() == [255, 0, 0, 255]
     grey = RAMP[..., None]
     np.testing.assert_array_equal(fit(grey, (8, 8), 3, WHITE)[0], np.repeat(grey, 3, 2))
-    with pytest.raises(ValueError, match="5 channels cannot become 3"):
+    with refuses(5, 3):
         fit(np.zeros((8, 8, 5), dtype=np.uint8), (8, 8), 3, WHITE)
 
 
@@ -273,9 +274,9 @@ def test_background_names():
     assert background_colour("black") == (0, 0, 0)
     assert background_colour("#ff8000") == (255, 128, 0)
     assert background_colour((1, 2, 3)) == (1, 2, 3)
-    with pytest.raises(ValueError, match="background is 'whitish'; allowed are"):
+    with refuses("background", "whitish"):
         background_colour("whitish")
-    with pytest.raises(ValueError, match="numbers from 0 to 255"):
+    with refuses("background", 300, 255):
         background_colour((1, 2, 300))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import refuses
 from torch import Tensor
 
 from patchdiffusion import SamplerConfig, sample
@@ -229,9 +230,9 @@ def test_a_start_that_does_not_fit() -> None:
         return sample(blend, seeds=range(count), channels=3, canvas=CANVAS, config=config,
                       start=Start(x, 0.7))  # fmt: skip
 
-    with pytest.raises(ValueError, match="3 seeds need as many images to start from, not 2"):
+    with refuses(3, 2):
         draw(3, FAST)
-    with pytest.raises(ValueError, match=r"sigma_max 5 beside a start at sigma 0.7"):
+    with refuses("sigma_max", 5, 0.7):
         draw(2, replace(FAST, sigma_max=5.0))
 
 

@@ -196,7 +196,7 @@ def test_some_channels_only() -> None:
         ({"interval": (-1.0, 1.0)}, "0 <= low"),
         ({"interval": (0.0, math.inf)}, "high < inf"),
         ({"interval": (math.nan, 1.0)}, "0 <= low"),
-        ({"rescale": 1.5}, r"rescale must lie in \[0, 1\], not 1\.5"),
+        ({"rescale": 1.5}, r"rescale.*1\.5"),
         ({"rescale": math.nan}, "rescale"),
         ({"channels": 0}, "at least 1 channel, not 0"),
     ],

@@ -6,6 +6,7 @@ from functools import cache, partial
 import pytest
 import tiny
 import torch
+from commands import refuses
 from torch import Tensor
 
 from patchdiffusion import rng
@@ -171,9 +172,9 @@ def test_values_of_another_shape_are_refused() -> None:
     x, sigma = noisy(2)
     for n in (30, 4):
         guide = Measurement(measure=lambda x: x @ H[:, None], value=torch.ones(n), noise=0.3)
-        with pytest.raises(ValueError, match=rf"values \[{n}\] do not fit measurements \[30, 1\]"):
+        with refuses(f"[{n}]", "[30, 1]"):
             GradientGuidance(TOY, guide)(x, sigma)
-    with pytest.raises(ValueError, match=r"must be positive, not 0\.0"):
+    with refuses(0.0):
         Measurement(measure=linear, value=1.0, noise=0.0)
 
 
@@ -336,10 +337,10 @@ def test_what_cannot_work_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             GradientGuidance(TOY, Tilt(reward))(x, sigma)
-    with torch.inference_mode(), pytest.raises(ValueError, match="not inference_mode"):
+    with torch.inference_mode(), refuses("inference_mode"):
         GradientGuidance(TOY, Tilt(linear))(x, sigma)
-    with pytest.raises(ValueError, match="finite, not nan"):
+    with refuses(math.nan):
         GradientGuidance(TOY, Tilt(linear), math.nan)
     for below, clip in ((0.0, 1.0), (1.0, -1.0)):
-        with pytest.raises(ValueError, match="must be positive"):
+        with refuses("positive"):
             GradientGuidance(TOY, Tilt(linear), below=below, clip=clip)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from commands import refuses
 
 from patchdiffusion import load_model, model
 from patchdiffusion.model import ModelConfig, save_model
@@ -134,7 +135,7 @@ def test_damage_is_found(name: str, saved: Path) -> None:
     data[-1] ^= 1
     (saved / name).write_bytes(data)
     weights = "averaged" if name.startswith("model") else "raw"
-    with pytest.raises(ValueError, match=f"{name} is damaged: its digest is"):
+    with refuses(name, "digest"):
         load_model(saved, weights=weights)
     load_model(saved, weights="raw" if weights == "averaged" else "averaged")
 
@@ -147,7 +148,7 @@ def test_damage_is_found(name: str, saved: Path) -> None:
         ({"type": "TrainConfig"}, "the type must be ModelConfig"),
         ({"canvas": [8, 0]}, r"canvas .* \(8, 0\)"),
         ({"sha256": {}}, "is damaged"),
-        ({"precond": {"type": "EDM", "sigma_data": 0.0}}, "sigma_data must be positive"),
+        ({"precond": {"type": "EDM", "sigma_data": 0.0}}, "sigma_data"),
     ],
 )
 def test_strange_configurations(change: dict[str, object], message: str, saved: Path) -> None:
@@ -163,7 +164,7 @@ def test_strange_configurations(change: dict[str, object], message: str, saved: 
         ({"type": "Exploit"}, "network needs a type out of UNetConfig, TransformerConfig"),
         ({"type": "os.system"}, "network needs a type out of"),
         ({"path": "x.py"}, "unknown key 'network.path'"),
-        ({"base": -4}, "base must be a multiple of 4"),
+        ({"base": -4}, "base"),
         ({"base": 8}, "does not fit its configuration"),
         ({"num_classes": 0}, "does not fit its configuration"),
     ],
@@ -186,17 +187,17 @@ def test_a_file_that_is_no_safetensors(saved: Path) -> None:
     data = b"\xff" * 64  # a header of 2^64 bytes
     (saved / "model.safetensors").write_bytes(data)
     edit(saved, sha256={"model.safetensors": hashlib.sha256(data).hexdigest()})
-    with pytest.raises(ValueError, match=r"model\.safetensors does not fit its configuration"):
+    with refuses("model.safetensors"):
         load_model(saved)
 
 
 def test_nothing_there(tmp_path: Path, finished: Path) -> None:
     for path in (tmp_path, tmp_path / "missing" / "deep"):
-        with pytest.raises(ValueError, match=r"holds no model: .*config\.json is missing"):
+        with refuses(path, "config.json"):
             load_model(path)
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     shutil.rmtree(run / "model")  # it has not saved yet
-    with pytest.raises(ValueError, match="give the folder of a run that has saved"):
+    with refuses(run):
         load_model(run)
 
 

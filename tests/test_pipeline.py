@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import refuses
 from torch import Tensor
 
 from patchdiffusion import SamplerConfig, load
@@ -56,12 +57,12 @@ def test_classes_by_name_and_number() -> None:
 
 @pytest.mark.parametrize("wanted", ["bird", 3, "3", -2, "1.0", "", "--1", "\u00b2"])
 def test_unknown_classes_are_listed(wanted: str | int) -> None:
-    with pytest.raises(ValueError, match=r"unknown class .*; this model has 0 cat, 1 dog, 2 7"):
+    with refuses(wanted, "cat", "dog"):
         tiny.pipeline().labels(1, [wanted])
 
 
 def test_a_model_without_classes_takes_none() -> None:
-    with pytest.raises(ValueError, match="was trained without classes"):
+    with refuses("classes"):
         tiny.pipeline(0).sample(1, classes=[0])
 
 
@@ -82,7 +83,7 @@ def test_classes_and_guidance_change_the_image() -> None:
 
 
 def test_guidance_needs_classes() -> None:
-    with pytest.raises(ValueError, match="needs class labels"):
+    with refuses("labels"):
         tiny.pipeline(0).sample(1, config=replace(FAST, guidance=ClassifierFree()))
 
 
@@ -103,14 +104,14 @@ def test_impossible_options(options: dict[str, int], message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DDIM(eta=1.5), r"eta must be in \[0, 1\], not 1.5"),
+        (lambda: DDIM(eta=1.5), "eta.*1.5"),
         (lambda: CanvasRegion(size=(0, 4)), r"positive height and width, not \(0, 4\)"),
         (lambda: CanvasRegion(size=(4,)).place((8, 8)), r"size of a region needs 2 .*, not \(4,\)"),
         (lambda: CanvasRegion(corner=(1,)).place((8, 8)), r"corner of a region needs 2 numbers"),
-        (lambda: SamplerConfig(schedule=FlowSpaced(shift=-1.0)), "shift must be positive and fin"),
-        (lambda: SamplerConfig(schedule=Karras(rho=0.0)), "rho must be positive"),
+        (lambda: SamplerConfig(schedule=FlowSpaced(shift=-1.0)), "shift"),
+        (lambda: SamplerConfig(schedule=Karras(rho=0.0)), "rho"),
         (lambda: SamplerConfig(steps=0), "at least 1 step, not 0"),
-        (lambda: TableSpaced(steps=3), r"steps must lie in \[25, 100000\], not 3"),
+        (lambda: TableSpaced(steps=3), "steps.*3"),
     ],
 )  # fmt: skip
 def test_impossible_values(make: Callable[[], object], message: str) -> None:

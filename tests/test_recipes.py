@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import refuses
 
 from patchdiffusion import Cond, auto, recipes
 from patchdiffusion.data.pack import Pack
@@ -81,7 +82,7 @@ def test_the_paper_is_the_paper() -> None:
 
 
 def test_unknown_recipes_are_listed() -> None:
-    with pytest.raises(ValueError, match=r"neither an existing path nor a recipe.*glyphs, folder"):
+    with refuses("glyfs", "glyphs", "folder"):
         recipes.find("glyfs")
 
 

@@ -28,7 +28,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:
     [
         (lambda: karras(0), "at least 1 step, not 0"),
         (lambda: karras(10**30), "at most 1,000,000 steps, not 1000"),
-        (lambda: karras(5, rho=0.0), "rho must be positive"),
+        (lambda: karras(5, rho=0.0), "rho"),
         (lambda: karras(5, 1.0, 1.0), "0 < sigma_min < sigma_max"),
         (lambda: log_uniform(5, 0.1, math.inf), "0 < sigma_min < sigma_max"),
         (lambda: log_uniform(-1), "at least 1 step, not -1"),
@@ -114,7 +114,7 @@ def test_impossible_grids_are_refused() -> None:
     for grid in (time_uniform, flow_uniform):
         with refuses(1, 0):
             grid(0)
-        with pytest.raises(ValueError, match="sigma_min < sigma_max"):
+        with refuses("sigma_min", "sigma_max"):
             grid(3, 2.0, 1.0)
 
 
@@ -129,5 +129,5 @@ def test_levels_of_a_ddpm_table(table: DDPM) -> None:
     assert sigmas[[0, -2, -1]].tolist() == [high, low, 0]
     every = ddpm_table(table.steps, low, high, table=table)
     torch.testing.assert_close(table.index(every[:-1]), torch.arange(table.steps).flip(0).double())
-    with pytest.raises(ValueError, match="use fewer steps"):
+    with refuses("steps"):
         ddpm_table(table.steps + 1, low, high, table=table)

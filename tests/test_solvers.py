@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from commands import refuses
 from oracles import ALL, DETERMINISTIC, SOLVERS, TOY, TWO_STAGES, Gaussian, keys, noise_of, noisy
 from torch import Tensor
 
@@ -185,7 +186,7 @@ def test_solve_needs_no_gradient_and_a_step() -> None:
     x = torch.ones(1, 2, requires_grad=True)
     assert not solve(heun, TOY, x, karras(2)).requires_grad
     assert run(heun(TOY, x, karras(2))).x.requires_grad  # the solver itself leaves that open
-    with pytest.raises(ValueError, match="no steps left"):
+    with refuses("steps"):
         run(euler(TOY, x, karras(2), first=2))
 
 
@@ -197,7 +198,7 @@ def test_noise_is_needed_or_unused(name: str) -> None:
     if name in DETERMINISTIC or name == "ddim":
         solve(ALL[name], TOY, noisy(2), karras(3))
         return
-    with pytest.raises(ValueError, match="needs noise: pass noise=, a function of the step index"):
+    with refuses("noise="):
         solve(ALL[name], TOY, noisy(2), karras(3))
 
 
@@ -212,7 +213,7 @@ def test_noise_is_needed_or_unused(name: str) -> None:
     ],
 )
 def test_an_impossible_eta_is_refused(solver: Callable[..., Method], eta: float) -> None:
-    with pytest.raises(ValueError, match="eta must be in"):
+    with refuses("eta"):
         solver(eta=eta)
 
 
@@ -253,7 +254,7 @@ def test_churn_evaluates_at_the_raised_level() -> None:
     "values", [{"amount": -1.0}, {"scale": 0.0}, {"sigma_min": 2.0, "sigma_max": 1.0}]
 )
 def test_impossible_churn_is_refused(values: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="churn needs amount >= 0, scale > 0 and sigma_min"):
+    with refuses("churn", "amount", "scale", "sigma_min"):
         Churn(**values)
 
 
