@@ -64,7 +64,7 @@ def help_of(capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str) -> d
 def test_usage(capsys: Capture) -> None:
     for arguments in ([], ["--help"], ["-h"], ["help"]):
         out = works(capsys, *arguments)
-        assert out.startswith("usage: patchdiffusion COMMAND")
+        assert out.startswith("usage: patchdiffusion [--import FILE.py] COMMAND")
         assert all(f"  {name}" in out for name in cli.COMMANDS)
 
 

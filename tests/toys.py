@@ -10,15 +10,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion import accel, guidance, noise, solvers, weighting
+from patchdiffusion import (
+    accel,
+    guidance,
+    noise,
+    objectives,
+    parameterisation,
+    plans,
+    solvers,
+    weighting,
+)
 from patchdiffusion.cond import Call, Cond, Tape
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.guidance import threshold
 from patchdiffusion.guidance.base import Surroundings
+from patchdiffusion.losses import Batch, LossOut, Objective
 from patchdiffusion.nets import Network
 from patchdiffusion.nets.base import Network as NetworkBase
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.layers import Conv
+from patchdiffusion.objectives.base import Materials, ObjectiveConfig
+from patchdiffusion.paths import per_sample
+from patchdiffusion.rng import Draws
 from patchdiffusion.solvers import schedules
 from patchdiffusion.solvers.core import Method, Move, Step
 from patchdiffusion.system import families
@@ -80,7 +93,51 @@ class ToyWeight:
         return torch.full_like(sigma, self.value)
 
 
-# ---- Training: an optimizer, a schedule of its learning rate ----
+@dataclass(frozen=True, kw_only=True)
+class ToyPrecond(parameterisation.Trainable):
+    """The network predicts the image from the noisy one as it is."""
+
+    scale: float = 1.0
+
+    def scales(self, sigma: Tensor) -> parameterisation.Scales:
+        one = torch.full_like(sigma, self.scale)
+        return parameterisation.Scales(torch.zeros_like(sigma), one, one, sigma.log())
+
+    def default_weighting(self) -> weighting.LossWeight:
+        return weighting.X0Weight()
+
+
+# ---- Training: an objective, a plan, an optimizer, a schedule of its learning rate ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyObjective(ObjectiveConfig):
+    """The absolute error of the denoised image."""
+
+    power: float = 1.0
+
+    def build(self, materials: Materials) -> Objective:
+        def loss(denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+            sigma = batch.noise.icdf(draws.stratified("sigma")).float()
+            noise = draws.normal("noise", tuple(batch.images.shape[1:]))
+            noisy = batch.images + per_sample(sigma, noise) * noise
+            error = (denoiser(noisy, sigma, batch.cond) - batch.images).abs() ** self.power
+            return LossOut(per_sample=error.flatten(1).mean(1))
+
+        return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyPlan:
+    """Whole images, at a fraction of the learning rate."""
+
+    lr: float = 0.5
+
+    def draw(self, on: plans.PatchPlan, now: plans.Moment) -> tuple[plans.Group, ...]:
+        return (plans.Group(on.canvas, on.batch, 1.0, noise=on.noise, lr=self.lr),)
+
+    def kinds(self, on: plans.PatchPlan, clock: plans.Clock) -> plans.Kinds:
+        return ((1.0, self.draw(on, plans.Moment(0, 0, None))),)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +229,9 @@ class ToyAccelerator:
 TOYS = (
     (Network, ToyNet),
     (noise.Law, ToyLaw),
+    (parameterisation.Parameterisation, ToyPrecond),
+    (objectives.ObjectiveUnion, ToyObjective),
+    (plans.Patches, ToyPlan),
     (weighting.LossWeight, ToyWeight),
     (optimizers.Optimizer, ToyMomentum),
     (rates.Schedule, ToyRate),

@@ -1,0 +1,155 @@
+"""Ideas from outside the package: a toy of each kind trains, goes on, samples and is loaded."""
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+import toys
+from commands import Capture, fails, works
+
+from patchdiffusion import cli, load
+from patchdiffusion.cli.techniques import reachable
+from patchdiffusion.system import families
+from patchdiffusion.system.families import word
+from patchdiffusion.system.files import read_json
+
+UNTRIED = {"canvas", "data.space"}
+"""Families that are closed: where an image lies, and what stored numbers mean."""
+
+for _family, _toy in toys.TOYS:  # which joined when they were imported
+    families.remove(_family, _toy)
+
+ROOT = Path(__file__).parents[1]
+FILE = ROOT / "tests" / "toys.py"
+TRAINED = (
+    "--network toy-net --network.kernel 1 --noise toy-law --precond toy-precond "
+    "--precond.scale 0.5 --objective toy-objective --patches toy-plan --patches.lr 0.25 "
+    "--optim toy-momentum --optim.momentum 0.8 --optim.schedule toy-rate"
+)
+LENGTH = "--clock steps --images 6 --batch 4 --preview.samples 1 --preview.grid 2"
+LENGTH += " --preview.sample-steps 1 --preview.held-out 2 --preview.status 1000000"
+SAMPLED = (
+    "--solver toy-solver --solver.short 0.1 --schedule toy-schedule --guidance toy-guidance "
+    "--guidance.by 0.2 --threshold toy-threshold --accelerator toy-accelerator --steps 2"
+)
+
+
+@pytest.fixture(autouse=True)
+def joined() -> Iterator[None]:
+    """The toys are members during a test, as after `--import`."""
+    for family, toy in toys.TOYS:
+        families.add(family, toy)
+    yield
+    for family, toy in toys.TOYS:
+        families.remove(family, toy)
+
+
+def test_all_kinds_at_once(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Trained, gone on with, stored, sampled: every field that was given is what was used."""
+    run = tmp_path / "run"
+    works(capsys, "train", images, "--out", run, *TRAINED.split(), *LENGTH.split())
+    stored = read_json(run / "config.json")
+    assert stored["network"] == {**stored["network"], "type": "ToyNet", "kernel": 1}
+    assert stored["objective"] == {"type": "ToyObjective", "power": 1.0}
+    assert stored["patches"] == {"type": "ToyPlan", "lr": 0.25}
+    assert stored["optim"]["schedule"] == {"type": "ToyRate"}
+    lr = stored["optim"]["lr"] * 0.5 * 0.25  # of the schedule, of the plan
+    assert {row[7] for row in tiny.history(run)} == {lr}
+    works(capsys, "train", run, "--images", "8")
+    assert [row[0] for row in tiny.history(run)][-1] == 8
+    works(capsys, "sample", run, "--count", 2, "--out", tmp_path / "toy", *SAMPLED.split())
+    works(capsys, "sample", run, "--count", 2, "--out", tmp_path / "plain")
+    assert tiny.digests(tmp_path / "toy") != tiny.digests(tmp_path / "plain")
+    assert load(run).sample(1).shape == (1, 16, 16, 3)
+
+
+def test_what_is_not_known_is_told(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A run of a type from outside names it, and how it is made known."""
+    run = tmp_path / "run"
+    works(capsys, "train", images, "--out", run, *TRAINED.split(), *LENGTH.split())
+    families.remove(toys.Network, toys.ToyNet)
+    try:
+        for command in (("sample", run), ("train", run)):
+            error = fails(capsys, *command)
+            assert "ToyNet" in error and "--import" in error
+    finally:
+        families.add(toys.Network, toys.ToyNet)
+
+
+def command(*arguments: object) -> list[str]:
+    """The program with the toys, as another process."""
+    words = [sys.executable, "-m", "patchdiffusion", "--import", str(FILE)]
+    return [*words, *map(str, arguments)]
+
+
+def test_killed_and_gone_on_with(images: Path, tmp_path: Path) -> None:
+    """A run that is killed ends with the weights of one that is not, to the last bit."""
+    flags = [*TRAINED.split(), *LENGTH.split(), "--save-minutes", "0"]
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    subprocess.run(command("train", images, "--out", straight, *flags), check=True)
+    with subprocess.Popen(command("train", images, "--out", killed, *flags)) as process:
+        end = time.monotonic() + 60
+        while not list(killed.glob("checkpoints/step-*3/manifest.json")):
+            assert time.monotonic() < end and process.poll() in (None, 0)
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    subprocess.run(command("train", images, "--out", killed, *flags), check=True)
+    assert tiny.weights(killed) == tiny.weights(straight)
+
+
+def test_a_file_that_cannot_be_imported(tmp_path: Path, capsys: Capture) -> None:
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_of_that_name\n")
+    assert "nothing_of_that_name" in fails(capsys, "--import", broken, "train")
+    assert "none.py" in fails(capsys, "--import", tmp_path / "none.py", "train")
+    taken = tmp_path / "json.py"
+    taken.write_text("")
+    assert "rename" in fails(capsys, "--import", taken, "train")
+    assert "--import" in fails(capsys, "--import")
+
+
+def test_a_member_of_a_union_needs_no_other_place() -> None:
+    """The words of the toys, and those of the members, stand in no other file of the package."""
+    package = ROOT / "patchdiffusion"
+    texts = {f: f.read_text() for f in package.rglob("*.py")}
+    for family, _ in toys.TOYS:
+        for member in families.members(family):
+            home = member.__module__
+            for file, text in texts.items():
+                module = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+                if module.removesuffix(".__init__") == home:
+                    continue
+                ladders = re.findall(rf"case {member.__name__}\(", text)
+                assert not ladders, f"{file} chooses by {member.__name__}"
+
+
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_help_and_the_page_list_members_from_outside(name: str, capsys: Capture) -> None:
+    out = works(capsys, name, "--help")
+    listed = [word(toy) for _, toy in toys.TOYS if word(toy) in out]
+    assert len(listed) >= (6 if name == "train" else 5), listed
+
+
+def test_every_family_has_a_toy() -> None:
+    """So that a family that is added is tried from outside, too."""
+    tried = {toy for _, toy in toys.TOYS}
+    for slot in reachable(command.arguments() for command in cli.COMMANDS.values()):
+        if slot.kind in ("family", "several") and slot.name not in UNTRIED:
+            assert tried & set(slot.members), f"--{slot.name} has no toy in tests/toys.py"
+
+
+def test_the_page_shows_the_toys() -> None:
+    """Every class on the page is that of tests/toys.py, so that it works."""
+    page, source = (ROOT / "docs" / "extending.md").read_text(), FILE.read_text()
+    blocks = re.findall(r"```python\n(.*?)\n```", page, flags=re.S)[1:]
+    assert len(blocks) >= 11
+    for part in (part for block in blocks for part in block.split("\n\n\n")):
+        assert part in source, part
+    for _, toy in toys.TOYS:
+        assert toy.__name__ in page or word(toy) in ("toy-threshold", "toy-accelerator")
