@@ -30,7 +30,7 @@ from patchdiffusion.losses import Batch, DenoisingLoss, Objective
 from patchdiffusion.nets.base import initialize
 from patchdiffusion.nets.embed import positional
 from patchdiffusion.nets.layers import Linear
-from patchdiffusion.noise import LogNormal
+from patchdiffusion.noise import LogNormal, NoiseLaw
 from patchdiffusion.objectives.consistency import ConsistencyConfig, ConsistencyLoss
 from patchdiffusion.objectives.ctm import TrajectoryLoss, TrajectoryMap
 from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowLoss, MeanFlowMap
@@ -79,6 +79,7 @@ def train(
     objective: Callable[[Denoiser], Objective],
     steps: int,
     *,
+    law: NoiseLaw = LAW,
     lr: float = 2e-3,
     seed: int = 0,
 ) -> NetDenoiser:
@@ -95,7 +96,7 @@ def train(
         draws = rng.Draws(seed, step, index, index, BATCH)
         x, _ = DATA.sample(draws.keys("data"))
         none = torch.zeros(BATCH, 4, dtype=torch.int64)
-        batch = Batch(x.float(), Cond(), index, none, none[:, 0].bool(), progress=progress)
+        batch = Batch(x.float(), Cond(), index, none, none[:, 0].bool(), law, progress)
         optimizer.zero_grad()
         loss(own, batch, draws).per_sample.mean().backward()
         optimizer.step()
@@ -129,8 +130,8 @@ class EulerMap:
 
 def flow_matching(steps: int) -> FlowMap:
     """The baseline: an ordinary velocity."""
-    loss = DenoisingLoss(LogNormal(mean=0.0, std=1.0), FlowWeight(), label_dropout=0.0)
-    return EulerMap(train(STRAIGHT, lambda average: loss, steps))
+    loss, law = DenoisingLoss(FlowWeight()), LogNormal(mean=0.0, std=1.0)
+    return EulerMap(train(STRAIGHT, lambda average: loss, steps, law=law))
 
 
 def meanflow(steps: int) -> FlowMap:
@@ -140,8 +141,8 @@ def meanflow(steps: int) -> FlowMap:
     its minimum where it is.
     """
     config = MeanFlowConfig(same=0.25, power=0.0)
-    loss = MeanFlowLoss(config=config, law=LogNormal(mean=0.0, std=2.0))
-    return MeanFlowMap(network=train(STRAIGHT, lambda average: loss, steps).network)
+    loss, law = MeanFlowLoss(config=config), LogNormal(mean=0.0, std=2.0)
+    return MeanFlowMap(network=train(STRAIGHT, lambda average: loss, steps, law=law).network)
 
 
 def consistency(steps: int, teacher: Denoiser | None = None) -> FlowMap:
@@ -149,7 +150,7 @@ def consistency(steps: int, teacher: Denoiser | None = None) -> FlowMap:
     first, last = (10, 320) if teacher is None else (40, 160)
     config = ConsistencyConfig(first=first, last=last, huber=0.1, sigma_max=LARGEST)
     precond = config.precond(EDM(sigma_data=SPREAD))
-    loss = ConsistencyLoss(config=config, law=LAW, teacher=teacher)
+    loss = ConsistencyLoss(config=config, teacher=teacher)
     return config.product(train(precond, lambda average: loss, steps))
 
 
@@ -159,7 +160,6 @@ def trajectory(steps: int) -> FlowMap:
     common = TrajectoryLoss(
         target=DATA,
         teacher=DATA,
-        law=LAW,
         weighting=weighting,
         steps=2,
         denoising=0.01,

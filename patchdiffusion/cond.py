@@ -163,6 +163,7 @@ class Tape:
         self.losses: dict[str, Tensor] = {}
         self._seen: set[str] = set()
         self._prefix = ""
+        self._passes = 0
 
     def put(self, name: str, activation: Tensor) -> None:
         """Keep an activation if somebody wants it; a second one of the same name is an error."""
@@ -179,6 +180,20 @@ class Tape:
         if name in self.losses:
             raise ValueError(f"the loss {name!r} was put on the tape twice")
         self.losses[name] = scalar
+
+    def want(self, *names: str) -> None:
+        """Keep the activations of these names, too."""
+        self.wants |= set(names)
+
+    @contextmanager
+    def new_pass(self) -> Iterator["Tape"]:
+        """Prefix what the second pass of a network puts with `pass 2/`, and so on."""
+        self._passes += 1
+        if self._passes == 1:
+            yield self
+        else:
+            with self.scope(f"pass {self._passes}"):
+                yield self
 
     @contextmanager
     def scope(self, name: str) -> Iterator["Tape"]:

@@ -108,12 +108,33 @@ def discontinuities(denoiser: Denoiser) -> tuple[float, ...]:
 class NetDenoiser(nn.Module):
     """A network under a preconditioner. The affine part is computed in the precision of x."""
 
-    def __init__(self, network: nn.Module, precond: Precond, law: NoiseLaw | None = None):
-        """`law`, if given, fills `cond.percentile` with the quantile of sigma for the network."""
+    def __init__(
+        self,
+        network: nn.Module,
+        precond: Precond,
+        law: NoiseLaw | None = None,
+        tape: Tape | None = None,
+    ):
+        """`law`, if given, fills `cond.percentile` with the quantile of sigma for the network.
+
+        `tape` records the passes that are trained: those with gradients and no tape of their own.
+        """
         super().__init__()
         self.network = network
         self.precond = precond
         self.law = law
+        self.tape = tape
+
+    def recording(self, tape: Tape) -> "NetDenoiser":
+        """The same denoiser with a tape for the passes that are trained."""
+        return NetDenoiser(self.network, self.precond, self.law, tape)
+
+    def raw(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+        """The output of the network itself, in its own terms: x is c_in x, noise is c_noise."""
+        if tape is None and self.tape is not None and torch.is_grad_enabled():
+            with self.tape.new_pass() as tape:
+                return self.network(x, noise, cond, tape=tape)
+        return self.network(x, noise, cond, tape=tape)
 
     def forward(
         self,
@@ -125,7 +146,7 @@ class NetDenoiser(nn.Module):
         tape: Tape | None = None,
     ) -> Tensor:
         """x [B, C, *S], sigma [B] or scalar -> denoised, shape and dtype of x."""
-        return self.denoise_with(self.network, x, sigma, cond, tape=tape)
+        return self.denoise_with(self.raw, x, sigma, cond, tape=tape)
 
     def denoise_with(
         self,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.noise import LogNormal, NoiseLaw
+from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.paths import per_sample
 from patchdiffusion.rng import Draws
 from patchdiffusion.weighting import EDMWeight, LogVariance, Weighting
@@ -29,8 +29,8 @@ class Batch:
     """int64 [B, 2 n]: the first pixel along each of n axes, then the lengths, after flipping."""
     flip: Tensor
     """bool [B], whether the image was mirrored before it was cropped."""
-    noise: NoiseLaw | None = None
-    """Noise law of this group; None is the law of the objective."""
+    noise: NoiseLaw
+    """The noise law that the levels of these crops are drawn by."""
     progress: float = 0.0
     """Share of the run that is done."""
 
@@ -63,24 +63,16 @@ class DenoisingLoss:
     accounted for by `Group.weight`. All draws come from `draws`, keyed by sample.
     """
 
-    law: NoiseLaw = field(default_factory=LogNormal)
     weighting: Weighting = field(default_factory=EDMWeight)
-    label_dropout: float = 0.1
-    """Probability that a sample is trained without its label, which guidance needs."""
-    stratified: bool = True
-    """Spread the noise levels of a group evenly over the law instead of drawing them freely."""
 
-    def levels(self, draws: Draws, law: NoiseLaw | None = None) -> Tensor:
-        """The noise level of each sample, by another law if one is given: float32 [B]."""
-        u = draws.stratified("sigma") if self.stratified else draws.uniform("sigma")
-        return (law or self.law).icdf(u).to(torch.float32)
+    def levels(self, draws: Draws, law: NoiseLaw) -> Tensor:
+        """The noise level of each sample, spread evenly over the law: float32 [B]."""
+        return law.icdf(draws.stratified("sigma")).to(torch.float32)
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         sigma = self.levels(draws, batch.noise)
         noise = draws.normal("noise", tuple(batch.images.shape[1:]))
-        cond = replace(batch.cond, seed=draws.keys("network"))
-        cond = drop_labels(cond, draws, self.label_dropout)
-        per_crop = denoising_error(denoiser, batch.images, noise, sigma, cond)
+        per_crop = denoising_error(denoiser, batch.images, noise, sigma, batch.cond)
         return LossOut(per_sample=self.weighting(sigma) * per_crop)
 
 
@@ -100,14 +92,6 @@ class UncertaintyLoss:
         out = self.loss(denoiser, batch, draws)
         u = self.log_variance(self.loss.levels(draws, batch.noise))
         return replace(out, per_sample=out.per_sample / u.exp() + u, reported=out.per_sample)
-
-
-def drop_labels(cond: Cond, draws: Draws, share: float) -> Cond:
-    """The same condition without the label of a share of the samples."""
-    if cond.labels is None or share == 0:
-        return cond
-    drop = draws.bernoulli("label dropout", share)
-    return replace(cond, labels=torch.where(drop, -1, cond.labels))
 
 
 def denoising_error(

@@ -16,14 +16,14 @@ import bisect
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, Self
 
 import torch
 
 from patchdiffusion import rng
-from patchdiffusion.noise import NoiseLaw, Truncated
+from patchdiffusion.noise import LogNormal, NoiseLaw, Truncated
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.sizes import PatchLaw, PatchSize
 
@@ -42,8 +42,8 @@ class Group:
     """The group adds weight * mean(loss per pixel) to the loss of the step."""
     pitch: int = 1
     """Image pixels per input pixel along a side; q > 1 is a view down-sampled by averaging."""
-    noise: NoiseLaw | None = None
-    """Noise law of this group; None if the plan knows no noise law."""
+    noise: NoiseLaw = field(default_factory=LogNormal)
+    """Noise law of this group."""
     lr: float = 1.0
     """Factor of the learning rate of a step of this group."""
 
@@ -202,7 +202,7 @@ class PatchPlan:
     batch: int
     law: Plan = Stratified()
     divisor: int = 1
-    noise: NoiseLaw | None = None
+    noise: NoiseLaw = field(default_factory=LogNormal)
     """Noise law of the run, which groups with percentiles or pitches divide."""
 
     def __post_init__(self) -> None:

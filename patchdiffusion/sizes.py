@@ -2,10 +2,10 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Self, get_args
 
-from patchdiffusion.noise import NoiseLaw, Truncated
+from patchdiffusion.noise import LogNormal, NoiseLaw, Truncated
 from patchdiffusion.patches import Size
 from patchdiffusion.system import families
 
@@ -25,7 +25,7 @@ class PatchSize:
     multiplier: float
     share: float
     pitch: int = 1
-    noise: NoiseLaw | None = None
+    noise: NoiseLaw = field(default_factory=LogNormal)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +84,14 @@ class PatchLaw:
     ) -> tuple[PatchSize, ...]:
         """The distinct sizes with a positive probability, largest first.
 
-        The noise law is that of the run. Raises `ValueError` for sizes that cannot be had.
+        The noise law is that of the run, None the default one. Raises `ValueError` for sizes that
+        cannot be had.
         """
-        if noise is None and (self.percentiles or self.pitches):
-            raise ValueError("percentiles or pitches of a patch law need the noise law of the run")
-        probs: dict[tuple[Size, int, NoiseLaw | None], float] = {}
+        probs: dict[tuple[Size, int, NoiseLaw], float] = {}
         views = (self.pitches or itertools.repeat(1), self.percentiles or itertools.repeat(_ALL))
         for fraction, prob, pitch, levels in zip(self.fractions, self.probs, *views, strict=False):
             size = _rounded(canvas, divisor, fraction, pitch)
-            view = (size, pitch, _noise(noise, pitch, levels))
+            view = (size, pitch, _noise(noise or LogNormal(), pitch, levels))
             probs[view] = probs.get(view, 0.0) + prob
         whole, power = math.prod(canvas), self._power(len(canvas))
         rows = [(math.prod(view[0]) / whole, view, p) for view, p in probs.items() if p]
@@ -125,7 +124,7 @@ def _rounded(canvas: Size, divisor: int, fraction: float, pitch: int) -> Size:
     return tuple(sides)
 
 
-def _noise(law: NoiseLaw | None, pitch: int, levels: tuple[float, float]) -> NoiseLaw | None:
-    if law is None or (pitch == 1 and levels == _ALL):
+def _noise(law: NoiseLaw, pitch: int, levels: tuple[float, float]) -> NoiseLaw:
+    if pitch == 1 and levels == _ALL:
         return law
     return Truncated(law=law, low=levels[0], high=levels[1], scale=1 / pitch)

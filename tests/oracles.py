@@ -13,6 +13,7 @@ from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Position, Tape
 from patchdiffusion.denoiser import expand_sigma
 from patchdiffusion.losses import Batch
+from patchdiffusion.noise import LogNormal, NoiseLaw
 from patchdiffusion.paths import VE, Path, per_sample
 from patchdiffusion.solvers import (
     DDIM,
@@ -59,13 +60,24 @@ def draws(count: int, step: int = 0) -> rng.Draws:
     return rng.Draws(seed=0, step=step, index=index, rank=index, count=count)
 
 
-def batch(images: Tensor, cond: Cond | None = None, progress: float = 0.0) -> Batch:
+def batch(
+    images: Tensor,
+    cond: Cond | None = None,
+    progress: float = 0.0,
+    noise: NoiseLaw | None = None,
+) -> Batch:
     """Whole images of a training step."""
     box = torch.tensor([0] * len(images.shape[2:]) + list(images.shape[2:]))
     index = torch.arange(len(images))
     still = torch.zeros(len(images), dtype=torch.bool)
     return Batch(
-        images, cond or Cond(), index, box.expand(len(images), -1), still, progress=progress
+        images,
+        cond or Cond(),
+        index,
+        box.expand(len(images), -1),
+        still,
+        noise or LogNormal(),
+        progress,
     )
 
 

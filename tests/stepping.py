@@ -38,13 +38,14 @@ def make(
     guard: GuardConfig | None = None,
     micro_batch: int | None = None,
     precision: str = "fp32",
+    dropout: float = 0.1,
 ) -> tuple[Stepper, SongUNet]:
     """A stepper around a network in which every weight matters, and a network."""
     if network is None:
         network = SongUNet(replace(tiny.NETWORK, dropout=0.1))
         tiny.randomise(network)
     stepper = Stepper(
-        LossModule(NetDenoiser(network, EDM()), objective or DenoisingLoss()),
+        LossModule(NetDenoiser(network, EDM()), objective or DenoisingLoss(), dropout=dropout),
         Feed(IMAGES, LABELS, torch.arange(12), seed=7, flip=True),
         Guard(guard or GuardConfig(), torch.device("cpu")),
         config=config,

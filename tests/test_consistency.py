@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import NetDenoiser
+from patchdiffusion.losses import Batch
 from patchdiffusion.noise import LogNormal, LogUniform
 from patchdiffusion.objectives.base import Materials
 from patchdiffusion.objectives.consistency import (
@@ -27,6 +28,7 @@ from patchdiffusion.objectives.discrete import Levels
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.paths import per_sample
 from patchdiffusion.solvers.schedules import karras
+from patchdiffusion.train.parallel import LossModule
 
 LAW = LogNormal(mean=-1.1, std=2.0)
 
@@ -35,8 +37,12 @@ def denoiser(seed: int = 0, precond: Boundary | None = None) -> NetDenoiser:
     return NetDenoiser(Little(seed), precond or Boundary())
 
 
+def crops(x0: Tensor, cond: Cond | None = None, progress: float = 0.0) -> Batch:
+    return batch(x0, cond, progress, LAW)
+
+
 def loss_of(config: ConsistencyConfig, **parts: Any) -> ConsistencyLoss:
-    return ConsistencyLoss(config=config, law=LAW, **parts)
+    return ConsistencyLoss(config=config, **parts)
 
 
 # ---- The boundary ----
@@ -109,7 +115,7 @@ def test_pseudo_huber_is_that_of_the_paper() -> None:
 
 
 def levels(config: ConsistencyConfig, count: int, progress: float = 0.0) -> tuple[Tensor, Tensor]:
-    return ConsistencyLoss(config=config, law=LAW).neighbours(draws(count), progress)
+    return ConsistencyLoss(config=config).neighbours(draws(count), progress, LAW)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
@@ -139,7 +145,7 @@ def test_levels_follow_the_discrete_law() -> None:
 
 
 def test_a_group_may_have_its_own_law() -> None:
-    loss = ConsistencyLoss(config=ConsistencyConfig(first=40, last=40), law=LAW)
+    loss = ConsistencyLoss(config=ConsistencyConfig(first=40, last=40))
     high, low = loss.neighbours(draws(50), 0.0, LogUniform(sigma_min=1.0, sigma_max=2.0))
     assert float(low.min()) > 0.6 and float(high.max()) < 3.0
 
@@ -159,8 +165,8 @@ def test_the_default_is_that_of_ict() -> None:
     f, x0 = denoiser(), normal(8, (1, 4, 4)).float()
     cond, progress = Cond(labels=torch.arange(8) % 3), 0.5
     loss = loss_of(ConsistencyConfig())
-    out = loss(f, batch(x0, cond, progress=progress), draws(8))
-    high, low = loss.neighbours(draws(8), progress)
+    out = loss(f, crops(x0, cond, progress), draws(8))
+    high, low = loss.neighbours(draws(8), progress, LAW)
     prediction, goal = by_hand(f, x0, high, low, draws(8).normal("noise", (1, 4, 4)), cond)
     square = (prediction - goal).square().flatten(1).mean(1)
     expected = ((square + 0.00054**2).sqrt() - 0.00054) / (high - low)
@@ -172,9 +178,9 @@ def test_the_default_is_that_of_ict() -> None:
 def test_gradients_go_into_the_noisier_side_only() -> None:
     f, x0 = denoiser(), normal(8, (1, 4, 4)).float()
     config = ConsistencyConfig(huber=0.0, weighted=False)
-    out = loss_of(config)(f, batch(x0), draws(8))
+    out = loss_of(config)(f, crops(x0), draws(8))
     (found,) = torch.autograd.grad(out.per_sample.sum(), [f.network.get_parameter("mix")])
-    high, low = loss_of(config).neighbours(draws(8), 0.0)
+    high, low = loss_of(config).neighbours(draws(8), 0.0, LAW)
     prediction, goal = by_hand(f, x0, high, low, draws(8).normal("noise", (1, 4, 4)), Cond())
     expected = torch.autograd.grad(
         (prediction - goal).square().flatten(1).mean(1).sum(), [f.network.get_parameter("mix")]
@@ -184,9 +190,9 @@ def test_gradients_go_into_the_noisier_side_only() -> None:
 
 def test_both_sides_have_the_same_dropout_and_label() -> None:
     network = Little()
-    loss = loss_of(ConsistencyConfig(), label_dropout=0.5)
-    given = batch(normal(20, (1, 2, 2)).float(), Cond(labels=torch.zeros(20).long()))
-    loss(NetDenoiser(network, Boundary()), given, draws(20))
+    loss = loss_of(ConsistencyConfig())
+    given = crops(normal(20, (1, 2, 2)).float(), Cond(labels=torch.zeros(20).long()))
+    LossModule(NetDenoiser(network, Boundary()), loss, dropout=0.5)(given, draws(20))
     first, second = network.calls
     assert first.seed is not None and second.seed is not None and first.labels is not None
     assert second.labels is not None and torch.equal(first.seed, second.seed)
@@ -199,7 +205,7 @@ def test_the_target_may_be_an_average() -> None:
     own = ConsistencyConfig().build(materials)
     other = ConsistencyConfig(target="average").build(materials)
     assert own.target is None and other.target is average
-    a, b = (loss(f, batch(x0), draws(4)).per_sample for loss in (own, other))
+    a, b = (loss(f, crops(x0), draws(4)).per_sample for loss in (own, other))
     assert not torch.allclose(a, b)
 
 
@@ -214,8 +220,8 @@ def test_distillation_follows_the_teacher() -> None:
     config = ConsistencyConfig(huber=0.0, weighted=False, uniform=True, target="average")
     loss = loss_of(config, target=average, teacher=teacher)  # type: ignore
     f = NetDenoiser(network, Boundary())
-    out = loss(f, batch(x0), draws(8))
-    high, low = loss.neighbours(draws(8), 0.0)
+    out = loss(f, crops(x0), draws(8))
+    high, low = loss.neighbours(draws(8), 0.0, LAW)
     wide, x = (
         per_sample(low - high, x0),
         x0 + per_sample(high, x0) * draws(8).normal("noise", (1, 2, 2)),
@@ -255,7 +261,7 @@ def quadrature(loss: ConsistencyLoss, gain: float, level: int) -> Tensor:
     object.__setattr__(loss, "neighbours", lambda *_: (high, low))
     given = draws(9)
     object.__setattr__(given, "normal", lambda *_: eps)
-    out = loss(f, batch(x0), given)  # type: ignore
+    out = loss(f, crops(x0), given)  # type: ignore
     weight = (weights[:, None] * weights).flatten()
     return torch.autograd.grad((weight * out.per_sample).sum(), [f.gain])[0]
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import DenoisingLoss
-from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives.ctm import TrajectoryLoss, TrajectoryMap
 from patchdiffusion.objectives.discrete import Levels
 from patchdiffusion.parameterisation import EDM
@@ -89,9 +88,9 @@ def test_the_exact_g_has_no_trajectory_error() -> None:
 
 def test_the_loss_by_hand() -> None:
     own, target = network(0, True), network(1, False)
-    law, x0, eps = LogNormal(), normal(8, (1, 2, 2)).float(), draws(8).normal("noise", (1, 2, 2))
+    x0, eps = normal(8, (1, 2, 2)).float(), draws(8).normal("noise", (1, 2, 2))
     cond = Cond(labels=torch.arange(8) % 2 - 1)
-    loss = TrajectoryLoss(target=target, teacher=gaussian((1, 2, 2)), law=law, levels=12)
+    loss = TrajectoryLoss(target=target, teacher=gaussian((1, 2, 2)), levels=12)
     out = loss(own, batch(x0, cond), draws(8))
 
     t, u, s = (Levels().at(place, 12) for place in loss.times(draws(8)))
@@ -109,7 +108,7 @@ def test_the_loss_by_hand() -> None:
     zero = torch.zeros_like(s)
     goal = jump(target, jump(target, solved, u, s), s, zero)
     square = (jump(target, jump(own, x, t, s), s, zero) - goal).square().flatten(1).mean(1)
-    denoising = DenoisingLoss(law, EDMWeight(), 0.0)(own, batch(x0, cond), draws(8)).per_sample
+    denoising = DenoisingLoss(EDMWeight())(own, batch(x0, cond), draws(8)).per_sample
     torch.testing.assert_close(out.per_sample, square + denoising, rtol=1e-5, atol=1e-6)
     (found,) = torch.autograd.grad(out.per_sample.sum(), [own.network.get_parameter("mix")])
     (expected,) = torch.autograd.grad(

@@ -5,19 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracles import Oracle, batch, draws, keys
+from oracles import Little, Oracle, batch, draws, keys
 from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.denoiser import NetDenoiser
-from patchdiffusion.losses import DenoisingLoss, denoising_error
+from patchdiffusion.denoiser import Denoiser, NetDenoiser
+from patchdiffusion.losses import Batch, DenoisingLoss, LossOut, denoising_error
 from patchdiffusion.noise import LogNormal, LogUniform
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.patches import Size, coordinates, corners, crop, random_crop
 from patchdiffusion.paths import PATHS, Prediction, convert, per_sample
 from patchdiffusion.rng import Draws
+from patchdiffusion.train.parallel import LossModule
 from patchdiffusion.weighting import EDMWeight, EpsWeight, FlowWeight, VWeight, Weighting
 
 
@@ -48,7 +49,7 @@ def test_loss_is_one_at_the_start_for_every_sigma(sigma: float) -> None:
 def test_loss_by_hand() -> None:
     images = rng.normal(keys(6), (2, 3, 4))
     seen, law = spy(0.25), LogUniform(sigma_min=0.5, sigma_max=2.0)
-    out = DenoisingLoss(law=law, weighting=EpsWeight())(seen, batch(images), draws(6))
+    out = DenoisingLoss(EpsWeight())(seen, batch(images, noise=law), draws(6))
     expected = (0.25 - images).square().flatten(1).mean(1) / seen.sigma**2
     assert out.per_sample.shape == (6,) and torch.allclose(out.per_sample, expected)
     assert out.batch_loss is None and out.scalars == {}
@@ -103,10 +104,6 @@ def test_noise_levels_are_spread_over_the_law() -> None:
         DenoisingLoss()(seen, batch(images), draws(16, step))
         level = LogNormal().cdf(seen.sigma.double()).sort().values
         assert float(level.diff().max()) < 2 / 16 + 1e-6
-    DenoisingLoss(stratified=False)(seen, batch(torch.zeros(4000, 1, 1, 1)), draws(4000))
-    log = seen.sigma.log()
-    assert abs(float(log.mean()) + 1.2) < 4 * 1.2 / math.sqrt(4000)
-    assert abs(float(log.std()) - 1.2) < 4 * 1.2 / math.sqrt(8000)
 
 
 def test_a_group_may_have_its_own_law() -> None:
@@ -116,20 +113,62 @@ def test_a_group_may_have_its_own_law() -> None:
     assert float(seen.sigma.min()) >= 5 and float(seen.sigma.max()) <= 6
 
 
-def test_labels_are_dropped_at_the_given_rate_and_nothing_else() -> None:
+def test_conditions_are_dropped_at_the_given_rate_and_nothing_else() -> None:
     count = 20000
-    cond = Cond(labels=torch.full((count,), 7), extra=torch.ones(count, 1))
-    images, seen = torch.zeros(count, 1, 1, 1), spy()
-    DenoisingLoss(label_dropout=0.1)(seen, batch(images, cond), draws(count))
-    assert seen.cond.labels is not None and set(seen.cond.labels.tolist()) == {-1, 7}
-    rate = float((seen.cond.labels == -1).double().mean())
-    assert abs(rate - 0.1) < 4 * math.sqrt(0.09 / count)
-    assert seen.cond.extra is cond.extra
-    assert seen.cond.seed is not None and seen.cond.seed.unique().numel() == count
-    DenoisingLoss(label_dropout=0)(seen, batch(images, cond), draws(count))
-    assert seen.cond.labels is not None and torch.equal(seen.cond.labels, torch.full((count,), 7))
-    DenoisingLoss()(seen, batch(images), draws(count))
-    assert seen.cond.labels is None
+    cond = Cond(
+        labels=torch.full((count,), 7),
+        context=torch.ones(count, 2, 3),
+        extra=torch.ones(count, 1),
+    )
+    images, network = torch.zeros(count, 1, 1, 1), Little()
+    denoiser = NetDenoiser(network, EDM())
+
+    def seen(dropout: float, given: Cond) -> Cond:
+        LossModule(denoiser, DenoisingLoss(), dropout=dropout)(batch(images, given), draws(count))
+        return network.calls.pop()
+
+    told = seen(0.1, cond)
+    assert told.labels is not None and set(told.labels.tolist()) == {-1, 7}
+    dropped = told.labels == -1
+    assert abs(float(dropped.double().mean()) - 0.1) < 4 * math.sqrt(0.09 / count)
+    assert told.context is not None and torch.equal(told.context[:, 0, 0] == 0, dropped)
+    assert told.extra is cond.extra
+    assert told.seed is not None and told.seed.unique().numel() == count
+    told = seen(0.0, cond)
+    assert told.labels is cond.labels and told.context is cond.context
+    assert seen(0.1, Cond()).labels is None
+
+
+class Router(Little):
+    """A network with an auxiliary loss in every pass."""
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+        if tape is not None:
+            tape.loss("balance", self.mix.square().sum())
+            tape.put("in", x)
+        return super().forward(x, noise, cond, tape=tape)
+
+
+def test_auxiliary_losses_of_the_network_are_trained_and_logged() -> None:
+    network, images = Router(), rng.normal(keys(4), (1, 2, 2))
+    plain = LossModule(NetDenoiser(Little(), EDM()), DenoisingLoss())(batch(images), draws(4))
+    out = LossModule(NetDenoiser(network, EDM()), DenoisingLoss())(batch(images), draws(4))
+    assert torch.equal(out.per_sample, plain.per_sample) and plain.batch_loss is None
+    assert out.batch_loss is not None and out.scalars.keys() == {"balance"}
+    assert torch.equal(out.batch_loss, network.mix.square().sum())
+    assert not out.scalars["balance"].requires_grad
+
+    def twice(denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+        with torch.no_grad():
+            denoiser(batch.images, 1.0)  # is not trained, and leaves nothing
+        assert isinstance(denoiser, NetDenoiser) and denoiser.tape is not None
+        denoiser.tape.want("pass 2/in")
+        first, second = (denoiser(batch.images, sigma) for sigma in (1.0, 2.0))
+        assert denoiser.tape.activations.keys() == {"pass 2/in"}
+        return LossOut((first + second).flatten(1).mean(1), batch_loss=first.sum())
+
+    out = LossModule(NetDenoiser(network, EDM()), twice)(batch(images), draws(4))
+    assert out.scalars.keys() == {"balance", "pass 2/balance"}
 
 
 def test_micro_batches_draw_what_the_whole_batch_draws() -> None:

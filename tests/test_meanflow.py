@@ -30,6 +30,7 @@ from patchdiffusion.solvers import euler, run
 from patchdiffusion.solvers.jumps import jump
 from patchdiffusion.system.device import compile_units
 from patchdiffusion.train.config import TrainConfig
+from patchdiffusion.train.parallel import LossModule
 from patchdiffusion.weighting import FlowWeight
 
 LAW = LogNormal(mean=-0.4, std=1.0)
@@ -226,7 +227,7 @@ def test_the_span_gets_a_gradient_from_the_start() -> None:
 
 def test_times_follow_two_draws_of_the_law() -> None:
     config, count = MeanFlowConfig(same=0.0), 20_000
-    t, s = MeanFlowLoss(config=config, law=LAW).times(draws(count))
+    t, s = MeanFlowLoss(config=config).times(draws(count), LAW)
     assert bool((t >= s).all()) and t.dtype == torch.float32
     logits = torch.cat([t, s]).logit()
     assert float(logits.mean()) == pytest.approx(-0.4, abs=0.03)
@@ -237,21 +238,19 @@ def test_times_follow_two_draws_of_the_law() -> None:
 
 def test_the_second_time_may_have_its_own_law() -> None:
     config = MeanFlowConfig(same=0.0, mean=-4.0, std=0.5)
-    t, s = MeanFlowLoss(config=config, law=LogNormal(mean=2.0, std=0.5)).times(draws(5000))
+    t, s = MeanFlowLoss(config=config).times(draws(5000), LogNormal(mean=2.0, std=0.5))
     assert float(t.logit().mean()) == pytest.approx(2.0, abs=0.05)
     assert float(s.logit().mean()) == pytest.approx(-4.0, abs=0.05)
-    t, _ = MeanFlowLoss(config=config, law=LAW).times(
-        draws(100), LogUniform(sigma_min=1.0, sigma_max=2.0)
-    )
+    t, _ = MeanFlowLoss(config=config).times(draws(100), LogUniform(sigma_min=1.0, sigma_max=2.0))
     assert float(t.min()) > 0.499 and float(t.max()) < 0.667  # of a group with its own
 
 
 def test_which_times_are_one_has_nothing_to_do_with_the_labels() -> None:
     count, loss = (
         20_000,
-        MeanFlowLoss(config=MeanFlowConfig(same=0.75, guidance=2.0), law=LAW, label_dropout=0.1),
+        MeanFlowLoss(config=MeanFlowConfig(same=0.75, guidance=2.0)),
     )
-    t, s = loss.times(draws(count))
+    t, s = loss.times(draws(count), LAW)
     same = (t == s).double()
     assert float(same.mean()) == pytest.approx(0.75, abs=0.01)
     dropped = draws(count).bernoulli("label dropout", 0.1).double()
@@ -264,10 +263,10 @@ def test_which_times_are_one_has_nothing_to_do_with_the_labels() -> None:
 
 def test_without_spans_it_is_flow_matching() -> None:
     network, x0 = Little(), normal(16, (1, 3, 3)).float()
-    loss = MeanFlowLoss(config=MeanFlowConfig(same=1.0, power=0.0), law=LAW)
+    loss = MeanFlowLoss(config=MeanFlowConfig(same=1.0, power=0.0))
     denoiser = NetDenoiser(network, FlowMatching(time_scale=1.0))
-    out = loss(denoiser, batch(x0), draws(16))
-    t, s = loss.times(draws(16))
+    out = loss(denoiser, batch(x0, noise=LAW), draws(16))
+    t, s = loss.times(draws(16), LAW)
     assert torch.equal(t, s)
     eps = draws(16).normal("noise", (1, 3, 3))
     z = x0 + per_sample(t, x0) * (eps - x0)
@@ -277,9 +276,9 @@ def test_without_spans_it_is_flow_matching() -> None:
     sigma = LAW.icdf(draws(16).stratified("sigma"))
     other = LAW.icdf(draws(16).uniform("span"))
     larger = torch.maximum(sigma, other).float()
-    error = DenoisingLoss(LAW, FlowWeight(), 0.0)
+    error = DenoisingLoss(FlowWeight())
     object.__setattr__(error, "levels", lambda *_: larger)
-    expected = error(denoiser, batch(x0), draws(16)).per_sample
+    expected = error(denoiser, batch(x0, noise=LAW), draws(16)).per_sample
     torch.testing.assert_close(out.per_sample, expected, rtol=1e-3, atol=1e-5)
 
 
@@ -304,10 +303,10 @@ def test_the_loss_by_hand(tangent: str) -> None:
     network, x0 = Little(), normal(32, (1, 3, 3)).float()
     cond = Cond(labels=torch.arange(32) % 3)
     config = MeanFlowConfig(same=0.5, power=0.75, eps=1e-3, tangent=tangent)  # type: ignore
-    out = MeanFlowLoss(config=config, law=LAW)(
-        NetDenoiser(network, FlowMatching(time_scale=1.0)), batch(x0, cond), draws(32)
+    out = MeanFlowLoss(config=config)(
+        NetDenoiser(network, FlowMatching(time_scale=1.0)), batch(x0, cond, noise=LAW), draws(32)
     )
-    t, s = MeanFlowLoss(config=config, law=LAW).times(draws(32))
+    t, s = MeanFlowLoss(config=config).times(draws(32), LAW)
     v = draws(32).normal("noise", (1, 3, 3)) - x0
     z = x0 + per_sample(t, x0) * v
     along = v if tangent == "data" else mean_velocity(network, z, t, t, cond).detach()
@@ -325,11 +324,12 @@ def test_guidance_is_part_of_the_target() -> None:
     network, x0 = Little(), normal(24, (1, 3, 3)).float()
     config = MeanFlowConfig(same=0.4, power=0.0, guidance=1.5, mix=0.3)
     loss, cond = (
-        MeanFlowLoss(config=config, law=LAW, label_dropout=0.25),
+        MeanFlowLoss(config=config),
         Cond(labels=torch.arange(24) % 3),
     )
-    out = loss(NetDenoiser(network, FlowMatching(time_scale=1.0)), batch(x0, cond), draws(24))
-    t, s = loss.times(draws(24))
+    given = LossModule(NetDenoiser(network, FlowMatching(time_scale=1.0)), loss, dropout=0.25)
+    out = given(batch(x0, cond, noise=LAW), draws(24))
+    t, s = loss.times(draws(24), LAW)
     dropped = draws(24).bernoulli("label dropout", 0.25)
     assert cond.labels is not None and 0 < int(dropped.sum()) < 24
     cond = Cond(labels=torch.where(dropped, -1, cond.labels))
@@ -347,9 +347,7 @@ def test_guidance_is_part_of_the_target() -> None:
 def test_neutral_guidance_costs_nothing() -> None:
     def calls(**changes: float) -> int:
         network = Little()
-        loss = MeanFlowLoss(
-            config=replace(MeanFlowConfig(same=0.5), **changes), law=LAW, label_dropout=0.1
-        )  # type: ignore
+        loss = MeanFlowLoss(config=replace(MeanFlowConfig(same=0.5), **changes))  # type: ignore
         given = batch(normal(8, (1, 2, 2)).float(), Cond(labels=torch.zeros(8).long()))
         loss(NetDenoiser(network, FlowMatching(time_scale=1.0)), given, draws(8))
         return len(network.calls)
@@ -362,7 +360,7 @@ def test_neutral_guidance_costs_nothing() -> None:
 
 def test_only_networks_are_trained() -> None:
     with pytest.raises(ValueError, match="trains a NetDenoiser, not a GaussianMixture"):
-        MeanFlowLoss(config=MeanFlowConfig(), law=LAW)(gaussian(), batch(normal(2)), draws(2))
+        MeanFlowLoss(config=MeanFlowConfig())(gaussian(), batch(normal(2), noise=LAW), draws(2))
 
 
 # ---- Refused ----

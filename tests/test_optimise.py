@@ -134,9 +134,10 @@ def test_ridge_regression() -> None:
 # ---- Objectives ----
 
 
-def batch_of(index: Tensor, images: Tensor) -> Batch:
+def batch_of(index: Tensor, images: Tensor, law: LogNormal | None = None) -> Batch:
     none = torch.zeros(len(index))
-    return Batch(images[index], Cond(), index, none.long()[:, None].expand(-1, 4), none.bool())
+    box = none.long()[:, None].expand(-1, 4)
+    return Batch(images[index], Cond(), index, box, none.bool(), law or LogNormal())
 
 
 def test_pseudo_labels_reach_the_denoiser() -> None:
@@ -264,13 +265,13 @@ def test_reward_directed_training_follows_the_target_and_then_leaves_the_support
     images, learned = data()
     pseudo = learned(images)
     law = LogNormal(mean=-1.5, std=1.5)
-    objective = PseudoLabelled(DenoisingLoss(law), pseudo, 0.1 * float(pseudo.std()))
+    objective = PseudoLabelled(DenoisingLoss(), pseudo, 0.1 * float(pseudo.std()))
     denoiser = NetDenoiser(Small(), EDM(sigma_data=0.18))
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=2e-3)
     steps = 2500
     for step in range(steps):
         index = rng.integers(keys(256, f"batch {step}"), N)
-        loss = objective(denoiser, batch_of(index, images), draws(len(index), step))
+        loss = objective(denoiser, batch_of(index, images, law), draws(len(index), step))
         optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         optimizer.zero_grad()
         loss.per_sample.mean().backward()

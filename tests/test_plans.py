@@ -61,7 +61,6 @@ def test_the_law_of_the_paper() -> None:
         (lambda: Stratified(pitches=(1, 1)), "pitches .* not 2"),
         (lambda: Stratified(percentiles=((0, 1), (0.5, 0.5), (0, 1))), "percentiles .* not"),
         (lambda: Stratified(pitches=(1, 1, 0)), r"pitches .* not \(1, 1, 0\)"),
-        (lambda: PatchPlan((8, 8), 4, JOINT), "need the noise law of the run"),
         (lambda: PatchPlan((8, 8), 4, JOINT, 8, LAW), r"\(8, 8\) is too small for pitch 2"),
         (lambda: Stochastic.paper(1.1), "p .* not 1.1"),
         (lambda: Stochastic.paper(-0.1, latent=True), "p .* not -0.1"),

@@ -17,9 +17,10 @@ from patchdiffusion import UNetConfig, rng
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.metrics.memorise import Copies
+from patchdiffusion.objectives import denoising
 from patchdiffusion.system.errors import Stop
 from patchdiffusion.system.files import read_json
-from patchdiffusion.train import checkpoint, loop, preview, resume, setup
+from patchdiffusion.train import checkpoint, loop, preview, resume
 from patchdiffusion.train.config import GuardConfig
 from patchdiffusion.train.log import RunLog
 from patchdiffusion.train.save import Saver
@@ -30,16 +31,12 @@ Capture = pytest.CaptureFixture[str]
 def poison(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     """Make the loss of some steps NaN."""
 
-    def objective(*settings: object) -> Callable[[Denoiser, Batch, rng.Draws], LossOut]:
-        usual = DenoisingLoss(*settings)  # pyright: ignore[reportArgumentType]
-
-        def loss(denoiser: Denoiser, batch: Batch, draws: rng.Draws) -> LossOut:
-            out = usual(denoiser, batch, draws)
+    class Poisoned(DenoisingLoss):
+        def __call__(self, denoiser: Denoiser, batch: Batch, draws: rng.Draws) -> LossOut:
+            out = super().__call__(denoiser, batch, draws)
             return LossOut(out.per_sample * (math.nan if bad(draws.step) else 1.0))
 
-        return loss
-
-    monkeypatch.setattr(setup, "DenoisingLoss", objective)
+    monkeypatch.setattr(denoising, "DenoisingLoss", Poisoned)
 
 
 def status(folder: Path) -> str:
@@ -226,7 +223,7 @@ def test_copies_are_warned_of(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
-    def some(samples: torch.Tensor, *rest: torch.Tensor) -> Copies:
+    def some(samples: torch.Tensor, *rest: torch.Tensor, **options: object) -> Copies:
         return Copies(0.5, torch.zeros(2).long(), torch.zeros(2))
 
     tiny.run(tiny.config(images, steps=1), tmp_path / "honest")

@@ -125,7 +125,7 @@ def test_the_loss_is_that_of_the_papers() -> None:
     """EDM, equation 8, summed over groups with the weights of Patch Diffusion, in float64."""
     network = SongUNet(tiny.NETWORK)
     tiny.randomise(network)
-    stepper, _ = make(DenoisingLoss(label_dropout=0.3), network=network)
+    stepper, _ = make(dropout=0.3, network=network)
     reference = copy.deepcopy(network)
     got = take(stepper)
     areas, first = {8: 1.0, 4: 0.25}, 0

@@ -70,9 +70,10 @@ def test_natural_training_is_least_squares_on_the_output(
     network, given = Linear(), draws(64)
     denoiser, weight = NetDenoiser(network, precond), precond.default_weighting()
     images = rng.normal(given.keys("images"), (2, 3, 4), torch.float64)
-    objective = DenoisingLoss(precond.default_noise(), weight)
-    trained = objective(denoiser, batch(images), given).per_sample
-    sigma = objective.levels(given).double()
+    objective = DenoisingLoss(weight)
+    law = precond.default_noise()
+    trained = objective(denoiser, batch(images, noise=law), given).per_sample
+    sigma = objective.levels(given, law).double()
     noise = given.normal("noise", (2, 3, 4)).double()
     loss = weight(sigma) * denoising_error(denoiser, images, noise, sigma, Cond())
     goal = target(images, noise, sigma[:, None, None, None])
@@ -223,7 +224,7 @@ def test_the_log_variance_changes_nothing_at_first() -> None:
         head.weight.fill_(0.01)
     changed = UncertaintyLoss(DenoisingLoss(), head)
     out = changed(lambda x, sigma, *_, **__: 0.7 * x, batch(images), given)  # pyright: ignore[reportArgumentType]
-    u = head(changed.loss.levels(given))
+    u = head(changed.loss.levels(given, LogNormal()))
     assert out.reported is not None and torch.equal(out.reported, losses[0])
     assert torch.equal(out.per_sample, out.reported / u.exp() + u)
     assert bool((u.detach().abs() > 0.01).any())

@@ -65,8 +65,6 @@ class Materials:
     """The parameterisation in the configuration."""
     law: NoiseLaw = field(default_factory=LogNormal)
     """Noise law of the run."""
-    label_dropout: float = 0.0
-    """Probability that a sample is trained without its label."""
     teachers: tuple[Denoiser, ...] = ()
     """The frozen denoisers of `ObjectiveConfig.teachers`, in that order."""
     learned: nn.ModuleDict = field(default_factory=nn.ModuleDict)

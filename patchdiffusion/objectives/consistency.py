@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
-from patchdiffusion.losses import Batch, LossOut, drop_labels
+from patchdiffusion.losses import Batch, LossOut
 from patchdiffusion.noise import LogNormal, NoiseLaw
 from patchdiffusion.objectives.base import C, Materials, ObjectiveConfig, Settings
 from patchdiffusion.objectives.discrete import Levels, heun_step
@@ -184,8 +184,6 @@ class ConsistencyConfig(ObjectiveConfig):
         """The loss, with the average as its target if that is chosen."""
         return ConsistencyLoss(
             config=self,
-            law=materials.law,
-            label_dropout=materials.label_dropout,
             target=materials.average() if self.target == "average" else None,
             teacher=next(iter(materials.teachers), None),
         )
@@ -204,21 +202,17 @@ class ConsistencyLoss:
     """
 
     config: ConsistencyConfig
-    law: NoiseLaw
-    label_dropout: float = 0.0
     target: Denoiser | None = None
     """None is the network itself."""
     teacher: Denoiser | None = None
     """E[x0 | x]; None is training without a teacher."""
 
-    def neighbours(
-        self, draws: Draws, progress: float, law: NoiseLaw | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def neighbours(self, draws: Draws, progress: float, law: NoiseLaw) -> tuple[Tensor, Tensor]:
         """The noise levels t_n+1 and t_n of each sample: float32 [B] each.
 
         By the noise law, a level is drawn between the ends and both its neighbours taken.
         """
-        config, law = self.config, law or self.law
+        config = self.config
         count = num_levels(config.schedule, progress, config.first, config.last)
         u = draws.stratified("sigma")
         grid = Levels(sigma_min=config.sigma_min, sigma_max=config.sigma_max, rho=config.rho)
@@ -233,9 +227,8 @@ class ConsistencyLoss:
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         config = self.config
         high, low = self.neighbours(draws, batch.progress, batch.noise)
-        cond = replace(batch.cond, seed=draws.keys("network"))
-        cond = drop_labels(cond, draws, self.label_dropout)
-        images, noise = batch.images, draws.normal("noise", tuple(batch.images.shape[1:]))
+        images, cond = batch.images, batch.cond
+        noise = draws.normal("noise", tuple(images.shape[1:]))
         above = images + per_sample(high, images) * noise
         with torch.no_grad():
             if self.teacher is None:

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, expand_sigma
-from patchdiffusion.losses import Batch, LossOut, denoising_error, drop_labels
-from patchdiffusion.noise import LogNormal, NoiseLaw
+from patchdiffusion.losses import Batch, LossOut, denoising_error
 from patchdiffusion.objectives.discrete import Levels, heun_step
 from patchdiffusion.paths import VE, Path, per_sample
 from patchdiffusion.rng import Draws, integers
@@ -59,7 +58,6 @@ class TrajectoryLoss:
     """g with weights that are not trained, such as an average."""
     teacher: Denoiser | None = None
     """E[x0 | x] of the solver; None is g(x, t, t) of the target."""
-    law: NoiseLaw = field(default_factory=LogNormal)
     weighting: Weighting = field(default_factory=EDMWeight)
     levels: int = 18
     """Noise levels of the grid."""
@@ -69,7 +67,6 @@ class TrajectoryLoss:
     """Weight of the denoising loss."""
     sigma_min: float = 0.002
     sigma_max: float = 80.0
-    label_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.levels < 2 or self.steps < 1 or not self.denoising >= 0:
@@ -87,9 +84,8 @@ class TrajectoryLoss:
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         images, noise = batch.images, draws.normal("noise", tuple(batch.images.shape[1:]))
-        cond = replace(batch.cond, seed=draws.keys("network"))
-        cond = drop_labels(cond, draws, self.label_dropout)
-        sigma = (batch.noise or self.law).icdf(draws.stratified("sigma")).to(torch.float32)
+        cond = batch.cond
+        sigma = batch.noise.icdf(draws.stratified("sigma")).to(torch.float32)
         error = denoising_error(denoiser, images, noise, sigma, cond)
 
         own, target = TrajectoryMap(g=denoiser), TrajectoryMap(g=self.target)

@@ -41,12 +41,12 @@ class DenoisingConfig(ObjectiveConfig):
 
     def levels(self, draws: Draws, law: NoiseLaw) -> Tensor:
         """The noise level of each sample: float32 [B]."""
-        return DenoisingLoss(law).levels(draws)
+        return DenoisingLoss().levels(draws, law)
 
     def build(self, materials: Materials) -> Objective:
         """The denoising loss, on top of a learned log-variance if there is one."""
         weighting = self.weighting or materials.precond.default_weighting()
-        loss = DenoisingLoss(materials.law, weighting, materials.label_dropout)
+        loss = DenoisingLoss(weighting)
         if not self.log_variance:
             return loss
         log_variance = LogVariance(self.log_variance)

@@ -7,6 +7,7 @@ t = 1, velocity v = eps - x0. The network F(z, t, cond) reads how far it goes, t
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
-from patchdiffusion.losses import Batch, LossOut, drop_labels
+from patchdiffusion.losses import Batch, LossOut
 from patchdiffusion.noise import LogNormal, NoiseLaw
 from patchdiffusion.objectives.base import C, Materials, ObjectiveConfig, Settings
 from patchdiffusion.objectives.tangent import derivative
@@ -23,13 +24,16 @@ from patchdiffusion.parameterisation import EDM, FlowMatching, Parameterisation
 from patchdiffusion.paths import Flow, Path, per_sample
 from patchdiffusion.rng import Draws
 
+Raw = Callable[[Tensor, Tensor, Cond], Tensor]
+"""A network: z [B, C, *S], time [B] and a condition -> the shape of z."""
 
-def mean_velocity(network: nn.Module, z: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+
+def mean_velocity(network: Raw, z: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
     """u(z, s, t), the mean velocity from time t to s; z [B, C, *S], t and s [B]."""
     return network(z, t, replace(cond, jump=t - s))
 
 
-def slope(network: nn.Module, z: Tensor, t: Tensor, s: Tensor, cond: Cond, along: Tensor) -> Tensor:
+def slope(network: Raw, z: Tensor, t: Tensor, s: Tensor, cond: Cond, along: Tensor) -> Tensor:
     """du/dt = along du/dz + du/dt with s held fixed: like z, 0 where s = t."""
     found, rows = torch.zeros_like(z), (s < t).nonzero()[:, 0]  # worth the wait of the host
     if len(rows):
@@ -151,7 +155,7 @@ class MeanFlowConfig(ObjectiveConfig):
 
     def build(self, materials: Materials) -> "MeanFlowLoss":
         """The loss."""
-        return MeanFlowLoss(config=self, law=materials.law, label_dropout=materials.label_dropout)
+        return MeanFlowLoss(config=self)
 
     def product(self, denoiser: NetDenoiser) -> MeanFlowMap:
         """The map along the mean velocity."""
@@ -174,12 +178,10 @@ class MeanFlowLoss:
     """
 
     config: MeanFlowConfig
-    law: NoiseLaw
-    label_dropout: float = 0.0
 
-    def times(self, draws: Draws, law: NoiseLaw | None = None) -> tuple[Tensor, Tensor]:
+    def times(self, draws: Draws, law: NoiseLaw) -> tuple[Tensor, Tensor]:
         """Two times of each sample, the larger one first: float32 [B] each."""
-        config, law = self.config, law or self.law
+        config = self.config
         other = law if config.mean is None else LogNormal(mean=config.mean, std=config.std)
         a = Flow().time(law.icdf(draws.stratified("sigma")))
         b = Flow().time(other.icdf(draws.uniform("span")))
@@ -192,11 +194,10 @@ class MeanFlowLoss:
         """Needs a `NetDenoiser`, whose network it trains."""
         if not isinstance(denoiser, NetDenoiser):
             raise ValueError(f"MeanFlow trains a NetDenoiser, not a {type(denoiser).__name__}")
-        network, config = denoiser.network, self.config
+        network, config = denoiser.raw, self.config
         t, s = self.times(draws, batch.noise)
-        cond = replace(batch.cond, seed=draws.keys("network"))
-        cond = drop_labels(cond, draws, self.label_dropout)
-        images, noise = batch.images, draws.normal("noise", tuple(batch.images.shape[1:]))
+        images, cond = batch.images, batch.cond
+        noise = draws.normal("noise", tuple(images.shape[1:]))
         z = images + per_sample(t, images) * (noise - images)
         with torch.no_grad():
             v = self._velocity(network, z, t, cond, noise - images)
@@ -208,7 +209,7 @@ class MeanFlowLoss:
         loss = square / (square.detach() + config.eps) ** config.power
         return LossOut(per_sample=loss, scalars={"velocity error": square.detach().mean()})
 
-    def _velocity(self, network: nn.Module, z: Tensor, t: Tensor, cond: Cond, v: Tensor) -> Tensor:
+    def _velocity(self, network: Raw, z: Tensor, t: Tensor, cond: Cond, v: Tensor) -> Tensor:
         """w v + (1 - w - k) u(z, t, t | null) + k u(z, t, t | label), v without a label."""
         config = self.config
         if not config.guided or cond.labels is None:

@@ -3,31 +3,69 @@
 import contextlib
 import inspect
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.cond import Tape
+from patchdiffusion.denoiser import NetDenoiser
+from patchdiffusion.guidance.cfg import CONDITIONS
 from patchdiffusion.losses import Batch, LossOut, Objective
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team
 
 
 class LossModule(nn.Module):
-    """The objective of a denoiser as one module: whatever it does inside is synchronised."""
+    """The objective of a denoiser as one module: whatever it does inside is synchronised.
 
-    def __init__(self, denoiser: Denoiser, objective: Objective, learned: nn.Module | None = None):
-        """`learned` are the modules of the objective that are trained with the network."""
+    Before the objective is asked, the draws inside the network get their seeds and conditions are
+    dropped; afterwards the auxiliary losses of the network, such as that of a router, are added.
+    """
+
+    def __init__(
+        self,
+        denoiser: NetDenoiser,
+        objective: Objective,
+        learned: nn.Module | None = None,
+        *,
+        dropout: float = 0.0,
+        drops: tuple[str, ...] = CONDITIONS,
+    ):
+        """`learned` are the modules of the objective that are trained with the network.
+
+        `dropout` is the share of the samples that are trained without the conditions `drops`, all
+        of them at once, which guidance needs.
+        """
         super().__init__()
         self.denoiser = denoiser
         self.objective = objective
         self.learned = learned
+        self.dropout = dropout
+        self.drops = drops
 
     def forward(self, batch: Batch, draws: Draws) -> LossOut:
         """The losses of some crops."""
-        return self.objective(self.denoiser, batch, draws)
+        cond = replace(batch.cond, seed=draws.keys("network"))
+        if self.dropout and cond.gives(*self.drops):
+            where = draws.bernoulli("label dropout", self.dropout)
+            cond = cond.without(*self.drops, where=where)
+        tape = Tape()
+        denoiser = self.denoiser.recording(tape)
+        return with_losses(self.objective(denoiser, replace(batch, cond=cond), draws), tape)
+
+
+def with_losses(out: LossOut, tape: Tape) -> LossOut:
+    """The outcome of an objective with the auxiliary losses on a tape, each logged by its name."""
+    if not tape.losses:
+        return out
+    total = torch.stack(list(tape.losses.values())).sum()
+    if out.batch_loss is not None:
+        total = total + out.batch_loss
+    shown = {name: loss.detach() for name, loss in tape.losses.items()}
+    return replace(out, batch_loss=total, scalars={**out.scalars, **shown})
 
 
 def replicate(work: LossModule, team: Team) -> nn.Module:

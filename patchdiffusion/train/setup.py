@@ -249,7 +249,9 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     if run.shard:  # the optimizer takes sharded weights or whole ones, not both
         for module in materials.learned.values():
             shard(module, [], team, device)
-    work = LossModule(denoiser_of(network, config), objective, materials.learned)
+    work = LossModule(
+        denoiser_of(network, config), objective, materials.learned, dropout=config.label_dropout
+    )
     feed = Feed(
         resident(pack.images, device),
         training_labels(config, pack),
@@ -320,7 +322,6 @@ def _materials(
         average=lambda: denoiser_of(ema.network(), config),
         precond=config.precond,
         law=config.noise,
-        label_dropout=config.label_dropout,
         teachers=tuple(model.denoiser for model in teachers),
         device=device,
         team=team,

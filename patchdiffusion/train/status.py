@@ -145,7 +145,7 @@ def _draws_of(training: Training, event: Event) -> list[dict[str, object]]:
         images = feed.which(np.arange(start, start + group.count)).tolist()
         facts: dict[str, object] = {"size": list(group.size), "images": images}
         draws = feed.draws(group, step=step, first=first, chunk=range(group.count))
-        levels = training.config.objective.levels(draws, group.noise or training.config.noise)
+        levels = training.config.objective.levels(draws, group.noise)
         if levels is not None:
             facts["sigma"] = [round(sigma, 6) for sigma in levels.tolist()]
         found.append(facts)

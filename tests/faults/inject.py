@@ -148,7 +148,7 @@ def record_draws() -> None:
             draws.index,
             made.index,
             made.flip.long(),
-            level(DenoisingLoss(), draws),
+            level(DenoisingLoss(), draws, made.noise),
             draws.keys("noise"),
             draws.keys("network"),
         ]
