@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from patchdiffusion import rng
-from patchdiffusion.system.png import enlarge, grid, png, save_png, to_uint8
+from patchdiffusion.system.png import enlarge, grid, image_file, png, save_png, strips, to_uint8
 
 
 def test_bytes_of_numbers() -> None:
@@ -28,6 +28,30 @@ def test_grid(count: int, columns: int | None, shape: tuple[int, int]) -> None:
     for i in range(count):
         top, left = i // across * 8, i % across * 8
         assert (picture[top : top + 6, left : left + 6] == i).all()
+
+
+def test_frames_of_clips_lie_side_by_side() -> None:
+    clips = np.arange(2 * 3 * 4 * 5, dtype=np.uint8).reshape(2, 3, 4, 5, 1)
+    (first, second), across = strips(clips), [slice(0, 5), slice(6, 11), slice(12, 17)]
+    for strip, clip in ((first, clips[0]), (second, clips[1])):
+        assert strip.shape == (4, 17, 1)
+        assert all((strip[:, x] == frame).all() for x, frame in zip(across, clip, strict=True))
+        assert (strip[:, [5, 11]] == 127).all()
+    assert (grid(clips, 1)[:4] == first).all()
+    assert strips(clips[:, 0]) is not None and strips(clips[:, 0, 0]).shape == (2, 1, 5, 1)
+
+
+def test_animations_hold_every_frame(tmp_path: Path) -> None:
+    clip = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5, 1)
+    file = image_file(clip, {"seed": "7"})
+    assert file is not None and file.suffix == ".png"
+    (tmp_path / "a.png").write_bytes(file.content)
+    with Image.open(tmp_path / "a.png") as moving:
+        assert moving.info["seed"] == "7" and getattr(moving, "n_frames", 1) == 3
+        for number, frame in enumerate(clip):
+            moving.seek(number)
+            assert (np.asarray(moving) == frame[..., 0]).all()
+    assert image_file(clip.astype(np.uint16), {}) is None
 
 
 def test_enlarge_by_whole_factors() -> None:

@@ -26,6 +26,8 @@ SITUATIONS = {
     "many on a GPU": Facts(canvas=(32, 32), classes=10, count=50_000, device="cuda"),
     "wide": Facts(canvas=(48, 96), channels=4, classes=2),
     "tiny": Facts(canvas=(8, 9), count=1),
+    "clips": Facts(canvas=(4, 24, 32), count=100),
+    "sequences": Facts(canvas=(100,), count=100, device="cuda"),
 }
 
 
@@ -41,7 +43,8 @@ def test_every_recipe_works(name: str, situation: str) -> None:
     config = recipes.find(name)(facts)
     assert config.network.channels == facts.channels
     assert config.network.num_classes == facts.classes
-    canvas = facts.canvas if name == "folder" else (32, 32)
+    canvas = facts.canvas if name == "folder" else (8, 32, 32)[-config.network.axes :]
+    assert len(canvas) == config.network.axes
     assert all(group.count > 0 for group in config.plan(canvas).draw(seed=0, step=0, progress=0.5))
     assert decode(TrainConfig, json.loads(json.dumps(encode(config)))) == config
 
@@ -52,7 +55,7 @@ def test_every_network_can_be_built(name: str, device: str) -> None:
     config = recipes.find(name)(Facts(classes=3, device=device))
     with torch.device("meta"):
         network = config.network.build()
-        x = torch.zeros(2, 3, 32, 32)
+        x = torch.zeros(2, 3, *(32,) * config.network.axes)
         cond = Cond(labels=torch.zeros(2, dtype=torch.int64))
         assert network(x, torch.zeros(2), cond).shape == x.shape
 

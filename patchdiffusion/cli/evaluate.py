@@ -103,10 +103,11 @@ def main(arguments: Sequence[str]) -> None:
         if pipeline is None and given.bits.images:
             images = given.bits.images
             raise ValueError(f"{path} holds no model, which --bits.images {images} is about")
+        pack = _reference(path, given, pipeline, team)
         evaluation = Evaluation(
-            pack=_reference(path, given, pipeline, team),
+            pack=pack,
             config=config,
-            extract=_extractor(given, team, device),
+            extract=_extractor(given, team, device, axes=pack.images.ndim - 2),
             team=team,
         )
         bits = _bits(evaluation, pipeline, given.bits) if pipeline and given.bits.images else None
@@ -134,10 +135,17 @@ def _model(path: Path, given: EvaluateArguments, device: torch.device) -> Pipeli
     return load(path, weights=given.weights, device=device, precision=given.precision)
 
 
-def _extractor(given: EvaluateArguments, team: Team, device: torch.device) -> Extractor | None:
+def _extractor(
+    given: EvaluateArguments, team: Team, device: torch.device, *, axes: int
+) -> Extractor | None:
     name, weights = given.features.extractor, given.features.weights
     if name == "none" or not given.config.samples:
         return None
+    if axes != 2:
+        raise ValueError(
+            f"features are of images of two axes, and these have {axes}; --features.extractor none "
+            "measures loss and copies"
+        )
     return extractor(name, weights=weights, device=device, team=team)
 
 
@@ -168,6 +176,8 @@ def _own_size(images: Path, data: str) -> tuple[int, int] | None:
     size = common_size(open_source(str(images)))
     if size is None:
         raise ValueError(f"the images of {images} differ in size; give one with --resolution")
+    if len(size) != 2:
+        raise ValueError(f"{images} holds data of {len(size)} axes; images of two are compared")
     return size[-2], size[-1]
 
 

@@ -40,7 +40,8 @@ class SampleArguments:
     out: Path | None = None
     """Folder for the files; the default is generated/0001, 0002, ... in the folder of the run."""
     singles: bool = True
-    """Write one file per image beside the grid: PNG, or TIFF for floats of one channel."""
+    """Write one file per image beside the grid: PNG, animated for clips, or TIFF for floats of one
+    channel."""
     batch: int = 64
     """Images at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -100,7 +101,7 @@ def _write(folder: Path, images: np.ndarray, pipeline: Pipeline, given: SampleAr
     seeds = {"seeds": f"{given.seed}-{given.seed + given.count - 1}"}
     pictures = pipeline.model.config.space.to_picture(images)
     save_png(folder / "grid.png", grid(pictures), {**common, **seeds})
-    if images is not pictures:  # not what can be looked at
+    if images is not pictures or images.ndim != 4:  # not what can be looked at
         write_bytes(folder / SAMPLES, npy(images))
         write_json(folder / "samples.json", {**common, **seeds})
     for i, image in enumerate(images if given.singles else ()):

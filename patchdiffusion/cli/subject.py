@@ -76,7 +76,7 @@ class Subject:
         """The configuration of the run, or what the recipe gives for its images once prepared."""
         if (stored := self._begun()) is not None:
             return self._same_data(stored)
-        name = self.recipe.__name__
+        name = recipes.word(self.recipe)
         data = parse_some(Early(data=self.data), arguments).data
         if not data.path:
             raise ValueError(f"the recipe {name} needs images: patchdiffusion train {name} DATA")

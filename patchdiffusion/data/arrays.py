@@ -22,7 +22,7 @@ _CHUNK = 256
 
 @dataclass(frozen=True, eq=False)
 class ArraySource:
-    """A `Source` over one array [N, H, W, C]."""
+    """A `Source` over one array [N, *S, C]."""
 
     name: str
     array: np.ndarray
@@ -49,10 +49,10 @@ class ArraySource:
 def array_source(path: Path) -> ArraySource:
     """Images of an .npy file, or of an .npz file with images, x or arr_0, and labels or y.
 
-    Shapes: [N, H, W], [N, H, W, C] or [N, C, H, W], the channels being the axis below 8. Types:
-    bool, integers, and floats, which as pixels are taken as [0, 1] if all of them lie there, as
-    [-1, 1] if all of them lie there, and else cannot be pixels. Raises `ValueError` for anything
-    else.
+    Shapes: [N, H, W], [N, H, W, C] or [N, C, H, W], the channels being the axis below 8, and clips
+    [N, T, H, W, C]. Types: bool, integers, and floats, which as pixels are taken as [0, 1] if all
+    of them lie there, as [-1, 1] if all of them lie there, and else cannot be pixels. Raises
+    `ValueError` for anything else.
     """
     try:
         # Only an .npy file is mapped; the arrays of an .npz file are read as a whole.
@@ -94,9 +94,12 @@ def _layout(path: Path, array: np.ndarray) -> np.ndarray:
             return array
         if 0 < a < MIN_SIDE <= min(b, c):
             return array.transpose(0, 2, 3, 1)
+    if array.ndim == 5 and array.size and array.shape[4] < MIN_SIDE <= min(array.shape[2:4]):
+        return array
     raise ValueError(
-        f"{path} has the shape {list(array.shape)}; allowed are [N, H, W], [N, H, W, C] and "
-        f"[N, C, H, W] with sides of at least {MIN_SIDE} and fewer than {MIN_SIDE} channels"
+        f"{path} has the shape {list(array.shape)}; allowed are [N, H, W], [N, H, W, C], "
+        f"[N, C, H, W] and [N, T, H, W, C] with sides of at least {MIN_SIDE} and fewer than "
+        f"{MIN_SIDE} channels"
     )
 
 

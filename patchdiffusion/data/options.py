@@ -21,7 +21,7 @@ class DataConfig:
     """Where the images come from and how they are prepared."""
 
     path: str = "glyphs"
-    """Folder, zip, array or pack of images, or "glyphs", the built-in set."""
+    """Folder, zip, array or pack of images, or a built-in set: glyphs, or moving-glyphs (clips)."""
     resolution: int | tuple[int, int] | None = None
     """Side, or height and width, in pixels; None chooses from the images."""
     channels: Literal[1, 3, 4] | None = None

@@ -1,11 +1,13 @@
 """From what a person types to a `Source`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from patchdiffusion.data.arrays import array_source
 from patchdiffusion.data.example import BadImage, Example, Source
 from patchdiffusion.data.files import folder_source, zip_source
 from patchdiffusion.data.glyphs import Glyphs
+from patchdiffusion.data.moving import MovingGlyphs
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.system.files import read_json
 
@@ -14,7 +16,10 @@ __all__ = ["BadImage", "Example", "Source", "is_run", "open_source"]
 SAMPLES = "samples.npy"
 """What `patchdiffusion sample` writes beside pictures that do not hold every number."""
 
-_ALLOWED = "allowed are a folder, a pack, a .zip, .npy or .npz file, or the name 'glyphs'"
+BUILT_IN: dict[str, Callable[[], Source]] = {c.name: c for c in (Glyphs, MovingGlyphs)}
+"""Data sets that need no files, by name."""
+
+_ALLOWED = f"allowed are a folder, a pack, a .zip, .npy or .npz file, or {' or '.join(BUILT_IN)}"
 
 
 def is_run(folder: Path) -> bool:
@@ -28,13 +33,13 @@ def is_run(folder: Path) -> bool:
 
 
 def open_source(spec: str | Path) -> Source:
-    """The data set at a path, or the built-in one named "glyphs" (unless data have that name).
+    """The data set at a path, or the built-in one of that name (unless data have it).
 
     Raises `ValueError`, in one line, for anything else and for data that cannot be read.
     """
     path = Path(spec).expanduser()
     run = is_run(path)
-    if run and str(spec) != "glyphs":
+    if run and str(spec) not in BUILT_IN:
         raise ValueError(f"{spec} is the folder of a run, not of images")
     if path.is_dir() and not run:
         if (path / "pack.json").is_file() and (path / "images.bin").is_file():
@@ -49,6 +54,6 @@ def open_source(spec: str | Path) -> Source:
         if suffix in (".npy", ".npz"):
             return array_source(path)
         raise ValueError(f"{path} is a file of another kind; {_ALLOWED}")
-    if str(spec) == "glyphs":
-        return Glyphs()
+    if str(spec) in BUILT_IN:
+        return BUILT_IN[str(spec)]()
     raise ValueError(f"{str(spec)!r} does not exist; {_ALLOWED}")

@@ -21,6 +21,7 @@ from patchdiffusion.nets.attention import TokenAttention
 from patchdiffusion.nets.base import Network, NetworkConfig, Role, put
 from patchdiffusion.nets.embed import Embedding, whole_canvas
 from patchdiffusion.nets.layers import Linear, full_precision, pad_to_multiple
+from patchdiffusion.patches import Size
 from patchdiffusion.rng import keep_mask, keep_scale, subkeys
 
 FINEST = 64
@@ -73,6 +74,13 @@ def tiny(resolution: int = 32, **changes: object) -> TransformerConfig:
     """For a CPU: 1.9M parameters, at most 16 x 16 tokens at a power of two."""
     patch = max(2, resolution // 16)
     return replace(TransformerConfig(patch=(patch, patch)), **changes)
+
+
+def for_canvas(canvas: Size, **changes: object) -> TransformerConfig:
+    """For a CPU and data of any axes: 6 to 11 tokens along each of the last two, half of others."""
+    sides = [2 if length > 1 else 1 for length in canvas[:-2]]
+    sides += [max(2, 2 ** round(math.log2(length / 8))) for length in canvas[-2:]]
+    return replace(TransformerConfig(patch=tuple(sides)), **changes)
 
 
 class Tokens(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare_data
-from patchdiffusion.nets import unet
+from patchdiffusion.nets import transformer, unet
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ObjectiveUnion
 from patchdiffusion.parameterisation import EDM
@@ -66,9 +66,10 @@ def folder(facts: Facts) -> TrainConfig:
     """Any images, by their resolution, their number and the hardware; what a bare path gets.
 
     A CPU gets a small network, about an hour, and crops from small to large; a GPU the published
-    networks. Few images get more dropout and flips. Labels are used where there are any.
+    networks. Few images get more dropout and flips. Labels are used where there are any. Clips and
+    other data that are no images get a transformer.
     """
-    resolution = min(facts.canvas)
+    resolution = min(facts.canvas[-2:])
     few = facts.count < 20_000
     if facts.device == "cpu":
         network, law = unet.tiny(resolution), GROWING
@@ -79,6 +80,8 @@ def folder(facts: Facts) -> TrainConfig:
         network, law = unet.small(resolution) if few else unet.ddpmpp(resolution), Stratified()
         batch, lr = 256, 4e-4 if few else 2e-4
         images = min(max(facts.count * 250.0, 2e6), 5e7)
+    if len(facts.canvas) != 2:
+        network = transformer.for_canvas(facts.canvas)
     dropout = 0.2 if facts.count < 6_000 and facts.device != "cpu" else network.dropout
     return TrainConfig(
         name=facts.name,
@@ -157,6 +160,24 @@ def meanflow(facts: Facts) -> TrainConfig:
     return replace(config, name="meanflow", patches=Stratified(), optim=optim, images=60_000)
 
 
+def moving_glyphs(facts: Facts) -> TrainConfig:
+    """The built-in clips of moving characters: crops in space and time, a transformer."""
+    return TrainConfig(
+        name="moving-glyphs",
+        data=DataConfig(path="moving-glyphs", channels=1),
+        network=transformer.for_canvas(
+            (8, 24, 24), channels=facts.channels, num_classes=facts.classes
+        ),
+        precond=EDM(sigma_data=0.42),
+        noise=LogNormal(mean=-0.7),
+        patches=GROWING,
+        optim=AdamW(lr=1e-3, schedule=Trapezoid(cooldown=0.4)),
+        batch=16,
+        images=20_000,
+        preview=PreviewConfig(status=40, samples=4, grid=8, held_out=128),
+    )
+
+
 # ---- Objectives ----
 
 
@@ -169,8 +190,13 @@ def with_objective(config: TrainConfig, word: str) -> TrainConfig:
     return config if type(config.objective) is chosen else chosen().prefers(config)
 
 
+def word(recipe: Recipe) -> str:
+    """What the command line calls a recipe."""
+    return recipe.__name__.replace("_", "-")
+
+
 RECIPES: dict[str, Recipe] = {
-    recipe.__name__: recipe for recipe in (glyphs, folder, cifar10, faces64, meanflow)
+    word(recipe): recipe for recipe in (glyphs, folder, cifar10, faces64, meanflow, moving_glyphs)
 }
 """Recipes by name."""
 

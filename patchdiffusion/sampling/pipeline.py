@@ -45,7 +45,7 @@ class Pipeline:
         batch: int = 64,
         progress: bool = False,
     ) -> np.ndarray:
-        """Images of seeds seed ... seed + count - 1: [count, H, W, C] in the space of the model.
+        """Images of seeds seed ... seed + count - 1: [count, *S, C] in the space of the model.
 
         uint8 for models of pixels, else values in the units of the data.
 

@@ -22,8 +22,18 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return scaled.to(torch.uint8).movedim(1, -1).cpu().numpy()
 
 
+def strips(images: np.ndarray, gap: int = 1) -> np.ndarray:
+    """Pictures [N, H, W, C] of images [N, *S, C]: frames side by side, a sequence as one row."""
+    if images.ndim < 5:
+        return images if images.ndim == 4 else images[:, None]
+    frames = images.reshape(len(images), -1, *images.shape[-3:])
+    frames = np.pad(frames, [(0, 0)] * 3 + [(0, gap), (0, 0)], constant_values=127)
+    return np.concatenate(list(frames.swapaxes(0, 1)), axis=2)[:, :, : -gap or None]
+
+
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """uint8 [N, H, W, C] -> one picture [H', W', C], row by row, as square as it can be."""
+    """uint8 [N, *S, C] -> one picture [H', W', C], row by row, as square as it can be."""
+    images = strips(images)
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count * height / width))
     rows = -(-count // columns)
@@ -47,14 +57,39 @@ def png(picture: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
 
     1 channel is grey, 3 are colour, 4 colour and alpha; of 2 the first is shown, of more three.
     """
+    stream = io.BytesIO()
+    Image.fromarray(_shown(picture)).save(stream, "PNG", pnginfo=_info(text or {}))
+    return stream.getvalue()
+
+
+def animation(frames: np.ndarray, text: Mapping[str, str], milliseconds: int = 125) -> bytes:
+    """An animated PNG file of uint8 [T, H, W, C] that begins again at its end."""
+    first, *others = (Image.fromarray(_shown(frame)) for frame in frames)
+    stream = io.BytesIO()
+    first.save(
+        stream,
+        "PNG",
+        pnginfo=_info(text),
+        save_all=True,
+        append_images=others,
+        duration=milliseconds,
+        loop=0,
+    )
+    return stream.getvalue()
+
+
+def _info(text: Mapping[str, str]) -> PngInfo:
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    return info
+
+
+def _shown(picture: np.ndarray) -> np.ndarray:
+    """The channels of a picture that PNG holds."""
     channels = picture.shape[-1]
     picture = picture[..., 0] if channels < 3 else picture[..., : channels if channels < 5 else 3]
-    info = PngInfo()
-    for key, value in (text or {}).items():
-        info.add_text(key, value)
-    stream = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture)).save(stream, "PNG", pnginfo=info)
-    return stream.getvalue()
+    return np.ascontiguousarray(picture)
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -72,10 +107,14 @@ class ImageFile(NamedTuple):
 
 
 def image_file(image: np.ndarray, text: Mapping[str, str]) -> ImageFile | None:
-    """A file of an image [H, W, C] with text inside, or None if PNG and TIFF cannot hold it.
+    """A file of an image [*S, C] with text inside, or None if PNG and TIFF cannot hold it.
 
-    uint8 and 16 bits in grey become PNG, floats in one channel TIFF.
+    uint8 and 16 bits in grey become PNG, floats in one channel TIFF; clips of uint8 move.
     """
+    if image.ndim > 3:
+        moves = image.ndim == 4 and image.dtype == np.uint8
+        return ImageFile(".png", animation(image, text)) if moves else None
+    image = image[None] if image.ndim == 2 else image
     single = image.shape[-1] == 1
     if image.dtype == np.uint8 or (single and image.dtype == np.uint16):
         return ImageFile(".png", png(image, text))

@@ -63,7 +63,7 @@ class Preview:
     """Features of the Frechet distance, if it is to be measured."""
 
     def draw(self, denoiser: NetDenoiser, ending: Ending = bool) -> Tensor:
-        """The images of the grid: float32 [N, C, H, W]."""
+        """The images of the grid: float32 [N, C, *S]."""
         classes = self.config.network.num_classes
         share = self.team.shard(self.config.preview.grid)
         labels = torch.tensor(share) % classes if classes else None

@@ -51,6 +51,11 @@ def check_fits(config: TrainConfig, pack: Pack) -> None:
             f"the data has {axes} axes and the network {config.network.axes}: use a network for "
             f"{axes} axes, such as --network transformer --network.patch{' 2' * axes}"
         )
+    if config.preview.distance and axes != 2:
+        raise ValueError(
+            f"preview.distance {config.preview.distance} is of images of two axes, and these have "
+            f"{axes}; leave it at 0"
+        )
     if channels != config.network.channels:
         raise ValueError(
             f"the images have {channels} channels and the network {config.network.channels}: "
