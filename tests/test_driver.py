@@ -7,11 +7,12 @@ import pytest
 import tiny
 import torch
 from commands import refuses
+from oracles import Oracle
 from torch import Tensor
 
 from patchdiffusion import SamplerConfig, sample
 from patchdiffusion.analytic import IdealDenoiser
-from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.cond import Cond
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.canvas import CanvasRegion
@@ -25,30 +26,19 @@ CHURNED = replace(FAST, solver=Heun(churn=Churn(amount=20.0)))
 FIVE = range(40, 45)
 
 
-def place(
-    x: Tensor,
-    sigma: Tensor | float,
-    cond: Cond | None = None,
-    *,
-    position: Position | None = None,
-    tape: Tape | None = None,
-) -> Tensor:
-    """An oracle: every pixel is its own coordinate, whatever the noise."""
-    assert cond is not None and cond.pos is not None
+def place_of(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    """Every pixel is its own coordinate, whatever the noise."""
+    assert cond.pos is not None
     return torch.cat([cond.pos, torch.zeros_like(cond.pos[:, :1])], dim=1).to(x.dtype)
 
 
-def blend(
-    x: Tensor,
-    sigma: Tensor | float,
-    cond: Cond | None = None,
-    *,
-    position: Position | None = None,
-    tape: Tape | None = None,
-) -> Tensor:
-    """A denoiser whose result depends on every pixel by itself."""
-    assert cond is not None and cond.pos is not None
+def blend_of(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    """It depends on every pixel by itself."""
+    assert cond.pos is not None
     return 0.3 * torch.tanh(x) + 0.1 * cond.pos.sum(1, keepdim=True).to(x.dtype)
+
+
+place, blend = Oracle(place_of), Oracle(blend_of)
 
 
 # ---- Noise ----
@@ -145,18 +135,13 @@ def test_progress_counts_images() -> None:
 
 
 def test_no_gradients_and_any_precision() -> None:
-    def check(
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
+    def check(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         assert x.dtype == torch.float64 and not torch.is_grad_enabled()
-        return blend(x, sigma, cond)
+        return blend_of(x, sigma, cond)
 
-    out = sample(check, seeds=[0], channels=3, canvas=CANVAS, config=FAST, dtype=torch.float64)
+    out = sample(
+        Oracle(check), seeds=[0], channels=3, canvas=CANVAS, config=FAST, dtype=torch.float64
+    )
     assert out.dtype == torch.float32
     single = sample(blend, seeds=[0], channels=3, canvas=CANVAS, config=FAST)
     torch.testing.assert_close(out, single, rtol=0, atol=1e-3)
@@ -178,19 +163,12 @@ def test_an_ideal_denoiser_gives_back_its_images() -> None:
 def test_any_condition_is_handed_down_in_parts(batch: int) -> None:
     """A pooled embedding here; each image has its own row of it."""
 
-    def told(
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        assert cond is not None and cond.extra is not None and cond.pos is not None
+    def told(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        assert cond.extra is not None and cond.pos is not None
         return cond.extra[:, :, None, None].to(x).expand_as(x)
 
     extra = torch.linspace(-1, 1, 5)[:, None]
-    images = sample(told, seeds=FIVE, channels=1, canvas=(2, 3), cond=Cond(extra=extra),
+    images = sample(Oracle(told), seeds=FIVE, channels=1, canvas=(2, 3), cond=Cond(extra=extra),
                     config=FAST, batch=batch)  # fmt: skip
     torch.testing.assert_close(images, extra[:, :, None, None].expand(5, 1, 2, 3))
 
@@ -198,21 +176,14 @@ def test_any_condition_is_handed_down_in_parts(batch: int) -> None:
 def test_a_start_is_where_the_solver_begins() -> None:
     seen: list[tuple[float, Tensor]] = []
 
-    def watched(
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        seen.append((float(sigma), x))
-        return blend(x, sigma, cond)
+    def watched(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        seen.append((float(sigma[0]), x))
+        return blend_of(x, sigma, cond)
 
     def begun(start: Start, batch: int = 64) -> Tensor:
         seen.clear()
-        return sample(watched, seeds=FIVE, channels=3, canvas=CANVAS, config=FAST, start=start,
-                      batch=batch)  # fmt: skip
+        return sample(Oracle(watched), seeds=FIVE, channels=3, canvas=CANVAS, config=FAST,
+                      start=start, batch=batch)  # fmt: skip
 
     x = torch.linspace(-1, 1, 5 * 3 * 8 * 12).reshape(5, 3, *CANVAS)
     noised = begun(Start(x, 0.7))
@@ -289,16 +260,10 @@ def test_regions_of_a_model() -> None:
 
 
 def test_every_trajectory_has_a_number_and_its_seeds() -> None:
-    seen: list[Position] = []
-
-    def denoiser(x: torch.Tensor, sigma: object, cond: object = None, **given: object):
-        step = given["position"]
-        assert isinstance(step, Position)
-        seen.append(step)
-        return torch.zeros_like(x)
-
+    denoiser = Oracle(lambda x, sigma, cond: torch.zeros_like(x))
     config = SamplerConfig(solver=Euler(), steps=2)
     sample(denoiser, seeds=[5, 6, 7], channels=1, canvas=(4, 4), config=config, batch=2)
+    seen = [step for step in denoiser.steps if step]
     runs = [step.run for step in seen]
     assert runs[0] == runs[1] != runs[2] == runs[3]
     assert [s.seeds.tolist() for s in seen if s.seeds is not None] == [[5, 6], [5, 6], [7], [7]]

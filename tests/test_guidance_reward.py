@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from commands import refuses
+from oracles import Oracle
 from torch import Tensor
 
 from patchdiffusion import rng
@@ -181,38 +182,26 @@ def test_values_of_another_shape_are_refused() -> None:
 # ---- The denoiser around them ----
 
 
-class Spy:
-    """The toy mixture; remembers how it was called."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[bool, Position | None, Tape | None]] = []
-
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        self.calls.append((torch.is_grad_enabled() and x.requires_grad, position, tape))
-        return TOY(x, sigma, cond)
-
-
 def test_neutral_settings_are_the_denoiser_bit_for_bit() -> None:
     x, sigma = noisy(2)
-    step, tape = Position(run=0, index=3, stage=1, sigmas=(1.0, 0.0)), Tape()
+    kept: list[bool] = []
+
+    def watched(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        kept.append(torch.is_grad_enabled() and x.requires_grad)
+        return TOY(x, sigma, cond)
+
+    spy = Oracle(watched)
+    step, tapes = Position(run=0, index=3, stage=1, sigmas=(1.0, 0.0)), [Tape() for _ in range(4)]
     with torch.no_grad():
-        for guidance in (
-            GradientGuidance(spy := Spy(), Tilt(linear), 0.0),
-            GradientGuidance(spy, Tilt(linear), below=0.01),
-        ):
+        whole = GradientGuidance(spy, Tilt(linear), 0.0)
+        low = GradientGuidance(spy, Tilt(linear), below=0.01)
+        for guidance, tape in ((whole, tapes[0]), (low, tapes[1])):
             assert torch.equal(guidance(x, sigma, position=step, tape=tape), TOY(x, sigma))
-        assert spy.calls == [(False, step, tape)] * 2
-        GradientGuidance(spy, Tilt(linear))(x, 1.0, position=step, tape=tape)
-        GradientGuidance(spy, Tilt(linear), jacobian=False)(x, 1.0, position=step, tape=tape)
-        assert spy.calls[2:] == [(True, step, tape), (False, step, tape)]
+        assert kept == [False] * 2
+        GradientGuidance(spy, Tilt(linear))(x, 1.0, position=step, tape=tapes[2])
+        GradientGuidance(spy, Tilt(linear), jacobian=False)(x, 1.0, position=step, tape=tapes[3])
+        assert kept[2:] == [True, False]
+        assert spy.steps == [step] * 4 and spy.tapes == tapes
 
 
 def test_only_levels_below_are_guided() -> None:

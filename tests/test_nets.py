@@ -1,7 +1,6 @@
 """U-Nets against published numbers, closed forms, and the contract of a network."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,15 +18,6 @@ from patchdiffusion.rng import keys
 
 LITTLE = UNetConfig(base=8, mult=(1, 2), blocks=1, attention=(1,), num_classes=4, augment_dim=3)
 NCSN = replace(LITTLE, embedding="fourier", encoder="residual", filter=(1, 3, 3, 1))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Layers this small only lose time to threads that wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def on_meta(config: UNetConfig) -> SongUNet:

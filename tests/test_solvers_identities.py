@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from oracles import SOLVERS, TOY, grid, keys, noise_of, noisy
+from oracles import SOLVERS, TOY, Oracle, grid, keys, noise_of, noisy
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Position, Tape
+from patchdiffusion.cond import Cond
 from patchdiffusion.solvers import (
     DDIM,
     EulerMaruyama,
@@ -157,22 +157,17 @@ def test_unipc_as_written(sigmas: Tensor) -> None:
 # ---- Exact on polynomials ----
 
 
-class Moves:
+class Moves(Oracle):
     """A denoised image c0 + c1 l + c2 l^2 that depends on the level alone; l = -ln sigma."""
 
     coefficients = (0.3, -0.7, 0.2)
 
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
+    def __init__(self) -> None:
+        super().__init__(self._best)
+
+    def _best(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         c0, c1, c2 = self.coefficients
-        l = -math.log(float(sigma))  # noqa: E741
+        l = -math.log(float(sigma[0]))  # noqa: E741
         return torch.full_like(x, c0 + c1 * l + c2 * l * l)
 
     def part(self, sigma: float) -> float:
@@ -185,17 +180,9 @@ class Moves:
 class Slopes(Moves):
     """The direction (x - D) / sigma is c0 + c1 sigma + c2 sigma^2, whatever x."""
 
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
+    def _best(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         c0, c1, c2 = self.coefficients
-        s = float(sigma)
+        s = float(sigma[0])
         return x - s * (c0 + c1 * s + c2 * s * s)
 
 
