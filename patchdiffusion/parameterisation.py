@@ -81,11 +81,12 @@ class Trainable(ABC):
         """The same with sigma_data or the steps of the one before."""
         return families.alike(self, old)
 
-    def adopt(self, config: Any, old: "Trainable") -> Any:
-        """The configuration with this one's weight, and its law if the one before had another."""
-        config = replace(config, objective=config.objective.of_another_precond())
-        law = self.default_noise()
-        return config if law == old.default_noise() else replace(config, noise=law)
+    def prefers(self, config: Any) -> Any:
+        """The configuration with this one and its weight, and its law if the former had another."""
+        law, former = self.default_noise(), config.precond.default_noise()
+        noise = config.noise if law == former else law
+        objective = config.objective.of_another_precond()
+        return replace(config, precond=self, noise=noise, objective=objective)
 
 
 @dataclass(frozen=True, kw_only=True)

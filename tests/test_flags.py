@@ -53,8 +53,8 @@ class Heavy:
     def inherit(self, old: Plain, config: "Config") -> "Heavy":
         return replace(self, schedule=old.schedule)
 
-    def adopt(self, config: "Config", old: Plain) -> "Config":
-        return replace(config, batch=old.rate * 40)
+    def prefers(self, config: "Config") -> "Config":
+        return replace(config, optim=self, batch=config.optim.rate * 40)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +237,7 @@ def test_words_before_the_flags() -> None:
         ("--optim light", ("--optim", "'light'", "plain, heavy-ball")),
         ("--optim", ("--optim", "plain, heavy-ball")),
         ("--terms blur haze", ("--terms", "'haze'", "blur, mix")),
+        ("--terms mix mix", ("--terms", "'mix mix'", "once")),
         ("--limit 3", ("--limit", "'3'", "auto, falling")),
         ("--optim.rate x", ("--optim.rate", "'x'", "a number")),
         ("--optim.rate", ("--optim.rate", "nothing", "a number")),

@@ -55,7 +55,7 @@ def test_without_words_nothing_changes() -> None:
 
 
 def test_a_word_for_what_is_there_changes_nothing() -> None:
-    assert chosen("--precond edm --noise lognormal --objective.weighting natural") == GLYPHS
+    assert chosen("--precond edm --noise lognormal --objective.weighting none") == GLYPHS
     flow = replace(GLYPHS, precond=FlowMatching(), noise=LogitNormal(mean=2.0), objective=WEIGHTED)
     assert chosen("--precond flow --noise logit-normal --objective.weighting p2", flow) == flow
     assert chosen("--precond flow", flow) == flow
@@ -87,7 +87,19 @@ def test_the_words_may_be_combined() -> None:
     assert config.objective == DenoisingConfig(weighting=MinSNRWeight())
     assert chosen("--precond v --noise uniform-time").noise == UniformTime(path="cosine")
     assert chosen("--noise loguniform").noise == LogUniform()
-    assert chosen("--objective.weighting natural", replace(GLYPHS, objective=WEIGHTED)) == GLYPHS
+    assert chosen("--objective.weighting none", replace(GLYPHS, objective=WEIGHTED)) == GLYPHS
+
+
+def test_words_in_any_order() -> None:
+    """A parameterisation is impossible for MeanFlow, and possible once another one is chosen."""
+    begun = recipes.meanflow(Facts())
+    config = chosen("--precond v --objective denoising", begun)
+    assert config == chosen("--objective denoising --precond v", begun)
+    assert config.precond == V() and config.noise == V().default_noise()
+    with pytest.raises(ValueError, match="precond"):
+        chosen("--precond v", begun)
+    law = chosen("--noise logit-normal --objective meanflow").noise
+    assert law == chosen("--objective meanflow --noise logit-normal").noise == LogitNormal()
 
 
 def test_words_and_fields(images: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -11,7 +11,6 @@ from patchdiffusion import recipes
 from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.subject import Subject
-from patchdiffusion.cli.train import for_objective
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.patches import size_name
 from patchdiffusion.plans import Group
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str], config: TrainConfig) -> BenchArguments:
-    return parse(BenchArguments(config=for_objective(config, arguments)), arguments, "bench")
+    return parse(BenchArguments(config=config), arguments, "bench")
 
 
 Kind = tuple[Group, ...]

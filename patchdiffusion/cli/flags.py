@@ -20,7 +20,6 @@ T = TypeVar("T")
 Given = Mapping[str, Sequence[str]]
 """Flags without their dashes, and the words that follow each."""
 Kind = Literal["leaf", "record", "family", "several"]
-_NONE_WORDS = (NONE, "natural")
 
 
 def flat(title: str) -> dict[str, str]:
@@ -159,7 +158,7 @@ def choose(record: T, given: Given, path: tuple[str, ...] = ()) -> T:
 
     A word for the type that is there changes nothing, so that a command can be repeated. A new
     member may take over fields of the one that it replaces (`inherit`) and bring with it what
-    belongs to it (`adopt`), unless that is given, too. Raises `ValueError` for unknown words.
+    belongs to it (`prefers`), unless that is given, too. Raises `ValueError` for unknown words.
     """
     config: Any = record
     errors: dict[str, ValueError] = {}
@@ -197,6 +196,8 @@ def _chosen(config: Any, first: Any, slot: Slot, route: Sequence[str], words: Se
     now = _get(config, route)
     if slot.kind == "several":
         there = {families.word(type(v)): v for v in (*(_get(first, route) or ()), *(now or ()))}
+        if len(set(words)) < len(words):
+            raise ValueError(f"--{slot.name} takes every word once, not {' '.join(words)!r}")
         entries = [there.get(word) or _member(slot, word)() for word in words]
         return config if tuple(entries) == now else _put(config, route, tuple(entries))
     if len(words) != 1:
@@ -212,8 +213,7 @@ def _chosen(config: Any, first: Any, slot: Slot, route: Sequence[str], words: Se
     new = cls()
     if hasattr(new, "inherit"):
         new = new.inherit(now, first)
-    config = _put(config, route, new)
-    return new.adopt(config, now) if hasattr(new, "adopt") else config
+    return new.prefers(config) if hasattr(new, "prefers") else _put(config, route, new)
 
 
 def _member(slot: Slot, word: str) -> Any:
@@ -225,8 +225,6 @@ def _member(slot: Slot, word: str) -> Any:
 
 def _other(slot: Slot, word: str) -> Any:
     """A value that is no record: None, a literal, a number."""
-    if type(None) in slot.others and word in _NONE_WORDS:
-        return None
     for hint in slot.others:
         try:
             return convert(hint, [word])

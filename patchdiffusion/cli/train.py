@@ -57,11 +57,5 @@ def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, objective=config.objective.located())
 
 
-def for_objective(config: TrainConfig, arguments: Sequence[str]) -> TrainConfig:
-    """The configuration with the objective that the flags name."""
-    words = read(arguments)[1].get("objective", ())
-    return recipes.with_objective(config, words[0]) if words else config
-
-
 def _parse(arguments: Sequence[str], config: TrainConfig) -> TrainArguments:
-    return parse(TrainArguments(config=for_objective(config, arguments)), arguments, "train")
+    return parse(TrainArguments(config=config), arguments, "train")

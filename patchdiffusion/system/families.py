@@ -9,8 +9,8 @@ one, two methods are called if the member has them:
 
 - `inherit(self, old, config)` returns the member with what it takes over from the one it replaces,
   or from the configuration as it was;
-- `adopt(self, config, old)` returns the configuration, in which the member now is, with what
-  belongs to the member, such as the noise law of a parameterisation.
+- `prefers(self, config)` returns the configuration with the member in its place and with what
+  belongs to it, such as the noise law of a parameterisation.
 """
 
 import re
