@@ -33,6 +33,8 @@ class Batch:
     """The noise law that the levels of these crops are drawn by."""
     progress: float = 0.0
     """Share of the run that is done."""
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else belongs to the crops, by name; see `data.columns`."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import tiny
 import torch
 from torch import Tensor
 
+from patchdiffusion.data.columns import Filled, Label
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import DenoisingLoss, Objective
@@ -46,7 +47,7 @@ def make(
         tiny.randomise(network)
     stepper = Stepper(
         LossModule(NetDenoiser(network, EDM()), objective or DenoisingLoss(), dropout=dropout),
-        Feed(IMAGES, LABELS, torch.arange(12), seed=7, flip=True),
+        Feed(IMAGES, [Filled(Label(), LABELS)], torch.arange(12), seed=7, flip=True),
         Guard(guard or GuardConfig(), torch.device("cpu")),
         config=config,
         roles={network.get_parameter(name): role for name, role in network.roles().items()},

@@ -141,7 +141,7 @@ def test_only_what_is_asked_for() -> None:
 
 
 def feed(augment: Augmentation | None, *, flip: bool = False) -> Feed:
-    return Feed(IMAGES, None, torch.arange(12), seed=3, flip=flip, augment=augment)
+    return Feed(IMAGES, [], torch.arange(12), seed=3, flip=flip, augment=augment)
 
 
 def batch(source: Feed, side: int = SIDE, pitch: int = 1) -> tuple[Tensor, Tensor, Tensor | None]:

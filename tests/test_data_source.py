@@ -11,7 +11,7 @@ from PIL import Image
 
 from patchdiffusion.data.arrays import RowSource
 from patchdiffusion.data.example import BadImage, Source
-from patchdiffusion.data.files import natural
+from patchdiffusion.data.labels import natural
 from patchdiffusion.data.source import open_source
 
 

@@ -99,7 +99,7 @@ def test_a_pack_has_any_number_of_axes(tmp_path: Path, shape: tuple[int, ...], d
     images = RNG.integers(0, 256, (30, *shape)).astype(dtype)
     with pack_writer(tmp_path, shape, dtype) as writer:
         for number, image in enumerate(images):
-            writer.add(image, None, str(number), None)
+            writer.add(image, [], str(number), None)
     digests = np.array(writer.digests)
     held = held_out(digests, digests, 0.1)
     info = writer.finish(name="n", classes=(), heldout=held, stamp="", options={})

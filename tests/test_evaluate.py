@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_the_run_and_its_law(pack: Pack, finished: Path) -> 
     found = held_out_losses(
         pipeline.model.denoiser,
         pack.images,
-        pack.labels,
+        pack.columns,
         pack.heldout,
         space=pack.space,
         law=trained.noise,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.data.augment import Augmentation
+from patchdiffusion.data.columns import Filled, Label
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.losses import Batch
 from patchdiffusion.noise import LogUniform
@@ -28,7 +29,11 @@ LABELS = torch.arange(COUNT) % 4 - 1
 
 def feed(seed: int = 5, *, flip: bool = True, indices: Tensor | None = None) -> Feed:
     return Feed(
-        IMAGES, LABELS, torch.arange(COUNT) if indices is None else indices, seed=seed, flip=flip
+        IMAGES,
+        [Filled(Label(), LABELS)],
+        torch.arange(COUNT) if indices is None else indices,
+        seed=seed,
+        flip=flip,
     )
 
 
@@ -156,7 +161,7 @@ def test_flips_happen_before_cropping(size: tuple[int, int]) -> None:
 def test_sequences_and_clips_are_cropped_and_flipped_along_their_last_axis(size: Size) -> None:
     canvas = tuple(2 * length for length in size)
     data = torch.arange(3 * math.prod(canvas)).to(torch.uint8).view(3, *canvas, 1)
-    source = Feed(data, None, torch.arange(3), seed=1, flip=True)
+    source = Feed(data, [], torch.arange(3), seed=1, flip=True)
     batch, _ = source.batch(Group(size, 20, 1.0), step=0, position=0, first=0, chunk=range(20))
     assert batch.box.shape == (20, 2 * len(size)) and 0 < int(batch.flip.sum()) < 20
     corner, length = batch.box.chunk(2, dim=1)
@@ -167,7 +172,7 @@ def test_sequences_and_clips_are_cropped_and_flipped_along_their_last_axis(size:
     assert batch.cond.pos is not None
     assert torch.equal(batch.cond.pos, coordinates(corner, size, canvas))
     with pytest.raises(ValueError, match="two axes, and these have"):
-        Feed(data, None, torch.arange(3), seed=1, augment=Augmentation(p=0.5))
+        Feed(data, [], torch.arange(3), seed=1, augment=Augmentation(p=0.5))
 
 
 def test_half_of_the_crops_are_flipped() -> None:
@@ -193,7 +198,7 @@ def test_pitch_2_is_the_average_of_a_crop_twice_as_large() -> None:
 
 def test_bytes_become_numbers_exactly() -> None:
     ramp = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
-    source = Feed(ramp, None, torch.zeros(1, dtype=torch.int64), seed=0)
+    source = Feed(ramp, [], torch.zeros(1, dtype=torch.int64), seed=0)
     batch, _ = source.batch(Group((16, 16), 1, 1.0), step=0, position=0, first=0, chunk=range(1))
     values = batch.images.flatten()
     assert values.dtype == torch.float32

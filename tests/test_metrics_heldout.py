@@ -9,6 +9,7 @@ from torch import Tensor
 
 from patchdiffusion.analytic import IdealDenoiser
 from patchdiffusion.cond import Cond
+from patchdiffusion.data.columns import Filled, Label
 from patchdiffusion.data.space import Pixels
 from patchdiffusion.metrics.heldout import BANDS, HeldOut, held_out_losses, summarise
 from patchdiffusion.metrics.memorise import CopyCounter, copy_rate
@@ -49,7 +50,7 @@ def measure(denoiser: object, *, batch: int = 64, indices: Tensor = HELD) -> Hel
     losses = held_out_losses(
         denoiser,  # pyright: ignore[reportArgumentType]
         IMAGES,
-        torch.arange(60),  # the label is the number of the image
+        [Filled(Label(), torch.arange(60))],  # the label is the number of the image
         indices,
         space=Pixels(),
         law=LogNormal(mean=-1.0, std=1.5),
@@ -117,7 +118,7 @@ def test_the_oracle_of_the_training_images_is_no_good_on_others() -> None:
         losses = held_out_losses(
             oracle,
             IMAGES,
-            None,
+            [],
             indices,
             space=Pixels(),
             law=LogNormal(),

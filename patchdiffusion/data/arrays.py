@@ -1,9 +1,10 @@
 """Arrays as a `Source`: .npy and .npz files, and rows of another data set."""
 
+import contextlib
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, SupportsIndex
 
@@ -29,6 +30,10 @@ class ArraySource:
     labels: np.ndarray | None
     span: tuple[float, float] | None
     stamp: str
+    captions: np.ndarray | None = None
+    """Texts [N]."""
+    others: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What else the file holds for each image, by name: [N, ...]."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -43,11 +48,21 @@ class ArraySource:
     def __getitem__(self, index: int) -> Example:
         label = None if self.labels is None else int(self.labels[index])
         image = np.array(self.array[index])
-        return Example(image, label, str(index), span=self.span, mode=str(self.array.dtype))
+        return Example(
+            image,
+            label,
+            str(index),
+            span=self.span,
+            mode=str(self.array.dtype),
+            caption=None if self.captions is None else str(self.captions[index]).strip() or None,
+            columns={name: values[index] for name, values in self.others.items()},
+        )
 
 
 def array_source(path: Path) -> ArraySource:
     """Images of an .npy file, or of an .npz file with images, x or arr_0, and labels or y.
+
+    An .npz file may also hold captions [N], which are texts, and other arrays [N, ...] for columns.
 
     Shapes: [N, H, W], [N, H, W, C] or [N, C, H, W], the channels being the axis below 8, and clips
     [N, T, H, W, C]. Types: bool, integers, and floats, which as pixels are taken as [0, 1] if all
@@ -58,9 +73,10 @@ def array_source(path: Path) -> ArraySource:
         # Only an .npy file is mapped; the arrays of an .npz file are read as a whole.
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):
-            array, labels = loaded, None
+            array, labels, others = loaded, None, {}
         else:
             with loaded:
+                others = _others(loaded)
                 array = _pick(path, loaded, _IMAGE_KEYS)
                 labels = _pick(path, loaded, _LABEL_KEYS) if _has(loaded, _LABEL_KEYS) else None
     except (OSError, EOFError, zipfile.BadZipFile) as error:
@@ -68,10 +84,16 @@ def array_source(path: Path) -> ArraySource:
     except ValueError as error:
         raise ValueError(f"{path} is refused: {error}") from error
     array = _layout(path, array)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{path} is of type {array.dtype}; allowed are bool, integers and floats")
+    others = {name: values for name, values in others.items() if len(values) == len(array)}
+    texts = others.pop("captions", None)
+    if texts is not None and (texts.ndim != 1 or texts.dtype.kind != "U"):
+        raise ValueError(f"captions of {path} are {texts.dtype} {list(texts.shape)}; texts needed")
     status = os.stat(path)
     stamp = f"array {path.name} {status.st_size} {status.st_mtime_ns}"
     labels = None if labels is None else _checked(path, labels, len(array))
-    return ArraySource(path.stem, array, labels, _span(path, array), stamp)
+    return ArraySource(path.stem, array, labels, _span(array), stamp, texts, others)
 
 
 def _has(loaded: Mapping[str, np.ndarray], names: tuple[str, ...]) -> bool:
@@ -83,6 +105,18 @@ def _pick(path: Path, loaded: Mapping[str, np.ndarray], names: tuple[str, ...]) 
         if name in loaded:
             return loaded[name]
     raise ValueError(f"it holds {', '.join(loaded) or 'nothing'}; one of {names} is needed")
+
+
+def _others(loaded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays that are neither images nor labels; what is pickled is left alone."""
+    found = {}
+    for name in loaded:
+        if name not in (*_IMAGE_KEYS, *_LABEL_KEYS):
+            with contextlib.suppress(ValueError):
+                values = loaded[name]
+                if isinstance(values, np.ndarray) and values.ndim:
+                    found[name] = values
+    return found
 
 
 def _layout(path: Path, array: np.ndarray) -> np.ndarray:
@@ -103,11 +137,9 @@ def _layout(path: Path, array: np.ndarray) -> np.ndarray:
     )
 
 
-def _span(path: Path, array: np.ndarray) -> tuple[float, float] | None:
-    if array.dtype.kind in "biu":
-        return None
+def _span(array: np.ndarray) -> tuple[float, float] | None:
     if array.dtype.kind != "f":
-        raise ValueError(f"{path} is of type {array.dtype}; allowed are bool, integers and floats")
+        return None
     low, high = np.inf, -np.inf
     for start in range(0, len(array), _CHUNK):
         part = array[start : start + _CHUNK]
@@ -145,8 +177,8 @@ class Rows(Protocol):
 class RowSource:
     """A `Source` over rows that are mappings, or sequences, of a Pillow image or array and a label.
 
-    `image` and `label` name the columns: "image" and "label", or positions such as 0 and 1. A
-    label of -1 is none, as in data sets of Hugging Face.
+    `image`, `label` and `caption` name the columns: "image" and "label", or positions such as 0 and
+    1. A label of -1 is none, as in data sets of Hugging Face. `columns` are others that are arrays.
     """
 
     rows: Rows
@@ -154,6 +186,8 @@ class RowSource:
     classes: tuple[str, ...] = ()
     image: str | int = "image"
     label: str | int | None = None
+    caption: str | int | None = None
+    columns: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -162,14 +196,27 @@ class RowSource:
         row, key = self.rows[index], str(index)
         picture = _column(row, self.image)
         label = None if self.label is None else _label(_column(row, self.label), key)
+        text = None if self.caption is None else _column(row, self.caption)
+        if not isinstance(text, str | None):
+            kind = type(text).__name__
+            raise ValueError(f"row {key} has a caption of type {kind}; allowed are str and None")
         if isinstance(picture, Image.Image):
             pixels, mode = decode_image(picture, key)
-            return Example(pixels, label, key, span=unit_span(pixels), mode=mode)
-        if isinstance(picture, np.ndarray):
-            return Example(picture, label, key, mode=str(picture.dtype))
-        kind = type(picture).__name__
-        raise BadImage(
-            key, f"column {self.image!r} is a {kind}; allowed are Pillow image and array"
+            span = unit_span(pixels)
+        elif isinstance(picture, np.ndarray):
+            pixels, mode, span = picture, str(picture.dtype), None
+        else:
+            kind = type(picture).__name__
+            reason = f"column {self.image!r} is a {kind}; allowed are Pillow image and array"
+            raise BadImage(key, reason)
+        return Example(
+            pixels,
+            label,
+            key,
+            span=span,
+            mode=mode,
+            caption=text,
+            columns={name: np.asarray(_column(row, name)) for name in self.columns},
         )
 
 

@@ -1,6 +1,7 @@
 """The contract of a data set: a `Source` of `Example`s, and `BadImage` for one that fails."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -36,6 +37,12 @@ class Example:
     """The values that stand for -1 and 1; None is the full range of an integer type."""
     mode: str = ""
     """How it was stored, for the report."""
+    caption: str | None = None
+    """A text about it."""
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What else belongs to it, by name."""
+    complaints: tuple[str, ...] = ()
+    """What belongs to it and cannot be used, for the report; the image goes on without."""
 
 
 class Source(Protocol):

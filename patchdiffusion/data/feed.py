@@ -1,5 +1,7 @@
 """From a pack of images to batches of crops: only the pixels of a crop are ever converted."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -9,9 +11,10 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.cond import Cond
 from patchdiffusion.data.augment import Augmentation, warp
+from patchdiffusion.data.columns import Crops, Filled
 from patchdiffusion.data.space import Pixels, Space
 from patchdiffusion.losses import Batch
-from patchdiffusion.patches import average_pool, coordinates, corners, pixel_indices
+from patchdiffusion.patches import Size, average_pool, coordinates, corners, pixel_indices
 from patchdiffusion.plans import Group
 
 
@@ -26,7 +29,7 @@ class Feed:
     def __init__(
         self,
         images: Tensor,
-        labels: Tensor | None,
+        columns: Iterable[Filled],
         indices: Tensor,
         *,
         seed: int,
@@ -44,7 +47,7 @@ class Feed:
                 "set --data.augment.p 0"
             )
         self.images = images
-        self.labels = None if labels is None else labels.to(images.device)
+        self.columns = tuple(column.to(images.device) for column in columns)
         self.indices = indices.numpy()
         self.space = space or Pixels()
         self.seed = seed
@@ -88,7 +91,7 @@ class Feed:
         done = None if self.augment is None else self.augment.labels(draws.keys("augment"))
         batch = gather(
             self.images,
-            self.labels,
+            self.columns,
             index,
             group,
             key,
@@ -102,7 +105,7 @@ class Feed:
 
 def gather(
     images: Tensor,
-    labels: Tensor | None,
+    columns: Iterable[Filled],
     index: Tensor,
     group: Group,
     key: Tensor,
@@ -120,10 +123,10 @@ def gather(
     canvas, pitch = tuple(images.shape[1:-1]), group.pitch
     corner = corners(key, group.size, canvas, pitch)
     places = pixel_indices(corner, group.size, pitch)
-    each, last = (-1, *(1 for _ in canvas)), places[-1]
-    mirrored = torch.where(flip.view(each), canvas[-1] - 1 - last, last)
-    cut = images[(index.view(each), *places[:-1], mirrored)]  # [B, *size, C]
-    crops = _move(cut, device).movedim(-1, 1).to(torch.float32)
+    last = places[-1]
+    mirrored = torch.where(flip.view(-1, *(1 for _ in canvas)), canvas[-1] - 1 - last, last)
+    chosen = Crops(index, (*places[:-1], mirrored), pitch)
+    crops = _move(chosen.pixels(images), device).movedim(-1, 1).to(torch.float32)
     if augment is not None:
         whole = images[index]
         whole = torch.where(flip[:, None, None, None], whole.flip(2), whole)
@@ -135,18 +138,37 @@ def gather(
     lengths = [torch.full_like(corner[:, 0], length * pitch) for length in group.size]
     box = torch.cat([corner, torch.stack(lengths, dim=1)], dim=1)
     corner = _move(corner, device)
+    cond = Cond(pos=coordinates(corner, group.size, canvas, pitch), augment=augment)
+    filled, others = _fill(columns, chosen, device)
     return Batch(
         images=average_pool(space.to_network(crops), pitch),
-        cond=Cond(
-            labels=None if labels is None else _move(labels[index], device),
-            pos=coordinates(corner, group.size, canvas, pitch),
-            augment=augment,
-        ),
+        cond=replace(cond, **filled),
         index=index,
         box=_move(box, device),
         flip=flip,
         noise=group.noise,
+        columns=others,
     )
+
+
+def conditions(
+    columns: Iterable[Filled], index: Tensor, canvas: Size, device: torch.device | str = "cpu"
+) -> Cond:
+    """What columns say of some whole images int64 [B] that are not mirrored."""
+    corner = torch.zeros(len(index), len(canvas), dtype=torch.int64, device=index.device)
+    return Cond(**_fill(columns, Crops(index, pixel_indices(corner, canvas), 1), device)[0])
+
+
+def _fill(
+    columns: Iterable[Filled], crops: Crops, device: torch.device | str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The fields of `Cond` that columns fill, and the columns that fill none, by name."""
+    filled: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for column, values in ((c.column, c.values) for c in columns):
+        taken = column.seen(_move(column.take(values, crops), device), crops.pitch)
+        (others if column.fills is None else filled)[column.fills or column.name] = taken
+    return filled, others
 
 
 def _move(x: Tensor, device: torch.device | str) -> Tensor:

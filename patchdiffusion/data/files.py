@@ -6,18 +6,17 @@ import re
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 
+from patchdiffusion.data.captions import TABLES, TEXT, Captions, find_captions
 from patchdiffusion.data.decode import EXTENSIONS, decode
-from patchdiffusion.data.example import MAX_LABEL, BadImage, Example
+from patchdiffusion.data.example import BadImage, Example
+from patchdiffusion.data.labels import LABEL_FILE, edm_labels, folder_labels, natural
 from patchdiffusion.data.pixels import unit_span
-from patchdiffusion.system.files import parse_json
 
 _MAX_BYTES = 2**30
-_LABEL_FILE = "dataset.json"
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class FileSource:
     stamp: str = ""
     notes: tuple[str, ...] = ()
     ignored: dict[str, int] = field(default_factory=dict)
+    captions: Captions = field(default_factory=Captions)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -40,7 +40,16 @@ class FileSource:
         key = self.keys[index]
         image, mode = decode(self.read(key), key)
         label = None if self.labels is None else self.labels[index]
-        return Example(image, label, key, span=unit_span(image), mode=mode)
+        caption, complaints = self.captions.of(key, self.read)
+        return Example(
+            image,
+            label,
+            key,
+            span=unit_span(image),
+            mode=mode,
+            caption=caption,
+            complaints=complaints,
+        )
 
 
 @dataclass(frozen=True)
@@ -48,15 +57,11 @@ class _Listing:
     """What was found: (key, size, change mark) of each image, and what was passed over."""
 
     entries: list[tuple[str, int, int]]
+    texts: list[tuple[str, int, int]]
+    """Files that may hold captions, alike."""
     ignored: Counter[str]
     label_file: bool
     notes: tuple[str, ...] = ()
-
-
-def natural(text: str) -> tuple[list[str | int], str]:
-    """A sort key by which img2 comes before img10, the same in any locale."""
-    parts = re.split("([0-9]+)", text.casefold())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
 def folder_source(path: Path) -> FileSource:
@@ -111,6 +116,7 @@ def _suffix(name: str) -> str:
 def _scan(root: Path) -> _Listing:
     """Real folders first, so that a link to a folder of the same tree adds nothing."""
     entries: list[tuple[str, int, int]] = []
+    texts: list[tuple[str, int, int]] = []
     ignored: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
     repeated: list[str] = []
@@ -137,19 +143,23 @@ def _scan(root: Path) -> _Listing:
                 elif child.is_dir():
                     (links if child.is_symlink() else pending).append(key)
                 else:
-                    _add(key, child, entries, ignored)
+                    _add(key, child, texts if _may_caption(key) else entries, ignored)
     notes = [f"linked folder read already: {key}" for key in repeated]
     notes += [f"folder not readable: {text}" for text in unreadable]
-    has_labels = (root / _LABEL_FILE).is_file()
-    return _Listing(entries, ignored, has_labels, tuple(notes))
+    has_labels = (root / LABEL_FILE).is_file()
+    return _Listing(entries, texts, ignored, has_labels, tuple(notes))
+
+
+def _may_caption(name: str) -> bool:
+    return name.endswith(TEXT) or name.rpartition("/")[2] in TABLES
 
 
 def _add(
     key: str, child: os.DirEntry[str], entries: list[tuple[str, int, int]], ignored: Counter[str]
 ) -> None:
-    if key == _LABEL_FILE:
+    if key == LABEL_FILE:
         return
-    if _suffix(key) not in EXTENSIONS:
+    if _suffix(key) not in EXTENSIONS and not _may_caption(key):
         ignored[_suffix(key)] += 1
         return
     try:
@@ -171,6 +181,7 @@ def leads_outside(name: str) -> bool:
 
 def _list_zip(path: Path, archive: zipfile.ZipFile) -> _Listing:
     entries: list[tuple[str, int, int]] = []
+    texts: list[tuple[str, int, int]] = []
     ignored: Counter[str] = Counter()
     names: set[str] = set()
     for info in archive.infolist():
@@ -180,40 +191,59 @@ def _list_zip(path: Path, archive: zipfile.ZipFile) -> _Listing:
         if name in names:
             raise ValueError(f"{path} is refused: the name {name!r} occurs twice")
         names.add(name)
-        if info.is_dir() or name == _LABEL_FILE:
+        if info.is_dir() or name == LABEL_FILE:
             continue
         if not all(_visible(part) for part in name.split("/")):
             ignored["hidden"] += 1
+        elif _may_caption(name):
+            texts.append((name, info.file_size, info.CRC))
         elif _suffix(name) not in EXTENSIONS:
             ignored[_suffix(name)] += 1
         else:
             entries.append((name, info.file_size, info.CRC))
-    return _Listing(entries, ignored, _LABEL_FILE in names)
+    return _Listing(entries, texts, ignored, LABEL_FILE in names)
 
 
 def _source(name: str, path: Path, listing: _Listing, read: Callable[[str], bytes]) -> FileSource:
-    ignored = dict(listing.ignored.most_common())
     if not listing.entries:
-        others = ", ".join(f"{kind} {count}" for kind, count in ignored.items())
+        ignored = listing.ignored + Counter(_suffix(name) for name, _, _ in listing.texts)
+        others = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common())
         found = f"no images, only other files ({others})" if ignored else "no images"
         raise ValueError(f"{path} holds {found}; images end in {' '.join(sorted(EXTENSIONS))}")
     entries = sorted(listing.entries, key=lambda entry: natural(entry[0]))
     if grids := _grids([key for key, _, _ in entries]):
         entries = [entry for entry in entries if entry[0] not in grids]
-        ignored["grid of samples"] = len(grids)
+        listing.ignored["grid of samples"] = len(grids)
     keys = tuple(entry[0] for entry in entries)
+    captions, used = _captions(listing, keys, read)
     labels = None
-    notes = listing.notes
+    notes = (*listing.notes, *captions.notes)
     if listing.label_file:
-        labels, classes, note = _edm_labels(path, read(_LABEL_FILE), keys)
+        labels, classes, note = edm_labels(path, read(LABEL_FILE), keys)
     else:
-        labels, classes, note = _folder_labels(keys)
+        labels, classes, note = folder_labels(keys)
     notes += note
     digest = hashlib.sha256()
     for entry in entries:
         digest.update(repr(entry).encode())
     digest.update(repr((labels, classes)).encode())
-    return FileSource(name, keys, read, labels, classes, digest.hexdigest(), notes, ignored)
+    for entry in used:
+        digest.update(repr(entry).encode())
+    ignored = dict(listing.ignored.most_common())
+    stamp = digest.hexdigest()
+    return FileSource(name, keys, read, labels, classes, stamp, notes, ignored, captions)
+
+
+def _captions(
+    listing: _Listing, keys: tuple[str, ...], read: Callable[[str], bytes]
+) -> tuple[Captions, list[tuple[str, int, int]]]:
+    """The texts of images, and the files they are from; other texts are ignored and counted."""
+    texts = sorted(listing.texts)
+    tables = [name for name, _, _ in texts if name.rpartition("/")[2] in TABLES]
+    found = find_captions(keys, [n for n, _, _ in texts if n.endswith(TEXT)], tables, read)
+    names = {*found.files.values(), *tables}
+    listing.ignored.update(_suffix(name) for name, _, _ in texts if name not in names)
+    return found, [entry for entry in texts if entry[0] in names]
 
 
 def _grids(keys: list[str]) -> set[str]:
@@ -222,60 +252,3 @@ def _grids(keys: list[str]) -> set[str]:
     samples = {key.rpartition("/")[0] for key in keys if sample.search(key)}
     grids = {f"{folder}/grid.png" if folder else "grid.png" for folder in samples}
     return grids & set(keys)
-
-
-def _folder_labels(
-    keys: tuple[str, ...],
-) -> tuple[tuple[int, ...] | None, tuple[str, ...], tuple[str, ...]]:
-    """Labels by the first folder that differs, if every image lies in such a folder."""
-    folders = [key.split("/")[:-1] for key in keys]
-    levels = zip(*folders, strict=False)
-    depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
-    loose = sum(len(parts) == depth for parts in folders)
-    if loose:
-        mixed = f"no labels: {loose} of {len(keys)} images lie outside of the sub-folders"
-        return None, (), (mixed,) if loose < len(keys) else ()
-    heads = [parts[depth] for parts in folders]
-    classes = tuple(sorted(set(heads), key=natural))
-    index = {head: i for i, head in enumerate(classes)}
-    return tuple(index[head] for head in heads), classes, ()
-
-
-def _pairs(path: Path, content: bytes) -> Iterator[tuple[str, int]]:
-    rule = '{"labels": [["name.png", 3], ...]} or {"labels": null}'
-    try:
-        rows = parse_json(content)["labels"] or []
-        for key, label in rows:
-            if not isinstance(key, str):
-                raise TypeError(f"{key!r} is not the name of an image")
-            if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-                raise ValueError(f"the label of {key!r} is {label!r}, not an integer from 0")
-            yield key, label
-    except (ValueError, TypeError, KeyError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"{_LABEL_FILE} of {path} is not of the form {rule} ({problem})"
-        ) from error
-
-
-def _edm_labels(
-    path: Path, content: bytes, keys: tuple[str, ...]
-) -> tuple[tuple[int, ...] | None, tuple[str, ...], tuple[str, ...]]:
-    table = dict(_pairs(path, content))
-    if not table:
-        return None, (), ()
-    missing = [key for key in keys if key not in table]
-    if missing:
-        raise ValueError(
-            f"{_LABEL_FILE} of {path} gives no label for {len(missing)} of {len(keys)} images, "
-            f"the first is {missing[0]!r}"
-        )
-    labels = tuple(table[key] for key in keys)
-    if max(labels) > MAX_LABEL:
-        raise ValueError(f"{_LABEL_FILE} of {path} has the label {max(labels)} > {MAX_LABEL}")
-    classes = tuple(str(i) for i in range(max(labels) + 1))
-    absent = sorted(table.keys() - set(keys))
-    if not absent:
-        return labels, classes, ()
-    told = f"{len(absent)} images that are not there, the first is {absent[0]!r}"
-    return labels, classes, (f"{_LABEL_FILE} names {told}",)

@@ -1,14 +1,17 @@
 """The settings of a run's data, and the options of `prepare`."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from patchdiffusion.data.augment import Augmentation
+from patchdiffusion.data.columns import Column, ColumnBase, all_columns
 from patchdiffusion.data.example import Source
 from patchdiffusion.data.files import FileSource
 from patchdiffusion.data.frame import MAX_SIDE, MIN_SIDE
 from patchdiffusion.data.pixels import background_colour
+from patchdiffusion.system.serialize import encode
 
 _POLICY = 1  # raise it when the same files would give other pixels; packs are then made anew
 _MAX_WORKERS = 16
@@ -33,6 +36,8 @@ class DataConfig:
     """Mirror images left to right at random, before they are cropped."""
     augment: Augmentation = field(default_factory=Augmentation)
     """Changes that the network is told of; needs --network.augment-dim 9."""
+    columns: tuple[Column, ...] = ()
+    """What belongs to an image beside its label and caption, which need not be named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,8 @@ class Options:
     resolution: tuple[int, int] | None
     channels: int | None
     space: SpaceName
+    columns: tuple[ColumnBase, ...]
+    """All of them, also those that no image may have."""
     background: tuple[int, int, int]
     holdout: float
     max_bad: float
@@ -52,6 +59,7 @@ class Options:
             "resolution": None if self.resolution is None else list(self.resolution),
             "channels": self.channels,
             "space": self.space,
+            "columns": encode(self.columns),
             "background": list(self.background),
             "holdout": self.holdout,
             "policy": _POLICY,
@@ -62,6 +70,7 @@ def check_options(
     resolution: int | tuple[int, int] | None,
     channels: int | None,
     space: SpaceName,
+    columns: Iterable[ColumnBase],
     background: str | tuple[int, int, int],
     holdout: float,
     max_bad: float | None,
@@ -87,6 +96,7 @@ def check_options(
         resolution=size,
         channels=channels,
         space=space,
+        columns=all_columns(columns),
         background=background_colour(background),
         holdout=float(holdout),
         max_bad=limit,

@@ -4,6 +4,8 @@
 |--------------|--------------------------------------------------------------------------------|
 | images.bin   | the array "images" [N, *S, C], row by row, in the type of the space            |
 | labels.bin   | the array "labels", little-endian int32 [N], -1 = none; absent without labels  |
+| captions.bin | texts one after another in UTF-8; captions_ends.bin, int64 [N], where each ends |
+| NAME.bin     | any other column [N, ...]; see `columns`                                       |
 | keys.jsonl   | one line per image: ["name", "group" or null]                                  |
 | pack.json    | arrays and their checksums, space, classes, statistics, held-out images        |
 | report.json, | what was read, what was refused and why                                        |
@@ -15,7 +17,7 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchdiffusion.data.columns import Caption, Column, Filled, Label, Texts
 from patchdiffusion.data.example import Example
 from patchdiffusion.data.space import Space
 from patchdiffusion.system.files import parse_json, read_json
@@ -32,7 +35,10 @@ from patchdiffusion.system.serialize import decode
 FORMAT = 2
 BLOCK_BYTES = 2**22
 IMAGES = "images"
-LABELS = "labels"
+LABELS = Label().name
+CAPTIONS = Caption().name
+ENDS = "_ends"
+"""Ends the name of the array that says where each entry of another ends, of any length."""
 TYPES = ("uint8", "uint16", "int32", "int64", "float32")
 """Types of arrays, always stored with the least significant byte first."""
 
@@ -68,6 +74,8 @@ class PackInfo:
     arrays: dict[str, ArrayInfo]
     space: Space
     """What the numbers of the images mean."""
+    columns: tuple[Column, ...]
+    """What belongs to each image; the array of the same name holds it."""
     classes: tuple[str, ...]
     class_counts: tuple[int, ...]
     mean: tuple[float, ...]
@@ -80,7 +88,7 @@ class PackInfo:
     """Changes when the source changes; empty if the source cannot tell."""
     options: dict[str, Any]
     fingerprint: str
-    """SHA-256 of the images, labels, classes and held-out images."""
+    """SHA-256 of the images, columns, classes and held-out images."""
     format: int = FORMAT
 
     @property
@@ -115,6 +123,10 @@ class Pack:
             if not bool(((labels >= -1) & (labels < len(info.classes))).all()):
                 raise ValueError(f"{path}/labels.bin names classes that pack.json does not have")
             labels = labels.to(torch.int64)
+        for name, array in arrays.items():
+            ends = arrays.get(name + ENDS)
+            if ends is not None and not _rises(ends, len(array)):
+                raise ValueError(f"{path}/{name}{ENDS}.bin contradicts {name}.bin")
         count = info.shape[0]
         held = torch.zeros(count, dtype=torch.bool)
         held[list(info.heldout)] = True
@@ -125,6 +137,21 @@ class Pack:
     def images(self) -> Tensor:
         """[N, *S, C] in the type of the space."""
         return self.arrays[IMAGES]
+
+    @property
+    def columns(self) -> tuple[Filled, ...]:
+        """What belongs to the images, labels first if there are any."""
+        return tuple(
+            Filled(column, self.arrays[column.name] if values is None else values)
+            for column in self.info.columns
+            for values in (self.labels if column.name == LABELS else None,)
+        )
+
+    @functools.cached_property
+    def captions(self) -> Sequence[str | None]:
+        """The text of each image; an image, or all of them, may have none."""
+        ends = self.arrays.get(CAPTIONS + ENDS, torch.zeros(len(self), dtype=torch.int64))
+        return Texts(self.arrays.get(CAPTIONS, torch.empty(0, dtype=torch.uint8)), ends)
 
     @property
     def name(self) -> str:
@@ -180,7 +207,17 @@ class Pack:
         key, group = self.keys[index]
         label = -1 if self.labels is None else int(self.labels[index])
         image = self.images[index].numpy().copy()
-        return Example(image, None if label < 0 else label, key, group, mode="pack")
+        own = (Label().name, Caption().name)
+        others = [c.column.name for c in self.columns if c.column.name not in own]
+        return Example(
+            image,
+            None if label < 0 else label,
+            key,
+            group,
+            mode="pack",
+            caption=self.captions[index],
+            columns={name: self.arrays[name][index].numpy().copy() for name in others},
+        )
 
     def verify(self) -> None:
         """Read everything and compare checksums; raises `ValueError` that names the bad block."""
@@ -190,9 +227,10 @@ class Pack:
                     if zlib.crc32(stream.read(of.block * of.row)) != expected:
                         first = number * of.block
                         last = min(first + of.block, of.shape[0]) - 1
+                        what = "bytes" if name + ENDS in self.arrays else "images"
                         raise ValueError(
                             f"{self.path}/{name}.bin is damaged: block {number} "
-                            f"(images {first} to {last}) does not have its recorded checksum"
+                            f"({what} {first} to {last}) does not have its recorded checksum"
                         )
 
 
@@ -231,6 +269,18 @@ def _contradicts(info: PackInfo) -> bool:
     if images is None or images.contradicts() or images.dtype != info.space.dtype:
         return True
     count = images.shape[0]
-    named = all(re.fullmatch("[a-z][a-z0-9_]*", name) for name in info.arrays)  # names of files
-    alike = all(not a.contradicts() and a.shape[0] == count for a in info.arrays.values())
-    return not (named and alike and all(0 <= i < count for i in info.heldout))
+    if not all(0 <= i < count for i in info.heldout):
+        return True
+    for name, array in info.arrays.items():
+        named = re.fullmatch("[a-z][a-z0-9_]*", name)  # the name of a file
+        if not named or array.contradicts():
+            return True
+        if array.shape[0] != count and name + ENDS not in info.arrays:
+            return True
+    return not all(column.name in info.arrays for column in info.columns)
+
+
+def _rises(ends: Tensor, length: int) -> bool:
+    """Whether these can be the ends of parts of so many bytes altogether."""
+    starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
+    return bool((starts <= ends).all()) and int(ends[-1]) == length

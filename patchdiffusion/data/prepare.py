@@ -8,7 +8,7 @@ import re
 import shutil
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from patchdiffusion.data.columns import ColumnBase, Stored
 from patchdiffusion.data.example import MAX_LABEL, BadImage, Source
 from patchdiffusion.data.frame import Fitted, Plan, Replan
 from patchdiffusion.data.options import (
@@ -47,6 +48,7 @@ def prepare(
     resolution: int | tuple[int, int] | None = None,
     channels: int | None = None,
     space: SpaceName = "auto",
+    columns: Iterable[ColumnBase] = (),
     background: str | tuple[int, int, int] = "white",
     holdout: float = 0.05,
     max_bad: float | None = None,
@@ -59,12 +61,13 @@ def prepare(
     of two below the median of the smaller side, at most 64. `channels` None is 1 if every image
     is grey, else 3; 4 keeps alpha. `space` "pixels" makes 8 bits of everything, "values" keeps 16
     bits and floats in their own units, and "auto" does that if most images are floats or long
-    integers of which some cannot be pixels. A part `holdout` of the images (at most 1,000) is kept
-    from training. An existing pack of the same data and options is reused, another one at `out` is
-    replaced. Images that cannot be used are listed in the report; raises `ValueError` if they
-    are all, or more than the part `max_bad` (0.1), and `OSError` if `out` cannot be written.
+    integers of which some cannot be pixels. `columns` belong to an image beside its label and its
+    caption, which are stored where there are any. A part `holdout` of the images (at most 1,000) is
+    kept from training. An existing pack of the same data and options is reused, another one at
+    `out` is replaced. Images that cannot be used are listed in the report; raises `ValueError` if
+    they are all, or more than the part `max_bad` (0.1), and `OSError` if `out` cannot be written.
     """
-    options = check_options(resolution, channels, space, background, holdout, max_bad)
+    options = check_options(resolution, channels, space, columns, background, holdout, max_bad)
     workers = count_workers(workers, source)
     target = None if out is None else Path(out).expanduser()
     found = _existing(source, options, target)
@@ -102,13 +105,15 @@ def prepare_data(data: DataConfig) -> Pack:
         _, *size, channels = source.info.shape
         sizes = (None, tuple(size), *(size[:1] if len(set(size)) == 1 else ()))
         fits = data.resolution in sizes and data.channels in (None, channels)
-        if fits and data.space in ("auto", source.space.word):
+        known = {filled.column for filled in source.columns}
+        if fits and known.issuperset(data.columns) and data.space in ("auto", source.space.word):
             return source
     return prepare(
         source,
         resolution=data.resolution,
         channels=data.channels,
         space=data.space,
+        columns=data.columns,
         progress=place().is_main,
     )
 
@@ -116,10 +121,12 @@ def prepare_data(data: DataConfig) -> Pack:
 @dataclass(frozen=True, eq=False)
 class _Ready:
     fitted: Fitted
-    label: int | None
+    values: list[Stored | None]
+    """Of each column."""
     key: str
     group: str | None
     mode: str
+    complaints: tuple[str, ...]
 
 
 def _shape(plan: Plan) -> tuple[int, ...]:
@@ -177,14 +184,16 @@ def _make(
     complaints = target.with_name(target.name + ".bad.txt")
     bar = progress_bar(len(source), "image", name=source.name, disable=not progress)
     with bar, folder_atomic(target) as folder:
-        with pack_writer(folder, _shape(plan), plan.dtype) as writer:
-            for result in _results(source, plan, workers):
+        with pack_writer(folder, _shape(plan), plan.dtype, options.columns) as writer:
+            for result in _results(source, plan, options.columns, workers):
                 bar.update()
                 if isinstance(result, BadImage):
                     report.bad.append((result.key, result.reason))
-                    continue
-                _count(report, result)
-                writer.add(result.fitted.image, result.label, result.key, result.group)
+                elif why := writer.misfit(result.values):
+                    report.bad.append((result.key, why))
+                else:
+                    _count(report, result)
+                    writer.add(result.fitted.image, result.values, result.key, result.group)
         _check_bad(report, options.max_bad, complaints, source.name)
         digests = np.array(writer.digests, dtype=np.uint64)
         groups = np.array(writer.groups, dtype=np.uint64)
@@ -195,6 +204,7 @@ def _make(
             stamp=_stamp(source),
             options=options.identity(),
         )
+        report.columns = {c.column.name: c.given for c in writer.columns if c.given}
         later, earlier = repeats(digests)
         report.duplicates = len(later)
         report.duplicate_pairs = _names(folder / "keys.jsonl", later[:_PAIRS], earlier[:_PAIRS])
@@ -218,15 +228,17 @@ def _make_room(target: Path, needed: int) -> None:
         raise OSError(f"the pack {target} needs {needed} bytes, but {free} are free there")
 
 
-def _results(source: Source, plan: Plan, workers: int) -> Iterator[_Ready | BadImage]:
+def _results(
+    source: Source, plan: Plan, columns: Sequence[ColumnBase], workers: int
+) -> Iterator[_Ready | BadImage]:
     """All images in order; a few tasks are in flight, so memory does not grow with the data."""
 
     def task(indices: Iterable[int]) -> list[_Ready | BadImage]:
-        return [_ready(source, index, plan) for index in indices]
+        return [_ready(source, index, plan, columns) for index in indices]
 
     if workers == 1:
         for index in range(len(source)):
-            yield _ready(source, index, plan)
+            yield _ready(source, index, plan, columns)
         return
     starts = iter(range(0, len(source), _TASK))
     flying: deque[Future[list[_Ready | BadImage]]] = deque()
@@ -240,10 +252,13 @@ def _results(source: Source, plan: Plan, workers: int) -> Iterator[_Ready | BadI
             yield from flying.popleft().result()
 
 
-def _ready(source: Source, index: int, plan: Plan) -> _Ready | BadImage:
+def _ready(
+    source: Source, index: int, plan: Plan, columns: Sequence[ColumnBase]
+) -> _Ready | BadImage:
     try:
         example = source[index]
         fitted = plan.fitted(example)
+        values = [column.value(example, plan.size) for column in columns]
     except BadImage as error:
         return error
     label, limit = example.label, len(source.classes) or MAX_LABEL + 1
@@ -251,12 +266,13 @@ def _ready(source: Source, index: int, plan: Plan) -> _Ready | BadImage:
         raise ValueError(
             f"{source.name}: {example.key} has the label {label}; allowed are 0 to {limit - 1}"
         )
-    return _Ready(fitted, label, example.key, example.group, example.mode)
+    return _Ready(fitted, values, example.key, example.group, example.mode, example.complaints)
 
 
 def _count(report: Report, result: _Ready) -> None:
     report.sizes[result.fitted.size] += 1
     report.modes[result.mode or "unknown"] += 1
+    report.left_out += [(result.key, why) for why in result.complaints]
     report.enlarged += result.fitted.enlarged
 
 

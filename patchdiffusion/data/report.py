@@ -25,6 +25,10 @@ class Report:
     enlarged: int = 0
     duplicates: int = 0
     duplicate_pairs: list[tuple[str, str]] = field(default_factory=list)
+    columns: dict[str, int] = field(default_factory=dict)
+    """How many images have a value, by column."""
+    left_out: list[tuple[str, str]] = field(default_factory=list)
+    """What belongs to an image and cannot be used, and why."""
     ignored: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -42,6 +46,8 @@ class Report:
             "sizes": {size_text(size): n for size, n in self.sizes.most_common()},
             "modes": dict(self.modes.most_common()),
             "classes": dict(zip(info.classes, info.class_counts, strict=True)),
+            "columns": self.columns,
+            "left_out": [{"key": key, "reason": reason} for key, reason in self.left_out],
             "heldout": len(info.heldout),
             "sigma_data": info.sigma_data,
             "ignored": self.ignored,
@@ -61,6 +67,8 @@ class Report:
             *_section("sizes", (f"{size_text(size)}: {n}" for size, n in self.sizes.most_common())),
             *_section("stored as", (f"{mode}: {n}" for mode, n in self.modes.most_common())),
             *_section("classes", (f"{name}: {n}" for name, n in counts)),
+            *_section("columns", (f"{name}: {n} of {count}" for name, n in self.columns.items())),
+            *_section("left out of columns", bad_lines(self.left_out)),
             *_section("other files", (f"{kind}: {n}" for kind, n in self.ignored.items())),
             *_section("duplicates", (f"{a} = {b}" for a, b in self.duplicate_pairs)),
             *_section("refused", bad_lines(self.bad)),

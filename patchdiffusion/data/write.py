@@ -6,14 +6,15 @@ import json
 import math
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from patchdiffusion.data.pack import BLOCK_BYTES, IMAGES, LABELS, ArrayInfo, PackInfo
-from patchdiffusion.data.space import Pixels, tally
+from patchdiffusion.data.columns import ColumnBase, Label, Stored
+from patchdiffusion.data.pack import BLOCK_BYTES, ENDS, IMAGES, LABELS, ArrayInfo, PackInfo
+from patchdiffusion.data.space import Pixels, Space, tally
 from patchdiffusion.data.split import digest
 from patchdiffusion.system.files import write_json
 from patchdiffusion.system.serialize import encode
@@ -26,13 +27,13 @@ class ArrayWriter:
         self.rows = 0
         self._stream = stream
         self._dtype = np.dtype(dtype)
-        self._row = row
+        self.row = row
         self._block = max(1, BLOCK_BYTES // (math.prod(row) * self._dtype.itemsize))
         self._crc32: list[int] = []
 
     def add(self, row: np.ndarray) -> bytes:
         """Append one row of the type and shape given; returns what was written."""
-        content = row.astype(self._dtype.newbyteorder("<"), casting="equiv", copy=False).tobytes()
+        content = self._bytes(row)
         if self.rows % self._block == 0:
             self._crc32.append(0)
         self._crc32[-1] = zlib.crc32(content, self._crc32[-1])
@@ -40,40 +41,117 @@ class ArrayWriter:
         self.rows += 1
         return content
 
+    def extend(self, rows: np.ndarray) -> None:
+        """Append many rows that are small."""
+        while len(rows):
+            free = self._block - self.rows % self._block
+            if free == self._block:
+                self._crc32.append(0)
+            content = self._bytes(rows[:free])
+            self._crc32[-1] = zlib.crc32(content, self._crc32[-1])
+            self._stream.write(content)
+            self.rows += len(rows[:free])
+            rows = rows[free:]
+
+    def _bytes(self, rows: np.ndarray) -> bytes:
+        stored = self._dtype.newbyteorder("<")
+        return rows.astype(stored, casting="equiv", copy=False).tobytes()
+
     @property
     def info(self) -> ArrayInfo:
         """What pack.json says of it."""
-        shape = (self.rows, *self._row)
+        shape = (self.rows, *self.row)
         return ArrayInfo(self._dtype.name, shape, self._block, tuple(self._crc32))
+
+
+class ColumnWriter:
+    """Appends the values of a column, in one array or, of values of any length, in two."""
+
+    def __init__(self, folder: Path, column: ColumnBase, stack: contextlib.ExitStack):
+        self.column = column
+        self.given = 0
+        """Images that have a value."""
+        self._folder = folder
+        self._stack = stack
+        self._arrays: dict[str, ArrayWriter] = {}
+
+    def add(self, value: Stored | None) -> None:
+        """Append the value of an image; None is the one that stands for a missing value."""
+        self.given += value is not None
+        value = self.column.missing if value is None else value
+        assert value is not None  # it would be a misfit
+        name = self.column.name
+        if isinstance(value, np.ndarray):
+            self._array(name, value.dtype.name, value.shape).add(value)
+            return
+        content = self._array(name, "uint8", ())
+        content.extend(np.frombuffer(value, dtype=np.uint8))
+        self._array(name + ENDS, "int64", ()).add(np.array(content.rows))
+
+    def _array(self, name: str, dtype: str, row: tuple[int, ...]) -> ArrayWriter:
+        if name not in self._arrays:
+            stream = self._stack.enter_context(_new(self._folder, f"{name}.bin"))
+            self._arrays[name] = ArrayWriter(stream, dtype, row)
+        return self._arrays[name]
+
+    def misfit(self, value: Stored | None) -> str:
+        """Why the value of an image cannot be appended, or ""."""
+        if value is None and self.column.missing is None:
+            return f"it has no {self.column.name}"
+        known = self._arrays.get(self.column.name)
+        if known is None or not isinstance(value, np.ndarray) or value.shape == known.row:
+            return ""
+        return f"{self.column.name} has the shape {list(value.shape)}, not {list(known.row)}"
+
+    def finish(self) -> dict[str, ArrayInfo]:
+        """The arrays that were written; none, and no files, if no image has a value."""
+        if self.given:
+            return {name: array.info for name, array in self._arrays.items()}
+        for name in self._arrays:
+            (self._folder / f"{name}.bin").unlink()
+        return {}
 
 
 class PackWriter:
     """Writes images one after another into a new pack; memory does not grow with the pixels."""
 
     def __init__(
-        self, folder: Path, shape: tuple[int, ...], dtype: str, images: BinaryIO, keys: BinaryIO
+        self,
+        folder: Path,
+        shape: tuple[int, ...],
+        dtype: str,
+        columns: Sequence[ColumnBase],
+        stack: contextlib.ExitStack,
     ):
         self.folder = folder
         self.digests = array("Q")
         self.groups = array("Q")
-        self.labels = array("q")
-        self._images = ArrayWriter(images, dtype, shape)
-        self._keys = keys
+        self.columns = [ColumnWriter(folder, column, stack) for column in columns]
+        self._images = ArrayWriter(stack.enter_context(_new(folder, f"{IMAGES}.bin")), dtype, shape)
+        self._keys = stack.enter_context(_new(folder, "keys.jsonl"))
         self._sha = hashlib.sha256()
         self._tally = tally(dtype, shape[-1])
 
-    def add(self, image: np.ndarray, label: int | None, key: str, group: str | None) -> None:
-        """Append one image of the shape and type given."""
+    def misfit(self, values: Sequence[Stored | None]) -> str:
+        """Why an image with these values cannot be appended, or ""."""
+        pairs = zip(self.columns, values, strict=True)
+        return next((why for column, value in pairs if (why := column.misfit(value))), "")
+
+    def add(
+        self, image: np.ndarray, values: Sequence[Stored | None], key: str, group: str | None
+    ) -> None:
+        """Append one image of the shape and type given, with its value of each column."""
         content = self._images.add(image)
         self._sha.update(content)
         self._keys.write(json.dumps([key, group]).encode() + b"\n")
         self._tally.add(image)
+        for column, value in zip(self.columns, values, strict=True):
+            column.add(value)
         self.digests.append(digest(content))
         named = group is not None
         self.groups.append(
             digest(b"group " + group.encode(errors="surrogatepass")) if named else self.digests[-1]
         )
-        self.labels.append(-1 if label is None else label)
 
     def finish(
         self,
@@ -84,27 +162,27 @@ class PackWriter:
         stamp: str,
         options: dict[str, Any],
     ) -> PackInfo:
-        """Write labels and pack.json."""
+        """Write pack.json."""
         images = self._images.info
         arrays = {IMAGES: images}
-        labels = np.array(self.labels, dtype=np.int32)
-        labelled = bool((labels >= 0).any())
-        if labelled:
-            arrays[LABELS], content = self._write(LABELS, labels)
-            self._sha.update(content)
+        for column in self.columns:
+            arrays |= column.finish()
+        columns = [column.column for column in self.columns if column.given]
+        counts: np.ndarray = np.zeros(0, dtype=np.int64)
+        if LABELS in arrays:
+            labels = self._read(LABELS, arrays[LABELS])
             classes = classes or tuple(str(i) for i in range(int(labels.max()) + 1))
-        counts = np.bincount(labels[labels >= 0], minlength=len(classes)) if labelled else ()
-        stored = np.memmap(self.folder / f"{IMAGES}.bin", images.dtype, "r", shape=images.shape)
-        found = self._tally.finish(stored)
-        header: list[Any] = [images.shape, classes if labelled else (), [int(i) for i in heldout]]
-        if not isinstance(found.space, Pixels):
-            header.append(encode(found.space))
-        self._sha.update(json.dumps(header).encode())
+            counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+        else:
+            classes = ()
+        found = self._tally.finish(self._read(IMAGES, images))
+        fingerprint = self._fingerprint(found.space, arrays, columns, classes, heldout)
         info = PackInfo(
             name=name,
             arrays=arrays,
             space=found.space,
-            classes=classes if labelled else (),
+            columns=tuple(columns),  # pyright: ignore[reportArgumentType]
+            classes=classes,
             class_counts=tuple(int(count) for count in counts),
             mean=found.mean,
             std=found.std,
@@ -112,21 +190,44 @@ class PackWriter:
             heldout=tuple(int(i) for i in heldout),
             stamp=stamp,
             options=options,
-            fingerprint=self._sha.hexdigest(),
+            fingerprint=fingerprint,
         )
         write_json(self.folder / "pack.json", encode(info))
         return info
 
-    def _write(self, name: str, rows: np.ndarray) -> tuple[ArrayInfo, bytes]:
-        """A whole array that is small; also what was written."""
-        with open(self.folder / f"{name}.bin", "wb") as stream:
-            writer = ArrayWriter(stream, rows.dtype.name, rows.shape[1:])
-            content = b"".join([writer.add(row) for row in rows])
-        return writer.info, content
+    def _read(self, name: str, of: ArrayInfo) -> np.ndarray:
+        return np.memmap(self.folder / f"{name}.bin", of.dtype, "r", shape=of.shape)
+
+    def _fingerprint(
+        self,
+        space: Space,
+        arrays: dict[str, ArrayInfo],
+        columns: list[ColumnBase],
+        classes: tuple[str, ...],
+        heldout: np.ndarray,
+    ) -> str:
+        """SHA-256 of all that a run may depend on; of pixels with labels that of format 1."""
+        for name in arrays:
+            if name != IMAGES:
+                with open(self.folder / f"{name}.bin", "rb") as stream:
+                    while content := stream.read(BLOCK_BYTES):
+                        self._sha.update(content)
+        header: list[Any] = [arrays[IMAGES].shape, classes, [int(i) for i in heldout]]
+        others = [encode(column) for column in columns if column != Label()]
+        if space != Pixels() or others:
+            header.append([encode(space), others])
+        self._sha.update(json.dumps(header).encode())
+        return self._sha.hexdigest()
+
+
+def _new(folder: Path, name: str) -> BinaryIO:
+    return open(folder / name, "wb")
 
 
 @contextlib.contextmanager
-def pack_writer(folder: Path, shape: tuple[int, ...], dtype: str) -> Iterator[PackWriter]:
+def pack_writer(
+    folder: Path, shape: tuple[int, ...], dtype: str, columns: Sequence[ColumnBase] = ()
+) -> Iterator[PackWriter]:
     """A writer of images [*S, C] into a folder; leave the context before `finish`."""
-    with open(folder / "images.bin", "wb") as images, open(folder / "keys.jsonl", "wb") as keys:
-        yield PackWriter(folder, shape, dtype, images, keys)
+    with contextlib.ExitStack() as stack:
+        yield PackWriter(folder, shape, dtype, columns, stack)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patchdiffusion import rng
+from patchdiffusion.data.columns import used, with_labels
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.metrics.compare import Gathered, compare, crops, multiply_adds
@@ -123,11 +124,12 @@ class Evaluation:
         chosen = self.loss_images(pipeline)
         count = len(chosen)
         model = pipeline.model.config
+        labels = model.labels_of(self.pack.labels, self.pack.classes)
         with pipeline.autocast():
             found = held_out_losses(
                 pipeline.model.denoiser,
                 self.pack.images,
-                model.labels_of(self.pack.labels, self.pack.classes),
+                used(with_labels(self.pack.columns, labels), model.network.reads),
                 chosen,
                 space=model.space,
                 law=model.noise,

@@ -1,12 +1,14 @@
 """The denoising loss on images that training never sees, with fixed noise."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from patchdiffusion import rng
+from patchdiffusion.data.columns import Filled
 from patchdiffusion.data.feed import gather
 from patchdiffusion.data.space import Space
 from patchdiffusion.denoiser import Denoiser
@@ -38,7 +40,7 @@ def standard_error(values: Tensor) -> float | None:
 def held_out_losses(
     denoiser: Denoiser,
     images: Tensor,
-    labels: Tensor | None,
+    columns: Sequence[Filled],
     indices: Tensor,
     *,
     space: Space,
@@ -67,7 +69,7 @@ def held_out_losses(
             group = Group(size, len(indices), 1.0)
             flip = torch.zeros(len(rank)).bool()
             key = draws.keys("held-out crop")
-            crops = gather(images, labels, indices[rank], group, key, flip, space=space)
+            crops = gather(images, columns, indices[rank], group, key, flip, space=space)
             sigma = law.icdf((levels[rank] + 0.5) / len(indices)).to(torch.float32).to(device)
             noise = draws.normal("held-out noise", tuple(crops.images.shape[1:])).to(device)
             x = crops.images.to(device)

@@ -1,7 +1,7 @@
 """What a run shows of itself on the way: sample grids, held-out loss, a warning about copies."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
+from patchdiffusion.data.columns import used, with_labels
+from patchdiffusion.data.feed import conditions
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper, ask
 from patchdiffusion.encoders.features import Extractor
@@ -85,12 +87,19 @@ class Preview:
                 seeds=seeds,
                 channels=self.config.network.channels,
                 canvas=self.sizes[0],
-                cond=Cond(labels=labels),
+                cond=self._given(seeds, labels),
                 config=SamplerConfig(steps=preview.sample_steps, guidance=guidance),
                 batch=self._batch,
                 device=self.device,
                 law=self.config.noise,
             )
+
+    def _given(self, seeds: range, labels: Tensor | None) -> Cond:
+        """Labels, and what else the network reads: that of held-out images, or of others."""
+        columns = with_labels(used(self.pack.columns, self.config.network.reads), None)
+        images = self.pack.heldout if len(self.pack.heldout) else self.pack.train
+        index = images[torch.tensor(seeds, dtype=torch.int64) % len(images)]
+        return replace(conditions(columns, index, self.sizes[0]), labels=labels)
 
     def save(self, images: Tensor, path: Path) -> None:
         """Write the grid as PNG."""
@@ -120,7 +129,7 @@ class Preview:
                     found = held_out_losses(
                         _Abandonable(denoiser, ending),
                         self.pack.images,
-                        training_labels(self.config, self.pack),
+                        used(self.pack.columns, self.config.network.reads),
                         held,
                         space=self.pack.space,
                         law=self.config.noise,
@@ -151,7 +160,7 @@ class Preview:
     def _distance(self, denoiser: NetDenoiser, extract: Extractor, ending: Ending) -> float:
         """The Frechet distance of a few samples: a trend, too large as a number."""
         count = self.config.preview.distance
-        labels = training_labels(self.config, self.pack)
+        labels = self.pack.labels if self.config.network.num_classes else None
         labels = None if labels is None else sample_labels(labels, count)
         part = self.team.shard(count)
         watched = self._sampler(denoiser, ending)
@@ -190,8 +199,3 @@ class _Abandonable(Wrapper):
         if self.ending():
             raise Abandoned
         return ask(self.inner[0], x, sigma, cond, call)
-
-
-def training_labels(config: TrainConfig, pack: Pack) -> Tensor | None:
-    """The labels of a pack if the network uses any: int64 [N], -1 = none."""
-    return pack.labels if config.network.num_classes else None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from patchdiffusion.data.augment import LABELS
+from patchdiffusion.data.columns import used
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import NetDenoiser
@@ -36,7 +37,7 @@ from patchdiffusion.train.folder import check_disk
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.log import RunLog, quantity
 from patchdiffusion.train.parallel import LossModule, replicate, shard
-from patchdiffusion.train.preview import Preview, training_labels
+from patchdiffusion.train.preview import Preview
 from patchdiffusion.train.state import DataFacts, Meter, TrainState
 from patchdiffusion.train.step import AfterStep, Stepper
 from patchdiffusion.train.timing import Phases
@@ -259,7 +260,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     )
     feed = Feed(
         resident(pack.images, device),
-        training_labels(config, pack),
+        used(pack.columns, config.network.reads),
         pack.train,
         space=pack.space,
         seed=config.seed,
