@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ from patchdiffusion import (
     weighting,
 )
 from patchdiffusion.cond import Call, Cond, Tape
+from patchdiffusion.data import columns
+from patchdiffusion.data.example import Example
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.guidance import threshold
 from patchdiffusion.guidance.base import Surroundings
@@ -30,6 +33,7 @@ from patchdiffusion.nets.base import Network as NetworkBase
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.layers import Conv
 from patchdiffusion.objectives.base import Materials, ObjectiveConfig
+from patchdiffusion.patches import Size
 from patchdiffusion.paths import per_sample
 from patchdiffusion.rng import Draws
 from patchdiffusion.solvers import schedules
@@ -43,9 +47,13 @@ from patchdiffusion.train import schedules as rates
 
 @dataclass(frozen=True, kw_only=True)
 class ToyNet(NetworkConfig):
-    """One convolution."""
+    """One convolution, moved by a number about the image."""
 
     kernel: int = 3
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return super().reads | {"extra"}
 
     def build(self, *, seed: int = 0) -> "OneConvolution":
         return OneConvolution(self).init(seed)
@@ -60,7 +68,8 @@ class OneConvolution(NetworkBase[ToyNet]):
         self.conv.role = "conv"  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
-        return self.conv(x)
+        moved = 0.0 if cond.extra is None else cond.extra.mean(1).reshape(-1, 1, 1, 1)
+        return self.conv(x) + moved
 
     def units(self) -> list[nn.Module]:
         return [self.conv]
@@ -226,6 +235,20 @@ class ToyAccelerator:
         return Brighter(denoiser, 0.0)
 
 
+# ---- Data: a column ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyColumn(columns.ColumnBase):
+    """How bright an image is."""
+
+    name: str = "brightness"
+    fills: str | None = "extra"
+
+    def value(self, example: Example, size: Size) -> columns.Stored | None:
+        return np.array([example.image.mean() / 255], dtype=np.float32)
+
+
 TOYS = (
     (Network, ToyNet),
     (noise.Law, ToyLaw),
@@ -233,6 +256,7 @@ TOYS = (
     (objectives.ObjectiveUnion, ToyObjective),
     (plans.Patches, ToyPlan),
     (weighting.LossWeight, ToyWeight),
+    (columns.Column, ToyColumn),
     (optimizers.Optimizer, ToyMomentum),
     (rates.Schedule, ToyRate),
     (solvers.Solver, ToySolver),
