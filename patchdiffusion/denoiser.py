@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Call, Cond, Position, Tape
 from patchdiffusion.noise import NoiseLaw
-from patchdiffusion.parameterisation import OnPath, Precond
+from patchdiffusion.parameterisation import OnPath, Precond, Scales
 from patchdiffusion.patches import Region, Size
 from patchdiffusion.paths import Path, Prediction, per_sample
 
@@ -162,14 +162,20 @@ class NetDenoiser(nn.Module):
         `function` is called as the network is, `(c_in x, c_noise, cond, tape=tape)`, and returns
         what the network returns.
         """
+        inner, noise, cond, scales = self.scaled(x, sigma, cond)
+        return scales.denoised(x, function(inner, noise, cond, tape=tape))
+
+    def scaled(
+        self, x: Tensor, sigma: Tensor | float, cond: Cond | None
+    ) -> tuple[Tensor, Tensor, Cond, Scales]:
+        """The arguments of the network, float32, and the scales they were made with."""
         sigma = expand_sigma(sigma, x)
         cond = cond or Cond()
         if self.law is not None:
             cond = replace(cond, percentile=self.law.cdf(sigma).to(torch.float32))
         scales = self.precond.scales(sigma)
         inner = (per_sample(scales.inner, x) * x).to(torch.float32)
-        raw = function(inner, scales.noise.to(torch.float32), cond, tape=tape)
-        return scales.denoised(x, raw)
+        return inner, scales.noise.to(torch.float32), cond, scales
 
 
 class ForeignDenoiser:

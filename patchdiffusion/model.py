@@ -16,6 +16,7 @@ from patchdiffusion.data.space import Pixels, Space
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.nets import Network, base
+from patchdiffusion.nets.heads import Head, OwnHead
 from patchdiffusion.noise import Law
 from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
 from patchdiffusion.parameterisation import Parameterisation
@@ -31,6 +32,8 @@ class ModelConfig:
     """What is needed to use a model, beside its weights."""
 
     network: Network
+    head: Head = field(default_factory=OwnHead)
+    """What stands on the network: what kind of model it is."""
     precond: Parameterisation
     noise: Law
     canvas: Size
@@ -156,7 +159,7 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
         config = decode(ModelConfig, fields)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    network = config.network.build()
+    network = config.head.build(config.network)
     try:
         tensors, own = load(data), network.state_dict()
         network.load_state_dict(tensors)

@@ -14,11 +14,11 @@ from patchdiffusion.losses import DenoisingLoss, Objective
 from patchdiffusion.nets.unet import SongUNet
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.plans import Group, PatchPlan, Stratified
-from patchdiffusion.train.config import GuardConfig
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.optimizers import AdamW, Muon, OptimizerConfig
 from patchdiffusion.train.parallel import LossModule
 from patchdiffusion.train.schedules import Trapezoid
+from patchdiffusion.train.settings import GuardConfig
 from patchdiffusion.train.state import Meter
 from patchdiffusion.train.step import Stepper
 

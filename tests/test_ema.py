@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from patchdiffusion import load_model
 from patchdiffusion.train.checkpoint import read_tensors
-from patchdiffusion.train.config import WIDEST, EMAConfig
 from patchdiffusion.train.ema import EMA, power_decay, profile_name
 from patchdiffusion.train.posthoc import (
     exponent,
@@ -21,6 +20,7 @@ from patchdiffusion.train.posthoc import (
     snapshots,
     solve,
 )
+from patchdiffusion.train.settings import WIDEST, EMAConfig
 
 # ---- Closed forms ----
 

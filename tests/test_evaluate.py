@@ -28,8 +28,8 @@ from patchdiffusion.metrics.heldout import held_out_losses
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.solvers import AutoSolver, DPMpp2M, DPMpp2S, Midpoint, Solver
 from patchdiffusion.system.dist import Place, Team
-from patchdiffusion.train.config import PreviewConfig
 from patchdiffusion.train.report import read_log
+from patchdiffusion.train.settings import PreviewConfig
 from patchdiffusion.weighting import EDMWeight
 
 CONFIG = EvaluationConfig(

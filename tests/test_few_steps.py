@@ -34,8 +34,8 @@ from patchdiffusion.solvers import Euler, Heun, Jumps
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train import loop, resume
-from patchdiffusion.train.config import PreviewConfig
 from patchdiffusion.train.report import read_log
+from patchdiffusion.train.settings import PreviewConfig
 
 KINDS = ("meanflow", "consistency")
 
@@ -279,7 +279,7 @@ def test_the_grids_of_a_run_are_those_of_its_map(
     images: Path, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     training = tiny.training(config(images, "meanflow"), tmp_path)
-    grid = training.preview.draw(training.averaged)
+    grid = tiny.preview(training).draw(training.averaged)
     flow_map = training.config.objective.product(training.averaged)
     expected = sample(
         flow_map, seeds=range(2), channels=3, canvas=(16, 16),

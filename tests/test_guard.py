@@ -8,7 +8,6 @@ from torch import Tensor
 
 from patchdiffusion.plans import Group
 from patchdiffusion.system.serialize import decode, encode
-from patchdiffusion.train.config import GuardConfig
 from patchdiffusion.train.guard import (
     BURST_WINDOW,
     LEAST,
@@ -18,6 +17,7 @@ from patchdiffusion.train.guard import (
     Judgement,
     Order,
 )
+from patchdiffusion.train.settings import GuardConfig
 
 CPU = torch.device("cpu")
 ONE = torch.tensor(1.0)

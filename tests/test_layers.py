@@ -16,7 +16,7 @@ MOST_LINES = 400
 LAYERS: tuple[str, ...] = (
     "system",
     "cond rng paths noise weighting parameterisation",
-    "patches sizes plans denoiser flowmap losses analytic",
+    "patches sizes plans denoiser classifier flowmap losses analytic",
     "nets encoders",
     "solvers guidance accel objectives data model",
     "sampling metrics",

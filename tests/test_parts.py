@@ -248,7 +248,7 @@ def test_the_weight_of_training_does_not_move_the_held_out_loss(
     for weighting in (None, EpsWeight(), P2Weight()):
         config = tiny.config(images, objective=DenoisingConfig(weighting=weighting))
         training = tiny.training(config, tmp_path / "run")
-        facts = training.preview.measure(training.averaged, torch.zeros(2, 3, 16, 16))
+        facts = tiny.preview(training).measure(training.averaged, torch.zeros(2, 3, 16, 16))
         losses.append(facts["held_out"])
     assert losses[0] == losses[1] == losses[2]
 

@@ -23,7 +23,7 @@ from patchdiffusion.parameterisation import EDM, V
 from patchdiffusion.plans import Stochastic
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import decode
-from patchdiffusion.train.config import FREE, EMAConfig, GuardConfig, PreviewConfig
+from patchdiffusion.train.config import FREE
 from patchdiffusion.train.folder import (
     check_disk,
     is_same_run,
@@ -33,6 +33,7 @@ from patchdiffusion.train.folder import (
 )
 from patchdiffusion.train.optimizers import AdamW
 from patchdiffusion.train.schedules import Trapezoid
+from patchdiffusion.train.settings import EMAConfig, GuardConfig, PreviewConfig
 from patchdiffusion.weighting import EDMWeight, EpsWeight, P2Weight
 
 NAN, INF = float("nan"), float("inf")
@@ -204,7 +205,7 @@ def test_every_field_is_either_free_or_compared() -> None:
     free = {path.split(".")[0] for path in FREE}
     compared = {"network", "precond", "noise", "patches", "ema", "clock", "batch", "seed"}
     compared |= {"label_dropout", "precision", "data", "optim"}
-    compared |= {"guard", "objective"}
+    compared |= {"guard", "objective", "task"}
     assert free | compared == {f.name for f in dataclasses.fields(TrainConfig)}
 
 

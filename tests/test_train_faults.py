@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -20,10 +19,10 @@ from patchdiffusion.metrics.memorise import Copies
 from patchdiffusion.objectives import denoising
 from patchdiffusion.system.errors import Stop
 from patchdiffusion.system.files import read_json
-from patchdiffusion.train import checkpoint, loop, preview, resume
-from patchdiffusion.train.config import GuardConfig
+from patchdiffusion.train import checkpoint, loop, resume, samples
 from patchdiffusion.train.log import RunLog
 from patchdiffusion.train.save import Saver
+from patchdiffusion.train.settings import GuardConfig
 
 Capture = pytest.CaptureFixture[str]
 
@@ -228,7 +227,7 @@ def test_copies_are_warned_of(
 
     tiny.run(tiny.config(images, steps=1), tmp_path / "honest")
     assert "near copies" not in capsys.readouterr().out
-    monkeypatch.setattr(preview, "copy_rate", some)
+    monkeypatch.setattr(samples, "copy_rate", some)
     tiny.run(tiny.config(images, steps=1), tmp_path / "copying")
     assert "warning: 50% of the samples are near copies" in capsys.readouterr().out
 
@@ -236,10 +235,8 @@ def test_copies_are_warned_of(
 def test_grids_are_what_is_measured(images: Path, tmp_path: Path) -> None:
     """The picture on disk holds the samples that the copy rate is computed of."""
     training = tiny.training(tiny.config(images), tmp_path / "run")
-    samples = training.preview.draw(training.averaged)
-    training.preview.save(samples, tmp_path / "grid.png")
-    with Image.open(tmp_path / "grid.png") as file:
-        shown = np.asarray(file)
+    samples = tiny.preview(training).draw(training.averaged)
+    shown = training.preview.show(training.averaged).picture
     assert samples.shape == (2, 3, 16, 16)
     factor = shown.shape[0] // 16
     first = ((samples[0] + 1) * 127.5).round().clamp(0, 255).byte().movedim(0, -1).numpy()

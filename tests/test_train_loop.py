@@ -16,10 +16,10 @@ import torch
 from patchdiffusion.plans import Stratified
 from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop, optim
-from patchdiffusion.train.config import Precision, PreviewConfig
 from patchdiffusion.train.optimizers import AdamW
 from patchdiffusion.train.report import read_log
 from patchdiffusion.train.schedules import Trapezoid
+from patchdiffusion.train.settings import Precision, PreviewConfig
 
 Hook = Callable[[int], None]
 

@@ -12,8 +12,8 @@ from commands import refuses
 from patchdiffusion import load_model
 from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop, resume
-from patchdiffusion.train.config import PreviewConfig
 from patchdiffusion.train.report import read_log
+from patchdiffusion.train.settings import PreviewConfig
 
 NEWEST = "step-0000000004"
 

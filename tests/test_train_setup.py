@@ -14,9 +14,8 @@ from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare, prepare_data
 from patchdiffusion.data.source import open_source
 from patchdiffusion.system.files import write_json
-from patchdiffusion.train import preview
-from patchdiffusion.train.config import PreviewConfig
-from patchdiffusion.train.setup import check_fits
+from patchdiffusion.train import samples
+from patchdiffusion.train.settings import PreviewConfig
 
 FEW = (
     "--network.base", "4", "--network.mult", "1", "2", "--network.blocks", "1",
@@ -40,7 +39,7 @@ def test_a_plan_without_whole_images_is_watched_on_the_whole_canvas(
     law = Stratified(fractions=(0.5,), probs=(1.0,))
     config = replace(tiny.config(images, steps=1), patches=law)
     training = tiny.training(config, tmp_path)
-    assert training.preview.sizes == ((16, 16), (8, 8))
+    assert tiny.preview(training).scene.sizes == ((16, 16), (8, 8))
     folder = tiny.run(config, tmp_path / "run")
     assert any(f.suffix == ".png" for f in (folder / "samples").iterdir())
 
@@ -59,11 +58,13 @@ def test_held_out_images_are_of_all_classes(
         denoiser: object, shown: object, labels: object, indices: torch.Tensor, **_: object
     ):
         seen.append(indices)
-        return {size: torch.ones(2, len(indices)).double() for size in training.preview.sizes}
+        sizes = tiny.preview(training).scene.sizes
+        return {size: torch.ones(2, len(indices)).double() for size in sizes}
 
-    monkeypatch.setattr(preview, "held_out_losses", measured)
-    samples = torch.zeros(2, 3, 16, 16)
-    replace(training.preview, pack=pack).measure(training.averaged, samples)
+    monkeypatch.setattr(samples, "held_out_losses", measured)
+    shown = tiny.preview(training)
+    shown = replace(shown, scene=replace(shown.scene, pack=pack))
+    shown.measure(training.averaged, torch.zeros(2, 3, 16, 16))
     assert seen[0].tolist() == [0, 10, 20, 30]
     assert pack.labels is not None and set(pack.labels[seen[0]].tolist()) == {0, 1}
 
@@ -72,10 +73,10 @@ def test_guidance_of_the_grids_needs_classes(images: Path) -> None:
     config = tiny.config(images)
     config = replace(config, preview=replace(config.preview, guidance=2.0))
     pack = prepare_data(config.data)
-    check_fits(config, pack)
+    config.task.check(config, pack)
     plain = replace(config, network=replace(config.network, num_classes=0))
     with refuses("preview.guidance", 2.0):
-        check_fits(plain, pack)
+        plain.task.check(plain, pack)
 
 
 def test_any_number_of_channels_can_be_watched(tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ from patchdiffusion.nets.base import Network
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.plans import Stratified
-from patchdiffusion.train.config import EMAConfig, PreviewConfig
 from patchdiffusion.train.optim import Update
 from patchdiffusion.train.optimizers import AdamW, OptimizerConfig, Trained
 from patchdiffusion.train.report import read_log
+from patchdiffusion.train.samples import SamplePreview
 from patchdiffusion.train.schedules import Trapezoid
+from patchdiffusion.train.settings import EMAConfig, PreviewConfig
 from patchdiffusion.train.setup import Training, assemble
 
 NETWORK = UNetConfig(base=4, mult=(1, 2), blocks=1, attention=(), num_classes=2)
@@ -112,6 +113,12 @@ def training(configuration: TrainConfig, out: Path, **changes: object) -> Traini
     """A run in memory."""
     given = replace(RunConfig(out=out), **changes)  # pyright: ignore[reportArgumentType]
     return assemble(configuration, given, prepare_data(configuration.data))
+
+
+def preview(training: Training) -> SamplePreview:
+    """The preview of a run that trains a denoiser."""
+    assert isinstance(training.preview, SamplePreview)
+    return training.preview
 
 
 def history(folder: Path) -> list[tuple[object, ...]]:

@@ -141,6 +141,16 @@ class Network(nn.Module, Generic[Config]):
         """Names of the activations that it puts on the tape, in order."""
         return ()
 
+    def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
+        """Deep features of every place, for heads of other tasks: [B, places, F].
+
+        Raises `ValueError` for a network that has none.
+        """
+        raise ValueError(f"{type(self).__name__} has no features for another head")
+
+    def behead(self) -> None:
+        """Remove the parts that `features` does not use."""
+
     def roles(self) -> dict[str, Role]:
         """The role of every parameter, by name; `ValueError` for one that has none."""
         roles = {}
@@ -149,6 +159,13 @@ class Network(nn.Module, Generic[Config]):
                 raise ValueError(f"the parameter {name} of {type(self).__name__} has no role")
             roles[name] = role
         return roles
+
+    def after_step(self, applied: Tensor) -> None:
+        """Change weights after each update, before it is averaged; here nothing.
+
+        All must stay as it is where `applied`, a scalar on the device, is 0 and not 1: the update
+        was skipped.
+        """
 
     def neutral(self) -> frozenset[str]:
         """Names of the parameters that start at zero and then add exactly nothing.

@@ -173,6 +173,13 @@ class UNet(Network[UNetLike], Generic[UNetLike, Aside]):
                 h = put(tape, name, h)
         return self.finish(h)
 
+    def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
+        """Those of the middle."""
+        return self.encode(x, noise, cond).h.flatten(2).mT
+
+    def behead(self) -> None:
+        self.dec = nn.ModuleList()
+
     def run(
         self,
         name: str,

@@ -132,6 +132,13 @@ class Transformer(Network[TransformerConfig]):
         """
         return self.finish(self.run(self.start(x, noise, cond, tape=tape), cond, tape=tape))
 
+    def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
+        """Those of the last block."""
+        return self.run(self.start(x, noise, cond), cond).h
+
+    def behead(self) -> None:
+        del self.out_modulation, self.head
+
     def start(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tokens:
         """Tokens of an image; sides that are no multiples of the patch repeat their last pixel."""
         self.check_shapes(x, cond)

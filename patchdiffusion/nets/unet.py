@@ -164,6 +164,10 @@ class SongUNet(UNet[UNetConfig, _Aside]):
         h = residual(h, self.pyramid[str(level)](*aside))
         return h, (h, aside[1])
 
+    def behead(self) -> None:
+        super().behead()
+        del self.out_norm, self.out_conv
+
     def finish(self, h: Tensor) -> Tensor:
         return self.out_conv(self.out_norm(h, silu=True))
 

@@ -17,9 +17,10 @@ from patchdiffusion.parameterisation import EDM
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Progressive, Stochastic, Stratified
 from patchdiffusion.system import families
-from patchdiffusion.train.config import EMAConfig, PreviewConfig, TrainConfig
+from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.optimizers import AdamW
 from patchdiffusion.train.schedules import Trapezoid
+from patchdiffusion.train.settings import EMAConfig, PreviewConfig
 
 
 @dataclass(frozen=True, kw_only=True)

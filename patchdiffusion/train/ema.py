@@ -10,9 +10,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion.train.config import EMAConfig
 from patchdiffusion.train.parallel import as_sharded, local, whole
 from patchdiffusion.train.posthoc import exponent
+from patchdiffusion.train.settings import EMAConfig
 
 MAIN = "averaged"
 

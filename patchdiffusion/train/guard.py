@@ -17,7 +17,7 @@ from torch import Tensor
 
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.plans import Group
-from patchdiffusion.train.config import GuardConfig
+from patchdiffusion.train.settings import GuardConfig
 
 WINDOW = 128  # steps of a kind that the median is taken of
 LEAST = 16  # before so many were seen, nothing is a spike

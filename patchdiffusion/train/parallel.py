@@ -4,22 +4,29 @@ import contextlib
 import inspect
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from patchdiffusion.cond import Tape
-from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.guidance.cfg import CONDITIONS
 from patchdiffusion.losses import Batch, LossOut, Objective
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team
 
 
+class Recorded(Protocol):
+    """A network in use, such as a `NetDenoiser`, which can be given a tape."""
+
+    def recording(self, tape: Tape) -> Any:
+        """The same with a tape for the passes that are trained."""
+        ...
+
+
 class LossModule(nn.Module):
-    """The objective of a denoiser as one module: whatever it does inside is synchronised.
+    """The objective of a network as one module: whatever it does inside is synchronised.
 
     Before the objective is asked, the draws inside the network get their seeds and conditions are
     dropped; afterwards the auxiliary losses of the network, such as that of a router, are added.
@@ -27,7 +34,7 @@ class LossModule(nn.Module):
 
     def __init__(
         self,
-        denoiser: NetDenoiser,
+        model: Recorded,
         objective: Objective,
         learned: nn.Module | None = None,
         *,
@@ -40,7 +47,7 @@ class LossModule(nn.Module):
         of them at once, which guidance needs.
         """
         super().__init__()
-        self.denoiser = denoiser
+        self.model: Any = model
         self.objective = objective
         self.learned = learned
         self.dropout = dropout
@@ -53,8 +60,8 @@ class LossModule(nn.Module):
             where = draws.bernoulli("label dropout", self.dropout)
             cond = cond.without(*self.drops, where=where)
         tape = Tape()
-        denoiser = self.denoiser.recording(tape)
-        return with_losses(self.objective(denoiser, replace(batch, cond=cond), draws), tape)
+        model = self.model.recording(tape)
+        return with_losses(self.objective(model, replace(batch, cond=cond), draws), tape)
 
 
 def with_losses(out: LossOut, tape: Tape) -> LossOut:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.train import checkpoint
-from patchdiffusion.train.config import WIDEST
+from patchdiffusion.train.settings import WIDEST
 
 Point = tuple[float, float]
 """A profile: the time it ends at, and its width relative to that time."""

@@ -8,12 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from patchdiffusion.data.augment import LABELS
-from patchdiffusion.data.columns import used
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.denoiser import NetDenoiser
-from patchdiffusion.encoders.features import Extractor, extractor
 from patchdiffusion.losses import Objective
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
@@ -37,57 +33,10 @@ from patchdiffusion.train.folder import check_disk
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.log import RunLog, quantity
 from patchdiffusion.train.parallel import LossModule, replicate, shard
-from patchdiffusion.train.preview import Preview
+from patchdiffusion.train.preview import Preview, Scene
 from patchdiffusion.train.state import DataFacts, Meter, TrainState
 from patchdiffusion.train.step import AfterStep, Stepper
 from patchdiffusion.train.timing import Phases
-
-
-def check_fits(config: TrainConfig, pack: Pack) -> None:
-    """Raise `ValueError` unless the network takes the channels and classes of the images."""
-    channels, classes = pack.images.shape[-1], len(pack.classes)
-    axes = pack.images.ndim - 2
-    if axes != config.network.axes:
-        raise ValueError(
-            f"the data has {axes} axes and the network {config.network.axes}: use a network for "
-            f"{axes} axes, such as --network transformer --network.patch{' 2' * axes}"
-        )
-    if config.preview.distance and axes != 2:
-        raise ValueError(
-            f"preview.distance {config.preview.distance} is of images of two axes, and these have "
-            f"{axes}; leave it at 0"
-        )
-    if channels != config.network.channels:
-        raise ValueError(
-            f"the images have {channels} channels and the network {config.network.channels}: "
-            f"set --network.channels {channels}"
-        )
-    augment = config.data.augment
-    if config.data.flip and augment.p and "xflip" in augment.operations:
-        raise ValueError(
-            "data.flip and the operation xflip of data.augment do the same: leave one out, for "
-            "example by --data.no-flip"
-        )
-    if augment.p and config.network.augment_dim != LABELS:
-        raise ValueError(
-            f"the augmentation has {LABELS} numbers and the network takes "
-            f"{config.network.augment_dim}: set --network.augment-dim {LABELS}"
-        )
-    if config.preview.guidance != 1 and not config.network.num_classes:
-        raise ValueError(
-            f"preview.guidance {config.preview.guidance} needs a network with classes; "
-            "leave it at 1"
-        )
-    if config.preview.guidance != 1 and config.objective.few_step:
-        raise ValueError(
-            f"preview.guidance {config.preview.guidance} cannot be had of a few-step model; "
-            "leave it at 1"
-        )
-    if config.network.num_classes not in (0, classes):
-        raise ValueError(
-            f"the data has {classes} classes and the network {config.network.num_classes}: "
-            f"set --network.num-classes {classes}, or 0 to ignore them"
-        )
 
 
 def check_team(config: TrainConfig, team: Team) -> None:
@@ -142,20 +91,21 @@ class Training:
         return self.now >= self.config.images
 
     @property
-    def averaged(self) -> NetDenoiser:
-        """The denoiser of the averaged weights; all processes must ask if they are sharded."""
-        return denoiser_of(self.ema.network(), self.config)
+    def averaged(self) -> Any:
+        """The model of the averaged weights; all processes must ask if they are sharded."""
+        return self.config.task.model(self.ema.network(), self.config)
 
     @property
     def model_config(self) -> ModelConfig:
         """What is needed to use the model of this run."""
         return ModelConfig(
             network=self.config.network,
+            head=self.config.task.head(self.pack),
             precond=self.config.precond,
             noise=self.config.noise,
             canvas=self.canvas,
             space=self.pack.space,
-            classes=self.pack.classes if self.config.network.num_classes else (),
+            classes=self.config.task.classes(self.config, self.pack),
             objective=self.config.objective,
             data=self.pack.name,
             fingerprint=self.pack.fingerprint,
@@ -176,7 +126,7 @@ class Training:
     @property
     def macs(self) -> float:
         """Multiply-accumulates of the network for one image."""
-        return self.flops[self.canvas] / (6 + 2 * self.config.objective.passes)
+        return self.flops[self.canvas] / (6 + 2 * self.config.task.passes(self.config))
 
     @property
     def total_steps(self) -> int:
@@ -200,7 +150,7 @@ class Training:
             snapshots=config.ema.snapshots,
         )
         sizes = " + ".join(group.name for group in self.plan.groups)
-        classes = f", {len(pack.classes)} classes" if config.network.num_classes else ""
+        classes = f", {len(pack.classes)} classes" if config.task.classes(config, pack) else ""
         say(
             f"data      {pack.name}: {len(pack.train):,} images of "
             f"{size_name(self.canvas)}{classes}, {len(pack.heldout):,} held out; pack {pack.path}"
@@ -230,9 +180,10 @@ class Training:
 def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None = None) -> Training:
     """Build everything a run needs; raises `ValueError` for what does not fit together."""
     team = team or Team()
-    check_fits(config, pack)
+    task = config.task
+    task.check(config, pack)
     check_team(config, team)
-    if run.shard and not config.objective.shards:
+    if run.shard and not task.shards(config):
         raise ValueError("--shard works with --objective denoising only; leave one of them out")
     if run.shard and not config.optim.shardable:
         word = families.word(type(config.optim))
@@ -243,24 +194,24 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     folder = run.folder(config.name)
     canvas = tuple(pack.images.shape[1:-1])
     plan = config.plan(canvas)
-    network = config.network.build(seed=config.seed).to(device)
+    network = task.head(pack).build(config.network, seed=config.seed).to(device)
     sizes = dict.fromkeys([canvas, *(group.size for group in plan.groups)])
     crops = dict.fromkeys([canvas, *(group.size for group in plan.groups if group.pitch == 1)])
-    share = 1 + config.objective.passes / 3  # of what `training_flops` counts: one pass, and back
+    share = 1 + task.passes(config) / 3  # of what `training_flops` counts: one pass, and back
     flops = {size: round(training_flops(network, size) * share) for size in sizes}
     ema = _spread_out(network, config, run, team, device)
     teachers = _teachers(config, canvas, device)
     materials = _materials(config, network, ema, teachers, team, device)
-    objective = config.objective.build(materials)
+    objective = task.objective(config, materials)
     if run.shard:  # the optimizer takes sharded weights or whole ones, not both
         for module in materials.learned.values():
             shard(module, [], team, device)
     work = LossModule(
-        denoiser_of(network, config), objective, materials.learned, dropout=config.label_dropout
+        task.model(network, config), objective, materials.learned, dropout=task.dropout(config)
     )
     feed = Feed(
         resident(pack.images, device),
-        used(pack.columns, config.network.reads),
+        task.columns(config, pack),
         pack.train,
         space=pack.space,
         seed=config.seed,
@@ -302,17 +253,10 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         stepper=stepper,
         phases=phases,
         flops=flops,
-        preview=Preview(
-            config, pack, tuple(crops), device, precision, team, _extractor(config, team, device)
-        ),
+        preview=task.preview(Scene(config, pack, tuple(crops), device, precision, team)),
         state=TrainState(),
         meter=Meter(),
     )
-
-
-def denoiser_of(network: nn.Module, config: TrainConfig) -> NetDenoiser:
-    """A network as the denoiser that is trained, or that a few-step model is made of."""
-    return NetDenoiser(network, config.objective.precond(config.precond), config.noise)
 
 
 def _materials(
@@ -325,7 +269,7 @@ def _materials(
 ) -> Materials:
     return Materials(
         network=network,
-        average=lambda: denoiser_of(ema.network(), config),
+        average=lambda: config.task.model(ema.network(), config),
         precond=config.precond,
         law=config.noise,
         teachers=tuple(model.denoiser for model in teachers),
@@ -335,7 +279,7 @@ def _materials(
 
 
 def _teachers(config: TrainConfig, canvas: Size, device: torch.device) -> tuple[Model, ...]:
-    return tuple(_teacher(path, config, canvas, device) for path in config.objective.teachers)
+    return tuple(_teacher(path, config, canvas, device) for path in config.task.teachers(config))
 
 
 def _teacher(path: Path, config: TrainConfig, canvas: Size, device: torch.device) -> Model:
@@ -352,14 +296,6 @@ def _teacher(path: Path, config: TrainConfig, canvas: Size, device: torch.device
             f"{found} instead of {own}"
         )
     return model
-
-
-def _extractor(config: TrainConfig, team: Team, device: torch.device) -> Extractor | None:
-    preview = config.preview
-    if not preview.distance:
-        return None
-    weights = None if preview.extractor_weights is None else Path(preview.extractor_weights)
-    return extractor(preview.extractor, weights=weights, device=device, team=team)
 
 
 def _spread_out(

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.patches import Size
-from patchdiffusion.plans import Group, equivalents
-from patchdiffusion.train.config import Clock, TrainConfig
+from patchdiffusion.plans import Clock, Group, equivalents
+from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.guard import GuardState
 
 Sums = tuple[tuple[tuple[str, ...], tuple[float, ...]], ...]

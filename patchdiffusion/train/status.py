@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from patchdiffusion.system.device import peak_memory
+from patchdiffusion.system.png import save_png
 from patchdiffusion.train.guard import Event, describe
 from patchdiffusion.train.log import duration, quantity
 from patchdiffusion.train.preview import Abandoned, Ending
@@ -16,7 +17,6 @@ from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.timing import COMPUTE, Slow
 
-COPY_WARNING = 0.1
 MOST_EVENTS = 8  # described in full at a time
 
 
@@ -139,13 +139,13 @@ def _waiting(phases: dict[str, float]) -> str:
 def _draws_of(training: Training, event: Event) -> list[dict[str, object]]:
     """Images and noise levels of a step that is over: they are functions of its number."""
     step, position = event.cursor
-    feed, first, found = training.stepper.feed, 0, []
+    feed, config, first, found = training.stepper.feed, training.config, 0, []
     for group in event.groups:
         start = position + first
         images = feed.which(np.arange(start, start + group.count)).tolist()
         facts: dict[str, object] = {"size": list(group.size), "images": images}
         draws = feed.draws(group, step=step, first=first, chunk=range(group.count))
-        levels = training.config.objective.levels(draws, group.noise)
+        levels = config.task.levels(config, draws, group.noise)
         if levels is not None:
             facts["sigma"] = [round(sigma, 6) for sigma in levels.tolist()]
         found.append(facts)
@@ -159,46 +159,34 @@ def picture_of(training: Training) -> Path:
 
 
 def show_samples(training: Training, ending: Ending = bool) -> bool:
-    """Sample the grid, measure the held-out loss, and warn if the samples are copies.
+    """Make the preview of the task: a picture and measures of the averaged weights.
 
-    Gives up when the run is to end, and returns False: they are shown when it goes on. A grid that
-    cannot be written is told, and left out.
+    Gives up when the run is to end, and returns False: they are shown when it goes on. A picture
+    that cannot be written is told, and left out.
     """
-    log = training.log
-    name, problem = picture_of(training).name, ""
+    log, path, problem = training.log, picture_of(training), ""
     try:
-        averaged = training.averaged
-        samples = training.preview.draw(averaged, ending)
-        facts = training.preview.measure(averaged, samples, ending)
+        shown = training.preview.show(training.averaged, ending)
     except Abandoned:
-        log.say(f"        samples/{name} will be drawn when the run goes on")
+        log.say(f"        samples/{path.name} will be drawn when the run goes on")
         return False
     try:
-        training.preview.save(samples, picture_of(training))  # last: it says that all is done
+        if training.team.is_main:  # last: it says that all is done
+            save_png(path, shown.picture, {**shown.notes, "software": "patchdiffusion"})
     except OSError as error:
         problem = str(error)
-    training.state.shown = training.now
-    log.record("preview", step=training.state.step, images=training.now, picture=name, **facts)
-    told = f"        samples/{name}"
+    state = training.state
+    state.shown = training.now
+    log.record("preview", step=state.step, images=training.now, picture=path.name, **shown.facts)
     if problem:
-        log.say(f"warning: cannot write samples/{name}: {problem}")
+        log.say(f"warning: cannot write samples/{path.name}: {problem}")
     else:
-        log.trackers.picture(picture_of(training), training.state.step)
-    held = facts.get("held_out")
-    if isinstance(held, dict):
-        log.trackers.numbers({"held-out loss": held["loss"]}, training.state.step)
-        bands = " ".join(f"{band} {value:.3f}" for band, value in held["bands"].items())
-        told += f"  held-out loss {held['loss']:.4f}  (by noise: {bands})"
-    if isinstance(distance := facts.get("distance"), float):
-        log.trackers.numbers({"Frechet distance": distance}, training.state.step)
-        told += f"  distance {distance:.4g} of {training.config.preview.distance:,} samples"
-    log.say(told)
-    rate = facts.get("copy_rate")
-    if isinstance(rate, float) and rate > COPY_WARNING:
-        log.say(
-            f"warning: {rate:.0%} of the samples are near copies of training images; stop "
-            "earlier, or use more images, flips or dropout"
-        )
+        log.trackers.picture(path, state.step)
+    if shown.numbers:
+        log.trackers.numbers(shown.numbers, state.step)
+    log.say(f"        samples/{path.name}{shown.text}")
+    for warning in shown.warnings:
+        log.say(f"warning: {warning}")
     return True
 
 

@@ -31,7 +31,7 @@ from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import place
-from patchdiffusion.train import checkpoint, loop, preview, setup
+from patchdiffusion.train import checkpoint, loop, samples, setup
 from patchdiffusion.train.timing import Phases
 
 # ---- Signals, hangs, deaths ----
@@ -106,8 +106,8 @@ def die_in_save(stage: str, save: int, mark: str | None = None) -> None:
 def send_in(name: str, where: str, time: int) -> None:
     """A signal in the middle of the n-th sampling, evaluation or saving; times count from 0."""
     owner, method = {
-        "samples": (preview, "sample"),
-        "evaluation": (preview, "held_out_losses"),
+        "samples": (samples, "sample"),
+        "evaluation": (samples, "held_out_losses"),
         "save": (checkpoint, "save_file"),
     }[where]
     original, calls = getattr(owner, method), [-1]
@@ -258,7 +258,7 @@ FAULTS: dict[str, Callable[..., None]] = {
 
 OWNERS = (
     *(Phases, Pack, Feed, DenoisingLoss, loop.Saver, setup.Stepper),
-    *(checkpoint, loop, preview, tiny, shutil, os, time),
+    *(checkpoint, loop, samples, tiny, shutil, os, time),
 )
 """Classes and modules in which the faults above replace something."""
 

@@ -1,0 +1,90 @@
+"""The task of a denoiser, or of a few-step model that is made of one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.denoiser import NetDenoiser
+from patchdiffusion.encoders.features import extractor
+from patchdiffusion.losses import Objective
+from patchdiffusion.nets.heads import OwnHead
+from patchdiffusion.noise import NoiseLaw
+from patchdiffusion.objectives.base import Materials
+from patchdiffusion.rng import Draws
+from patchdiffusion.train.preview import Scene
+from patchdiffusion.train.samples import SamplePreview
+from patchdiffusion.train.settings import Settings
+from patchdiffusion.train.task import TaskConfig, check_images
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserTask(TaskConfig):
+    """Images: a network that denoises, by the objective of the configuration."""
+
+    word: ClassVar[str] = "denoiser"
+
+    def check(self, config: Settings, pack: Pack) -> None:
+        check_images(config, pack)
+        axes = pack.images.ndim - 2
+        if config.preview.distance and axes != 2:
+            raise ValueError(
+                f"preview.distance {config.preview.distance} is of images of two axes, and these "
+                f"have {axes}; leave it at 0"
+            )
+        guidance, classes = config.preview.guidance, len(pack.classes)
+        if guidance != 1 and not config.network.num_classes:
+            raise ValueError(
+                f"preview.guidance {guidance} needs a network with classes; leave it at 1"
+            )
+        if guidance != 1 and config.objective.few_step:
+            raise ValueError(
+                f"preview.guidance {guidance} cannot be had of a few-step model; leave it at 1"
+            )
+        if config.network.num_classes not in (0, classes):
+            raise ValueError(
+                f"the data has {classes} classes and the network {config.network.num_classes}: "
+                f"set --network.num-classes {classes}, or 0 to ignore them"
+            )
+
+    def head(self, pack: Pack) -> OwnHead:
+        return OwnHead()
+
+    def model(self, network: nn.Module, config: Settings) -> NetDenoiser:
+        """The denoiser that is trained, or that a few-step model is made of."""
+        return NetDenoiser(network, config.objective.precond(config.precond), config.noise)
+
+    def objective(self, config: Settings, materials: Materials) -> Objective:
+        return config.objective.build(materials)
+
+    def preview(self, scene: Scene) -> SamplePreview:
+        settings, extract = scene.config.preview, None
+        if settings.distance:
+            given = settings.extractor_weights
+            extract = extractor(
+                settings.extractor,
+                weights=None if given is None else Path(given),
+                device=scene.device,
+                team=scene.team,
+            )
+        return SamplePreview(scene, self.columns(scene.config, scene.pack), extract)
+
+    def classes(self, config: Settings, pack: Pack) -> tuple[str, ...]:
+        return pack.classes if config.network.num_classes else ()
+
+    def levels(self, config: Settings, draws: Draws, law: NoiseLaw) -> Tensor | None:
+        return config.objective.levels(draws, law)
+
+    def dropout(self, config: Settings) -> float:
+        return config.label_dropout
+
+    def passes(self, config: Settings) -> float:
+        return config.objective.passes
+
+    def teachers(self, config: Settings) -> tuple[Path, ...]:
+        return config.objective.teachers
+
+    def shards(self, config: Settings) -> bool:
+        return config.objective.shards

@@ -1,0 +1,191 @@
+"""The preview of a denoiser: a grid of samples, held-out loss, and a warning about copies."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patchdiffusion.cond import Call, Cond
+from patchdiffusion.data.columns import Filled, with_labels
+from patchdiffusion.data.feed import conditions
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper, ask
+from patchdiffusion.encoders.features import Extractor
+from patchdiffusion.flowmap import FlowMap
+from patchdiffusion.guidance import NoGuidance
+from patchdiffusion.guidance.cfg import ClassifierFree
+from patchdiffusion.metrics.compare import Gathered
+from patchdiffusion.metrics.evaluate import (
+    COPY_LIMIT,
+    SEED,
+    Evaluation,
+    EvaluationConfig,
+    sample_labels,
+)
+from patchdiffusion.metrics.frechet import Moments, frechet_distance
+from patchdiffusion.metrics.heldout import held_out_losses, summarise
+from patchdiffusion.metrics.memorise import copy_rate
+from patchdiffusion.sampling.driver import sample
+from patchdiffusion.sampling.pipeline import SamplerConfig
+from patchdiffusion.system.device import autocast
+from patchdiffusion.system.png import enlarge, grid
+from patchdiffusion.train.preview import Abandoned, Ending, Scene, Shown, held_out_text
+
+COPY_WARNING = 0.1
+
+
+@dataclass(frozen=True)
+class SamplePreview:
+    """Samples and measures of a denoiser or few-step model."""
+
+    scene: Scene
+    columns: tuple[Filled, ...]
+    """What the network reads beside the images of the pack."""
+    extract: Extractor | None = None
+    """Features of the Frechet distance, if it is to be measured."""
+
+    def show(self, model: NetDenoiser, ending: Ending = bool) -> Shown:
+        """A grid of samples, with what was measured beside it."""
+        samples = self.draw(model, ending)
+        facts = self.measure(model, samples, ending)
+        (text, numbers), warnings = held_out_text(facts), ()
+        if (distance := facts.get("distance")) is not None:
+            numbers["Frechet distance"] = distance
+            text += f"  distance {distance:.4g} of {self.scene.config.preview.distance:,} samples"
+        rate = facts.get("copy_rate", 0.0)
+        if rate > COPY_WARNING:
+            warnings = (
+                f"{rate:.0%} of the samples are near copies of training images; stop earlier, or "
+                "use more images, flips or dropout",
+            )
+        return Shown(
+            picture=enlarge(grid(self._pictures(samples))),
+            facts=facts,
+            text=text,
+            numbers=numbers,
+            warnings=warnings,
+            notes={"seeds": f"0-{self.scene.config.preview.grid - 1}"},
+        )
+
+    def draw(self, denoiser: NetDenoiser, ending: Ending = bool) -> Tensor:
+        """The images of the grid: float32 [N, C, *S]."""
+        scene = self.scene
+        classes = scene.config.network.num_classes
+        share = scene.team.shard(scene.config.preview.grid)
+        labels = torch.tensor(share) % classes if classes else None
+        watched = self._sampler(denoiser, ending)
+        return torch.cat(scene.everywhere(lambda: self._sample(watched, share, labels)))
+
+    def _sampler(self, denoiser: NetDenoiser, ending: Ending) -> Denoiser | FlowMap:
+        """What images are made with; a few evaluations need not be broken off."""
+        objective = self.scene.config.objective
+        return objective.product(denoiser) if objective.few_step else _Abandonable(denoiser, ending)
+
+    def _sample(self, model: Denoiser | FlowMap, seeds: range, labels: Tensor | None) -> Tensor:
+        scene, preview = self.scene, self.scene.config.preview
+        guided = preview.guidance != 1
+        guidance = ClassifierFree(weight=preview.guidance) if guided else NoGuidance()
+        with autocast(scene.device, scene.precision):
+            return sample(
+                model,
+                seeds=seeds,
+                channels=scene.config.network.channels,
+                canvas=scene.sizes[0],
+                cond=self._given(seeds, labels),
+                config=SamplerConfig(steps=preview.sample_steps, guidance=guidance),
+                batch=scene.batch,
+                device=scene.device,
+                law=scene.config.noise,
+            )
+
+    def _given(self, seeds: range, labels: Tensor | None) -> Cond:
+        """Labels, and what else the network reads: that of held-out images, or of others."""
+        pack = self.scene.pack
+        images = pack.heldout if len(pack.heldout) else pack.train
+        index = images[torch.tensor(seeds, dtype=torch.int64) % len(images)]
+        given = conditions(with_labels(self.columns, None), index, self.scene.sizes[0])
+        return replace(given, labels=labels)
+
+    def _pictures(self, images: Tensor) -> np.ndarray:
+        """What a network has made [N, C, *S] as uint8 [N, *S, C]."""
+        space = self.scene.pack.space
+        return space.to_picture(space.to_values(images))
+
+    def measure(
+        self, denoiser: NetDenoiser, samples: Tensor, ending: Ending = bool
+    ) -> dict[str, Any]:
+        """Held-out loss (total, per band, per size), copies and distance, where they apply."""
+        scene, facts = self.scene, {}
+        config, pack, team = scene.config, scene.pack, scene.team
+        held = pack.some_held_out(config.preview.held_out)
+        if len(held) and config.objective.denoises:
+
+            def losses() -> Tensor:
+                with autocast(scene.device, scene.precision):
+                    found = held_out_losses(
+                        _Abandonable(denoiser, ending),
+                        pack.images,
+                        self.columns,
+                        held,
+                        space=pack.space,
+                        law=config.noise,
+                        weighting=config.precond.default_weighting(),
+                        sizes=scene.sizes,
+                        device=scene.device,
+                        batch=scene.batch,
+                        part=team.shard(len(held)),
+                    )
+                return torch.stack(list(found.values()))
+
+            table = torch.cat(scene.everywhere(losses), dim=2)  # [sizes, 2, count]
+            loss = summarise(dict(zip(scene.sizes, table, strict=True)))
+            facts["held_out"] = {"loss": loss.total, "bands": loss.bands, "sizes": loss.sizes}
+        if team.is_main and 2 <= len(pack.train) <= COPY_LIMIT:
+            copies = copy_rate(samples, pack.images, pack.train, space=pack.space)
+            facts["copy_rate"] = copies.rate
+        if self.extract is not None:
+            facts["distance"] = self._distance(denoiser, self.extract, ending)
+        return facts
+
+    @cached_property
+    def _real(self) -> Moments:
+        """Features of the real images, which do not change while a run trains."""
+        scene = self.scene
+        compared = Evaluation(scene.pack, EvaluationConfig(), self.extract, scene.team)
+        return compared.reference().moments
+
+    def _distance(self, denoiser: NetDenoiser, extract: Extractor, ending: Ending) -> float:
+        """The Frechet distance of a few samples: a trend, too large as a number."""
+        scene, count = self.scene, self.scene.config.preview.distance
+        pack = scene.pack
+        labels = pack.labels if scene.config.network.num_classes else None
+        labels = None if labels is None else sample_labels(labels, count)
+        part = scene.team.shard(count)
+        watched = self._sampler(denoiser, ending)
+
+        def features() -> Iterator[Tensor]:
+            for start in range(part.start, part.stop, scene.batch):
+                numbers = range(start, min(start + scene.batch, part.stop))
+                chosen = None if labels is None else labels[numbers.start : numbers.stop]
+                seeds = range(SEED + numbers.start, SEED + numbers.stop)
+                images = self._sample(watched, seeds, chosen)
+                yield extract(torch.from_numpy(self._pictures(images)))
+
+        samples = Gathered.together(scene.everywhere(lambda: Gathered.of(features())))
+        return frechet_distance(self._real, samples.moments)
+
+
+class _Abandonable(Wrapper):
+    """A denoiser that raises `Abandoned` instead of denoising once the run is to end."""
+
+    def __init__(self, denoiser: Denoiser, ending: Ending):
+        super().__init__(denoiser)
+        self.ending = ending
+
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
+        if self.ending():
+            raise Abandoned
+        return ask(self.inner[0], x, sigma, cond, call)
