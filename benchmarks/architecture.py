@@ -13,6 +13,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 
 DOCS = Path(__file__).parents[1] / "docs"
 COLORS = ("#dbe9f6", "#fde5cd")
@@ -37,7 +38,7 @@ def draw(axes: Axes, title: str, rows: list[tuple[str, str]], color: str) -> Non
     axes.axis("off")
     for number, (file, text) in enumerate(rows):
         y = -number - 0.5
-        box = plt.Rectangle((0.02, y - 0.36), 0.96, 0.72, facecolor=color, edgecolor="#555555")
+        box = Rectangle((0.02, y - 0.36), 0.96, 0.72, facecolor=color, edgecolor="#555555")
         axes.add_patch(box)
         axes.text(0.05, y, file, va="center", family="monospace", fontsize=9.5)
         words = "\n".join(textwrap.wrap(text.replace("`", ""), 46))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from patchdiffusion.cli import COMMANDS, techniques
+from patchdiffusion.cli import COMMANDS, evaluate, techniques
 from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.solvers import Solver
 from patchdiffusion.solvers.schedules import Schedule
@@ -74,6 +74,12 @@ def test_every_solver_and_schedule_has_its_place_in_the_page() -> None:
     text = (ROOT / "docs" / "solvers.md").read_text()
     for name in (*words(Solver), *words(Schedule)):
         assert f"`{name}`" in text, name
+
+
+def test_every_measure_has_its_place_in_the_page() -> None:
+    text = (ROOT / "docs" / "evaluate.md").read_text()
+    for label in evaluate.ROWS.values():
+        assert label in text, label
 
 
 def test_free_fields_exist() -> None:

@@ -6,7 +6,6 @@ members takes several words, `--additions contrast`, and each has its flags, suc
 `--additions.contrast.weight`.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -288,22 +287,3 @@ def _leaf(slot: Slot, given: Given) -> Any:
     except ValueError:
         told = repr(" ".join(words)) if words else "nothing"
         raise ValueError(f"--{slot.name} must be {wanted(slot.hint)}, not {told}") from None
-
-
-def check_known(record: Any, given: Given) -> None:
-    """Raise `ValueError` for a flag that no field has, with those it could have been."""
-    known: dict[str, None] = {}
-    for slot in walk(record):
-        if not slot.flat and slot.kind != "record":
-            known[slot.name] = None
-        if slot.hint is bool:
-            known[slot.negative] = None
-    for name in given:
-        if name in known:
-            continue
-        above, _, last = name.rpartition(".")
-        near = [n for n in known if n.rpartition(".")[0] == above] if above else []
-        close = difflib.get_close_matches(name, known, 3, 0.7)
-        allowed = near or close or [n for n in known if n.endswith(f".{last}")][:3]
-        told = f", allowed: {', '.join(f'--{n}' for n in allowed)}" if allowed else "; see --help"
-        raise ValueError(f"unknown flag --{name}{told}")

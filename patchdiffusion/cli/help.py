@@ -121,7 +121,9 @@ def _flag(slot: Slot, width: int, short: bool) -> Iterator[str]:
         kind = "WORD" + " ..." * (slot.kind == "several") if family else metavar(slot.hint)
         name = f"--{slot.name} {kind}"
         if len(name) > _COLUMN - 4 and (allowed := re.search(r"{.*}", kind)):
-            name, text = name.replace(allowed[0], "WORD"), f"{allowed[0]} {text}"
+            name = name.replace(allowed[0], "WORD")
+            if len(allowed[0]) <= _COLUMN or not short:
+                text = f"{allowed[0]} {text}"
         if short:
             name, value = name.removesuffix(f"|{NONE}"), _cut(value, 24)
     yield from _columns(f"  {name}", text, f"[{value}]", width, short)

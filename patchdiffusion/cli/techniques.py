@@ -19,6 +19,7 @@ _HEAD = (
     "What a word chooses, by the flag that takes it; the fields of what is chosen are flags "
     "below it. This page is written\n"
     "by `python -m patchdiffusion.cli.techniques > docs/techniques.md` from the classes themselves."
+    "\n[Extending](extending.md) says how to add one."
 )
 
 
