@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from commands import refuses
 from oracles import Exact, Little, batch, draws, gaussian, normal
 from torch import Tensor, nn
 
@@ -359,7 +360,7 @@ def test_neutral_guidance_costs_nothing() -> None:
 
 
 def test_only_networks_are_trained() -> None:
-    with pytest.raises(ValueError, match="trains a NetDenoiser, not a GaussianMixture"):
+    with refuses("NetDenoiser", "GaussianMixture"):
         MeanFlowLoss(config=MeanFlowConfig())(gaussian(), batch(normal(2), noise=LAW), draws(2))
 
 
@@ -369,9 +370,9 @@ def test_only_networks_are_trained() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"same": 1.5}, r"same in \[0, 1\]"),
-        ({"mix": 1.0}, r"mix in \[0, 1\)"),
-        ({"power": 2.0}, r"power in \[0, 1\]"),
+        ({"same": 1.5}, "same"),
+        ({"mix": 1.0}, "mix"),
+        ({"power": 2.0}, "power"),
         ({"eps": 0.0}, "eps and std > 0"),
         ({"std": math.inf}, "eps and std > 0"),
         ({"guidance": -1.0}, "guidance >= 0 and finite, not -1.0"),

@@ -140,10 +140,10 @@ def test_the_loss_on_the_score() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MinSNRWeight(gamma=0.0), "gamma must be positive and finite, not 0.0"),
-        (lambda: SoftMinSNRWeight(gamma=math.inf), "gamma must be positive and finite, not inf"),
-        (lambda: P2Weight(k=0.0), "k must be positive and finite"),
-        (lambda: P2Weight(gamma=-1.0), "gamma must be >= 0 and finite, not -1.0"),
+        (lambda: MinSNRWeight(gamma=0.0), "gamma.*0.0"),
+        (lambda: SoftMinSNRWeight(gamma=math.inf), "gamma.*inf"),
+        (lambda: P2Weight(k=0.0), r"\bk\b"),
+        (lambda: P2Weight(gamma=-1.0), "gamma.*-1.0"),
     ],
 )
 def test_impossible_weights_are_refused(make: Callable[[], object], message: str) -> None:
