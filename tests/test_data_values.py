@@ -151,6 +151,9 @@ def test_a_run_on_measurements_samples_in_their_units(
     facts = json.loads((tmp_path / "made" / "samples.json").read_text())
     assert facts["seeds"] == "0-5" and facts["model"] == load(run).model.digest
 
+    told = fails(capsys, "sample", run, "--count", 1, "--threshold", "clamp")
+    assert "--threshold clamp is for pixels" in told
+
     pixels = np.zeros((30, 16, 16), dtype=np.uint8)
     told = fails(capsys, "evaluate", run, "--samples", 0, "--held-out", 0, "--bits.images", 1)
     assert "holds values; bits per dimension are those of 8-bit pixels" in told

@@ -67,4 +67,9 @@ def _check_alike(guide: Model, model: Model) -> None:
 def _interface(model: Model) -> dict[str, object]:
     config = model.config
     classes = ", ".join(config.classes) or config.network.num_classes
-    return {"canvas": config.canvas, "channels": config.network.channels, "classes": classes}
+    return {
+        "canvas": config.canvas,
+        "channels": config.network.channels,
+        "classes": classes,
+        "space": config.space,
+    }

@@ -30,6 +30,8 @@ class Kind:
     """It is a few-step model, which jumps."""
     eps: bool = False
     """It predicts eps, whose errors are sigma times as large in the image."""
+    bounded: bool = True
+    """Its images lie in [-1, 1], as pixels do and values do not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,12 @@ class SamplerConfig:
                 f"not {word(type(solver))}"
             )
         if isinstance(threshold, AutoThreshold):
-            threshold = Clamp() if kind.eps else NoThreshold()
+            threshold = Clamp() if kind.eps and kind.bounded else NoThreshold()
+        if not (kind.bounded or isinstance(threshold, NoThreshold)):
+            raise ValueError(
+                f"--threshold {word(type(threshold))} is for pixels, which end at -1 and 1; this "
+                "model makes values without limits: use --threshold none"
+            )
         chosen = replace(self, solver=solver, threshold=threshold)
         return replace(chosen, steps=chosen.count)
 

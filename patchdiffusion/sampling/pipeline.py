@@ -86,7 +86,10 @@ class Pipeline:
         objective, precond = self.model.config.objective, self.model.config.precond
         few = objective.few_step
         eps = not few and precond.predicts_eps
-        return config.resolved(Kind(denoiser=objective.denoises, flow_map=few, eps=eps))
+        bounded = self.model.config.space.limits is not None
+        return config.resolved(
+            Kind(denoiser=objective.denoises, flow_map=few, eps=eps, bounded=bounded)
+        )
 
     def autocast(self) -> torch.autocast:
         """A context in which the network has the precision of this pipeline."""

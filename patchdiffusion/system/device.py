@@ -33,7 +33,7 @@ def resident(images: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return images
     free, _ = torch.cuda.mem_get_info(device)
-    return images.to(device) if images.numel() < SHARE_FOR_IMAGES * free else images
+    return images.to(device) if images.nbytes < SHARE_FOR_IMAGES * free else images
 
 
 def channels_last(network: nn.Module) -> None:

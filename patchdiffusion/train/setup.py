@@ -200,7 +200,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     share = 1 + task.passes(config) / 3  # of what `training_flops` counts: one pass, and back
     flops = {size: round(training_flops(network, size) * share) for size in sizes}
     ema = _spread_out(network, config, run, team, device)
-    teachers = _teachers(config, canvas, device)
+    teachers = tuple(_teacher(path, config, pack, device) for path in task.teachers(config))
     materials = _materials(config, network, ema, teachers, team, device)
     objective = task.objective(config, materials)
     if run.shard:  # the optimizer takes sharded weights or whole ones, not both
@@ -278,22 +278,23 @@ def _materials(
     )
 
 
-def _teachers(config: TrainConfig, canvas: Size, device: torch.device) -> tuple[Model, ...]:
-    return tuple(_teacher(path, config, canvas, device) for path in config.task.teachers(config))
-
-
-def _teacher(path: Path, config: TrainConfig, canvas: Size, device: torch.device) -> Model:
+def _teacher(path: Path, config: TrainConfig, pack: Pack, device: torch.device) -> Model:
     """A model that is distilled; raises `ValueError` if it does not fit."""
     model = load_model(path, device=device)
     if not model.config.objective.denoises:
         raise ValueError(f"the teacher {path} is no denoiser: it is a consistency model itself")
     network, other = config.network, model.config.network
-    own = (*canvas, network.channels, network.num_classes)
+    own = (*pack.info.shape[1:-1], network.channels, network.num_classes)
     found = (*model.config.canvas, other.channels, other.num_classes)
     if own != found:
         raise ValueError(
             f"the teacher {path} does not fit: size, channels and classes are "
             f"{found} instead of {own}"
+        )
+    if model.config.space != pack.space:
+        raise ValueError(
+            f"the teacher {path} does not fit: it sees other numbers than those of {pack.name}: "
+            f"{model.config.space} instead of {pack.space}"
         )
     return model
 
