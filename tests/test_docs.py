@@ -87,3 +87,12 @@ def test_free_fields_exist() -> None:
         value: object = TrainConfig(objective=ConsistencyConfig())
         for name in path.split("."):
             value = getattr(value, name)
+
+
+def test_the_two_paths_name_files_that_exist() -> None:
+    """Each file of a path is named once."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    for section in re.split(r"^## Path", page, flags=re.MULTILINE)[1:]:
+        files = re.findall(r"^\| `([^`]+\.py)` \|", section, flags=re.MULTILINE)
+        assert len(files) > 8 and len(set(files)) == len(files)
+        assert not [f for f in files if not (ROOT / "patchdiffusion" / f).exists()]
