@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from commands import Capture, fails, works
+from commands import Capture, fails, refuses, works
 from PIL import Image
 from test_train_loop import after_step, status
 
@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused(
         with pytest.raises(ValueError, match=message):
             tiny.training(changed, tmp_path / "run", **run)
     tiny.training(taught_by(runs["meanflow"]), tmp_path / "run")  # which is a denoiser
-    with pytest.raises(ValueError, match=r"set --network\.jump"):
+    with refuses("--network.jump"):
         replace(few, network=tiny.NETWORK)
 
 
@@ -243,7 +243,7 @@ def test_the_solver_that_fits_is_chosen(runs: dict[str, Path], finished: Path) -
     ):
         with pytest.raises(ValueError, match=message):
             pipeline.sampler(replace(auto, **changes))
-    with pytest.raises(ValueError, match=r"gamma must lie in \[0, 1\], not 2.0"):
+    with refuses("gamma", 2.0):
         Jumps(gamma=2.0)
 
 
@@ -353,7 +353,7 @@ def test_an_objective_is_chosen_by_a_word(
         (["--objective", "magic"], "--objective must be one of denoising, consistency"),
         (["--objective"], "--objective needs one word of denoising"),
         (["--objective.same", "0.5"], "unknown flag --objective.same"),
-        (["--objective", "meanflow", "--objective.same", "7"], "same in [0, 1]"),
+        (["--objective", "meanflow", "--objective.same", "7"], "same"),
         (["--objective=meanflow", "--network.no-jump"], "set --network.jump"),
     ):
         assert message in fails(capsys, "train", "glyphs", *arguments)

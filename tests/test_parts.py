@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from commands import Capture, fails, works
+from commands import Capture, fails, refuses, works
 from safetensors.torch import load_file
 
 from patchdiffusion import TrainConfig, load, load_model, recipes
@@ -157,11 +157,11 @@ SMALL = [
             "--precond flow --noise.mean 1",
             "unknown flag --noise.mean, allowed: --noise.path",
         ),
-        ("--precond eps --precond.steps 1", "steps must lie in [2, 1000000], not 1"),
+        ("--precond eps --precond.steps 1", "steps"),
         ("--precond flow --precond.time-scale 0", "time_scale must be positive"),
         ("--precond ddpm --precond.steps 500", "precond.table and precond.steps are"),
         ("--noise uniform-time --noise.path ve", "--noise.path"),
-        ("--objective.weighting min-snr --objective.weighting.gamma 0", "gamma must be positive"),
+        ("--objective.weighting min-snr --objective.weighting.gamma 0", "gamma"),
         ("--objective.log-variance -1", "log_variance must lie in [0, 65536], not -1"),
     ],
 )
@@ -232,7 +232,7 @@ def test_a_log_variance_may_be_added_and_dropped(
         tmp_path / "run",
     )
     config = tiny.config(images, steps=4, objective=DenoisingConfig(log_variance=after))
-    with pytest.raises(ValueError, match=f"log_variance: {before} -> {after}"):
+    with refuses("log_variance", f"{before} -> {after}"):
         tiny.run(config, folder)
     tiny.run(config, folder, allow_config_change=True)
     assert len(tiny.history(folder)) == 4

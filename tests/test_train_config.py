@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import tiny
+from commands import refuses
 from torch import nn
 
 from patchdiffusion import RunConfig, SamplerConfig, TrainConfig, UNetConfig
@@ -42,47 +43,47 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AdamW(lr=-1.0), "lr must be positive and finite, not -1.0"),
-        (lambda: AdamW(lr=0.0), "lr must be positive"),
-        (lambda: AdamW(lr=NAN), "lr must be positive and finite, not nan"),
-        (lambda: AdamW(lr=INF), "lr must be positive and finite, not inf"),
-        (lambda: AdamW(eps=0.0), "eps must be positive"),
-        (lambda: AdamW(clip=-1.0), "clip must be positive"),
-        (lambda: GuardConfig(max_skips=0), "max_skips must be positive"),
-        (lambda: GuardConfig(spike=1.0), "spike must be above 1"),
-        (lambda: GuardConfig(spike=INF), "spike must be above 1 and finite, not inf"),
-        (lambda: GuardConfig(burst=0), "burst must be positive"),
-        (lambda: GuardConfig(rollbacks=-1), "rollbacks must be >= 0, not -1"),
-        (lambda: EMAConfig(profiles=(0.3,)), r"profiles must lie above 0 and below 0.2887, not"),
-        (lambda: EMAConfig(profiles=(0.1, 0.1)), "profiles must differ from each other"),
-        (lambda: EMAConfig(snapshots=0), "snapshots must be positive"),
-        (lambda: Trapezoid(warmup=1.5), r"warmup must lie in \[0, 1\], not 1.5"),
-        (lambda: Trapezoid(cooldown=-0.1), "cooldown must lie in"),
-        (lambda: AdamW(betas=(0.9, 1.0)), r"betas must lie in \[0, 1\), not \(0.9, 1.0\)"),
-        (lambda: AdamW(weight_decay=-1.0), "weight_decay must be >= 0"),
-        (lambda: AdamW(weight_decay=NAN), "weight_decay must be >= 0"),
-        (lambda: AdamW(weight_decay=INF), "weight_decay must be >= 0"),
-        (lambda: EMAConfig(half_life=0.0), "half_life must be positive"),
-        (lambda: EMAConfig(ramp_up=-1.0), "ramp_up must be positive"),
-        (lambda: PreviewConfig(status=0), "status must be positive"),
-        (lambda: PreviewConfig(grid=0), "grid must be positive"),
+        (lambda: AdamW(lr=-1.0), "lr.*-1.0"),
+        (lambda: AdamW(lr=0.0), "lr"),
+        (lambda: AdamW(lr=NAN), "lr.*nan"),
+        (lambda: AdamW(lr=INF), "lr.*inf"),
+        (lambda: AdamW(eps=0.0), "eps"),
+        (lambda: AdamW(clip=-1.0), "clip"),
+        (lambda: GuardConfig(max_skips=0), "max_skips"),
+        (lambda: GuardConfig(spike=1.0), "spike"),
+        (lambda: GuardConfig(spike=INF), "spike.*inf"),
+        (lambda: GuardConfig(burst=0), "burst"),
+        (lambda: GuardConfig(rollbacks=-1), "rollbacks.*-1"),
+        (lambda: EMAConfig(profiles=(0.3,)), "profiles"),
+        (lambda: EMAConfig(profiles=(0.1, 0.1)), "profiles"),
+        (lambda: EMAConfig(snapshots=0), "snapshots"),
+        (lambda: Trapezoid(warmup=1.5), "warmup.*1.5"),
+        (lambda: Trapezoid(cooldown=-0.1), "cooldown"),
+        (lambda: AdamW(betas=(0.9, 1.0)), r"betas.*\(0.9, 1.0\)"),
+        (lambda: AdamW(weight_decay=-1.0), "weight_decay"),
+        (lambda: AdamW(weight_decay=NAN), "weight_decay"),
+        (lambda: AdamW(weight_decay=INF), "weight_decay"),
+        (lambda: EMAConfig(half_life=0.0), "half_life"),
+        (lambda: EMAConfig(ramp_up=-1.0), "ramp_up"),
+        (lambda: PreviewConfig(status=0), "status"),
+        (lambda: PreviewConfig(grid=0), "grid"),
         (lambda: PreviewConfig(held_out=-1), "held_out and guidance must be >= 0"),
         (lambda: PreviewConfig(guidance=NAN), "held_out and guidance must be >= 0"),
-        (lambda: TrainConfig(images=0), "images must be positive"),
-        (lambda: TrainConfig(images=INF), "images must be positive and finite"),
-        (lambda: TrainConfig(batch=0), "batch must be positive"),
-        (lambda: TrainConfig(micro_batch=0), "micro_batch must be positive"),
-        (lambda: TrainConfig(label_dropout=1.1), "label_dropout must lie in"),
-        (lambda: TrainConfig(name="a/b"), "name must be usable as a folder name, not 'a/b'"),
-        (lambda: TrainConfig(name=".."), "name must be usable"),
-        (lambda: TrainConfig(name=""), "name must be usable"),
-        (lambda: RunConfig(keep=1), "keep must be at least 2, not 1"),
-        (lambda: RunConfig(max_hours=0.0), "max_hours must be positive"),
-        (lambda: RunConfig(max_hours=NAN), "max_hours must be positive"),
-        (lambda: RunConfig(threads=0), "threads must be positive"),
-        (lambda: RunConfig(keep_every=0.0), "keep_every must be positive"),
-        (lambda: RunConfig(timeout_minutes=0.0), "timeout_minutes must be positive"),
-        (lambda: RunConfig(save_minutes=-1.0), "save_minutes must be >= 0"),
+        (lambda: TrainConfig(images=0), "images"),
+        (lambda: TrainConfig(images=INF), "images"),
+        (lambda: TrainConfig(batch=0), "batch"),
+        (lambda: TrainConfig(micro_batch=0), "micro_batch"),
+        (lambda: TrainConfig(label_dropout=1.1), "label_dropout"),
+        (lambda: TrainConfig(name="a/b"), "name.*'a/b'"),
+        (lambda: TrainConfig(name=".."), "name"),
+        (lambda: TrainConfig(name=""), "name"),
+        (lambda: RunConfig(keep=1), "keep.*1"),
+        (lambda: RunConfig(max_hours=0.0), "max_hours"),
+        (lambda: RunConfig(max_hours=NAN), "max_hours"),
+        (lambda: RunConfig(threads=0), "threads"),
+        (lambda: RunConfig(keep_every=0.0), "keep_every"),
+        (lambda: RunConfig(timeout_minutes=0.0), "timeout_minutes"),
+        (lambda: RunConfig(save_minutes=-1.0), "save_minutes"),
         (lambda: SamplerConfig(steps=0), "at least 1 step, not 0"),
         (lambda: ClassifierFree(weight=-1.0), "guidance weight must be >= 0"),
         (lambda: SamplerConfig(sigma_min=2.0, sigma_max=1.0), "sigma_min"),
@@ -211,14 +212,14 @@ def test_every_field_is_either_free_or_compared() -> None:
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="is not empty and holds no run"):
+    with refuses(tmp_path, "--out"):
         is_same_run(tmp_path, TrainConfig())
     assert [f.name for f in tmp_path.iterdir()] == ["letter.txt"]
 
 
 def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"name": ')
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+    with refuses("config.json"):
         stored_config(tmp_path)
 
 
@@ -254,6 +255,6 @@ def test_disk_space_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         return Usage(10**9, 10**9 - 1000, 1000)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
-    with pytest.raises(ValueError, match=r"needs about [\d,]+ bytes .* only 1,000 are free"):
+    with refuses(folder, "1,000"):
         check_disk(folder, 1_000_000, 2)
     assert asked == [tmp_path]
