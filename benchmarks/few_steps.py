@@ -32,7 +32,7 @@ from patchdiffusion.nets.embed import positional
 from patchdiffusion.nets.layers import Linear
 from patchdiffusion.noise import LogNormal, NoiseLaw
 from patchdiffusion.objectives.consistency import ConsistencyConfig, ConsistencyLoss
-from patchdiffusion.objectives.ctm import TrajectoryLoss, TrajectoryMap
+from patchdiffusion.objectives.ctm import CTMConfig, TrajectoryLoss
 from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowLoss, MeanFlowMap
 from patchdiffusion.parameterisation import EDM, Precond
 from patchdiffusion.paths import Flow, Path, per_sample
@@ -157,16 +157,10 @@ def consistency(steps: int, teacher: Denoiser | None = None) -> FlowMap:
 def trajectory(steps: int) -> FlowMap:
     """A consistency trajectory model of the exact denoiser."""
     precond, weighting = EDM(sigma_data=SPREAD), EDMWeight(sigma_data=SPREAD)
-    common = TrajectoryLoss(
-        target=DATA,
-        teacher=DATA,
-        weighting=weighting,
-        steps=2,
-        denoising=0.01,
-        sigma_max=LARGEST,
-    )
+    config = CTMConfig(steps=2, denoising=0.01, sigma_max=LARGEST)
+    common = TrajectoryLoss(config=config, target=DATA, teacher=DATA, weighting=weighting)
     g = train(precond, lambda average: replace(common, target=average), steps)
-    return TrajectoryMap(g=g, sigma_max=LARGEST)
+    return config.product(g)
 
 
 MODELS: dict[str, Callable[[int], FlowMap]] = {

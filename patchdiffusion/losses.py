@@ -11,8 +11,23 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.paths import per_sample
+from patchdiffusion.plans import Group
 from patchdiffusion.rng import Draws
 from patchdiffusion.weighting import EDMWeight, LogVariance, Weighting
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which crops of a run a batch consists of; a feed makes the same crops of it again."""
+
+    group: Group
+    step: int
+    position: int
+    """Number of crops drawn before the step."""
+    first: int
+    """Number of crops of the step before the group."""
+    chunk: range
+    """Crops of the group."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,31 @@ class Batch:
     """Share of the run that is done."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """What else belongs to the crops, by name; see `data.columns`."""
+    origin: Origin | None = None
+    """Where a feed took them from."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The denoised crops behind a loss, for terms on top of it."""
+
+    denoised: Tensor
+    """[B, C, *S], E[x0 | x] as the network says, with its gradient."""
+    noisy: Tensor
+    """[B, C, *S], the x it was asked about."""
+    sigma: Tensor
+    """float32 [B], noise levels."""
+    weight: Tensor
+    """float32 [B], factor of the squared error of `denoised` in the loss of each crop."""
+
+    @property
+    def velocity(self) -> Tensor:
+        """The estimate of eps - x0, the velocity of the straight path."""
+        return (self.noisy - self.denoised) / per_sample(self.sigma, self.noisy) - self.denoised
+
+    def scaled(self, factor: Tensor) -> "Estimate":
+        """The same behind a loss that is multiplied by a factor [B]."""
+        return replace(self, weight=self.weight * factor)
 
 
 @dataclass(frozen=True)
@@ -49,6 +89,8 @@ class LossOut:
     """A term that belongs to the batch as a whole, added once per micro-batch."""
     reported: Tensor | None = None
     """[B], what the log shows and the guard judges where `per_sample` may be below 0."""
+    estimate: Estimate | None = None
+    """The denoised crops, if the objective has any."""
 
 
 class Objective(Protocol):
@@ -74,8 +116,9 @@ class DenoisingLoss:
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         sigma = self.levels(draws, batch.noise)
         noise = draws.normal("noise", tuple(batch.images.shape[1:]))
-        per_crop = denoising_error(denoiser, batch.images, noise, sigma, batch.cond)
-        return LossOut(per_sample=self.weighting(sigma) * per_crop)
+        estimate = estimated(denoiser, batch, noise, sigma, self.weighting(sigma))
+        error = squared_error(estimate.denoised, batch.images)
+        return LossOut(per_sample=estimate.weight * error, estimate=estimate)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +136,25 @@ class UncertaintyLoss:
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         out = self.loss(denoiser, batch, draws)
         u = self.log_variance(self.loss.levels(draws, batch.noise))
-        return replace(out, per_sample=out.per_sample / u.exp() + u, reported=out.per_sample)
+        return replace(
+            out,
+            per_sample=out.per_sample / u.exp() + u,
+            reported=out.per_sample,
+            estimate=out.estimate and out.estimate.scaled((-u.detach()).exp()),
+        )
+
+
+def estimated(
+    denoiser: Denoiser, batch: Batch, noise: Tensor, sigma: Tensor, weight: Tensor
+) -> Estimate:
+    """The crops with noise of these levels, denoised; `weight` is that of the error in the loss."""
+    noisy = batch.images + per_sample(sigma, batch.images) * noise
+    return Estimate(denoiser(noisy, sigma, batch.cond), noisy, sigma, weight)
+
+
+def squared_error(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared difference over the pixels of each sample: [B, ...] -> [B]."""
+    return (a - b).square().flatten(1).mean(1)
 
 
 def denoising_error(
@@ -101,5 +162,4 @@ def denoising_error(
 ) -> Tensor:
     """Mean squared error of the denoised image over the pixels of each sample: [B]."""
     noisy = images + per_sample(sigma, images) * noise
-    error = denoiser(noisy, sigma, cond) - images
-    return error.square().flatten(1).mean(1)
+    return squared_error(denoiser(noisy, sigma, cond), images)

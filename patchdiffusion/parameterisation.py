@@ -73,6 +73,11 @@ class Trainable(ABC):
         """The noise law it was published with."""
         return LogNormal()
 
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """What the network predicts from what: weights may be taken over where this is equal."""
+        return (type(self),)
+
     def check_noise(self, law: object) -> None:
         """Raise `ValueError` for a noise law that it cannot be trained with; any will do."""
         return None
@@ -132,6 +137,10 @@ class TrigFlow(Trainable):
         time = (sigma / self.sigma_data).atan()
         return edm._replace(out=-edm.out, noise=self.time_scale * time)
 
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        return (type(self), self.time_scale)
+
     def default_weighting(self) -> LossWeight:
         return EDMWeight(sigma_data=self.sigma_data)
 
@@ -188,6 +197,11 @@ class EpsDDPM(Trainable):
     def default_noise(self) -> Law:
         return DDPMSteps(table=self.table, steps=self.steps)
 
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """What the network predicts from what: weights may be taken over where this is equal."""
+        return (type(self),)
+
     def check_noise(self, law: object) -> None:
         """Raise `ValueError` for the steps of another table."""
         own = (self.table, self.steps)
@@ -234,6 +248,10 @@ class FlowMatching(Trainable):
     def scales(self, sigma: Tensor) -> Scales:
         inner = 1 / (1 + sigma)
         return Scales(inner, -sigma * inner, inner, self.time_scale * (sigma * inner))
+
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        return (type(self), self.time_scale)
 
     def default_weighting(self) -> LossWeight:
         return FlowWeight()

@@ -158,6 +158,17 @@ class Draws:
         """int64 [B]."""
         return keys(self.seed, stream, self.step, self.index)
 
+    def others(self, stream: str) -> "Draws":
+        """For each sample the draws of another one of its group, all others alike.
+
+        Raises `ValueError` for a group of one sample.
+        """
+        if self.count < 2:
+            raise ValueError(f"a group needs 2 samples for one to have another, not {self.count}")
+        away = 1 + integers(self.keys(stream), self.count - 1)
+        rank = (self.rank + away) % self.count
+        return Draws(self.seed, self.step, self.index - self.rank + rank, rank, self.count)
+
     def normal(self, stream: str, shape: tuple[int, ...]) -> Tensor:
         """Standard normal float32 [B, *shape]."""
         return normal(self.keys(stream), shape)

@@ -1,19 +1,24 @@
 """Consistency trajectory models on Gaussians."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from commands import refuses
 from oracles import Exact, Little, batch, draws, gaussian, normal
 from torch import Tensor
 
+from patchdiffusion import recipes
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import DenoisingLoss
-from patchdiffusion.objectives.ctm import TrajectoryLoss, TrajectoryMap
+from patchdiffusion.noise import LogNormal
+from patchdiffusion.objectives.ctm import CTMConfig, TrajectoryLoss, TrajectoryMap
 from patchdiffusion.objectives.discrete import Levels
-from patchdiffusion.parameterisation import EDM
+from patchdiffusion.parameterisation import EDM, V
 from patchdiffusion.paths import per_sample
 from patchdiffusion.solvers.schedules import karras
 from patchdiffusion.weighting import EDMWeight
@@ -72,7 +77,7 @@ def network(seed: int, trained: bool) -> NetDenoiser:
 
 
 def test_places_are_in_order() -> None:
-    loss = TrajectoryLoss(target=gaussian(), levels=9, steps=3)
+    loss = TrajectoryLoss(config=CTMConfig(levels=9, steps=3), target=gaussian())
     t, u, s = loss.times(draws(5000))
     assert bool((t > u).all()) and bool((u >= s).all()) and bool((t - u <= 3).all())
     assert set(t.tolist()) == set(range(1, 9)) and set(s.tolist()) == set(range(8))
@@ -80,7 +85,9 @@ def test_places_are_in_order() -> None:
 
 
 def test_the_exact_g_has_no_trajectory_error() -> None:
-    loss = TrajectoryLoss(target=EXACT, teacher=gaussian(), levels=161, steps=2, denoising=0.0)
+    loss = TrajectoryLoss(
+        config=CTMConfig(levels=161, steps=2, denoising=0.0), target=EXACT, teacher=gaussian()
+    )
     out = loss(EXACT, batch(normal(64)), draws(64))
     wrong = loss(gaussian(), batch(normal(64)), draws(64))  # jumps as if it were Euler's rule
     assert float(out.per_sample.mean()) < 1e-6 < 1e-3 < float(wrong.per_sample.mean())
@@ -90,7 +97,7 @@ def test_the_loss_by_hand() -> None:
     own, target = network(0, True), network(1, False)
     x0, eps = normal(8, (1, 2, 2)).float(), draws(8).normal("noise", (1, 2, 2))
     cond = Cond(labels=torch.arange(8) % 2 - 1)
-    loss = TrajectoryLoss(target=target, teacher=gaussian((1, 2, 2)), levels=12)
+    loss = TrajectoryLoss(config=CTMConfig(levels=12), target=target, teacher=gaussian((1, 2, 2)))
     out = loss(own, batch(x0, cond), draws(8))
 
     t, u, s = (Levels().at(place, 12) for place in loss.times(draws(8)))
@@ -119,7 +126,7 @@ def test_the_loss_by_hand() -> None:
 
 def test_gradients_pass_through_the_target_into_the_first_jump() -> None:
     own, target = network(0, True), network(1, False)
-    loss = TrajectoryLoss(target=target, denoising=0.0, levels=12)
+    loss = TrajectoryLoss(config=CTMConfig(denoising=0.0, levels=12), target=target)
     loss(own, batch(normal(8, (1, 2, 2)).float()), draws(8)).per_sample.sum().backward()
     gradient = own.network.get_parameter("mix").grad
     assert gradient is not None and gradient.any()
@@ -128,7 +135,9 @@ def test_gradients_pass_through_the_target_into_the_first_jump() -> None:
 
 def test_without_a_teacher_the_target_solves() -> None:
     target, x0 = network(1, False), normal(8, (1, 2, 2)).float()
-    losses = (TrajectoryLoss(target=target, teacher=given) for given in (None, target))
+    losses = (
+        TrajectoryLoss(config=CTMConfig(), target=target, teacher=given) for given in (None, target)
+    )
     a, b = (loss(network(0, True), batch(x0), draws(8)).per_sample for loss in losses)
     assert torch.equal(a, b)
 
@@ -137,4 +146,34 @@ def test_impossible_settings() -> None:
     changes: list[dict[str, Any]] = [{"levels": 1}, {"steps": 0}, {"denoising": -1.0}]
     for change in changes:
         with refuses("levels", "steps", "denoising"):
-            TrajectoryLoss(target=gaussian(), **change)
+            CTMConfig(**change)
+
+
+# ---- As an objective of a run ----
+
+
+def test_it_brings_its_network_and_is_a_map_between_any_levels(images: Path) -> None:
+    config = recipes.with_objective(tiny.config(images), "ctm")
+    assert config.network.jump and config.noise == LogNormal()
+    assert config.preview.sample_steps == 2
+    denoiser = NetDenoiser(config.network.build(), EDM())
+    product = CTMConfig(sigma_max=50.0).product(denoiser)
+    assert isinstance(product, TrajectoryMap) and float(product.times(2)[0]) == pytest.approx(50)
+    with refuses("ctm", "--network.jump"):
+        replace(config, network=tiny.NETWORK)
+    with refuses("ctm", "EDM", "V"):
+        replace(config, precond=V())
+
+
+def test_its_target_is_the_average_and_its_teacher_a_denoiser(
+    images: Path, finished: Path, tmp_path: Path
+) -> None:
+    config = recipes.with_objective(tiny.config(images), "ctm")
+    training = tiny.training(
+        replace(config, objective=CTMConfig(teacher=str(finished), levels=5)), tmp_path
+    )
+    loss = training.objective
+    assert isinstance(loss, TrajectoryLoss) and loss.config.levels == 5
+    assert isinstance(loss.target, NetDenoiser)
+    assert loss.target.network is training.ema.network()
+    assert isinstance(loss.teacher, NetDenoiser) and loss.teacher.precond == EDM()

@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_refused(
 # ---- Runs ----
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "distillation"])
+@pytest.mark.parametrize("kind", [*KINDS, "ctm", "distillation"])
 def test_an_interrupted_run_is_the_same_run(
     kind: str,
     images: Path,
@@ -140,7 +140,8 @@ def test_an_interrupted_run_is_the_same_run(
         few = config(images, "consistency", objective=given)
         straight = tiny.run(few, tmp_path / "straight")
     else:
-        few, straight = config(images, kind), runs[kind]
+        few = config(images, kind)
+        straight = runs[kind] if kind in runs else tiny.run(few, tmp_path / "straight")
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
         after_step(patch, lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None)
@@ -153,7 +154,7 @@ def test_an_interrupted_run_is_the_same_run(
     assert tiny.digests(folder / "samples") == tiny.digests(straight / "samples")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "ctm"])
 def test_micro_batches_are_the_same_training(kind: str, images: Path, tmp_path: Path) -> None:
     whole, parts = (
         tiny.training(config(images, kind, micro_batch=size), tmp_path) for size in (None, 1)
@@ -216,7 +217,7 @@ def test_a_model_knows_what_it_is(runs: dict[str, Path], finished: Path) -> None
     assert isinstance(plain.product, NetDenoiser) and plain.denoiser.precond == EDM()
 
 
-@pytest.mark.parametrize("name", [*KINDS])
+@pytest.mark.parametrize("name", [*KINDS, "ctm"])
 def test_configurations_survive_a_file(name: str, images: Path) -> None:
     few = config(images, name)
     assert decode(TrainConfig, json.loads(json.dumps(encode(few)))) == few

@@ -13,7 +13,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.data.augment import Augmentation, warp
 from patchdiffusion.data.columns import Crops, Filled
 from patchdiffusion.data.space import Pixels, Space
-from patchdiffusion.losses import Batch
+from patchdiffusion.losses import Batch, Origin
 from patchdiffusion.patches import Size, average_pool, coordinates, corners, pixel_indices
 from patchdiffusion.plans import Group
 
@@ -79,28 +79,63 @@ class Feed:
         `position` is the number of crops drawn before this step, `first` the number drawn in
         this step before the group, and `chunk` the crops of the group that are wanted.
         """
+        origin = Origin(group, step, position, first, chunk)
+        numbers = np.arange(position + first + chunk.start, position + first + chunk.stop)
         draws = self.draws(group, step=step, first=first, chunk=chunk)
-        start = position + first
-        index = self.which(np.arange(start + chunk.start, start + chunk.stop))
-        index = _move(index, self.images.device)
+        return self._crops(origin, draws, numbers)
+
+    def view(self, batch: Batch, stream: str) -> Batch:
+        """A second look at the images of a batch: crops of the same size by other draws.
+
+        `stream` is the name of these draws. Raises `ValueError` for a batch from elsewhere.
+        """
+        o = _origin(batch)
+        draws = self.draws(o.group, step=o.step, first=o.first, chunk=o.chunk)
+        start = o.position + o.first
+        numbers = np.arange(start + o.chunk.start, start + o.chunk.stop)
+        return self._crops(o, draws, numbers, f"{stream} ")[0]
+
+    def others(self, batch: Batch, stream: str) -> tuple[Batch, rng.Draws]:
+        """For each crop of a batch another one of its group, as it is in the step, and its draws.
+
+        Which one is drawn by the stream; the whole group counts, also what other processes and
+        passes train on. Raises `ValueError` for a batch from elsewhere and a group of one crop.
+        """
+        o = _origin(batch)
+        rank = torch.arange(o.chunk.start, o.chunk.stop)
+        own = rng.Draws(self.seed, o.step, o.first + rank, rank, o.group.count)
+        others = own.others(stream)  # on the host, which looks up their images
+        numbers = o.position + others.index.numpy()
+        return self._crops(o, others.to(self.images.device), numbers)
+
+    def _crops(
+        self, origin: Origin, draws: rng.Draws, numbers: np.ndarray, prefix: str = ""
+    ) -> tuple[Batch, rng.Draws]:
+        """The crops at some places of the endless sequence, and their draws on the device."""
+        index = _move(self.which(numbers), self.images.device)
         if self.flip:
-            flip = draws.bernoulli("flip", 0.5)
+            flip = draws.bernoulli(f"{prefix}flip", 0.5)
         else:
             flip = torch.zeros(len(index), dtype=torch.bool, device=index.device)
-        key = draws.keys("crop")
-        done = None if self.augment is None else self.augment.labels(draws.keys("augment"))
+        augment = self.augment and self.augment.labels(draws.keys(f"{prefix}augment"))
         batch = gather(
             self.images,
             self.columns,
             index,
-            group,
-            key,
+            origin.group,
+            draws.keys(f"{prefix}crop"),
             flip,
             space=self.space,
             device=self.device,
-            augment=done,
+            augment=augment,
         )
-        return batch, draws.to(self.device)
+        return replace(batch, origin=origin), draws.to(self.device)
+
+
+def _origin(batch: Batch) -> Origin:
+    if batch.origin is None:
+        raise ValueError("the crops of this batch come from no feed, which could make others")
+    return batch.origin
 
 
 def gather(

@@ -6,8 +6,7 @@ Song and Dhariwal (iCT, 2310.14189). Everything is in the VE frame: time is the 
 
 import math
 from dataclasses import dataclass, field, replace
-from pathlib import Path as File
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.losses import Batch, LossOut
 from patchdiffusion.noise import LogNormal, NoiseLaw
-from patchdiffusion.objectives.base import C, Materials, ObjectiveConfig, Settings
+from patchdiffusion.objectives.base import C, Distilled, Materials, Settings
 from patchdiffusion.objectives.discrete import Levels, heun_step
 from patchdiffusion.parameterisation import EDM, Parameterisation, Scales
 from patchdiffusion.paths import VE, Path, per_sample
@@ -97,7 +96,7 @@ def pseudo_huber(square: Tensor, c: float) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConsistencyConfig(ObjectiveConfig):
+class ConsistencyConfig(Distilled):
     """Consistency training, by default as in iCT; with a teacher it is distillation."""
 
     sigma_min: float = 0.002
@@ -169,16 +168,6 @@ class ConsistencyConfig(ObjectiveConfig):
     def passes(self) -> float:
         """The target, and two of a teacher."""
         return 1.0 if self.teacher is None else 3.0
-
-    @property
-    def teachers(self) -> tuple[File, ...]:
-        """The one teacher, if there is one."""
-        return () if self.teacher is None else (File(self.teacher),)
-
-    def located(self) -> Self:
-        """The same with the absolute path of its teacher."""
-        files = [str(file.expanduser().resolve()) for file in self.teachers]
-        return replace(self, teacher=files[0]) if files else self
 
     def build(self, materials: Materials) -> "ConsistencyLoss":
         """The loss, with the average as its target if that is chosen."""

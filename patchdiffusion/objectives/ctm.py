@@ -5,15 +5,19 @@ is an EDM denoiser that reads the relative length of the jump, 1 - s / t, from `
 span 0 it is E[x0 | x].
 """
 
+import math
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.denoiser import Denoiser, expand_sigma
-from patchdiffusion.losses import Batch, LossOut, denoising_error
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
+from patchdiffusion.losses import Batch, LossOut, estimated, squared_error
+from patchdiffusion.objectives.base import C, Distilled, Materials, Settings
 from patchdiffusion.objectives.discrete import Levels, heun_step
+from patchdiffusion.parameterisation import EDM, Parameterisation
 from patchdiffusion.paths import VE, Path, per_sample
 from patchdiffusion.rng import Draws, integers
 from patchdiffusion.solvers.schedules import karras
@@ -46,6 +50,82 @@ class TrajectoryMap:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CTMConfig(Distilled):
+    """Consistency trajectory models without their adversary; with a teacher, distillation."""
+
+    few_step: ClassVar[bool] = True
+    estimates: ClassVar[bool] = True
+    shards: ClassVar[bool] = False
+    sigma_min: float = 0.002
+    """Smallest noise level of the jumps that are trained."""
+    sigma_max: float = 80.0
+    """The noise level that samples begin with."""
+    levels: int = 18
+    """Noise levels of the grid that jumps go between."""
+    steps: int = 1
+    """Most levels that the solver goes before a jump is compared."""
+    denoising: float = 1.0
+    """Weight of the denoising loss, beside the error of the jumps."""
+    teacher: str | None = None
+    """Run or model whose denoiser the solver asks; None is the average that is sampled."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(
+                f"ctm needs 0 < sigma_min < sigma_max < inf, not {self.sigma_min}, {self.sigma_max}"
+            )
+        if not (self.levels >= 2 and self.steps >= 1 and 0 <= self.denoising < math.inf):
+            raise ValueError(
+                "ctm needs levels >= 2, steps >= 1 and a finite denoising >= 0, "
+                f"not {self.levels}, {self.steps}, {self.denoising}"
+            )
+
+    def prefers(self, config: C) -> C:
+        """The noise law of the parameterisation, a network of two times, previews in two steps."""
+        return replace(
+            config,
+            objective=self,
+            noise=config.precond.default_noise(),
+            network=replace(config.network, jump=True),
+            preview=replace(config.preview, sample_steps=2),
+        )
+
+    def check(self, config: Settings) -> None:
+        """Raise `ValueError` for a network of one time or another parameterisation than EDM's."""
+        self.precond(config.precond)
+        if "jump" not in config.network.reads:
+            raise ValueError("ctm needs a network of two times: set --network.jump")
+
+    def precond(self, given: Parameterisation) -> EDM:
+        """EDM's; `ValueError` for any other."""
+        if not isinstance(given, EDM):
+            raise ValueError(
+                f"precond is for denoising; ctm needs EDM's, not {given}: leave it alone"
+            )
+        return given
+
+    @property
+    def passes(self) -> float:
+        """A jump and back, a jump of the target and back to its input, two without gradients, and
+        two for each step of the solver.
+        """
+        return 3.0 + 2.0 + 2.0 + 2.0 * self.steps
+
+    def build(self, materials: Materials) -> "TrajectoryLoss":
+        """The loss, whose target is the average that is sampled."""
+        return TrajectoryLoss(
+            config=self,
+            target=materials.average(),
+            teacher=next(iter(materials.teachers), None),
+            weighting=materials.precond.default_weighting(),
+        )
+
+    def product(self, denoiser: NetDenoiser) -> TrajectoryMap:
+        """The map between any two noise levels."""
+        return TrajectoryMap(g=denoiser, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrajectoryLoss:
     """Soft consistency and the denoising loss of g(x, t, t).
 
@@ -54,39 +134,28 @@ class TrajectoryLoss:
     into the first jump. The levels t > u >= s are on the grid of EDM.
     """
 
+    config: CTMConfig
     target: Denoiser
     """g with weights that are not trained, such as an average."""
     teacher: Denoiser | None = None
     """E[x0 | x] of the solver; None is g(x, t, t) of the target."""
     weighting: Weighting = field(default_factory=EDMWeight)
-    levels: int = 18
-    """Noise levels of the grid."""
-    steps: int = 1
-    """Solver steps from t to u, which are as many levels apart at most."""
-    denoising: float = 1.0
-    """Weight of the denoising loss."""
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-
-    def __post_init__(self) -> None:
-        if self.levels < 2 or self.steps < 1 or not self.denoising >= 0:
-            raise ValueError(
-                "the loss needs levels >= 2, steps >= 1 and denoising >= 0, "
-                f"not {self.levels}, {self.steps}, {self.denoising}"
-            )
+    """Of the denoising loss."""
 
     def times(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Places of t, u and s on the grid, t > u >= s: int64 [B] each."""
-        t = 1 + integers(draws.keys("from"), self.levels - 1)
+        t = 1 + integers(draws.keys("from"), self.config.levels - 1)
         s = integers(draws.keys("to"), t)
-        u = t - 1 - integers(draws.keys("solver"), (t - s).clamp(max=self.steps))
+        u = t - 1 - integers(draws.keys("solver"), (t - s).clamp(max=self.config.steps))
         return t, u, s
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         images, noise = batch.images, draws.normal("noise", tuple(batch.images.shape[1:]))
         cond = batch.cond
         sigma = batch.noise.icdf(draws.stratified("sigma")).to(torch.float32)
-        error = denoising_error(denoiser, images, noise, sigma, cond)
+        weight = self.config.denoising * self.weighting(sigma)
+        estimate = estimated(denoiser, batch, noise, sigma, weight)
+        error = squared_error(estimate.denoised, images)
 
         own, target = TrajectoryMap(g=denoiser), TrajectoryMap(g=self.target)
         places = self.times(draws)
@@ -96,19 +165,20 @@ class TrajectoryLoss:
             solved = self._solve(x, *places[:2], replace(cond, seed=None))
             goal = target(target(solved, u, s, cond), s, 0.0, cond)
         end = target(own(x, t, s, cond), s, 0.0, cond)
-        square = (end - goal).square().flatten(1).mean(1)
+        square = squared_error(end, goal)
         return LossOut(
-            per_sample=square + self.denoising * self.weighting(sigma) * error,
+            per_sample=square + estimate.weight * error,
             scalars={"trajectory error": square.detach().mean()},
+            estimate=estimate,
         )
 
     def _level(self, place: Tensor) -> Tensor:
-        grid = Levels(sigma_min=self.sigma_min, sigma_max=self.sigma_max)
-        return grid.at(place, self.levels)
+        grid = Levels(sigma_min=self.config.sigma_min, sigma_max=self.config.sigma_max)
+        return grid.at(place, self.config.levels)
 
     def _solve(self, x: Tensor, t: Tensor, u: Tensor, cond: Cond) -> Tensor:
         """From place t to place u, one level of the grid at a time."""
-        for done in range(self.steps):
+        for done in range(self.config.steps):
             before, after = (torch.maximum(t - n, u) for n in (done, done + 1))
             x = heun_step(
                 self.teacher or self.target, x, self._level(before), self._level(after), cond

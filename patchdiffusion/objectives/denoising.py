@@ -1,7 +1,7 @@
 """Plain denoising as a selectable objective: the weighted error of the denoised image."""
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from patchdiffusion.weighting import LogVariance, LossWeight
 class DenoisingConfig(ObjectiveConfig):
     """Denoising, the objective of ordinary diffusion models."""
 
+    estimates: ClassVar[bool] = True
     weighting: LossWeight | None = None
     """Weight of the loss; None is the one that belongs to the parameterisation."""
     log_variance: int = 0
@@ -39,7 +40,7 @@ class DenoisingConfig(ObjectiveConfig):
         """With the default weight."""
         return replace(self, weighting=None)
 
-    def levels(self, draws: Draws, law: NoiseLaw) -> Tensor:
+    def noise_levels(self, draws: Draws, law: NoiseLaw) -> Tensor:
         """The noise level of each sample: float32 [B]."""
         return DenoisingLoss().levels(draws, law)
 

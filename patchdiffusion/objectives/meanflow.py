@@ -128,6 +128,10 @@ class MeanFlowConfig(ObjectiveConfig):
         """Flow matching, whatever is given: where its network is used as a denoiser."""
         return FlowMatching(time_scale=1.0)
 
+    def meaning(self, given: Parameterisation) -> tuple[object, ...]:
+        """That of flow matching, whatever is given."""
+        return self.precond(given).meaning
+
     def check(self, config: Settings) -> None:
         """Raise `ValueError` for a network or a parameterisation that cannot be trained so."""
         network = config.network

@@ -94,7 +94,8 @@ class RewardWeighted:
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         out = self.objective(denoiser, batch, draws)
         weight = _look_up(self.weights, batch).to(out.per_sample)
-        return replace(out, per_sample=weight * out.per_sample)
+        estimate = out.estimate and out.estimate.scaled(weight)
+        return replace(out, per_sample=weight * out.per_sample, estimate=estimate)
 
 
 def _look_up(table: Tensor, batch: Batch) -> Tensor:

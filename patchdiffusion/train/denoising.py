@@ -75,13 +75,13 @@ class DenoiserTask(TaskConfig):
         return pack.classes if config.network.num_classes else ()
 
     def levels(self, config: Settings, draws: Draws, law: NoiseLaw) -> Tensor | None:
-        return config.objective.levels(draws, law)
+        return config.objective.noise_levels(draws, law)
 
     def dropout(self, config: Settings) -> float:
         return config.label_dropout
 
     def passes(self, config: Settings) -> float:
-        return config.objective.passes
+        return config.objective.passes + sum(one.passes for one in config.additions)
 
     def teachers(self, config: Settings) -> tuple[Path, ...]:
         return config.objective.teachers

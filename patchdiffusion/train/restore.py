@@ -1,19 +1,16 @@
 """Filling a run from files that only the leading process reads: a checkpoint, or a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion.model import Model, ModelConfig, load_model
-from patchdiffusion.objectives.consistency import Boundary
-from patchdiffusion.parameterisation import EDM
+from patchdiffusion.model import Model, load_model
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import checkpoint
-from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.optim import Update, moments
 from patchdiffusion.train.parallel import as_sharded, is_sharded, local
 from patchdiffusion.train.setup import Training
@@ -58,21 +55,43 @@ def load(training: Training, found: Found) -> None:
     update.clear()
     empty = empty_moments(update, network, facts.groups["optimizer"])
     _read(training.team, found, "optimizer", empty)
-    learned, names = _tensors(training.learned), facts.groups.get("objective", ())
-    if learned and names:  # what a changed objective adds begins anew
-        empty = empty_moments(update, training.learned, [n for n in names if "/" in n])
-        _read(training.team, found, "objective", learned | empty)
+    _load_learned(training, found)
     training.state = replace(facts.state)
     training.meter = Meter.of(facts.meter, training.device)
     training.stepper.guard.load(facts.guard)
     update.set_loss_scale(facts.loss_scale)
 
 
-def _read(team: Team, found: Found, group: str, targets: Mapping[str, Tensor]) -> None:
+def _load_learned(training: Training, found: Found) -> None:
+    """Take over the modules of the objective; what a changed one adds begins anew."""
+    saved = found.facts.groups.get("objective", ())
+    both = {_module(name) for name in saved} & set(dict(training.learned.named_children()))
+    if not both:
+        return
+    own = {k: v for k, v in _tensors(training.learned).items() if _module(k) in both}
+    names = [name for name in saved if "/" in name and _module(name) in both]
+    empty = empty_moments(training.stepper.update, training.learned, names)
+    _read(training.team, found, "objective", own | empty, both)
+
+
+def _module(name: str) -> str:
+    """The module that a parameter belongs to, by the name it was registered under."""
+    return name.partition(".")[0]
+
+
+def _read(
+    team: Team,
+    found: Found,
+    group: str,
+    targets: Mapping[str, Tensor],
+    modules: Collection[str] | None = None,
+) -> None:
+    """Fill the targets from a group of a checkpoint, or from some modules in it."""
     given: dict[str, Tensor] = {}
 
     def read() -> None:
-        given.update(checkpoint.read_tensors(found.folder, group, CPU))
+        tensors = checkpoint.read_tensors(found.folder, group, CPU)
+        given.update({k: v for k, v in tensors.items() if not modules or _module(k) in modules})
         forms, wanted = ({k: (v.shape, v.dtype) for k, v in x.items()} for x in (given, targets))
         wrong = forms.items() ^ wanted.items()
         if wrong:
@@ -135,15 +154,10 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
 def _check_meaning(path: Path, model: Model, training: Training) -> None:
     """Refuse weights whose output means something else here."""
 
-    def meaning(config: ModelConfig | TrainConfig) -> tuple[type, float | None]:
-        precond = config.objective.precond(config.precond)
-        kind = EDM if isinstance(precond, Boundary) else type(precond)  # which it is, moved
-        return kind, getattr(precond, "time_scale", None)
-
-    if meaning(model.config) != meaning(training.config):
-        theirs, ours = (
-            str(c.objective.precond(c.precond)) for c in (model.config, training.config)
-        )
+    configs = (model.config, training.config)
+    theirs, ours = (c.objective.meaning(c.precond) for c in configs)
+    if theirs != ours:
+        theirs, ours = (c.objective.precond(c.precond) for c in configs)
         raise ValueError(
             f"cannot start from {path}: it was trained as {theirs}, and this run is {ours}; "
             "train both alike"

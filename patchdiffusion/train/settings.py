@@ -8,7 +8,7 @@ from patchdiffusion.data.options import DataConfig
 from patchdiffusion.nets import Network
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import Law, LogNormal
-from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
+from patchdiffusion.objectives import AdditionUnion, DenoisingConfig, ObjectiveUnion
 from patchdiffusion.parameterisation import EDM, Parameterisation
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Clock, Patches, PatchPlan, Stratified
@@ -121,6 +121,8 @@ class Settings:
     """Law of the noise levels in training."""
     objective: ObjectiveUnion = field(default_factory=DenoisingConfig)
     """What is trained: a denoiser, or a model that samples in a few steps."""
+    additions: tuple[AdditionUnion, ...] = ()
+    """Terms and changes on top of the objective, applied in this order."""
     patches: Patches = field(default_factory=Stratified)
     """Which crops a step is made of."""
     optim: Optimizer = field(default_factory=AdamW)
@@ -150,6 +152,8 @@ class Settings:
         if self.micro_batch is not None:
             positive(self, "micro_batch")
         self.objective.check(self)
+        for addition in self.additions:
+            addition.check(self)
         if not self.name or self.name in (".", "..") or {"/", "\\", "\0"} & set(self.name):
             raise ValueError(f"name must be usable as a folder name, not {self.name!r}")
         self.precond.check_noise(self.noise)

@@ -10,11 +10,12 @@ from torch import nn
 
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.encoders.features import extractor
 from patchdiffusion.losses import Objective
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.count import training_flops
-from patchdiffusion.objectives.base import Materials
+from patchdiffusion.objectives.base import Materials, with_additions
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.plans import PatchPlan
 from patchdiffusion.system import families
@@ -200,15 +201,6 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     share = 1 + task.passes(config) / 3  # of what `training_flops` counts: one pass, and back
     flops = {size: round(training_flops(network, size) * share) for size in sizes}
     ema = _spread_out(network, config, run, team, device)
-    teachers = tuple(_teacher(path, config, pack, device) for path in task.teachers(config))
-    materials = _materials(config, network, ema, teachers, team, device)
-    objective = task.objective(config, materials)
-    if run.shard:  # the optimizer takes sharded weights or whole ones, not both
-        for module in materials.learned.values():
-            shard(module, [], team, device)
-    work = LossModule(
-        task.model(network, config), objective, materials.learned, dropout=task.dropout(config)
-    )
     feed = Feed(
         resident(pack.images, device),
         task.columns(config, pack),
@@ -219,6 +211,27 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         augment=config.data.augment if config.data.augment.p else None,
         device=device,
     )
+    teachers = tuple(_teacher(path, config, pack, device) for path in task.teachers(config))
+    materials = Materials(
+        network=network,
+        average=lambda: task.model(ema.network(), config),
+        precond=config.precond,
+        law=config.noise,
+        teachers=tuple(model.denoiser for model in teachers),
+        groups=plan.groups,
+        features=lambda name: extractor(name, device=device, team=team),
+        view=feed.view,
+        others=feed.others,
+        device=device,
+        team=team,
+    )
+    stages = with_additions(task.objective(config, materials), config.additions, materials)
+    if run.shard:  # the optimizer takes sharded weights or whole ones, not both
+        for module in materials.learned.values():
+            shard(module, [], team, device)
+    work = LossModule(
+        task.model(network, config), stages[-1], materials.learned, dropout=task.dropout(config)
+    )
     phases, parameters = Phases(), dict(network.named_parameters())
     stepper = Stepper(
         work if run.shard else replicate(work, team),
@@ -226,7 +239,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         Guard(config.guard, device),
         config=config.optim,
         roles={parameters[name]: role for name, role in network.roles().items()},
-        watchers=[part for part in (network, objective) if isinstance(part, AfterStep)],
+        watchers=[part for part in (network, *stages) if isinstance(part, AfterStep)],
         canvas=canvas,
         micro_batch=config.micro_batch,
         precision=precision,
@@ -246,7 +259,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         canvas=canvas,
         plan=plan,
         network=network,
-        objective=objective,
+        objective=stages[-1],
         learned=materials.learned,
         teacher=" ".join(model.digest for model in teachers) or None,
         ema=ema,
@@ -256,25 +269,6 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         preview=task.preview(Scene(config, pack, tuple(crops), device, precision, team)),
         state=TrainState(),
         meter=Meter(),
-    )
-
-
-def _materials(
-    config: TrainConfig,
-    network: Network,
-    ema: EMA,
-    teachers: tuple[Model, ...],
-    team: Team,
-    device: torch.device,
-) -> Materials:
-    return Materials(
-        network=network,
-        average=lambda: config.task.model(ema.network(), config),
-        precond=config.precond,
-        law=config.noise,
-        teachers=tuple(model.denoiser for model in teachers),
-        device=device,
-        team=team,
     )
 
 

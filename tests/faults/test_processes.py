@@ -277,7 +277,7 @@ def test_srun_is_understood(images: Path, steady_pair: Path, tmp_path: Path) -> 
     same_run(tmp_path / "run", steady_pair)
 
 
-@pytest.mark.parametrize("objective", ["meanflow", "consistency"])
+@pytest.mark.parametrize("objective", ["meanflow", "consistency", "ctm"])
 def test_few_step_models_on_two_processes(objective: str, images: Path, tmp_path: Path) -> None:
     """Derivatives and targets are inside of what is replicated, so gradients are averaged."""
     one, two = tmp_path / "one", tmp_path / "two"
