@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 FILE = ROOT / "tests" / "toys.py"
 TRAINED = (
     "--network toy-net --network.kernel 1 --noise toy-law --precond toy-precond "
-    "--precond.scale 0.5 --objective toy-objective --patches toy-plan --patches.lr 0.25 "
+    "--precond.scale 0.5 --additions toy-addition --objective toy-objective --patches toy-plan --patches.lr 0.25 "
     "--data.columns toy-column --optim toy-momentum --optim.momentum 0.8 --optim.schedule toy-rate"
 )
 LENGTH = "--clock steps --images 6 --batch 4 --preview.samples 1 --preview.grid 2"
@@ -58,6 +58,7 @@ def test_all_kinds_at_once(images: Path, tmp_path: Path, capsys: Capture) -> Non
     assert stored["network"] == {**stored["network"], "type": "ToyNet", "kernel": 1}
     assert stored["objective"] == {"type": "ToyObjective", "power": 1.0}
     assert [column["type"] for column in stored["data"]["columns"]] == ["ToyColumn"]
+    assert stored["additions"] == [{"type": "ToyAddition", "value": 1.0}]
     assert stored["patches"] == {"type": "ToyPlan", "lr": 0.25}
     assert stored["optim"]["schedule"] == {"type": "ToyRate"}
     lr = stored["optim"]["lr"] * 0.5 * 0.25  # of the schedule, of the plan

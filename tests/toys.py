@@ -4,7 +4,7 @@ python -m patchdiffusion --import tests/toys.py train IMAGES --network toy-net .
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -32,7 +32,7 @@ from patchdiffusion.nets import Network
 from patchdiffusion.nets.base import Network as NetworkBase
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.layers import Conv
-from patchdiffusion.objectives.base import Materials, ObjectiveConfig
+from patchdiffusion.objectives.base import Addition, Materials, ObjectiveConfig
 from patchdiffusion.patches import Size
 from patchdiffusion.paths import per_sample
 from patchdiffusion.rng import Draws
@@ -132,6 +132,20 @@ class ToyObjective(ObjectiveConfig):
             noisy = batch.images + per_sample(sigma, noise) * noise
             error = (denoiser(noisy, sigma, batch.cond) - batch.images).abs() ** self.power
             return LossOut(per_sample=error.flatten(1).mean(1))
+
+        return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyAddition(Addition):
+    """A constant on top of any objective."""
+
+    value: float = 1.0
+
+    def add(self, objective: Objective, materials: Materials) -> Objective:
+        def loss(denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+            out = objective(denoiser, batch, draws)
+            return replace(out, per_sample=out.per_sample + self.value)
 
         return loss
 
@@ -254,6 +268,7 @@ TOYS = (
     (noise.Law, ToyLaw),
     (parameterisation.Parameterisation, ToyPrecond),
     (objectives.ObjectiveUnion, ToyObjective),
+    (objectives.AdditionUnion, ToyAddition),
     (plans.Patches, ToyPlan),
     (weighting.LossWeight, ToyWeight),
     (columns.Column, ToyColumn),
