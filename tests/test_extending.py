@@ -29,7 +29,8 @@ ROOT = Path(__file__).parents[1]
 FILE = ROOT / "tests" / "toys.py"
 TRAINED = (
     "--network toy-net --network.kernel 1 --noise toy-law --precond toy-precond "
-    "--precond.scale 0.5 --additions toy-addition --objective toy-objective --patches toy-plan --patches.lr 0.25 "
+    "--precond.scale 0.5 --additions toy-addition --objective toy-objective "
+    "--patches toy-plan --patches.lr 0.25 "
     "--data.columns toy-column --optim toy-momentum --optim.momentum 0.8 --optim.schedule toy-rate"
 )
 LENGTH = "--clock steps --images 6 --batch 4 --preview.samples 1 --preview.grid 2"
