@@ -1,8 +1,8 @@
 """The denoising objective on crops: what a training step asks of a denoiser."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -97,6 +97,10 @@ class Objective(Protocol):
     """What is minimised: a function of a denoiser, crops and the random draws of a step."""
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut: ...
+
+
+Loss = Callable[[Any, Batch, Draws], LossOut]
+"""What is minimised, of any network in use: an `Objective` is one of denoisers."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from patchdiffusion.classifier import NoisyClassifier
 from patchdiffusion.data.space import Pixels, Space
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.flowmap import FlowMap
@@ -86,9 +87,24 @@ class Model:
 
     @property
     def denoiser(self) -> NetDenoiser:
-        """D(x, sigma, cond)."""
+        """D(x, sigma, cond); `ValueError` for a model of another kind."""
+        self.require("denoiser")
         precond = self.config.objective.precond(self.config.precond)
         return NetDenoiser(self.network, precond, self.config.noise)
+
+    @property
+    def classifier(self) -> NoisyClassifier:
+        """p(class | x; sigma) as logits; `ValueError` for a model of another kind."""
+        self.require("classifier")
+        return NoisyClassifier(self.network, self.config.precond, self.config.noise)
+
+    def require(self, kind: str) -> None:
+        """Raise `ValueError` for a model of another kind."""
+        if self.config.head.kind != kind:
+            raise ValueError(
+                f"the model of {self.config.data or 'these weights'} is a {self.config.head.kind}, "
+                f"and a {kind} is needed"
+            )
 
     @property
     def product(self) -> Denoiser | FlowMap:
@@ -137,6 +153,16 @@ def load_model(
                 ) from error
             time.sleep(patience if folder.with_name("model.tmp").exists() else 0)
     raise AssertionError("unreachable")
+
+
+def load_classifier(
+    path: Path | str, *, weights: Weights = "averaged", device: torch.device | str = "cpu"
+) -> NoisyClassifier:
+    """Load a classifier of noisy images, `classifier(x, sigma) -> logits`; see `load_model`.
+
+    Raises `ValueError` in one line for another kind of model.
+    """
+    return load_model(path, weights=weights, device=device).classifier
 
 
 def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:

@@ -95,7 +95,7 @@ def test_the_help_of_training_is_read_in_a_minute(
     starts = [i for i, line in enumerate(lines) if line.startswith("  --")]
     headings = [lines[i - 1].split(":")[0] for i in starts if lines[i - 1][0] != " "]
     assert headings[:4] == ["training", "run", "data", "data.augment"]
-    assert headings[-1] == "preview" and starts[0] < 24
+    assert headings[-2:] == ["preview", "task"] and starts[0] < 24
     assert "--precond.sigma-data" in "".join(lines)
     flow = works(capsys, "train", "--help", "--precond", "flow")
     assert "--precond.time-scale" in flow and "--precond.sigma-data" not in flow

@@ -27,7 +27,7 @@ TOY = GaussianMixture.toy()
 STEP = Position(run=1, index=2, stage=0, sigmas=(1.0, 0.0))
 
 
-def bayes(x: Tensor, sigma: Tensor) -> Tensor:
+def bayes(x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
     """The exact classifier of the toy mixture: ln p(x, label; sigma)."""
     every = (torch.full((len(x),), label) for label in range(3))
     return torch.stack([TOY.logp(x, sigma, Cond(labels=label)) for label in every], dim=1)

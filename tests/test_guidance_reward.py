@@ -291,7 +291,7 @@ def test_nests_around_a_network_with_attention() -> None:
     nested = GradientGuidance(Thresholded(inner, 0.9), square)(x, 1.0, cond)
     assert nested.isfinite().all() and not torch.allclose(nested, inner(x, 1.0, cond))
 
-    def classifier(x: Tensor, sigma: Tensor) -> Tensor:
+    def classifier(x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
         return network(x, sigma, Cond()).flatten(1)[:, :3]
 
     outer = GradientGuidance(ClassifierGuidance(denoiser, classifier, 1.0), square)

@@ -78,7 +78,7 @@ def test_density_under_guidance_that_takes_gradients_itself() -> None:
     x, labels = points(20)
     cond = Cond(labels=labels)
 
-    def bayes(x: Tensor, sigma: Tensor) -> Tensor:
+    def bayes(x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
         every = (torch.full((len(x),), label) for label in range(3))
         return torch.stack([TOY.logp(x, sigma, Cond(labels=label)) for label in every], dim=1)
 

@@ -5,6 +5,7 @@ from typing import Literal, Protocol, Self
 
 from torch import Tensor
 
+from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.patches import Size
 
@@ -12,9 +13,12 @@ Weights = Literal["averaged", "raw"]
 
 
 class Classifier(Protocol):
-    """Noisy x [B, C, *S] at levels sigma [B] -> logits [B, K], each sample by itself."""
+    """Noisy x [B, C, *S] at levels sigma [B] -> logits [B, K], each sample by itself.
 
-    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor: ...
+    The condition says where on the canvas x lies; labels in it are not looked at.
+    """
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor: ...
 
 
 class Models(Protocol):

@@ -53,18 +53,18 @@ class ClassifierGuidance(Wrapper):
         if self.interval.excludes(sigma):
             return denoised
         levels = expand_sigma(sigma, x)
-        slope = self._slope(x, levels, cond.labels)
+        slope = self._slope(x, levels, cond, cond.labels)
         guided = denoised + per_sample(self.weight * levels**2, x) * slope
         return self.interval.choose(sigma, guided, denoised)
 
-    def _slope(self, x: Tensor, sigma: Tensor, labels: Tensor) -> Tensor:
+    def _slope(self, x: Tensor, sigma: Tensor, cond: Cond, labels: Tensor) -> Tensor:
         """The gradient of ln p(label | x; sigma) in x."""
         if torch.is_inference_mode_enabled():
             raise ValueError("classifier guidance needs gradients: use no_grad, not inference_mode")
         with torch.enable_grad():
             watched = x if x.requires_grad else x.detach().requires_grad_()
             with twice_differentiable() if x.requires_grad else contextlib.nullcontext():
-                logits = self.classifier(watched, sigma)
+                logits = self.classifier(watched, sigma, cond)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             named = logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
             total = named.where(labels >= 0, 0).sum()

@@ -1,7 +1,7 @@
 """How well a classifier knows held-out images at each noise level, with fixed noise."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.cond import Cond
-from patchdiffusion.data.columns import Filled, Label
+from patchdiffusion.data.columns import Filled
 from patchdiffusion.data.feed import gather
 from patchdiffusion.data.space import Space
 from patchdiffusion.metrics.heldout import BANDS
@@ -19,6 +19,7 @@ from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.paths import per_sample
 from patchdiffusion.plans import Group
+from patchdiffusion.system.png import strips
 
 Logits = Callable[[Tensor, Tensor, Cond], Tensor]
 """Noisy x [B, C, *S], sigma [B] and a condition -> logits [B, K]."""
@@ -44,7 +45,7 @@ class Answers:
 def classified(
     classifier: Logits,
     images: Tensor,
-    labels: Tensor,
+    columns: Sequence[Filled],
     indices: Tensor,
     *,
     space: Space,
@@ -56,8 +57,8 @@ def classified(
 ) -> Answers:
     """Answers for crops of a size of `indices` [M] of stored images [N, *S, C], one of each.
 
-    Noise levels are spread evenly over `law`; they, noise and places are the same in every call.
-    `part` chooses some of the M images.
+    `columns` have a label of each. Noise levels are spread evenly over `law`; they, noise and
+    places are the same in every call. `part` chooses some of the M images.
     """
     part = range(len(indices)) if part is None else part
     # A fixed shuffle of the strata, so that neighbouring images get different levels.
@@ -69,21 +70,13 @@ def classified(
         group = Group(size, len(indices), 1.0)
         flip = torch.zeros(len(rank)).bool()
         key = draws.keys("held-out crop")
-        crops = gather(
-            images,
-            (Filled(Label(), labels),),
-            indices[rank],
-            group,
-            key,
-            flip,
-            space=space,
-            device=device,
-        )
+        crops = gather(images, columns, indices[rank], group, key, flip, space=space, device=device)
         sigma = law.icdf((levels[rank] + 0.5) / len(indices)).to(torch.float32).to(device)
         noise = draws.normal("held-out noise", tuple(crops.images.shape[1:])).to(device)
         x = crops.images + per_sample(sigma, noise) * noise
         logits = classifier(x, sigma, crops.cond).float()
-        truth = labels[indices[rank]].to(device)
+        truth = crops.cond.labels
+        assert truth is not None
         loss = F.cross_entropy(logits, truth, reduction="none")
         right = (logits.argmax(1) == truth).float()
         rows.append(Answers(sigma, loss, right).stacked().cpu())
@@ -120,7 +113,8 @@ def summarise(answers: dict[Size, Answers]) -> dict[str, object]:
 
 
 def framed(images: np.ndarray, right: np.ndarray, edge: int = 2) -> np.ndarray:
-    """Images uint8 [N, H, W, C] in frames, green where an answer was right [N], else red."""
+    """Images uint8 [N, *S, C] in frames, green where an answer was right [N], else red."""
+    images = strips(images)
     if images.shape[-1] != 3:
         images = images[..., :1].repeat(3, axis=-1)
     colors = np.where(right[:, None], (40, 160, 60), (210, 40, 40)).astype(np.uint8)

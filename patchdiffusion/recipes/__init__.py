@@ -17,6 +17,7 @@ from patchdiffusion.parameterisation import EDM
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Progressive, Stochastic, Stratified
 from patchdiffusion.system import families
+from patchdiffusion.train.classifying import ClassifierTask
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.optimizers import AdamW
 from patchdiffusion.train.schedules import Trapezoid
@@ -161,6 +162,22 @@ def meanflow(facts: Facts) -> TrainConfig:
     return replace(config, name="meanflow", patches=Stratified(), optim=optim, images=60_000)
 
 
+def classifier(facts: Facts) -> TrainConfig:
+    """A classifier of noisy images with classes, for `sample --guidance classifier`.
+
+    Network, noise law and crops are those of the denoiser of the same images, a quarter as long.
+    """
+    plain = glyphs(facts) if facts.path in ("", "glyphs") else folder(facts)
+    return replace(
+        plain,
+        name="classifier",
+        task=ClassifierTask(),
+        network=replace(plain.network, num_classes=0),
+        optim=replace(plain.optim, weight_decay=0.05),
+        images=plain.images / 4,
+    )
+
+
 def moving_glyphs(facts: Facts) -> TrainConfig:
     """The built-in clips of moving characters: crops in space and time, a transformer."""
     return TrainConfig(
@@ -197,7 +214,8 @@ def word(recipe: Recipe) -> str:
 
 
 RECIPES: dict[str, Recipe] = {
-    word(recipe): recipe for recipe in (glyphs, folder, cifar10, faces64, meanflow, moving_glyphs)
+    word(recipe): recipe
+    for recipe in (glyphs, folder, cifar10, faces64, meanflow, moving_glyphs, classifier)
 }
 """Recipes by name."""
 

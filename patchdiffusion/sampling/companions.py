@@ -1,7 +1,9 @@
 """The trained models that guidance asks beside the one that samples."""
 
 import torch
+from torch import Tensor
 
+from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.base import Classifier, Weights
 from patchdiffusion.model import Model, load_model
@@ -43,8 +45,34 @@ class Companions:
 
     def classifier(self, path: str, weights: Weights) -> Classifier:
         """The classifier in a run or model folder; raises `ValueError` for another model."""
-        self._load(path, weights)
-        raise ValueError(f"{path} is a denoiser, and guidance needs a classifier of noisy images")
+        model = self._load(path, weights)
+        if model.config.head.kind != "classifier":
+            raise ValueError(
+                f"{path} is a {model.config.head.kind}, and guidance needs a classifier of noisy "
+                "images: patchdiffusion train classifier DATA"
+            )
+        return self._fitted(model)
+
+    def _fitted(self, model: Model) -> Classifier:
+        """A classifier whose classes have the numbers that those of the model beside it have."""
+        classifier = model.classifier
+        if self.beside is None:
+            return classifier
+        _check_alike(model, self.beside, but=("classes",))
+        names, known = self.beside.config.classes, model.config.classes
+        if names == known or not names:
+            return classifier
+        if unknown := [name for name in names if name not in known]:
+            raise ValueError(
+                f"the classifier does not know the classes {', '.join(unknown[:10])}; it knows "
+                f"{', '.join(known[:20])}"
+            )
+        order = torch.tensor([known.index(name) for name in names], device=self.device)
+
+        def reordered(x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
+            return classifier(x, sigma, cond)[:, order]
+
+        return reordered
 
     def _load(self, path: str, weights: Weights) -> Model:
         key = (path, weights)
@@ -53,11 +81,11 @@ class Companions:
         return self._models[key]
 
 
-def _check_alike(guide: Model, model: Model) -> None:
-    """Raise `ValueError` unless both are of the same images and classes."""
+def _check_alike(guide: Model, model: Model, *, but: tuple[str, ...] = ()) -> None:
+    """Raise `ValueError` unless both are of the same images and classes, `but` for some facts."""
     found, wanted = _interface(guide), _interface(model)
     for name in wanted:
-        if found[name] != wanted[name]:
+        if name not in but and found[name] != wanted[name]:
             raise ValueError(
                 f"the guide has {name} {found[name]} and the model {wanted[name]}; "
                 "they must be alike"

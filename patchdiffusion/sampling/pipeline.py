@@ -126,4 +126,6 @@ def load(
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> Pipeline:
     """Load a run or model folder, ready to sample; see `load_model` for errors."""
-    return Pipeline(load_model(path, weights=weights, device=pick_device(device)), precision)
+    model = load_model(path, weights=weights, device=pick_device(device))
+    model.require("denoiser")
+    return Pipeline(model, precision)

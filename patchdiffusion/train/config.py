@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Literal
 
 from patchdiffusion.system.checks import positive
+from patchdiffusion.train.classifying import ClassifierTask
 from patchdiffusion.train.denoising import DenoiserTask
 from patchdiffusion.train.settings import Settings
 
-Task = DenoiserTask
+Task = DenoiserTask | ClassifierTask
 """What a run may train; each is a `task.TaskConfig`."""
 
 

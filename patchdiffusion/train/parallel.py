@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from patchdiffusion.cond import Tape
 from patchdiffusion.guidance.cfg import CONDITIONS
-from patchdiffusion.losses import Batch, LossOut, Objective
+from patchdiffusion.losses import Batch, Loss, LossOut
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team
 
@@ -35,7 +35,7 @@ class LossModule(nn.Module):
     def __init__(
         self,
         model: Recorded,
-        objective: Objective,
+        objective: Loss,
         learned: nn.Module | None = None,
         *,
         dropout: float = 0.0,

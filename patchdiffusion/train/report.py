@@ -110,12 +110,12 @@ def _pictures(folder: Path, previews: list[Record]) -> Iterable[str]:
     shown = [r for r in previews if r["picture"] in there]
     if not shown:
         return
-    yield "<h2>Samples from the averaged weights</h2>"
+    yield "<h2>Pictures of the averaged weights</h2>"
     yield f'<div class="row">{_figure(folder, shown[-1])}</div>'
     earlier = shown[:-1]
     if earlier:
         step = -(-len(earlier) // 4)
-        yield "<h2>The same seeds, earlier</h2>"
+        yield "<h2>The same, earlier</h2>"
         yield f'<div class="row">{"".join(_figure(folder, r) for r in earlier[::step])}</div>'
 
 
@@ -136,7 +136,7 @@ def _curves(status: list[Record], previews: list[Record]) -> str:
         _line(left, points, f"training, {size}", alpha=0.6)
     held = [r for r in previews if "held_out" in r]
     _line(left, [(r["images"], r["held_out"]["loss"]) for r in held], "held out", marker="o")
-    left.set_title("loss per pixel by crop size")
+    left.set_title("loss by crop size")
     for band in held[-1]["held_out"]["bands"] if held else ():
         points = [(r["images"], r["held_out"]["bands"].get(band)) for r in held]
         _line(right, points, f"sigma {band}", marker="o")
@@ -177,6 +177,10 @@ def _numbers(status: list[Record], previews: list[Record]) -> list[tuple[str, st
             rows.append(("held-out loss", _loss(record["held_out"]["loss"])))
             for size, value in record["held_out"]["sizes"].items():
                 rows.append((f"held-out loss of {size} crops", _loss(value)))
+        if "accuracy" in record:
+            rows.append(("accuracy on held-out images", f"{record['accuracy']['all']:.1%}"))
+            for band, value in record["accuracy"]["bands"].items():
+                rows.append((f"accuracy at sigma {band}", f"{value:.1%}"))
         if "copy_rate" in record:
             rows.append(("samples that are near copies", f"{record['copy_rate']:.0%}"))
         if "distance" in record:

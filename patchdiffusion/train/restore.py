@@ -153,6 +153,9 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
 
 def _check_meaning(path: Path, model: Model, training: Training) -> None:
     """Refuse weights whose output means something else here."""
+    kinds = model.config.head.kind, training.model_config.head.kind
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"cannot start from {path}: it is a {kinds[0]}, and this run a {kinds[1]}")
 
     configs = (model.config, training.config)
     theirs, ours = (c.objective.meaning(c.precond) for c in configs)

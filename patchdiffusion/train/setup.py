@@ -11,7 +11,7 @@ from torch import nn
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import extractor
-from patchdiffusion.losses import Objective
+from patchdiffusion.losses import Loss
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.count import training_flops
@@ -67,7 +67,7 @@ class Training:
     canvas: Size
     plan: PatchPlan
     network: Network
-    objective: Objective
+    objective: Loss
     learned: nn.Module
     """What the objective itself learns, which is no part of the model; mostly nothing."""
     teacher: str | None

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from patchdiffusion.data.augment import LABELS
 from patchdiffusion.data.columns import Filled, used
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.losses import Objective
+from patchdiffusion.losses import Loss
 from patchdiffusion.nets.heads import Head
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives.base import Materials
@@ -38,7 +38,7 @@ class TaskConfig:
         """A network in use: what objective and preview are given, see `parallel.Recorded`."""
         raise NotImplementedError
 
-    def objective(self, config: Settings, materials: Materials) -> Objective:
+    def objective(self, config: Settings, materials: Materials) -> Loss:
         """What is minimised: (model, batch, draws) -> `LossOut`."""
         raise NotImplementedError
 
