@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import extractor
-from patchdiffusion.losses import Loss
+from patchdiffusion.losses import Loss, Objective
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.count import training_flops
@@ -225,7 +225,9 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         device=device,
         team=team,
     )
-    stages = with_additions(task.objective(config, materials), config.additions, materials)
+    stages = with_additions(
+        cast("Objective", task.objective(config, materials)), config.additions, materials
+    )
     if run.shard:  # the optimizer takes sharded weights or whole ones, not both
         for module in materials.learned.values():
             shard(module, [], team, device)
