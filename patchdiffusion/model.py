@@ -57,6 +57,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if not self.canvas or min(self.canvas) < 1:
             raise ValueError(f"canvas must be the positive length of each axis, not {self.canvas}")
+        if len(self.canvas) != self.network.axes:
+            raise ValueError(
+                f"canvas must have {self.network.axes} axes as the network, not {self.canvas}"
+            )
 
     def labels_of(self, labels: Tensor | None, names: Sequence[str]) -> Tensor | None:
         """Labels [N] of data whose classes have these names, as labels of this model.

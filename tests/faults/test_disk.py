@@ -30,7 +30,8 @@ from harness import (
 )
 
 from patchdiffusion.system.files import read_json
-from patchdiffusion.train import checkpoint, preview, resume
+from patchdiffusion.train import checkpoint, resume
+from patchdiffusion.train import status as status_module
 
 
 def unfinished(folder: Path) -> list[str]:
@@ -103,7 +104,7 @@ def test_d1_disk_full_at_a_grid(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(preview, "save_png", full)
+        patch.setattr(status_module, "save_png", full)
         ended = here(images, folder)
     assert (ended.code, status(folder)) == (0, "finished"), ended.err
     assert ended.out.count("No space left on device") == 1
