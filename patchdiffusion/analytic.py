@@ -1,4 +1,4 @@
-"""Denoisers with closed forms: the oracles everything above them is tested against.
+"""Denoisers with closed forms: the exact references that solvers, losses and metrics are tested by.
 
 All compute in float64 whatever the dtype of x, take any spatial shape, and draw their samples from
 keys. A mixture of K Gaussians over x0 stays one under noise, which gives E[x0 | x], its covariance
@@ -62,7 +62,7 @@ class LowRankMixture:
             raise ValueError("the columns of every basis must be orthonormal")
 
     def _terms(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise variance [B, 1, 1], offset from the means inside [B, K, r] and outside bases."""
+        """Noise variance [B, 1, 1]; offset from the means within [B, K, r] and outside bases."""
         t = (expand_sigma(sigma, x.double())[:, None, None] ** 2).clamp(min=1e-300)  # no 0 / 0
         offset = x.double().flatten(1)[:, None] - self.means
         inside = torch.einsum("bkn,knr->bkr", offset, self.bases)
@@ -85,11 +85,11 @@ class LowRankMixture:
             raise ValueError(f"labels must be below {len(self.means)}, not {cond.labels}")
         return joint.masked_fill(other, -torch.inf)
 
-    def _centres(self, terms: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def _means(self, terms: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Posterior mean under each component: [B, K, n]."""
         t, inside, outside = terms
-        kept = inside * self.variances / (self.variances + t)
-        inner = torch.einsum("bkr,knr->bkn", kept, self.bases)
+        shrunk = inside * self.variances / (self.variances + t)
+        inner = torch.einsum("bkr,knr->bkn", shrunk, self.bases)
         return self.means + inner + outside * (self.residual / (self.residual + t))
 
     def posterior(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
@@ -112,7 +112,7 @@ class LowRankMixture:
         """E[x0 | x]: x [B, *S] -> [B, *S]."""
         terms = self._terms(x, sigma)
         share = self._log_joint(terms, cond).softmax(-1)
-        return torch.einsum("bk,bkn->bn", share, self._centres(terms)).reshape(x.shape).to(x)
+        return torch.einsum("bk,bkn->bn", share, self._means(terms)).reshape(x.shape).to(x)
 
     def score(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
         """The gradient of ln p(x; sigma) in x, (D - x) / sigma^2: float64 [B, *S]."""
@@ -122,12 +122,12 @@ class LowRankMixture:
     def covariance(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
         """Cov[x0 | x]: float64 [B, n, n]; the Jacobian of the denoiser is this over sigma^2."""
         terms = self._terms(x, sigma)
-        t, share, centres = terms[0], self._log_joint(terms, cond).softmax(-1), self._centres(terms)
+        t, share, centers = terms[0], self._log_joint(terms, cond).softmax(-1), self._means(terms)
         spread = self.variances * t / (self.variances + t)
         rest = self.residual * t / (self.residual + t)
         within = torch.einsum("knr,bkr,kmr->bknm", self.bases, spread - rest, self.bases)
         within = within + rest[..., None] * torch.eye(self.bases.shape[1]).to(within)
-        off = centres - torch.einsum("bk,bkn->bn", share, centres)[:, None]
+        off = centers - torch.einsum("bk,bkn->bn", share, centers)[:, None]
         return torch.einsum("bk,bknm->bnm", share, within + off[..., :, None] * off[..., None, :])
 
     def sample(self, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,14 +156,14 @@ class GaussianMixture(LowRankMixture):
 
     @classmethod
     def toy(cls) -> "GaussianMixture":
-        """Three Gaussians in the plane, the standard problem for orders of solvers."""
+        """Three Gaussians in the plane, the test problem for the order of solvers."""
         covs = torch.stack([std**2 * torch.eye(2).double() for std in (0.15, 0.25, 0.2)])
         means = torch.tensor([[-1, 0], [0.6, 0.8], [0.5, -0.9]], dtype=torch.float64)
         return cls(means, covs, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64))
 
 
 def _other(labels: Tensor, classes: Tensor) -> Tensor:
-    """Which classes [K] each label [B] rules out; -1 rules out none: bool [B, K]."""
+    """True for the classes [K] that a label [B] excludes; -1 excludes none: bool [B, K]."""
     return (labels[:, None] >= 0) & (labels[:, None] != classes)
 
 
@@ -183,8 +183,8 @@ def power_law(canvas: Size, *, alpha: float = 2.0, variance: float = 0.25) -> Te
 class GaussianField:
     """A stationary Gaussian field of mean 0 on a canvas, channels independent.
 
-    The marginal of a crop is a field of the same kind, so the best that a network can learn from
-    crops is known exactly: C_S (C_S + sigma^2 I)^-1.
+    The marginal of a crop is a field of the same kind, so the optimal denoiser of crops of size S
+    is exact: C_S (C_S + sigma^2 I)^-1.
     """
 
     def __init__(self, canvas: Size, power: Tensor | None = None):
@@ -221,7 +221,7 @@ class GaussianField:
         position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        """E[x0 | x]: x [B, C, H, W] of the size of the canvas -> the same."""
+        """E[x0 | x]: x [B, C, H, W] of the size of the canvas -> [B, C, H, W]."""
         channels = x.flatten(0, -3)
         levels = expand_sigma(sigma, x).repeat_interleave(len(channels) // len(x))
         return self.law(channels, levels).reshape(x.shape)
@@ -232,10 +232,10 @@ class GaussianField:
         return (bases**2 @ (variances * sigma**2 / (variances + sigma**2))).reshape(self.canvas)
 
     def excess(self, size: Size, sigma: float, corner: tuple[int, int] | None = None) -> float:
-        """Relative increase of the mean squared error when all that is seen is a crop.
+        """Relative increase of the mean squared error when only a crop is seen.
 
-        Compared with the mean over the whole canvas or, given a corner (top, left), over the
-        pixels of the crop at that place.
+        Compared with the mean over the whole canvas or, with a corner (top, left), over the
+        pixels of the crop at that corner.
         """
         error = self.error(sigma)
         if corner is not None:
@@ -255,7 +255,7 @@ class GaussianField:
 
 
 class IdealDenoiser:
-    """The posterior mean when the data set is all there is: what a memorising network computes.
+    """Posterior mean of the empirical distribution of a data set: a network that memorized it.
 
     D = sum_i softmax_i(-|x - x_i|^2 / (2 sigma^2)) x_i over the images, or those of a class where
     `cond.labels` is not -1. Exact; images are visited in chunks, so memory stays bounded.
@@ -287,8 +287,8 @@ class IdealDenoiser:
             part = self.images[start : start + self.chunk].double().flatten(1)
             logit = (flat @ part.mT - part.square().sum(1) / 2) / t  # |x|^2 cancels
             if labels is not None and self.labels is not None:
-                own = self.labels[start : start + self.chunk]
-                logit = logit.masked_fill(_other(labels, own), -torch.inf)
+                classes = self.labels[start : start + self.chunk]
+                logit = logit.masked_fill(_other(labels, classes), -torch.inf)
             highest = torch.maximum(top, logit.amax(1, keepdim=True))
             pivot = highest.clamp(min=torch.finfo(torch.float64).min)  # -inf: no image so far
             share, shrink = (logit - pivot).exp(), (top - pivot).exp()

@@ -9,7 +9,7 @@ from patchdiffusion.parameterisation import Precond
 
 
 class NoisyClassifier(nn.Module):
-    """A network that gives logits, under the input scaling of a preconditioner.
+    """A network that returns logits, under the input scaling of a preconditioner.
 
     arXiv 2105.05233, section 4; fits `guidance.classifier`.
     """
@@ -26,10 +26,10 @@ class NoisyClassifier(nn.Module):
         self.inner = NetDenoiser(network, precond, law, tape)
 
     def recording(self, tape: Tape) -> "NoisyClassifier":
-        """The same classifier with a tape for the passes that are trained."""
+        """This classifier with a tape that records passes with gradients."""
         return NoisyClassifier(self.inner.network, self.inner.precond, self.inner.law, tape)
 
     def forward(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
-        """Noisy x [B, C, *S], sigma [B] or scalar -> logits [B, K]; labels are not looked at."""
+        """Noisy x [B, C, *S], sigma [B] or scalar -> logits [B, K]; `cond.labels` is ignored."""
         cond = (cond or Cond()).without("labels")
         return self.inner.raw(*self.inner.scaled(x, sigma, cond)[:3])

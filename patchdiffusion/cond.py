@@ -1,4 +1,4 @@
-"""What travels beside the image: conditions, the solver's position, and activations on request."""
+"""Arguments of denoisers beside the image: conditions, position of the solver, tape."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ class Cond:
     """int64 [B], keys of draws inside the network such as dropout; None is evaluation."""
 
     def without(self, *names: str, where: Tensor | None = None) -> "Cond":
-        """The same condition without some of its fields, or only `where` bool [B] says so.
+        """A copy without some fields, for all samples or only those with `where` bool [B].
 
         A field with a value that means "none", such as label -1, takes it and can still be joined
         with the original by `cat`; others become None. Raises `ValueError` for an unknown name and
@@ -54,8 +54,8 @@ class Cond:
             if value is None:
                 continue
             if name in _NONE:
-                gone = torch.full_like(value, _NONE[name])
-                changed[name] = gone if where is None else _choose(where, gone, value)
+                none = torch.full_like(value, _NONE[name])
+                changed[name] = none if where is None else _choose(where, none, value)
             elif where is None:
                 changed[name] = None
             else:
@@ -66,13 +66,13 @@ class Cond:
         return replace(self, **changed)
 
     def gives(self, *names: str) -> bool:
-        """Whether any of these fields is given."""
+        """True if any of these fields is given."""
         return any(getattr(self, name) is not None for name in names)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Cond":
         """Apply a function to every tensor that is given."""
-        given = ((f.name, getattr(self, f.name)) for f in fields(self))
-        return Cond(**{name: None if x is None else function(x) for name, x in given})
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return Cond(**{name: None if x is None else function(x) for name, x in values})
 
     def take(self, index: Tensor | slice) -> "Cond":
         """Some samples of the batch."""
@@ -103,22 +103,22 @@ def _choose(where: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _flatten(cond: Cond) -> tuple[list[Tensor], list[str]]:
-    given = [f.name for f in fields(cond) if getattr(cond, f.name) is not None]
-    return [getattr(cond, name) for name in given], given
+    names = [f.name for f in fields(cond) if getattr(cond, f.name) is not None]
+    return [getattr(cond, name) for name in names], names
 
 
 # A field that is not given is no leaf: function transforms refuse None.
 pytree.register_pytree_node(
     Cond,
     _flatten,
-    lambda leaves, given: Cond(**dict(zip(given, leaves, strict=True))),
+    lambda leaves, names: Cond(**dict(zip(names, leaves, strict=True))),
     serialized_type_name="patchdiffusion.Cond",
 )
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a solver stands, handed down so that caches and schedules never guess.
+    """Position of a solver in its schedule, passed to denoisers for caches and guidance.
 
     `stage` is 0 for a predictor and 1 for a corrector evaluation; wrappers that call a denoiser
     several times in one evaluation extend `slot`.
@@ -132,30 +132,30 @@ class Position:
     seeds: Tensor | None = None
 
     def within(self, name: str) -> "Position":
-        """The same place inside a wrapper that calls a denoiser, or several, more than once."""
+        """This position with `name` appended to `slot`, to tell several calls in one step apart."""
         return replace(self, slot=(*self.slot, name))
 
 
 @dataclass(frozen=True)
 class Call:
-    """What accompanies one evaluation of a denoiser beside the condition."""
+    """Arguments of one evaluation of a denoiser beside image, noise level and condition."""
 
     position: Position | None = None
-    """Where the solver stands, if one asks."""
+    """Position of the solver; None outside a solver."""
     tape: "Tape | None" = None
-    """Collects activations and losses, if somebody wants them."""
+    """Records activations and auxiliary losses; None records nothing."""
 
     def within(self, name: str) -> "Call":
-        """The same call from inside a wrapper that evaluates denoisers more than once."""
+        """This call with `name` appended to the slot of its position, see `Position.within`."""
         return replace(self, position=self.position and self.position.within(name))
 
     def untaped(self) -> "Call":
-        """The same call without the tape, which records one denoiser only."""
+        """This call without the tape, which records one denoiser only."""
         return replace(self, tape=None)
 
 
 class Tape:
-    """Collects the activations named in `wants`, and auxiliary losses; the only side channel."""
+    """Record of a pass: the activations named in `wants`, and auxiliary losses."""
 
     def __init__(self, wants: tuple[str, ...] = ()):
         self.wants = frozenset(wants)
@@ -166,7 +166,7 @@ class Tape:
         self._passes = 0
 
     def put(self, name: str, activation: Tensor) -> None:
-        """Keep an activation if somebody wants it; a second one of the same name is an error."""
+        """Record an activation if it is in `wants`; raises `ValueError` for a repeated name."""
         name = self._prefix + name
         if name in self._seen:
             raise ValueError(f"the activation {name!r} was put on the tape twice")
@@ -175,19 +175,19 @@ class Tape:
             self.activations[name] = activation
 
     def loss(self, name: str, scalar: Tensor) -> None:
-        """Add an auxiliary loss; a second one of the same name is an error."""
+        """Add an auxiliary loss; raises `ValueError` for a repeated name."""
         name = self._prefix + name
         if name in self.losses:
             raise ValueError(f"the loss {name!r} was put on the tape twice")
         self.losses[name] = scalar
 
     def want(self, *names: str) -> None:
-        """Keep the activations of these names, too."""
+        """Record the activations of these names, too."""
         self.wants |= set(names)
 
     @contextmanager
     def new_pass(self) -> Iterator["Tape"]:
-        """Prefix what the second pass of a network puts with `pass 2/`, and so on."""
+        """Prefix the names of the second pass of a network with `pass 2/`, and so on."""
         self._passes += 1
         if self._passes == 1:
             yield self
@@ -197,7 +197,7 @@ class Tape:
 
     @contextmanager
     def scope(self, name: str) -> Iterator["Tape"]:
-        """Prefix all names put inside with `name/`."""
+        """Prefix all names recorded in the context with `name/`."""
         outer, self._prefix = self._prefix, f"{self._prefix}{name}/"
         try:
             yield self

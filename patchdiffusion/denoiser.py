@@ -1,4 +1,4 @@
-"""The one contract, D(x, sigma, cond) -> E[x0 | x], and the wrappers that give it to a network."""
+"""Denoisers, D(x, sigma, cond) -> E[x0 | x], and the wrappers that make one of a network."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from patchdiffusion.paths import Path, Prediction, per_sample
 
 
 class Denoiser(Protocol):
-    """What networks, guidance, caches, tilers, experts and oracles all are.
+    """An estimate of the clean image: the contract of networks, guidance, caches and oracles.
 
     x [B, C, *S] in data units (images in [-1, 1]), sigma [B] or scalar; returns the estimate of
     E[x0 | x] with the shape and dtype of x.
@@ -49,23 +49,23 @@ class Wrapper(ABC):
     """
 
     inner: tuple[Denoiser, ...]
-    """The denoisers that it asks."""
+    """The denoisers that it calls."""
 
     def __init__(self, *inner: Denoiser):
         self.inner = inner
 
     @abstractmethod
     def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
-        """The denoised image; other denoisers are asked by `ask`."""
+        """The denoised image; calls the denoisers in `inner` by `ask`."""
 
     @property
     def edges(self) -> tuple[float, ...]:
-        """Noise levels at which this wrapper itself jumps; see `discontinuities`."""
+        """Noise levels at which this wrapper itself is discontinuous; see `discontinuities`."""
         return ()
 
     @property
     def discontinuities(self) -> tuple[float, ...]:
-        """Noise levels at which the denoiser jumps, its own and those of `inner`.
+        """Noise levels at which the denoiser is discontinuous: `edges` and those of `inner`.
 
         It is one function of x where sigma <= edge and another where sigma > edge, so a multistep
         solver must not use estimates from the other side.
@@ -73,7 +73,7 @@ class Wrapper(ABC):
         return (*self.edges, *(edge for part in self.inner for edge in discontinuities(part)))
 
     def walk(self) -> Iterator[Denoiser]:
-        """This denoiser and all those that it is made of."""
+        """Iterate over this denoiser and all those inside it."""
         yield self
         for part in self.inner:
             yield from part.walk() if isinstance(part, Wrapper) else (part,)
@@ -98,7 +98,7 @@ def ask(
 
 
 def discontinuities(denoiser: Denoiser) -> tuple[float, ...]:
-    """Noise levels at which a denoiser jumps, see `Wrapper.discontinuities`; a network has none."""
+    """Noise levels at which a denoiser is discontinuous; a network has none."""
     return denoiser.discontinuities if isinstance(denoiser, Wrapper) else ()
 
 
@@ -126,11 +126,11 @@ class NetDenoiser(nn.Module):
         self.tape = tape
 
     def recording(self, tape: Tape) -> "NetDenoiser":
-        """The same denoiser with a tape for the passes that are trained."""
+        """This denoiser with a tape that records passes with gradients."""
         return NetDenoiser(self.network, self.precond, self.law, tape)
 
     def raw(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
-        """The output of the network itself, in its own terms: x is c_in x, noise is c_noise."""
+        """The output F of the network for scaled arguments: x is c_in x, noise is c_noise."""
         if tape is None and self.tape is not None and torch.is_grad_enabled():
             with self.tape.new_pass() as tape:
                 return self.network(x, noise, cond, tape=tape)
@@ -179,7 +179,7 @@ class NetDenoiser(nn.Module):
 
 
 class ForeignDenoiser:
-    """What `as_denoiser` makes."""
+    """A denoiser made of a foreign network by `as_denoiser`."""
 
     def __init__(self, model: "ForeignModel", precond: Precond):
         self.model = model
@@ -206,7 +206,7 @@ ForeignModel = Callable[[Tensor, Tensor, Cond], Tensor]
 def as_denoiser(
     model: ForeignModel, path: Path, prediction: Prediction, data_scale: float = 1.0
 ) -> ForeignDenoiser:
-    """Make a denoiser of a network that was trained elsewhere, on data times `data_scale`.
+    """Make a denoiser of a network trained by other code, on data times `data_scale`.
 
     z_t = a(t) k x0 + s(t) eps with k the scale; t in [0, 1] is 1 at noise alone, in the precision
     of x. Then D(x, sigma) = D_model(k x, k sigma) / k (arXiv 2510.21890). Raises `ValueError` for
@@ -216,7 +216,7 @@ def as_denoiser(
 
 
 class PatchDenoiser(Wrapper):
-    """Denoise a region of a canvas: fills `cond.pos`, so that every sampler works unchanged.
+    """A denoiser of a region of the canvas: fills `cond.pos`, so every sampler works unchanged.
 
     `canvas` is the size the network was trained on and `corner` the first pixel of x in it, by
     default that of the canvas; both may make x lie partly or wholly outside, which extrapolates.

@@ -1,4 +1,4 @@
-"""Flow maps, the solution operators of the probability-flow equation, and how to sample with them.
+"""Flow maps: solution operators of the probability-flow equation, for sampling in a few steps.
 
 A flow map takes an image at time t straight to time s (arXiv 2510.21890): what a solver does in
 many evaluations of a denoiser, it does in one. Each lives in the frame of its own path, in which
@@ -26,7 +26,7 @@ class FlowMap(Protocol):
 
     @property
     def gamma(self) -> float:
-        """The share of fresh noise it is usually sampled with, see `jump`."""
+        """Default share of fresh noise in sampling, see `jump`."""
         ...
 
     def times(self, steps: int) -> Tensor:
@@ -39,7 +39,7 @@ class FlowMap(Protocol):
 
 
 class PatchMap:
-    """A flow map of a region of a canvas: what `PatchDenoiser` is for a denoiser."""
+    """A flow map of a region of the canvas; `PatchDenoiser` is its counterpart for denoisers."""
 
     def __init__(self, flow_map: FlowMap, canvas: Size, corner: tuple[int, ...] | None = None):
         self.flow_map = flow_map
@@ -48,7 +48,7 @@ class PatchMap:
         self.gamma = flow_map.gamma
 
     def times(self, steps: int) -> Tensor:
-        """Those of the map."""
+        """The times of the wrapped map: float64 [steps + 1]."""
         return self.flow_map.times(steps)
 
     def __call__(

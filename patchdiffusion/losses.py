@@ -1,4 +1,4 @@
-"""The denoising objective on crops: what a training step asks of a denoiser."""
+"""The denoising loss on crops, and the batches and results that all objectives share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,40 +18,40 @@ from patchdiffusion.weighting import EDMWeight, LogVariance, Weighting
 
 @dataclass(frozen=True)
 class Origin:
-    """Which crops of a run a batch consists of; a feed makes the same crops of it again."""
+    """Identity of the crops of a batch within a run, from which a feed makes them again."""
 
     group: Group
     step: int
     position: int
-    """Number of crops drawn before the step."""
+    """Number of crops of the run before the step."""
     first: int
     """Number of crops of the step before the group."""
     chunk: range
-    """Crops of the group."""
+    """Indices of the crops within the group."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Crops of one size with what is needed to find them again in the whole image."""
+    """Crops of one size, their conditions, and their place in the source images."""
 
     images: Tensor
     """float32 [B, C, h, w] in [-1, 1]."""
     cond: Cond
     """Labels and coordinates of the crops."""
     index: Tensor
-    """int64 [B], which image of the source."""
+    """int64 [B], index of the image in the source."""
     box: Tensor
     """int64 [B, 2 n]: the first pixel along each of n axes, then the lengths, after flipping."""
     flip: Tensor
-    """bool [B], whether the image was mirrored before it was cropped."""
+    """bool [B], True for images mirrored before they were cropped."""
     noise: NoiseLaw
-    """The noise law that the levels of these crops are drawn by."""
+    """Noise law of these crops."""
     progress: float = 0.0
     """Share of the run that is done."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
-    """What else belongs to the crops, by name; see `data.columns`."""
+    """Further columns of the crops that fill no condition, by name; see `data.columns`."""
     origin: Origin | None = None
-    """Where a feed took them from."""
+    """Identity of the crops within the run; None for batches that no feed made."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Estimate:
     """The denoised crops behind a loss, for terms on top of it."""
 
     denoised: Tensor
-    """[B, C, *S], E[x0 | x] as the network says, with its gradient."""
+    """[B, C, *S], the network's estimate of E[x0 | x], with its gradient."""
     noisy: Tensor
-    """[B, C, *S], the x it was asked about."""
+    """[B, C, *S], the noisy input x."""
     sigma: Tensor
     """float32 [B], noise levels."""
     weight: Tensor
@@ -73,34 +73,34 @@ class Estimate:
         return (self.noisy - self.denoised) / per_sample(self.sigma, self.noisy) - self.denoised
 
     def scaled(self, factor: Tensor) -> "Estimate":
-        """The same behind a loss that is multiplied by a factor [B]."""
+        """The estimate of a loss that is multiplied by a factor [B]."""
         return replace(self, weight=self.weight * factor)
 
 
 @dataclass(frozen=True)
 class LossOut:
-    """What an objective returns."""
+    """Result of an objective: the loss of each crop, and values for the log."""
 
     per_sample: Tensor
     """float32 [B], the loss of each crop, a mean over its pixels."""
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
     """Further values for the log, by name; means over the batch."""
     batch_loss: Tensor | None = None
-    """A term that belongs to the batch as a whole, added once per micro-batch."""
+    """A term of the batch as a whole, added once per micro-batch."""
     reported: Tensor | None = None
-    """[B], what the log shows and the guard judges where `per_sample` may be below 0."""
+    """[B], loss for the log and the guard if `per_sample` is not a plain error (may be < 0)."""
     estimate: Estimate | None = None
     """The denoised crops, if the objective has any."""
 
 
 class Objective(Protocol):
-    """What is minimised: a function of a denoiser, crops and the random draws of a step."""
+    """The loss of a denoiser, as a function of crops and the random draws of a step."""
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut: ...
 
 
 Loss = Callable[[Any, Batch, Draws], LossOut]
-"""What is minimised, of any network in use: an `Objective` is one of denoisers."""
+"""The loss of any model; an `Objective` is a loss of denoisers."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class DenoisingLoss:
     weighting: Weighting = field(default_factory=EDMWeight)
 
     def levels(self, draws: Draws, law: NoiseLaw) -> Tensor:
-        """The noise level of each sample, spread evenly over the law: float32 [B]."""
+        """Noise level of each sample, stratified over the percentiles of the law: float32 [B]."""
         return law.icdf(draws.stratified("sigma")).to(torch.float32)
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
@@ -135,7 +135,7 @@ class UncertaintyLoss:
 
     loss: DenoisingLoss
     log_variance: LogVariance
-    """Is trained with the network: its parameters must be given to the optimizer."""
+    """Learned u(sigma), trained with the network: the optimizer needs its parameters."""
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         out = self.loss(denoiser, batch, draws)
@@ -151,7 +151,7 @@ class UncertaintyLoss:
 def estimated(
     denoiser: Denoiser, batch: Batch, noise: Tensor, sigma: Tensor, weight: Tensor
 ) -> Estimate:
-    """The crops with noise of these levels, denoised; `weight` is that of the error in the loss."""
+    """Noise the crops to these levels and denoise them; `weight` [B] is that of the error."""
     noisy = batch.images + per_sample(sigma, batch.images) * noise
     return Estimate(denoiser(noisy, sigma, batch.cond), noisy, sigma, weight)
 

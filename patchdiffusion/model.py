@@ -30,29 +30,29 @@ Weights = Literal["averaged", "raw"]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What is needed to use a model, beside its weights."""
+    """Configuration of a saved model: everything but its weights."""
 
     network: Network
     head: Head = field(default_factory=OwnHead)
-    """What stands on the network: what kind of model it is."""
+    """Output head of the network, which decides the kind of model."""
     precond: Parameterisation
     noise: Law
     canvas: Size
     """Height and width of the images it was trained on; of other data the length of each axis."""
     space: Space = field(default_factory=Pixels)
-    """What the numbers of its images mean."""
+    """Space of its images, such as pixels or values of sensors."""
     classes: tuple[str, ...] = ()
     """Names of the classes, by label."""
     data: str = ""
     """Name of the data set."""
     fingerprint: str = ""
-    """That of the pack it was trained on: its images, and which of them were held out."""
+    """Fingerprint of the pack it was trained on, including the choice of held-out images."""
     images: float = 0.0
     """Full-image equivalents seen in training."""
     step: int = 0
     """Optimizer steps."""
     objective: ObjectiveUnion = field(default_factory=DenoisingConfig)
-    """What it was trained for."""
+    """Training objective."""
 
     def __post_init__(self) -> None:
         if not self.canvas or min(self.canvas) < 1:
@@ -63,10 +63,10 @@ class ModelConfig:
             )
 
     def labels_of(self, labels: Tensor | None, names: Sequence[str]) -> Tensor | None:
-        """Labels [N] of data whose classes have these names, as labels of this model.
+        """Translate labels [N] of data with these class names to labels of this model.
 
-        None for a model or data without classes. Raises `ValueError` for names that the model does
-        not know; one without names takes the numbers.
+        None for a model or data without classes. Raises `ValueError` for classes that the model
+        was not trained on; a model without class names uses the numbers.
         """
         if labels is None or not self.network.num_classes:
             return None
@@ -74,8 +74,9 @@ class ModelConfig:
         unknown = [name for name in names if name not in classes]
         if unknown:
             raise ValueError(
-                f"the data has classes that the model does not know: {', '.join(unknown[:10])}; "
-                f"it knows {', '.join(self.classes[:20]) or self.network.num_classes}"
+                f"the model was not trained on these classes of the data: "
+                f"{', '.join(unknown[:10])}; "
+                f"allowed: {', '.join(self.classes[:20]) or self.network.num_classes}"
             )
         table = torch.tensor([*(classes.index(name) for name in names), -1])  # -1 is none
         return table[labels]
@@ -83,7 +84,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded model: its configuration, its network in evaluation mode, and a short digest."""
+    """A loaded model: configuration, network in evaluation mode, and a digest of the weights."""
 
     config: ModelConfig
     network: base.Network
@@ -112,12 +113,12 @@ class Model:
 
     @property
     def product(self) -> Denoiser | FlowMap:
-        """What it samples with: a flow map if it is a few-step model, else the denoiser."""
+        """The trained sampler: a flow map for a few-step model, else a denoiser."""
         return self.config.objective.product(self.denoiser)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.network.parameters()).device
 
 
@@ -139,7 +140,7 @@ def save_model(
 def load_model(
     path: Path | str, *, weights: Weights = "averaged", device: torch.device | str = "cpu"
 ) -> Model:
-    """Load a model from its folder, or from the folder of a run, also of one that is running.
+    """Load a model from its folder or from that of a run, which may still be training.
 
     Raises `ValueError` in one line if there is none or if a file is damaged.
     """
@@ -191,9 +192,9 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     network = config.head.build(config.network)
     try:
-        tensors, own = load(data), network.state_dict()
+        tensors, state = load(data), network.state_dict()
         network.load_state_dict(tensors)
-        if wrong := [name for name, value in tensors.items() if value.dtype != own[name].dtype]:
+        if wrong := [name for name, value in tensors.items() if value.dtype != state[name].dtype]:
             raise RuntimeError(f"{wrong[0]} is of {tensors[wrong[0]].dtype}")
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())

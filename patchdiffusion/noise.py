@@ -24,7 +24,7 @@ class NoiseLaw(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LogNormal:
-    """ln sigma ~ Normal(mean, std^2) (EDM, table 1).
+    """ln sigma ~ Normal(mean, std^2) (EDM, arXiv 2206.00364, table 1).
 
     The same law as a logit-normal flow time: tau = sigma / (1 + sigma) has logit ln sigma.
     """
@@ -49,7 +49,7 @@ class LogNormal:
 
 @dataclass(frozen=True, kw_only=True)
 class LogitNormal:
-    """The logit of the flow time ~ Normal(mean, std^2), then shifted (arXiv 2403.03206).
+    """Logit of the flow time ~ Normal(mean, std^2), then shifted (SD3, arXiv 2403.03206).
 
     The same law as LogNormal(mean + ln shift, std): ln sigma is the logit of the flow time, and
     the shift k t / (1 + (k - 1) t) of a time multiplies sigma by k.
@@ -60,7 +60,7 @@ class LogitNormal:
     std: float = 1.0
     """Standard deviation of the logit of the time."""
     shift: float = 1.0
-    """Towards more noise if above 1, as large images need."""
+    """Factor of sigma: above 1 shifts to more noise, as large images need."""
 
     def __post_init__(self) -> None:
         _check_normal(self, self.mean, self.std)
@@ -69,7 +69,7 @@ class LogitNormal:
 
     @property
     def log_normal(self) -> LogNormal:
-        """The same law of sigma."""
+        """The equal log-normal law of sigma."""
         return LogNormal(mean=self.mean + math.log(self.shift), std=self.std)
 
     def icdf(self, u: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class LogitNormal:
 
 @dataclass(frozen=True, kw_only=True)
 class LogUniform:
-    """ln sigma uniform between two bounds (the VE law of Song et al.)."""
+    """ln sigma uniform between two bounds (VE of Song et al., arXiv 2011.13456)."""
 
     word: ClassVar[str] = "loguniform"
     sigma_min: float = 0.02
@@ -106,10 +106,10 @@ class LogUniform:
 
 @dataclass(frozen=True, kw_only=True)
 class UniformTime:
-    """Time uniform on a path; sigma follows (DDPM: the VP path; rectified flow: the flow path)."""
+    """Time uniform on a path, which gives sigma (VP: arXiv 2011.13456; flow: 2210.02747)."""
 
     path: Literal["vp", "cosine", "flow"] = "vp"
-    """Which path the time belongs to."""
+    """Path of the time: vp is DDPM, flow is rectified flow."""
     margin: float = 1e-5
     """Times are drawn in (margin, 1 - margin); at the ends sigma is 0 or infinite."""
 
@@ -148,7 +148,7 @@ class Truncated:
 
 @dataclass(frozen=True, kw_only=True)
 class DDPMSteps:
-    """One of the T discrete steps, each as likely as the others (DDPM, algorithm 1)."""
+    """Uniform over the T discrete steps of a table (DDPM, arXiv 2006.11239, algorithm 1)."""
 
     word: ClassVar[str] = "ddpm-steps"
     table: Table = "linear"
@@ -165,13 +165,13 @@ class DDPMSteps:
         return table_sigmas(self.table, self.steps, u.device)[step].to(u.dtype)
 
     def cdf(self, sigma: Tensor) -> Tensor:
-        """The percentile in the middle of its step, with a fraction between two: in (0, 1)."""
+        """The percentile of the middle of its step, interpolated between steps: in (0, 1)."""
         index = DDPM(table=self.table, steps=self.steps).index(sigma)
         return ((index.clamp(0, self.steps - 1) + 0.5) / self.steps).to(sigma.dtype)
 
 
 Law = LogNormal | LogitNormal | LogUniform | UniformTime | DDPMSteps
-"""Those that a run may draw from and a model file may name."""
+"""The noise laws of `--noise` and of model files."""
 
 
 def _check_normal(law: object, mean: float, std: float) -> None:

@@ -49,16 +49,16 @@ class Scales(NamedTuple):
 
 
 class Precond(Protocol):
-    """Which parameterisation a network is trained in."""
+    """A preconditioner: the four scales of a network's input, output, skip and noise argument."""
 
     def scales(self, sigma: Tensor) -> Scales: ...
 
 
 class Trainable(ABC):
-    """Base of the parameterisations that a run may be trained in, with what belongs to each."""
+    """Base of the parameterisations of `--precond`, with their default weight and noise law."""
 
     predicts_eps: ClassVar[bool] = False
-    """Whether the network predicts eps, whose error is sigma times as large in the image."""
+    """True if the network predicts eps, whose error is sigma times as large in the image."""
 
     @abstractmethod
     def scales(self, sigma: Tensor) -> Scales:
@@ -66,28 +66,27 @@ class Trainable(ABC):
 
     @abstractmethod
     def default_weighting(self) -> LossWeight:
-        """The weight of the loss it is trained with: mostly the mean squared error of the output of
-        the network."""
+        """Default weight of the loss: mostly the mean squared error of the network's output."""
 
     def default_noise(self) -> Law:
-        """The noise law it was published with."""
+        """Default noise law, as published."""
         return LogNormal()
 
     @property
     def meaning(self) -> tuple[object, ...]:
-        """What the network predicts from what: weights may be taken over where this is equal."""
+        """Key of the input and output of the network; weights of another net fit if it is equal."""
         return (type(self),)
 
     def check_noise(self, law: object) -> None:
-        """Raise `ValueError` for a noise law that it cannot be trained with; any will do."""
+        """Raise `ValueError` for a noise law that it cannot be trained with; allows any."""
         return None
 
     def inherit(self, old: object, config: object) -> Self:
-        """The same with sigma_data or the steps of the one before."""
+        """A copy with sigma_data or the steps of the parameterisation that it replaces."""
         return families.alike(self, old)
 
     def prefers(self, config: Any) -> Any:
-        """The configuration with this one and its weight, and its law if the former had another."""
+        """The configuration with this one and its defaults: weight, and noise law if it differs."""
         law, former = self.default_noise(), config.precond.default_noise()
         noise = config.noise if law == former else law
         objective = config.objective.of_another_precond()
@@ -96,7 +95,7 @@ class Trainable(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class EDM(Trainable):
-    """Unit-variance inputs and targets, least amplification of errors (EDM, table 1)."""
+    """Unit-variance inputs and targets, least amplification of errors (EDM, arXiv 2206.00364)."""
 
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1] units."""
@@ -147,7 +146,7 @@ class TrigFlow(Trainable):
 
 @dataclass(frozen=True, kw_only=True)
 class EpsVP(Trainable):
-    """The network predicts eps on a VP path: DDPM in continuous time (EDM, table 1, VP)."""
+    """The network predicts eps on a VP path: DDPM in continuous time (arXiv 2011.13456)."""
 
     word: ClassVar[str] = "eps"
     predicts_eps: ClassVar[bool] = True
@@ -170,7 +169,7 @@ class EpsVP(Trainable):
 
 @dataclass(frozen=True, kw_only=True)
 class EpsDDPM(Trainable):
-    """The network predicts eps and is told the discrete step of the noise level (DDPM)."""
+    """The network predicts eps, conditioned on the discrete step (DDPM, arXiv 2006.11239)."""
 
     word: ClassVar[str] = "ddpm"
     predicts_eps: ClassVar[bool] = True
@@ -179,7 +178,7 @@ class EpsDDPM(Trainable):
     steps: int = 1000
     """Number of steps."""
     nearest: bool = False
-    """Between two steps tell the nearer one, instead of a fraction."""
+    """Round the noise argument to the nearest step, instead of interpolating."""
 
     def __post_init__(self) -> None:
         check_table(self.table, self.steps)
@@ -197,17 +196,12 @@ class EpsDDPM(Trainable):
     def default_noise(self) -> Law:
         return DDPMSteps(table=self.table, steps=self.steps)
 
-    @property
-    def meaning(self) -> tuple[object, ...]:
-        """What the network predicts from what: weights may be taken over where this is equal."""
-        return (type(self),)
-
     def check_noise(self, law: object) -> None:
         """Raise `ValueError` for the steps of another table."""
-        own = (self.table, self.steps)
-        if isinstance(law, DDPMSteps) and (law.table, law.steps) != own:
+        table = (self.table, self.steps)
+        if isinstance(law, DDPMSteps) and (law.table, law.steps) != table:
             raise ValueError(
-                f"precond.table and precond.steps are {own} and those of noise "
+                f"precond.table and precond.steps are {table} and those of noise "
                 f"{(law.table, law.steps)}: give both the same"
             )
 
@@ -262,7 +256,10 @@ class FlowMatching(Trainable):
 
 @dataclass(frozen=True)
 class X0(Trainable):
-    """The network predicts the image itself from x / sqrt(1 + sigma^2); c_noise = ln(sigma) / 4."""
+    """The network predicts the image, from x / sqrt(1 + sigma^2) (arXiv 2202.00512, section 4).
+
+    c_noise = ln(sigma) / 4.
+    """
 
     def scales(self, sigma: Tensor) -> Scales:
         inner = (sigma**2 + 1).rsqrt()
@@ -273,7 +270,7 @@ class X0(Trainable):
 
 
 Parameterisation = EDM | EpsVP | EpsDDPM | V | X0 | FlowMatching | TrigFlow
-"""Those that a run may be trained in and a model file may name."""
+"""The parameterisations of `--precond` and of model files."""
 
 
 @dataclass(frozen=True)
@@ -287,7 +284,7 @@ class OnPath:
     def __post_init__(self) -> None:
         if not 0 < self.data_scale < math.inf:
             raise ValueError(f"data_scale must be positive and finite, not {self.data_scale}")
-        self.scales(torch.ones(1))  # raises if there is no such prediction
+        self.scales(torch.ones(1))  # raises for an unknown prediction
 
     def scales(self, sigma: Tensor) -> Scales:
         # In float64, since 1 - t cancels; x0 is linear in z and in the prediction.
@@ -295,8 +292,8 @@ class OnPath:
         a, none, one = self.path.a(t), torch.zeros_like(t), torch.ones_like(t)
         skip = a * convert(none, one, t, self.path, self.prediction, "x0")
         out = convert(one, none, t, self.path, self.prediction, "x0") / self.data_scale
-        told = t if isinstance(self.path, VE) else t.clamp(0, 1)  # a network knows no others
-        return Scales(*(c.to(sigma.dtype) for c in (skip, out, a * self.data_scale, told)))
+        time = t if isinstance(self.path, VE) else t.clamp(0, 1)  # the times of training
+        return Scales(*(c.to(sigma.dtype) for c in (skip, out, a * self.data_scale, time)))
 
 
 def _check_time_scale(value: float) -> None:

@@ -1,8 +1,8 @@
-"""Patch Diffusion's crops: where they lie, how they are cut, and how the network is told.
+"""Random crops of Patch Diffusion, and the coordinate channels of their position.
 
 Wang et al., "Patch Diffusion: Faster and More Data-Efficient Training of Diffusion Models",
-NeurIPS 2023 (arXiv 2304.12526). A network is trained on random crops of random size and told, by
-one coordinate channel for each axis, where each crop lies; it then samples whole images as usual.
+NeurIPS 2023 (arXiv 2304.12526). A network is trained on random crops of random size, conditioned
+on their position by one coordinate channel for each axis; it then samples whole images as usual.
 
 Shapes: B batch, C channels, n axes: 1 of sequences, 2 of images (height, width), 3 of video
 (frames, height, width); *size are n lengths.
@@ -23,7 +23,7 @@ _STREAMS = ("left", "top", "front")  # of the random corners, from the last axis
 
 
 def size_name(size: Size) -> str:
-    """A size as people write it: 24x32."""
+    """The text of a size, such as 24x32."""
     return "x".join(map(str, size))
 
 
@@ -32,12 +32,12 @@ def corners(key: Tensor, size: Size, canvas: Size, pitch: int = 1) -> Tensor:
 
     Raises `ValueError` if the crop does not fit.
     """
-    places = [side - length * pitch + 1 for side, length in zip(canvas, size, strict=True)]
-    if min(places) < 1:
+    counts = [side - length * pitch + 1 for side, length in zip(canvas, size, strict=True)]
+    if min(counts) < 1:
         raise ValueError(f"a crop of {size} at pitch {pitch} does not fit the canvas {canvas}")
     drawn = [
         rng.integers(rng.subkeys(key, _stream(len(canvas) - 1 - axis)), count)
-        for axis, count in enumerate(places)
+        for axis, count in enumerate(counts)
     ]
     return torch.stack(drawn, dim=1)
 
@@ -49,7 +49,7 @@ def _stream(from_last: int) -> str:
 def pixel_indices(corner: Tensor, size: Size, pitch: int = 1) -> tuple[Tensor, ...]:
     """Indices along each axis of the pixels of crops with corners [B, n].
 
-    Those of axis i are int64 [B, 1, ..., size[i] * pitch, ..., 1], to be broadcast.
+    The indices of axis i are int64 [B, 1, ..., size[i] * pitch, ..., 1], to be broadcast.
     """
     return tuple(
         _along(corner[:, axis, None] + torch.arange(length * pitch, device=corner.device), axis, n)
@@ -82,23 +82,23 @@ def average_pool(x: Tensor, pitch: int) -> Tensor:
 
 
 def coordinates(corner: Tensor, size: Size, canvas: Size, pitch: int = 1) -> Tensor:
-    """Where each pixel of crops lies on the canvas: corners [B, n] -> float32 [B, n, *size].
+    """Coordinates of the pixels of crops on the canvas: corners [B, n] -> float32 [B, n, *size].
 
-    The last axis comes first: x, then y. The centres of the first and last pixel of each axis are
+    The last axis comes first: x, then y. The centers of the first and last pixel of each axis are
     exactly -1 and +1, each axis on its own scale; an axis of one pixel is 0. Positions outside the
     canvas continue the scale.
     """
     channels = []
     for axis in reversed(range(len(canvas))):
         side, steps = canvas[axis], torch.arange(size[axis], device=corner.device) * pitch
-        place = (corner[:, axis, None] + steps).to(torch.float32) + (pitch - 1) / 2
-        scaled = 2 * (place / (side - 1)) - 1 if side > 1 else torch.zeros_like(place)
+        pixel = (corner[:, axis, None] + steps).to(torch.float32) + (pitch - 1) / 2
+        scaled = 2 * (pixel / (side - 1)) - 1 if side > 1 else torch.zeros_like(pixel)
         channels.append(_along(scaled, axis, len(canvas)).expand(-1, *size))
     return torch.stack(channels, dim=1)
 
 
 def random_crop(x: Tensor, size: Size, *, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Crop each image at its own random place: crops [B, C, *size], coordinates [B, n, *size].
+    """Crop each image at a random position: crops [B, C, *size], coordinates [B, n, *size].
 
     `key` is int64 [B] from `rng.keys`: the crop of an image depends on its key alone.
     """
@@ -109,7 +109,7 @@ def random_crop(x: Tensor, size: Size, *, key: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Region:
-    """A rectangle of pixels on a canvas: where every image of a batch lies.
+    """Position of the images of a batch on the canvas of the network.
 
     Raises `ValueError` if the corner has not as many axes as the canvas.
     """
@@ -128,7 +128,7 @@ class Region:
 
     @classmethod
     def whole(cls, canvas: Size) -> "Region":
-        """The region that begins where the canvas does."""
+        """The region that starts at the first pixel of the canvas."""
         return cls(canvas, (0,) * len(canvas))
 
     def pos(self, x: Tensor) -> Tensor:

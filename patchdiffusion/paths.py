@@ -112,7 +112,7 @@ class Flow:
 
 @dataclass(frozen=True)
 class VE:
-    """a = 1, s = t = sigma: the frame of EDM and of everything in this library."""
+    """a = 1, s = t = sigma: the frame of EDM and of all denoisers in this library."""
 
     def a(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -161,7 +161,7 @@ def table_sigmas(table: Table, steps: int, device: torch.device) -> Tensor:
 class DDPM:
     """The variance-preserving path whose times i / (T - 1) are the discrete steps i.
 
-    Between two steps ln sigma is linear in time, and goes on as straight beyond the table.
+    Between two steps ln sigma is linear in time, and is extrapolated beyond the table.
     """
 
     table: Table = "linear"
@@ -173,7 +173,7 @@ class DDPM:
         check_table(self.table, self.steps)
 
     def index(self, sigma: Tensor) -> Tensor:
-        """The step of a sigma, with a fraction between two: float64, in the table [0, T - 1]."""
+        """The step of a sigma, interpolated between steps: float64, in the table [0, T - 1]."""
         logs = self._logs(sigma)
         log = sigma.double().log()
         above = torch.searchsorted(logs, log.contiguous()).clamp(1, self.steps - 1)
@@ -212,7 +212,7 @@ class DDPM:
 
 
 def check_table(table: str, steps: int) -> None:
-    """Raise `ValueError` unless there is such a table."""
+    """Raise `ValueError` for an unknown table or number of steps."""
     if table not in get_args(Table):
         raise ValueError(f"unknown table {table!r}, allowed: {get_args(Table)}")
     if not 25 <= steps <= 100_000:  # below, a linear beta exceeds 1
@@ -227,7 +227,7 @@ Prediction = Literal["x0", "eps", "score", "v", "velocity"]
 def convert(
     value: Tensor, z: Tensor, t: Tensor, path: Path, source: Prediction, target: Prediction
 ) -> Tensor:
-    """Convert what a network predicts at z_t into another prediction of the same posterior mean.
+    """Convert a prediction at z_t into another prediction of the same posterior mean.
 
     v is a eps - s x0 and velocity is dz/dt = a' x0 + s' eps (arXiv 2510.21890). `t` must broadcast
     against `z`. Raises `ValueError` for an unknown prediction.
@@ -238,7 +238,7 @@ def convert(
     if source == target:
         return value
     a, s, da, ds = path.a(t), path.s(t), path.da(t), path.ds(t)
-    # Both directly, not one from the other: next to an end of the path the difference cancels.
+    # Each from the prediction, not one from the other: near an end of the path they would cancel.
     x0 = {
         "x0": lambda: value,
         "eps": lambda: (z - s * value) / a,

@@ -1,4 +1,4 @@
-"""Patch plans: which crop sizes a step sees, how many of each, and what that costs.
+"""Patch plans: the crop sizes of each training step, their numbers, and their cost.
 
 Wang et al., "Patch Diffusion: Faster and More Data-Efficient Training of Diffusion Models",
 NeurIPS 2023 (arXiv 2304.12526). `patches.py` cuts the crops.
@@ -8,8 +8,8 @@ NeurIPS 2023 (arXiv 2304.12526). `patches.py` cuts the crops.
         crops, pos = random_crop(next_images(group.count), group.size, key=keys)
         loss += group.weight * denoising_loss(net, crops, pos).mean()
 
-A member of `Patches` says how steps are made of groups of crops; `PatchPlan` binds it to a canvas
-and a batch, and names, sizes and costs follow from its kinds of steps.
+A member of `Patches` composes steps of groups of crops; `PatchPlan` binds it to a canvas and a
+batch, and names, sizes and costs follow from its kinds of steps.
 """
 
 import bisect
@@ -49,7 +49,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """What logs call it: its size, then its pitch and noise levels where they are special."""
+        """Name in logs: its size, then its pitch and percentiles if they are not the default."""
         name = size_name(self.size)
         if self.pitch > 1:
             name += f"@{self.pitch}"
@@ -59,27 +59,27 @@ class Group:
 
 
 Kinds = tuple[tuple[float, tuple[Group, ...]], ...]
-"""The groups of each kind of step, and which share of the steps is of that kind."""
+"""The kinds of step of a plan: for each its share of all steps, and its groups."""
 
 
 class Moment(NamedTuple):
-    """What the groups of a step depend on."""
+    """Arguments of a plan's draw: seed, step and progress of the run."""
 
     seed: int
     step: int
     progress: float | None
-    """Share of the run that is done, None where nobody knows."""
+    """Share of the run that is done; None if it is unknown."""
 
 
 class Plan(Protocol):
-    """How steps are made of groups; `on` says the canvas, batch, divisor and noise law."""
+    """A rule that composes steps of groups; `on` holds canvas, batch, divisor and noise law."""
 
     def draw(self, on: "PatchPlan", now: Moment) -> tuple[Group, ...]:
         """The groups of one step, a pure function."""
         ...
 
     def kinds(self, on: "PatchPlan", clock: Clock) -> Kinds:
-        """Everything that `draw` may return, and how often; `clock` is that of the run."""
+        """All results of `draw`, with their share of the steps; `clock` is that of the run."""
         ...
 
 
@@ -87,12 +87,12 @@ class Plan(Protocol):
 
 
 def _group(k: PatchSize, count: float, weight: float) -> Group:
-    """About so many crops of a size."""
+    """A group of about `count` crops of a size."""
     return Group(k.size, max(1, round(count)), weight, k.pitch, k.noise)
 
 
 def _alone(on: "PatchPlan", k: PatchSize) -> tuple[Group, ...]:
-    """A step of one size."""
+    """The groups of a step of one size."""
     return (_group(k, on.batch * k.multiplier, k.share / k.prob),)
 
 
@@ -104,10 +104,10 @@ def _pick(sizes: Sequence[PatchSize], u: float) -> PatchSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Stratified(PatchLaw):
-    """All sizes in every step, in the proportions of their probabilities."""
+    """All sizes in every step, in proportion to their probabilities."""
 
     def draw(self, on: "PatchPlan", now: Moment) -> tuple[Group, ...]:
-        """The same groups in every step."""
+        """One group for each size, equal in every step."""
         sizes = self.sizes(on.canvas, on.divisor, on.noise)
         return tuple(_group(k, on.batch * k.multiplier * k.prob, k.share) for k in sizes)
 
@@ -118,7 +118,7 @@ class Stratified(PatchLaw):
 
 @dataclass(frozen=True, kw_only=True)
 class _RandomSize(PatchLaw):
-    """One size a step, drawn by the probabilities."""
+    """One size per step, drawn by the probabilities."""
 
     def draw(self, on: "PatchPlan", now: Moment) -> tuple[Group, ...]:
         """One group."""
@@ -133,11 +133,11 @@ class _RandomSize(PatchLaw):
 
 @dataclass(frozen=True, kw_only=True)
 class Stochastic(_RandomSize):
-    """One random size a step, as published."""
+    """One random size per step, as published (arXiv 2304.12526)."""
 
     @classmethod
     def paper(cls, p: float = 0.5, *, latent: bool = False) -> Self:
-        """The published law for a share p of whole images: batch x 1, 2, 4.
+        """The published plan with a share p of whole images; its batches are x 1, 2, 4.
 
         Pixels: (p, .6 (1-p), .4 (1-p)) for sides (1, 1/2, 1/4); latents: (p, 1-p) for (1, 1/2).
         """
@@ -150,7 +150,7 @@ class Stochastic(_RandomSize):
 
 @dataclass(frozen=True, kw_only=True)
 class Progressive(PatchLaw):
-    """Small to large over the run; probabilities are shares of its clock."""
+    """Small to large sizes over the run; probabilities are shares of its clock."""
 
     def draw(self, on: "PatchPlan", now: Moment) -> tuple[Group, ...]:
         """One group; raises `ValueError` without `progress`."""
@@ -168,12 +168,12 @@ class Progressive(PatchLaw):
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantPixels(_RandomSize):
-    """One random size a step, with batches that grow with 1/area: every step costs the same."""
+    """One random size per step, with batches proportional to 1/area: all steps cost the same."""
 
     def sizes(
         self, canvas: Size, divisor: int = 1, noise: NoiseLaw | None = None
     ) -> tuple[PatchSize, ...]:
-        """As many crops of each size as by their probabilities, in steps of equal cost."""
+        """Sizes in steps of equal cost, each with an unchanged share of all crops."""
         sizes = super().sizes(canvas, divisor, noise)
         images = [k.prob * k.multiplier * k.area for k in sizes]
         return tuple(
@@ -183,7 +183,7 @@ class ConstantPixels(_RandomSize):
 
 
 Patches = Stratified | Stochastic | Progressive | ConstantPixels
-"""The plans that a run may have."""
+"""The plans of `--patches`."""
 
 
 # ---- A plan on a canvas ----
@@ -191,7 +191,7 @@ Patches = Stratified | Stochastic | Progressive | ConstantPixels
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """Which groups each step is made of: a pure function of (seed, step, progress).
+    """The groups of crops of each step: a pure function of (seed, step, progress).
 
     Every process calls `draw` with the same arguments and gets the same answer, so no process
     waits for another one that drew a larger size. `divisor` is the total down-sampling of the
@@ -215,7 +215,7 @@ class PatchPlan:
             raise ValueError(
                 f"batch and divisor must be at least 1, not {self.batch} and {self.divisor}"
             )
-        self.kinds()  # raises an error for sizes that cannot be had on this canvas
+        self.kinds()  # raises for sizes that do not fit this canvas
 
     @classmethod
     def paper(
@@ -238,7 +238,7 @@ class PatchPlan:
         return self.law.draw(self, Moment(seed, step, progress))
 
     def kinds(self, clock: Clock = "equivalents") -> Kinds:
-        """The groups of each kind of step, and how often it comes; `clock` is that of the run."""
+        """The kinds of step, with their share of all steps; `clock` is that of the run."""
         return self.law.kinds(self, clock)
 
     @cached_property
@@ -296,7 +296,7 @@ def equivalents(groups: tuple[Group, ...], canvas: Size) -> float:
 
 
 def _advance(groups: tuple[Group, ...], canvas: Size, clock: Clock) -> float:
-    """By how much a step moves the clock."""
+    """Advance of the clock in a step, in its unit."""
     if clock == "steps":
         return 1.0
     return sum(g.count for g in groups) if clock == "crops" else equivalents(groups, canvas)

@@ -62,8 +62,8 @@ def bits(key: Tensor, count: int) -> Tensor:
     """`count` random 64-bit words for each key: int64 [B] -> int64 [B, count]."""
     # key + counter * _GOLDEN, in a form that the compiler does not mistake for index arithmetic,
     # which would overflow.
-    place = key[:, None] * _INVERSE + torch.arange(1, count + 1, device=key.device)
-    return _mix(place * _GOLDEN)
+    counter = key[:, None] * _INVERSE + torch.arange(1, count + 1, device=key.device)
+    return _mix(counter * _GOLDEN)
 
 
 def uniform(key: Tensor, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -98,12 +98,12 @@ def integers(key: Tensor, high: int | Tensor) -> Tensor:
 
 
 def bernoulli(key: Tensor, probability: float) -> Tensor:
-    """One biased coin for each key: bool [B]."""
+    """One Bernoulli draw for each key: bool [B]."""
     return uniform(key, 1)[:, 0] < probability
 
 
 def keep_level(drop: float) -> int:
-    """The least draw in int16 that a dropout of probability `drop` keeps.
+    """Threshold of dropout: the least int16 draw at which a value is kept.
 
     Raises `ValueError` unless 0 <= drop < 1.
     """
@@ -124,7 +124,7 @@ def keep_mask(key: Tensor, shape: tuple[int, ...], drop: float) -> Tensor:
 
 
 def keep_scale(drop: float) -> float:
-    """Factor of the kept values that preserves the mean, for the share `keep_mask` really drops."""
+    """Factor of the kept values that preserves the mean, for the rounded share of `keep_mask`."""
     return 1 / (1 - round(drop * 2**16) / 2**16)
 
 
@@ -136,7 +136,7 @@ def permutation(seed: int, stream: str, epoch: int, length: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draws:
-    """The random draws of some samples of one training step.
+    """Random draws of some samples of one training step.
 
     `index` [B] is the position of each sample in the whole step (over all ranks, micro-batches
     and groups) and `count` the number of samples in its group, of which it is number `rank`.
@@ -150,16 +150,16 @@ class Draws:
     count: int
 
     def to(self, device: torch.device | str) -> "Draws":
-        """The same draws, made on another device."""
+        """These draws, computed on another device."""
         index, rank = self.index.to(device), self.rank.to(device)
         return Draws(self.seed, self.step, index, rank, self.count)
 
     def keys(self, stream: str) -> Tensor:
-        """int64 [B]."""
+        """The keys of the samples in a stream: int64 [B]."""
         return keys(self.seed, stream, self.step, self.index)
 
     def others(self, stream: str) -> "Draws":
-        """For each sample the draws of another one of its group, all others alike.
+        """For each sample the draws of another random sample of its group.
 
         Raises `ValueError` for a group of one sample.
         """
@@ -188,5 +188,5 @@ class Draws:
         return (u - u.floor()).clamp(2.0**-53, 1 - 2.0**-53)
 
     def bernoulli(self, stream: str, probability: float) -> Tensor:
-        """bool [B]."""
+        """Independent Bernoulli draws: bool [B]."""
         return bernoulli(self.keys(stream), probability)

@@ -1,4 +1,4 @@
-"""Crop sizes: fractions of a canvas in pixels that a network takes, and how often each is seen."""
+"""Crop sizes: fractions of the canvas, rounded to pixels, with their probabilities."""
 
 import itertools
 import math
@@ -30,14 +30,14 @@ class PatchSize:
 
 @dataclass(frozen=True, kw_only=True)
 class PatchLaw:
-    """A few crop sizes, as fractions of every axis of the canvas, and how often each is seen."""
+    """Crop sizes as fractions of every axis of the canvas, with their probabilities."""
 
     fractions: tuple[float, ...] = (1.0, 0.5, 0.25)
-    """Crop sides relative to the canvas; 1 is the whole image. Of clips, time is a side too."""
+    """Crop sides relative to the canvas; 1 is the whole image. The time of clips is a side too."""
     probs: tuple[float, ...] = (0.5, 0.3, 0.2)
     """Probability of each size, summing to 1; the share of whole images is the paper's p."""
     multiplier: Multiplier = "inverse_side"
-    """How the number of crops grows as they shrink; the paper uses 1, 2, 4: inverse_side."""
+    """Growth of the number of crops as they shrink; the paper uses 1, 2, 4: inverse_side."""
     loss_norm: LossNorm = "area"
     """area: a crop's gradient counts with its area, as in the paper; mean: all crops alike."""
     percentiles: tuple[tuple[float, float], ...] = ()
@@ -62,9 +62,9 @@ class PatchLaw:
                 raise ValueError(
                     f"unknown {name} {getattr(self, name)!r}, allowed: {get_args(kind)}"
                 )
-        for name, given in (("percentiles", self.percentiles), ("pitches", self.pitches)):
-            if given and len(given) != len(self.fractions):
-                raise ValueError(f"{name} needs one entry per fraction, or none, not {len(given)}")
+        for name, values in (("percentiles", self.percentiles), ("pitches", self.pitches)):
+            if values and len(values) != len(self.fractions):
+                raise ValueError(f"{name} needs one entry per fraction, or none, not {len(values)}")
         if not all(0 <= low < high <= 1 for low, high in self.percentiles):
             raise ValueError(f"percentiles need 0 <= low < high <= 1, not {self.percentiles}")
         if not all(pitch >= 1 for pitch in self.pitches):
@@ -72,11 +72,11 @@ class PatchLaw:
 
     @classmethod
     def whole(cls) -> Self:
-        """Whole images only: ordinary diffusion training."""
+        """The plan of whole images only: ordinary diffusion training."""
         return cls(fractions=(1.0,), probs=(1.0,))
 
     def inherit(self, old: object, config: object) -> Self:
-        """This plan with the crop sizes of the one that it replaces."""
+        """A copy with the crop sizes of the plan that it replaces."""
         return families.alike(self, old)
 
     def sizes(
@@ -85,7 +85,7 @@ class PatchLaw:
         """The distinct sizes with a positive probability, largest first.
 
         The noise law is that of the run, None the default one. Raises `ValueError` for sizes that
-        cannot be had.
+        do not fit the canvas.
         """
         probs: dict[tuple[Size, int, NoiseLaw], float] = {}
         views = (self.pitches or itertools.repeat(1), self.percentiles or itertools.repeat(_ALL))
@@ -103,7 +103,7 @@ class PatchLaw:
         )
 
     def _power(self, axes: int) -> float:
-        """The number of crops is the area to this power."""
+        """Exponent of the relative area in the number of crops."""
         return {"inverse_side": -1 / axes, "inverse_area": -1.0, "one": 0.0}[self.multiplier]
 
 

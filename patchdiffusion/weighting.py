@@ -1,8 +1,8 @@
-"""How much an error of the denoised image counts: weights lambda(sigma) on |D - x0|^2.
+"""Weights of the loss, lambda(sigma) on |D - x0|^2.
 
-Each weight turns the loss on the image into the loss on another prediction (arXiv 2510.21890):
-what is trained is the product of the weight and the density of the noise law. The signal-to-noise
-ratio is SNR = 1 / sigma^2.
+Each weight turns the loss on the image into the loss on another prediction (arXiv 2510.21890).
+Only the product of the weight and the density of the noise law matters. The signal-to-noise ratio
+is SNR = 1 / sigma^2.
 """
 
 import math
@@ -28,7 +28,7 @@ class Weighting(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class EDMWeight:
-    """(sigma^2 + sd^2) / (sigma sd)^2: every noise level counts the same at the start (EDM)."""
+    """(sigma^2 + sd^2) / (sigma sd)^2: equal loss at all sigma at the start (arXiv 2206.00364)."""
 
     word: ClassVar[str] = "edm"
     sigma_data: float = 0.5
@@ -38,7 +38,7 @@ class EDMWeight:
         check_sigma_data(self.sigma_data)
 
     def inherit(self, old: object, config: Any) -> "EDMWeight":
-        """The same with the scale of the data that the configuration has."""
+        """A copy with the sigma_data of the configuration's parameterisation."""
         return families.alike(self, config.precond)
 
     def __call__(self, sigma: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class EDMWeight:
 
 @dataclass(frozen=True)
 class X0Weight:
-    """1: the mean squared error of the image."""
+    """1: the mean squared error of the image (arXiv 2202.00512)."""
 
     word: ClassVar[str] = "x0"
 
@@ -57,7 +57,7 @@ class X0Weight:
 
 @dataclass(frozen=True)
 class EpsWeight:
-    """1 / sigma^2: the mean squared error of eps (DDPM)."""
+    """1 / sigma^2: the mean squared error of eps (DDPM, arXiv 2006.11239)."""
 
     word: ClassVar[str] = "eps"
 
@@ -67,7 +67,7 @@ class EpsWeight:
 
 @dataclass(frozen=True)
 class VWeight:
-    """(1 + sigma^2) / sigma^2: the mean squared error of v."""
+    """(1 + sigma^2) / sigma^2: the mean squared error of v (arXiv 2202.00512)."""
 
     word: ClassVar[str] = "v"
 
@@ -77,7 +77,7 @@ class VWeight:
 
 @dataclass(frozen=True)
 class FlowWeight:
-    """(1 + sigma)^2 / sigma^2: the mean squared error of the velocity of the straight path."""
+    """(1 + sigma)^2 / sigma^2: the mean squared error of the flow velocity (arXiv 2210.02747)."""
 
     word: ClassVar[str] = "flow"
 
@@ -87,7 +87,7 @@ class FlowWeight:
 
 @dataclass(frozen=True)
 class ScoreWeight:
-    """1 / sigma^4: the mean squared error of the score."""
+    """1 / sigma^4: the mean squared error of the score (arXiv 2011.13456)."""
 
     word: ClassVar[str] = "score"
 
@@ -95,16 +95,16 @@ class ScoreWeight:
         return sigma**-4
 
 
-# ---- Weights that leave out what matters less ----
+# ---- Bounded weights ----
 
 
 @dataclass(frozen=True, kw_only=True)
 class MinSNRWeight:
-    """min(SNR, gamma) (arXiv 2303.09556): eps, v and x0 networks have the same on the image."""
+    """min(SNR, gamma), for eps, v and x0 networks alike (arXiv 2303.09556)."""
 
     word: ClassVar[str] = "min-snr"
     gamma: float = 5.0
-    """Largest weight; a smaller one cares less for low noise."""
+    """Largest weight; smaller values reduce the weight of low noise."""
 
     def __post_init__(self) -> None:
         _positive(self, "gamma")
@@ -134,7 +134,7 @@ class P2Weight:
 
     word: ClassVar[str] = "p2"
     gamma: float = 1.0
-    """How much less; 0 is the error of eps itself."""
+    """Exponent of the reduction; 0 is the error of eps itself."""
     k: float = 1.0
     """SNR from which on the weight is reduced."""
 
@@ -186,7 +186,7 @@ class LogVariance(nn.Module):
         self.weight = nn.Parameter(torch.zeros(channels))
 
     def forward(self, sigma: Tensor) -> Tensor:
-        """[B] -> float32 [B]."""
+        """u(sigma): [B] -> float32 [B]."""
         turns = sigma.float().log()[:, None] / 4 * self.freqs + self.phases
         # Not a matrix product, which autocast would round to its low precision.
         return (math.sqrt(2) * (2 * math.pi * turns).cos() * self.weight).sum(1)

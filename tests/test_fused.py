@@ -56,19 +56,22 @@ def double(tensors: list[Any]) -> list[Any]:
 
 
 def outcome(
-    function: Callable[..., Tensor], tensors: list[Tensor], how: fused._How, shifted: bool = True
+    function: Callable[..., Tensor],
+    tensors: list[Tensor],
+    settings: fused._Settings,
+    shifted: bool = True,
 ) -> list[Tensor]:
     """The result and the gradients of x, weight, bias and shift."""
     x, weight, bias, shift, key, gy = tensors
     leaves = [t.detach().requires_grad_() for t in (x, weight, bias, shift)[: 3 + shifted]]
-    key = key if how.drop else None
-    y = function(*leaves, *([] if shifted else [None]), key, how)
+    key = key if settings.drop else None
+    y = function(*leaves, *([] if shifted else [None]), key, settings)
     return [y.detach(), *torch.autograd.grad(y, leaves, gy)]
 
 
 def kernel(*args: Any) -> Tensor:
-    *tensors, how = args
-    return fused.group_norm(*tensors, **how._asdict())
+    *tensors, settings = args
+    return fused.group_norm(*tensors, **settings._asdict())
 
 
 # ---- The same function ----
@@ -81,9 +84,9 @@ def test_agrees_with_the_operators(
 ) -> None:
     tensors = inputs(shape, dtype)
     for silu, drop, shifted in product((False, True), (0.0, 0.3), (False, True)):
-        how = fused._How(shape[-1], 1e-6, silu, drop)
-        found = outcome(kernel, tensors, how, shifted)
-        expected = outcome(fused._operators, double(tensors), how, shifted)
+        settings = fused._Settings(shape[-1], 1e-6, silu, drop)
+        found = outcome(kernel, tensors, settings, shifted)
+        expected = outcome(fused._operators, double(tensors), settings, shifted)
         for name, a, b in zip(("y", "x", "weight", "bias", "shift"), found, expected, strict=False):
             assert a.dtype == (dtype if name in "yx" else FULL)
             # What bfloat16 rounds, by 2^-8 at most: the result once, the gradient of x twice.
@@ -96,18 +99,18 @@ def test_agrees_with_the_operators(
 @pytest.mark.parametrize("dtype", [FULL, LOW])
 def test_bits_depend_neither_on_threads_nor_on_the_batch(dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
-    how = fused._How(4, 1e-6, True, 0.3)
+    settings = fused._Settings(4, 1e-6, True, 0.3)
     tensors = inputs((3, 16, 41, 40, 4), dtype)
     try:
         torch.set_num_threads(1)
-        expected = outcome(kernel, tensors, how)
+        expected = outcome(kernel, tensors, settings)
         for threads in (2, 3):
             torch.set_num_threads(threads)
-            found = outcome(kernel, tensors, how)
+            found = outcome(kernel, tensors, settings)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         x, weight, bias, shift, key, gy = tensors
         part = [x[1:2], weight, bias, shift[1:2], key[1:2], gy[1:2]]
-        one = outcome(kernel, part, how)
+        one = outcome(kernel, part, settings)
     finally:
         torch.set_num_threads(before)
     for i in (0, 1, 4):  # y and the gradients of x and shift
@@ -116,9 +119,12 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(dtype: torch.dtype) -> 
 
 def test_a_large_mean_does_not_spoil_the_variance() -> None:
     x, *rest = inputs((2, 16, 41, 40, 4))
-    how = fused._How(4, 1e-6, False, 0.0)
+    settings = fused._Settings(4, 1e-6, False, 0.0)
     tensors = [x / 4 + 1000, *rest]
-    found, expected = outcome(kernel, tensors, how), outcome(fused._operators, double(tensors), how)
+    found, expected = (
+        outcome(kernel, tensors, settings),
+        outcome(fused._operators, double(tensors), settings),
+    )
     # The mean itself is float32; the difference of E[x^2] and E[x]^2 would be wrong by 20 %.
     assert (found[0] - expected[0]).abs().max() < 2e-4 * expected[0].abs().max()
 
@@ -129,7 +135,7 @@ def test_masks_are_those_of_the_keys(dtype: torch.dtype) -> None:
         x, _, _, _, key, _ = inputs((b, c, height, width, groups), dtype)
         zero, one = torch.zeros(c), torch.ones(c)
         for drop in (0.05, 0.5, 0.99):
-            y = kernel(x, zero, one, None, key, fused._How(groups, 1e-6, False, drop))
+            y = kernel(x, zero, one, None, key, fused._Settings(groups, 1e-6, False, drop))
             mask = keep_mask(key, (height, width, c), drop).permute(0, 3, 1, 2)
             assert torch.equal(y != 0, mask)
             assert torch.equal(y, fused.dropout(torch.ones_like(x), key, drop))
@@ -139,13 +145,17 @@ def test_masks_are_those_of_the_keys(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("drop", [0.0, 0.5])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_seen(dtype: torch.dtype, bad: float, drop: float) -> None:
-    how = fused._How(4, 1e-6, True, drop)  # what is dropped is seen too, as 0 * NaN is NaN
+    settings = fused._Settings(
+        4, 1e-6, True, drop
+    )  # what is dropped is seen too, as 0 * NaN is NaN
     x, weight, bias, shift, key, gy = inputs((2, 32, 4, 4, 4), dtype)
     spoilt, spoilt_gy = x.clone(), gy.clone()
     spoilt[1, 9, 2, 1] = spoilt_gy[1, 9, 2, 1] = bad  # in group 1 of 4
     whole = torch.zeros(2, 32, dtype=torch.bool)
     whole[1, 8:16] = True
-    y, gx, gweight, gbias, gshift = outcome(kernel, [spoilt, weight, bias, shift, key, gy], how)
+    y, gx, gweight, gbias, gshift = outcome(
+        kernel, [spoilt, weight, bias, shift, key, gy], settings
+    )
     assert torch.equal(y.isnan().all((2, 3)), whole)
     assert torch.equal(gx.isnan().all((2, 3)), whole)
     for t in (y, gx):
@@ -153,11 +163,15 @@ def test_what_is_not_finite_is_seen(dtype: torch.dtype, bad: float, drop: float)
     for t in (gweight, gbias):
         assert torch.equal(~t.isfinite(), whole[1])
     assert not gshift[1, 8:16].isfinite().any()
-    _, gx, gweight, gbias, gshift = outcome(kernel, [x, weight, bias, shift, key, spoilt_gy], how)
+    _, gx, gweight, gbias, gshift = outcome(
+        kernel, [x, weight, bias, shift, key, spoilt_gy], settings
+    )
     assert not gx[whole].isfinite().any() and gx[~whole].isfinite().all()
     assert not gweight[9].isfinite() and not gbias[9].isfinite()
     weight[3] = bad
-    assert not outcome(kernel, [x, weight, bias, shift, key, gy], how)[0][:, 3].isfinite().any()
+    assert (
+        not outcome(kernel, [x, weight, bias, shift, key, gy], settings)[0][:, 3].isfinite().any()
+    )
 
 
 def test_silu_far_out() -> None:
@@ -165,8 +179,8 @@ def test_silu_far_out() -> None:
     zero = torch.zeros(16)
     for size in (20.0, 88.0, 89.5, 200.0, 1e30):
         tensors = [x, zero + size, zero, torch.zeros(1, 16), zero, torch.ones_like(x)]
-        how = fused._How(1, 0.0, True, 0.0)
-        found, expected = (outcome(f, tensors, how) for f in (kernel, fused._operators))
+        settings = fused._Settings(1, 0.0, True, 0.0)
+        found, expected = (outcome(f, tensors, settings) for f in (kernel, fused._operators))
         torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-30)
         torch.testing.assert_close(found[3], expected[3], rtol=1e-5, atol=1e-30)
 
@@ -203,14 +217,14 @@ def test_joined_channels_have_dense_gradients() -> None:
 
 
 def test_second_derivatives(runs: list[str]) -> None:
-    how = fused._How(4, 1e-6, True, 0.3)
+    settings = fused._Settings(4, 1e-6, True, 0.3)
 
     def second(function: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
         *leaves, key, gy = tensors
         leaves = [t.detach().requires_grad_() for t in leaves]
         gy = gy.detach().requires_grad_()
         # x has a past of its own, which must not be walked twice.
-        y = function(leaves[0] * 2, *leaves[1:], key, how)
+        y = function(leaves[0] * 2, *leaves[1:], key, settings)
         first = torch.autograd.grad(y, leaves, gy, create_graph=True)
         total = torch.stack([g.square().sum() for g in first]).sum()
         return list(torch.autograd.grad(total, [*leaves, gy]))
@@ -224,8 +238,8 @@ def test_second_derivatives(runs: list[str]) -> None:
 
 def test_only_what_is_needed_has_a_gradient() -> None:
     x, weight, bias, shift, _, gy = inputs((2, 16, 3, 3, 4))
-    how = fused._How(4, 1e-6, False, 0.0)
-    y = kernel(x, weight, bias.requires_grad_(), shift, None, how)
+    settings = fused._Settings(4, 1e-6, False, 0.0)
+    y = kernel(x, weight, bias.requires_grad_(), shift, None, settings)
     y.backward(gy, retain_graph=True)
     assert x.grad is None and weight.grad is None and bias.grad is not None
     once = bias.grad.clone()
@@ -234,21 +248,23 @@ def test_only_what_is_needed_has_a_gradient() -> None:
 
 
 def test_gradients_of_any_layout() -> None:
-    how = fused._How(4, 1e-6, True, 0.0)
+    settings = fused._Settings(4, 1e-6, True, 0.0)
     tensors = inputs((2, 16, 4, 4, 4))
-    dense = outcome(kernel, tensors, how)
+    dense = outcome(kernel, tensors, settings)
     tensors[-1] = tensors[-1].contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(outcome(kernel, tensors, how), dense, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(outcome(kernel, tensors, settings), dense, strict=True)
+    )
     tensors[-1] = torch.ones(()).expand(2, 16, 4, 4)
-    expected = outcome(fused._operators, double(tensors), how)
-    for a, b in zip(outcome(kernel, tensors, how), expected, strict=True):
+    expected = outcome(fused._operators, double(tensors), settings)
+    for a, b in zip(outcome(kernel, tensors, settings), expected, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1)
 
 
 def test_a_backward_that_is_watched() -> None:
     x, weight, bias, _, _, gy = inputs((2, 16, 3, 3, 4))
     x.requires_grad_()
-    y = kernel(x, weight, bias, None, None, fused._How(4, 1e-6, True, 0.0))
+    y = kernel(x, weight, bias, None, None, fused._Settings(4, 1e-6, True, 0.0))
     (expected,) = torch.autograd.grad(y, x, gy, retain_graph=True)
     with FlopCounterMode(display=False):
         (found,) = torch.autograd.grad(y, x, gy)
@@ -273,23 +289,23 @@ def test_checkpointing_changes_no_bit() -> None:
 
 
 def test_operators_where_the_kernel_does_not_fit(runs: list[str]) -> None:
-    how = fused._How(4, 1e-6, True, 0.3)
+    settings = fused._Settings(4, 1e-6, True, 0.3)
     x, weight, bias, shift, key, _ = inputs((2, 16, 4, 4, 4))
 
     def same(x: Tensor, weight: Tensor, bias: Tensor) -> None:
-        expected = fused._operators(x, weight, bias, shift, key, how)
-        assert torch.equal(kernel(x, weight, bias, shift, key, how), expected)
+        expected = fused._operators(x, weight, bias, shift, key, settings)
+        assert torch.equal(kernel(x, weight, bias, shift, key, settings), expected)
 
     same(x.contiguous(), weight, bias)
     same(x.double(), weight.double(), bias.double())
     same(x.half(), weight.half(), bias.half())
     same(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
     meta = [t.to("meta") for t in (x, weight, bias, shift, key)]
-    assert kernel(*meta, how).shape == x.shape
+    assert kernel(*meta, settings).shape == x.shape
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert kernel(x, weight, bias, shift, key, how).shape == x.shape
+        assert kernel(x, weight, bias, shift, key, settings).shape == x.shape
     with FlopCounterMode(display=False):
-        kernel(x, weight, bias, shift, key, how)
+        kernel(x, weight, bias, shift, key, settings)
 
     class Other(Tensor):
         pass
@@ -300,22 +316,22 @@ def test_operators_where_the_kernel_does_not_fit(runs: list[str]) -> None:
         for y in (fused.residual(odd, odd), fused.join(odd, odd)):
             assert y.grad_fn is not None and y.grad_fn.name() in ("MulBackward0", "CatBackward0")
     assert not runs
-    kernel(x, weight, bias, shift, key, how)
+    kernel(x, weight, bias, shift, key, settings)
     assert runs == ["norm_forward"]
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's own
 def test_operators_under_transformations(runs: list[str]) -> None:
-    how = fused._How(4, 1e-6, True, 0.3)
+    settings = fused._Settings(4, 1e-6, True, 0.3)
     # One pixel is in both layouts: torch itself cannot transform group norms of channels last.
     x, weight, bias, shift, key, tangent = inputs((2, 16, 1, 1, 4))
     x = x.flatten(1)[..., None, None]
 
     def function(x: Tensor) -> Tensor:
-        return kernel(x, weight, bias, shift, key, how)
+        return kernel(x, weight, bias, shift, key, settings)
 
     def reference(x: Tensor) -> Tensor:
-        return fused._operators(x, weight, bias, shift, key, how)
+        return fused._operators(x, weight, bias, shift, key, settings)
 
     expected, along, *_ = jvp(reference, (x,), (tangent,))
     torch.testing.assert_close(jvp(function, (x,), (tangent,)), (expected, along))
@@ -329,11 +345,11 @@ def test_operators_under_transformations(runs: list[str]) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of its age
 def test_operators_under_the_tracer(runs: list[str]) -> None:
-    how = fused._How(4, 1e-6, True, 0.0)
+    settings = fused._Settings(4, 1e-6, True, 0.0)
     x, weight, bias, *_ = inputs((2, 16, 4, 4, 4))
 
     def function(x: Tensor) -> Tensor:
-        return kernel(x, weight, bias, None, None, how)
+        return kernel(x, weight, bias, None, None, settings)
 
     traced = torch.jit.trace(function, (x,), check_trace=False)
     assert not runs and callable(traced)

@@ -1,7 +1,7 @@
-"""Networks: pure modules (x, noise, cond) -> output that know nothing of diffusion."""
+"""Networks: pure modules (x, noise, cond) -> output, independent of diffusion."""
 
 from patchdiffusion.nets.transformer import TransformerConfig
 from patchdiffusion.nets.unet import UNetConfig
 
 Network = UNetConfig | TransformerConfig
-"""Configurations of networks; each builds its own: `UNetConfig().build(seed=0)`."""
+"""The network configurations of `--network`; `UNetConfig().build(seed=0)` builds a network."""

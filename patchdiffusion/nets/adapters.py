@@ -10,8 +10,8 @@ class CoordinateStem(nn.Module):
     """Conditions an existing network on coordinates: `net.conv_in = CoordinateStem(net.conv_in)`.
 
     Takes the image with the coordinates as further channels, [B, C + 2, H, W]. The coordinates go
-    through a convolution of their own, in float32 and with zero weights at first: the network
-    is unchanged at first, bit for bit, and can be fine-tuned on crops.
+    through a separate convolution in float32 that starts with zero weights: the network is
+    unchanged at first, bit for bit, and can be fine-tuned on crops.
     """
 
     def __init__(self, conv: nn.Conv2d, axes: int = 2):
@@ -27,12 +27,12 @@ class CoordinateStem(nn.Module):
             (stride[0], stride[1]),
             padding if isinstance(padding, str) else (padding[0], padding[1]),
             bias=False,
-            device=torch.device("meta"),  # so that no global generator is asked for weights
+            device=torch.device("meta"),  # consumes no draws of the global generator
         ).to_empty(device=conv.weight.device)
         nn.init.zeros_(self.coordinates.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C + 2, H, W] -> output of the convolution, coordinates included."""
+        """x [B, C + 2, H, W] -> the sum of both convolutions [B, C', H', W']."""
         channels = self.image.in_channels
         h = self.image(x[:, :channels])
         return h + exact_convolution(self.coordinates, x[:, channels:]).to(h.dtype)

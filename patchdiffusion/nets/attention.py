@@ -16,15 +16,12 @@ from patchdiffusion.nets.layers import Conv, Linear, Norm
 
 
 def twice_differentiable() -> contextlib.AbstractContextManager[object]:
-    """A context in which attention has forward derivatives and derivatives of derivatives.
-
-    Fused kernels have neither.
-    """
+    """A context without fused attention, which lacks forward and second derivatives."""
     return sdpa_kernel(SDPBackend.MATH)
 
 
 class Attention(nn.Module):
-    """The attention branch of a block, without the residual sum: [B, C, H, W] -> same.
+    """The attention branch of a block, without the residual sum: [B, C, H, W] -> [B, C, H, W].
 
     The channels of `qkv` are all queries, then all keys, then all values.
     """
@@ -41,14 +38,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape
         qkv = self.qkv(self.norm(x)).reshape(b, 3, self.num_heads, -1, height * width)
-        # Fused kernels, which keep the softmax in float32, want the features of a pixel adjacent.
+        # Fused kernels, which keep the softmax in float32, need the features of a pixel adjacent.
         q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # each [B, n, N, d]
         h = F.scaled_dot_product_attention(q, k, v)
         return self.proj(h.transpose(-1, -2).reshape(b, c, height, width))
 
 
 class TokenAttention(nn.Module):
-    """Multi-head attention of tokens to each other: [B, T, D] -> same."""
+    """Multi-head self-attention of tokens: [B, T, D] -> [B, T, D]."""
 
     role: ClassVar[Role] = "attention"
 

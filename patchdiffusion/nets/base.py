@@ -29,7 +29,7 @@ Key = Callable[[str], torch.Generator]  # name of a parameter within a module ->
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Base of the records that networks are built from; saved beside their weights."""
+    """Base of network configurations; saved beside the weights."""
 
     channels: int = 3
     """Channels of the image, in and out."""
@@ -40,8 +40,8 @@ class NetworkConfig:
     dropout: float = 0.0
     """Share of features dropped in every block while training."""
     jump: bool = False
-    """Whether the network is conditioned on the length of a jump, as few-step models of two times
-    are."""
+    """True if the network is conditioned on the length of a jump, for few-step models of two
+    times."""
 
     def __post_init__(self) -> None:
         # The upper limits only catch slips: far below them a network fits no machine.
@@ -68,7 +68,7 @@ class NetworkConfig:
 
     @property
     def divisor(self) -> int:
-        """Sides of crops that are multiples of it need no padding."""
+        """Total down-sampling: sides of crops that are multiples of it need no padding."""
         return 1
 
     @property
@@ -84,11 +84,11 @@ class NetworkConfig:
 
     @property
     def smooth_in_noise(self) -> bool:
-        """Whether derivatives along the noise condition are moderate, as MeanFlow needs."""
+        """True if derivatives along the noise condition are moderate, as MeanFlow needs."""
         return True
 
     def build(self, *, seed: int = 0) -> "Network":
-        """A network whose initial weights are a function of the seed."""
+        """Build a network with initial weights that are a function of the seed."""
         raise NotImplementedError
 
 
@@ -98,10 +98,10 @@ Config = TypeVar("Config", bound=NetworkConfig)
 
 
 class Network(nn.Module, Generic[Config]):
-    """Base of networks: pure functions (x, noise, cond) -> output that know nothing of diffusion.
+    """Base of networks: pure functions (x, noise, cond) -> output, independent of diffusion.
 
-    Modules inside say by an attribute `role` what their parameters are for, and by `is_neutral`
-    that they are an addition whose weights start at zero.
+    The attribute `role` of a module inside is that of its parameters; `is_neutral` marks an
+    addition whose weights start at zero.
     """
 
     def __init__(self, config: Config):
@@ -114,7 +114,7 @@ class Network(nn.Module, Generic[Config]):
         raise NotImplementedError
 
     def init(self, seed: int) -> Self:
-        """Fill all weights anew: a function of the seed alone, the same on every device."""
+        """Initialize all weights as a function of the seed alone, equal on every device."""
         initialize(self, seed)
         return self
 
@@ -133,7 +133,7 @@ class Network(nn.Module, Generic[Config]):
             )
 
     def units(self) -> list[nn.Module]:
-        """The repeated parts, which are compiled and sharded one by one."""
+        """The repeated blocks, which are compiled and sharded one by one."""
         return []
 
     @property
@@ -142,13 +142,13 @@ class Network(nn.Module, Generic[Config]):
         return ()
 
     def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
-        """Deep features of every place, for heads of other tasks: [B, places, F].
+        """Deep features of every location, for heads of other tasks: [B, locations, F].
 
         Raises `ValueError` for a network that has none.
         """
         raise ValueError(f"{type(self).__name__} has no features for another head")
 
-    def behead(self) -> None:
+    def remove_head(self) -> None:
         """Remove the parts that `features` does not use."""
 
     def roles(self) -> dict[str, Role]:
@@ -161,16 +161,16 @@ class Network(nn.Module, Generic[Config]):
         return roles
 
     def after_step(self, applied: Tensor) -> None:
-        """Change weights after each update, before it is averaged; here nothing.
+        """Change weights after each update, before they are averaged; by default nothing.
 
-        All must stay as it is where `applied`, a scalar on the device, is 0 and not 1: the update
-        was skipped.
+        Nothing may change if `applied`, a scalar on the device, is 0 and not 1: the update was
+        skipped.
         """
 
     def neutral(self) -> frozenset[str]:
-        """Names of the parameters that start at zero and then add exactly nothing.
+        """Names of the parameters that start at zero, where they contribute exactly nothing.
 
-        Weights of a network without them are weights of this one.
+        Weights of a network without them load into this one.
         """
         return frozenset(
             f"{path}.{name}"
@@ -192,7 +192,7 @@ def _roles(
 
 
 def put(tape: Tape | None, name: str, activation: Tensor) -> Tensor:
-    """Offer an activation to the tape, if there is one; returns the activation."""
+    """Put an activation on the tape, if there is one; returns the activation."""
     if tape is not None:
         tape.put(name, activation)
     return activation
@@ -209,7 +209,7 @@ class Seeded(Protocol):
 
 
 def initialize(network: nn.Module, seed: int) -> None:
-    """Fill every `Seeded` module; each tensor depends on (seed, its name) and nothing else."""
+    """Initialize every `Seeded` module; each tensor depends on (seed, its name) alone."""
 
     def generator(name: str) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(seed, "init", name))

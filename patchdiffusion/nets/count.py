@@ -12,7 +12,7 @@ from patchdiffusion.nets.base import Network
 
 @dataclass(frozen=True)
 class Count:
-    """Cost of a network."""
+    """Size of a network, and its cost for one image."""
 
     macs: int
     """Multiply-accumulates of one forward pass of one image; 2 FLOP each."""
@@ -24,10 +24,10 @@ class Count:
 
 
 def count(network: Network, size: int | tuple[int, ...], cond: Cond | None = None) -> Count:
-    """Count one image of `size` (one side for all axes, or each), by default without conditions.
+    """Count the cost of one image of `size` (one side for all axes, or each).
 
-    Weights may lie anywhere, also on the meta device. Convolutions, matrix products and attention
-    count; normalisation, activations and resampling do not. `cond` is of batch 1, on meta.
+    Weights may be on any device, also on meta. Convolutions, matrix products and attention count;
+    normalization, activations and resampling do not. `cond` is of batch 1, on meta.
     """
     sides = (size,) * network.config.axes if isinstance(size, int) else size
     params = sum(p.numel() for p in network.parameters())
@@ -41,5 +41,5 @@ def count(network: Network, size: int | tuple[int, ...], cond: Cond | None = Non
 
 
 def training_flops(network: Network, size: int | tuple[int, ...]) -> float:
-    """FLOP to train on one image of `size`: 2 per MAC, and twice the forward pass to go back."""
+    """FLOP to train on one image of `size`: 2 per MAC; backward is twice the forward pass."""
     return 6.0 * count(network, size).macs

@@ -1,4 +1,4 @@
-"""Embeddings of what a network is conditioned on: noise level, class, augmentation, coordinates.
+"""Embeddings of the conditions of a network: noise level, class, augmentation, coordinates.
 
 Shapes: B batch, C channels, H and W height and width, D size of the noise features, E size of the
 embedding, K classes.
@@ -52,8 +52,8 @@ class Embedding(nn.Module):
 
     All others are added to the noise features before two layers with SiLU (EDM, arXiv 2206.00364,
     appendix F). Classes outside [0, K), such as -1, are the zero vector. The jump of a flow map has
-    positional features, whose slow waves have moderate derivatives, through weights that are zero
-    at the start.
+    positional features, whose low frequencies have moderate derivatives, through weights that are
+    zero at the start.
     """
 
     role: ClassVar[Role] = "embedding"
@@ -110,8 +110,8 @@ def whole_canvas(x: Tensor) -> Tensor:
 def fourier_features(pos: Tensor, count: int) -> Tensor:
     """Sines and cosines of coordinates at doubling frequencies (arXiv 2006.10739).
 
-    pos [B, A, ...] in [-1, 1] -> float32 [B, 2 A count, ...]; the slowest wave is half a period
-    across the canvas, so that no two places share all of them.
+    pos [B, A, ...] in [-1, 1] -> float32 [B, 2 A count, ...]; the lowest frequency is half a period
+    across the canvas, so that all positions differ.
     """
     octaves = 2.0 ** torch.arange(count, device=pos.device)
     angles = math.pi / 2 * torch.einsum("k,b...->bk...", octaves, pos.float())
@@ -119,10 +119,10 @@ def fourier_features(pos: Tensor, count: int) -> Tensor:
 
 
 def exact_convolution(conv: nn.Conv2d, pos: Tensor) -> Tensor:
-    """A convolution of coordinates without a bias, in float32 whatever is in force around it.
+    """A convolution of coordinates without a bias, in float32 also under autocast.
 
-    Fast "float32" convolutions of GPUs (TF32) keep 11 bits of their inputs: a coarse part that
-    fits and a small rest lose nothing that matters.
+    Fast "float32" convolutions of GPUs (TF32) keep 11 bits of their inputs, so the coordinates are
+    split into a coarse part, which fits, and a small remainder.
     """
     with full_precision(pos):
         dtype = torch.promote_types(conv.weight.dtype, torch.float32)
@@ -135,9 +135,9 @@ def exact_convolution(conv: nn.Conv2d, pos: Tensor) -> Tensor:
 class Stem(nn.Module):
     """The first convolution: of the image and, separately and in float32, of the coordinates.
 
-    The same function as one convolution of the concatenated channels (Patch Diffusion, arXiv
-    2304.12526), but coordinates never meet a low-precision format, and with zero weights, as at
-    the start, they add exactly nothing.
+    Equal to one convolution of the concatenated channels (Patch Diffusion, arXiv 2304.12526), but
+    coordinates are never rounded to low precision, and with zero weights, as at the start, they
+    add exactly nothing.
     """
 
     role: ClassVar[Role] = "stem"
@@ -162,7 +162,7 @@ class Stem(nn.Module):
 class Pyramid(nn.Module):
     """One step of NCSN++'s input pyramid: a convolution, then half the sides, rounded up.
 
-    The convolution runs beyond the border as far as the filter reaches, as published.
+    The convolution is padded by the reach of the filter, as published.
     """
 
     def __init__(self, channels: int, width: int, *, coordinates: int, smooth: bool):

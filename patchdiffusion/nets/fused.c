@@ -94,7 +94,7 @@ INLINE f32 sigmoid(f32 z) {
     return 1 / (1 + e * (f32)(((i32)whole + 127) << 23));
 }
 
-/* rng.keep_mask: a word of SplitMix64 serves four neighbouring values. */
+/* rng.keep_mask: a word of SplitMix64 serves four neighboring values. */
 INLINE u64 mix(u64 x) {
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
     x = (x ^ (x >> 27)) * 0x94d049bb133111eb;

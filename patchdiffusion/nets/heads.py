@@ -1,4 +1,4 @@
-"""What stands on a network: its own output, or another head on its deep features."""
+"""Heads of networks: the network's own output, or another head on its deep features."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,25 +13,25 @@ from patchdiffusion.nets.layers import Linear
 
 @dataclass(frozen=True, kw_only=True)
 class OwnHead:
-    """The output of the network itself, an image."""
+    """The output of the network itself, an image of the input's shape."""
 
     kind: ClassVar[str] = "denoiser"
 
     def build(self, network: NetworkConfig, *, seed: int = 0) -> Network:
-        """The network."""
+        """Build the network unchanged."""
         return network.build(seed=seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierHead:
-    """Logits of classes, from attention over the features of all places."""
+    """Logits of classes, from attention over the features of all locations."""
 
     kind: ClassVar[str] = "classifier"
 
     classes: int
     """Number of classes."""
     queries: int = 4
-    """How many weighted means over places the logits are made of."""
+    """Number of attention queries: weighted means over locations that the logits are made of."""
 
     def __post_init__(self) -> None:
         for name, least in (("classes", 2), ("queries", 1)):
@@ -39,30 +39,30 @@ class ClassifierHead:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     def build(self, network: NetworkConfig, *, seed: int = 0) -> Network:
-        """A classifier; `ValueError` for a network without features or with classes of its own."""
+        """Build a classifier; `ValueError` for a network without features or with class labels."""
         if network.num_classes or network.jump:
             raise ValueError(
-                "the network of a classifier is conditioned on noise level and place alone: set "
+                "the network of a classifier is conditioned on noise level and position alone: set "
                 "--network.num-classes 0 and --network.no-jump"
             )
         return ClassifierNetwork(network, self, seed=seed)
 
 
 Head = OwnHead | ClassifierHead
-"""What may stand on a network."""
+"""The heads that a model file may name."""
 
 
 class ClassifierNetwork(Network[NetworkConfig]):
     """The deep features of a network, pooled by attention, and a linear layer: logits [B, K].
 
-    At the start all places count alike and the logits are small.
+    At the start all locations have equal weight and the logits are small.
     """
 
     def __init__(self, config: NetworkConfig, head: ClassifierHead, *, seed: int = 0):
         super().__init__(config)
         self.trunk = config.build(seed=seed)
         width = _width(self.trunk)
-        self.trunk.behead()
+        self.trunk.remove_head()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.attention = Linear(width, head.queries, scale=0.0, role="head")
         self.head = Linear(head.queries * width, head.classes, scale=0.1, role="head")
@@ -83,7 +83,7 @@ class ClassifierNetwork(Network[NetworkConfig]):
 
 @torch.no_grad()
 def _width(network: Network) -> int:
-    """Number of features of a place."""
+    """Number of features of a location."""
     config = network.config
     x = torch.zeros(1, config.channels, *(config.divisor,) * config.axes)
     return network.features(x, torch.zeros(1), Cond()).shape[-1]

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from patchdiffusion.nets.base import Key, Role
 from patchdiffusion.nets.fused import group_norm, residual
 
-# ---- Layers that are filled by seed and not by the global generator ----
+# ---- Layers initialized from a seed, not from the global generator ----
 
 
 def _xavier(weight: Tensor, scale: float, generator: torch.Generator) -> None:
-    # On the CPU whatever the device, so that a seed means the same weights everywhere.
+    # On the CPU whatever the device, so that a seed gives equal weights everywhere.
     if weight.is_meta:
         return
     fan = (weight.shape[0] + weight.shape[1]) * weight[0, 0].numel()
@@ -30,7 +30,7 @@ class Conv(nn.Conv2d):
     """A convolution of stride 1; weights Xavier-uniform times `scale`, bias zero.
 
     EDM (arXiv 2206.00364) uses scale 1e-5 at the end of each branch and sqrt(.2) before attention.
-    `role` and `neutral` are explained in `nets.base.Network`; what is neutral has scale 0.
+    `role` and `neutral` are explained in `nets.base.Network`; neutral weights have scale 0.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Norm(nn.GroupNorm):
         key: Tensor | None = None,
         drop: float = 0.0,
     ) -> Tensor:
-        """Normalise [B, C, H, W] + shift [B, C], then SiLU if asked, then dropout if key [B]."""
+        """Normalize [B, C, H, W] + shift [B, C], then SiLU if `silu`, then dropout if key [B]."""
         settings = {"groups": self.num_groups, "eps": self.eps, "silu": silu, "drop": drop}
         return group_norm(input, self.weight, self.bias, shift, key, **settings)
 
@@ -132,7 +132,7 @@ def pad_to_multiple(x: Tensor, factors: tuple[int, ...]) -> Tensor:
 
 def _smooth(x: Tensor, gain: int) -> Tensor:
     """The filter [1, 3, 3, 1] along both axes for every channel of x: [C, 1, 4, 4], sum `gain`."""
-    # Made where it is used: nothing to store, and no copy from the host that would have to wait.
+    # Created on the device at each use: no buffer to store, no copy from the host to wait for.
     taps = 1 + 2 * (torch.arange(4, device=x.device) % 3 != 0).to(x.dtype)
     return (taps[:, None] * taps * (gain / 64)).expand(x.shape[1], 1, 4, 4)
 
@@ -177,7 +177,7 @@ def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 class Block(nn.Module):
-    """A residual block (EDM, arXiv 2206.00364, appendix F): two convolutions, noise added between.
+    """A residual block (EDM, arXiv 2206.00364, appendix F): two convolutions, embedding between.
 
     It may resample, and an attention branch may follow.
     """
@@ -216,8 +216,8 @@ class Block(nn.Module):
     ) -> Tensor:
         """x [B, C, H, W], emb [B, E] -> [B, cout, H', W'].
 
-        `key` int64 [B] is that of the dropout, None is no dropout; `size` is H', W' of a block
-        that samples up.
+        `key` int64 [B] are the keys of the dropout, None is no dropout; `size` is H', W' of a block
+        that up-samples.
         """
         h = self.conv0(self._sampled(self.norm0(x, silu=True), size))
         with full_precision(emb):

@@ -1,4 +1,4 @@
-"""The skip topology that U-Nets share: encoder, middle and decoder, whatever their blocks are.
+"""The skip topology of U-Nets: encoder, middle and decoder, for blocks of any kind.
 
 Level l works on images of ceil(H / 2^l) x ceil(W / 2^l); level 0 is full resolution.
 Shapes: B batch, C image channels, H and W height and width (any size), F features of a level,
@@ -17,13 +17,13 @@ from patchdiffusion.nets.fused import join
 from patchdiffusion.rng import subkeys
 
 UNetLike = TypeVar("UNetLike", bound=NetworkConfig)
-Aside = TypeVar("Aside")
-"""Whatever goes down the encoder beside the features, such as an input pyramid."""
+SideInput = TypeVar("SideInput")
+"""Further input of the encoder's levels beside the features, such as an input pyramid."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a block stands in a U-Net."""
+class BlockPosition:
+    """Position of a block in a U-Net."""
 
     half: str
     """enc, mid or dec."""
@@ -31,11 +31,11 @@ class Place:
     part: str
     """down, up, or the number of the block within its level."""
     last: bool = False
-    """Whether it is the last one of its level."""
+    """True for the last block of its level."""
 
 
-Factory = Callable[[Place, int, int], nn.Module]
-"""(place, features in, features out) -> a block, called with (h, emb, key, size): `UNet.run`."""
+Factory = Callable[[BlockPosition, int, int], nn.Module]
+"""(position, features in, features out) -> a block, called with (h, emb, key, size): `UNet.run`."""
 
 
 class Features(NamedTuple):
@@ -54,19 +54,19 @@ class Features(NamedTuple):
 def encoder(
     stem: int, widths: list[int], blocks: int, factory: Factory
 ) -> tuple[nn.ModuleList, list[int]]:
-    """The levels of an encoder from full resolution down, and the features of every skip.
+    """The levels of an encoder from full resolution down, and the width of every skip.
 
-    `stem` is the number of features that come in, `widths` that of each level.
+    `stem` is the width of the input, `widths` that of each level.
     """
     levels, width, skips = nn.ModuleList(), stem, [stem]
     for level, features in enumerate(widths):
         stage = nn.ModuleDict()
         if level > 0:
-            stage["down"] = factory(Place("enc", level, "down"), width, width)
+            stage["down"] = factory(BlockPosition("enc", level, "down"), width, width)
             skips.append(width)
         for i in range(blocks):
-            place = Place("enc", level, str(i), last=i == blocks - 1)
-            stage[str(i)] = factory(place, width, features)
+            position = BlockPosition("enc", level, str(i), last=i == blocks - 1)
+            stage[str(i)] = factory(position, width, features)
             width = features
             skips.append(width)
         levels.append(stage)
@@ -75,8 +75,8 @@ def encoder(
 
 def middle(width: int, level: int, factory: Factory) -> nn.ModuleDict:
     """The two blocks between encoder and decoder, at the lowest level."""
-    places = (Place("mid", level, "0"), Place("mid", level, "1", last=True))
-    return nn.ModuleDict({place.part: factory(place, width, width) for place in places})
+    positions = (BlockPosition("mid", level, "0"), BlockPosition("mid", level, "1", last=True))
+    return nn.ModuleDict({position.part: factory(position, width, width) for position in positions})
 
 
 def decoder(widths: list[int], skips: list[int], blocks: int, factory: Factory) -> nn.ModuleList:
@@ -85,16 +85,16 @@ def decoder(widths: list[int], skips: list[int], blocks: int, factory: Factory) 
     for level, features in reversed(list(enumerate(widths))):
         stage = nn.ModuleDict()
         if level < len(widths) - 1:
-            stage["up"] = factory(Place("dec", level, "up"), width, width)
+            stage["up"] = factory(BlockPosition("dec", level, "up"), width, width)
         for i in range(blocks + 1):
-            place = Place("dec", level, str(i), last=i == blocks)
-            stage[str(i)] = factory(place, width + skips.pop(), features)
+            position = BlockPosition("dec", level, str(i), last=i == blocks)
+            stage[str(i)] = factory(position, width + skips.pop(), features)
             width = features
         levels.insert(0, stage)
     return levels
 
 
-class UNet(Network[UNetLike], Generic[UNetLike, Aside]):
+class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     """A U-Net: stem, encoder, middle, decoder, head; its features pass through `encode`, `decode`.
 
     A subclass fills `enc`, `mid` and `dec` and writes `embedding`, `begin` and `finish`. On the
@@ -110,16 +110,16 @@ class UNet(Network[UNetLike], Generic[UNetLike, Aside]):
         """Noise level and conditions as one vector: [B, E]."""
         raise NotImplementedError
 
-    def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, Aside]:
-        """Features of level 0, and what else goes down; `ValueError` for wrong shapes."""
+    def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, SideInput]:
+        """Features of level 0, and the side input of level 1; `ValueError` for wrong shapes."""
         raise NotImplementedError
 
-    def descend(self, level: int, h: Tensor, aside: Aside) -> tuple[Tensor, Aside]:
-        """Change the features that have just been sampled down to a level; here nothing."""
-        return h, aside
+    def descend(self, level: int, h: Tensor, side: SideInput) -> tuple[Tensor, SideInput]:
+        """Combine the features after down-sampling to a level with the side input, or neither."""
+        return h, side
 
     def finish(self, h: Tensor) -> Tensor:
-        """[B, F, H, W] -> [B, C, H, W]."""
+        """The output of the network from the last features: [B, F, H, W] -> [B, C, H, W]."""
         raise NotImplementedError
 
     @property
@@ -144,14 +144,14 @@ class UNet(Network[UNetLike], Generic[UNetLike, Aside]):
     def encode(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Features:
         """Stem, encoder and middle."""
         emb = self.embedding(noise, cond)
-        h, aside = self.begin(x, cond)
+        h, side = self.begin(x, cond)
         skips, sizes = [put(tape, "stem", h)], []
         for level, stage in enumerate(self.enc):
             for part, block in stage.named_children():
                 name = f"enc.{level}.{part}"
                 h = self.run(name, block, h, emb, cond)
                 if part == "down":
-                    h, aside = self.descend(level, h, aside)
+                    h, side = self.descend(level, h, side)
                 skips.append(put(tape, name, h))
             sizes.append((h.shape[-2], h.shape[-1]))
         for part, block in self.mid.named_children():
@@ -159,7 +159,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, Aside]):
         return Features(h, tuple(skips), tuple(sizes), emb)
 
     def decode(self, features: Features, cond: Cond, *, tape: Tape | None = None) -> Tensor:
-        """Decoder and head; of the condition only the seed still counts.
+        """Decoder and head; of the condition it reads only the seed.
 
         Replace `features.emb` by `embedding(noise, cond)` to decode for another noise level.
         """
@@ -174,10 +174,10 @@ class UNet(Network[UNetLike], Generic[UNetLike, Aside]):
         return self.finish(h)
 
     def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
-        """Those of the middle."""
+        """Deep features, after the middle: [B, H' W', F]."""
         return self.encode(x, noise, cond).h.flatten(2).mT
 
-    def behead(self) -> None:
+    def remove_head(self) -> None:
         self.dec = nn.ModuleList()
 
     def run(
@@ -189,8 +189,8 @@ class UNet(Network[UNetLike], Generic[UNetLike, Aside]):
         cond: Cond,
         size: tuple[int, int] = (0, 0),
     ) -> Tensor:
-        """Call a block; `size` is the height and width that one goes up to."""
-        # Names are hashed out here, so that one compiled block serves all of them.
+        """Call a block; `size` is the height and width of the output of an up-sampling one."""
+        # Names are hashed outside the block, so that one compiled block serves all of them.
         key = None
         if cond.seed is not None and self.config.dropout > 0:
             key = subkeys(cond.seed, name)

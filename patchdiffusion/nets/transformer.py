@@ -1,8 +1,8 @@
 """A transformer over patches: DiT (Peebles & Xie, ICCV 2023, arXiv 2212.09748), for any axes.
 
-Patches become tokens, blocks let them attend to each other, tokens become patches. Sines and
-cosines of the canvas coordinates of its center are added to each token, so that the network knows
-where a crop of any size lies. Written from the paper.
+Patches become tokens, blocks of self-attention follow, tokens become patches. Sines and cosines of
+the canvas coordinates of its center are added to each token, which conditions the network on the
+position of a crop of any size. Written from the paper.
 
 Shapes: B batch, C image channels, n spatial axes, *S their lengths, T tokens, D features of a
 token, E size of the embedding.
@@ -25,12 +25,12 @@ from patchdiffusion.patches import Size
 from patchdiffusion.rng import keep_mask, keep_scale, subkeys
 
 FINEST = 64
-"""Half periods of the fastest position feature across the canvas, of which the slowest has one."""
+"""Half periods of the fastest position feature across the canvas; the slowest has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig(NetworkConfig):
-    """A transformer over patches; the defaults are for a CPU: 1.9M parameters."""
+    """A transformer over patches (DiT); the defaults suit a CPU: 1.9M parameters."""
 
     patch: tuple[int, ...] = (2, 2)
     """Sides of the patches that become tokens, one for each axis of the data: 2 2 for images."""
@@ -71,20 +71,20 @@ class TransformerConfig(NetworkConfig):
 
 
 def tiny(resolution: int = 32, **changes: object) -> TransformerConfig:
-    """For a CPU: 1.9M parameters, at most 16 x 16 tokens at a power of two."""
+    """Configuration for a CPU: 1.9M parameters, at most 16 x 16 tokens at a power of two."""
     patch = max(2, resolution // 16)
     return replace(TransformerConfig(patch=(patch, patch)), **changes)
 
 
 def for_canvas(canvas: Size, **changes: object) -> TransformerConfig:
-    """For a CPU and data of any axes: 6 to 11 tokens along each of the last two, half of others."""
+    """Configuration for a CPU and any axes: 6 to 11 tokens along the last two, half along more."""
     sides = [2 if length > 1 else 1 for length in canvas[:-2]]
     sides += [max(2, 2 ** round(math.log2(length / 8))) for length in canvas[-2:]]
     return replace(TransformerConfig(patch=tuple(sides)), **changes)
 
 
 class Tokens(NamedTuple):
-    """Input and output of the blocks."""
+    """Input and output of the blocks: tokens, embedding and layout."""
 
     h: Tensor
     """[B, T, D]."""
@@ -133,14 +133,14 @@ class Transformer(Network[TransformerConfig]):
         return self.finish(self.run(self.start(x, noise, cond, tape=tape), cond, tape=tape))
 
     def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
-        """Those of the last block."""
+        """Deep features, after the last block: [B, T, D]."""
         return self.run(self.start(x, noise, cond), cond).h
 
-    def behead(self) -> None:
+    def remove_head(self) -> None:
         del self.out_modulation, self.head
 
     def start(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tokens:
-        """Tokens of an image; sides that are no multiples of the patch repeat their last pixel."""
+        """Tokens of an image, padded to multiples of the patch by repeating the last pixels."""
         self.check_shapes(x, cond)
         patch, size = self.config.patch, tuple(x.shape[2:])
         pos = whole_canvas(x) if cond.pos is None else cond.pos
@@ -152,17 +152,17 @@ class Transformer(Network[TransformerConfig]):
         return Tokens(put(tape, "stem", h), self.embed(noise, cond), grid, size)
 
     def run(self, tokens: Tokens, cond: Cond, *, tape: Tape | None = None) -> Tokens:
-        """All blocks; of the condition only the seed still counts."""
+        """Apply all blocks; of the condition they read only the seed."""
         h = tokens.h
         for i, block in enumerate(self.blocks):
             name, key = f"blocks.{i}", None
             if cond.seed is not None and self.config.dropout > 0:
-                key = subkeys(cond.seed, name)  # hashed out here: one compiled block serves all
+                key = subkeys(cond.seed, name)  # hashed outside: one compiled block serves all
             h = put(tape, name, block(h, tokens.emb, key))
         return tokens._replace(h=h)
 
     def finish(self, tokens: Tokens) -> Tensor:
-        """[B, C, *S] of tokens."""
+        """The output of the network from the last tokens: [B, C, *S]."""
         with full_precision(tokens.emb):
             shift, scale = self.out_modulation(tokens.emb)[:, None].chunk(2, dim=-1)
         x = fold(self.head(modulated(tokens.h, shift, scale)), tokens.grid, self.config.patch)
@@ -170,7 +170,7 @@ class Transformer(Network[TransformerConfig]):
 
 
 class TokenBlock(nn.Module):
-    """Attention and an MLP, each between a modulated norm and a gate that starts closed."""
+    """Attention and an MLP, each between a modulated norm and a gate that starts at zero."""
 
     role: ClassVar[Role] = "mlp"
 
@@ -183,7 +183,7 @@ class TokenBlock(nn.Module):
         self.layer1 = Linear(hidden, width)
 
     def forward(self, h: Tensor, emb: Tensor, key: Tensor | None = None) -> Tensor:
-        """h [B, T, D], emb [B, E] -> [B, T, D]; `key` int64 [B] is that of the dropout."""
+        """h [B, T, D], emb [B, E] -> [B, T, D]; `key` int64 [B] are the keys of the dropout."""
         with full_precision(emb):
             parts = self.modulation(emb)[:, None].chunk(6, dim=-1)  # each [B, 1, D]
         shift, scale, gate = parts[:3]
@@ -200,15 +200,15 @@ class TokenBlock(nn.Module):
 
 
 def modulated(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without parameters, then a shift and scale of each sample (adaLN)."""
+    """Layer norm without parameters, then a shift and scale for each sample (adaLN)."""
     return F.layer_norm(h, h.shape[-1:], eps=1e-6) * (1 + scale) + shift
 
 
-# ---- Patches and places ----
+# ---- Patches and positions ----
 
 
 def unfold(x: Tensor, patch: tuple[int, ...]) -> Tensor:
-    """Cut into patches: [B, C, *S], sides multiples of the patch -> [B, T, C * numel of a patch].
+    """Cut into patches: [B, C, *S], sides multiples of the patch -> [B, T, C * pixels of a patch].
 
     Tokens are in the order of their axes, the last one fastest.
     """
@@ -220,7 +220,7 @@ def unfold(x: Tensor, patch: tuple[int, ...]) -> Tensor:
 
 
 def fold(h: Tensor, grid: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
-    """The inverse of `unfold`: [B, T, C * numel of a patch] -> [B, C, *S]."""
+    """The inverse of `unfold`: [B, T, C * pixels of a patch] -> [B, C, *S]."""
     n = len(patch)
     x = h.unflatten(-1, (-1, *patch)).unflatten(1, grid)  # [B, g1, g2, ..., C, p1, p2, ...]
     pairs = (axis for i in range(n) for axis in (1 + i, 2 + n + i))
@@ -233,8 +233,8 @@ def fold(h: Tensor, grid: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
 def position_features(pos: Tensor, width: int) -> Tensor:
     """Sines and cosines of canvas coordinates: [B, T, n] in [-1, 1] -> float32 [B, T, width].
 
-    Every axis has as many frequencies as fit, evenly spaced in the logarithm from half a period
-    across the canvas to `FINEST`; features that are left over are zero.
+    Every axis has width // (2 n) frequencies, evenly spaced in the logarithm from half a period
+    across the canvas to `FINEST`; the remaining features are zero.
     """
     count = width // (2 * pos.shape[-1])
     steps = torch.arange(count, device=pos.device, dtype=torch.float32) / max(count - 1, 1)

@@ -22,12 +22,12 @@ from patchdiffusion.nets.embed import (
 )
 from patchdiffusion.nets.fused import residual
 from patchdiffusion.nets.layers import Block, Conv, Norm
-from patchdiffusion.nets.topology import Place, UNet, decoder, encoder, middle
+from patchdiffusion.nets.topology import BlockPosition, UNet, decoder, encoder, middle
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig(NetworkConfig):
-    """A U-Net; the defaults are DDPM++ for 64 x 64 images, without dropout."""
+    """A U-Net (DDPM++, NCSN++); the defaults are DDPM++ for 64 x 64 images, without dropout."""
 
     base: int = 128
     """Features at a multiplier of 1; a multiple of 4."""
@@ -38,9 +38,9 @@ class UNetConfig(NetworkConfig):
     attention: tuple[int, ...] = (2,)
     """Levels with self-attention, whatever the size of the input; 0 is full resolution."""
     coordinates: bool = True
-    """Whether the network is conditioned on where each pixel lies on the canvas."""
+    """True if the network is conditioned on the canvas coordinates of every pixel."""
     fourier_features: int = 0
-    """Tell it by sines and cosines of so many frequencies instead of two linear channels."""
+    """Number of frequencies of sines and cosines of the coordinates; 0 is the coordinates."""
     embedding: EmbeddingKind = "positional"
     """Noise features: positional (DDPM++) or random Fourier frequencies (NCSN++)."""
     encoder: Literal["standard", "residual"] = "standard"
@@ -74,7 +74,7 @@ class UNetConfig(NetworkConfig):
 
     @property
     def position_channels(self) -> int:
-        """Channels that say where each pixel lies."""
+        """Number of coordinate channels."""
         return (4 * self.fourier_features or 2) if self.coordinates else 0
 
     @property
@@ -93,10 +93,10 @@ class UNetConfig(NetworkConfig):
         return SongUNet(self, seed=seed)
 
 
-_Aside = tuple[Tensor, Tensor | None]  # the input pyramid so far, and the coordinates
+_SideInput = tuple[Tensor, Tensor | None]  # input pyramid of the level above, and coordinates
 
 
-class SongUNet(UNet[UNetConfig, _Aside]):
+class SongUNet(UNet[UNetConfig, _SideInput]):
     """DDPM++ or NCSN++, according to the configuration.
 
     At the start the last convolution has 1e-5 of its usual scale, as published, so the output is
@@ -123,7 +123,7 @@ class SongUNet(UNet[UNetConfig, _Aside]):
         self.init(seed)
 
     def _pyramid(self, widths: list[int]) -> nn.ModuleDict:
-        """NCSN++'s pyramid of the input; `widths[l]` are the features that come down to level l."""
+        """NCSN++'s pyramid of the input; `widths[l]` is the width of the input of level l."""
         config, steps = self.config, nn.ModuleDict()
         for level in range(1, config.levels if config.encoder == "residual" else 1):
             steps[str(level)] = Pyramid(
@@ -134,17 +134,21 @@ class SongUNet(UNet[UNetConfig, _Aside]):
             )
         return steps
 
-    def _block(self, place: Place, cin: int, cout: int) -> Block:
+    def _block(self, position: BlockPosition, cin: int, cout: int) -> Block:
         attends = {
-            "enc": place.part != "down" and place.level in self.config.attention,
-            "mid": not place.last,
-            "dec": place.last and place.level in self.config.attention,
-        }[place.half]
+            "enc": position.part != "down" and position.level in self.config.attention,
+            "mid": not position.last,
+            "dec": position.last and position.level in self.config.attention,
+        }[position.half]
         return Block(
             cin,
             cout,
             4 * self.config.base,
-            resample="down" if place.part == "down" else "up" if place.part == "up" else "none",
+            resample="down"
+            if position.part == "down"
+            else "up"
+            if position.part == "up"
+            else "none",
             smooth=len(self.config.filter) > 2,
             drop=self.config.dropout,
             attention=Attention(cout) if attends else None,
@@ -153,19 +157,19 @@ class SongUNet(UNet[UNetConfig, _Aside]):
     def embedding(self, noise: Tensor, cond: Cond) -> Tensor:
         return self.embed(noise, cond)
 
-    def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, _Aside]:
+    def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, _SideInput]:
         pos = self._positions(x, cond)
         return self.stem(x, pos), (x, pos)
 
-    def descend(self, level: int, h: Tensor, aside: _Aside) -> tuple[Tensor, _Aside]:
+    def descend(self, level: int, h: Tensor, side: _SideInput) -> tuple[Tensor, _SideInput]:
         if not self.pyramid:
-            return h, aside
-        # From here on the pyramid is the features, which it joins.
-        h = residual(h, self.pyramid[str(level)](*aside))
-        return h, (h, aside[1])
+            return h, side
+        # The pyramid of the next level starts from these features.
+        h = residual(h, self.pyramid[str(level)](*side))
+        return h, (h, side[1])
 
-    def behead(self) -> None:
-        super().behead()
+    def remove_head(self) -> None:
+        super().remove_head()
         del self.out_norm, self.out_conv
 
     def finish(self, h: Tensor) -> Tensor:
@@ -183,11 +187,11 @@ class SongUNet(UNet[UNetConfig, _Aside]):
         )
 
 
-# ---- Published and smaller settings; all take fields of `UNetConfig` as further arguments ----
+# ---- Published and smaller sizes; `changes` are fields of `UNetConfig` ----
 
 
 def _nominal(resolution: int) -> tuple[int, tuple[int, ...]]:
-    # Attention where a whole image is 16 x 16, and one level below, as published for 32 and 64.
+    # Attention at the level of 16 x 16 pixels, one more level below, as published for 32 and 64.
     if resolution < 8:
         raise ValueError(f"resolution must be at least 8, not {resolution}")
     level = max(0, round(math.log2(resolution / 16)))
@@ -202,24 +206,24 @@ def ddpmpp(resolution: int = 64, **changes: object) -> UNetConfig:
     level, mult = _nominal(resolution)
     low = resolution < 64
     mult = (2, *mult[1:]) if low else mult
-    plain = UNetConfig(mult=mult, attention=(level,), dropout=0.13 if low else 0.05)
-    return replace(plain, **changes)
+    config = UNetConfig(mult=mult, attention=(level,), dropout=0.13 if low else 0.05)
+    return replace(config, **changes)
 
 
 def ncsnpp(resolution: int = 64, **changes: object) -> UNetConfig:
     """NCSN++ as in EDM: `ddpmpp` with Fourier features, smooth resampling and an input pyramid."""
-    plain = replace(ddpmpp(resolution), embedding="fourier", encoder="residual")
-    return replace(replace(plain, filter=(1, 3, 3, 1)), **changes)
+    config = replace(ddpmpp(resolution), embedding="fourier", encoder="residual")
+    return replace(replace(config, filter=(1, 3, 3, 1)), **changes)
 
 
 def tiny(resolution: int = 32, **changes: object) -> UNetConfig:
-    """For a CPU: 1.3M parameters, 0.3 GMAC at 32; 1.8M, 1.3 GMAC at 64."""
+    """Configuration for a CPU: 1.3M parameters, 0.3 GMAC at 32; 1.8M, 1.3 GMAC at 64."""
     level, mult = _nominal(resolution)
     return replace(UNetConfig(base=32, blocks=1, mult=mult, attention=(level,)), **changes)
 
 
 def small(resolution: int = 32, **changes: object) -> UNetConfig:
-    """For few images: 7.0M parameters, 1.8 GMAC at 32; 9.9M, 6.8 GMAC at 64."""
+    """Configuration for few images: 7.0M parameters, 1.8 GMAC at 32; 9.9M, 6.8 GMAC at 64."""
     return replace(tiny(resolution), **{"base": 64, "blocks": 2, "dropout": 0.05} | changes)
 
 
