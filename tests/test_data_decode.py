@@ -13,7 +13,7 @@ from PIL import Image
 from patchdiffusion.data.decode import decode as decode_stored
 from patchdiffusion.data.decode import decode_image
 from patchdiffusion.data.example import BadImage, Example
-from patchdiffusion.data.pixels import background_colour, fit, to_uint8, unit_span
+from patchdiffusion.data.pixels import background_color, fit, to_uint8, unit_span
 
 WHITE = (255, 255, 255)
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -271,13 +271,13 @@ def test_examples_of_all_types():
 
 
 def test_background_names():
-    assert background_colour("black") == (0, 0, 0)
-    assert background_colour("#ff8000") == (255, 128, 0)
-    assert background_colour((1, 2, 3)) == (1, 2, 3)
+    assert background_color("black") == (0, 0, 0)
+    assert background_color("#ff8000") == (255, 128, 0)
+    assert background_color((1, 2, 3)) == (1, 2, 3)
     with refuses("background", "whitish"):
-        background_colour("whitish")
+        background_color("whitish")
     with refuses("background", 300, 255):
-        background_colour((1, 2, 300))
+        background_color((1, 2, 300))
 
 
 def test_an_opened_image_is_decoded_alike():

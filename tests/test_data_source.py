@@ -264,8 +264,8 @@ def test_arrays_that_are_refused(tmp_path: Path, array: np.ndarray, match: str):
     ("arrays", "match"),
     [
         ({"other": np.zeros(3)}, "it holds other"),
-        ({"x": np.zeros((3, 8, 8)), "y": np.zeros(2, dtype=int)}, "integers [3] needed"),
-        ({"x": np.zeros((3, 8, 8)), "y": np.zeros(3)}, "integers [3] needed"),
+        ({"x": np.zeros((3, 8, 8)), "y": np.zeros(2, dtype=int)}, "integers [3]"),
+        ({"x": np.zeros((3, 8, 8)), "y": np.zeros(3)}, "integers [3]"),
         ({"x": np.zeros((3, 8, 8)), "y": np.array([0, -1, 0])}, "run from -1 to 0"),
         ({"x": np.array([{}], dtype=object)}, "is refused"),
     ],

@@ -104,7 +104,7 @@ def test_numbers_that_are_refused():
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     image, mode = decode(tiny.raw_png(8, 8, depth=16, colour=2, rows=rows), "k")
     assert mode == "RGB of 16 bits"
-    with pytest.raises(BadImage, match=r"16-bit colour.*\.npy"):
+    with pytest.raises(BadImage, match=r"16-bit color.*\.npy"):
         to_values(Example(image, None, "k", mode=mode))
 
 

@@ -1,1 +1,1 @@
-"""Images in: sources of any kind, one policy of decoding, and the packed form training reads."""
+"""Data sets: sources of images, decoding, packs, and batches of crops for training."""

@@ -33,7 +33,7 @@ class ArraySource:
     captions: np.ndarray | None = None
     """Texts [N]."""
     others: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """What else the file holds for each image, by name: [N, ...]."""
+    """Further arrays of the file by name, one entry per image: [N, ...]."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class ArraySource:
 
 
 def array_source(path: Path) -> ArraySource:
-    """Images of an .npy file, or of an .npz file with images, x or arr_0, and labels or y.
+    """Open an .npy file, or an .npz file of images (or x, arr_0) and labels (or y).
 
     An .npz file may also hold captions [N], which are texts, and other arrays [N, ...] for columns.
 
@@ -89,7 +89,9 @@ def array_source(path: Path) -> ArraySource:
     others = {name: values for name, values in others.items() if len(values) == len(array)}
     texts = others.pop("captions", None)
     if texts is not None and (texts.ndim != 1 or texts.dtype.kind != "U"):
-        raise ValueError(f"captions of {path} are {texts.dtype} {list(texts.shape)}; texts needed")
+        raise ValueError(
+            f"captions of {path} are {texts.dtype} {list(texts.shape)}; allowed are texts [N]"
+        )
     status = os.stat(path)
     stamp = f"array {path.name} {status.st_size} {status.st_mtime_ns}"
     labels = None if labels is None else _checked(path, labels, len(array))
@@ -104,19 +106,19 @@ def _pick(path: Path, loaded: Mapping[str, np.ndarray], names: tuple[str, ...]) 
     for name in names:
         if name in loaded:
             return loaded[name]
-    raise ValueError(f"it holds {', '.join(loaded) or 'nothing'}; one of {names} is needed")
+    raise ValueError(f"it holds {', '.join(loaded) or 'nothing'}; allowed are {', '.join(names)}")
 
 
 def _others(loaded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays that are neither images nor labels; what is pickled is left alone."""
-    found = {}
+    """Arrays that are neither images nor labels; pickled ones are skipped."""
+    arrays = {}
     for name in loaded:
         if name not in (*_IMAGE_KEYS, *_LABEL_KEYS):
             with contextlib.suppress(ValueError):
                 values = loaded[name]
                 if isinstance(values, np.ndarray) and values.ndim:
-                    found[name] = values
-    return found
+                    arrays[name] = values
+    return arrays
 
 
 def _layout(path: Path, array: np.ndarray) -> np.ndarray:
@@ -157,7 +159,8 @@ def _checked(path: Path, labels: np.ndarray, count: int) -> np.ndarray:
     flat = labels.reshape(-1)
     if flat.size != count or labels.shape[0] != count or labels.dtype.kind not in "iu":
         raise ValueError(
-            f"labels of {path} are {labels.dtype} {list(labels.shape)}; integers [{count}] needed"
+            f"labels of {path} are {labels.dtype} {list(labels.shape)}; "
+            f"allowed are integers [{count}]"
         )
     if flat.min() < 0 or flat.max() > MAX_LABEL:
         low, high = flat.min(), flat.max()
@@ -178,7 +181,8 @@ class RowSource:
     """A `Source` over rows that are mappings, or sequences, of a Pillow image or array and a label.
 
     `image`, `label` and `caption` name the columns: "image" and "label", or positions such as 0 and
-    1. A label of -1 is none, as in data sets of Hugging Face. `columns` are others that are arrays.
+    1. A label of -1 means no label, as in data sets of Hugging Face. `columns` names further
+    columns, which hold arrays.
     """
 
     rows: Rows

@@ -1,9 +1,9 @@
-"""Augmentation that does not leak: the network is told what was done to each image.
+"""Non-leaking augmentation: the network is conditioned on the transformation of each image.
 
-Flips, scalings, rotations, stretches and shifts make more of a small data set; at sampling time
-the network is told that nothing was done, and draws images as they are. After appendix F.2 of
-Karras et al., NeurIPS 2022 (arXiv 2206.00364). An image is changed before it is cropped, so
-coordinates stay true, and only the pixels of the crop are computed.
+Flips, scalings, rotations, stretches and shifts enlarge a small data set; at sampling time the
+network is conditioned on the identity, and generates untransformed images. After appendix F.2 of
+Karras et al., NeurIPS 2022 (arXiv 2206.00364). An image is transformed before it is cropped, so
+coordinates remain valid, and only the pixels of the crop are computed.
 """
 
 import math
@@ -19,7 +19,7 @@ from patchdiffusion import rng
 Operation = Literal["xflip", "yflip", "scale", "rotate", "stretch", "shift"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 LABELS = 9
-"""Parameters of an image: xflip, yflip, scale, rotate (2), stretch (2), shift (2)."""
+"""Number of parameters of an image: xflip, yflip, scale, rotate (2), stretch (2), shift (2)."""
 
 _STEP = 0.2 * math.log(2)  # of scale and stretch: factors 2^(.2 w)
 _SHIFT = 0.125  # of the sides
@@ -27,23 +27,26 @@ _SHIFT = 0.125  # of the sides
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """Which operations are drawn, and how often."""
+    """Random geometric transformations of training images."""
 
     p: float = 0.0
-    """Probability of each operation; 0 changes nothing. EDM has .12 for CIFAR-10, .15 for faces."""
+    """Probability of each operation, 0 for none at all. EDM: .12 for CIFAR-10, .15 for faces."""
     operations: tuple[Operation, ...] = OPERATIONS
-    """xflip is drawn for every second image whatever p is, the others with probability p."""
+    """Operations to draw from: xflip has probability 1/2 for any p > 0, the others have p."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.p <= 1:
             raise ValueError(f"p must lie in [0, 1], not {self.p}")
         unknown = [name for name in self.operations if name not in OPERATIONS]
         if unknown or not self.operations:
-            raise ValueError(f"operations are some of {OPERATIONS}, not {self.operations}")
+            allowed = ", ".join(OPERATIONS)
+            raise ValueError(
+                f"operations is {self.operations}; allowed are one or more of {allowed}"
+            )
 
     def labels(self, key: Tensor) -> Tensor:
-        """What is done to each image: int64 [B] keys -> float32 [B, LABELS], zero for nothing."""
-        drawn = {
+        """Parameters of random transformations, 0 for none: int64 [B] -> float32 [B, LABELS]."""
+        parameters = {
             "xflip": torch.ones(len(key), 1, device=key.device),
             "yflip": torch.ones(len(key), 1, device=key.device),
             "scale": _normal(key, "scale", 1),
@@ -52,11 +55,11 @@ class Augmentation:
             "shift": _normal(key, "shift", 2),
         }
         parts = []
-        for name, values in drawn.items():
-            share = 0.5 if name == "xflip" else self.p
-            share = share if name in self.operations else 0.0
-            done = rng.bernoulli(rng.subkeys(key, f"augment {name}?"), share)
-            parts.append(torch.where(done[:, None], values.float(), 0.0))
+        for name, values in parameters.items():
+            probability = 0.5 if name == "xflip" else self.p
+            probability = probability if name in self.operations else 0.0
+            applied = rng.bernoulli(rng.subkeys(key, f"augment {name}?"), probability)
+            parts.append(torch.where(applied[:, None], values.float(), 0.0))
         return torch.cat(parts, dim=1)
 
 
@@ -71,11 +74,12 @@ def _turn(key: Tensor, name: str) -> Tensor:
 
 
 def inverse(labels: Tensor, canvas: tuple[int, int]) -> Tensor:
-    """Where the pixels of a changed image come from: [B, LABELS] -> float64 [B, 2, 3].
+    """Affine maps from transformed images to the originals: [B, LABELS] -> float64 [B, 2, 3].
 
-    The matrix takes (x, y, 1), in pixels from the middle of the changed image, to (x, y) of the
-    image before. It is a function of the labels, which therefore tell everything: a stretch by
-    2^(.2 w) along the axis at angle r has the label w (cos 2r, sin 2r), as axes have no direction.
+    The matrix takes (x, y, 1), in pixels from the center of the transformed image, to (x, y) of
+    the original. It depends on nothing but the labels, so they describe a transformation fully: a
+    stretch by 2^(.2 w) along the axis at angle r has the label w (cos 2r, sin 2r), as axes have no
+    direction.
     """
     xflip, yflip, scale, cos1, sin, a, b, tx, ty = labels.double().unbind(1)
     mirror = torch.stack([1 - 2 * xflip, 1 - 2 * yflip], dim=1).diag_embed()
@@ -101,22 +105,22 @@ def warp(
     *,
     limits: tuple[float, float] | None = (0.0, 255.0),
 ) -> Tensor:
-    """Some pixels of changed images, by bicubic interpolation.
+    """Pixels of transformed images, by bicubic interpolation.
 
-    images [B, H, W, C] as stored, rows [B, h] and cols [B, w] of the changed images -> float32
-    [B, C, h, w]. What lies outside of an image is its reflection. Interpolation does not leave the
-    `limits`, if there are any.
+    images [B, H, W, C] as stored, rows [B, h] and cols [B, w] of the transformed images -> float32
+    [B, C, h, w]. Images are continued by reflection. Values are clamped to `limits` unless that is
+    None.
     """
     height, width = images.shape[1:3]
     x = (cols.double() - (width - 1) / 2)[:, None, :].expand(-1, rows.shape[1], -1)
     y = (rows.double() - (height - 1) / 2)[:, :, None].expand(-1, -1, cols.shape[1])
-    places = torch.stack([x, y, torch.ones_like(x)], dim=-1)  # [B, h, w, 3]
+    points = torch.stack([x, y, torch.ones_like(x)], dim=-1)  # [B, h, w, 3]
     matrix = inverse(labels, (height, width))[:, None]  # [B, 1, 2, 3]
-    found = places @ matrix.mT  # [B, h, w, 2]
+    original = points @ matrix.mT  # [B, h, w, 2]
     sides = torch.tensor([width, height], dtype=torch.float64, device=images.device)
-    grid_of = 2 * found / sides  # -1 and 1 are the edges of the image
+    grid = 2 * original / sides  # -1 and 1 are the edges of the image
     source = images.movedim(-1, 1).float()
     warped = F.grid_sample(
-        source, grid_of.float(), mode="bicubic", padding_mode="reflection", align_corners=False
+        source, grid.float(), mode="bicubic", padding_mode="reflection", align_corners=False
     )
     return warped if limits is None else warped.clamp_(*limits)

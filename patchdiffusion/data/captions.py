@@ -1,4 +1,4 @@
-"""Texts about image files: `cat.txt` beside `cat.png`, or lines of a table in JSON."""
+"""Captions of image files: `cat.txt` beside `cat.png`, or lines of a table in JSON."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,24 +7,24 @@ from patchdiffusion.data.example import BadImage
 from patchdiffusion.system.files import parse_json
 
 TABLES = ("captions.jsonl", "metadata.jsonl")
-"""Names of tables with one {"file_name": ..., "text": ...} for each image of their folder."""
+"""Names of tables with a line {"file_name": ..., "text": ...} for each image of their folder."""
 TEXT = ".txt"
-_MOST_BYTES = 2**16
+_MAX_BYTES = 2**16
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Where the text of each image is."""
+    """Captions of a data set, by image, or the files that hold them."""
 
     files: Mapping[str, str] = field(default_factory=dict)
-    """File of the text, by the image."""
+    """Caption file of each image that has one."""
     texts: Mapping[str, str] = field(default_factory=dict)
-    """The text itself, by the image."""
+    """Caption of each image that a table names."""
     notes: tuple[str, ...] = ()
-    """What is wrong with the tables, a line each."""
+    """Problems of the tables, one line each."""
 
     def of(self, key: str, read: Callable[[str], bytes]) -> tuple[str | None, tuple[str, ...]]:
-        """The text of an image, and what is wrong with it; a file goes before a table."""
+        """Caption of an image or None, and complaints; a file takes precedence over a table."""
         if key not in self.files:
             return self.texts.get(key), ()
         file = self.files[key]
@@ -42,29 +42,29 @@ def find_captions(
     tables: Sequence[str],
     read: Callable[[str], bytes],
 ) -> Captions:
-    """The texts of images, from the files that end in .txt and the tables that are there."""
+    """Captions of images: `texts` are the names of .txt files, `tables` those of tables."""
     stems = {text[: -len(TEXT)]: text for text in texts}
     files = {key: stems[stem] for key in keys if (stem := key.rpartition(".")[0]) in stems}
-    found: dict[str, str] = {}
+    captions: dict[str, str] = {}
     notes: list[str] = []
-    known = set(keys)
+    images = set(keys)
     for table in tables:
-        strange = []
+        unknown = []
         for entry in _rows(table, read):
             if isinstance(entry, str):
                 notes.append(entry)
-            elif entry[0] in known:
-                found[entry[0]] = entry[1]
+            elif entry[0] in images:
+                captions[entry[0]] = entry[1]
             else:
-                strange.append(entry[0])
-        if strange:
-            told = f"{len(strange)} images that are not there, the first is {strange[0]!r}"
-            notes.append(f"{table} names {told}")
-    return Captions(files, found, tuple(notes))
+                unknown.append(entry[0])
+        if unknown:
+            missing = f"{len(unknown)} images that do not exist, the first is {unknown[0]!r}"
+            notes.append(f"{table} names {missing}")
+    return Captions(files, captions, tuple(notes))
 
 
 def _rows(table: str, read: Callable[[str], bytes]) -> Iterator[tuple[str, str] | str]:
-    """Image and text of each line, or what is wrong with it."""
+    """(Image, caption) of each line, or a complaint about the line."""
     folder = table.rpartition("/")[0]
     try:
         lines = read(table).splitlines()
@@ -92,13 +92,13 @@ def _rows(table: str, read: Callable[[str], bytes]) -> Iterator[tuple[str, str] 
 
 
 def _text(content: bytes) -> str | None:
-    """A text without the spaces around it, None if nothing is left; `ValueError` for no text."""
-    if len(content) > _MOST_BYTES:
-        raise ValueError(f"{len(content)} bytes; allowed are {_MOST_BYTES}")
+    """Decoded and stripped text, None if empty; raises `ValueError` unless it is UTF-8."""
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"{len(content)} bytes; allowed are {_MAX_BYTES}")
     try:
         text = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"no text in UTF-8 (byte {error.start})") from error
+        raise ValueError(f"not text in UTF-8 (byte {error.start})") from error
     if "\0" in text:
-        raise ValueError("no text: it holds a zero byte")
+        raise ValueError("not text: it holds a zero byte")
     return text or None

@@ -1,21 +1,21 @@
-"""Image files to arrays as they are stored, and what `pixels` and `values` make of it.
+"""Decode image files to arrays; the table shows the policy for each way of storing images.
 
 | stored as                       | as 8-bit pixels                              | as values       |
 |---------------------------------|----------------------------------------------|-----------------|
-| 1 (bilevel)                     | grey, 0 and 255                              | 0 and 255       |
-| L (grey), RGB                   | as it is                                     | as it is        |
+| 1 (bilevel)                     | gray, 0 and 255                              | 0 and 255       |
+| L (gray), RGB                   | as it is                                     | as it is        |
 | LA, PA, RGBA, any transparency  | RGB over the background, or RGB with alpha   | four channels   |
 | P (palette)                     | RGB, with alpha if the palette has it        | the same        |
 | CMYK, YCbCr, HSV                | RGB, by Pillow's conversion                  | the same        |
-| I;16, 16-bit grey               | grey, value / 257 rounded: never clipped     | as it is        |
-| 16-bit colour                   | RGB, the high byte (Pillow reads no more)    | refused         |
+| I;16, 16-bit gray               | gray, value / 257 rounded: never clipped     | as it is        |
+| 16-bit color                    | RGB, the high byte (Pillow reads no more)    | refused         |
 | I (32-bit integers)             | as 16 bit; refused outside of 0..65535       | as float32      |
-| F (floats)                      | grey, [0, 1] to 0..255; others are refused   | as it is        |
+| F (floats)                      | gray, [0, 1] to 0..255; others are refused   | as it is        |
 | NaN, infinity                   | refused                                      | refused         |
 | LAB and others                  | refused                                      | refused         |
 | animations, several pages       | the first frame                              | the same        |
 | EXIF orientation                | applied                                      | applied         |
-| ICC profiles, gamma             | left alone: the numbers in the file count    | left alone      |
+| ICC profiles, gamma             | ignored: values are used as stored           | ignored         |
 | > 179 million pixels            | refused (twice `PIL.Image.MAX_IMAGE_PIXELS`) | refused         |
 | a side below 8 pixels           | refused                                      | refused         |
 | truncated, empty, not an image  | refused                                      | refused         |
@@ -52,7 +52,7 @@ _TURNS = {
 }
 _ORIENTATION = 0x0112
 DEEP = " of 16 bits"
-"""How the mode of an image ends of which only the high bytes were read."""
+"""Suffix of the mode of an image of which only the high bytes were read."""
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def _formats() -> list[str]:
 
 
 def decode(data: bytes, key: str) -> tuple[np.ndarray, str]:
-    """The content of an image file as [H, W, 1, 3 or 4] and how it was stored.
+    """Decode the content of an image file: array [H, W, 1, 3 or 4] and stored mode.
 
     Of type uint8, uint16, int32 (if uint16 does not hold them) or float32; four channels are RGB
     with straight alpha. Raises `BadImage` for anything that the policy of this module refuses.
@@ -74,7 +74,7 @@ def decode(data: bytes, key: str) -> tuple[np.ndarray, str]:
 
 
 def decode_image(image: Image.Image, key: str) -> tuple[np.ndarray, str]:
-    """The same for an image that Pillow has opened."""
+    """Decode an image that Pillow has opened, like `decode`."""
     with _refusing(key, b""):
         return _pixels(image, key)
 
@@ -113,7 +113,7 @@ def _pixels(image: Image.Image, key: str) -> tuple[np.ndarray, str]:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether a file in colour has 16 bits for each channel, of which Pillow reads 8."""
+    """Whether a color image has 16 bits per channel, of which Pillow reads 8."""
     tiles = getattr(image, "tile", ())
     return image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in tiles)
 

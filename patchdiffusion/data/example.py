@@ -10,7 +10,7 @@ MAX_LABEL = 10**6
 
 
 class BadImage(ValueError):
-    """One image cannot be used; it carries its `key` and the `reason`, and the others go on."""
+    """Raised for one image that cannot be used, with its `key` and the `reason`."""
 
     def __init__(self, key: str, reason: str):
         super().__init__(key, reason)
@@ -23,26 +23,26 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One image as it is stored, before it is brought to the size of a pack."""
+    """One image as stored in its source, before it is fitted to the size of a pack."""
 
     image: np.ndarray
     """[H, W, C] or [H, W]; bool, uint8, uint16 or float; four channels are RGB with alpha."""
     label: int | None
     """Index into the classes of the source."""
     key: str
-    """The name of the image within its source."""
+    """Name of the image within its source."""
     group: str | None = None
     """Images of one group are never divided between training and held-out images."""
     span: tuple[float, float] | None = None
-    """The values that stand for -1 and 1; None is the full range of an integer type."""
+    """Values that become -1 and 1; None for the full range of an integer type."""
     mode: str = ""
-    """How it was stored, for the report."""
+    """Stored format, for the report."""
     caption: str | None = None
-    """A text about it."""
+    """Text about the image."""
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """What else belongs to it, by name."""
+    """Further data of the image, by name."""
     complaints: tuple[str, ...] = ()
-    """What belongs to it and cannot be used, for the report; the image goes on without."""
+    """Problems of data that are left out, for the report; the image is used without them."""
 
 
 class Source(Protocol):
@@ -55,7 +55,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """A short name for folders and reports."""
+        """Short name for folders and reports."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""From a pack of images to batches of crops: only the pixels of a crop are ever converted."""
+"""Batches of crops from a pack of images; only the pixels of a crop are converted."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -22,8 +22,8 @@ class Feed:
     """Draws crops from images [N, *S, C] as a pure function of seed, step and position.
 
     `indices` int64 [M] are the images to draw from; each is used once in every M crops. Images
-    are mirrored before they are cropped, so coordinates stay true. Crops are gathered where the
-    images lie, in the memory of the computer or of the device, and moved to `device` as stored.
+    are mirrored before they are cropped, so coordinates remain valid. Crops are gathered in the
+    memory that holds the images, of the host or a device, and moved to `device` as stored.
     """
 
     def __init__(
@@ -38,12 +38,12 @@ class Feed:
         augment: Augmentation | None = None,
         device: torch.device | str = "cpu",
     ):
-        """`space` None is `Pixels`. `augment` None tells the network nothing, else it is told."""
+        """`space` None is `Pixels`. The network is conditioned on `augment` unless it is None."""
         if len(indices) == 0:
             raise ValueError("there are no images to train on")
         if augment is not None and images.dim() != 4:
             raise ValueError(
-                f"data.augment changes images of two axes, and these have {images.dim() - 2}: "
+                f"data.augment needs images of 2 axes, and these have {images.dim() - 2}; "
                 "set --data.augment.p 0"
             )
         self.images = images
@@ -59,25 +59,25 @@ class Feed:
         )
 
     def which(self, position: np.ndarray) -> Tensor:
-        """The image at each position of the endless shuffled sequence: int64 [B]."""
-        epoch, place = np.divmod(position, len(self.indices))
+        """Index of the image at each position of the endless shuffled sequence: int64 [B]."""
+        epoch, offset = np.divmod(position, len(self.indices))
         chosen = np.empty_like(position)
         for e in np.unique(epoch):
-            chosen[epoch == e] = self.indices[self._order(int(e))[place[epoch == e]]]
+            chosen[epoch == e] = self.indices[self._order(int(e))[offset[epoch == e]]]
         return torch.from_numpy(chosen)
 
     def draws(self, group: Group, *, step: int, first: int, chunk: range) -> rng.Draws:
-        """The random draws of some crops of a group, made where the images lie."""
+        """Random draws for the crops `chunk` of a group, on the device of the images."""
         rank = torch.arange(chunk.start, chunk.stop, device=self.images.device)
         return rng.Draws(self.seed, step, first + rank, rank, group.count)
 
     def batch(
         self, group: Group, *, step: int, position: int, first: int, chunk: range
     ) -> tuple[Batch, rng.Draws]:
-        """Some crops of a group.
+        """Batch of the crops `chunk` of a group, and their random draws.
 
         `position` is the number of crops drawn before this step, `first` the number drawn in
-        this step before the group, and `chunk` the crops of the group that are wanted.
+        this step before the group, and `chunk` the range of crops within the group.
         """
         origin = Origin(group, step, position, first, chunk)
         numbers = np.arange(position + first + chunk.start, position + first + chunk.stop)
@@ -85,9 +85,9 @@ class Feed:
         return self._crops(origin, draws, numbers)
 
     def view(self, batch: Batch, stream: str) -> Batch:
-        """A second look at the images of a batch: crops of the same size by other draws.
+        """Second view of the images of a batch: other random crops of the same size.
 
-        `stream` is the name of these draws. Raises `ValueError` for a batch from elsewhere.
+        `stream` names the random draws. Raises `ValueError` for a batch that no feed has made.
         """
         o = _origin(batch)
         draws = self.draws(o.group, step=o.step, first=o.first, chunk=o.chunk)
@@ -96,22 +96,23 @@ class Feed:
         return self._crops(o, draws, numbers, f"{stream} ")[0]
 
     def others(self, batch: Batch, stream: str) -> tuple[Batch, rng.Draws]:
-        """For each crop of a batch another one of its group, as it is in the step, and its draws.
+        """For each crop of a batch another crop of its group in the same step, and its draws.
 
-        Which one is drawn by the stream; the whole group counts, also what other processes and
-        passes train on. Raises `ValueError` for a batch from elsewhere and a group of one crop.
+        It is drawn, by the random stream `stream`, from the whole group, including the crops of
+        other ranks and passes. Raises `ValueError` for a batch that no feed has made and for a
+        group of one crop.
         """
         o = _origin(batch)
         rank = torch.arange(o.chunk.start, o.chunk.stop)
-        own = rng.Draws(self.seed, o.step, o.first + rank, rank, o.group.count)
-        others = own.others(stream)  # on the host, which looks up their images
+        draws = rng.Draws(self.seed, o.step, o.first + rank, rank, o.group.count)
+        others = draws.others(stream)  # on the host, which looks up their images
         numbers = o.position + others.index.numpy()
         return self._crops(o, others.to(self.images.device), numbers)
 
     def _crops(
         self, origin: Origin, draws: rng.Draws, numbers: np.ndarray, prefix: str = ""
     ) -> tuple[Batch, rng.Draws]:
-        """The crops at some places of the endless sequence, and their draws on the device."""
+        """Crops at given positions of the endless sequence, and their draws on the device."""
         index = _move(self.which(numbers), self.images.device)
         if self.flip:
             flip = draws.bernoulli(f"{prefix}flip", 0.5)
@@ -134,7 +135,7 @@ class Feed:
 
 def _origin(batch: Batch) -> Origin:
     if batch.origin is None:
-        raise ValueError("the crops of this batch come from no feed, which could make others")
+        raise ValueError("batch has no origin, so there are no other crops; use one of Feed.batch")
     return batch.origin
 
 
@@ -150,31 +151,31 @@ def gather(
     device: torch.device | str = "cpu",
     augment: Tensor | None = None,
 ) -> Batch:
-    """Cut one crop per index out of stored images [N, *S, C], at places that `key` decides.
+    """Cut one crop per index out of stored images [N, *S, C], at random corners drawn by `key`.
 
-    Crops move to the device as they are stored and become what the network sees there. `augment`
-    [B, 9] says how each image is changed before.
+    Crops are moved to the device as stored and converted there. `augment` [B, 9] holds the
+    transformation of each image, which is applied before cropping.
     """
     canvas, pitch = tuple(images.shape[1:-1]), group.pitch
     corner = corners(key, group.size, canvas, pitch)
-    places = pixel_indices(corner, group.size, pitch)
-    last = places[-1]
+    grid = pixel_indices(corner, group.size, pitch)
+    last = grid[-1]
     mirrored = torch.where(flip.view(-1, *(1 for _ in canvas)), canvas[-1] - 1 - last, last)
-    chosen = Crops(index, (*places[:-1], mirrored), pitch)
-    crops = _move(chosen.pixels(images), device).movedim(-1, 1).to(torch.float32)
+    selection = Crops(index, (*grid[:-1], mirrored), pitch)
+    crops = _move(selection.pixels(images), device).movedim(-1, 1).to(torch.float32)
     if augment is not None:
         whole = images[index]
         whole = torch.where(flip[:, None, None, None], whole.flip(2), whole)
-        rows, cols = (place.flatten(1) for place in places)
-        changed = warp(whole, augment, rows, cols, limits=space.limits)
+        rows, cols = (axis.flatten(1) for axis in grid)
+        warped = warp(whole, augment, rows, cols, limits=space.limits)
         augment = _move(augment, device)
-        some = augment.any(dim=1)[:, None, None, None]
-        crops = torch.where(some, _move(changed, device), crops)
+        is_augmented = augment.any(dim=1)[:, None, None, None]
+        crops = torch.where(is_augmented, _move(warped, device), crops)
     lengths = [torch.full_like(corner[:, 0], length * pitch) for length in group.size]
     box = torch.cat([corner, torch.stack(lengths, dim=1)], dim=1)
     corner = _move(corner, device)
     cond = Cond(pos=coordinates(corner, group.size, canvas, pitch), augment=augment)
-    filled, others = _fill(columns, chosen, device)
+    filled, others = _fill(columns, selection, device)
     return Batch(
         images=average_pool(space.to_network(crops), pitch),
         cond=replace(cond, **filled),
@@ -189,7 +190,7 @@ def gather(
 def conditions(
     columns: Iterable[Filled], index: Tensor, canvas: Size, device: torch.device | str = "cpu"
 ) -> Cond:
-    """What columns say of some whole images int64 [B] that are not mirrored."""
+    """Condition from the columns of whole images, int64 [B], that are not mirrored."""
     corner = torch.zeros(len(index), len(canvas), dtype=torch.int64, device=index.device)
     return Cond(**_fill(columns, Crops(index, pixel_indices(corner, canvas), 1), device)[0])
 
@@ -197,7 +198,7 @@ def conditions(
 def _fill(
     columns: Iterable[Filled], crops: Crops, device: torch.device | str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The fields of `Cond` that columns fill, and the columns that fill none, by name."""
+    """Fields of `Cond` filled by columns, and the columns that fill none, by name."""
     filled: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
     for column, values in ((c.column, c.values) for c in columns):
@@ -207,7 +208,7 @@ def _fill(
 
 
 def _move(x: Tensor, device: torch.device | str) -> Tensor:
-    """The same values on a device, on the way there while the host goes on."""
+    """Copy to a device; from the host to a GPU without waiting for it."""
     device = torch.device(device)
     if x.device.type == "cpu" and device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)

@@ -21,7 +21,7 @@ _MAX_BYTES = 2**30
 
 @dataclass(frozen=True)
 class FileSource:
-    """A `Source` of image files; `read(key)` gives the bytes of one of them."""
+    """A `Source` of image files; `read(key)` returns the bytes of one of them."""
 
     name: str
     keys: tuple[str, ...]
@@ -54,11 +54,11 @@ class FileSource:
 
 @dataclass(frozen=True)
 class _Listing:
-    """What was found: (key, size, change mark) of each image, and what was passed over."""
+    """Files of a folder or zip: (key, size, change mark) of each image, and ignored files."""
 
     entries: list[tuple[str, int, int]]
     texts: list[tuple[str, int, int]]
-    """Files that may hold captions, alike."""
+    """Files that may hold captions, in the same form."""
     ignored: Counter[str]
     label_file: bool
     notes: tuple[str, ...] = ()
@@ -114,7 +114,7 @@ def _suffix(name: str) -> str:
 
 
 def _scan(root: Path) -> _Listing:
-    """Real folders first, so that a link to a folder of the same tree adds nothing."""
+    """List a folder; real folders first, so that a link to one of the same tree adds nothing."""
     entries: list[tuple[str, int, int]] = []
     texts: list[tuple[str, int, int]] = []
     ignored: Counter[str] = Counter()
@@ -174,7 +174,7 @@ def _add(
 
 
 def leads_outside(name: str) -> bool:
-    """Whether a name in a zip is, on any system, that of a file outside of where it is unpacked."""
+    """Whether a file of this name in a zip would, on any system, be unpacked outside of it."""
     above = name.startswith("/") or ".." in name.split("/")
     return above or "\\" in name or re.match("[A-Za-z]:", name) is not None
 
@@ -208,8 +208,8 @@ def _source(name: str, path: Path, listing: _Listing, read: Callable[[str], byte
     if not listing.entries:
         ignored = listing.ignored + Counter(_suffix(name) for name, _, _ in listing.texts)
         others = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common())
-        found = f"no images, only other files ({others})" if ignored else "no images"
-        raise ValueError(f"{path} holds {found}; images end in {' '.join(sorted(EXTENSIONS))}")
+        content = f"no images, only other files ({others})" if ignored else "no images"
+        raise ValueError(f"{path} holds {content}; images end in {' '.join(sorted(EXTENSIONS))}")
     entries = sorted(listing.entries, key=lambda entry: natural(entry[0]))
     if grids := _grids([key for key, _, _ in entries]):
         entries = [entry for entry in entries if entry[0] not in grids]
@@ -237,17 +237,17 @@ def _source(name: str, path: Path, listing: _Listing, read: Callable[[str], byte
 def _captions(
     listing: _Listing, keys: tuple[str, ...], read: Callable[[str], bytes]
 ) -> tuple[Captions, list[tuple[str, int, int]]]:
-    """The texts of images, and the files they are from; other texts are ignored and counted."""
+    """Captions of images, and the files that hold them; other texts are ignored and counted."""
     texts = sorted(listing.texts)
     tables = [name for name, _, _ in texts if name.rpartition("/")[2] in TABLES]
-    found = find_captions(keys, [n for n, _, _ in texts if n.endswith(TEXT)], tables, read)
-    names = {*found.files.values(), *tables}
+    captions = find_captions(keys, [n for n, _, _ in texts if n.endswith(TEXT)], tables, read)
+    names = {*captions.files.values(), *tables}
     listing.ignored.update(_suffix(name) for name, _, _ in texts if name not in names)
-    return found, [entry for entry in texts if entry[0] in names]
+    return captions, [entry for entry in texts if entry[0] in names]
 
 
 def _grids(keys: list[str]) -> set[str]:
-    """The overview beside each set of samples, which `patchdiffusion sample` has drawn."""
+    """Keys of the overviews that `patchdiffusion sample` writes beside its samples."""
     sample = re.compile(r"(^|/)seed-\d{8}\.(png|tiff)$")
     samples = {key.rpartition("/")[0] for key in keys if sample.search(key)}
     grids = {f"{folder}/grid.png" if folder else "grid.png" for folder in samples}

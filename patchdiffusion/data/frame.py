@@ -1,4 +1,4 @@
-"""How images of any size come to the size of a pack: the largest central part of its aspect."""
+"""Fit images of any size to the size of a pack: largest central box of its aspect ratio, scaled."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,17 +22,17 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """An image in the size and type of a pack."""
+    """Image in the size and type of a pack."""
 
     image: np.ndarray
     """[*S, C]"""
     size: Size
-    """What it had before, without channels."""
+    """Size before fitting, without channels."""
     enlarged: bool
 
 
 class Plan(Protocol):
-    """Shape and type of the images of a pack, and how an image comes to have them."""
+    """Shape and type of the images of a pack, and the conversion of an image to them."""
 
     @property
     def size(self) -> Size:
@@ -41,12 +41,12 @@ class Plan(Protocol):
 
     @property
     def channels(self) -> int:
-        """Of every image."""
+        """Number of channels of every image."""
         ...
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Why it is this plan, for the report."""
+        """Reasons for this plan, for the report."""
         ...
 
     @property
@@ -55,12 +55,12 @@ class Plan(Protocol):
         ...
 
     def fitted(self, example: Example) -> Fitted:
-        """One image. Raises `BadImage` for one that cannot be used, and `Replan`."""
+        """Fit one image. Raises `BadImage` for one that cannot be used, and `Replan`."""
         ...
 
 
 class Replan(Exception):
-    """The images that were looked at have misled: all must be prepared by another plan."""
+    """Raised if the probed images were not representative: all must be prepared by another plan."""
 
     def __init__(self, plan: Plan):
         super().__init__(plan)
@@ -69,33 +69,33 @@ class Replan(Exception):
 
 @dataclass
 class Sizes:
-    """Sizes of the images that are looked at, and the one that is inferred from them."""
+    """Sizes of the probed images, and the size that is inferred from them."""
 
-    found: list[Size] = field(default_factory=list)
+    probed: list[Size] = field(default_factory=list)
 
     def infer(self) -> tuple[Size, str]:
         """The common size up to 128, else the power of two below the median of the smaller side.
 
         Height and width only: further axes keep the length that is most common.
         """
-        if not self.found:
+        if not self.probed:
             size = (_LARGEST_INFERRED, _LARGEST_INFERRED)
             return size, "size: no image could be read to infer it"
-        seen = f"judged from {len(self.found)} images"
-        first = self.found[0]
-        if len(set(self.found)) == 1 and max(first[-2:]) <= _SAME_SIZE:
-            return first, f"size {size_text(first)}: all images have it ({seen})"
-        leading = [size[:-2] for size in self.found]
-        middle = median(min(size[-2:]) for size in self.found)
+        basis = f"judged from {len(self.probed)} images"
+        first = self.probed[0]
+        if len(set(self.probed)) == 1 and max(first[-2:]) <= _SAME_SIZE:
+            return first, f"size {size_text(first)}: all images have it ({basis})"
+        leading = [size[:-2] for size in self.probed]
+        middle = median(min(size[-2:]) for size in self.probed)
         side = min(_LARGEST_INFERRED, 2 ** (int(middle).bit_length() - 1))
         size = (*max(leading, key=leading.count), side, side)
         rule = f"the power of two up to the median smaller side {middle:g}"
         why = f"{rule}, at most {_LARGEST_INFERRED}"
-        return size, f"size {size_text(size)}: {why} ({seen})"
+        return size, f"size {size_text(size)}: {why} ({basis})"
 
 
 def size_text(size: Iterable[int]) -> str:
-    """A size as people write it, width first."""
+    """Size as text, width first, such as 64x32."""
     return "x".join(str(side) for side in reversed(tuple(size)))
 
 
@@ -108,7 +108,7 @@ def usable(key: str, image: np.ndarray) -> np.ndarray:
 
 
 def with_channels(example: Example) -> np.ndarray:
-    """Its image with an axis of channels; raises `BadImage` for a shape that is no image."""
+    """Image of an example with an axis of channels; raises `BadImage` for fewer than two axes."""
     image = example.image
     if image.ndim < 2:
         raise BadImage(example.key, f"shape {image.shape}; allowed are [H, W] and [H, W, C]")
@@ -118,10 +118,10 @@ def with_channels(example: Example) -> np.ndarray:
 def frame_by_frame(
     fit: Callable[[np.ndarray], tuple[np.ndarray, bool]], key: str, image: np.ndarray, size: Size
 ) -> Fitted:
-    """Fit every frame [H, W, C] of an image [*S, C], whose other axes must have their length."""
+    """Fit every frame [H, W, C] of an image [*S, C] whose other axes have the lengths in `size`."""
     before = image.shape[:-1]
     if before[:-2] != size[:-2]:
-        frames = f"{list(before[:-2])} frames; allowed are {list(size[:-2])}, as others have"
+        frames = f"{list(before[:-2])} frames; allowed are {list(size[:-2])}, as in other images"
         raise BadImage(key, frames)
     parts = [fit(frame) for frame in image.reshape(-1, *image.shape[-3:])]
     whole = np.stack([part for part, _ in parts])
@@ -130,7 +130,7 @@ def frame_by_frame(
 
 
 def central_box(width: int, height: int, size: Size) -> Box:
-    """The largest central box of the aspect of `size` (H, W): left, upper, right, lower."""
+    """Largest central box with the aspect ratio of `size` (H, W): left, upper, right, lower."""
     if width * size[0] > height * size[1]:
         inner, outer = height * size[1] / size[0], height
     else:
@@ -142,7 +142,7 @@ def central_box(width: int, height: int, size: Size) -> Box:
 
 
 def resized(picture: Image.Image, size: Size, box: Box) -> np.ndarray:
-    """The box of a picture, brought to a size (H, W) by whole-number reduction and Lanczos."""
+    """Box of a picture, scaled to `size` (H, W) by whole-number reduction and Lanczos."""
     target = (size[1], size[0])
     if picture.size != target:
         picture = picture.resize(target, Image.Resampling.LANCZOS, box, reducing_gap=3.0)

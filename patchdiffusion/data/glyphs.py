@@ -1,7 +1,7 @@
 """The built-in data set: every character of the fonts that ship with matplotlib.
 
-White ink on black, labelled by script; real shapes, nothing to download. Characters that no
-font draws, that are hairlines, or that another one already drew pixel for pixel are left out.
+White ink on black, labeled by script; real shapes, nothing to download. Missing characters,
+hairlines, and images that repeat an earlier one pixel for pixel are left out.
 """
 
 import functools
@@ -116,7 +116,7 @@ _STARTS = np.array([start for start, _ in _RUNS])
 
 
 class Glyphs:
-    """A `Source` of characters, uint8 [resolution, resolution, 1], labelled by script.
+    """A `Source` of characters, uint8 [resolution, resolution, 1], labeled by script.
 
     The group of an image is its code point, so that held-out characters are unseen in every font.
     """
@@ -136,7 +136,7 @@ class Glyphs:
 
     @functools.cached_property
     def _drawn(self) -> list[tuple[np.ndarray, str, int]]:
-        """Image, font and code point; takes seconds, so only when the first one is wanted."""
+        """Image, font and code point of each character; drawn on first use, as it takes seconds."""
         drawn: list[tuple[np.ndarray, str, int]] = []
         seen: set[bytes] = set()
         for path in self._fonts:
@@ -147,8 +147,8 @@ class Glyphs:
                 for scale in _OVERSAMPLE
             )
             for code, index in sorted(FT2Font(str(path)).get_charmap().items()):
-                wanted = index != 0 and _wanted(code)  # glyph 0 stands for a missing one
-                image = _render(fonts, chr(code), self._resolution) if wanted else None
+                has_ink = index != 0 and _has_ink(code)  # glyph 0 stands for a missing one
+                image = _render(fonts, chr(code), self._resolution) if has_ink else None
                 if image is not None and (content := image.tobytes()) not in seen:
                     seen.add(content)
                     drawn.append((image, path.stem, code))
@@ -164,8 +164,8 @@ class Glyphs:
         return Example(image, label, f"{font}/{point}", group=point, mode="L")
 
 
-def _wanted(code: int) -> bool:
-    """Characters with ink of their own: no marks, controls, spaces or private codes."""
+def _has_ink(code: int) -> bool:
+    """Whether a character has ink of its own: no marks, controls, spaces or private codes."""
     return code >= _STARTS[0] and unicodedata.category(chr(code))[0] not in "MCZ"
 
 
@@ -180,9 +180,9 @@ def _ink(font: ImageFont.FreeTypeFont, text: str) -> Image.Image | None:
 def _render(
     fonts: tuple[ImageFont.FreeTypeFont, ...], text: str, resolution: int
 ) -> np.ndarray | None:
-    """Draw one character centred on a square that it fills; None if it has hardly any ink.
+    """Draw one character centered in a square that it fills; None if it has hardly any ink.
 
-    Of the fonts, in rising size, the first is taken that gives enough pixels to reduce.
+    The smallest of the fonts that gives enough pixels to reduce is used.
     """
     ink = _ink(fonts[0], text)
     for font in fonts[1:]:

@@ -1,4 +1,4 @@
-"""Classes of image files: the folders they lie in, or a `dataset.json` as EDM writes it."""
+"""Class labels of image files, from their folders or from a `dataset.json` as EDM writes it."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from patchdiffusion.system.files import parse_json
 LABEL_FILE = "dataset.json"
 
 Labels = tuple[tuple[int, ...] | None, tuple[str, ...], tuple[str, ...]]
-"""Label of each image or None, names of the classes, lines for the report."""
+"""Label of each image or None, class names, lines for the report."""
 
 
 def natural(text: str) -> tuple[list[str | int], str]:
@@ -51,7 +51,7 @@ def _pairs(path: Path, content: bytes) -> Iterator[tuple[str, int]]:
 
 
 def edm_labels(path: Path, content: bytes, keys: tuple[str, ...]) -> Labels:
-    """Those of a `dataset.json`; raises `ValueError` if it is of another form or misses one."""
+    """Labels of a `dataset.json`; raises `ValueError` for another form or an unlabeled image."""
     table = dict(_pairs(path, content))
     if not table:
         return None, (), ()
@@ -68,5 +68,5 @@ def edm_labels(path: Path, content: bytes, keys: tuple[str, ...]) -> Labels:
     absent = sorted(table.keys() - set(keys))
     if not absent:
         return labels, classes, ()
-    told = f"{len(absent)} images that are not there, the first is {absent[0]!r}"
-    return labels, classes, (f"{LABEL_FILE} names {told}",)
+    missing = f"{len(absent)} images that do not exist, the first is {absent[0]!r}"
+    return labels, classes, (f"{LABEL_FILE} names {missing}",)

@@ -1,4 +1,4 @@
-"""The built-in set of clips: characters that move on straight lines and bounce off the borders.
+"""The built-in set of clips: characters that move in straight lines and bounce off the borders.
 
 A clip has one or two characters of one script, white on black, each with a constant velocity in
 whole pixels per frame until it meets a border. Every clip is a function of the seed and its number.
@@ -20,7 +20,7 @@ _FASTEST = 2  # pixels per frame along an axis
 
 
 class MovingGlyphs:
-    """A `Source` of clips, uint8 [8, 24, 24, 1], labelled by script.
+    """A `Source` of clips, uint8 [8, 24, 24, 1], labeled by script.
 
     The group of a clip is the code point of its first character, so that no training clip begins
     with a held-out character; as the second one it may occur.
@@ -62,7 +62,7 @@ def _characters() -> tuple[list[Example], dict[int | None, list[Example]]]:
 
 
 def _moved(glyph: np.ndarray, u: list[float]) -> np.ndarray:
-    """A clip of one character [h, h, 1]: place and velocity by three numbers in (0, 1)."""
+    """Clip of one character [h, h, 1]; start and velocity by three numbers in (0, 1)."""
     clip = np.zeros((_FRAMES, _SIDE, _SIDE, 1), np.uint8)
     room = _SIDE - len(glyph)
     starts = [int(x * (room + 1)) for x in u[:2]]
@@ -79,6 +79,6 @@ def _moved(glyph: np.ndarray, u: list[float]) -> np.ndarray:
     return clip
 
 
-def bounced(place: int, room: int) -> int:
-    """A place on the line, folded into [0, room] as by walls at both ends."""
-    return room - abs(room - place % (2 * room))
+def bounced(position: int, room: int) -> int:
+    """Position on a line, reflected into [0, room] as by walls at both ends."""
+    return room - abs(room - position % (2 * room))

@@ -1,4 +1,4 @@
-"""The settings of a run's data, and the options of `prepare`."""
+"""Configuration of the data of a run, and checked options of `prepare`."""
 
 import os
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from patchdiffusion.data.columns import Column, ColumnBase, all_columns
 from patchdiffusion.data.example import Source
 from patchdiffusion.data.files import FileSource
 from patchdiffusion.data.frame import MAX_SIDE, MIN_SIDE
-from patchdiffusion.data.pixels import background_colour
+from patchdiffusion.data.pixels import background_color
 from patchdiffusion.system.serialize import encode
 
 _POLICY = 1  # raise it when the same files would give other pixels; packs are then made anew
@@ -21,23 +21,23 @@ SpaceName = Literal["auto", "pixels", "values"]
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where the images come from and how they are prepared."""
+    """Training images: source, preparation, augmentation and columns."""
 
     path: str = "glyphs"
     """Folder, zip, array or pack of images, or a built-in set: glyphs, or moving-glyphs (clips)."""
     resolution: int | tuple[int, int] | None = None
-    """Side, or height and width, in pixels; None chooses from the images."""
+    """Side, or height and width, in pixels; None infers it from the images."""
     channels: Literal[1, 3, 4] | None = None
-    """1 grey, 3 colour, 4 with alpha; None chooses from the images."""
+    """1 (gray), 3 (color) or 4 (with alpha); None infers it from the images."""
     space: SpaceName = "auto"
-    """pixels: 8 bits; values: 16 bits and floats in their own units, never clipped; auto: pixels
-    unless most images are floats or long integers of which some do not fit into them."""
+    """pixels: 8 bits; values: 16 bits and floats in their own units, never clipped; auto: values
+    if most images are floats or wide integers and some of them do not fit into pixels."""
     flip: bool = False
-    """Mirror images left to right at random, before they are cropped."""
+    """Mirror images horizontally with probability 1/2, before cropping."""
     augment: Augmentation = field(default_factory=Augmentation)
-    """Changes that the network is told of; needs --network.augment-dim 9."""
+    """Augmentation that the network is conditioned on; needs --network.augment-dim 9."""
     columns: tuple[Column, ...] = ()
-    """What belongs to an image beside its label and caption, which need not be named."""
+    """Further data of each image; label and caption are always included."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,13 @@ class Options:
     channels: int | None
     space: SpaceName
     columns: tuple[ColumnBase, ...]
-    """All of them, also those that no image may have."""
+    """All columns, including automatic ones that no image may have."""
     background: tuple[int, int, int]
     holdout: float
     max_bad: float
 
     def identity(self) -> dict[str, Any]:
-        """What the content of a pack depends on, as JSON gives it back."""
+        """Options that the content of a pack depends on, as JSON decodes them."""
         return {
             "resolution": None if self.resolution is None else list(self.resolution),
             "channels": self.channels,
@@ -75,7 +75,7 @@ def check_options(
     holdout: float,
     max_bad: float | None,
 ) -> Options:
-    """Raises `ValueError` that names the option, its value and what is allowed."""
+    """Check the options of `prepare`; raises `ValueError` for a value that is not allowed."""
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
     if size is not None:
         size = tuple(int(side) for side in size)
@@ -83,7 +83,7 @@ def check_options(
             allowed = f"one side or (height, width), each from {MIN_SIDE} to {MAX_SIDE}"
             raise ValueError(f"resolution is {resolution}; allowed is {allowed}")
     if channels is not None and not 1 <= channels < MIN_SIDE:
-        allowed = f"1 (grey), 3 (colour), 4 (with alpha); others below {MIN_SIDE} for arrays"
+        allowed = f"1 (gray), 3 (color), 4 (with alpha); others below {MIN_SIDE} for arrays"
         raise ValueError(f"channels is {channels}; allowed are {allowed}")
     if space not in get_args(SpaceName):
         raise ValueError(f"space is {space!r}; allowed are {', '.join(get_args(SpaceName))}")
@@ -97,14 +97,14 @@ def check_options(
         channels=channels,
         space=space,
         columns=all_columns(columns),
-        background=background_colour(background),
+        background=background_color(background),
         holdout=float(holdout),
         max_bad=limit,
     )
 
 
 def count_workers(workers: int | None, source: Source) -> int:
-    """Threads to decode with; sources of other people may not be safe for more than one."""
+    """Number of decoding threads; by default 1 for sources that may not be thread-safe."""
     if workers is None:
         return min(os.cpu_count() or 1, _MAX_WORKERS) if isinstance(source, FileSource) else 1
     if workers < 1:

@@ -38,14 +38,14 @@ IMAGES = "images"
 LABELS = Label().name
 CAPTIONS = Caption().name
 ENDS = "_ends"
-"""Ends the name of the array that says where each entry of another ends, of any length."""
+"""Suffix of the array that holds the end of each entry of another one, of any length."""
 TYPES = ("uint8", "uint16", "int32", "int64", "float32")
-"""Types of arrays, always stored with the least significant byte first."""
+"""Types of arrays, always stored little-endian."""
 
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """One array of a pack: the file of its name holds it row by row."""
+    """One array of a pack, stored row by row in the file of its name."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class ArrayInfo:
         return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     def contradicts(self) -> bool:
-        """Whether type, shape, block and number of checksums do not go together."""
+        """Whether type, shape, block and number of checksums are inconsistent."""
         if self.dtype not in TYPES or not self.shape or min(self.shape) < 1 or self.block < 1:
             return True
         return len(self.crc32) != -(-self.shape[0] // self.block)
@@ -73,16 +73,16 @@ class PackInfo:
     name: str
     arrays: dict[str, ArrayInfo]
     space: Space
-    """What the numbers of the images mean."""
+    """Meaning of the stored values of the images."""
     columns: tuple[Column, ...]
-    """What belongs to each image; the array of the same name holds it."""
+    """Columns of the images; each is stored in the array of its name."""
     classes: tuple[str, ...]
     class_counts: tuple[int, ...]
     mean: tuple[float, ...]
-    """Of each channel, in the units that the network sees."""
+    """Mean of each channel, in the units of the network."""
     std: tuple[float, ...]
     sigma_data: float
-    """Standard deviation of all values together, in the units that the network sees."""
+    """Standard deviation of all values, in the units of the network."""
     heldout: tuple[int, ...]
     stamp: str
     """Changes when the source changes; empty if the source cannot tell."""
@@ -93,7 +93,7 @@ class PackInfo:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the images: N, *S, C."""
+        """Shape of the array of images: N, *S, C."""
         return self.arrays[IMAGES].shape
 
 
@@ -104,7 +104,7 @@ class Pack:
     path: Path
     info: PackInfo
     arrays: Mapping[str, Tensor]
-    """On the CPU, mapped from the files; writing to one ends the process."""
+    """Memory-mapped on the CPU; writing to one crashes the process."""
     labels: Tensor | None
     """int64 [N], -1 = none."""
     train: Tensor
@@ -114,7 +114,7 @@ class Pack:
 
     @classmethod
     def open(cls, path: str | Path) -> "Pack":
-        """Map a pack without reading its arrays; `ValueError` if files are not as recorded."""
+        """Map a pack without reading its arrays; `ValueError` unless files are as recorded."""
         path = Path(path)
         info = _read_info(path / "pack.json")
         arrays = {name: _mapped(path / f"{name}.bin", of) for name, of in info.arrays.items()}
@@ -140,7 +140,7 @@ class Pack:
 
     @property
     def columns(self) -> tuple[Filled, ...]:
-        """What belongs to the images, labels first if there are any."""
+        """Columns with the values of all images, labels first if there are any."""
         return tuple(
             Filled(column, self.arrays[column.name] if values is None else values)
             for column in self.info.columns
@@ -149,28 +149,28 @@ class Pack:
 
     @functools.cached_property
     def captions(self) -> Sequence[str | None]:
-        """The text of each image; an image, or all of them, may have none."""
+        """Caption of each image, None for an image without one."""
         ends = self.arrays.get(CAPTIONS + ENDS, torch.zeros(len(self), dtype=torch.int64))
         return Texts(self.arrays.get(CAPTIONS, torch.empty(0, dtype=torch.uint8)), ends)
 
     @property
     def name(self) -> str:
-        """The name of the source."""
+        """Name of the source."""
         return self.info.name
 
     @property
     def space(self) -> Space:
-        """What the numbers of the images mean."""
+        """Meaning of the stored values of the images."""
         return self.info.space
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, or ()."""
+        """Class names, or () without labels."""
         return self.info.classes
 
     @property
     def sigma_data(self) -> float:
-        """Measured standard deviation, in the units that the network sees."""
+        """Standard deviation of all values, in the units of the network."""
         return self.info.sigma_data
 
     @property
@@ -196,7 +196,7 @@ class Pack:
         return keys
 
     def some_held_out(self, most: int) -> Tensor:
-        """Indices of at most so many held-out images, evenly spaced: classes follow each other."""
+        """Indices of at most `most` held-out images, evenly spaced: classes follow each other."""
         count = min(most, len(self.heldout))
         return self.heldout[torch.arange(count) * len(self.heldout) // max(count, 1)]
 
@@ -207,8 +207,8 @@ class Pack:
         key, group = self.keys[index]
         label = -1 if self.labels is None else int(self.labels[index])
         image = self.images[index].numpy().copy()
-        own = (Label().name, Caption().name)
-        others = [c.column.name for c in self.columns if c.column.name not in own]
+        automatic = (Label().name, Caption().name)
+        others = [c.column.name for c in self.columns if c.column.name not in automatic]
         return Example(
             image,
             None if label < 0 else label,
@@ -220,27 +220,27 @@ class Pack:
         )
 
     def verify(self) -> None:
-        """Read everything and compare checksums; raises `ValueError` that names the bad block."""
+        """Read all arrays and compare checksums; raises `ValueError` that names the bad block."""
         for name, of in self.info.arrays.items():
             with open(self.path / f"{name}.bin", "rb") as stream:
                 for number, expected in enumerate(of.crc32):
                     if zlib.crc32(stream.read(of.block * of.row)) != expected:
                         first = number * of.block
                         last = min(first + of.block, of.shape[0]) - 1
-                        what = "bytes" if name + ENDS in self.arrays else "images"
+                        rows = "bytes" if name + ENDS in self.arrays else "images"
                         raise ValueError(
                             f"{self.path}/{name}.bin is damaged: block {number} "
-                            f"({what} {first} to {last}) does not have its recorded checksum"
+                            f"({rows} {first} to {last}) does not have its recorded checksum"
                         )
 
 
 def _mapped(file: Path, of: ArrayInfo) -> Tensor:
-    """An array on disk; raises `ValueError` if its size is not as recorded."""
+    """Memory-map an array; raises `ValueError` if its size is not as recorded."""
     size = of.shape[0] * of.row
     actual = file.stat().st_size if file.is_file() else None
     if actual != size:
-        found = "is missing" if actual is None else f"has {actual} bytes"
-        raise ValueError(f"{file} {found}; {size} bytes are recorded in pack.json")
+        problem = "is missing" if actual is None else f"has {actual} bytes"
+        raise ValueError(f"{file} {problem}; {size} bytes are recorded in pack.json")
     mapped = np.memmap(file, np.dtype(of.dtype).newbyteorder("<"), "r", shape=of.shape)
     with warnings.catch_warnings():
         # Read-only on purpose: a private writable mapping would count as memory in full.
@@ -281,6 +281,6 @@ def _contradicts(info: PackInfo) -> bool:
 
 
 def _rises(ends: Tensor, length: int) -> bool:
-    """Whether these can be the ends of parts of so many bytes altogether."""
+    """Whether `ends` divide `length` bytes into consecutive entries."""
     starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
     return bool((starts <= ends).all()) and int(ends[-1]) == length

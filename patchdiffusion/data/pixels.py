@@ -1,8 +1,8 @@
-"""Images as 8-bit pixels of one size, in grey, in colour, or with alpha.
+"""Images as 8-bit pixels of one size, in gray, in color, or with alpha.
 
 16 bits are scaled, never clipped; floats must lie in a declared span. An image is cropped centrally
-to the wanted aspect, then reduced by whole-number boxes and Lanczos; smaller images are enlarged
-(Lanczos) and counted. One that has the size already is not touched. Colour becomes grey by the
+to the aspect ratio, then reduced by whole-number boxes and Lanczos; smaller images are enlarged
+(Lanczos) and counted. One that has the size already is not touched. Color becomes gray by the
 ITU-R 601 luma.
 """
 
@@ -24,11 +24,11 @@ from patchdiffusion.data.frame import (
 )
 from patchdiffusion.data.space import Pixels
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 def to_uint8(example: Example) -> np.ndarray:
-    """The pixels of an example as uint8 [*S, C], 0 and 255 standing for -1 and 1.
+    """Pixels of an example as uint8 [*S, C]; 0 and 255 stand for -1 and 1.
 
     Raises `BadImage` for another shape or type, undeclared floats, or values out of their span.
     """
@@ -50,7 +50,7 @@ def to_uint8(example: Example) -> np.ndarray:
 
 
 def unit_span(image: np.ndarray) -> tuple[float, float] | None:
-    """The span of the floats of a file: [0, 1]."""
+    """Span of the floats of an image file, [0, 1]; None for integers."""
     return (0.0, 1.0) if image.dtype.kind == "f" else None
 
 
@@ -71,40 +71,38 @@ def _quantise(values: np.ndarray, span: tuple[float, float], key: str) -> np.nda
     return np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
 
 
-def background_colour(background: str | Colour) -> Colour:
-    """A colour as three numbers; raises `ValueError` for a name that Pillow does not know."""
-    colour = background
-    if isinstance(colour, str):
+def background_color(background: str | Color) -> Color:
+    """Color as three numbers; raises `ValueError` for a name that Pillow does not know."""
+    color = background
+    if isinstance(color, str):
         try:
-            colour = ImageColor.getrgb(colour)[:3]
+            color = ImageColor.getrgb(color)[:3]
         except ValueError as error:
             allowed = "a name such as 'white', '#rrggbb', or three numbers from 0 to 255"
             raise ValueError(f"background is {background!r}; allowed are {allowed}") from error
-    if len(colour) != 3 or not all(0 <= value <= 255 for value in colour):
+    if len(color) != 3 or not all(0 <= value <= 255 for value in color):
         raise ValueError(f"background is {background!r}; allowed are three numbers from 0 to 255")
-    return (colour[0], colour[1], colour[2])
+    return (color[0], color[1], color[2])
 
 
-def fit(
-    image: np.ndarray, size: Size, channels: int, background: Colour
-) -> tuple[np.ndarray, bool]:
-    """Bring uint8 [H, W, C] to [*size, channels]; also say whether it had to be enlarged.
+def fit(image: np.ndarray, size: Size, channels: int, background: Color) -> tuple[np.ndarray, bool]:
+    """Bring uint8 [H, W, C] to [*size, channels]; also returns whether it was enlarged.
 
     Raises `ValueError` if the number of channels cannot be converted.
     """
-    height, width, given = image.shape
+    height, width, stored = image.shape
     box = central_box(width, height, size)
     enlarged = box[2] - box[0] < size[1]
-    if given in (1, 3, 4) and channels in (1, 3, 4):
-        picture = _coloured(image, channels, background)
+    if stored in (1, 3, 4) and channels in (1, 3, 4):
+        picture = _picture(image, channels, background)
         return resized(picture, size, box).reshape(*size, channels), enlarged
-    if given != channels:
-        raise ValueError(f"{given} channels cannot become {channels}; allowed is {given}")
-    planes = [resized(Image.fromarray(image[:, :, c]), size, box) for c in range(given)]
+    if stored != channels:
+        raise ValueError(f"{stored} channels cannot become {channels}; allowed is {stored}")
+    planes = [resized(Image.fromarray(image[:, :, c]), size, box) for c in range(stored)]
     return np.stack(planes, axis=2), enlarged
 
 
-def _coloured(image: np.ndarray, channels: int, background: Colour) -> Image.Image:
+def _picture(image: np.ndarray, channels: int, background: Color) -> Image.Image:
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
     plane = image[:, :, 0] if image.shape[2] == 1 else image
     picture = Image.fromarray(np.ascontiguousarray(plane))
@@ -115,23 +113,23 @@ def _coloured(image: np.ndarray, channels: int, background: Colour) -> Image.Ima
     return picture if picture.mode == mode else picture.convert(mode)
 
 
-def is_grey(image: np.ndarray) -> bool:
-    """Whether all colour channels of uint8 [..., 3] are equal."""
+def is_gray(image: np.ndarray) -> bool:
+    """Whether all color channels of uint8 [..., 3] are equal."""
     first = image[..., 0]
     return bool((image[..., 1] == first).all() and (image[..., 2] == first).all())
 
 
 @dataclass(frozen=True)
 class PixelPlan:
-    """Shape of a pack of 8-bit pixels, and why."""
+    """Shape of a pack of 8-bit pixels, with the reasons."""
 
     size: Size
     """Height and width, after other axes if there are any."""
     channels: int
-    background: Colour
-    """Under transparent pixels."""
-    refuse_colour: bool = False
-    """Grey was inferred from some of the images, so one in colour changes the plan."""
+    background: Color
+    """Color under transparent pixels."""
+    refuse_color: bool = False
+    """True if gray was inferred from some of the images, so that one in color changes the plan."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -140,20 +138,20 @@ class PixelPlan:
         return Pixels.dtype
 
     def fitted(self, example: Example) -> Fitted:
-        """One image. Raises `BadImage` for one that cannot be used, and `Replan` for colour."""
+        """Fit one image. Raises `BadImage` if it cannot be used, `Replan` for unexpected color."""
         image = usable(example.key, to_uint8(example))
         planes = image.shape[-1]
         if planes != self.channels and not {planes, self.channels} <= {1, 3, 4}:
             raise BadImage(example.key, f"{planes} channels cannot become {self.channels}")
-        in_doubt = self.refuse_colour and planes != 1
+        in_doubt = self.refuse_color and planes != 1
         channels = 3 if in_doubt else self.channels
 
         def fit_frame(frame: np.ndarray) -> tuple[np.ndarray, bool]:
             return fit(frame, self.size[-2:], channels, self.background)
 
-        found = frame_by_frame(fit_frame, example.key, image, self.size)
+        fitted = frame_by_frame(fit_frame, example.key, image, self.size)
         if not in_doubt:
-            return found
-        if not is_grey(found.image):
-            raise Replan(replace(self, channels=3, refuse_colour=False))
-        return replace(found, image=found.image[..., :1])
+            return fitted
+        if not is_gray(fitted.image):
+            raise Replan(replace(self, channels=3, refuse_color=False))
+        return replace(fitted, image=fitted.image[..., :1])

@@ -1,4 +1,4 @@
-"""What `prepare` infers from some of the images: space, size, channels and type of a pack."""
+"""Plan of a pack: space, size, channels and type, inferred from a sample of the images."""
 
 from collections.abc import Callable, Iterator
 
@@ -7,7 +7,7 @@ import numpy as np
 from patchdiffusion.data.example import BadImage, Example, Source
 from patchdiffusion.data.frame import Plan, Size, Sizes, usable, with_channels
 from patchdiffusion.data.options import Options
-from patchdiffusion.data.pixels import PixelPlan, fit, is_grey, to_uint8
+from patchdiffusion.data.pixels import PixelPlan, fit, is_gray, to_uint8
 from patchdiffusion.data.values import FLOAT, WHOLE, ValuePlan, to_values
 
 _PROBED = 256
@@ -15,7 +15,7 @@ _PROBED_FOR_SPACE = 16
 
 
 def make_plan(source: Source, options: Options) -> Plan:
-    """Look at up to 256 images, evenly spaced, for whatever the options leave open."""
+    """Plan for the options; up to 256 images, evenly spaced, decide what these leave open."""
     if options.space == "values":
         return _value_plan(source, options, ())
     if options.space == "auto" and _are_measured(source):
@@ -26,8 +26,8 @@ def make_plan(source: Source, options: Options) -> Plan:
 
 def _are_measured(source: Source) -> bool:
     """Whether most images are floats or long integers, and some of them cannot be pixels."""
-    known = [_kind(example) for example in _probed(source, _PROBED_FOR_SPACE)]
-    return 2 * sum(kind != "short" for kind in known) > len(known) and "beyond" in known
+    kinds = [_kind(example) for example in _probed(source, _PROBED_FOR_SPACE)]
+    return 2 * sum(kind != "short" for kind in kinds) > len(kinds) and "beyond" in kinds
 
 
 def _kind(example: Example) -> str:
@@ -47,7 +47,7 @@ def _kind(example: Example) -> str:
 def _value_plan(source: Source, options: Options, notes: tuple[str, ...]) -> ValuePlan:
     sizes, channels, types = Sizes(), [], set()
     for image in _images(source, to_values):
-        sizes.found.append(image.shape[:-1])
+        sizes.probed.append(image.shape[:-1])
         channels.append(image.shape[-1])
         types.add(image.dtype.name)
     size, why = sizes.infer() if options.resolution is None else (options.resolution, None)
@@ -61,15 +61,15 @@ def _pixel_plan(source: Source, options: Options) -> PixelPlan:
     if size is not None and channels is not None:
         return PixelPlan(size, channels, options.background)
     sizes = Sizes()
-    grey = True
+    gray = True
     planes = 1
     for image in _images(source, to_uint8):
-        if size is not None and sizes.found and not grey:
+        if size is not None and sizes.probed and not gray:
             break
-        sizes.found.append(image.shape[:-1])
+        sizes.probed.append(image.shape[:-1])
         planes = image.shape[-1]
-        if grey and channels is None and planes in (3, 4):
-            grey = all(map(_small_grey(options), image.reshape(-1, *image.shape[-3:])))
+        if gray and channels is None and planes in (3, 4):
+            gray = all(map(_small_gray(options), image.reshape(-1, *image.shape[-3:])))
     notes: tuple[str, ...] = ()
     if size is None:
         size, why = sizes.infer()
@@ -78,19 +78,19 @@ def _pixel_plan(source: Source, options: Options) -> PixelPlan:
         return PixelPlan(size, channels, options.background, notes=notes)
     if planes not in (1, 3, 4):
         return PixelPlan(size, planes, options.background, notes=notes)
-    return PixelPlan(size, 1 if grey else 3, options.background, refuse_colour=grey, notes=notes)
+    return PixelPlan(size, 1 if gray else 3, options.background, refuse_color=gray, notes=notes)
 
 
-def _small_grey(options: Options) -> Callable[[np.ndarray], bool]:
+def _small_gray(options: Options) -> Callable[[np.ndarray], bool]:
     def judge(frame: np.ndarray) -> bool:
         small = (min(frame.shape[0], 64), min(frame.shape[1], 64))
-        return is_grey(fit(frame, small, 3, options.background)[0])
+        return is_gray(fit(frame, small, 3, options.background)[0])
 
     return judge
 
 
 def common_size(source: Source) -> Size | None:
-    """Height and width of the images, by up to 256 of them, or None if they differ."""
+    """Common height and width of up to 256 images, or None if they differ."""
     sizes = {image.shape[:-1] for image in _images(source, with_channels)}
     return sizes.pop() if len(sizes) == 1 else None
 

@@ -59,44 +59,45 @@ def prepare(
 
     `resolution` is a side or (height, width); None is the common size up to 128, else the power
     of two below the median of the smaller side, at most 64. `channels` None is 1 if every image
-    is grey, else 3; 4 keeps alpha. `space` "pixels" makes 8 bits of everything, "values" keeps 16
-    bits and floats in their own units, and "auto" does that if most images are floats or long
-    integers of which some cannot be pixels. `columns` belong to an image beside its label and its
-    caption, which are stored where there are any. A part `holdout` of the images (at most 1,000) is
-    kept from training. An existing pack of the same data and options is reused, another one at
+    is gray, else 3; 4 keeps alpha. `space` "pixels" converts everything to 8 bits, "values" keeps
+    16 bits and floats in their own units, and "auto" is "values" if most images are floats or wide
+    integers and some of them cannot be pixels. `columns` are stored beside labels and captions,
+    which are always stored if there are any. A fraction `holdout` of the images (at most 1,000) is
+    held out from training. An existing pack of the same data and options is reused, another one at
     `out` is replaced. Images that cannot be used are listed in the report; raises `ValueError` if
-    they are all, or more than the part `max_bad` (0.1), and `OSError` if `out` cannot be written.
+    these are all images, or more than the fraction `max_bad` (0.1), and `OSError` if `out` cannot
+    be written.
     """
     options = check_options(resolution, channels, space, columns, background, holdout, max_bad)
     workers = count_workers(workers, source)
     target = None if out is None else Path(out).expanduser()
-    found = _existing(source, options, target)
-    if found is not None:
-        return found
+    pack = _existing(source, options, target)
+    if pack is not None:
+        return pack
     if len(source) == 0:
         raise ValueError(f"{source.name} holds no images")
     with warnings.catch_warnings():
         # Pillow warns of odd metadata and of large images; the report is the place for that.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         plan = make_plan(source, options)
-        place = target or _default_target(source, plan, options)
+        target_folder = target or _default_target(source, plan, options)
         bytes_each = math.prod(_shape(plan)) * np.dtype(plan.dtype).itemsize + _BYTES_PER_IMAGE
-        _make_room(place, len(source) * bytes_each)
-        guard = place.with_name(place.name + ".lock")
+        _make_room(target_folder, len(source) * bytes_each)
+        guard = target_folder.with_name(target_folder.name + ".lock")
         waiting = print if progress else None
-        with lock(guard, place, patience=float("inf"), waiting=waiting):
-            found = _existing(source, options, target)  # by the process that was waited for
-            if found is not None:
-                return found
+        with lock(guard, target_folder, patience=float("inf"), waiting=waiting):
+            pack = _existing(source, options, target)  # by the process that was waited for
+            if pack is not None:
+                return pack
             try:
-                return _make(source, plan, options, place, workers, progress)
+                return _make(source, plan, options, target_folder, workers, progress)
             except Replan as other:
-                place = target or _default_target(source, other.plan, options)
-                return _make(source, other.plan, options, place, workers, progress)
+                target_folder = target or _default_target(source, other.plan, options)
+                return _make(source, other.plan, options, target_folder, workers, progress)
 
 
 def prepare_data(data: DataConfig) -> Pack:
-    """Prepare the images of a configuration, or open what was prepared before.
+    """Prepare the images of a configuration, or open the pack that was prepared before.
 
     A pack is used as it is, unless another resolution or number of channels is asked for.
     """
@@ -105,8 +106,8 @@ def prepare_data(data: DataConfig) -> Pack:
         _, *size, channels = source.info.shape
         sizes = (None, tuple(size), *(size[:1] if len(set(size)) == 1 else ()))
         fits = data.resolution in sizes and data.channels in (None, channels)
-        known = {filled.column for filled in source.columns}
-        if fits and known.issuperset(data.columns) and data.space in ("auto", source.space.word):
+        columns = {filled.column for filled in source.columns}
+        if fits and columns.issuperset(data.columns) and data.space in ("auto", source.space.word):
             return source
     return prepare(
         source,
@@ -122,7 +123,7 @@ def prepare_data(data: DataConfig) -> Pack:
 class _Ready:
     fitted: Fitted
     values: list[Stored | None]
-    """Of each column."""
+    """One for each column."""
     key: str
     group: str | None
     mode: str
@@ -146,9 +147,11 @@ def _existing(source: Source, options: Options, target: Path | None) -> Pack | N
     if target is not None:
         if target.exists() and not (target / "pack.json").is_file():
             if not target.is_dir():
-                raise ValueError(f"{target} is a file; allowed is a new folder or an older pack")
+                raise ValueError(f"{target} is a file; allowed are a new folder and an older pack")
             if any(target.iterdir()):
-                raise ValueError(f"{target} holds something else; choose a new or empty folder")
+                raise ValueError(
+                    f"{target} is not empty and not a pack; choose a new or empty folder"
+                )
         candidates = [target]
     else:
         candidates = sorted((cache_dir() / "packs").glob(f"*-{_identity(source, options)}"))
@@ -204,7 +207,7 @@ def _make(
             stamp=_stamp(source),
             options=options.identity(),
         )
-        report.columns = {c.column.name: c.given for c in writer.columns if c.given}
+        report.columns = {c.column.name: c.count for c in writer.columns if c.count}
         later, earlier = repeats(digests)
         report.duplicates = len(later)
         report.duplicate_pairs = _names(folder / "keys.jsonl", later[:_PAIRS], earlier[:_PAIRS])
@@ -214,7 +217,7 @@ def _make(
 
 
 def _make_room(target: Path, needed: int) -> None:
-    """Make the folder that will hold the pack; raise `OSError` if it cannot, or is too full."""
+    """Create the folder that will hold the pack; raises `OSError` if it cannot, or is too full."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if not os.access(target.parent, os.W_OK):
@@ -277,19 +280,19 @@ def _count(report: Report, result: _Ready) -> None:
 
 
 def _check_bad(report: Report, max_bad: float, complaints: Path, name: str) -> None:
-    bad, given = len(report.bad), report.given
-    if bad == given or bad > max_bad * given:
+    bad, total = len(report.bad), report.total
+    if bad == total or bad > max_bad * total:
         write_text(complaints, "\n".join(bad_lines(report.bad)) + "\n")
         key, reason = report.bad[0]
         raise ValueError(
-            f"{bad} of {given} images of {name} cannot be used (allowed are "
+            f"{bad} of {total} images of {name} cannot be used (allowed are "
             f"{max_bad:.0%}); the first is {key}: {reason}; the list is in {complaints}; "
             "patchdiffusion prepare --max-bad allows more"
         )
 
 
 def _names(keys: Path, later: np.ndarray, earlier: np.ndarray) -> list[tuple[str, str]]:
-    wanted = {int(i) for i in (*later, *earlier)}
+    numbers = {int(i) for i in (*later, *earlier)}
     with open(keys, encoding="ascii") as lines:
-        names = {i: str(json.loads(line)[0]) for i, line in enumerate(lines) if i in wanted}
+        names = {i: str(json.loads(line)[0]) for i, line in enumerate(lines) if i in numbers}
     return [(names[int(a)], names[int(b)]) for a, b in zip(later, earlier, strict=True)]

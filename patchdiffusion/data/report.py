@@ -1,4 +1,4 @@
-"""What `prepare` found in a data set, as JSON and as text."""
+"""Report of `prepare` on a data set, as JSON and as text."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -15,9 +15,9 @@ _SHOWN = 20
 
 @dataclass
 class Report:
-    """Counts while images are read; `write` puts them beside the pack."""
+    """Counts of images while they are read; `write` stores them beside the pack."""
 
-    given: int
+    total: int
     bad: list[tuple[str, str]] = field(default_factory=list)
     sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
     """Height, width."""
@@ -26,17 +26,17 @@ class Report:
     duplicates: int = 0
     duplicate_pairs: list[tuple[str, str]] = field(default_factory=list)
     columns: dict[str, int] = field(default_factory=dict)
-    """How many images have a value, by column."""
+    """Number of images with a value, by column."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
-    """What belongs to an image and cannot be used, and why."""
+    """Key of an image and reason for data of it that cannot be used."""
     ignored: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def as_json(self, info: PackInfo) -> dict[str, Any]:
-        """Everything, for machines."""
+        """Full report, for programs."""
         return {
             "name": info.name,
-            "given": self.given,
+            "given": self.total,
             "read": info.shape[0],
             "shape": list(info.shape),
             "bad": [{"key": key, "reason": reason} for key, reason in self.bad],
@@ -55,12 +55,12 @@ class Report:
         }
 
     def as_text(self, info: PackInfo) -> str:
-        """The same for people, long lists shortened."""
+        """Report to read, with long lists shortened."""
         count, *size, channels = info.shape
         counts = zip(info.classes, info.class_counts, strict=True)
         lines = [
             f"{info.name}: {count} images of {size_text(size)} with {channels} channels",
-            f"given {self.given}, refused {len(self.bad)}, enlarged {self.enlarged}, "
+            f"given {self.total}, refused {len(self.bad)}, enlarged {self.enlarged}, "
             f"exact duplicates {self.duplicates}, held out {len(info.heldout)}",
             f"standard deviation in [-1, 1]: {info.sigma_data:.4f}",
             *self.notes,
@@ -92,7 +92,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _printable(text: str) -> str:
-    """Names of files may hold line breaks, and sequences that terminals obey."""
+    """Escape unprintable characters: names of files may hold line breaks and terminal codes."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

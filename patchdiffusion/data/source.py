@@ -1,4 +1,4 @@
-"""From what a person types to a `Source`."""
+"""Open a `Source` from a path, or a built-in data set from its name."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,7 @@ from patchdiffusion.system.files import read_json
 __all__ = ["BadImage", "Example", "Source", "is_run", "open_source"]
 
 SAMPLES = "samples.npy"
-"""What `patchdiffusion sample` writes beside pictures that do not hold every number."""
+"""Array that `patchdiffusion sample` writes beside pictures that cannot hold its exact values."""
 
 BUILT_IN: dict[str, Callable[[], Source]] = {c.name: c for c in (Glyphs, MovingGlyphs)}
 """Data sets that need no files, by name."""
@@ -23,7 +23,7 @@ _ALLOWED = f"allowed are a folder, a pack, a .zip, .npy or .npz file, or {' or '
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run; other folders may hold a `config.json`, too."""
+    """Whether a folder belongs to a run; others may hold a `config.json`, too."""
     if (folder / "config.json").exists() and (folder / "log.jsonl").exists():
         return True  # even if it is damaged: its samples are not a data set
     try:
@@ -33,14 +33,14 @@ def is_run(folder: Path) -> bool:
 
 
 def open_source(spec: str | Path) -> Source:
-    """The data set at a path, or the built-in one of that name (unless data have it).
+    """Open the data set at a path, or else the built-in one of that name.
 
     Raises `ValueError`, in one line, for anything else and for data that cannot be read.
     """
     path = Path(spec).expanduser()
     run = is_run(path)
     if run and str(spec) not in BUILT_IN:
-        raise ValueError(f"{spec} is the folder of a run, not of images")
+        raise ValueError(f"{spec} is the folder of a run, not of images; {_ALLOWED}")
     if path.is_dir() and not run:
         if (path / "pack.json").is_file() and (path / "images.bin").is_file():
             return Pack.open(path)

@@ -1,7 +1,7 @@
-"""Spaces: what the numbers of a pack mean, and how a network sees them.
+"""Spaces: meaning of the stored values of a pack, and conversion to the units of a network.
 
-A network is trained on numbers of about [-1, 1]. A space takes stored values there and back, and
-makes pictures of them. Stored values have their channels last, [..., C]; a network has them second,
+A network is trained on values of about [-1, 1]. A space converts stored values to these units, back
+again, and to pictures. Stored values have their channels last, [..., C]; a network has them second,
 [B, C, *S].
 """
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 STD = 0.5
-"""Standard deviation of `Values` as a network sees them: what EDM's networks expect of images."""
+"""Standard deviation of `Values` in the units of a network, as EDM assumes for images."""
 
 _SHOWN = (0.1, 99.9)  # percentiles of the values that are black and white in a picture
 _LOOKED_AT = 256
@@ -26,34 +26,34 @@ class Pixels:
     word: ClassVar[Literal["pixels"]] = "pixels"
     dtype: ClassVar[str] = "uint8"
     limits: ClassVar[tuple[float, float] | None] = (0.0, 255.0)
-    """Values that interpolation must not leave; None is none."""
+    """Range to which interpolated values are clamped; None for no limits."""
 
     def to_network(self, x: Tensor) -> Tensor:
-        """Stored values as float32 [B, C, *S], changed in place to what the network sees."""
+        """Convert stored values, float32 [B, C, *S], to the units of the network, in place."""
         return x.div_(127.5).sub_(1)
 
     def to_values(self, x: Tensor) -> np.ndarray:
-        """What a network has made, [B, C, *S], as values that could be stored: [B, *S, C]."""
+        """Convert output of a network [B, C, *S] to values of the stored type [B, *S, C]."""
         scaled = (x.to(torch.float32) * 127.5 + 127.5).round().clamp(0, 255)
         return scaled.to(torch.uint8).movedim(1, -1).cpu().numpy()
 
     def to_picture(self, values: np.ndarray) -> np.ndarray:
-        """Stored values [..., C] as uint8 to look at."""
+        """Convert stored values [..., C] to uint8 for display."""
         return values
 
 
 @dataclass(frozen=True, kw_only=True)
 class Values:
-    """Measurements in units of their own: each channel has mean 0 and deviation .5 to the network.
+    """Measurements in their own units: each channel has mean 0 and deviation .5 for the network.
 
-    Nothing is clipped. `mean + scale x` takes a number x of the network back to a value.
+    Nothing is clipped. `mean + scale x` converts a value x of the network back.
     """
 
     word: ClassVar[Literal["values"]] = "values"
     dtype: Literal["uint16", "float32"]
     """Type of the stored values, and of samples: whole numbers from 0 to 65,535, or floats."""
     mean: tuple[float, ...]
-    """Of each channel."""
+    """Mean of each channel."""
     scale: tuple[float, ...]
     """Twice the standard deviation of each channel."""
     black: tuple[float, ...]
@@ -66,25 +66,28 @@ class Values:
     def __post_init__(self) -> None:
         tables = (self.mean, self.scale, self.black, self.white)
         if len({len(table) for table in tables}) != 1:
-            raise ValueError(f"mean, scale, black and white need as many entries each: {tables}")
+            lengths = [len(table) for table in tables]
+            raise ValueError(
+                f"mean, scale, black and white have {lengths} entries; allowed are equal numbers"
+            )
         if not np.isfinite(tables).all() or min(self.scale) <= 0:
             raise ValueError(f"scale must be positive and finite, not {self.scale}")
         if not all(low < high for low, high in zip(self.black, self.white, strict=True)):
             raise ValueError(f"black {self.black} must lie below white {self.white}")
 
     def to_network(self, x: Tensor) -> Tensor:
-        """Stored values as float32 [B, C, *S], changed in place to what the network sees."""
+        """Convert stored values, float32 [B, C, *S], to the units of the network, in place."""
         return x.sub_(_channels(self.mean, x)).div_(_channels(self.scale, x))
 
     def to_values(self, x: Tensor) -> np.ndarray:
-        """What a network has made, [B, C, *S], as values that could be stored: [B, *S, C]."""
+        """Convert output of a network [B, C, *S] to values of the stored type [B, *S, C]."""
         x = x.to(torch.float32)
         x = x * _channels(self.scale, x) + _channels(self.mean, x)
         values = x.movedim(1, -1).cpu().numpy()
         return values if self.dtype == "float32" else np.rint(values.clip(0, 65535)).astype("u2")
 
     def to_picture(self, values: np.ndarray) -> np.ndarray:
-        """Stored values [..., C] as uint8 to look at: a straight line from black to white."""
+        """Convert stored values [..., C] to uint8 for display, linearly from black to white."""
         black, white = np.array(self.black), np.array(self.white)
         unit = (values.astype(np.float64) - black) / (white - black)
         return np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
@@ -94,7 +97,7 @@ Space = Pixels | Values
 
 
 def _channels(table: tuple[float, ...], x: Tensor) -> Tensor:
-    """One number for each channel, in the shape that goes with [B, C, *S]."""
+    """One number per channel, broadcastable to [B, C, *S]."""
     return torch.tensor(table, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * (x.ndim - 2))
 
 
@@ -103,36 +106,36 @@ def _channels(table: tuple[float, ...], x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of all images of a pack, in the units that the network sees."""
+    """Statistics of all images of a pack, in the units of the network."""
 
     space: Space
     mean: tuple[float, ...]
-    """Of each channel."""
+    """Mean of each channel."""
     std: tuple[float, ...]
-    """Of each channel."""
+    """Standard deviation of each channel."""
     sigma_data: float
-    """Standard deviation of all values together."""
+    """Standard deviation of all values."""
 
 
 class Tally(Protocol):
-    """Counts while images are written one after another."""
+    """Accumulates statistics while images are written one after another."""
 
     def add(self, image: np.ndarray) -> None:
         """Count an image [*S, C]."""
         ...
 
     def finish(self, images: np.ndarray) -> Statistics:
-        """The statistics; `images` [N, *S, C] are those that were counted."""
+        """Statistics of the counted images, which are also given as `images` [N, *S, C]."""
         ...
 
 
 def tally(dtype: str, channels: int) -> Tally:
-    """A tally of images of this type."""
+    """Tally for images of a type."""
     return PixelTally(channels) if dtype == Pixels.dtype else ValueTally(channels)
 
 
 class PixelTally:
-    """Counts how often each of the 256 values occurs in each channel: exact."""
+    """Exact statistics, from the counts of the 256 values of each channel."""
 
     def __init__(self, channels: int):
         self._histogram = np.zeros((channels, 256), dtype=np.int64)
@@ -143,10 +146,10 @@ class PixelTally:
             counts += np.bincount(image[..., channel].reshape(-1), minlength=256)
 
     def finish(self, images: np.ndarray) -> Statistics:
-        """Mean and deviation of each channel, where 0 and 255 are -1 and 1."""
+        """Mean and standard deviation of each channel, where 0 and 255 are -1 and 1."""
         mean, std = _moments(self._histogram)
-        together = _moments(self._histogram.sum(0, keepdims=True))[1][0]
-        return Statistics(Pixels(), tuple(mean.tolist()), tuple(std.tolist()), float(together))
+        overall = _moments(self._histogram.sum(0, keepdims=True))[1][0]
+        return Statistics(Pixels(), tuple(mean.tolist()), tuple(std.tolist()), float(overall))
 
 
 def _moments(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +161,7 @@ def _moments(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ValueTally:
-    """Mean and deviation of each channel, updated image by image in float64."""
+    """Mean and standard deviation of each channel, updated image by image in float64."""
 
     def __init__(self, channels: int):
         self._count = 0
@@ -176,12 +179,12 @@ class ValueTally:
         self._squares += ((flat - mean) ** 2).sum(0) + step**2 * before * count / self._count
 
     def finish(self, images: np.ndarray) -> Statistics:
-        """The space in which each channel has mean 0 and deviation `STD`."""
+        """Statistics in the space where each channel has mean 0 and deviation `STD`."""
         std = np.sqrt(self._squares / self._count)
         changes = std > 1e-6 * np.abs(self._mean)
         scale = np.where(changes, std / STD, 1.0)
-        some = images[np.linspace(0, len(images) - 1, min(len(images), _LOOKED_AT)).astype(int)]
-        black, white = np.percentile(some.reshape(-1, some.shape[-1]), _SHOWN, axis=0)
+        sample = images[np.linspace(0, len(images) - 1, min(len(images), _LOOKED_AT)).astype(int)]
+        black, white = np.percentile(sample.reshape(-1, sample.shape[-1]), _SHOWN, axis=0)
         space = Values(
             dtype="uint16" if images.dtype == np.uint16 else "float32",
             mean=tuple(self._mean.tolist()),
@@ -189,6 +192,6 @@ class ValueTally:
             black=tuple(black.tolist()),
             white=tuple(np.where(white > black, white, black + scale).tolist()),
         )
-        seen = std / scale
-        together = float(np.sqrt((seen**2).mean()))
-        return Statistics(space, (0.0,) * len(std), tuple(seen.tolist()), together)
+        deviation = std / scale
+        overall = float(np.sqrt((deviation**2).mean()))
+        return Statistics(space, (0.0,) * len(std), tuple(deviation.tolist()), overall)

@@ -1,4 +1,4 @@
-"""Which images are duplicates, and which are held out from training; a function of content."""
+"""Duplicate images, and images held out from training, as functions of the content."""
 
 import hashlib
 
@@ -10,12 +10,12 @@ _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 
 
 def digest(content: bytes) -> int:
-    """64 bits that stand for a content or a name."""
+    """64-bit hash of a content or a name."""
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def repeats(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images that repeat an earlier one, and that earlier one: int64 [R], int64 [R]."""
+    """Indices of images that repeat an earlier one, and of that one: int64 [R], int64 [R]."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     original = first[inverse]
     later = np.flatnonzero(original != np.arange(len(digests)))
@@ -23,7 +23,7 @@ def repeats(digests: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _clusters(digests: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """One number per image, equal where images are linked by content or by group: int64 [N]."""
+    """Cluster of each image, the same if images share their content or group: int64 [N]."""
     links = [np.unique(values, return_inverse=True)[1] for values in (digests, groups)]
     cluster = links[0]
     while True:

@@ -1,7 +1,7 @@
-"""Images as measurements of one size: whole numbers of 16 bits or floats, in their own units.
+"""Images as measurements of one size: 16-bit integers or floats, in their own units.
 
-Nothing is scaled to bytes and nothing is clipped. Size and aspect are those of `pixels`: a central
-part, reduced or enlarged by Lanczos channel by channel, if an image does not have the size already.
+Nothing is scaled to bytes and nothing is clipped. Images are fitted to the size as in `pixels`: the
+central part, reduced or enlarged by Lanczos channel by channel, unless it has the size already.
 """
 
 from dataclasses import dataclass, replace
@@ -26,14 +26,14 @@ WHOLE, FLOAT = "uint16", "float32"
 
 
 def to_values(example: Example) -> np.ndarray:
-    """The numbers of an example, [*S, C]: uint16 for types that fit into it, else float32.
+    """Values of an example, [*S, C]: uint16 for types that fit into it, else float32.
 
-    Raises `BadImage` for other types, for NaN and infinity, and for 16-bit colour, of which the
-    low bytes are gone.
+    Raises `BadImage` for other types, for NaN and infinity, and for 16-bit color, of which Pillow
+    does not read the low bytes.
     """
     image = with_channels(example)
     if example.mode.startswith(("RGB" + DEEP, "RGBA" + DEEP)):
-        raise BadImage(example.key, "16-bit colour, of which only 8 can be read; use .npy")
+        raise BadImage(example.key, "16-bit color, of which only 8 bits can be read; use .npy")
     if image.dtype in (np.bool_, np.uint8, np.uint16):
         return image.astype(WHOLE)
     if image.dtype.kind not in "iuf":
@@ -46,7 +46,7 @@ def to_values(example: Example) -> np.ndarray:
 
 
 def fit(image: np.ndarray, size: Size) -> tuple[np.ndarray, bool]:
-    """Bring [H, W, C] to [*size, C]; also say whether it had to be enlarged."""
+    """Bring [H, W, C] to [*size, C]; also returns whether it was enlarged."""
     height, width, _ = image.shape
     if (height, width) == size:
         return image, False
@@ -63,7 +63,7 @@ def fit(image: np.ndarray, size: Size) -> tuple[np.ndarray, bool]:
 
 @dataclass(frozen=True)
 class ValuePlan:
-    """Shape and type of a pack of values, and why."""
+    """Shape and type of a pack of values, with the reasons."""
 
     size: Size
     """Height and width, after other axes if there are any."""
@@ -73,7 +73,7 @@ class ValuePlan:
     notes: tuple[str, ...] = ()
 
     def fitted(self, example: Example) -> Fitted:
-        """One image. Raises `BadImage` for one that cannot be used, and `Replan` for floats."""
+        """Fit one image. Raises `BadImage` if it cannot be used, `Replan` for unexpected floats."""
         image = usable(example.key, to_values(example))
         planes = image.shape[-1]
         if planes != self.channels:

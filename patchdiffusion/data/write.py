@@ -1,4 +1,4 @@
-"""Writes a pack image by image, with checksums and statistics on the way."""
+"""Write a pack image by image, with checksums and statistics."""
 
 import contextlib
 import hashlib
@@ -21,7 +21,7 @@ from patchdiffusion.system.serialize import encode
 
 
 class ArrayWriter:
-    """Appends rows to a file and keeps a checksum of each block of them."""
+    """Appends rows to a file and computes a checksum of each block of them."""
 
     def __init__(self, stream: BinaryIO, dtype: str, row: tuple[int, ...]):
         self.rows = 0
@@ -32,7 +32,7 @@ class ArrayWriter:
         self._crc32: list[int] = []
 
     def add(self, row: np.ndarray) -> bytes:
-        """Append one row of the type and shape given; returns what was written."""
+        """Append one row of the declared type and shape; returns the bytes written."""
         content = self._bytes(row)
         if self.rows % self._block == 0:
             self._crc32.append(0)
@@ -42,7 +42,7 @@ class ArrayWriter:
         return content
 
     def extend(self, rows: np.ndarray) -> None:
-        """Append many rows that are small."""
+        """Append many small rows."""
         while len(rows):
             free = self._block - self.rows % self._block
             if free == self._block:
@@ -59,27 +59,27 @@ class ArrayWriter:
 
     @property
     def info(self) -> ArrayInfo:
-        """What pack.json says of it."""
+        """Entry of the array in pack.json."""
         shape = (self.rows, *self.row)
         return ArrayInfo(self._dtype.name, shape, self._block, tuple(self._crc32))
 
 
 class ColumnWriter:
-    """Appends the values of a column, in one array or, of values of any length, in two."""
+    """Appends the values of a column: one array, or two for values of any length."""
 
     def __init__(self, folder: Path, column: ColumnBase, stack: contextlib.ExitStack):
         self.column = column
-        self.given = 0
-        """Images that have a value."""
+        self.count = 0
+        """Number of images that have a value."""
         self._folder = folder
         self._stack = stack
         self._arrays: dict[str, ArrayWriter] = {}
 
     def add(self, value: Stored | None) -> None:
-        """Append the value of an image; None is the one that stands for a missing value."""
-        self.given += value is not None
+        """Append the value of an image; None appends the column's value for missing ones."""
+        self.count += value is not None
         value = self.column.missing if value is None else value
-        assert value is not None  # it would be a misfit
+        assert value is not None  # `misfit` would have refused it
         name = self.column.name
         if isinstance(value, np.ndarray):
             self._array(name, value.dtype.name, value.shape).add(value)
@@ -95,17 +95,17 @@ class ColumnWriter:
         return self._arrays[name]
 
     def misfit(self, value: Stored | None) -> str:
-        """Why the value of an image cannot be appended, or ""."""
+        """Reason why the value of an image cannot be appended, or ""."""
         if value is None and self.column.missing is None:
             return f"it has no {self.column.name}"
-        known = self._arrays.get(self.column.name)
-        if known is None or not isinstance(value, np.ndarray) or value.shape == known.row:
+        array = self._arrays.get(self.column.name)
+        if array is None or not isinstance(value, np.ndarray) or value.shape == array.row:
             return ""
-        return f"{self.column.name} has the shape {list(value.shape)}, not {list(known.row)}"
+        return f"{self.column.name} has the shape {list(value.shape)}, not {list(array.row)}"
 
     def finish(self) -> dict[str, ArrayInfo]:
-        """The arrays that were written; none, and no files, if no image has a value."""
-        if self.given:
+        """Arrays that were written; none, and no files, if no image has a value."""
+        if self.count:
             return {name: array.info for name, array in self._arrays.items()}
         for name in self._arrays:
             (self._folder / f"{name}.bin").unlink()
@@ -133,14 +133,14 @@ class PackWriter:
         self._tally = tally(dtype, shape[-1])
 
     def misfit(self, values: Sequence[Stored | None]) -> str:
-        """Why an image with these values cannot be appended, or ""."""
+        """Reason why an image with these values cannot be appended, or ""."""
         pairs = zip(self.columns, values, strict=True)
         return next((why for column, value in pairs if (why := column.misfit(value))), "")
 
     def add(
         self, image: np.ndarray, values: Sequence[Stored | None], key: str, group: str | None
     ) -> None:
-        """Append one image of the shape and type given, with its value of each column."""
+        """Append one image of the declared shape and type, with its value of each column."""
         content = self._images.add(image)
         self._sha.update(content)
         self._keys.write(json.dumps([key, group]).encode() + b"\n")
@@ -148,9 +148,11 @@ class PackWriter:
         for column, value in zip(self.columns, values, strict=True):
             column.add(value)
         self.digests.append(digest(content))
-        named = group is not None
+        is_grouped = group is not None
         self.groups.append(
-            digest(b"group " + group.encode(errors="surrogatepass")) if named else self.digests[-1]
+            digest(b"group " + group.encode(errors="surrogatepass"))
+            if is_grouped
+            else self.digests[-1]
         )
 
     def finish(
@@ -167,7 +169,7 @@ class PackWriter:
         arrays = {IMAGES: images}
         for column in self.columns:
             arrays |= column.finish()
-        columns = [column.column for column in self.columns if column.given]
+        columns = [column.column for column in self.columns if column.count]
         counts: np.ndarray = np.zeros(0, dtype=np.int64)
         if LABELS in arrays:
             labels = self._read(LABELS, arrays[LABELS])
@@ -175,18 +177,18 @@ class PackWriter:
             counts = np.bincount(labels[labels >= 0], minlength=len(classes))
         else:
             classes = ()
-        found = self._tally.finish(self._read(IMAGES, images))
-        fingerprint = self._fingerprint(found.space, arrays, columns, classes, heldout)
+        statistics = self._tally.finish(self._read(IMAGES, images))
+        fingerprint = self._fingerprint(statistics.space, arrays, columns, classes, heldout)
         info = PackInfo(
             name=name,
             arrays=arrays,
-            space=found.space,
+            space=statistics.space,
             columns=tuple(columns),  # pyright: ignore[reportArgumentType]
             classes=classes,
             class_counts=tuple(int(count) for count in counts),
-            mean=found.mean,
-            std=found.std,
-            sigma_data=found.sigma_data,
+            mean=statistics.mean,
+            std=statistics.std,
+            sigma_data=statistics.sigma_data,
             heldout=tuple(int(i) for i in heldout),
             stamp=stamp,
             options=options,
@@ -206,7 +208,7 @@ class PackWriter:
         classes: tuple[str, ...],
         heldout: np.ndarray,
     ) -> str:
-        """SHA-256 of all that a run may depend on; of pixels with labels that of format 1."""
+        """SHA-256 of all content that a run depends on; of pixels with labels as in format 1."""
         for name in arrays:
             if name != IMAGES:
                 with open(self.folder / f"{name}.bin", "rb") as stream:
@@ -228,6 +230,6 @@ def _new(folder: Path, name: str) -> BinaryIO:
 def pack_writer(
     folder: Path, shape: tuple[int, ...], dtype: str, columns: Sequence[ColumnBase] = ()
 ) -> Iterator[PackWriter]:
-    """A writer of images [*S, C] into a folder; leave the context before `finish`."""
+    """Context of a writer of images [*S, C] into a folder; leave it before calling `finish`."""
     with contextlib.ExitStack() as stack:
         yield PackWriter(folder, shape, dtype, columns, stack)
