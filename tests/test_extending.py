@@ -15,9 +15,19 @@ from commands import Capture, fails, works
 
 from patchdiffusion import cli, load
 from patchdiffusion.cli.techniques import reachable
+from patchdiffusion.data.columns import ColumnBase
+from patchdiffusion.denoiser import Wrapper
+from patchdiffusion.guidance.base import GuidancePart
+from patchdiffusion.nets.base import Network, NetworkConfig
+from patchdiffusion.nets.topology import UNet
+from patchdiffusion.objectives.base import Addition, ObjectiveConfig
+from patchdiffusion.parameterisation import Trainable
+from patchdiffusion.solvers.core import Method
 from patchdiffusion.system import families
 from patchdiffusion.system.families import word
 from patchdiffusion.system.files import read_json
+from patchdiffusion.train.optimizers import OptimizerConfig
+from patchdiffusion.train.task import TaskConfig
 
 UNTRIED = {"canvas", "data.space", "task"}
 """Where an image lies, what stored numbers mean; tasks are larger than a toy."""
@@ -104,6 +114,34 @@ def test_killed_and_gone_on_with(images: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
     subprocess.run(command("train", images, "--out", killed, *flags), check=True)
     assert tiny.weights(killed) == tiny.weights(straight)
+
+
+UNWRITTEN: dict[type, set[str]] = {
+    NetworkConfig: {"build"},
+    Network: {"forward"},
+    UNet: {"embedding", "begin", "finish"},
+    ObjectiveConfig: {"build"},
+    Addition: {"add"},
+    Trainable: {"scales", "default_weighting"},
+    OptimizerConfig: {"build"},
+    Method: {"move"},
+    Wrapper: {"denoise"},
+    GuidancePart: {"wrap"},
+    ColumnBase: {"value"},
+    TaskConfig: {"head", "model", "objective", "preview"},
+}
+"""What the bases leave to their members."""
+
+
+@pytest.mark.parametrize("base", UNWRITTEN, ids=lambda base: base.__name__)
+def test_what_a_member_has_forgotten_is_named(base: type) -> None:
+    """When it is made, or joins its family, and not in the middle of a run."""
+    half = type("Half", (base,), {})
+    for name in UNWRITTEN[base]:
+        with pytest.raises(TypeError, match=name):
+            half()
+        with pytest.raises(ValueError, match=rf"Half lacks .*{name}"):
+            families.add(toys.Network, half)
 
 
 def test_a_file_that_cannot_be_imported(tmp_path: Path, capsys: Capture) -> None:

@@ -6,6 +6,7 @@ kind is a class with `value` and `take`, and a member of the union `Column`.
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import overload
@@ -46,7 +47,7 @@ class Crops:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ColumnBase:
+class ColumnBase(ABC):
     """Base of all columns."""
 
     name: str
@@ -59,9 +60,9 @@ class ColumnBase:
         """Stored value of an image without one; None refuses such images."""
         return None
 
+    @abstractmethod
     def value(self, example: Example, size: Size) -> Stored | None:
         """Stored value of an image that is fitted to `size`, or None if it has no value."""
-        raise NotImplementedError
 
     def take(self, stored: Tensor, crops: Crops) -> Tensor:
         """Values of a batch, in the stored type and on the device of `stored`."""

@@ -1,5 +1,6 @@
 """What a part of a sampler is: a frozen record that wraps the denoiser, and what it may ask for."""
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
@@ -48,6 +49,7 @@ class Surroundings:
 class Part(Protocol):
     """A part of a sampler that changes the denoiser, such as guidance or a threshold."""
 
+    @abstractmethod
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
         """The changed denoiser; an absent part returns the same."""
         ...

@@ -3,6 +3,7 @@
 Nothing outside this folder depends on the class of a network or of its configuration.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
@@ -28,7 +29,7 @@ Key = Callable[[str], torch.Generator]  # name of a parameter within a module ->
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
+class NetworkConfig(ABC):
     """Base of network configurations; saved beside the weights."""
 
     channels: int = 3
@@ -87,9 +88,9 @@ class NetworkConfig:
         """True if derivatives along the noise condition are moderate, as MeanFlow needs."""
         return True
 
+    @abstractmethod
     def build(self, *, seed: int = 0) -> "Network":
         """Build a network with initial weights that are a function of the seed."""
-        raise NotImplementedError
 
 
 # ---- Networks ----
@@ -97,7 +98,7 @@ class NetworkConfig:
 Config = TypeVar("Config", bound=NetworkConfig)
 
 
-class Network(nn.Module, Generic[Config]):
+class Network(nn.Module, ABC, Generic[Config]):
     """Base of networks: pure functions (x, noise, cond) -> output, independent of diffusion.
 
     The attribute `role` of a module inside is that of its parameters; `is_neutral` marks an
@@ -109,9 +110,9 @@ class Network(nn.Module, Generic[Config]):
         self.config = config
         self._positional = "pos" in config.reads
 
+    @abstractmethod
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """x [B, C, *S], noise [B] -> [B, C, *S]."""
-        raise NotImplementedError
 
     def init(self, seed: int) -> Self:
         """Initialize all weights as a function of the seed alone, equal on every device."""

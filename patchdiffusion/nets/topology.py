@@ -5,6 +5,7 @@ Shapes: B batch, C image channels, H and W height and width (any size), F featur
 E size of the embedding.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -106,21 +107,21 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     mid: nn.ModuleDict
     dec: nn.ModuleList
 
+    @abstractmethod
     def embedding(self, noise: Tensor, cond: Cond) -> Tensor:
         """Noise level and conditions as one vector: [B, E]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, SideInput]:
         """Features of level 0, and the side input of level 1; `ValueError` for wrong shapes."""
-        raise NotImplementedError
 
     def descend(self, level: int, h: Tensor, side: SideInput) -> tuple[Tensor, SideInput]:
         """Combine the features after down-sampling to a level with the side input, or neither."""
         return h, side
 
+    @abstractmethod
     def finish(self, h: Tensor) -> Tensor:
         """The output of the network from the last features: [B, F, H, W] -> [B, C, H, W]."""
-        raise NotImplementedError
 
     @property
     def taps(self) -> tuple[str, ...]:

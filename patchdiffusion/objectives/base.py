@@ -4,6 +4,7 @@ A new objective is a record that inherits `ObjectiveConfig`, writes `build`, and
 `objectives/__init__.py`. The methods beside `build` have the answers of plain denoising.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
@@ -111,6 +112,7 @@ class Addition(Protocol):
     def check(self, config: Settings) -> None:
         """Raise `ValueError` for a configuration that it does not fit."""
 
+    @abstractmethod
     def add(self, objective: Objective, materials: Materials) -> Objective:
         """The objective with the addition; modules it learns are registered by `learn`."""
         ...
@@ -167,6 +169,7 @@ class ObjectiveConfig(Protocol):
         """The noise levels that a step draws, for reports of what went wrong: [B], or None."""
         return None
 
+    @abstractmethod
     def build(self, materials: Materials) -> Objective:
         """What is minimised: (denoiser, batch, draws) -> `LossOut`."""
         ...

@@ -45,8 +45,14 @@ def members(family: Any) -> tuple[type, ...]:
 def add(family: Any, member: type[T]) -> type[T]:
     """Let a type from outside the package join a family; returns the type.
 
-    Raises `ValueError` if its class name or its word is taken.
+    Raises `ValueError` if its class name or its word is taken, and names abstract methods that it
+    has not written.
     """
+    if missing := sorted(getattr(member, "__abstractmethods__", ())):
+        raise ValueError(
+            f"{member.__name__} lacks {', '.join(missing)}, which its base leaves to it: write "
+            f"{'it' if len(missing) == 1 else 'them'} in the class"
+        )
     for other in members(family):
         if other is not member and other.__name__ == member.__name__:
             raise ValueError(f"the name {member.__name__} is taken by {other.__module__}")

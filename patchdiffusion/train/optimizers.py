@@ -4,6 +4,7 @@ A parameter has a role (`nets.base.Role`), by which learning rate, decay and rul
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -27,7 +28,7 @@ class Trained(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(ABC):
     """Base of optimizers, with what all have: AdamW takes the parameters that no other rule does.
 
     `build` groups them by role; each group has a `factor` of the learning rate.
@@ -72,9 +73,9 @@ class OptimizerConfig:
         """The learning rate at a share `progress` of the run, when its clock shows `seen`."""
         return self.lr * self.schedule.factor(progress, seen)
 
+    @abstractmethod
     def build(self, parameters: Sequence[Trained]) -> list[TorchOptimizer]:
         """Optimizers that together have all parameters."""
-        raise NotImplementedError
 
     def adamw(self, parameters: Sequence[Trained]) -> list[TorchOptimizer]:
         """AdamW in one pass over some parameters; nothing for none."""

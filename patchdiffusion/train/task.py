@@ -5,6 +5,7 @@ shown on the way and what is saved; loop, optimizer, averages, checkpoints, guar
 same for all. A new task is a record that inherits `TaskConfig` and joins the union in `config.py`.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,28 +24,28 @@ from patchdiffusion.train.settings import Settings
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig:
+class TaskConfig(ABC):
     """Base of tasks. What is optimised and averaged is the network with its head, by its roles."""
 
     def check(self, config: Settings, pack: Pack) -> None:
         """Raise `ValueError` unless configuration and data fit together."""
         check_images(config, pack)
 
+    @abstractmethod
     def head(self, pack: Pack) -> Head:
         """What stands on the network: the head is built, and saved, with it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def model(self, network: nn.Module, config: Settings) -> nn.Module:
         """A network in use: what objective and preview are given, see `parallel.Recorded`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def objective(self, config: Settings, materials: Materials) -> Loss:
         """What is minimised: (model, batch, draws) -> `LossOut`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def preview(self, scene: Scene) -> Preview:
         """What a run shows of itself."""
-        raise NotImplementedError
 
     def columns(self, config: Settings, pack: Pack) -> tuple[Filled, ...]:
         """What crops bring beside their pixels: what the network reads."""
