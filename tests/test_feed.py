@@ -171,7 +171,7 @@ def test_sequences_and_clips_are_cropped_and_flipped_along_their_last_axis(size:
     assert torch.equal(batch.images, crop(clips, corner, size))
     assert batch.cond.pos is not None
     assert torch.equal(batch.cond.pos, coordinates(corner, size, canvas))
-    with pytest.raises(ValueError, match="data.augment needs images of 2 axes"):
+    with pytest.raises(ValueError, match=r"data\.augment needs images of 2 axes"):
         Feed(data, [], torch.arange(3), seed=1, augment=Augmentation(p=0.5))
 
 
