@@ -83,7 +83,7 @@ class Trainable(ABC):
 
     def inherit(self, old: object, config: object) -> Self:
         """A copy with sigma_data or the steps of the parameterisation that it replaces."""
-        return families.alike(self, old)
+        return families.copy_fields(self, old)
 
     def prefers(self, config: Any) -> Any:
         """The configuration with this one and its defaults: weight, and noise law if it differs."""

@@ -77,7 +77,7 @@ class PatchLaw:
 
     def inherit(self, old: object, config: object) -> Self:
         """A copy with the crop sizes of the plan that it replaces."""
-        return families.alike(self, old)
+        return families.copy_fields(self, old)
 
     def sizes(
         self, canvas: Size, divisor: int = 1, noise: NoiseLaw | None = None

@@ -39,7 +39,7 @@ class EDMWeight:
 
     def inherit(self, old: object, config: Any) -> "EDMWeight":
         """A copy with the sigma_data of the configuration's parameterisation."""
-        return families.alike(self, config.precond)
+        return families.copy_fields(self, config.precond)
 
     def __call__(self, sigma: Tensor) -> Tensor:
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2

@@ -48,7 +48,7 @@ def test_a_task_in_a_larger_allocation_is_one_process() -> None:
     assert place(batch) == Place()
     step = {**batch, "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
     assert place({**step, "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}) == Place(5, 8, 1, 4)
-    with refuses("RANK=2", "WORLD_SIZE=2"):
+    with refuses("RANK is 2", "WORLD_SIZE is 2"):
         place({"RANK": "2", "WORLD_SIZE": "2"})
 
 
@@ -149,12 +149,12 @@ def test_the_store_of_an_earlier_attempt_does_not_matter() -> None:
     again = meet(store, 3, range(3))
     assert len({*names, again[0]}) == 4
     assert set(again.values()) == {again[0]}
-    assert half[1] == "rank 1 has waited in vain for the ranks [0] (24)"
+    assert half[1] == "rank 1 has waited 0.2 s for the ranks [0] (24)"
 
 
 def test_who_is_missing_is_said() -> None:
     found = meet(HashStore(), 3, range(2), seconds=0.2)
-    assert found[0] == "rank 0 has waited in vain for the ranks [2] (24)"
+    assert found[0] == "rank 0 has waited 0.2 s for the ranks [2] (24)"
 
 
 # ---- Errors ----

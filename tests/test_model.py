@@ -161,8 +161,11 @@ def test_strange_configurations(change: dict[str, object], message: str, saved: 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"type": "Exploit"}, "network needs a type out of UNetConfig, TransformerConfig"),
-        ({"type": "os.system"}, "network needs a type out of"),
+        (
+            {"type": "Exploit"},
+            "network has the type 'Exploit'; allowed are UNetConfig, TransformerConfig",
+        ),
+        ({"type": "os.system"}, "network has the type 'os.system'"),
         ({"path": "x.py"}, "unknown key 'network.path'"),
         ({"base": -4}, "base"),
         ({"base": 8}, "does not fit its configuration"),

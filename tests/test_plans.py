@@ -211,7 +211,7 @@ def test_every_group_has_the_noise_law_of_the_run() -> None:
 
 @pytest.mark.parametrize("cls", [Stratified, ConstantPixels])
 def test_joint_law_of_size_and_noise(cls: type[Stratified | ConstantPixels]) -> None:
-    plan = PatchPlan((64, 48), 16, families.alike(cls(), JOINT), 8, LAW)
+    plan = PatchPlan((64, 48), 16, families.copy_fields(cls(), JOINT), 8, LAW)
     groups = {group.name: group for group in plan.groups}
     assert next(iter(groups)) == "64x48" and len(groups) == 3
     expected = {
@@ -228,7 +228,7 @@ def test_a_word_changes_the_mode_and_keeps_the_sizes() -> None:
     old = Progressive(loss_norm="mean", fractions=(1.0, 0.5), probs=(0.75, 0.25))
     for member in families.members(Patches):
         new = member().inherit(old, None)
-        assert type(new) is member and families.alike(old, new) == old
+        assert type(new) is member and families.copy_fields(old, new) == old
     assert list(families.words(Patches)) == [
         "stratified", "stochastic", "progressive", "constant-pixels"
     ]  # fmt: skip

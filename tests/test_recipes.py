@@ -114,7 +114,10 @@ def test_auto_is_what_the_command_line_chooses(images: Path, pack: Pack) -> None
         ({"optim": {"lr": "fast"}}, "optim.lr must be float, not 'fast'"),
         ({"optim": {"momentum": 0.9}}, "unknown key 'optim.momentum'"),
         ({"clock": "hours"}, "clock must be one of"),
-        ({"patches": {"type": "Random"}}, "patches needs a type out of Stratified, "),
+        (
+            {"patches": {"type": "Random"}},
+            "patches has the type 'Random'; allowed are Stratified, ",
+        ),
         ({"data": {"resolution": [64]}}, "data.resolution must"),
         ({"data": {"resolution": 64.5}}, "data.resolution must"),
         ({"data": {"channels": True}}, "data.channels must be one of"),

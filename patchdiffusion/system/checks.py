@@ -2,7 +2,7 @@
 
 
 def positive(owner: object, *names: str) -> None:
-    """Raise `ValueError` unless the named fields are above 0 and no larger than 64 bits count."""
+    """Raise `ValueError` unless the named fields lie above 0 and below 2^63."""
     for name in names:
         value = getattr(owner, name)
         if not 0 < value < 2**63:

@@ -1,4 +1,4 @@
-"""What the hardware is told before a run: threads, precision, where the pixels are, compilation."""
+"""Devices: choice, precision, memory, memory format and compilation."""
 
 import contextlib
 import sys
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MOST_GRAPHS = 256  # blocks differ in widths, and each size of crops has its own
+MAX_GRAPHS = 256  # blocks differ in widths, and each size of crops has its own
 SHARE_FOR_IMAGES = 0.3  # of the free memory of a device
 
 
 def best_precision(device: torch.device) -> str:
-    """bf16 where the hardware has it (CUDA, CPUs with AMX or AVX512-BF16), else fp32."""
+    """Fastest safe precision: bf16 on CUDA and CPUs with AMX or AVX512-BF16, else fp32."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     # Only private names tell; a CPU without these emulates bf16, several times slower than fp32.
@@ -21,7 +21,7 @@ def best_precision(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """bf16 or fp16 autocast on a device, or nothing for fp32."""
+    """Context of bf16 or fp16 autocast on a device, or an empty one for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
@@ -29,7 +29,7 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
 
 
 def resident(images: Tensor, device: torch.device) -> Tensor:
-    """The images of a pack on the device if they fit there easily, else where they are."""
+    """Move the images of a pack to the device if they fit easily, else leave them."""
     if device.type != "cuda":
         return images
     free, _ = torch.cuda.mem_get_info(device)
@@ -37,7 +37,7 @@ def resident(images: Tensor, device: torch.device) -> Tensor:
 
 
 def channels_last(network: nn.Module) -> None:
-    """Lay out the weights of convolutions with their channels last, in place: 2-D and 3-D ones."""
+    """Convert 4-D and 5-D weights to the channels-last memory format, in place."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     for parameter in network.parameters():
         if parameter.ndim in formats:
@@ -45,22 +45,22 @@ def channels_last(network: nn.Module) -> None:
 
 
 def compile_units(units: list[nn.Module], *, backend: Any = "inductor") -> None:
-    """Compile the repeated parts of a network in place, one graph for each shape they meet."""
+    """Compile the repeated parts of a network in place, one graph for each input shape."""
     limits: Any = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, MOST_GRAPHS)
-    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * MOST_GRAPHS)
+    limits.recompile_limit = max(limits.recompile_limit, MAX_GRAPHS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * MAX_GRAPHS)
     for unit in units:
         unit.compile(dynamic=False, fullgraph=True, backend=backend)
 
 
-def synchronise(device: torch.device) -> None:
-    """Wait until a device has done what it was told."""
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held, on the device or, on a CPU, altogether."""
+    """Peak memory of this process in bytes, on the device or, for a CPU, in total."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -72,7 +72,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` begin anew, where the system can do that."""
+    """Reset `peak_memory`, where the system supports that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -81,16 +81,16 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def compiled_graphs() -> int:
-    """Graphs that have been compiled in this process."""
-    dynamo: Any = sys.modules.get("torch._dynamo.utils")  # slow to import, if nobody has yet
+    """Number of graphs that were compiled in this process."""
+    dynamo: Any = sys.modules.get("torch._dynamo.utils")  # slow to import
     return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
 
 
 def pick_device(choice: torch.device | str = "auto") -> torch.device:
-    """cuda where there is one if `choice` is "auto"; raises `ValueError` if it cannot be had."""
+    """Device by name, "auto" for cuda if available; raises `ValueError` if it is not available."""
     if choice == "auto":
         choice = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(choice)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("no CUDA device is available here; use --device cpu")
+        raise ValueError(f"device is {str(choice)!r}, but no CUDA device is available; use cpu")
     return device

@@ -1,8 +1,8 @@
-"""The processes of a run: which one this is, and the few things they tell each other.
+"""The processes of a run: rank of this one, and communication between all of them.
 
 One process per device, started by `torchrun`, `accelerate launch`, or plain `srun` on a SLURM
-cluster; nothing else is needed, since all of them say so in the environment. Gradients travel
-through PyTorch's own DistributedDataParallel or FSDP2, never through this file.
+cluster; ranks are read from the environment that these set. Gradients are exchanged by PyTorch's
+own DistributedDataParallel or FSDP2, not here.
 """
 
 import atexit
@@ -28,15 +28,15 @@ from patchdiffusion.system.errors import Stop
 
 T = TypeVar("T")
 
-LONGEST_WORK = 60.0  # minutes that the others wait for what the leading process does alone
+LONGEST_WORK = 60.0  # minutes that other ranks wait for what rank 0 does alone
 
 
-# ---- Who am I ----
+# ---- Ranks ----
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one process stands among all of them and among those of its machine."""
+    """Rank of a process among all processes and among those of its machine."""
 
     rank: int = 0
     size: int = 1
@@ -45,31 +45,31 @@ class Place:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and speaks for all."""
+        """Whether this is rank 0, which writes the files and the messages."""
         return self.rank == 0
 
 
 def place(environ: Mapping[str, str] = os.environ) -> Place:
-    """Read it from the environment: torchrun's and accelerate's names, else those of srun."""
+    """Rank of this process, from the variables of torchrun and accelerate, else from srun's."""
     for rank, size, local_rank, local_size in (
         ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
         # Of the job step: a script of one task in a larger allocation is one process.
         ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ):
         if rank in environ and size in environ:
-            here = re.match(r"\d+", environ.get(local_size, "1"))  # SLURM writes 4(x2)
-            found = Place(
+            count = re.match(r"\d+", environ.get(local_size, "1"))  # SLURM writes 4(x2)
+            process = Place(
                 int(environ[rank]),
                 int(environ[size]),
                 int(environ.get(local_rank, 0)),
-                int(here[0]) if here else 1,
+                int(count[0]) if count else 1,
             )
-            if not 0 <= found.rank < found.size:
+            if not 0 <= process.rank < process.size:
                 raise ValueError(
-                    f"{rank}={found.rank} and {size}={found.size} in the environment contradict "
-                    f"each other; ranks are 0 to {size} - 1"
+                    f"{rank} is {process.rank} and {size} is {process.size} in the environment; "
+                    f"ranks are 0 to {size} - 1"
                 )
-            return found
+            return process
     return Place()
 
 
@@ -81,7 +81,7 @@ def first_host(nodes: str) -> str:
 
 
 def _complete(environ: MutableMapping[str, str], where: Place) -> None:
-    """Give PyTorch what srun does not: the address of the first process."""
+    """Set the variables that PyTorch needs and srun does not set: the address of rank 0."""
     if "RANK" in environ:
         return
     job = int(environ.get("SLURM_JOB_ID", 0)) + int(environ.get("SLURM_STEP_ID", 0))
@@ -92,11 +92,11 @@ def _complete(environ: MutableMapping[str, str], where: Place) -> None:
     environ.setdefault("LOCAL_RANK", str(where.local_rank))
 
 
-# ---- All of them together ----
+# ---- Communication ----
 
 
 class Team:
-    """The processes that train together; alone, every call is immediate."""
+    """All processes of a run; with a single one, every call returns at once."""
 
     def __init__(self, where: Place | None = None, minutes: float = 30.0):
         self.place = where or Place()
@@ -109,14 +109,14 @@ class Team:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files and speaks for all."""
+        """Whether this is rank 0, which writes the files and the messages."""
         return self.place.is_main
 
     def shard(self, count: int, turn: int = 0) -> range:
-        """This process's part of range(count).
+        """Part of range(count) for this process.
 
-        Parts differ by one at most; odd turns give what is left over to the last processes
-        instead of the first.
+        Lengths differ by one at most; in odd turns the last ranks get the longer parts, in even
+        ones the first.
         """
         rank, size = self.place.rank, self.size
         if turn % 2:
@@ -124,29 +124,29 @@ class Team:
         return range(-(-count * rank // size), -(-count * (rank + 1) // size))
 
     def all_reduce(self, value: Tensor) -> Tensor:
-        """The sum over all processes, in place, on the device of the tensor."""
+        """Sum over all processes, in place, on the device of the tensor."""
         if self.size > 1:
             c10d.all_reduce(value)
         return value
 
     def broadcast(self, value: Tensor) -> Tensor:
-        """Replace a tensor by that of the leading process, in place."""
+        """Replace a tensor by that of rank 0, in place."""
         if self.size > 1:
             c10d.broadcast(value, 0)
         return value
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes in order; anything JSON can hold, or tensors on the CPU."""
+        """Values of all processes by rank; anything that JSON can hold, or tensors on the CPU."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        c10d.all_gather_object(found, value)
-        return found
+        values: list[Any] = [None] * self.size
+        c10d.all_gather_object(values, value)
+        return values
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Let the leading process work; all return its result, or end with its error.
+        """Run `work` on rank 0; all processes return its result, or end with its error.
 
-        Only the leading process tells the error to the user.
+        Only rank 0 reports the error to the user.
         """
         if self.size == 1:
             return work()
@@ -168,13 +168,13 @@ class Team:
         return answer[0]
 
     def agree(self, name: str, facts: Mapping[str, Any], *, code: int) -> None:
-        """Raise `Stop` that names the first fact in which a process differs from the leading one.
+        """Raise `Stop` that names the first fact in which a process differs from rank 0.
 
-        Values are anything JSON can hold.
+        Values are anything that JSON can hold.
         """
-        told = self.gather(json.dumps(dict(facts)))
-        first = json.loads(told[0])
-        for rank, text in enumerate(told):
+        texts = self.gather(json.dumps(dict(facts)))
+        first = json.loads(texts[0])
+        for rank, text in enumerate(texts):
             other = json.loads(text)
             wrong = [key for key in first | other if first.get(key) != other.get(key)]
             if wrong:
@@ -186,11 +186,11 @@ class Team:
                 raise self.stop(message, code=code)
 
     def stop(self, message: str, *, code: int) -> Stop:
-        """An error that all processes are about to raise, and one of them tells."""
+        """Error that all processes are about to raise and rank 0 reports."""
         return Stop(message if self.is_main else "", code=code)
 
     def patience(self, minutes: float) -> None:
-        """How long a collective may wait for another process before it fails."""
+        """Set the time that a collective may wait for another process before it fails."""
         self._minutes = minutes
         if self.size > 1:
             _set_pg_timeout(timedelta(minutes=minutes))
@@ -198,16 +198,16 @@ class Team:
 
 @contextmanager
 def join(minutes: float = 30.0) -> Iterator[Team]:
-    """Meet the other processes of this run; `minutes` is how long to wait for them.
+    """Context of the process group of a run; `minutes` is the time to wait for other processes.
 
-    A process group that exists already is used and left alone.
+    A process group that exists already is used and not destroyed.
     """
     where = place()
     if where.size == 1:
         yield Team(where)
         return
-    own = not c10d.is_initialized()
-    if own:
+    creates = not c10d.is_initialized()
+    if creates:
         _complete(os.environ, where)
         cuda = torch.cuda.is_available()
         if cuda:
@@ -221,18 +221,18 @@ def join(minutes: float = 30.0) -> Iterator[Team]:
             backend, store=store, rank=where.rank, world_size=where.size, timeout=patience
         )
     yield Team(where, minutes)
-    if own:  # after an error the others learn of it by the closed connection
+    if creates:  # after an error the others learn of it by the closed connection
         c10d.destroy_process_group()
 
 
 def leave(code: int) -> NoReturn:
-    """End this process with an exit code, after everything that is registered with `atexit`.
+    """End this process with an exit code, after the functions registered with `atexit`.
 
-    One of several ends without taking the interpreter apart: a group that something still refers
-    to, as DTensor's caches do, keeps its threads, and a thread that drops a tensor of Python's
-    while that happens aborts the process (pytorch/pytorch pull request 179291).
+    One of several processes ends without finalizing the interpreter: a process group to which
+    something still refers, as DTensor's caches do, keeps its threads, and a thread that drops a
+    Python tensor during finalization aborts the process (pytorch/pytorch pull request 179291).
     """
-    with suppress(ValueError):  # an environment that contradicts itself, which `main` has told
+    with suppress(ValueError):  # an environment that contradicts itself, as `main` has reported
         if place().size > 1:
             _end(code)
     sys.exit(code)
@@ -247,63 +247,63 @@ def _end(code: int) -> NoReturn:
 
 
 def _meet(store: Store, where: Place, seconds: float) -> str:
-    """A name that only the processes of this attempt share.
+    """Name that only the processes of this attempt share.
 
-    A launcher that restarts processes may give them the store of the attempt before, with the
-    addresses of processes that are gone. So everybody greets the leading process, under the name
-    it has chosen, until it greets back. Raises `Stop` if they do not meet in time.
+    A launcher that restarts processes may give them the store of the previous attempt, with the
+    addresses of processes that are gone. So every rank registers with rank 0, under the name that
+    rank 0 has chosen, until it is confirmed. Raises `Stop` if ranks are missing after `seconds`.
     """
-    end, own = time.monotonic() + seconds, uuid.uuid4().hex
+    end, token = time.monotonic() + seconds, uuid.uuid4().hex
     if where.is_main:
-        store.set("main", own)
+        store.set("main", token)
     greeted: set[int] = set()
     while time.monotonic() < end:
         if where.is_main:
             for rank in set(range(1, where.size)) - greeted:
-                if store.check([f"{own}/{rank}"]):
-                    store.set(f"{own}/welcome/{rank}", store.get(f"{own}/{rank}").decode())
+                if store.check([f"{token}/{rank}"]):
+                    store.set(f"{token}/welcome/{rank}", store.get(f"{token}/{rank}").decode())
                     greeted.add(rank)
             if len(greeted) == where.size - 1:
-                return own
+                return token
         elif store.check(["main"]):
             name = store.get("main").decode()
-            store.set(f"{name}/{where.rank}", own)
+            store.set(f"{name}/{where.rank}", token)
             welcome = f"{name}/welcome/{where.rank}"
-            if store.check([welcome]) and store.get(welcome).decode() == own:
+            if store.check([welcome]) and store.get(welcome).decode() == token:
                 return name
         time.sleep(0.02)
     missing = sorted(set(range(1, where.size)) - greeted) if where.is_main else [0]
-    raise Stop(f"rank {where.rank} has waited in vain for the ranks {missing}", code=24)
+    raise Stop(f"rank {where.rank} has waited {seconds:g} s for the ranks {missing}", code=24)
 
 
 class Vote:
-    """Numbers that all processes vote on at every step; the largest of each counts.
+    """Maximum over all processes of a few numbers at every step, without waiting.
 
-    With several processes the result is that of the step before, so that nobody waits: all see
-    the same result at the same step.
+    With several processes the result is that of the previous step; all get the same result at the
+    same step.
     """
 
     def __init__(self, team: Team, count: int):
         self._team = team
         self._cast = torch.zeros(count, dtype=torch.int64)
-        self._under_way: Any = None
+        self._pending: Any = None
 
-    def __call__(self, mine: Sequence[int]) -> list[int]:
-        """Cast this step's vote; returns what all agree on."""
+    def __call__(self, numbers: Sequence[int]) -> list[int]:
+        """Submit the numbers of this step; returns the maximum of the previous ones."""
         if self._team.size == 1:
-            return list(mine)
+            return list(numbers)
         result = self._close()
-        self._cast = torch.tensor(mine, dtype=torch.int64)
-        self._under_way = c10d.all_reduce(self._cast, c10d.ReduceOp.MAX, async_op=True)
+        self._cast = torch.tensor(numbers, dtype=torch.int64)
+        self._pending = c10d.all_reduce(self._cast, c10d.ReduceOp.MAX, async_op=True)
         return result
 
     def forget(self) -> None:
-        """Wait for the vote that is under way, and ignore it; all processes must call this."""
+        """Wait for the vote in progress, and ignore it; all processes must call this."""
         self._close()
         self._cast.zero_()
 
     def _close(self) -> list[int]:
-        if self._under_way is not None:
-            self._under_way.wait()
-            self._under_way = None
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
         return self._cast.tolist()

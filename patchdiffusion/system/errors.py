@@ -20,9 +20,9 @@ import torch.distributed as c10d
 
 
 class Stop(Exception):
-    """A run cannot go on. The message is one line for the user: what happened and what helps.
+    """Raised when a run cannot go on, with one line for the user: what happened and what helps.
 
-    An empty message says nothing: another process has told the user already.
+    The message is empty if another process has reported the error already.
     """
 
     def __init__(self, message: str, *, code: int):
@@ -31,7 +31,7 @@ class Stop(Exception):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on any device."""
+    """Whether an error means that memory ran out, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error) if isinstance(error, RuntimeError) else ""
@@ -39,7 +39,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def peer_lost(error: BaseException) -> bool:
-    """Whether an error says that another process is gone or did not answer in time."""
+    """Whether an error means that another process is gone or did not answer in time."""
     if isinstance(error, c10d.DistError):
         return True
     text = str(error) if isinstance(error, RuntimeError) else ""

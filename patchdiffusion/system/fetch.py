@@ -1,4 +1,4 @@
-"""Files from the network: whole and with the right digest, or not at all."""
+"""Download files, verified by their digest."""
 
 import time
 import urllib.request
@@ -15,10 +15,10 @@ _CHUNK = 2**20
 
 
 def fetch(url: str, *, digest: str, hint: str) -> Path:
-    """The file behind a URL, from the cache if it has been fetched before.
+    """Download a file, or return it from the cache.
 
-    `digest` is how its SHA-256 begins. After three failures `OSError` says what went wrong and
-    gives the `hint`, how to do without a network.
+    `digest` is the beginning of its SHA-256. Raises `OSError` after three failures, with the reason
+    and the `hint` how to do without a network.
     """
     path = cache_dir() / "downloads" / f"{digest}-{url.rsplit('/', 1)[1]}"
     if path.exists():
@@ -49,6 +49,6 @@ def _download(url: str, path: Path, digest: str) -> None:
 
 
 def _check(path: Path, digest: str) -> None:
-    found = sha256(path)
-    if not found.startswith(digest):
-        raise ValueError(f"{path.name}: SHA-256 begins with {found[: len(digest)]}, not {digest}")
+    actual = sha256(path)
+    if not actual.startswith(digest):
+        raise ValueError(f"{path.name}: SHA-256 begins with {actual[: len(digest)]}, not {digest}")

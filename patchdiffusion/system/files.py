@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, durable renames, digests, locks, the cache."""
+"""Files: atomic writes, durable renames, digests, locks, and the folder of the cache."""
 
 import contextlib
 import hashlib
@@ -23,8 +23,8 @@ os.umask(_UMASK)
 
 def cache_dir() -> Path:
     """$PATCHDIFFUSION_CACHE, else $XDG_CACHE_HOME/patchdiffusion, else ~/.cache/patchdiffusion."""
-    if own := os.environ.get("PATCHDIFFUSION_CACHE"):
-        return Path(own)
+    if folder := os.environ.get("PATCHDIFFUSION_CACHE"):
+        return Path(folder)
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "patchdiffusion"
     return Path.home() / ".cache" / "patchdiffusion"
@@ -46,7 +46,7 @@ def fsync(path: Path) -> None:
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary neighbour, then rename it onto `path`.
+    """Let `write` fill a temporary file in the same folder, then rename it to `path`.
 
     A reader sees the old content or the new, never a part. Permissions follow the umask.
     """
@@ -78,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """A value from JSON; raises `ValueError` also for what is nested too deeply."""
+    """Parse JSON; raises `ValueError`, also for values that are nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -94,16 +94,16 @@ def read_json(path: Path) -> Any:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise `OSError` that names the folder if no file can be made in it."""
+    """Raise `OSError` that names the folder if no file can be created in it."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise OSError(f"files cannot be made in {folder}: {error.strerror}") from error
+        raise OSError(f"files cannot be created in {folder}: {error.strerror}") from error
 
 
 @contextlib.contextmanager
 def folder_atomic(path: Path) -> Iterator[Path]:
-    """A context with `<path>.tmp` to fill; on success it is flushed and renamed to `path`."""
+    """Context of a folder `<path>.tmp` to fill; on success it is flushed and renamed to `path`."""
     temporary, old = (path.with_name(path.name + suffix) for suffix in (".tmp", ".old"))
     if old.exists() and not path.exists():  # an earlier process died between the two renames
         old.rename(path)
@@ -143,11 +143,11 @@ def lock(
     patience: float = 0.0,
     waiting: Callable[[str], object] | None = None,
 ) -> Iterator[bool]:
-    """Hold a file that only one process can hold, as the right to write `what`.
+    """Hold an exclusive lock on a file, which stands for the right to write `what`.
 
-    It names its holder for people to read. The system lets go of it when the process ends, however
-    it ends. Waits `patience` seconds for another holder, about which it tells `waiting` once, then
-    raises `ValueError` that names it. Gives False where files cannot be locked.
+    The file names its holder. The system releases the lock when the process ends, however it ends.
+    Waits `patience` seconds for another holder, which is passed to `waiting` once, then raises
+    `ValueError` that names it. Yields False where files cannot be locked.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -172,7 +172,7 @@ def lock(
 
 
 def _take(path: Path) -> tuple[int, bool] | None:
-    """An open handle and whether it could be locked; None if another process holds it."""
+    """Open handle and whether it is locked; None if another process holds the lock."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     if fcntl is None:
         return handle, False

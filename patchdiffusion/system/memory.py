@@ -1,4 +1,4 @@
-"""Memory that this process has freed and will soon need again."""
+"""Settings of the memory allocator of the C library."""
 
 import ctypes
 import sys
@@ -7,11 +7,11 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
 def keep_freed() -> bool:
-    """Keep freed memory for reuse instead of returning it to the system; False if that cannot be.
+    """Keep freed memory for reuse instead of returning it to the system; False if not supported.
 
-    Every training step allocates the same feature maps. On a CPU glibc gives them back in between
-    and the next step faults them in again, page by page: 50,000 faults of DDPM++ at 64 x 64. The
-    peak of memory does not change.
+    Every training step allocates the same feature maps. On a CPU glibc returns them in between and
+    the next step faults them in again, page by page: 50,000 page faults for DDPM++ at 64 x 64. Peak
+    memory does not change.
     """
     if not sys.platform.startswith("linux"):
         return False

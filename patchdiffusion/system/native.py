@@ -1,4 +1,4 @@
-"""C compiled at first use with the system's compiler, kept in the cache and loaded by ctypes."""
+"""C code compiled at first use with the system's compiler, cached, and loaded by ctypes."""
 
 import ctypes
 import hashlib
@@ -19,14 +19,14 @@ _PROCESSOR_FIELDS = ("model name", "flags", "Features", "CPU implementer", "CPU 
 
 
 class UnavailableError(Exception):
-    """There is no library; the message says why in a few words."""
+    """Raised if there is no library; the message says why in a few words."""
 
 
 def compiled(source: Path) -> ctypes.CDLL:
-    """The library of a C file, from `cache_dir()/kernels` if it was compiled before.
+    """Load the library of a C file, compiled into `cache_dir()/kernels` at its first use.
 
     The compiler is $CC, else cc. Several processes may do this at once. Raises
-    `UnavailableError`, also where $PATCHDIFFUSION_KERNELS is 0.
+    `UnavailableError` if that fails, and if $PATCHDIFFUSION_KERNELS is 0.
     """
     if os.environ.get("PATCHDIFFUSION_KERNELS") == "0":
         raise UnavailableError("switched off by PATCHDIFFUSION_KERNELS=0")
@@ -52,7 +52,7 @@ def compiled(source: Path) -> ctypes.CDLL:
 
 def _output(command: list[str]) -> str:
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             command, capture_output=True, text=True, check=True, timeout=_PATIENCE
         )
     except subprocess.CalledProcessError as error:
@@ -60,11 +60,11 @@ def _output(command: list[str]) -> str:
         raise UnavailableError(f"{command[0]} failed: {first}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"no C compiler: {error}") from error
-    return done.stdout
+    return result.stdout
 
 
 def _processor() -> str:
-    """What -march=native depends on."""
+    """Features of the processor, on which -march=native depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:

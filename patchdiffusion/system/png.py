@@ -1,4 +1,4 @@
-"""Arrays to files: PNG, TIFF and grids, with text inside that says where they are from."""
+"""Images as PNG and TIFF files, with text entries for their origin, and grids of images."""
 
 import io
 import json
@@ -17,7 +17,7 @@ from patchdiffusion.system.files import write_bytes
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """[N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C], rounded and clamped."""
+    """Round and clamp [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C]."""
     scaled = (images.to(torch.float32) * 127.5 + 127.5).round().clamp(0, 255)
     return scaled.to(torch.uint8).movedim(1, -1).cpu().numpy()
 
@@ -32,7 +32,7 @@ def strips(images: np.ndarray, gap: int = 1) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
-    """uint8 [N, *S, C] -> one picture [H', W', C], row by row, as square as it can be."""
+    """Arrange images in a nearly square picture, row by row: uint8 [N, *S, C] -> [H', W', C]."""
     images = strips(images)
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count * height / width))
@@ -47,15 +47,15 @@ def grid(images: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
 
 
 def enlarge(picture: np.ndarray, shortest: int = 512) -> np.ndarray:
-    """Repeat pixels so that small pictures can be seen: a whole factor, at least 1."""
+    """Repeat the pixels of a small picture by a whole factor, at least 1."""
     factor = max(1, shortest // max(picture.shape[:2]))
     return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def png(picture: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
-    """A PNG file of uint8 [H, W, C], or uint16 [H, W, 1], with text entries.
+    """Content of a PNG file of uint8 [H, W, C], or uint16 [H, W, 1], with text entries.
 
-    1 channel is grey, 3 are colour, 4 colour and alpha; of 2 the first is shown, of more three.
+    1 channel is gray, 3 are color, 4 color and alpha; of 2 the first is shown, of more three.
     """
     stream = io.BytesIO()
     Image.fromarray(_shown(picture)).save(stream, "PNG", pnginfo=_info(text or {}))
@@ -63,7 +63,7 @@ def png(picture: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
 
 
 def animation(frames: np.ndarray, text: Mapping[str, str], milliseconds: int = 125) -> bytes:
-    """An animated PNG file of uint8 [T, H, W, C] that begins again at its end."""
+    """Content of an animated PNG file of uint8 [T, H, W, C] that repeats forever."""
     first, *others = (Image.fromarray(_shown(frame)) for frame in frames)
     stream = io.BytesIO()
     first.save(
@@ -86,30 +86,30 @@ def _info(text: Mapping[str, str]) -> PngInfo:
 
 
 def _shown(picture: np.ndarray) -> np.ndarray:
-    """The channels of a picture that PNG holds."""
+    """Channels of a picture that PNG can hold."""
     channels = picture.shape[-1]
     picture = picture[..., 0] if channels < 3 else picture[..., : channels if channels < 5 else 3]
     return np.ascontiguousarray(picture)
 
 
 def npy(array: np.ndarray) -> bytes:
-    """An .npy file of an array."""
+    """Content of an .npy file of an array."""
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
 
 
 class ImageFile(NamedTuple):
-    """A file that holds every number of an image."""
+    """Content of a file that stores an image exactly, with the suffix of its name."""
 
     suffix: str
     content: bytes
 
 
 def image_file(image: np.ndarray, text: Mapping[str, str]) -> ImageFile | None:
-    """A file of an image [*S, C] with text inside, or None if PNG and TIFF cannot hold it.
+    """File of an image [*S, C] with text entries, or None if PNG and TIFF cannot store it exactly.
 
-    uint8 and 16 bits in grey become PNG, floats in one channel TIFF; clips of uint8 move.
+    uint8 and 16-bit gray become PNG, floats in one channel TIFF, clips of uint8 animated PNG.
     """
     if image.ndim > 3:
         moves = image.ndim == 4 and image.dtype == np.uint8
@@ -126,5 +126,5 @@ def image_file(image: np.ndarray, text: Mapping[str, str]) -> ImageFile | None:
 
 
 def save_png(path: Path, picture: np.ndarray, text: Mapping[str, str] | None = None) -> None:
-    """Write a PNG file, atomically."""
+    """Write a PNG file atomically."""
     write_bytes(path, png(picture, text))

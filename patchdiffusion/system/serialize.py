@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def encode(value: Any) -> Any:
-    """A JSON value; a dataclass becomes an object with its class name under "type"."""
+    """Convert to a JSON value; a dataclass becomes an object with its class name under "type"."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": type(value).__name__, **fields}
@@ -23,24 +23,24 @@ def encode(value: Any) -> Any:
 
 
 def decode(cls: type[T], value: Any, where: str = "") -> T:
-    """An instance of the dataclass `cls` from what `encode` made.
+    """Build an instance of the dataclass `cls` from the output of `encode`.
 
-    Raises `ValueError` in one line that names the field, the value and what is allowed. A key
-    that is absent takes its default.
+    Raises `ValueError` in one line that names the field, the value and what is allowed. An absent
+    key takes its default.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where or cls.__name__} must be an object, not {value!r}")
     name = value.get("type", cls.__name__)
     if name != cls.__name__:
         raise ValueError(f"{where or 'the type'} must be {cls.__name__}, not {name!r}")
-    known = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
-    unknown = sorted(set(value) - set(known) - {"type"})
+    names = [f.name for f in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    unknown = sorted(set(value) - set(names) - {"type"})
     if unknown:
         raise ValueError(
-            f"unknown key {_join(where, unknown[0])!r}, allowed here: {', '.join(known)}"
+            f"unknown key {_join(where, unknown[0])!r}; allowed are {', '.join(names)}"
         )
     hints = get_type_hints(cls)
-    parts = {n: _field(hints[n], value[n], _join(where, n)) for n in known if n in value}
+    parts = {n: _field(hints[n], value[n], _join(where, n)) for n in names if n in value}
     try:
         return cls(**parts)
     except TypeError as error:
@@ -96,14 +96,14 @@ def _union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     options = tuple(o for o in options if o is not type(None))
     if isinstance(value, dict):
         classes = [o for o in options if isinstance(o, type) and dataclasses.is_dataclass(o)]
-        named = {o.__name__: o for o in members(tuple(classes))}
-        chosen = named.get(str(value.get("type")))
-        if chosen is None:
+        by_name = {o.__name__: o for o in members(tuple(classes))}
+        member = by_name.get(str(value.get("type")))
+        if member is None:
             raise ValueError(
-                f"{where} needs a type out of {', '.join(named)}, not {value.get('type')!r}; "
-                "one of your own is made known by patchdiffusion --import FILE.py"
+                f"{where} has the type {value.get('type')!r}; allowed are {', '.join(by_name)}; "
+                "import one of your own by patchdiffusion --import FILE.py"
             )
-        return decode(chosen, value, where)
+        return decode(member, value, where)
     errors = []
     for option in options:
         try:

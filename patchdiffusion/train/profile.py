@@ -14,7 +14,7 @@ from patchdiffusion.system.device import (
     compiled_graphs,
     peak_memory,
     reset_peak_memory,
-    synchronise,
+    synchronize,
 )
 from patchdiffusion.train.loop import one_step
 from patchdiffusion.train.setup import Training
@@ -133,10 +133,10 @@ def _prepare(training: Training, groups: tuple[Group, ...]) -> tuple[float, int]
 
 
 def _timed(training: Training, groups: tuple[Group, ...]) -> float:
-    synchronise(training.device)
+    synchronize(training.device)
     start = time.perf_counter()
     _step(training, groups)
-    synchronise(training.device)
+    synchronize(training.device)
     return time.perf_counter() - start
 
 
