@@ -195,7 +195,8 @@ class ForeignDenoiser:
         tape: Tape | None = None,
     ) -> Tensor:
         scales = self.precond.scales(expand_sigma(sigma, x))
-        raw = self.model(per_sample(scales.inner, x) * x, scales.noise, cond or Cond())
+        z = (per_sample(scales.inner, x) * x).to(x.dtype)
+        raw = self.model(z, scales.noise, cond or Cond())
         return scales.denoised(x, raw)
 
 
@@ -208,9 +209,11 @@ def as_denoiser(
 ) -> ForeignDenoiser:
     """Make a denoiser of a network trained by other code, on data times `data_scale`.
 
-    z_t = a(t) k x0 + s(t) eps with k the scale; t in [0, 1] is 1 at noise alone, in the precision
-    of x. Then D(x, sigma) = D_model(k x, k sigma) / k (arXiv 2510.21890). Raises `ValueError` for
-    an unknown prediction or an impossible scale.
+    z_t = a(t) k x0 + s(t) eps with k the scale, in the dtype of x; t in [0, 1] is 1 at noise alone,
+    in the precision of x but at least float32. Then D(x, sigma) = D_model(k x, k sigma) / k
+    (arXiv 2510.21890). Noise levels that the path does not have are computed as they are, and the
+    model is told the nearest time it knows, 0 or 1: choose sigma_min and sigma_max within the path.
+    Raises `ValueError` for an unknown prediction or an impossible scale.
     """
     return ForeignDenoiser(model, OnPath(path, prediction, data_scale))
 

@@ -44,8 +44,9 @@ class Scales(NamedTuple):
     noise: Tensor
 
     def denoised(self, x: Tensor, raw: Tensor) -> Tensor:
-        """c_skip x + c_out F, in the precision of x."""
-        return per_sample(self.skip, x) * x + per_sample(self.out, x) * raw.to(x.dtype)
+        """c_skip x + c_out F, in the precision of the scales: shape and dtype of x."""
+        raw = raw.to(self.out.dtype)
+        return (per_sample(self.skip, x) * x + per_sample(self.out, x) * raw).to(x.dtype)
 
 
 class Precond(Protocol):

@@ -51,8 +51,8 @@ def test_nothing_is_nothing() -> None:
         (labels(xflip=1), IMAGES.flip(2)),
         (labels(yflip=1), IMAGES.flip(1)),
         (labels(cos=-2), IMAGES.flip(1, 2)),  # half a turn
-        (labels(cos=-1, sin=1), IMAGES.transpose(1, 2).flip(2)),  # a quarter, clockwise
-        (labels(cos=-1, sin=-1), IMAGES.transpose(1, 2).flip(1)),
+        (labels(cos=-1, sin=1), IMAGES.rot90(1, (1, 2))),  # a quarter, counter-clockwise
+        (labels(cos=-1, sin=-1), IMAGES.rot90(-1, (1, 2))),
     ],
 )
 def test_turns_and_mirrors(told: Tensor, expected: Tensor) -> None:
@@ -86,7 +86,9 @@ def test_scales_and_stretches_are_powers_of_two() -> None:
         (labels(a=5), across, 2.0),
         (labels(a=5), down, 0.5),
         (labels(a=-5), across, 0.5),
-        (labels(a=5 * math.cos(math.pi), b=0.0), down, 2.0),
+        (labels(a=-5), down, 2.0),
+        (labels(b=5), down, 2.0),  # along the axis at 90 degrees
+        (labels(b=5), across, 0.5),
     ):
         found = changed(told, image)[:, 5:11, 5:11]
         expected = (image[:, 5:11, 5:11] - middle) / factor + middle
@@ -94,11 +96,37 @@ def test_scales_and_stretches_are_powers_of_two() -> None:
 
 
 def test_a_stretch_along_the_diagonal() -> None:
-    """b = 5: twice along x = y, half across; by eigenvectors of the matrix."""
-    linear = inverse(labels(b=5), (16, 16))[0, :, :2]
-    diagonal, other = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double()
-    torch.testing.assert_close(linear @ diagonal, diagonal / 2)
-    torch.testing.assert_close(linear @ other, other * 2)
+    """Twice along the axis at 45 degrees, which goes up to the right, and half across it."""
+    linear = inverse(labels(a=12.5**0.5, b=12.5**0.5), (16, 16))[0, :, :2]
+    rising, falling = torch.tensor([[1.0, -1.0], [1.0, 1.0]]).double()  # y goes down
+    torch.testing.assert_close(linear @ rising, rising / 2, rtol=0, atol=1e-6)
+    torch.testing.assert_close(linear @ falling, falling * 2, rtol=0, atol=1e-6)
+
+
+def test_labels_mean_what_they_mean_to_networks_of_edm() -> None:
+    """From changed pixels back to the image: 2^(-.2 v) R(w) [R(-r) diag(1/s, s) R(r)] T^-1.
+
+    R turns (x, y) with y down, s = 2^(.2 w), and T shifts by eighths of the sides.
+    """
+    draw = np.random.default_rng(5)
+    for _ in range(20):
+        w_scale, w, r, x, y = (float(v) for v in draw.normal(size=5))
+        turn, r = float(draw.uniform(-np.pi, np.pi)), math.atan(r)
+        told = labels(
+            scale=w_scale, cos=math.cos(turn) - 1, sin=math.sin(turn),
+            a=w * math.cos(r), b=w * math.sin(r), x=x, y=y,
+        )  # fmt: skip
+        s = 2 ** (0.2 * w)
+        back = np.array([[1, 0, -x * 16 / 8], [0, 1, -y * 8 / 8], [0, 0, 1]])
+        stretch = _turned(-r) @ np.diag([1 / s, s, 1]) @ _turned(r)
+        shrunk = np.diag([2 ** (-0.2 * w_scale)] * 2 + [1])
+        expected = torch.from_numpy(shrunk @ _turned(turn) @ stretch @ back)[:2]
+        torch.testing.assert_close(inverse(told, (8, 16))[0], expected, rtol=0, atol=1e-5)
+
+
+def _turned(angle: float) -> np.ndarray:
+    c, s = np.cos(angle), np.sin(angle)
+    return np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
 
 
 def test_operations_are_done_one_after_the_other() -> None:
@@ -119,8 +147,14 @@ def test_how_often_and_how_far() -> None:
     told = Augmentation(p=0.3).labels(keys(20_000))
     assert told.shape == (20_000, LABELS) and told.dtype == torch.float32
     shares = (told != 0).double().mean(0)
-    expected = torch.tensor([0.5, *[0.3] * 8], dtype=torch.float64)
+    # A mirror falls on either side; the axis of a stretch is turned in half of the cases.
+    expected = torch.tensor([0.5, 0.15, 0.3, 0.3, 0.3, 0.3, 0.15, 0.3, 0.3], dtype=torch.float64)
     torch.testing.assert_close(shares, expected, rtol=0, atol=0.015)
+    stretched = told[told[:, 5] != 0, 5:7]
+    axis = torch.atan2(stretched[:, 1], stretched[:, 0])[stretched[:, 1] != 0]
+    quarters = torch.quantile(axis, torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(quarters, torch.tensor([-0.5, 0, 0.5]) * math.pi, rtol=0, atol=0.15)
+    assert float(stretched.norm(dim=1).square().mean()) == pytest.approx(1, abs=0.05)
     assert float(told[told[:, 2] != 0, 2].std()) == pytest.approx(1, abs=0.03)
     turned = told[told[:, 4] != 0]
     torch.testing.assert_close(

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from commands import refuses
 from PIL import Image
 from torch import Tensor, nn
 
+from patchdiffusion.data.glyphs import Glyphs
 from patchdiffusion.encoders import features as module
 from patchdiffusion.encoders.features import Extractor, extractor, features
 from patchdiffusion.encoders.inception import (
@@ -120,12 +122,34 @@ def test_legacy_resize_is_that_of_tensorflow_1() -> None:
         torch.testing.assert_close(found[..., i, j], expected)
 
 
-def test_antialiased_resize_is_that_of_pillow() -> None:
-    large = IMAGES[0].repeat(12, 9, 1)[:430, :460]
-    channel = Image.fromarray(large[..., 0].numpy().astype(np.float32), mode=None)
-    expected = np.asarray(channel.resize((299, 299), Image.Resampling.BICUBIC))
-    found = resize_antialiased(large.movedim(-1, 0)[None].float())[0, 0].numpy()
+def clean_fid(image: np.ndarray) -> np.ndarray:
+    """The definition: each channel as floats through Pillow's bicubic filter, then [0, 255]."""
+    planes = [
+        np.asarray(
+            Image.fromarray(plane.astype(np.float32)).resize((299, 299), Image.Resampling.BICUBIC)
+        )
+        for plane in image.transpose(2, 0, 1)
+    ]
+    return np.stack(planes).clip(0, 255)
+
+
+def edges() -> np.ndarray:
+    """Black beside white, on which a bicubic filter overshoots by a tenth."""
+    step = np.zeros((32, 32, 3), np.uint8)
+    step[:, 16:], step[8:24, 4:9, 0] = 255, 255
+    return step
+
+
+@pytest.mark.parametrize(
+    "image",
+    [edges(), Glyphs()[3].image, IMAGES[0].repeat(12, 9, 1)[:430, :460].numpy(), tiny.picture(5)],
+    ids=["a step", "a glyph", "larger than 299", "smaller"],
+)
+def test_antialiased_resize_is_that_of_clean_fid(image: np.ndarray) -> None:
+    expected = clean_fid(image)
+    found = resize_antialiased(torch.from_numpy(image).movedim(-1, 0)[None].float())[0].numpy()
     assert np.abs(found - expected).max() < 0.01
+    assert found.min() >= 0 and found.max() <= 255
 
 
 @pytest.mark.parametrize(("name", "how"), [("inception", 0), ("inception-legacy", 1)])
@@ -137,6 +161,7 @@ def test_inception_from_a_file(name: str, how: int, weights: Path, inception: In
         expected = inception((resize(IMAGES[:2].movedim(-1, 1).float()) - 128) / 128)
     torch.testing.assert_close(found, expected)
     assert extract.facts["resize"].startswith(("antialiased", "TensorFlow 1")[how])
+    assert ("clean-fid" in extract.facts["resize"]) == (name == "inception")
     assert len(extract.facts["weights"]) == 16
 
 

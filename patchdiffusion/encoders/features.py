@@ -29,6 +29,10 @@ INCEPTION_URL = (
 )
 DINOV2 = "facebook/dinov2-large"
 DINOV2_REVISION = "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"
+_RESIZES = {
+    "inception": "antialiased bicubic, clipped to [0, 255] as in clean-fid,",
+    "inception-legacy": "TensorFlow 1 bilinear, as in the first FID,",
+}
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -137,8 +141,7 @@ def _inception(name: str, path: Path | None, device: torch.device) -> Extractor:
         x = resize(images.movedim(-1, 1).float())
         return net((x - 128) / 128)
 
-    how = "TensorFlow 1 bilinear" if name.endswith("legacy") else "antialiased bicubic"
-    facts = {"resize": f"{how} to 299 x 299", "values": "(x - 128) / 128"}
+    facts = {"resize": f"{_RESIZES[name]} to 299 x 299", "values": "(x - 128) / 128"}
     facts["weights"] = sha256(path)[:16]
     if not facts["weights"].startswith(INCEPTION_DIGEST):
         facts["origin"] = "not the published weights"
@@ -160,7 +163,8 @@ def _dinov2(path: Path | None, device: torch.device) -> Extractor:
         x = F.interpolate(x, (side, side), mode="bicubic", antialias=True, align_corners=False)
         return net((x.clamp(0, 1) - mean) / std).pooler_output
 
-    facts = {"resize": f"antialiased bicubic to {side} x {side}", "values": "ImageNet mean and std"}
+    how = "antialiased bicubic, clipped to [0, 255]"
+    facts = {"resize": f"{how}, to {side} x {side}", "values": "ImageNet mean and std"}
     facts["weights"] = f"{source} {_digest(net)}"
     return Extractor("dinov2", function, device, facts)
 

@@ -182,10 +182,12 @@ class Inception(nn.Module):
 def resize_antialiased(images: Tensor) -> Tensor:
     """float [B, 3, H, W] in 0 ... 255 to 299 x 299 by bicubic interpolation with a low-pass filter.
 
-    As Parmar et al. (CVPR 2022) recommend; values are not rounded in between.
+    As in clean-fid (Parmar et al., CVPR 2022): each channel as Pillow resizes floats, overshoots
+    beside edges clipped to 0 ... 255, nothing rounded.
     """
     size = (SIDE, SIDE)
-    return F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    resized = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
+    return resized.clamp(0, 255)
 
 
 def resize_legacy(images: Tensor) -> Tensor:

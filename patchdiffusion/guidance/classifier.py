@@ -54,7 +54,7 @@ class ClassifierGuidance(Wrapper):
             return denoised
         levels = expand_sigma(sigma, x)
         slope = self._slope(x, levels, cond, cond.labels)
-        guided = denoised + per_sample(self.weight * levels**2, x) * slope
+        guided = (denoised + per_sample(self.weight * levels**2, x) * slope).to(x.dtype)
         return self.interval.choose(sigma, guided, denoised)
 
     def _slope(self, x: Tensor, sigma: Tensor, cond: Cond, labels: Tensor) -> Tensor:

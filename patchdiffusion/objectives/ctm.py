@@ -46,7 +46,7 @@ class TrajectoryMap:
         t, s = expand_sigma(t, z), expand_sigma(s, z)
         keep = per_sample(s / t, z)
         told = replace(cond or Cond(), jump=1 - s / t)
-        return keep * z + (1 - keep) * self.g(z, t, told)
+        return (keep * z + (1 - keep) * self.g(z, t, told)).to(z.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

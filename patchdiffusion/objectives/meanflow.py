@@ -65,7 +65,7 @@ class MeanFlowMap:
         """z [B, C, *S] at time t to s, both [B] or scalars; the network computes in float32."""
         t, s = expand_sigma(t, z), expand_sigma(s, z)
         u = mean_velocity(self.network, z.float(), t.float(), s.float(), cond or Cond())
-        return z - per_sample(t - s, z) * u.to(z.dtype)
+        return (z - per_sample(t - s, z) * u).to(z.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
