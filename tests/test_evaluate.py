@@ -25,6 +25,7 @@ from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.metrics.compare import Gathered, compare
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.metrics.heldout import held_out_losses
+from patchdiffusion.parameterisation import EDM, EpsVP
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.solvers import AutoSolver, DPMpp2M, DPMpp2S, Midpoint, Solver
 from patchdiffusion.system.dist import Place, Team
@@ -376,18 +377,20 @@ def test_evaluate_refuses(
 # ---- While a run trains ----
 
 
+@pytest.mark.parametrize("precond", [EDM(), EpsVP()], ids=["edm", "eps"])
 def test_a_run_follows_the_distance(
-    own: str, images: Path, tmp_path: Path, capsys: Capture
+    precond: EDM | EpsVP, own: str, images: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     watch = PreviewConfig(status=99, samples=2, grid=2, sample_steps=2, held_out=2, distance=12)
-    config = tiny.config(images, preview=replace(watch, extractor=own))
+    plain = tiny.config(images, precond=precond)
+    config = replace(plain, preview=replace(watch, extractor=own))
     folder = tiny.run(config, tmp_path / "run")
     assert "of 12 samples" in capsys.readouterr().out
     found = [r["distance"] for r in read_log(folder) if r["kind"] == "preview"]
     assert len(found) == 2 and found[0] != found[1] and min(found) > 0
     again = tiny.run(config, tmp_path / "again")
     assert [r["distance"] for r in read_log(again) if r["kind"] == "preview"] == found
-    assert tiny.weights(folder) == tiny.weights(tiny.run(tiny.config(images), tmp_path / "plain"))
+    assert tiny.weights(folder) == tiny.weights(tiny.run(plain, tmp_path / "plain"))
     pipeline = load(folder, device="cpu")
     evaluated = Evaluation(
         prepare_data(config.data),

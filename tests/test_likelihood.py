@@ -65,6 +65,20 @@ def test_mixture_has_its_density(steps: int, published: float) -> None:
     assert float(error.mean()) < 0.01 or steps == 50
 
 
+@pytest.mark.parametrize(
+    ("width", "steps", "bits"),
+    [(1.0, 100, 0.0047), (0.3, 100, 0.0076), (0.03, 50, 0.067), (0.01, 200, 0.0061),
+     (0.001, 100, 0.045), (0.001, 400, 0.0028)],
+)  # fmt: skip
+def test_narrow_densities_look_the_more_likely(width: float, steps: int, bits: float) -> None:
+    """The table of docs/guidance.md; the law at sigma_min is the data and noise of 0.002."""
+    total = math.hypot(width, 0.002)
+    x = rng.normal(torch.arange(2000), (1, 1, 1)).double() * total
+    exact = -(x.flatten() / total).square() / 2 - math.log(total * math.sqrt(2 * math.pi))
+    found = log_likelihood(pixels(width), x, config=replace(EXACT, steps=steps))
+    assert float((found - exact).mean()) / math.log(2) == pytest.approx(bits, rel=0.03)
+
+
 def test_density_of_a_class() -> None:
     x, labels = points(40)
     cond = Cond(labels=labels)

@@ -5,11 +5,15 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from patchdiffusion.accel import Accelerator, NoAccelerator
-from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.data.space import Space
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper
+from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.guidance import Guidance, NoGuidance
 from patchdiffusion.guidance.base import Models, Part, Surroundings
 from patchdiffusion.guidance.threshold import AutoThreshold, Clamp, NoThreshold, Threshold
 from patchdiffusion.noise import NoiseLaw
+from patchdiffusion.objectives.base import ObjectiveConfig
+from patchdiffusion.parameterisation import Parameterisation, Trainable
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.canvas import Canvas, WholeCanvas
 from patchdiffusion.solvers import AutoSolver, Heun, Jumps, Method, SDEDPMpp2M, Solver
@@ -32,6 +36,26 @@ class Kind:
     """It predicts eps, whose errors are sigma times as large in the image."""
     bounded: bool = True
     """Its images lie in [-1, 1], as pixels do and values do not."""
+
+    @classmethod
+    def trained(cls, objective: ObjectiveConfig, precond: Parameterisation, space: Space) -> "Kind":
+        """That of a model which was trained for an objective, on images of a space."""
+        few = objective.few_step
+        return cls(
+            denoiser=objective.denoises,
+            flow_map=few,
+            eps=not few and precond.predicts_eps,
+            bounded=space.limits is not None,
+        )
+
+    @classmethod
+    def of(cls, model: Denoiser | FlowMap) -> "Kind":
+        """What can be told from the model itself; its images are taken for pixels."""
+        if isinstance(model, FlowMap):
+            return cls(denoiser=False, flow_map=True)
+        parts = model.walk() if isinstance(model, Wrapper) else (model,)
+        inner = [part.precond for part in parts if isinstance(part, NetDenoiser)]
+        return cls(eps=any(isinstance(p, Trainable) and p.predicts_eps for p in inner))
 
 
 @dataclass(frozen=True, kw_only=True)

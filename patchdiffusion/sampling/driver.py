@@ -61,6 +61,7 @@ def sample(
     cond: Cond | None = None,
     start: Start | None = None,
     config: SamplerConfig | None = None,
+    kind: Kind | None = None,
     models: Models | None = None,
     batch: int = 64,
     device: torch.device | str = "cpu",
@@ -72,6 +73,7 @@ def sample(
 
     An image depends on its seed and its condition [N, ...], not on the batch it is computed in.
     `canvas` is the size the model was trained on, of which `config.canvas` may choose a region;
+    `kind` says what "auto" in the configuration means, by default as `Kind.of` sees the model, and
     `models` loads those that guidance asks. The solver runs in `dtype`, at noise levels that
     `law` draws if it is given; a flow map takes `config.count` jumps. `progress` is called with
     the number of images done at a time. Raises `ValueError` for what does not fit together.
@@ -79,12 +81,11 @@ def sample(
     config = config or SamplerConfig()
     if start is not None:
         config = _from(start, config, model, len(seeds))
+    config = config.resolved(kind or Kind.of(model))
     size, corner = config.canvas.place(canvas)
     if isinstance(model, FlowMap):
-        config = config.resolved(Kind(denoiser=False, flow_map=True))
         solve = functools.partial(_jump, PatchMap(model, canvas, corner), config)
     else:
-        config = config.resolved(Kind())
         sigmas = config.sigmas(law)
         wrapped = config.wrap(model, canvas, sigmas, models or Companions(device))
         solve = functools.partial(_solve, wrapped, config, sigmas)

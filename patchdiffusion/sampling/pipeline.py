@@ -83,13 +83,8 @@ class Pipeline:
 
     def sampler(self, config: SamplerConfig) -> SamplerConfig:
         """The same with what this model takes for auto; `ValueError` for what it does not take."""
-        objective, precond = self.model.config.objective, self.model.config.precond
-        few = objective.few_step
-        eps = not few and precond.predicts_eps
-        bounded = self.model.config.space.limits is not None
-        return config.resolved(
-            Kind(denoiser=objective.denoises, flow_map=few, eps=eps, bounded=bounded)
-        )
+        model = self.model.config
+        return config.resolved(Kind.trained(model.objective, model.precond, model.space))
 
     def autocast(self) -> torch.autocast:
         """A context in which the network has the precision of this pipeline."""

@@ -28,8 +28,8 @@ from patchdiffusion.metrics.evaluate import (
 from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.heldout import held_out_losses, summarise
 from patchdiffusion.metrics.memorise import copy_rate
+from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import sample
-from patchdiffusion.sampling.pipeline import SamplerConfig
 from patchdiffusion.system.device import autocast
 from patchdiffusion.system.png import enlarge, grid
 from patchdiffusion.train.preview import Abandoned, Ending, Scene, Shown, held_out_text
@@ -96,6 +96,7 @@ class SamplePreview:
                 canvas=scene.sizes[0],
                 cond=self._given(seeds, labels),
                 config=SamplerConfig(steps=preview.sample_steps, guidance=guidance),
+                kind=Kind.trained(scene.config.objective, scene.config.precond, scene.pack.space),
                 batch=scene.batch,
                 device=scene.device,
                 law=scene.config.noise,

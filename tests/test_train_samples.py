@@ -1,0 +1,69 @@
+"""The grid of a run is what `load(run).sample` draws, whatever the run trains."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from patchdiffusion import SamplerConfig, load
+from patchdiffusion.cond import Cond
+from patchdiffusion.data.space import Pixels, Values
+from patchdiffusion.guidance.cfg import CFG
+from patchdiffusion.guidance.threshold import Clamp, NoThreshold
+from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
+from patchdiffusion.parameterisation import EDM, EpsDDPM, EpsVP, Parameterisation
+from patchdiffusion.sampling.config import Kind
+from patchdiffusion.sampling.driver import sample
+from patchdiffusion.solvers import Heun, SDEDPMpp2M
+from patchdiffusion.system.families import members, word
+from patchdiffusion.system.png import enlarge, grid
+
+CHOICES = [*members(Parameterisation), *members(ObjectiveUnion)]
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=[word(choice) for choice in CHOICES])
+def test_the_grid_of_a_run_is_what_it_samples(choice: type, images: Path, tmp_path: Path) -> None:
+    config = choice().prefers(tiny.config(images, steps=2))
+    run = tiny.run(config, tmp_path / "run")
+    pipeline = load(run, device="cpu")
+    steps = config.preview.sample_steps
+    drawn = pipeline.sample(config.preview.grid, config=SamplerConfig(steps=steps))
+    (*_, last) = sorted((run / "samples").glob("*.png"))
+    shown = np.asarray(Image.open(last))
+    assert np.array_equal(shown, enlarge(grid(drawn))), word(choice)
+
+
+@pytest.mark.parametrize("precond", [EDM(), EpsVP(), EpsDDPM()], ids=["edm", "eps", "ddpm"])
+def test_auto_means_the_same_everywhere(precond: Parameterisation) -> None:
+    """For the driver, which sees a denoiser and what is around it, as for a pipeline."""
+    plain = tiny.pipeline()
+    model = replace(plain.model, config=replace(plain.model.config, precond=precond))
+    pipeline = replace(plain, model=model)
+    resolved = pipeline.sampler(SamplerConfig())
+    expected = (SDEDPMpp2M, Clamp) if precond.predicts_eps else (Heun, NoThreshold)
+    assert (type(resolved.solver), type(resolved.threshold)) == expected
+    for denoiser in (model.denoiser, CFG(model.denoiser, 1.0)):
+        assert SamplerConfig().resolved(Kind.of(denoiser)) == resolved
+    labels = torch.tensor([0, 1])
+    made = sample(
+        model.denoiser,
+        seeds=range(2),
+        channels=3,
+        canvas=tiny.CANVAS,
+        cond=Cond(labels=labels),
+        config=SamplerConfig(steps=3),
+        law=model.config.noise,
+    )
+    drawn = pipeline.sample(2, classes=[0, 1], config=SamplerConfig(steps=3))
+    assert np.array_equal(Pixels().to_values(made), drawn)
+
+
+def test_values_are_not_clamped() -> None:
+    values = Values(dtype="float32", mean=(0.0,), scale=(1.0,), black=(0.0,), white=(1.0,))
+    kind = Kind.trained(DenoisingConfig(), EpsVP(), values)
+    assert kind == Kind(eps=True, bounded=False)
+    assert isinstance(SamplerConfig().resolved(kind).threshold, NoThreshold)
