@@ -1,11 +1,10 @@
 """Patch Diffusion with a network from diffusers, `UNet2DModel`, new or pretrained.
 
-pip install 'patchdiffusion[hub]'
-python examples/diffusers_loop.py --steps 200
+pip install diffusers
+python examples/diffusers_loop.py     # a minute; --steps 1000 for letters
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
@@ -17,7 +16,6 @@ from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.losses import denoising_error
 from patchdiffusion.nets.adapters import CoordinateStem
-from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
 
 
 class Adapter(nn.Module):
@@ -28,14 +26,14 @@ class Adapter(nn.Module):
         self.unet = unet
         self.unet.register_module("conv_in", CoordinateStem(unet.conv_in))  # zero weights at first
 
-    def forward(self, x: Tensor, noise: Tensor, cond: pd.Cond, *, tape: pd.Tape | None = None):
+    def forward(self, x: Tensor, noise: Tensor, cond: pd.Cond) -> Tensor:
         assert cond.pos is not None
         return self.unet(torch.cat([x, cond.pos], dim=1), noise).sample
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=int, default=200, help="training steps")
+    parser.add_argument("--steps", type=int, default=100, help="training steps")
     parser.add_argument("--out", default="diffusers_loop.png", help="picture of samples")
     options = parser.parse_args()
 
@@ -57,7 +55,7 @@ def main() -> None:
         for group in plan.draw(seed=0, step=step, progress=step / options.steps):
             keys = rng.keys(0, str(group.size), step, torch.arange(group.count))
             chosen = pack.train[rng.integers(rng.subkeys(keys, "image"), len(pack.train))]
-            x, pos = pd.random_crop(images[chosen].float() / 127.5 - 1, group.size, key=keys)
+            x, pos = pd.random_crop(images[chosen].float() / 127.5 - 1, group, key=keys)
             sigma = pd.LogNormal().icdf(rng.uniform(rng.subkeys(keys, "sigma"), 1)[:, 0]).float()
             noise = rng.normal(rng.subkeys(keys, "noise"), tuple(x.shape[1:]))
             error = denoising_error(denoiser, x, noise, sigma, pd.Cond(pos=pos))
@@ -65,14 +63,15 @@ def main() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        print(f"step {step}: loss {loss.item():.3f}", flush=True)
+        if step % 20 == 0 or step == options.steps - 1:
+            print(f"step {step}: loss {loss.item():.3f}", flush=True)
 
     whole = pd.PatchDenoiser(denoiser, canvas=(32, 32))  # gives the network its coordinates
     x = rng.normal(rng.keys(0, "sample", 0, torch.arange(16)), (1, 32, 32)) * 80.0
     with torch.no_grad():
         for state in pd.heun(whole, x, pd.karras(12)):
             x = state.x
-    save_png(Path(options.out), enlarge(grid(to_uint8(x))))
+    pd.save_png(options.out, pd.enlarge(pd.grid(pd.to_uint8(x))))
 
 
 if __name__ == "__main__":

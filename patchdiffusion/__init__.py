@@ -33,6 +33,7 @@ from patchdiffusion.sampling.driver import sample
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.solvers import euler, heun
 from patchdiffusion.solvers.schedules import karras
+from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.loop import train
 
@@ -75,4 +76,8 @@ __all__ = [
     "TransformerConfig",
     "UNetConfig",
     "load_model",
+    "save_png",
+    "grid",
+    "enlarge",
+    "to_uint8",
 ]

@@ -13,30 +13,41 @@ from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.parameterisation import OnPath, Precond, Scales
 from patchdiffusion.patches import Region, Size
 from patchdiffusion.paths import Path, Prediction, per_sample
+from patchdiffusion.system.signature import takes
 
 
 class Denoiser(Protocol):
     """An estimate of the clean image: the contract of networks, guidance, caches and oracles.
 
     x [B, C, *S] in data units (images in [-1, 1]), sigma [B] or scalar; returns the estimate of
-    E[x0 | x] with the shape and dtype of x.
+    E[x0 | x] with the shape and dtype of x. Any function of these three is a denoiser; one that
+    also names the keywords `position` (a `Position`) or `tape` (a `Tape`) is given them: see `ask`.
     """
 
-    def __call__(
-        self,
-        x: Tensor,
-        sigma: Tensor | float,
-        cond: Cond | None = None,
-        *,
-        position: Position | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor: ...
+    def __call__(self, x: Tensor, sigma: Tensor | float, cond: Cond | None = None, /) -> Tensor: ...
 
 
 def expand_sigma(sigma: Tensor | float, x: Tensor) -> Tensor:
-    """One noise level per sample, in the precision of x but at least float32: [B]."""
+    """One noise level per sample, in the precision of x but at least float32: [B].
+
+    Takes a number, [B], or one that broadcasts against x, [B, 1, ...]; `ValueError` for others.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.as_tensor(sigma, dtype=dtype, device=x.device).expand(x.shape[0])
+    return torch.as_tensor(per_batch(sigma, x), dtype=dtype, device=x.device).expand(x.shape[0])
+
+
+def per_batch(sigma: Tensor | float, x: Tensor) -> Tensor | float:
+    """A noise level as a number, a scalar or [B]; `ValueError` for what is none of samples x."""
+    if not isinstance(sigma, Tensor) or sigma.ndim == 0:
+        return sigma
+    if sigma.numel() == len(sigma) == len(x):
+        return sigma if sigma.ndim == 1 else sigma.reshape(len(x))
+    if sigma.numel() == 1:
+        return sigma.reshape(())
+    raise ValueError(
+        f"the noise level must be a number, or one for each of {len(x)} samples, [{len(x)}] or "
+        f"[{len(x)}, 1, 1, 1], not {list(sigma.shape)}"
+    )
 
 
 # ---- Denoisers made of denoisers ----
@@ -87,14 +98,20 @@ class Wrapper(ABC):
         position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        return self.denoise(x, sigma, cond, Call(position, tape))
+        return self.denoise(x, per_batch(sigma, x), cond, Call(position, tape))
 
 
 def ask(
     denoiser: Denoiser, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call
 ) -> Tensor:
-    """Evaluate a denoiser on behalf of a wrapper that was called with `call`."""
-    return denoiser(x, sigma, cond, position=call.position, tape=call.tape)
+    """Evaluate a denoiser on behalf of a wrapper that was called with `call`.
+
+    It is given position and tape if it names them; any function of x, sigma and cond may be asked.
+    """
+    if isinstance(denoiser, Wrapper | NetDenoiser):
+        return denoiser(x, sigma, cond, position=call.position, tape=call.tape)
+    extra = {name: getattr(call, name) for name in ("position", "tape") if takes(denoiser, name)}
+    return denoiser(x, sigma, cond, **extra)
 
 
 def discontinuities(denoiser: Denoiser) -> tuple[float, ...]:
@@ -115,7 +132,9 @@ class NetDenoiser(nn.Module):
         law: NoiseLaw | None = None,
         tape: Tape | None = None,
     ):
-        """`law`, if given, fills `cond.percentile` with the quantile of sigma for the network.
+        """The network is called `(x, noise, cond)`, and with `tape=` if it names that keyword.
+
+        `law`, if given, fills `cond.percentile` with the quantile of sigma for the network.
 
         `tape` records the passes that are trained: those with gradients and no tape of their own.
         """
@@ -124,6 +143,7 @@ class NetDenoiser(nn.Module):
         self.precond = precond
         self.law = law
         self.tape = tape
+        self._records = takes(network, "tape")
 
     def recording(self, tape: Tape) -> "NetDenoiser":
         """This denoiser with a tape that records passes with gradients."""
@@ -131,6 +151,8 @@ class NetDenoiser(nn.Module):
 
     def raw(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """The output F of the network for scaled arguments: x is c_in x, noise is c_noise."""
+        if not self._records:
+            return self.network(x, noise, cond)
         if tape is None and self.tape is not None and torch.is_grad_enabled():
             with self.tape.new_pass() as tape:
                 return self.network(x, noise, cond, tape=tape)

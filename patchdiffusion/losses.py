@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.denoiser import Denoiser, expand_sigma
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.paths import per_sample
 from patchdiffusion.plans import Group
@@ -162,8 +162,12 @@ def squared_error(a: Tensor, b: Tensor) -> Tensor:
 
 
 def denoising_error(
-    denoiser: Denoiser, images: Tensor, noise: Tensor, sigma: Tensor, cond: Cond
+    denoiser: Denoiser,
+    images: Tensor,
+    noise: Tensor,
+    sigma: Tensor | float,
+    cond: Cond | None = None,
 ) -> Tensor:
     """Mean squared error of the denoised image over the pixels of each sample: [B]."""
-    noisy = images + per_sample(sigma, images) * noise
+    noisy = images + per_sample(expand_sigma(sigma, images), images) * noise
     return squared_error(denoiser(noisy, sigma, cond), images)

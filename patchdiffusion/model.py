@@ -123,10 +123,13 @@ class Model:
 
 
 def save_model(
-    folder: Path, config: ModelConfig, averaged: Mapping[str, Tensor], raw: Mapping[str, Tensor]
+    folder: Path | str,
+    config: ModelConfig,
+    averaged: Mapping[str, Tensor],
+    raw: Mapping[str, Tensor],
 ) -> None:
     """Write a model folder, atomically; an older one under the same name is replaced."""
-    with folder_atomic(folder) as temporary:
+    with folder_atomic(Path(folder)) as temporary:
         digests = {}
         for name, state in (("model", averaged), ("raw", raw)):
             file = temporary / f"{name}.safetensors"

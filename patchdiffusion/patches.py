@@ -9,6 +9,7 @@ Shapes: B batch, C channels, n axes: 1 of sequences, 2 of images (height, width)
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -97,14 +98,64 @@ def coordinates(corner: Tensor, size: Size, canvas: Size, pitch: int = 1) -> Ten
     return torch.stack(channels, dim=1)
 
 
-def random_crop(x: Tensor, size: Size, *, key: Tensor) -> tuple[Tensor, Tensor]:
+class Cut(Protocol):
+    """What says how large crops are, such as a `Group` of a plan."""
+
+    @property
+    def size(self) -> Size:
+        """Height and width of a crop."""
+        ...
+
+    @property
+    def pitch(self) -> int:
+        """Pixels of the image, along each axis, that are averaged to one of the crop."""
+        ...
+
+
+def random_crop(
+    x: Tensor,
+    size: Size | int | Cut,
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
     """Crop each image at a random position: crops [B, C, *size], coordinates [B, n, *size].
 
-    `key` is int64 [B] from `rng.keys`: the crop of an image depends on its key alone.
+    `size` is a length for each axis, the side of a square, or a group of a plan. The places come
+    from a generator, or from keys of `rng.keys`, int64 [B]: the crop of an image then depends on
+    its key alone. Raises `ValueError` for what does not fit.
     """
+    pitch = 1
+    if not isinstance(size, tuple | list | int):
+        size, pitch = size.size, size.pitch
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if x.ndim != 2 + len(size):
+        axes = ", ".join(f"axis {i}" for i in range(len(size))) if len(size) != 2 else "H, W"
+        raise ValueError(
+            f"images to be cropped to {size_name(size)} must be [B, C, {axes}], "
+            f"not {list(x.shape)}; one image is images[None]"
+        )
     canvas = tuple(x.shape[2:])
-    corner = corners(key, size, canvas)
-    return crop(x, corner, size), coordinates(corner, size, canvas)
+    corner = corners(_place_keys(x, key, generator), size, canvas, pitch)
+    return crop(x, corner, size, pitch), coordinates(corner, size, canvas, pitch)
+
+
+def _place_keys(x: Tensor, key: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    """One key for each image."""
+    if (key is None) == (generator is None):
+        raise ValueError(
+            "random_crop needs generator=torch.Generator(), or key=rng.keys(...), and not both"
+        )
+    if generator is not None:
+        drawn = torch.randint(2**62, (len(x),), generator=generator, device=generator.device)
+        return drawn.to(x.device)
+    assert key is not None
+    if key.shape != (len(x),) or key.dtype != torch.int64:
+        raise ValueError(
+            f"{len(x)} images need {len(x)} keys, int64 [{len(x)}], "
+            f"not {key.dtype} {list(key.shape)}".replace("torch.", "")
+        )
+    return key
 
 
 @dataclass(frozen=True)

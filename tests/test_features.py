@@ -253,7 +253,7 @@ def test_dinov2_takes_the_class_token(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with refuses("transformers", "patchdiffusion[features", error=ImportError):
+    with refuses("transformers", "pip install transformers", error=ImportError):
         extractor("dinov2")
 
 

@@ -71,7 +71,7 @@ class Extractor:
 def extractor(
     name: str,
     *,
-    weights: Path | None = None,
+    weights: Path | str | None = None,
     device: str | torch.device = "cpu",
     team: Team | None = None,
 ) -> Extractor:
@@ -83,6 +83,7 @@ def extractor(
     [B, 3, H, W] that returns [B, D]. `weights` is a file or folder that is there already; without
     it, published weights are fetched once, into the cache, by one process of a team.
     """
+    weights = None if weights is None else Path(weights)
     if team is not None and team.size > 1:
         team.on_main(lambda: _made(name, weights, torch.device("cpu")) and None)
     return _made(name, weights, torch.device(device))

@@ -17,8 +17,8 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Cond, Position
-from patchdiffusion.denoiser import Denoiser, discontinuities
+from patchdiffusion.cond import Call, Cond, Position
+from patchdiffusion.denoiser import Denoiser, ask, discontinuities
 
 History = tuple[Tensor, ...]
 Noise = Callable[[int], Tensor]  # index of the step -> standard normal [B, C, *S]
@@ -92,9 +92,8 @@ class Step:
     def denoise(self, x: Tensor, sigma: float | None = None, stage: int = 0) -> Tensor:
         """Evaluate the denoiser, at `sigma` if it is given, else where the step begins."""
         position = Position(run=self.run, index=self.index, stage=stage, sigmas=self.sigmas)
-        return self.denoiser(
-            x, self.sigma if sigma is None else sigma, self.cond, position=position
-        )
+        level = self.sigma if sigma is None else sigma
+        return ask(self.denoiser, x, level, self.cond, Call(position))
 
     def perturb(self, x: Tensor, std: float) -> Tensor:
         """Add noise, at most once a step; 0 adds none and needs none."""

@@ -9,7 +9,8 @@ def require(module: str, *, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
+        package = module.split(".")[0]
         raise ImportError(
-            f"{module.split('.')[0]} is not installed ({error}); "
-            f"use pip install 'patchdiffusion[{extra}]'"
+            f"{package} is not installed ({error}); pip install {package}, or "
+            f"pip install '.[{extra}]' in the folder that patchdiffusion was installed from"
         ) from error

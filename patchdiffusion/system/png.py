@@ -125,6 +125,6 @@ def image_file(image: np.ndarray, text: Mapping[str, str]) -> ImageFile | None:
     return ImageFile(".tiff", stream.getvalue())
 
 
-def save_png(path: Path, picture: np.ndarray, text: Mapping[str, str] | None = None) -> None:
+def save_png(path: Path | str, picture: np.ndarray, text: Mapping[str, str] | None = None) -> None:
     """Write a PNG file atomically."""
-    write_bytes(path, png(picture, text))
+    write_bytes(Path(path), png(picture, text))

@@ -66,10 +66,10 @@ class Snapshot:
     step: int
 
 
-def snapshots(run: Path) -> list[Snapshot]:
+def snapshots(run: Path | str) -> list[Snapshot]:
     """All stored profiles of a run, oldest first; `ValueError` names a damaged one."""
     found = []
-    for folder in sorted((run / "snapshots").glob("step-*")):
+    for folder in sorted((Path(run) / "snapshots").glob("step-*")):
         if not folder.name[5:].isdigit():
             continue  # unfinished
         fault = checkpoint.fault(folder)
@@ -81,7 +81,9 @@ def snapshots(run: Path) -> list[Snapshot]:
     return found
 
 
-def reconstruct(run: Path, std: float, at: float | None = None) -> tuple[dict[str, Tensor], int]:
+def reconstruct(
+    run: Path | str, std: float, at: float | None = None
+) -> tuple[dict[str, Tensor], int]:
     """The parameters of the average of width `std` at time `at`, by default the last stored one.
 
     Returns float32 tensors by name, and the step of the newest snapshot that was used. Raises

@@ -29,9 +29,9 @@ pre { background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 """
 
 
-def read_log(folder: Path) -> list[Record]:
+def read_log(folder: Path | str) -> list[Record]:
     """All whole records of a run; of steps that were done twice, the last ones."""
-    path = folder / "log.jsonl"
+    path = Path(folder) / "log.jsonl"
     records: list[Record] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -51,17 +51,18 @@ def read_log(folder: Path) -> list[Record]:
     return records
 
 
-def write_report(folder: Path, out: Path | None = None) -> Path:
+def write_report(folder: Path | str, out: Path | str | None = None) -> Path:
     """Write the page of a run, by default `folder/report.html`; returns its path.
 
     Raises `ValueError` if the folder holds no run, or records that no run writes.
     """
+    folder = Path(folder)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run: config.json is missing")
     config = read_json(folder / "config.json")
     state = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
     records = read_log(folder)
-    out = out or folder / "report.html"
+    out = Path(out) if out else folder / "report.html"
     try:
         page = _page(folder, config, state, records)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:

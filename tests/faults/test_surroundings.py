@@ -79,7 +79,7 @@ def test_o1_trackers_that_are_not_installed(
     images: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(name: str, *, extra: str) -> Any:
-        raise ImportError(f"{name} is needed: pip install 'patchdiffusion[{extra}]'")
+        raise ImportError(f"{name} is needed: pip install '.[{extra}]'")
 
     monkeypatch.setattr(trackers, "require", absent)
     names = ("tensorboard", "wandb", "trackio")
@@ -87,7 +87,7 @@ def test_o1_trackers_that_are_not_installed(
     assert ended.code == 0
     told = [x for x in ended.out.splitlines() if x.startswith("warning: ")]
     assert [x.split()[1] for x in told] == list(names)
-    assert all("pip install 'patchdiffusion[log]'" in x for x in told)
+    assert all("pip install '.[log]'" in x for x in told)
     same_run(tmp_path / "run", finished)
 
 
