@@ -19,7 +19,7 @@ from patchdiffusion.classifier import NoisyClassifier
 from patchdiffusion.guidance.cfg import Unconditional
 from patchdiffusion.guidance.classifier import ClassifierGuidance
 from patchdiffusion.losses import Batch, DenoisingLoss
-from patchdiffusion.metrics.classify import Answers, framed, summarise
+from patchdiffusion.metrics.classify import Answers, framed, summarize
 from patchdiffusion.model import load_classifier
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.heads import ClassifierHead
@@ -176,7 +176,7 @@ def test_crops_without_a_class_do_not_count() -> None:
 def test_measures_by_noise_and_size() -> None:
     sigma, loss = torch.tensor([0.05, 0.05, 0.7, 9.0]), torch.tensor([0.0, 0.2, 1.0, 2.0])
     answers = Answers(sigma, loss, torch.tensor([1.0, 1.0, 0.0, 1.0]))
-    facts = summarise({(8, 8): answers, (4, 4): Answers(sigma, 2 * loss, 0 * sigma)})
+    facts = summarize({(8, 8): answers, (4, 4): Answers(sigma, 2 * loss, 0 * sigma)})
     assert facts == {
         "held_out": {
             "loss": pytest.approx(0.8),
@@ -271,15 +271,15 @@ def test_classes_of_a_classifier_go_by_their_names(run: Path) -> None:
     beside = tiny.pipeline(2).model
     for names in (("b", "a"), ("a", "b"), ("b",)):
         config = replace(beside.config, classes=names, canvas=(16, 16))
-        found = Companions(beside=replace(beside, config=config)).classifier(str(run), "averaged")
+        found = Companions(main=replace(beside, config=config)).classifier(str(run), "averaged")
         x, sigma = torch.ones(1, 3, 16, 16), torch.ones(1)
         order = ["ab".index(name) for name in names]
         assert torch.equal(found(x, sigma), classifier(x, sigma)[:, order])
     wrong = replace(beside.config, classes=("a", "c"), canvas=(16, 16))
     with refuses("classifier", "c", "a, b"):
-        Companions(beside=replace(beside, config=wrong)).classifier(str(run), "averaged")
+        Companions(main=replace(beside, config=wrong)).classifier(str(run), "averaged")
     with refuses("canvas"):
-        Companions(beside=beside).classifier(str(run), "averaged")
+        Companions(main=beside).classifier(str(run), "averaged")
 
 
 def test_what_a_classifier_cannot_be_trained_on(

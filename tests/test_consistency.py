@@ -116,7 +116,7 @@ def test_pseudo_huber_is_that_of_the_paper() -> None:
 
 
 def levels(config: ConsistencyConfig, count: int, progress: float = 0.0) -> tuple[Tensor, Tensor]:
-    return ConsistencyLoss(config=config).neighbours(draws(count), progress, LAW)
+    return ConsistencyLoss(config=config).neighbors(draws(count), progress, LAW)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
@@ -147,7 +147,7 @@ def test_levels_follow_the_discrete_law() -> None:
 
 def test_a_group_may_have_its_own_law() -> None:
     loss = ConsistencyLoss(config=ConsistencyConfig(first=40, last=40))
-    high, low = loss.neighbours(draws(50), 0.0, LogUniform(sigma_min=1.0, sigma_max=2.0))
+    high, low = loss.neighbors(draws(50), 0.0, LogUniform(sigma_min=1.0, sigma_max=2.0))
     assert float(low.min()) > 0.6 and float(high.max()) < 3.0
 
 
@@ -167,7 +167,7 @@ def test_the_default_is_that_of_ict() -> None:
     cond, progress = Cond(labels=torch.arange(8) % 3), 0.5
     loss = loss_of(ConsistencyConfig())
     out = loss(f, crops(x0, cond, progress), draws(8))
-    high, low = loss.neighbours(draws(8), progress, LAW)
+    high, low = loss.neighbors(draws(8), progress, LAW)
     prediction, goal = by_hand(f, x0, high, low, draws(8).normal("noise", (1, 4, 4)), cond)
     square = (prediction - goal).square().flatten(1).mean(1)
     expected = ((square + 0.00054**2).sqrt() - 0.00054) / (high - low)
@@ -181,7 +181,7 @@ def test_gradients_go_into_the_noisier_side_only() -> None:
     config = ConsistencyConfig(huber=0.0, weighted=False)
     out = loss_of(config)(f, crops(x0), draws(8))
     (found,) = torch.autograd.grad(out.per_sample.sum(), [f.network.get_parameter("mix")])
-    high, low = loss_of(config).neighbours(draws(8), 0.0, LAW)
+    high, low = loss_of(config).neighbors(draws(8), 0.0, LAW)
     prediction, goal = by_hand(f, x0, high, low, draws(8).normal("noise", (1, 4, 4)), Cond())
     expected = torch.autograd.grad(
         (prediction - goal).square().flatten(1).mean(1).sum(), [f.network.get_parameter("mix")]
@@ -222,7 +222,7 @@ def test_distillation_follows_the_teacher() -> None:
     loss = loss_of(config, target=average, teacher=teacher)  # type: ignore
     f = NetDenoiser(network, Boundary())
     out = loss(f, crops(x0), draws(8))
-    high, low = loss.neighbours(draws(8), 0.0, LAW)
+    high, low = loss.neighbors(draws(8), 0.0, LAW)
     wide, x = (
         per_sample(low - high, x0),
         x0 + per_sample(high, x0) * draws(8).normal("noise", (1, 2, 2)),
@@ -259,7 +259,7 @@ def quadrature(loss: ConsistencyLoss, gain: float, level: int) -> Tensor:
     ends = Levels(sigma_min=loss.config.sigma_min, sigma_max=loss.config.sigma_max)
     high, low = (ends.at(torch.full((9,), level + i), count).double() for i in (1, 0))
     f = Scaled(loss.config.sigma_min, gain)
-    object.__setattr__(loss, "neighbours", lambda *_: (high, low))
+    object.__setattr__(loss, "neighbors", lambda *_: (high, low))
     given = draws(9)
     object.__setattr__(given, "normal", lambda *_: eps)
     out = loss(f, crops(x0), given)  # type: ignore

@@ -188,9 +188,9 @@ def test_a_cache_that_is_damaged_or_of_one_process(
     whole = file.read_bytes()
     file.write_bytes(whole[:100])
     again = Evaluation(pack, CONFIG, extractor(weights="0123"))
-    assert again.unknown == 40
+    assert again.uncached == 40
     assert torch.equal(again.reference().kept, known.kept)
-    assert file.read_bytes() == whole and again.unknown == 0
+    assert file.read_bytes() == whole and again.uncached == 0
 
     class Other(Team):
         """The second process, whose cache is empty, while the leading one has the features."""

@@ -179,13 +179,13 @@ def test_progress_reaches_the_objective(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[float] = []
-    original = ConsistencyLoss.neighbours
+    original = ConsistencyLoss.neighbors
 
-    def neighbours(self: ConsistencyLoss, draws: object, progress: float, law: object) -> object:
+    def neighbors(self: ConsistencyLoss, draws: object, progress: float, law: object) -> object:
         seen.append(progress)
         return original(self, draws, progress, law)  # type: ignore
 
-    monkeypatch.setattr(ConsistencyLoss, "neighbours", neighbours)
+    monkeypatch.setattr(ConsistencyLoss, "neighbors", neighbors)
     tiny.run(config(images, "consistency"), tmp_path / "run")
     assert seen == [0.0, 0.0, 0.25, 0.25, 0.5, 0.5, 0.75, 0.75]  # two sizes of crops a step
 

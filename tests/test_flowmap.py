@@ -170,7 +170,7 @@ def test_levels_are_those_of_karras() -> None:
     levels = karras(9, 0.01, 50.0, 5.0)[:-1].flip(0)
     torch.testing.assert_close(grid.at(places, 9), levels.float(), rtol=1e-6, atol=0)
     assert grid.at(places, 9)[0] == torch.tensor(0.01) and grid.at(places, 9)[-1] == 50
-    torch.testing.assert_close(grid.place(levels, 9), places.double(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(grid.index(levels, 9), places.double(), rtol=0, atol=1e-13)
 
 
 def test_std_is_not_one() -> None:

@@ -53,15 +53,15 @@ def test_the_configuration_is_the_nesting() -> None:
 def test_a_guide_must_fit() -> None:
     model, other = tiny.pipeline().model, tiny.pipeline(2).model
     levels = (0.002, 80.0)
-    Companions(beside=model).admit(tiny.pipeline().model, levels)
+    Companions(main=model).admit(tiny.pipeline().model, levels)
     with refuses("classes", "cat, dog"):
-        Companions(beside=model).admit(other, levels)
+        Companions(main=model).admit(other, levels)
     narrow = replace(model, config=replace(model.config, noise=LogUniform()))
     with refuses(0.02, 100, 0.001):
-        Companions(beside=model).admit(narrow, (0.001, 80.0))
+        Companions(main=model).admit(narrow, (0.001, 80.0))
     few = replace(model, config=replace(model.config, objective=ConsistencyConfig()))
     with refuses("consistency"):
-        Companions(beside=model).admit(few, levels)
+        Companions(main=model).admit(few, levels)
     with refuses("--guidance.model"):
         sample(TOY, seeds=[0], channels=1, canvas=(1, 2), config=SamplerConfig(guidance=ByModel()))
 

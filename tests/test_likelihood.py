@@ -268,7 +268,7 @@ def test_bits_by_the_command(finished: Path, tmp_path: Path, capsys: Capture) ->
     assert " on 2 images (upper bound but for 2 steps, hutchinson)" in out
     card = result["card"]["bits"]
     assert (card["method"], card["steps"], card["probes"]) == ("hutchinson", 2, 3)
-    assert card["dequantisation"] == "uniform within half a level, one draw for each image"
+    assert card["dequantization"] == "uniform within half a level, one draw for each image"
     assert "held_out" in result and card["estimates"] == "an upper bound"
 
 

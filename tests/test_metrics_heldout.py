@@ -11,7 +11,7 @@ from patchdiffusion.analytic import IdealDenoiser
 from patchdiffusion.cond import Cond
 from patchdiffusion.data.columns import Filled, Label
 from patchdiffusion.data.space import Pixels
-from patchdiffusion.metrics.heldout import BANDS, HeldOut, held_out_losses, summarise
+from patchdiffusion.metrics.heldout import BANDS, HeldOut, held_out_losses, summarize
 from patchdiffusion.metrics.memorise import CopyCounter, copy_rate
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.weighting import EDMWeight
@@ -59,7 +59,7 @@ def measure(denoiser: object, *, batch: int = 64, indices: Tensor = HELD) -> Hel
         device=CPU,
         batch=batch,
     )
-    return summarise(losses)
+    return summarize(losses)
 
 
 def test_the_loss_of_a_known_error() -> None:
@@ -126,7 +126,7 @@ def test_the_oracle_of_the_training_images_is_no_good_on_others() -> None:
             sizes=((8, 8),),
             device=CPU,
         )
-        return summarise(losses).total
+        return summarize(losses).total
 
     assert whole(torch.arange(20)) < 0.1 * whole(HELD)
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.apps.optimise import Round, optimise
+from patchdiffusion.apps.optimise import Round, optimize
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.guidance.reward import GradientGuidance, Measurement
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.noise import LogNormal
-from patchdiffusion.objectives.reward import LinearReward, PseudoLabelled, RewardWeighted
+from patchdiffusion.objectives.reward import LinearReward, PseudoLabeled, RewardWeighted
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.solvers import heun, solve
 from patchdiffusion.solvers.schedules import karras
@@ -57,7 +57,7 @@ def regularised(scale: float) -> Tensor:
 
 def test_rounds_follow_the_gradient_at_the_mean() -> None:
     """Round 0 is the data, round k + 1 is N(m + scale C grad r(z_k), C)."""
-    found = means(list(optimise(GAUSSIAN, quadratic, generate, guidance(0.3), rounds=3)))
+    found = means(list(optimize(GAUSSIAN, quadratic, generate, guidance(0.3), rounds=3)))
     expected = [MEAN]
     for _ in range(3):
         expected.append(MEAN + 0.3 * COV @ CURVATURE @ (GOAL - expected[-1]))
@@ -65,7 +65,7 @@ def test_rounds_follow_the_gradient_at_the_mean() -> None:
 
 
 def test_converges_to_the_regularised_optimum() -> None:
-    rounds = list(optimise(GAUSSIAN, quadratic, generate, guidance(0.5), rounds=10))
+    rounds = list(optimize(GAUSSIAN, quadratic, generate, guidance(0.5), rounds=10))
     optimum = regularised(0.5)
     assert float((means(rounds)[-1] - optimum).abs().max()) < 2e-3
     assert float((optimum - GOAL).norm()) > 0.3  # which is not the optimum of the reward
@@ -76,10 +76,10 @@ def test_converges_to_the_regularised_optimum() -> None:
 
 def test_a_smaller_step_converges_where_whole_steps_do_not() -> None:
     optimum = regularised(4.0)
-    whole = means(list(optimise(GAUSSIAN, quadratic, generate, guidance(4.0), rounds=8)))
+    whole = means(list(optimize(GAUSSIAN, quadratic, generate, guidance(4.0), rounds=8)))
     assert float((whole[-1] - optimum).norm()) > 10
     damped = means(
-        list(optimise(GAUSSIAN, quadratic, generate, guidance(4.0), rounds=12, step=0.2))
+        list(optimize(GAUSSIAN, quadratic, generate, guidance(4.0), rounds=12, step=0.2))
     )
     assert float((damped[-1] - optimum).norm()) < 0.02
 
@@ -91,7 +91,7 @@ def test_fine_tuning_moves_on_to_the_optimum_of_the_reward() -> None:
         seen.append(last)
         return GaussianMixture(last.samples.mean(0)[None], COV[None])
 
-    run = optimise(GAUSSIAN, quadratic, generate, guidance(1.0), rounds=25, finetune=finetune)
+    run = optimize(GAUSSIAN, quadratic, generate, guidance(1.0), rounds=25, finetune=finetune)
     rounds = list(run)
     assert all(a is b for a, b in zip(seen, rounds[1:], strict=True))
     assert float((means(rounds)[-1] - GOAL).norm()) < 0.02
@@ -99,7 +99,7 @@ def test_fine_tuning_moves_on_to_the_optimum_of_the_reward() -> None:
 
 def test_impossible_loops_are_refused() -> None:
     for rounds, step in ((0, 1.0), (3, 0.0), (3, 1.5)):
-        run = optimise(GAUSSIAN, quadratic, generate, guidance(1.0), rounds=rounds, step=step)
+        run = optimize(GAUSSIAN, quadratic, generate, guidance(1.0), rounds=rounds, step=step)
         with refuses("rounds", "step"):
             next(run)
 
@@ -151,12 +151,12 @@ def test_pseudo_labels_reach_the_denoiser() -> None:
     index = torch.tensor([7, 2, 2])
     batch = replace(batch_of(index, images), cond=Cond(labels=index))
     for noise in (0.0, 0.5, 0.5):
-        PseudoLabelled(objective, rewards, noise)(GAUSSIAN, batch, draws(len(index)))
+        PseudoLabeled(objective, rewards, noise)(GAUSSIAN, batch, draws(len(index)))
     clean, noisy, again = (c.extra for c in seen)
     assert clean is not None and clean.tolist() == [[7.0], [2.0], [2.0]]
     assert noisy is not None and again is not None and torch.equal(noisy, again)
     many = torch.full((4000,), 3)
-    PseudoLabelled(objective, rewards, 0.5)(GAUSSIAN, batch_of(many, images), draws(len(many)))
+    PseudoLabeled(objective, rewards, 0.5)(GAUSSIAN, batch_of(many, images), draws(len(many)))
     extra = seen[-1].extra
     assert float(extra.mean()) == pytest.approx(3, abs=0.04)
     assert float(extra.std()) == pytest.approx(0.5, abs=0.03)
@@ -265,7 +265,7 @@ def test_reward_directed_training_follows_the_target_and_then_leaves_the_support
     images, learned = data()
     pseudo = learned(images)
     law = LogNormal(mean=-1.5, std=1.5)
-    objective = PseudoLabelled(DenoisingLoss(), pseudo, 0.1 * float(pseudo.std()))
+    objective = PseudoLabeled(DenoisingLoss(), pseudo, 0.1 * float(pseudo.std()))
     denoiser = NetDenoiser(Small(), EDM(sigma_data=0.18))
     optimizer = torch.optim.Adam(denoiser.parameters(), lr=2e-3)
     steps = 2500

@@ -1,4 +1,4 @@
-"""Accelerators: wrappers that make the evaluations of a denoiser cheaper while sampling."""
+"""Accelerators: wrappers that reduce the cost of a denoiser's evaluations in sampling."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +9,7 @@ from patchdiffusion.guidance.base import Surroundings
 
 @dataclass(frozen=True, kw_only=True)
 class NoAccelerator:
-    """Every evaluation is computed in full."""
+    """No accelerator: every evaluation is computed in full."""
 
     word: ClassVar[str] = "none"
 
@@ -18,4 +18,4 @@ class NoAccelerator:
 
 
 Accelerator = NoAccelerator
-"""What a sampler may save evaluations with; each is a `guidance.base.Part`."""
+"""The accelerators of `--accelerator`; each is a `guidance.base.Part`."""

@@ -1,16 +1,16 @@
-"""How probable does a model find an image? Likelihoods by the probability-flow equation.
+"""Likelihoods of images under a model, by the probability-flow ODE.
 
 Along dx/dsigma = (x - D) / sigma the density changes by the divergence (n - tr dD/dx) / sigma, so
 
     ln p(x0) = ln N(x(sigma_max); 0, sigma_max^2 I) + int (n - tr dD/dx) / sigma dsigma
 
 from sigma_min, where x is x0, to sigma_max (Song et al., ICLR 2021, arXiv 2011.13456, appendix
-D.2; Grathwohl et al., arXiv 1810.01367). This is the law of what the deterministic sampler
-reaches at sigma_min from N(0, sigma_max^2 I), whether or not D is a score.
+D.2; Grathwohl et al., arXiv 1810.01367). This is the density of the deterministic sampler's output
+at sigma_min, started from N(0, sigma_max^2 I), whether or not D is a score.
 
-The trace is exact, or an unbiased estimate from random probes; the steps leave an error of second
-order that nothing bounds: 100 steps make a Gaussian of width 0.3 too likely by 0.005 nats per
-dimension, one of width 0.001 by 0.03. `bits_per_dim` estimates an upper bound, see there.
+The trace is exact, or an unbiased estimate from random probes; the steps leave an unbounded error
+of second order: 100 steps make a Gaussian of width 0.3 too likely by 0.005 nats per dimension, one
+of width 0.001 by 0.03. `bits_per_dim` estimates an upper bound, see there.
 """
 
 import itertools
@@ -40,20 +40,20 @@ HALF_RANGE = 127.5
 
 @dataclass(frozen=True, kw_only=True)
 class LikelihoodConfig:
-    """How the equation and its divergence are computed."""
+    """Settings of the likelihood: steps of the ODE and estimate of its divergence."""
 
     method: Literal["hutchinson", "exact"] = "hutchinson"
     """hutchinson estimates the divergence by probes; exact has a probe for every number of x."""
     steps: int = 100
     """Steps of Heun's rule, two evaluations each."""
     probes: int = 1
-    """Random probes in an evaluation, each a backward pass; of hutchinson only."""
+    """Random probes per evaluation, each a backward pass; for hutchinson only."""
     sigma_min: float | None = None
     """Noise level of the density; None is 0.002, or the smallest of training if that is more."""
     sigma_max: float | None = None
     """Noise level of pure noise; None is 80, or the largest of training if that is less."""
     seed: int = 0
-    """Seed of the probes, and of the dequantisation of 8-bit images."""
+    """Seed of the probes, and of the dequantization of 8-bit images."""
 
     def __post_init__(self) -> None:
         self.levels()  # raises on impossible values
@@ -63,7 +63,7 @@ class LikelihoodConfig:
             raise ValueError(f"{self.probes} probes are for hutchinson; exact has its own")
 
     def within(self, law: NoiseLaw) -> "LikelihoodConfig":
-        """The same with the levels for a model trained on those of a law: see `grids.ends`."""
+        """A copy with the ends for a model trained with a noise law: see `schedules.ends`."""
         low, high = ends(self.sigma_min, self.sigma_max, law)
         return replace(self, sigma_min=low, sigma_max=high)
 
@@ -85,22 +85,22 @@ def log_likelihood(
 ) -> Tensor:
     """ln p(x0) in nats, a density per unit of x: [B, C, *S] -> float64 [B].
 
-    The equation is solved in the precision of x0. `index` int64 [B] are numbers of the samples,
-    from which probes are drawn; by default 0 ... B - 1. Whatever wraps the denoiser counts: for
-    whole images of a model trained on patches give a `PatchDenoiser`.
+    The ODE is solved in the precision of x0. `index` int64 [B] are numbers of the samples, from
+    which probes are drawn; by default 0 ... B - 1. Wrappers of the denoiser are part of the model:
+    for whole images of a model trained on patches give a `PatchDenoiser`.
     """
     config = config or LikelihoodConfig()
     index = torch.arange(len(x0), device=x0.device) if index is None else index
 
     def rates(x: Tensor, sigma: float, evaluation: int) -> tuple[Tensor, Tensor]:
-        """dx/dsigma, and the divergence of it [B]."""
+        """dx/dsigma and its divergence [B]."""
         with torch.enable_grad():
             x = x.detach().requires_grad_()
             denoised = denoiser(x, sigma, cond)
             trace = torch.zeros(len(x), dtype=torch.float64, device=x.device)
             for probe in _probes(x, config, rng.keys(config.seed, "probe", evaluation, index)):
-                (back,) = torch.autograd.grad(denoised, x, probe, retain_graph=True)
-                trace += (probe * back).flatten(1).sum(1, dtype=torch.float64)
+                (product,) = torch.autograd.grad(denoised, x, probe, retain_graph=True)
+                trace += (probe * product).flatten(1).sum(1, dtype=torch.float64)
         if config.method == "hutchinson":
             trace = trace / config.probes
         return (x - denoised) / sigma, (x[0].numel() - trace) / sigma
@@ -117,12 +117,12 @@ def log_likelihood(
 
 
 def _probes(x: Tensor, config: LikelihoodConfig, key: Tensor) -> Iterator[Tensor]:
-    """Directions v with sum v v^T = I: the unit vectors, or random signs, on average over them."""
+    """Directions v with sum v v^T = I: the unit vectors, or random signs in expectation."""
     n = x[0].numel()
     if config.method == "exact":
         for unit in torch.eye(n, dtype=x.dtype, device=x.device):
             yield unit.reshape(x[:1].shape).expand_as(x)
-    else:  # others in every evaluation, so that their errors average out along the way
+    else:  # new ones in every evaluation, so that their errors average out
         for number in range(config.probes):
             negative = rng.bits(rng.subkeys(key, f"{number}"), n) < 0
             yield torch.where(negative, -1.0, 1.0).to(x.dtype).reshape(x.shape)
@@ -136,12 +136,12 @@ def bits_per_dim(
     config: LikelihoodConfig | None = None,
     index: Tensor | None = None,
 ) -> Tensor:
-    """Bits for each number of 8-bit images: uint8 [B, H, W, C] -> float64 [B].
+    """Bits per dimension of 8-bit images: uint8 [B, H, W, C] -> float64 [B].
 
     An unbiased estimate, but for the error of the steps, of an upper bound on -log2 P / (H W C),
-    where P is the probability that a sample rounds to just this image: p over a cube with sides
-    of 1 / 127.5. By Jensen's inequality the mean of -log2 p over the cube, plus log2(127.5) per
-    number, is not less; it is taken at one point, drawn uniformly by `config.seed` and `index`.
+    where P is the probability that a sample rounds to this image: p over a cube with sides of
+    1 / 127.5. By Jensen's inequality the mean of -log2 p over the cube, plus log2(127.5) per
+    number, is not less; it is estimated at one point, drawn uniformly by `config.seed` and `index`.
     """
     config = config or LikelihoodConfig()
     index = torch.arange(len(images), device=images.device) if index is None else index
@@ -162,10 +162,10 @@ def held_out_bits(
     team: Team | None = None,
     progress: Callable[[int], object] = bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Mean bits per dimension of held-out images and what they depend on; alike on all processes.
+    """Mean bits per dimension of held-out images, and their settings; equal on all processes.
 
-    Of whole images, without guidance, under their classes if the model has any. Raises
-    `ValueError` if the pack holds no image out or no pixels, for other classes and for a
+    Of whole images, without guidance, conditioned on their classes if the model has any. Raises
+    `ValueError` if the pack has no held-out images or no pixels, for other classes and for a
     consistency model.
     """
     chosen = pack.some_held_out(images)
@@ -181,7 +181,7 @@ def held_out_bits(
     config = config.within(model.config.noise)
     denoiser = PatchDenoiser(model.denoiser, model.config.canvas)
     labels = model.config.labels_of(pack.labels, pack.classes)
-    share, found = team.shard(len(chosen)), []
+    share, values = team.shard(len(chosen)), []
     for start in range(share.start, share.stop, batch):
         part = chosen[start : min(start + batch, share.stop)]
         cond = None if labels is None else Cond(labels=labels[part].to(device))
@@ -193,9 +193,9 @@ def held_out_bits(
                 config=config,
                 index=part.to(device),
             )
-        found.append(bits.cpu())
+        values.append(bits.cpu())
         progress(len(part))
-    bits = torch.cat(team.gather(torch.cat(found) if found else torch.empty(0).double()))
+    bits = torch.cat(team.gather(torch.cat(values) if values else torch.empty(0).double()))
     numbers = {
         "bits_per_dim": float(bits.mean()),
         "standard_error": standard_error(bits),
@@ -203,7 +203,7 @@ def held_out_bits(
     }
     card = {
         "estimates": "an upper bound",
-        "dequantisation": "uniform within half a level, one draw for each image",
+        "dequantization": "uniform within half a level, one draw for each image",
         "classes": "none" if labels is None else "as in the data",
         **encode(config),
     }

@@ -210,7 +210,7 @@ def _measured(evaluation: Evaluation, pipeline: Pipeline | None, path: Path) -> 
             reference = min(evaluation.config.reference, len(evaluation.pack))
             parts += [(count, "samples"), (reference, "real images")]
         print(", ".join(f"{number:,} {name}" for number, name in parts if number))
-    total = 0 if evaluation.extract is None else (count + evaluation.unknown) // team.size
+    total = 0 if evaluation.extract is None else (count + evaluation.uncached) // team.size
     with progress_bar(total, "image", disable=not team.is_main) as bar:
         watched = replace(evaluation, progress=bar.update)
         if pipeline is not None:

@@ -1,1 +1,1 @@
-"""Frozen or separately trained networks that turn images into features."""
+"""Encoders: frozen or separately trained networks of features of images."""

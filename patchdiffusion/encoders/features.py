@@ -1,7 +1,7 @@
-"""What images are compared by: networks that turn each of them into a vector.
+"""Feature extractors: networks that turn images into vectors, by which images are compared.
 
-An extractor is anything that takes uint8 [B, H, W, 3] and returns floating point [B, D]. Distances
-in one feature space say nothing about those in another: every result names its extractor.
+An extractor is any function of uint8 [B, H, W, 3] that returns floating point [B, D]. Distances in
+different feature spaces are not comparable: every result names its extractor.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 @dataclass(frozen=True)
 class Extractor:
-    """A function of images with all that its numbers depend on."""
+    """A feature extractor, with the facts that its values depend on."""
 
     name: str
     function: Callable[[Tensor], Tensor]
@@ -58,14 +58,14 @@ class Extractor:
                 f"features are made of uint8 [B, H, W, 1 or 3], not {images.dtype} "
                 f"{list(images.shape)}"
             )
-        found = self.function(images.to(self.device).expand(-1, -1, -1, 3))
-        if not isinstance(found, Tensor):
-            raise ValueError(f"{self.name} must return a tensor, not {type(found).__name__}")
-        if found.ndim != 2 or len(found) != len(images):
+        output = self.function(images.to(self.device).expand(-1, -1, -1, 3))
+        if not isinstance(output, Tensor):
+            raise ValueError(f"{self.name} must return a tensor, not {type(output).__name__}")
+        if output.ndim != 2 or len(output) != len(images):
             raise ValueError(
-                f"{self.name} must return [B, D], not {list(found.shape)} for {len(images)} images"
+                f"{self.name} must return [B, D], not {list(output.shape)} for {len(images)} images"
             )
-        return found.to("cpu", torch.float32)
+        return output.to("cpu", torch.float32)
 
 
 def extractor(
@@ -75,27 +75,27 @@ def extractor(
     device: str | torch.device = "cpu",
     team: Team | None = None,
 ) -> Extractor:
-    """An extractor by name.
+    """Build an extractor by name.
 
     "inception" is that of 2015 with antialiased resizing, "inception-legacy" with the resizing of
     TensorFlow 1, "dinov2" the class token of DINOv2 ViT-L/14 (Stein et al., NeurIPS 2023), and
-    "module:callable" your own: called without arguments it must return a function of uint8
-    [B, 3, H, W] that returns [B, D]. `weights` is a file or folder that is there already; without
-    it, published weights are fetched once, into the cache, by one process of a team.
+    "module:callable" a custom one: called without arguments it must return a function of uint8
+    [B, 3, H, W] that returns [B, D]. `weights` is a local file or folder; without it, published
+    weights are downloaded into the cache once, by rank 0 of a team.
     """
     weights = None if weights is None else Path(weights)
     if team is not None and team.size > 1:
-        team.on_main(lambda: _made(name, weights, torch.device("cpu")) and None)
-    return _made(name, weights, torch.device(device))
+        team.on_main(lambda: _build(name, weights, torch.device("cpu")) and None)
+    return _build(name, weights, torch.device(device))
 
 
-def _made(name: str, weights: Path | None, device: torch.device) -> Extractor:
+def _build(name: str, weights: Path | None, device: torch.device) -> Extractor:
     if name in ("inception", "inception-legacy"):
         return _inception(name, weights, device)
     if name == "dinov2":
         return _dinov2(weights, device)
     if ":" in name:
-        return _own(name, device)
+        return _custom(name, device)
     raise ValueError(
         f"unknown extractor {name!r}; allowed are inception, inception-legacy, dinov2, "
         "and your own as module:callable"
@@ -105,7 +105,7 @@ def _made(name: str, weights: Path | None, device: torch.device) -> Extractor:
 def features(
     extract: Extractor, images: Tensor, indices: Tensor | None = None, *, batch: int = 64
 ) -> Iterator[Tensor]:
-    """Features of uint8 images [N, H, W, C], or of some of them, batch after batch."""
+    """Iterate over features [B, D] of uint8 images [N, H, W, C], or of those at `indices`."""
     chosen = torch.arange(len(images)) if indices is None else indices
     for part in chosen.split(batch):
         yield extract(images[part])
@@ -127,7 +127,7 @@ def _inception(name: str, path: Path | None, device: torch.device) -> Extractor:
         missing, unknown = net.load_state_dict(state, strict=False)
     except OSError as error:
         raise ValueError(f"the weights of Inception cannot be read: {error}") from error
-    except Exception as error:  # whatever torch.load makes of a file that is none of its own
+    except Exception as error:  # whatever torch.load raises for a foreign file
         raise ValueError(
             f"{path} does not hold the weights of Inception: it is damaged or something else"
         ) from error
@@ -171,31 +171,31 @@ def _dinov2(path: Path | None, device: torch.device) -> Extractor:
 
 
 def _digest(net: torch.nn.Module) -> str:
-    """Of the names and values of all weights, wherever they came from."""
-    found = hashlib.sha256()
+    """Digest of the names and values of all weights, whatever file they are from."""
+    digest = hashlib.sha256()
     for name, value in net.state_dict().items():
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()[:16]
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
-def _own(name: str, device: torch.device) -> Extractor:
-    module, _, attribute = name.partition(":")
+def _custom(name: str, device: torch.device) -> Extractor:
+    path, _, attribute = name.partition(":")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # as for `python -m`: modules of the current folder are found
+        sys.path.insert(0, "")  # as for `python -m`: imports from the current folder
     try:
-        found = importlib.import_module(module)
-        made: Any = getattr(found, attribute)()
+        module = importlib.import_module(path)
+        network: Any = getattr(module, attribute)()
     except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"the extractor {name} cannot be loaded: {error}") from error
-    if not callable(made):
-        raise ValueError(f"{name}() must return a function of images, not {type(made).__name__}")
-    if isinstance(made, torch.nn.Module):
-        made = made.eval().requires_grad_(False).to(device)
-    file = getattr(found, "__file__", None)
+    if not callable(network):
+        raise ValueError(f"{name}() must return a function of images, not {type(network).__name__}")
+    if isinstance(network, torch.nn.Module):
+        network = network.eval().requires_grad_(False).to(device)
+    file = getattr(module, "__file__", None)
     facts = {} if file is None else {"code": sha256(Path(file))[:16]}
 
     def function(images: Tensor) -> Any:
-        return made(images.movedim(-1, 1))
+        return network(images.movedim(-1, 1))
 
     return Extractor(name, function, device, facts)

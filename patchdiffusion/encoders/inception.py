@@ -1,4 +1,4 @@
-"""The Inception network of 2015 that FID is defined by (Szegedy et al., CVPR 2016).
+"""The Inception network of 2015 that defines FID (Szegedy et al., CVPR 2016, arXiv 1512.00567).
 
 Names and shapes are those of the public state dict `pt_inception-2015-12-05-6726825d.pth`, which
 holds the weights of the TensorFlow graph of 5 December 2015. That graph differs from the paper: its
@@ -15,7 +15,7 @@ Kernel = int | tuple[int, int]
 
 
 class BasicConv2d(nn.Module):
-    """Convolution, batch normalisation with fixed statistics, ReLU."""
+    """Convolution, batch normalization with fixed statistics, ReLU."""
 
     def __init__(self, cin: int, cout: int, kernel: Kernel, stride: int = 1, padding: Kernel = 0):
         super().__init__()
@@ -32,7 +32,7 @@ def _average(x: Tensor) -> Tensor:
 
 
 class InceptionA(nn.Module):
-    """35 x 35."""
+    """Block at 35 x 35."""
 
     def __init__(self, cin: int, pool: int):
         super().__init__()
@@ -52,7 +52,7 @@ class InceptionA(nn.Module):
 
 
 class InceptionB(nn.Module):
-    """35 x 35 to 17 x 17."""
+    """Block from 35 x 35 to 17 x 17."""
 
     def __init__(self, cin: int):
         super().__init__()
@@ -68,7 +68,7 @@ class InceptionB(nn.Module):
 
 
 class InceptionC(nn.Module):
-    """17 x 17."""
+    """Block at 17 x 17."""
 
     def __init__(self, cin: int, mid: int):
         super().__init__()
@@ -93,7 +93,7 @@ class InceptionC(nn.Module):
 
 
 class InceptionD(nn.Module):
-    """17 x 17 to 8 x 8."""
+    """Block from 17 x 17 to 8 x 8."""
 
     def __init__(self, cin: int):
         super().__init__()
@@ -112,7 +112,7 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """8 x 8; the last one pools by the maximum."""
+    """Block at 8 x 8; the last one pools by the maximum."""
 
     def __init__(self, cin: int, *, last: bool):
         super().__init__()
@@ -142,7 +142,7 @@ class InceptionE(nn.Module):
 
 
 class Inception(nn.Module):
-    """Features of the layer before the 1008 classes, which stay as `fc` and are not used."""
+    """Features of the layer before the 1008 classes; `fc` is loaded and not used."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, 3, 299, 299] in [-1, 1] -> [B, 2048]."""
+        """Features of images [B, 3, 299, 299] in [-1, 1]: [B, 2048]."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = F.max_pool2d(x, 3, stride=2)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
@@ -176,14 +176,14 @@ class Inception(nn.Module):
         return x.mean(dim=(2, 3))
 
 
-# ---- From bytes to its input ----
+# ---- Resizing of its input ----
 
 
 def resize_antialiased(images: Tensor) -> Tensor:
-    """float [B, 3, H, W] in 0 ... 255 to 299 x 299 by bicubic interpolation with a low-pass filter.
+    """Resize float [B, 3, H, W] to 299 x 299 by bicubic interpolation with a low-pass filter.
 
-    As in clean-fid (Parmar et al., CVPR 2022): each channel as Pillow resizes floats, overshoots
-    beside edges clipped to 0 ... 255, nothing rounded.
+    As in clean-fid (Parmar et al., arXiv 2104.11222): each channel as Pillow resizes floats,
+    overshoots at edges clipped to 0 ... 255, without rounding.
     """
     size = (SIDE, SIDE)
     resized = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False)
@@ -191,16 +191,16 @@ def resize_antialiased(images: Tensor) -> Tensor:
 
 
 def resize_legacy(images: Tensor) -> Tensor:
-    """The same by the bilinear interpolation of TensorFlow 1, which most published FIDs have used.
+    """Resize to 299 x 299 by the bilinear interpolation of TensorFlow 1, as in most published FIDs.
 
-    Pixel i of n takes its value at i * H / n, and nothing is filtered.
+    Pixel i of n takes its value at i * H / n, without a filter.
     """
     for axis in (2, 3):
         length = images.shape[axis]
-        place = torch.arange(SIDE, device=images.device, dtype=torch.float64) * (length / SIDE)
-        low = place.floor().long()
+        source = torch.arange(SIDE, device=images.device, dtype=torch.float64) * (length / SIDE)
+        low = source.floor().long()
         high = (low + 1).clamp(max=length - 1)
-        part = (place - low).to(images.dtype).view(-1, *[1] * (3 - axis))
+        part = (source - low).to(images.dtype).view(-1, *[1] * (3 - axis))
         near, far = images.index_select(axis, low), images.index_select(axis, high)
         images = near + (far - near) * part
     return images

@@ -1,4 +1,4 @@
-"""Guidance: denoisers made of denoisers that lead towards a class, a reward or better images."""
+"""Guidance: wrappers of denoisers that steer samples to a class, a reward or higher quality."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +12,7 @@ from patchdiffusion.guidance.classifier import ByClassifier
 
 @dataclass(frozen=True, kw_only=True)
 class NoGuidance(GuidancePart):
-    """The model as it is."""
+    """No guidance: the model itself."""
 
     word: ClassVar[str] = "none"
 
@@ -21,4 +21,4 @@ class NoGuidance(GuidancePart):
 
 
 Guidance = NoGuidance | ClassifierFree | ByModel | ByClassifier
-"""What may guide a sampler; each is a `guidance.base.GuidancePart`."""
+"""The guidance of `--guidance`; each is a `guidance.base.GuidancePart`."""

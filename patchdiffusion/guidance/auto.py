@@ -1,4 +1,4 @@
-"""Guiding a model with a bad version of itself (Karras et al., arXiv 2406.02507)."""
+"""Autoguidance: guidance by a worse version of the model (Karras et al., arXiv 2406.02507)."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,8 +15,8 @@ from patchdiffusion.guidance.interval import Interval
 class AutoGuidance(Wrapper):
     """D_guide + weight (D_main - D_guide) under the same condition, which may be none.
 
-    The guide should fail as the main model does, only more: the same data and kind of network,
-    smaller or less trained. weight 1 is the main denoiser and never calls the guide. With
+    The guide should have the errors of the main model, only larger: the same data and kind of
+    network, smaller or less trained. weight 1 is the main denoiser and never calls the guide. With
     `Unconditional(small)` as the guide it is classifier-free guidance at less cost.
     """
 
@@ -34,7 +34,6 @@ class AutoGuidance(Wrapper):
 
         The tape of a call records the main denoiser only.
         """
-        # At weight 1 the guide is never asked.
         super().__init__(*((main,) if weight == 1 else (main, guide)))
         self.extrapolate = Extrapolation(weight=weight, rescale=rescale, channels=channels)
         self.interval = Interval.of(interval)
@@ -53,16 +52,16 @@ class AutoGuidance(Wrapper):
 
 @dataclass(frozen=True, kw_only=True)
 class ByModel(Strength):
-    """Away from a worse model, smaller or less trained; needs no classes."""
+    """Autoguidance: away from a worse model, smaller or less trained; needs no classes."""
 
     word: ClassVar[str] = "autoguidance"
     model: str | None = None
-    """Folder of the run or model to lead away from."""
+    """Run or model folder of the worse model."""
     weights: Weights = "averaged"
-    """Which weights of that model."""
+    """Weights of that model: averaged (EMA) or raw."""
 
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
-        """Raises `ValueError` without a model."""
+        """The guided denoiser; raises `ValueError` without a model."""
         if self.model is None:
             raise ValueError("autoguidance needs a worse model: --guidance.model RUN")
         return AutoGuidance(

@@ -1,4 +1,4 @@
-"""What a part of a sampler is: a frozen record that wraps the denoiser, and what it may ask for."""
+"""The contract of sampler parts: frozen records that wrap the denoiser."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ Weights = Literal["averaged", "raw"]
 class Classifier(Protocol):
     """Noisy x [B, C, *S] at levels sigma [B] -> logits [B, K], each sample by itself.
 
-    The condition says where on the canvas x lies; labels in it are not looked at.
+    The condition holds the position of x on the canvas; its labels are ignored.
     """
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor: ...
@@ -26,7 +26,7 @@ class Models(Protocol):
     """Loads other trained models; raises `ValueError` for one that does not fit."""
 
     def denoiser(self, path: str, weights: Weights, levels: tuple[float, float]) -> Denoiser:
-        """The denoiser in a run or model folder, for noise levels from the first to the second."""
+        """The denoiser in a run or model folder; it must cover the lowest and highest level."""
         ...
 
     def classifier(self, path: str, weights: Weights) -> Classifier:
@@ -36,14 +36,14 @@ class Models(Protocol):
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the parts of a sampler may depend on."""
+    """Arguments of `Part.wrap`: the canvas, the noise levels and a loader of other models."""
 
     canvas: Size
     """Size of the images that the model was trained on."""
     levels: tuple[float, float]
-    """The lowest and the highest noise level that is asked for."""
+    """The lowest and the highest noise level of the evaluations."""
     models: Models
-    """Loads the other models that guidance asks."""
+    """Loads the other models that guidance needs."""
 
 
 class Part(Protocol):
@@ -51,13 +51,13 @@ class Part(Protocol):
 
     @abstractmethod
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
-        """The changed denoiser; an absent part returns the same."""
+        """The changed denoiser; a neutral part returns the denoiser itself."""
         ...
 
 
 class GuidancePart(Part, Protocol):
-    """A part of a sampler that leads estimates somewhere."""
+    """A part of a sampler that guides estimates."""
 
     def everywhere(self) -> Self:
-        """The same at all noise levels, for measuring what an evaluation costs."""
+        """A copy without an interval of noise levels, to measure the cost of an evaluation."""
         return self

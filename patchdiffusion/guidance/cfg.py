@@ -13,15 +13,15 @@ from patchdiffusion.guidance.extrapolate import Extrapolation, Strength
 from patchdiffusion.guidance.interval import Interval
 
 CONDITIONS = ("labels", "context")
-"""Fields of the condition that say what is wanted, and so are what guidance drops."""
+"""Fields of the condition that guidance drops: those that describe the content."""
 
 
 class CFG(Wrapper):
     """D_null + weight (D_cond - D_null), both halves in one batch of twice the size.
 
-    weight 1 is the plain conditional denoiser and costs one evaluation, bit for bit the same;
-    0 is the unconditional one. A condition without labels and context cannot be guided:
-    `ValueError`. So does another CFG inside, which would drop the class twice.
+    weight 1 is the conditional denoiser, bit for bit and at its cost; 0 is the unconditional one.
+    Raises `ValueError` for a condition without labels and context, and for a CFG inside, which
+    would drop the class twice.
     """
 
     def __init__(
@@ -34,11 +34,11 @@ class CFG(Wrapper):
         channels: int | None = None,
         drops: tuple[str, ...] = CONDITIONS,
     ):
-        """Guide where interval[0] < sigma <= interval[1]; elsewhere the condition alone counts.
+        """Guide where interval[0] < sigma <= interval[1]; elsewhere it is D_cond.
 
-        There, a level that is a number (as solvers have it) costs one evaluation. `rescale` and
+        There, a level that is a number (as in solvers) costs one evaluation. `rescale` and
         `channels` are those of `Extrapolation`; published DiT models guide 3 of 4 channels.
-        `drops` names the fields of the condition that D_null does not see.
+        `drops` names the fields of the condition that D_null lacks.
         """
         super().__init__(denoiser)
         if sum(isinstance(part, CFG) for part in self.walk()) > 1:
@@ -57,7 +57,7 @@ class CFG(Wrapper):
             return ask(self.inner[0], x, sigma, cond, call)
         if cond is None or not cond.gives(*self.drops):
             raise ValueError(
-                f"guidance weight {weight} needs class labels, and none are given; use 1"
+                f"guidance weight {weight} needs class labels, but none are given; use 1"
             )
         if self.interval.excludes(sigma):
             return ask(self.inner[0], x, sigma, cond, call)
@@ -74,7 +74,7 @@ class CFG(Wrapper):
 
 
 def _twice(call: Call) -> Call:
-    """The same call for a batch of twice the size, which no cache may mix with single ones."""
+    """The call of the doubled batch, with a slot of its own so that no cache mixes them."""
     position = call.within("cfg").position
     if position is None or position.seeds is None:
         return replace(call, position=position)
@@ -83,10 +83,10 @@ def _twice(call: Call) -> Call:
 
 
 class Unconditional(Wrapper):
-    """A denoiser that never sees the class: the base of classifier guidance, or a guide."""
+    """A denoiser without the class condition: the base of classifier guidance, or a guide."""
 
     def __init__(self, denoiser: Denoiser, drops: tuple[str, ...] = CONDITIONS):
-        """`drops` names the fields of the condition that are kept from the denoiser."""
+        """`drops` names the fields of the condition that are removed."""
         super().__init__(denoiser)
         self.drops = drops
 
@@ -96,7 +96,7 @@ class Unconditional(Wrapper):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierFree(Strength):
-    """Away from the same model without a class: twice the cost."""
+    """Classifier-free guidance: away from the model without a class; twice the cost."""
 
     word: ClassVar[str] = "cfg"
 

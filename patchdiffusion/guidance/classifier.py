@@ -20,8 +20,8 @@ class ClassifierGuidance(Wrapper):
     """D + weight sigma^2 grad_x ln p(class | x; sigma): Bayes' rule for the score, in D.
 
     At weight 1 an exact classifier makes `Unconditional(D)` exactly the conditional denoiser. A
-    sample without class (-1) is not guided. Gradients are taken whatever the mode outside, and
-    through the guided result where x asks for them.
+    sample without class (-1) is not guided. Works under `no_grad`; the guided result can be
+    differentiated if x requires a gradient.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class ClassifierGuidance(Wrapper):
         return () if self.weight == 0 else self.interval.discontinuities
 
     def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
-        """Raises `ValueError` without labels and under `torch.inference_mode`."""
+        """The guided image; raises `ValueError` without labels and under `inference_mode`."""
         denoised = ask(self.inner[0], x, sigma, cond, call)
         if self.weight == 0:
             return denoised
@@ -62,34 +62,34 @@ class ClassifierGuidance(Wrapper):
         if torch.is_inference_mode_enabled():
             raise ValueError("classifier guidance needs gradients: use no_grad, not inference_mode")
         with torch.enable_grad():
-            watched = x if x.requires_grad else x.detach().requires_grad_()
+            point = x if x.requires_grad else x.detach().requires_grad_()
             with twice_differentiable() if x.requires_grad else contextlib.nullcontext():
-                logits = self.classifier(watched, sigma, cond)
+                logits = self.classifier(point, sigma, cond)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            named = logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
-            total = named.where(labels >= 0, 0).sum()
-            return torch.autograd.grad(total, watched, create_graph=x.requires_grad)[0]
+            logp = logits.log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+            total = logp.where(labels >= 0, 0).sum()
+            return torch.autograd.grad(total, point, create_graph=x.requires_grad)[0]
 
 
 def check_weight(weight: float) -> None:
-    """Raise `ValueError` for an impossible weight."""
+    """Raise `ValueError` unless the weight is >= 0 and finite."""
     if not 0 <= weight < float("inf"):
         raise ValueError(f"the guidance weight must be >= 0 and finite, not {weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ByClassifier(GuidancePart):
-    """Towards what a classifier of noisy images takes for the class; the model itself sees none."""
+    """Classifier guidance: an unconditional model, guided by a classifier of noisy images."""
 
     word: ClassVar[str] = "classifier"
     model: str | None = None
-    """Folder of the run or model of the classifier."""
+    """Run or model folder of the classifier."""
     weights: Weights = "averaged"
-    """Which weights of that model."""
+    """Weights of that model: averaged (EMA) or raw."""
     weight: float = 1.0
-    """1 is the class as the classifier sees it, more exaggerates it, 0 is no class."""
+    """Guidance weight: 0 is none, 1 samples p(x | class), more exaggerates the class."""
     interval: tuple[float, float] | None = None
-    """Guide at levels above the first number, up to the second; None is at all of them."""
+    """Guide at noise levels above the first number, up to the second; None is at all levels."""
 
     def __post_init__(self) -> None:
         check_weight(self.weight)
@@ -99,7 +99,7 @@ class ByClassifier(GuidancePart):
         return replace(self, interval=None)
 
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
-        """Raises `ValueError` without a model."""
+        """The guided denoiser; raises `ValueError` without a model."""
         if self.model is None:
             raise ValueError("guidance by a classifier needs one: --guidance.model RUN")
         classifier = around.models.classifier(self.model, self.weights)

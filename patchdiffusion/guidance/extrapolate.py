@@ -1,4 +1,4 @@
-"""From a reference through an estimate and beyond: what guidance by two denoisers shares."""
+"""Extrapolation from a reference through an estimate, the core of guidance by two denoisers."""
 
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
@@ -16,12 +16,12 @@ class Extrapolation:
     """reference + weight (estimate - reference); weight 1 is the estimate, 0 the reference."""
 
     weight: float
-    """At least 0."""
+    """Guidance weight, at least 0."""
     rescale: float = 0.0
-    """Share of the guided image that is brought back to the standard deviation of the estimate,
-    sample by sample (arXiv 2305.08891, section 3.4)."""
+    """Share in [0, 1] of the change of each sample's standard deviation that is undone (arXiv
+    2305.08891, section 3.4)."""
     channels: int | None = None
-    """Guide only so many channels, the first ones; the others stay those of the estimate."""
+    """Number of guided channels, the first ones; the others are those of the estimate."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < float("inf"):
@@ -32,7 +32,7 @@ class Extrapolation:
             raise ValueError(f"guidance channels must be at least 1 channel, not {self.channels}")
 
     def __call__(self, estimate: Tensor, reference: Tensor) -> Tensor:
-        """Both [B, C, *S] -> the same; raises `ValueError` if there are fewer channels."""
+        """Both [B, C, *S] -> guided [B, C, *S]; `ValueError` for fewer channels than are guided."""
         if self.channels is not None:
             count, some = self.channels, replace(self, channels=None)
             if count > estimate.shape[1]:
@@ -41,24 +41,24 @@ class Extrapolation:
             return torch.cat([guided, estimate[:, count:]], dim=1)
         guided = reference + self.weight * (estimate - reference)
         if self.rescale:
-            wanted, found = _std(estimate), _std(guided)
-            ratio = torch.where(found > 0, wanted / found, 1)  # a flat image has no contrast
+            target, std = _std(estimate), _std(guided)
+            ratio = torch.where(std > 0, target / std, 1)  # a constant image has no contrast
             guided = guided * per_sample(1 + self.rescale * (ratio - 1), guided)
         return guided
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strength(GuidancePart, Protocol):
-    """How far guidance by a second denoiser goes, and where."""
+    """Strength of guidance by a second denoiser: weight, noise levels, rescaling, channels."""
 
     weight: float = 2.0
-    """1 is the model as it is, 0 the denoiser that it is led away from."""
+    """Guidance weight: 1 is the model itself, 0 the reference, more is away from the reference."""
     interval: tuple[float, float] | None = None
-    """Guide at levels above the first number, up to the second; None is at all of them."""
+    """Guide at noise levels above the first number, up to the second; None is at all levels."""
     rescale: float = 0.0
-    """Share, 0 to 1, of the contrast that guidance adds which is taken back."""
+    """Share in [0, 1] of the added contrast that is undone."""
     channels: int | None = None
-    """Guide so many channels, the first ones; None guides all (DiT models: 3 of 4)."""
+    """Number of guided channels, the first ones; None guides all (DiT models: 3 of 4)."""
 
     def __post_init__(self) -> None:
         Extrapolation(weight=self.weight, rescale=self.rescale, channels=self.channels)

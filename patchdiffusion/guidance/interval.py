@@ -18,7 +18,7 @@ class Interval:
 
     @classmethod
     def of(cls, bounds: tuple[float, float] | None) -> "Interval":
-        """From two numbers; None is everywhere. Raises `ValueError` for impossible ones."""
+        """The interval of two bounds; None is all levels. `ValueError` for impossible bounds."""
         if bounds is None:
             return cls()
         if not 0 <= bounds[0] <= bounds[1] < math.inf:
@@ -28,13 +28,13 @@ class Interval:
         return cls(*bounds)
 
     def excludes(self, sigma: Tensor | float) -> bool:
-        """Whether a level lies outside; of a tensor, which may hold several, this is not asked."""
+        """True for a number outside of the interval; False for tensors, which may hold several."""
         return not isinstance(sigma, Tensor) and not self.low < sigma <= self.high
 
     def choose(self, sigma: Tensor | float, guided: Tensor, plain: Tensor) -> Tensor:
         """`guided` [B, C, *S] for the samples whose level lies inside, `plain` for the others.
 
-        A single number must lie inside: `excludes` has been asked before anything was computed.
+        A number must lie inside, see `excludes`.
         """
         if not isinstance(sigma, Tensor):
             return guided
@@ -43,6 +43,6 @@ class Interval:
 
     @property
     def discontinuities(self) -> tuple[float, ...]:
-        """Where the field jumps."""
+        """Noise levels at which guidance starts or ends."""
         bounds = {self.low, self.high} if self.low < self.high else set()
         return tuple(sorted(bounds - {0.0, math.inf}))

@@ -1,9 +1,9 @@
-"""Guidance by a reward or a measurement of the clean image: no training, one gradient more.
+"""Guidance by a reward or a measurement of the clean image: no training, one backward pass more.
 
 The Jacobian J of a denoiser D gives the posterior covariance, C = Cov[x0 | x] = sigma^2 J (the
-second formula of Tweedie). What is added to the score is added to D times sigma^2: the gradient
-in x of f(D(x)) becomes sigma^2 J^T grad f(D) = C grad f(D), a product with C, which is one
-backward pass. Rewards see the clean estimate, never the noisy image.
+second formula of Tweedie). A term of the score is a term of D times sigma^2: the gradient in x of
+f(D(x)) becomes sigma^2 J^T grad f(D) = C grad f(D), a product with C, which is one backward pass.
+Rewards are functions of the clean estimate, never of the noisy image.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from patchdiffusion.denoiser import Denoiser, Wrapper, ask, expand_sigma
 from patchdiffusion.nets.attention import twice_differentiable
 from patchdiffusion.paths import per_sample
 
-Reward = Callable[[Tensor], Tensor]  # clean images [B, *S] -> [B], each for itself
+Reward = Callable[[Tensor], Tensor]  # clean images [B, *S] -> [B], each sample by itself
 Covariance = Callable[[Tensor], Tensor]  # v [B, *S] -> Cov[x0 | x] v, [B, *S]
 
 
 def rewards_of(reward: Reward, x: Tensor) -> Tensor:
-    """The reward of each image: x [B, *S] -> [B]; `ValueError` if it is of another shape."""
+    """The reward of each image: x [B, *S] -> [B]; `ValueError` for a result of another shape."""
     value = reward(x)
     if value.shape != (len(x),):
         raise ValueError(
@@ -50,22 +50,22 @@ def gradient(reward: Reward, x: Tensor) -> Tensor:
         return torch.autograd.grad(value.sum(), point, create_graph=differentiable)[0]
 
 
-# ---- Guides: what is added to the denoised image ----
+# ---- Guides: terms added to the denoised image ----
 
 
 class Guide(Protocol):
-    """Which way to go: denoised [B, *S] and products with Cov[x0 | x] -> a change of denoised."""
+    """The change of a denoised image [B, *S], from it and products with Cov[x0 | x]."""
 
     def __call__(self, denoised: Tensor, covariance: Covariance) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Tilt:
-    """Towards p(x0) exp(scale r(x0)), the best of E[r] - KL / scale: C grad r(D).
+    """Guide to p(x0) exp(scale r(x0)), the maximum of E[r] - KL / scale: C grad r(D).
 
     Exact for a linear reward and Gaussian data, for which the mean moves by scale Cov grad r and
-    the covariance stays (arXiv 2404.07771, 2404.14743). With the `logp` of a `Measurement` this
-    is diffusion posterior sampling (2209.14687), which takes C for 0 in the likelihood and is
+    the covariance is unchanged (arXiv 2404.07771, 2404.14743). With the `logp` of a `Measurement`
+    this is diffusion posterior sampling (2209.14687), which neglects C in the likelihood and is
     over-confident.
     """
 
@@ -77,19 +77,19 @@ class Tilt:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """Towards p(x0 | y) for y = A x0 + noise: C A^T (noise^2 I + A C A^T)^-1 (y - A D).
+    """Guide to p(x0 | y) for y = A x0 + noise: C A^T (noise^2 I + A C A^T)^-1 (y - A D).
 
     Exact if A is linear and the posterior Gaussian (arXiv 2310.06721); another `measure` is
-    linearised at D. With a reward as `measure` and the wanted reward as `value` it samples images
-    of that reward. Costs a backward pass for each of the m numbers measured. Raises `ValueError`
-    for values that do not fit the measurement.
+    linearized at D. With a reward as `measure` and a target reward as `value` it samples images of
+    that reward. Costs a backward pass for each of the m measured numbers. Raises `ValueError` for
+    values that do not fit the measurement.
     """
 
     measure: Callable[[Tensor], Tensor]
-    """Clean images [B, *S] -> what is measured, [B] or [B, m]."""
+    """A: clean images [B, *S] -> measurements, [B] or [B, m]."""
     value: Tensor | float
-    """What was found, y: of the shape of the measurement, or what broadcasts to it. One for each
-    image fits a single batch, and no classifier-free guidance around it, which doubles that."""
+    """Measured value y, broadcast to the shape of the measurement. A value for each image fits a
+    single batch, without classifier-free guidance around it, which doubles the batch."""
     noise: float
     """Standard deviation of the error of y, positive."""
 
@@ -104,8 +104,8 @@ class Measurement:
         try:
             value = value.expand_as(measured)
         except RuntimeError:
-            given, wanted = list(value.shape), list(measured.shape)
-            raise ValueError(f"values {given} do not fit measurements {wanted}") from None
+            shapes = f"{list(value.shape)} do not fit measurements {list(measured.shape)}"
+            raise ValueError(f"values {shapes}") from None
         return (value - measured).reshape(len(x), -1)
 
     def logp(self, x: Tensor) -> Tensor:
@@ -125,18 +125,17 @@ class Measurement:
         return -self.residual(x)[:, j]
 
 
-# ---- The denoiser that follows one ----
+# ---- The guided denoiser ----
 
 
 class GradientGuidance(Wrapper):
-    """D + scale * guide(D, Cov[x0 | x]), with gradients that it switches on for itself.
+    """D + scale * guide(D, Cov[x0 | x]), also under `no_grad`.
 
-    `scale` 1 is the density the guide aims at and 0 is the denoiser, bit for bit in one
-    evaluation. Guided are only noise levels under `below`, by at most `clip` times |x - D| for
-    each image. Without `jacobian` the covariance is taken for sigma^2 I: no backward pass through
-    the network, but far too strong where sigma exceeds the spread of the data, and off its
-    support; use it with `clip`. Networks run without autocast here. Can be differentiated in x,
-    so that it nests.
+    `scale` 1 samples the density of the guide and 0 is the denoiser, bit for bit at its cost. Only
+    noise levels under `below` are guided, by at most `clip` times |x - D| for each image. Without
+    `jacobian` the covariance is approximated by sigma^2 I: no backward pass through the network,
+    but far too strong where sigma exceeds the spread of the data, and off its support; use it with
+    `clip`. Networks run without autocast. It can be differentiated in x, so that it nests.
     """
 
     def __init__(
@@ -178,13 +177,13 @@ class GradientGuidance(Wrapper):
             point = x if differentiable else x.detach().requires_grad_()
             nested = twice_differentiable() if differentiable else contextlib.nullcontext()
             with nested, torch.set_grad_enabled(self.jacobian or differentiable):
-                seen = ask(self.inner[0], point, sigma, cond, call)
-            denoised = seen if differentiable else seen.detach()
+                output = ask(self.inner[0], point, sigma, cond, call)
+            denoised = output if differentiable else output.detach()
 
             def covariance(v: Tensor) -> Tensor:
                 if self.jacobian:
                     (v,) = torch.autograd.grad(
-                        seen, point, v, retain_graph=True, create_graph=differentiable
+                        output, point, v, retain_graph=True, create_graph=differentiable
                     )
                 return levels**2 * v
 
@@ -194,7 +193,7 @@ class GradientGuidance(Wrapper):
         return torch.where(levels < self.below, denoised + change, denoised).to(x.dtype)
 
     def _share(self, change: Tensor, noise: Tensor) -> Tensor:
-        """By how much the change of each image must shrink: [B, 1, ...]."""
+        """Factor that limits the change of each image to `clip` |x - D|: [B, 1, ...]."""
         longest = self.clip * noise.flatten(1).norm(dim=1)
         length = change.flatten(1).norm(dim=1)
         share = longest / length.clamp(min=torch.finfo(length.dtype).tiny)

@@ -1,7 +1,7 @@
-"""Steering by selection: for rewards that have no gradient, or too steep a one.
+"""Steering by resampling, for rewards without a gradient or with too steep a one.
 
-Feynman-Kac steering (Singhal et al., arXiv 2501.06848) runs many particles and lets those whose
-clean estimates gain reward replace the others on the way; best-of-n waits until the end.
+Feynman-Kac steering (Singhal et al., arXiv 2501.06848) runs many particles and resamples them by
+the gain in reward of their clean estimates; best-of-n selects at the end only.
 """
 
 from collections.abc import Collection, Iterator
@@ -20,28 +20,28 @@ from patchdiffusion.solvers import History, Integrator, Noise, State
 
 @dataclass(frozen=True, kw_only=True)
 class Steering:
-    """A solver of p(x0) exp(scale r(x0)), for many particles, made of a stochastic solver.
+    """A particle solver of p(x0) exp(scale r(x0)), made of a stochastic solver.
 
-    The batch is a row of groups of particles that compete with each other only. Step k multiplies
-    their weights by exp(scale (r(D_k) - r(D_k-1))), which telescopes to exp(scale r(x0)). A group
-    is resampled when its effective size falls below `least` of it, and after the last step, so
-    that the result is without weights; scale 0 is the solver itself, bit for bit. Weights begin
-    anew if steering itself is begun at a later step. Caches of a network must not lie below:
-    particles change places.
+    The batch is a row of groups of particles, which are resampled within their group. Step k
+    multiplies their weights by exp(scale (r(D_k) - r(D_k-1))), which telescopes to exp(scale
+    r(x0)). A group is resampled when its effective size falls below a share `least` of its size,
+    and after the last step, so that the result is unweighted; scale 0 is the solver itself, bit for
+    bit. Weights restart if steering starts at a later step. The denoiser must have no cache, as
+    resampling moves particles within the batch.
     """
 
     solver: Integrator
-    """What moves the particles; without noise of its own, copies would stay copies."""
+    """Moves the particles; must be stochastic, or copies stay equal."""
     reward: Reward
     """Clean images [B, *S] -> [B]."""
     scale: float
-    """How much a unit of reward counts: nats."""
+    """Log-weight of a unit of reward, in nats."""
     particles: int = 64
     """Images in a group; they share one condition."""
     least: float = 0.5
-    """Effective size, as a part of the group, below which it is resampled."""
+    """Effective size, as a share of the group, below which it is resampled."""
     seed: int = 0
-    """Of the resampling; another one for each batch."""
+    """Seed of the resampling; use another one for each batch."""
 
     def __post_init__(self) -> None:
         if self.particles < 1 or not 0 <= self.least <= 1:
@@ -62,7 +62,7 @@ class Steering:
         history: History = (),
         resets: Collection[int] = (),
     ) -> Iterator[State]:
-        """x [G * particles, *S]; raises `ValueError` without noise or if groups do not fit."""
+        """Solve for x [G * particles, *S]; `ValueError` without noise or for incomplete groups."""
         if noise is None:
             raise ValueError("steering needs noise: pass noise=, a function of the step index")
         self._check(x, cond)
@@ -80,24 +80,24 @@ class Steering:
             order, log_weight = self._select(log_weight + value - before, step, step == last)
             before = value[order]
             if bool((order != torch.arange(len(order), device=order.device)).any()):
-                past = tuple(h[order] for h in state.history)
-                state = State(state.x[order], state.denoised[order], step, past)
-                solution = solver(state.x, first=step, history=past)
+                history = tuple(h[order] for h in state.history)
+                state = State(state.x[order], state.denoised[order], step, history)
+                solution = solver(state.x, first=step, history=history)
             yield state
 
     def _select(self, log_weight: Tensor, step: int, all_groups: bool) -> tuple[Tensor, Tensor]:
-        """Who takes each place, int64 [B], and the weights there; systematic resampling."""
+        """Systematic resampling: source of each particle, int64 [B], and its log-weight [B]."""
         log_weight = log_weight.unflatten(0, (-1, self.particles))
         weight = log_weight.softmax(1)
         group = torch.arange(len(weight), device=weight.device)[:, None]
-        place = torch.arange(self.particles, device=weight.device)
+        slot = torch.arange(self.particles, device=weight.device)
         shift = rng.uniform(rng.keys(self.seed, "resampling", step, group[:, 0]), 1)
-        teeth = (place + shift) / self.particles
-        chosen = torch.searchsorted(weight.cumsum(1), teeth).clamp(max=self.particles - 1)
+        quantiles = (slot + shift) / self.particles
+        chosen = torch.searchsorted(weight.cumsum(1), quantiles).clamp(max=self.particles - 1)
         size = 1 / weight.square().sum(1, keepdim=True)
-        poor = (size < self.least * self.particles) | all_groups
-        order = group * self.particles + torch.where(poor, chosen, place)
-        return order.flatten(), log_weight.masked_fill(poor, 0).flatten()
+        resampled = (size < self.least * self.particles) | all_groups
+        order = group * self.particles + torch.where(resampled, chosen, slot)
+        return order.flatten(), log_weight.masked_fill(resampled, 0).flatten()
 
     def _check(self, x: Tensor, cond: Cond | None) -> None:
         n = self.particles
@@ -113,10 +113,10 @@ class Steering:
 
 
 def best_of(samples: Tensor, reward: Reward, count: int) -> Tensor:
-    """The best of each `count` samples in a row: [N * count, *S] -> [N, *S].
+    """Best-of-n: the sample of highest reward of each `count`, [N * count, *S] -> [N, *S].
 
-    At a divergence of at most ln count - (count - 1) / count nats from the samples. Raises
-    `ValueError` if they cannot be divided so.
+    Its KL divergence from the samples is at most ln count - (count - 1) / count nats. Raises
+    `ValueError` if the batch is no multiple of `count`.
     """
     if count < 1 or len(samples) % count:
         raise ValueError(f"{len(samples)} samples cannot be divided into groups of {count}")

@@ -1,4 +1,4 @@
-"""Keeping estimates within the range of pixels; for models of pixels, not of latents."""
+"""Thresholding: limits estimates to the range of pixels; for models of pixels, not of latents."""
 
 import math
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from patchdiffusion.paths import per_sample
 
 
 class Clamped(Wrapper):
-    """Static thresholding: every value of the estimate into [-1, 1]."""
+    """Static thresholding: clamp the estimate to [-1, 1]."""
 
     def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
         return ask(self.inner[0], x, sigma, cond, call).clamp(-1, 1)
 
 
 class Thresholded(Wrapper):
-    """Clamp to [-s, s] and divide by s, where a share `quantile` of a sample is within s.
+    """Dynamic thresholding: clamp to [-s, s] and divide by s, the `quantile` of |D| in a sample.
 
-    s is at least 1, so an estimate within the range is left as it is (arXiv 2205.11487, section
-    2.3). Against saturation under strong guidance.
+    s is at least 1, so estimates within the range are unchanged (arXiv 2205.11487, section 2.3).
+    Reduces saturation under strong guidance.
     """
 
     def __init__(self, denoiser: Denoiser, quantile: float = 0.995):
@@ -41,7 +41,7 @@ class Thresholded(Wrapper):
 
 
 def check_quantile(quantile: float) -> None:
-    """Raise `ValueError` for an impossible share."""
+    """Raise `ValueError` unless the quantile lies in (0, 1]."""
     if not 0 < quantile <= 1:
         raise ValueError(f"the quantile of a threshold must lie in (0, 1], not {quantile}")
 
@@ -51,7 +51,7 @@ def check_quantile(quantile: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoThreshold:
-    """clamp for models of eps, whose errors are largest at high noise; none for others."""
+    """clamp for models of eps, whose errors are largest at high noise; none for other models."""
 
     word: ClassVar[str] = "auto"
 
@@ -61,7 +61,7 @@ class AutoThreshold:
 
 @dataclass(frozen=True, kw_only=True)
 class NoThreshold:
-    """Estimates as they are."""
+    """No threshold: estimates unchanged."""
 
     word: ClassVar[str] = "none"
 
@@ -71,7 +71,7 @@ class NoThreshold:
 
 @dataclass(frozen=True, kw_only=True)
 class Clamp:
-    """Estimates cut off at [-1, 1]."""
+    """Static threshold: estimates clamped to [-1, 1] (DDPM, arXiv 2006.11239)."""
 
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
         return Clamped(denoiser)
@@ -79,10 +79,10 @@ class Clamp:
 
 @dataclass(frozen=True, kw_only=True)
 class Dynamic:
-    """Estimates scaled into [-1, 1], see `Thresholded`."""
+    """Dynamic threshold: estimates scaled into [-1, 1] (Imagen, arXiv 2205.11487)."""
 
     quantile: float = 0.995
-    """Share of the values of an image that fit without being cut off."""
+    """Quantile of the absolute values of an image that becomes 1; larger ones are clamped."""
 
     def __post_init__(self) -> None:
         check_quantile(self.quantile)
@@ -92,4 +92,4 @@ class Dynamic:
 
 
 Threshold = AutoThreshold | NoThreshold | Clamp | Dynamic
-"""What may keep estimates in range; each is a `guidance.base.Part`."""
+"""The thresholds of `--threshold`; each is a `guidance.base.Part`."""

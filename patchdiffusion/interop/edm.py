@@ -1,8 +1,8 @@
-"""Published weights of EDM and Patch Diffusion (DDPM++ and NCSN++) for our `SongUNet`.
+"""Loading of published weights of EDM and Patch Diffusion (DDPM++ and NCSN++) into `SongUNet`.
 
 Takes plain state dicts, as from safetensors; the pickles that the authors publish contain code and
-are never opened here. Names like `model.enc.64x64_block0.conv0.weight` count resolutions of the
-training canvas, ours count levels.
+are never opened. Published names like `model.enc.64x64_block0.conv0.weight` hold resolutions of the
+training canvas, those of this library hold levels.
 """
 
 import re
@@ -25,7 +25,7 @@ _ATTENTION = {"norm": "norm2", "qkv": "qkv", "proj": "proj"}
 
 
 def edm_name(name: str, resolution: int, levels: int) -> str:
-    """The published name of one of our tensors, without the leading `model.`.
+    """The published name of a tensor of `SongUNet`, without the leading `model.`.
 
     Both halves of a split first convolution have the same published name. Raises `ValueError` for
     a name that a `SongUNet` does not have.
@@ -89,8 +89,8 @@ def load_edm_state_dict(network: SongUNet, state_dict: Mapping[str, Tensor]) -> 
 def edm_config(state_dict: Mapping[str, Tensor], *, dropout: float = 0.0) -> UNetConfig:
     """The configuration of the network that published weights belong to.
 
-    Weights do not say how much dropout they were trained with. Raises `ValueError` if they are
-    not those of a DDPM++ or NCSN++.
+    Weights do not include the dropout of their training. Raises `ValueError` if they are not those
+    of a DDPM++ or NCSN++.
     """
     published = _weights(state_dict)
     resolution = _resolution(published)
@@ -152,7 +152,7 @@ def _resolution(published: Mapping[str, Tensor]) -> int:
 
 
 def _converted(network: SongUNet, name: str, value: Tensor) -> Tensor:
-    """A published tensor in our layout."""
+    """A published tensor in the layout of `SongUNet`."""
     owner, _, leaf = name.rpartition(".")
     channels = network.config.channels
     coordinates = network.config.coordinates

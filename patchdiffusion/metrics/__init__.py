@@ -1,1 +1,1 @@
-"""Numbers that say how good a model is."""
+"""Metrics: held-out losses, and distances between generated and real images."""

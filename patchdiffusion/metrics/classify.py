@@ -1,4 +1,4 @@
-"""How well a classifier knows held-out images at each noise level, with fixed noise."""
+"""Loss and accuracy of a classifier on noisy held-out images, with fixed noise."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -27,17 +27,17 @@ Logits = Callable[[Tensor, Tensor, Cond], Tensor]
 
 @dataclass(frozen=True)
 class Answers:
-    """What a classifier said of some images."""
+    """Results of a classifier on some images."""
 
     sigma: Tensor
     """[N], the noise levels."""
     loss: Tensor
     """[N], cross-entropy in nats."""
     right: Tensor
-    """[N], 1 where the likeliest class is the right one, else 0."""
+    """[N], 1 if the likeliest class is correct, else 0."""
 
     def stacked(self) -> Tensor:
-        """All as float64 [3, N]."""
+        """The three rows as float64 [3, N]."""
         return torch.stack([self.sigma, self.loss, self.right]).double()
 
 
@@ -55,13 +55,13 @@ def classified(
     batch: int = 64,
     part: range | None = None,
 ) -> Answers:
-    """Answers for crops of a size of `indices` [M] of stored images [N, *S, C], one of each.
+    """Classify a noisy crop of each of `indices` [M] of stored images [N, *S, C].
 
-    `columns` have a label of each. Noise levels are spread evenly over `law`; they, noise and
-    places are the same in every call. `part` chooses some of the M images.
+    `columns` hold a label of each. Noise levels are stratified over `law`; levels, noise and
+    corners are equal in every call. `part` chooses some of the M images.
     """
     part = range(len(indices)) if part is None else part
-    # A fixed shuffle of the strata, so that neighbouring images get different levels.
+    # A fixed shuffle of the strata, so that neighboring images get different levels.
     levels = torch.from_numpy(rng.permutation(0, "held-out level", 0, len(indices)))
     rows = [torch.zeros(3, 0, dtype=torch.float64)]
     for start in range(part.start, part.stop, batch):
@@ -84,7 +84,7 @@ def classified(
 
 
 def by_band(answers: Answers) -> dict[str, tuple[float, float]]:
-    """Mean loss and accuracy within bands of noise levels, of those that have any."""
+    """Mean loss and accuracy within bands of noise levels, of non-empty bands."""
     bands = {}
     for low, high in itertools.pairwise(BANDS):
         inside = (answers.sigma >= low) & (answers.sigma < high)
@@ -94,8 +94,8 @@ def by_band(answers: Answers) -> dict[str, tuple[float, float]]:
     return bands
 
 
-def summarise(answers: dict[Size, Answers]) -> dict[str, object]:
-    """The facts that a run records: of whole images first, which are the first size."""
+def summarize(answers: dict[Size, Answers]) -> dict[str, object]:
+    """Loss and accuracy for the log of a run: of the first size, in bands, and of all sizes."""
     first = next(iter(answers.values()))
     bands = by_band(first)
     return {
@@ -113,7 +113,7 @@ def summarise(answers: dict[Size, Answers]) -> dict[str, object]:
 
 
 def framed(images: np.ndarray, right: np.ndarray, edge: int = 2) -> np.ndarray:
-    """Images uint8 [N, *S, C] in frames, green where an answer was right [N], else red."""
+    """Draw frames around images uint8 [N, *S, C]: green for correct answers [N], else red."""
     images = strips(images)
     if images.shape[-1] != 3:
         images = images[..., :1].repeat(3, axis=-1)

@@ -1,4 +1,4 @@
-"""Two sets of images by their features: everything that is said about a model's samples at once."""
+"""Comparison of two sets of images by their features: all metrics of a model's samples."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,12 +12,12 @@ from patchdiffusion.metrics.kernel import kernel_distance
 from patchdiffusion.metrics.prdc import prdc
 
 KEPT = 10_000
-"""Features that neighbours are looked for among; more take too long and change little."""
+"""Most features in nearest-neighbor and kernel metrics; more take long and change little."""
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Features of one set of images: moments of all, and the first `KEPT` themselves."""
+    """Features of a set of images: moments of all, and the first `KEPT` themselves."""
 
     moments: Moments
     kept: Tensor
@@ -25,45 +25,45 @@ class Gathered:
 
     @classmethod
     def of(cls, batches: Iterable[Tensor]) -> "Gathered | None":
-        """From features [B, D] that arrive in pieces; None if there are none."""
+        """Gather batches of features [B, D]; None without batches."""
         moments, kept, room = None, [], KEPT
         for batch in batches:
-            here = Moments.of(batch)
-            moments = here if moments is None else moments.merge(here)
+            batch_moments = Moments.of(batch)
+            moments = batch_moments if moments is None else moments.merge(batch_moments)
             kept.append(batch[:room])
             room -= len(kept[-1])
         return None if moments is None else cls(moments, torch.cat(kept))
 
     @classmethod
     def together(cls, parts: Iterable["Gathered | None"]) -> "Gathered":
-        """Those of several processes, in their order."""
-        found: Gathered | None = None
+        """Join the features of several processes, in their order."""
+        joined: Gathered | None = None
         for part in parts:
-            if found is None or part is None:
-                found = part or found
+            if joined is None or part is None:
+                joined = part or joined
             else:
-                kept = torch.cat([found.kept, part.kept])[:KEPT]
-                found = cls(found.moments.merge(part.moments), kept)
-        if found is None:
+                kept = torch.cat([joined.kept, part.kept])[:KEPT]
+                joined = cls(joined.moments.merge(part.moments), kept)
+        if joined is None:
             raise ValueError("there are no images to compare")
-        return found
+        return joined
 
 
 def compare(real: Gathered, samples: Gathered, *, nearest: int = 5) -> dict[str, float]:
-    """Frechet distance of all features; kernel distance and neighbours of those that are kept."""
+    """Frechet distance of all features; kernel distance, precision, recall ... of the kept ones."""
     kernel, spread = kernel_distance(real.kept, samples.kept)
-    found = {
+    metrics = {
         "frechet_distance": frechet_distance(real.moments, samples.moments),
         "kernel_distance": kernel,
         "kernel_distance_std": spread,
     }
     if min(len(real.kept), len(samples.kept)) > nearest:
-        found |= asdict(prdc(real.kept, samples.kept, nearest=nearest))
-    return found
+        metrics |= asdict(prdc(real.kept, samples.kept, nearest=nearest))
+    return metrics
 
 
 def multiply_adds(real: int, samples: int, dims: int) -> float:
-    """What `compare` takes, roughly, for so many images of each in so many dimensions."""
+    """Approximate cost of `compare` in multiply-adds, for numbers of images and dimensions."""
     real, samples = min(real, KEPT), min(samples, KEPT)
     pairs = float(real * real + real * samples + samples * samples)
     subsets = 300 * 1000.0**2 if max(real, samples) > 1000 else pairs
@@ -71,9 +71,9 @@ def multiply_adds(real: int, samples: int, dims: int) -> float:
 
 
 def crops(images: Tensor, first: int, *, side: int, each: int, seed: int = 0) -> Tensor:
-    """Crops at full resolution, for canvases that an extractor would shrink.
+    """Cut crops at full resolution, for canvases that an extractor would shrink.
 
-    uint8 [B, H, W, C] to [B each, side, side, C]; images are numbered from `first`, and the places
+    uint8 [B, H, W, C] to [B each, side, side, C]; images are numbered from `first`, and the corners
     of an image's crops depend on its number only.
     """
     height, width = images.shape[1:3]

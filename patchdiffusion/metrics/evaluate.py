@@ -1,4 +1,4 @@
-"""How good is a model? Its loss on held-out images, and its samples beside real ones."""
+"""Evaluation of a model: its loss on held-out images, and its samples compared with real ones."""
 
 import hashlib
 import json
@@ -22,36 +22,36 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.metrics.compare import Gathered, compare, crops, multiply_adds
 from patchdiffusion.metrics.frechet import Moments
-from patchdiffusion.metrics.heldout import held_out_losses, standard_error, summarise
+from patchdiffusion.metrics.heldout import held_out_losses, standard_error, summarize
 from patchdiffusion.metrics.memorise import CopyCounter
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.files import cache_dir, write_atomic
 from patchdiffusion.system.serialize import encode
 
-COPY_LIMIT = 20_000  # images; larger sets are neither quick to search nor likely to be repeated
-SEED = 1_000_000  # of the first sample: none that people look at
-_TRIAL = 8  # images of the measurements that the estimate is made of
+COPY_LIMIT = 20_000  # images; larger sets are slow to search and rarely memorized
+SEED = 1_000_000  # of the first sample: disjoint from seeds in usual use
+_TRIAL = 8  # images that are timed for the estimate of the duration
 
 Say = Callable[[str], object]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured, on how many images."""
+    """Settings of an evaluation: numbers of images, seeds and sampler."""
 
     samples: int = 1000
-    """Images to sample; 0 measures the loss only."""
+    """Number of samples; 0 measures the loss only."""
     held_out: int = 512
-    """Held-out images that the loss is measured on; 0 measures none."""
+    """Number of held-out images for the loss; 0 measures none."""
     reference: int = 50_000
-    """Real images that samples are compared with, at most."""
+    """Most real images that samples are compared with."""
     seed: int = SEED
     """Seed of the first sample."""
     crop: int = 0
     """Side of crops at full resolution that are compared instead of whole images; 0 is none."""
     nearest: int = 5
-    """Neighbours that precision, recall, density and coverage are defined by."""
+    """Number of nearest neighbors in precision, recall, density and coverage."""
     batch: int = 64
     """Images at a time."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -67,14 +67,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model, or images, beside the images of a pack, on any number of processes."""
+    """Evaluation of a model, or of images, against a pack, on any number of processes."""
 
     pack: Pack
     config: EvaluationConfig
     extract: Extractor | None
     team: Team = field(default_factory=Team)
     progress: Callable[[int], object] = bool
-    """Is called with the number of images that are done at a time."""
+    """Called with the number of images of each batch that is done."""
 
     def __post_init__(self) -> None:
         if self.extract is not None and len(self.pack) < 2:
@@ -83,30 +83,30 @@ class Evaluation:
     # ---- Of a model ----
 
     def of_model(self, pipeline: Pipeline) -> dict[str, Any]:
-        """Every number and its card, ready for JSON; alike on all processes."""
-        wanted, given = pipeline.model.config.space.word, self.pack.space.word
-        if wanted != given:
-            raise ValueError(f"{self.pack.name} holds {given}, and the model makes {wanted}")
+        """All metrics and their card, ready for JSON; equal on all processes."""
+        model_space, space = pipeline.model.config.space.word, self.pack.space.word
+        if model_space != space:
+            raise ValueError(f"{self.pack.name} holds {space}, and the model samples {model_space}")
         result: dict[str, Any] = {"left_out": {}}
-        own = self.is_data_of(pipeline)
+        trained_on = self.is_data_of(pipeline)
         if len(self.loss_images(pipeline)):
-            result["held_out" if own else "loss"] = self.loss(pipeline)
+            result["held_out" if trained_on else "loss"] = self.loss(pipeline)
         elif self.config.held_out:
-            known = pipeline.model.config.objective.denoises
-            why = "no image was held out" if known else "a consistency model is no denoiser"
-            result["left_out"]["held-out loss"] = why
+            denoises = pipeline.model.config.objective.denoises
+            reason = "no image was held out" if denoises else "a consistency model is no denoiser"
+            result["left_out"]["held-out loss"] = reason
         if self.extract is not None and self.config.samples:
-            of = self.pack.train if own else None
-            made = self._against(lambda part: self._sampled(pipeline, part), copies_of=of)
-            result["left_out"] |= made.pop("left_out")
-            result |= made
+            of = self.pack.train if trained_on else None
+            metrics = self._against(lambda part: self._sampled(pipeline, part), copies_of=of)
+            result["left_out"] |= metrics.pop("left_out")
+            result |= metrics
         result["card"] = self.card(pipeline)
         return result
 
     def is_data_of(self, pipeline: Pipeline) -> bool:
-        """Whether a model was trained on this pack and its held-out images are these.
+        """True if a model was trained on this pack, with these held-out images.
 
-        Models of version 0.1 do not say, and are taken at the word of who gives both.
+        Models of version 0.1 have no fingerprint; for them it is assumed.
         """
         return pipeline.model.config.fingerprint in ("", self.pack.fingerprint)
 
@@ -126,7 +126,7 @@ class Evaluation:
         model = pipeline.model.config
         labels = model.labels_of(self.pack.labels, self.pack.classes)
         with pipeline.autocast():
-            found = held_out_losses(
+            losses = held_out_losses(
                 pipeline.model.denoiser,
                 self.pack.images,
                 used(with_labels(self.pack.columns, labels), model.network.reads),
@@ -139,13 +139,13 @@ class Evaluation:
                 batch=self.config.batch,
                 part=self.team.shard(count),
             )
-        table = torch.cat(self.team.gather(found[model.canvas]), dim=1)  # [2, count]
-        loss = summarise({model.canvas: table})
+        table = torch.cat(self.team.gather(losses[model.canvas]), dim=1)  # [2, count]
+        loss = summarize({model.canvas: table})
         error = standard_error(table[1])
         return {"loss": loss.total, "standard_error": error, "bands": loss.bands, "images": count}
 
     def _sampled(self, pipeline: Pipeline, part: range) -> Iterator[np.ndarray]:
-        """Samples of these numbers, each with its class."""
+        """Iterate over batches of the samples with these numbers, each with its class."""
         labels = self.labels(pipeline)
         for start in range(part.start, part.stop, self.config.batch):
             numbers = range(start, min(start + self.config.batch, part.stop))
@@ -159,7 +159,7 @@ class Evaluation:
             self.progress(len(numbers))
 
     def labels(self, pipeline: Pipeline) -> list[int] | None:
-        """The class of each sample: as frequent as in the data, or in turn if it has none."""
+        """Class of each sample: as frequent as in the data, or cycling if the data has none."""
         model = pipeline.model.config
         if not model.network.num_classes:
             return None
@@ -171,32 +171,32 @@ class Evaluation:
     # ---- Of images ----
 
     def of_images(self, images: Tensor, name: str) -> dict[str, Any]:
-        """The same for images that somebody has made, in the space of the pack: [N, H, W, C]."""
+        """Metrics of given samples [N, H, W, C] in the space of the pack, and their card."""
         if self.extract is None:
             raise ValueError("images can only be compared by features; name an extractor")
 
-        # Files come class by class, and of many only some are kept for what compares neighbours.
+        # Files are often sorted by class, and nearest-neighbor metrics use the first ones only.
         order = torch.from_numpy(rng.permutation(0, "evaluation images", 0, len(images)))
 
-        def made(part: range) -> Iterator[np.ndarray]:
+        def batches(part: range) -> Iterator[np.ndarray]:
             for start in range(part.start, part.stop, self.config.batch):
                 stop = min(start + self.config.batch, part.stop)
                 yield images[order[start:stop]].numpy()
                 self.progress(stop - start)
 
         every = torch.arange(len(self.pack))
-        result = self._against(made, count=len(images), copies_of=every)
+        result = self._against(batches, count=len(images), copies_of=every)
         result["card"] = self.card(None) | {"images": name, "samples": len(images)}
         return result
 
     def _against(
         self,
-        made: Callable[[range], Iterator[np.ndarray]],
+        batches: Callable[[range], Iterator[np.ndarray]],
         *,
         count: int | None = None,
         copies_of: Tensor | None,
     ) -> dict[str, Any]:
-        """Samples beside the real images, and how many are copies of some of those."""
+        """Compare samples with the real images, and count copies of those at `copies_of`."""
         real = self.reference()
         count = self.config.samples if count is None else count
         part = self.team.shard(count)
@@ -210,22 +210,22 @@ class Evaluation:
 
         def features() -> Iterator[Tensor]:
             done = part.start
-            for images in map(torch.from_numpy, made(part)):
+            for images in map(torch.from_numpy, batches(part)):
                 if counter is not None:
                     counter.add(images)
                 yield self._features(images, done)
                 done += len(images)
 
         samples = Gathered.together(self.team.gather(Gathered.of(features())))
-        found: dict[str, Any] = compare(real, samples, nearest=self.config.nearest)
-        if "precision" not in found:
-            why = f"{self.config.nearest} neighbours need more images of each kind"
-            left_out["precision, recall, density, coverage"] = why
+        metrics: dict[str, Any] = compare(real, samples, nearest=self.config.nearest)
+        if "precision" not in metrics:
+            reason = f"{self.config.nearest} nearest neighbors need more images of each kind"
+            left_out["precision, recall, density, coverage"] = reason
         if counter is not None:
             counter.finish()
-            told = self.team.gather((counter.copies, counter.samples))
-            found["copy_rate"] = sum(copies for copies, _ in told) / sum(n for _, n in told)
-        return {**found, "left_out": left_out}
+            counts = self.team.gather((counter.copies, counter.samples))
+            metrics["copy_rate"] = sum(copies for copies, _ in counts) / sum(n for _, n in counts)
+        return {**metrics, "left_out": left_out}
 
     def _features(self, images: Tensor, first: int) -> Tensor:
         assert self.extract is not None
@@ -237,12 +237,12 @@ class Evaluation:
     # ---- The real images ----
 
     def reference(self) -> Gathered:
-        """Features of the real images, computed once for each extractor and data set."""
-        file = self._stored()
-        if file is not None:  # caches of processes need not be the same
-            known = self.team.gather(_read(file) if self.team.is_main else None)[0]
-            if known is not None:
-                return known
+        """Features of the real images, cached for each extractor and data set."""
+        file = self._cache_file()
+        if file is not None:  # caches of processes may differ
+            cached = self.team.gather(_read(file) if self.team.is_main else None)[0]
+            if cached is not None:
+                return cached
         order = torch.from_numpy(rng.permutation(0, "reference", 0, len(self.pack)))
         chosen = order[: self.config.reference]
         part = self.team.shard(len(chosen))
@@ -253,20 +253,20 @@ class Evaluation:
                 yield self._features(self.pack.images[chosen[start:stop]], start)
                 self.progress(stop - start)
 
-        found = Gathered.together(self.team.gather(Gathered.of(features())))
+        gathered = Gathered.together(self.team.gather(Gathered.of(features())))
         if file is not None and self.team.is_main:
-            tensors = {**found.moments.to_tensors(), "kept": found.kept}
+            tensors = {**gathered.moments.to_tensors(), "kept": gathered.kept}
             write_atomic(file, lambda temporary: save_file(tensors, temporary))
-        return found
+        return gathered
 
     @property
-    def unknown(self) -> int:
-        """Real images whose features this process would still have to compute."""
-        known = self.extract is None or _read(self._stored()) is not None
-        return 0 if known else min(self.config.reference, len(self.pack))
+    def uncached(self) -> int:
+        """Number of real images whose features are not in the cache."""
+        cached = self.extract is None or _read(self._cache_file()) is not None
+        return 0 if cached else min(self.config.reference, len(self.pack))
 
-    def _stored(self) -> Path | None:
-        """Where the features are kept; code of one's own may have changed since."""
+    def _cache_file(self) -> Path | None:
+        """File of cached features; None for custom extractors, whose code may change."""
         extract = self.extract
         if extract is None or "weights" not in extract.facts:
             return None
@@ -275,10 +275,10 @@ class Evaluation:
         name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
         return cache_dir() / "features" / f"{name}.safetensors"
 
-    # ---- What a number means ----
+    # ---- Card and estimate ----
 
     def card(self, pipeline: Pipeline | None) -> dict[str, Any]:
-        """Everything that the numbers depend on."""
+        """All settings and versions that the metrics depend on."""
         card: dict[str, Any] = {
             "date": date.today().isoformat(),
             "versions": {"patchdiffusion": version("patchdiffusion"), "torch": torch.__version__},
@@ -307,21 +307,21 @@ class Evaluation:
                 card["sampler"] = encode(pipeline.sampler(self.config.sampler))
                 if pipeline.companions.digests:
                     card["guides"] = pipeline.companions.digests
-                known = "all alike" if self.pack.labels is None else "as in the data"
-                card["classes"] = known if pipeline.model.config.network.num_classes else "none"
+                shares = "uniform" if self.pack.labels is None else "as in the data"
+                card["classes"] = shares if pipeline.model.config.network.num_classes else "none"
         return card
 
     def estimate(self, pipeline: Pipeline | None, samples: int) -> float:
-        """Seconds that all of it will take, from a few images of each kind."""
-        seconds, alone = 0.0, 0.0
+        """Estimated duration in seconds, from timing a few images of each kind."""
+        seconds, unshared = 0.0, 0.0
         if self.extract is not None:
             some = self.pack.images[: min(_TRIAL, len(self.pack))]
             each = _time(lambda: self._features(some, 0)) / len(some)
-            seconds += each * (samples + self.unknown)
+            seconds += each * (samples + self.uncached)
             square = torch.ones(512, 512, dtype=torch.float64)
             reference = min(self.config.reference, len(self.pack))
             work = multiply_adds(reference, samples, self._features(some[:1], 0).shape[1])
-            alone = _time(lambda: square @ square) * work / 512**3  # by each process for itself
+            unshared = _time(lambda: square @ square) * work / 512**3  # repeated by each process
         if pipeline is not None:
             evaluations = len(self.loss_images(pipeline))
             if self.extract is not None:
@@ -331,7 +331,7 @@ class Evaluation:
             labels = (self.labels(pipeline) or [])[:_TRIAL] or None
             once = _time(lambda: pipeline.sample(_TRIAL, classes=labels, config=config))
             seconds += once / _TRIAL * evaluations
-        return seconds / self.team.size + alone
+        return seconds / self.team.size + unshared
 
 
 def sample_labels(labels: Tensor, count: int) -> Tensor:
@@ -341,14 +341,14 @@ def sample_labels(labels: Tensor, count: int) -> Tensor:
 
 
 def _read(file: Path | None) -> Gathered | None:
-    """Features that are kept; None if there are none, or not in one piece."""
+    """Cached features; None without a file or for a damaged one."""
     if file is None or not file.exists():
         return None
     try:
         tensors = load_file(file)
         return Gathered(Moments.from_tensors(tensors), tensors["kept"])
     except (SafetensorError, KeyError):
-        return None  # a cache: they are computed again
+        return None  # computed again
 
 
 def _time(work: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""The Frechet distance of two sets of features, each taken as a Gaussian (Heusel et al., 2017).
+"""Frechet distance of two sets of features, each approximated by a Gaussian (arXiv 1706.08500).
 
 With features of the Inception network of 2015 it is known as FID. Everything is float64.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Moments:
-    """Mean and covariance of features that arrive in pieces, on any number of processes.
+    """Mean and covariance of features, accumulated in batches on any number of processes.
 
     Pieces are merged by the update of Chan, Golub and LeVeque (1979), which does not cancel.
     """
@@ -23,16 +23,16 @@ class Moments:
 
     @classmethod
     def of(cls, features: Tensor) -> "Moments":
-        """Of features [N, D]; raises `ValueError` if one is not finite."""
+        """Moments of features [N, D]; raises `ValueError` if one is not finite."""
         features = features.double()
         if not features.isfinite().all():
             raise ValueError("the extractor has returned features that are not finite")
         mean = features.mean(0) if len(features) else features.new_zeros(features.shape[1])
-        centred = features - mean
-        return cls(len(features), mean, centred.T @ centred)
+        centered = features - mean
+        return cls(len(features), mean, centered.T @ centered)
 
     def merge(self, other: "Moments") -> "Moments":
-        """Of both sets together."""
+        """Moments of the union of both sets."""
         if not self.count or not other.count:
             return other if not self.count else self
         total = self.count + other.count
@@ -43,13 +43,13 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """The unbiased estimate [D, D]; raises `ValueError` for less than two samples."""
+        """Unbiased estimate [D, D]; raises `ValueError` for fewer than two samples."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, not {self.count}")
         return self.scatter / (self.count - 1)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """For a file."""
+        """The moments as tensors, for a file."""
         count = torch.tensor(self.count)
         return {"count": count, "mean": self.mean, "scatter": self.scatter}
 
@@ -62,8 +62,8 @@ class Moments:
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); Dowson and Landau (1982), equation 16.
 
-    The last trace is the sum of singular values of C_a^(1/2) C_b^(1/2), which exists and is real
-    for any two covariances, also of fewer images than features.
+    The last trace is the sum of singular values of C_a^(1/2) C_b^(1/2), which is real for any two
+    covariances, also of fewer images than features.
     """
     if a.mean.shape != b.mean.shape:
         raise ValueError(
@@ -76,6 +76,6 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _root(covariance: Tensor) -> Tensor:
-    """R with R R^T = C."""
+    """A matrix root R with R R^T = C."""
     values, vectors = torch.linalg.eigh(covariance)
     return vectors * values.clamp(min=0).sqrt()

@@ -1,4 +1,4 @@
-"""The denoising loss on images that training never sees, with fixed noise."""
+"""The denoising loss on held-out images, with fixed noise."""
 
 import itertools
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from patchdiffusion.plans import Group
 from patchdiffusion.weighting import Weighting
 
 BANDS = (0.0, 0.1, 0.4, 1.5, float("inf"))
-"""Edges of the bands of noise: texture, detail, shape, layout."""
+"""Edges of the bands of noise levels: texture, detail, shape, layout."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean weighted loss per pixel: of whole images, per band of noise, and per crop size."""
+    """Mean weighted loss per pixel: of whole images, per band of noise levels, per crop size."""
 
     total: float
     bands: dict[str, float]
@@ -32,7 +32,7 @@ class HeldOut:
 
 
 def standard_error(values: Tensor) -> float | None:
-    """Of the mean of values [N]; None of fewer than two, which say nothing about it."""
+    """Standard error of the mean of values [N]; None for fewer than two values."""
     return None if len(values) < 2 else float(values.std() / len(values) ** 0.5)
 
 
@@ -53,14 +53,14 @@ def held_out_losses(
 ) -> dict[Size, Tensor]:
     """Losses on `indices` [M] of stored images [N, *S, C] for each crop size, largest first.
 
-    Each image has one noise level, spread evenly over `law`, one noise and one place per size, the
-    same in every call: values of one run, and of runs on the same data, can be compared. `part`
-    chooses some of the M images. Float64 [2, len(part)] for each size: sigma and weighted loss.
+    Each image has one noise level, stratified over `law`, one noise and one corner per size, equal
+    in every call: values of a run, and of runs on the same data, are comparable. `part` chooses
+    some of the M images. Float64 [2, len(part)] for each size: sigma and weighted loss.
     """
     part = range(len(indices)) if part is None else part
-    # A fixed shuffle of the strata, so that neighbouring images get different levels.
+    # A fixed shuffle of the strata, so that neighboring images get different levels.
     levels = torch.from_numpy(rng.permutation(0, "held-out level", 0, len(indices)))
-    found = {}
+    losses = {}
     for size in sizes:
         rows = [torch.zeros(2, 0, dtype=torch.float64)]
         for start in range(part.start, part.stop, batch):
@@ -75,12 +75,12 @@ def held_out_losses(
             x = crops.images.to(device)
             error = denoising_error(denoiser, x, noise, sigma, crops.cond.to(device))
             rows.append(torch.stack([sigma, weighting(sigma) * error]).cpu().double())
-        found[size] = torch.cat(rows, dim=1)
-    return found
+        losses[size] = torch.cat(rows, dim=1)
+    return losses
 
 
-def summarise(losses: dict[Size, Tensor]) -> HeldOut:
-    """Means of what `held_out_losses` found, over all noise levels and within bands of them."""
+def summarize(losses: dict[Size, Tensor]) -> HeldOut:
+    """Means of the result of `held_out_losses`, over all noise levels and within bands."""
     sigma, loss = next(iter(losses.values()))
     bands = {}
     for low, high in itertools.pairwise(BANDS):

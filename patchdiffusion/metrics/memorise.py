@@ -1,4 +1,4 @@
-"""Is the model repeating its training images? Distances to nearest neighbours, in pixels."""
+"""Memorization of training images, by distances of samples to their nearest neighbors in pixels."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ CHUNK = 2**24  # values of images at a time, 64 MiB of float32
 
 @dataclass(frozen=True)
 class Copies:
-    """How near samples are to the training images."""
+    """Samples compared with the training images."""
 
     rate: float
     """Share of samples that are copies."""
     nearest: Tensor
-    """int64 [B], the nearest training image of each sample."""
+    """int64 [B], index of the nearest training image of each sample."""
     ratio: Tensor
     """float32 [B], distance to the nearest over distance to the second nearest image."""
 
@@ -25,38 +25,38 @@ class Copies:
 def copy_rate(
     samples: Tensor, images: Tensor, indices: Tensor, *, space: Space, threshold: float = 1 / 3
 ) -> Copies:
-    """Count a sample as a copy if its nearest image is `threshold` times nearer than the next one.
+    """Share of samples that are copies: the nearest image is `threshold` times as far as the next.
 
-    samples float [B, C, *S] as networks make them, images [N, *S, C] as stored, of which `indices`
-    [M] were trained on, M >= 2. The criterion of Yoon et al. (ICML 2023 workshop) and Gu et al.
-    (arXiv 2310.02664). Mirrored copies do not count, nor do those that resemble an image which
-    occurs twice without being equal to it.
+    samples float [B, C, *S] in the units of networks, images [N, *S, C] as stored, of which
+    `indices` [M] were trained on, M >= 2. The criterion of Yoon et al. (ICML 2023 workshop) and Gu
+    et al. (arXiv 2310.02664). Mirrored copies do not count, nor do samples near, but not equal to,
+    an image that occurs twice.
     """
     if len(indices) < 2:
         raise ValueError(f"the copy rate needs at least 2 training images, not {len(indices)}")
     flat = samples.movedim(1, -1).flatten(1).to(torch.float32)
     best = torch.full((len(flat), 2), float("inf"))
-    where = torch.zeros(len(flat), 2, dtype=torch.int64)
+    nearest = torch.zeros(len(flat), 2, dtype=torch.int64)
     chunk = max(1, CHUNK // flat.shape[1])
     for part in indices.split(chunk):
-        known = _as_seen(images[part], space).movedim(1, -1).flatten(1)
-        values, places = torch.cdist(flat, known).topk(min(2, len(part)), dim=1, largest=False)
+        training = _to_network(images[part], space).movedim(1, -1).flatten(1)
+        values, rows = torch.cdist(flat, training).topk(min(2, len(part)), dim=1, largest=False)
         best, order = torch.cat([best, values], dim=1).topk(2, dim=1, largest=False)
-        where = torch.cat([where, part[places]], dim=1).gather(1, order)
+        nearest = torch.cat([nearest, part[rows]], dim=1).gather(1, order)
     ratio = best[:, 0] / best[:, 1].clamp(min=1e-12)
-    return Copies((ratio < threshold).double().mean().item(), where[:, 0], ratio)
+    return Copies((ratio < threshold).double().mean().item(), nearest[:, 0], ratio)
 
 
-def _as_seen(images: Tensor, space: Space) -> Tensor:
+def _to_network(images: Tensor, space: Space) -> Tensor:
     """Stored images [B, *S, C] in the units of networks: float32 [B, C, *S]."""
     return space.to_network(images.movedim(-1, 1).to(torch.float32, copy=True))
 
 
 class CopyCounter:
-    """Counts copies among samples that arrive in pieces, without keeping them."""
+    """Counts copies among samples that arrive in batches, without keeping them."""
 
     def __init__(self, images: Tensor, indices: Tensor, space: Space):
-        """As for `copy_rate`."""
+        """`images`, `indices` and `space` are those of `copy_rate`."""
         self.images = images
         self.indices = indices
         self.space = space
@@ -65,15 +65,15 @@ class CopyCounter:
         self._waiting: list[Tensor] = []
 
     def add(self, samples: Tensor) -> None:
-        """Samples [B, *S, C] as stored. Many at a time are compared, for each reads all images."""
+        """Add samples [B, *S, C] as stored; they are compared in large batches, see `finish`."""
         self._waiting.append(samples)
         if sum(part.numel() for part in self._waiting) >= CHUNK:
             self.finish()
 
     def finish(self) -> None:
-        """Compare those that wait; `copies` and `samples` then count all."""
+        """Compare the waiting samples, so that `copies` and `samples` count all."""
         if self._waiting:
-            samples = _as_seen(torch.cat(self._waiting), self.space)
+            samples = _to_network(torch.cat(self._waiting), self.space)
             rate = copy_rate(samples, self.images, self.indices, space=self.space).rate
             self.copies += round(rate * len(samples))
             self.samples += len(samples)

@@ -1,4 +1,4 @@
-"""Fidelity and variety apart: precision and recall, density and coverage."""
+"""Fidelity and diversity of samples: precision and recall, density and coverage."""
 
 from dataclasses import dataclass
 
@@ -10,28 +10,26 @@ CHUNK = 2**24  # distances at a time, 128 MiB
 
 @dataclass(frozen=True)
 class PRDC:
-    """All are 1 for two sets of the same distribution and many images, and 0 for remote ones."""
+    """Precision, recall, density and coverage: 1 for equal distributions, 0 for remote ones."""
 
     precision: float
-    """Share of samples inside of a ball around a real image (Kynkaanniemi et al., 2019)."""
+    """Share of samples inside of a ball around a real image (arXiv 1904.06991)."""
     recall: float
     """Share of real images inside of a ball around a sample."""
     density: float
-    """Balls around real images that a sample lies in, over their number (Naeem et al., 2020)."""
+    """Mean number of balls around real images that hold a sample, over k (arXiv 2002.09797)."""
     coverage: float
     """Share of real images with a sample in their ball."""
 
 
 def prdc(real: Tensor, samples: Tensor, *, nearest: int = 5) -> PRDC:
-    """Of features [N, D] and [M, D]; a ball reaches to the `nearest`-th other one of its own set.
+    """Metrics of features [N, D] and [M, D]; a ball reaches to the k-th neighbor in its set.
 
-    Both must have more than `nearest` rows. Published precision and recall have 3, density and
+    Both must have more than k = `nearest` rows. Published precision and recall have 3, density and
     coverage 5; values depend on it, and on N and M.
     """
     if min(len(real), len(samples)) <= nearest:
-        raise ValueError(
-            f"{nearest} nearest neighbours need more than {nearest} images of each set"
-        )
+        raise ValueError(f"{nearest} nearest neighbors need more than {nearest} images of each set")
     real, samples = real.double(), samples.double()
     around_real, around_samples = (_radii(x, nearest) for x in (real, samples))
     inside = torch.zeros(len(samples))  # balls around real images that hold this sample
@@ -49,7 +47,7 @@ def prdc(real: Tensor, samples: Tensor, *, nearest: int = 5) -> PRDC:
 
 
 def _distances(a: Tensor, b: Tensor):
-    """Chunks of rows of a, and their distances to all of b."""
+    """Iterate over chunks of rows of a, and their distances to all rows of b."""
     size = max(1, CHUNK // len(b))
     for start in range(0, len(a), size):
         rows = torch.arange(start, min(start + size, len(a)))
@@ -57,6 +55,6 @@ def _distances(a: Tensor, b: Tensor):
 
 
 def _radii(x: Tensor, nearest: int) -> Tensor:
-    """Distance of each row to its `nearest`-th neighbour, of which it is none itself: [N]."""
+    """Distance of each row to its `nearest`-th neighbor, not counting itself: [N]."""
     parts = [d.kthvalue(nearest + 1, dim=1).values for _, d in _distances(x, x)]
     return torch.cat(parts)

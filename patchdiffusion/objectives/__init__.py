@@ -1,4 +1,4 @@
-"""What a network is trained for: plain denoising, few-step models, and wrappers around both."""
+"""Training objectives: denoising, few-step models, and additions to both."""
 
 from patchdiffusion.objectives.consistency import ConsistencyConfig
 from patchdiffusion.objectives.contrast import ContrastConfig
@@ -7,7 +7,7 @@ from patchdiffusion.objectives.denoising import DenoisingConfig
 from patchdiffusion.objectives.meanflow import MeanFlowConfig
 
 ObjectiveUnion = DenoisingConfig | ConsistencyConfig | MeanFlowConfig | CTMConfig
-"""Those that a run may be trained for and a model file may name."""
+"""The objectives of `--objective` and of model files."""
 
 AdditionUnion = ContrastConfig
-"""Those that a run may put on top of its objective."""
+"""The additions of `--additions`."""

@@ -1,7 +1,7 @@
-"""The contract of objectives: a frozen record in the configuration that builds what is minimised.
+"""The contract of objectives: a frozen record in the configuration that builds the loss.
 
 A new objective is a record that inherits `ObjectiveConfig`, writes `build`, and joins the union in
-`objectives/__init__.py`. The methods beside `build` have the answers of plain denoising.
+`objectives/__init__.py`. The other methods default to those of plain denoising.
 """
 
 from abc import abstractmethod
@@ -28,7 +28,7 @@ Fields = dict[str, Field[Any]]
 
 
 class PreviewSettings(Protocol):
-    """The part of `PreviewConfig` that belongs to an objective."""
+    """The field of `PreviewConfig` that an objective may set."""
 
     __dataclass_fields__: ClassVar[Fields]
 
@@ -37,7 +37,7 @@ class PreviewSettings(Protocol):
 
 
 class Settings(Protocol):
-    """The fields of a `TrainConfig` that an objective depends on or has a preference for."""
+    """The fields of a `TrainConfig` that an objective reads or sets."""
 
     __dataclass_fields__: ClassVar[Fields]
 
@@ -59,7 +59,7 @@ C = TypeVar("C", bound=Settings)
 
 
 def _no_feed(batch: Batch, stream: str) -> Never:
-    raise ValueError("these materials know no feed, which could make other crops")
+    raise ValueError("these materials have no feed, which could make other crops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +69,9 @@ class Materials:
     network: Network
     """The network that is trained."""
     average: Callable[[], Denoiser]
-    """Makes the denoiser of the averaged weights, which follows them."""
+    """Makes the denoiser of the averaged weights, which changes with them."""
     precond: Parameterisation = field(default_factory=EDM)
-    """The parameterisation in the configuration."""
+    """Parameterisation of the configuration."""
     law: NoiseLaw = field(default_factory=LogNormal)
     """Noise law of the run."""
     teachers: tuple[Denoiser, ...] = ()
@@ -81,18 +81,18 @@ class Materials:
     features: Callable[[str], Extractor] = extractor
     """Loads a frozen extractor of features by name."""
     view: Callable[[Batch, str], Batch] = _no_feed
-    """A second look at the images of a batch: crops by the draws of a named stream."""
+    """New crops of the images of a batch, drawn from a named stream."""
     others: Callable[[Batch, str], tuple[Batch, Draws]] = _no_feed
-    """For each crop another one of its group, chosen by a named stream, with its draws."""
+    """For each crop another random one of its group, by a named stream, and its draws."""
     learned: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     """Modules that are trained with the network, by name; see `learn`."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     team: Team = field(default_factory=Team)
 
     def learn(self, name: str, module: nn.Module) -> None:
-        """Train a module with the network and save it in checkpoints, under a name of its own.
+        """Train a module with the network and save it in checkpoints under `name`.
 
-        What is not registered here, such as a teacher, is neither trained nor saved.
+        Modules that are not registered, such as a teacher, are neither trained nor saved.
         """
         self.learned[name] = module.to(self.device)
 
@@ -101,7 +101,7 @@ class Addition(Protocol):
     """A record that builds a term or a change on top of any objective.
 
     A run may have several: the first one is applied to the objective, the next one to the result.
-    With a neutral value, such as weight 0, `add` returns the objective it is given.
+    With a neutral value, such as weight 0, `add` returns the objective itself.
     """
 
     @property
@@ -114,73 +114,71 @@ class Addition(Protocol):
 
     @abstractmethod
     def add(self, objective: Objective, materials: Materials) -> Objective:
-        """The objective with the addition; modules it learns are registered by `learn`."""
+        """The objective with the addition; learned modules are registered by `learn`."""
         ...
 
 
 class ObjectiveConfig(Protocol):
-    """What a network is trained for, and what it is once it is trained."""
+    """A training objective: its loss, and the sampler that the trained network becomes."""
 
     few_step: ClassVar[bool] = False
-    """Whether `product` is a flow map, which samples by jumps; else it is a denoiser."""
+    """True if `product` is a flow map, which samples by jumps; else it is a denoiser."""
     denoises: ClassVar[bool] = True
-    """Whether the network without a jump is E[x0 | x], so that solvers and held-out losses work."""
+    """True if the network without a jump is E[x0 | x], so that solvers and held-out losses work."""
     estimates: ClassVar[bool] = False
-    """Whether its loss reports the denoised crops, see `LossOut.estimate`."""
+    """True if its loss reports the denoised crops, see `LossOut.estimate`."""
     shards: ClassVar[bool] = True
-    """Whether it can be trained with `--shard`."""
+    """True if it can be trained with `--shard`."""
 
     def prefers(self, config: C) -> C:
-        """The same configuration for this objective, with what belongs to it: noise law, network,
-        sampling steps of previews.
-        """
+        """The configuration with this objective and the noise law, network ... that it prefers."""
         return replace(config, objective=self)
 
     def check(self, config: Settings) -> None:
-        """Raise `ValueError` for a configuration that cannot be trained so."""
+        """Raise `ValueError` for a configuration that this objective cannot train."""
 
-    def precond(self, given: Parameterisation) -> Precond:
-        """The preconditioning of its network if the configuration has `given`."""
-        return given
+    def precond(self, chosen: Parameterisation) -> Precond:
+        """The preconditioner of its network, for the parameterisation of the configuration."""
+        return chosen
 
     def of_another_precond(self) -> Self:
-        """The same when another parameterisation is chosen, which has defaults of its own."""
+        """A copy for another parameterisation, with the defaults that depend on it."""
         return self
 
-    def meaning(self, given: Parameterisation) -> tuple[object, ...]:
-        """What its network predicts from what: weights may be taken over where this is equal."""
-        return given.meaning
+    def meaning(self, chosen: Parameterisation) -> tuple[object, ...]:
+        """Key of the input and output of its network, see `Trainable.meaning`."""
+        return chosen.meaning
 
     @property
     def passes(self) -> float:
-        """Forward passes of a training step beside the usual one."""
+        """Forward passes of a training step beside that of the network."""
         return 0.0
 
     @property
     def teachers(self) -> tuple[Path, ...]:
-        """Runs or models whose denoisers it needs."""
+        """Runs or models of the teachers."""
         return ()
 
     def located(self) -> Self:
-        """The same with absolute paths of its teachers, so that a run may go on from anywhere."""
+        """A copy with absolute paths of its teachers, so that a run may resume in any folder."""
         return self
 
     def noise_levels(self, draws: Draws, law: NoiseLaw) -> Tensor | None:
-        """The noise levels that a step draws, for reports of what went wrong: [B], or None."""
+        """The noise levels that a step draws, for error reports: [B], or None if unknown."""
         return None
 
     @abstractmethod
     def build(self, materials: Materials) -> Objective:
-        """What is minimised: (denoiser, batch, draws) -> `LossOut`."""
+        """The loss: (denoiser, batch, draws) -> `LossOut`."""
         ...
 
     def product(self, denoiser: NetDenoiser) -> Denoiser | FlowMap:
-        """What a trained network samples with."""
+        """The sampler of a trained network: a denoiser or a flow map."""
         return denoiser
 
 
 class Distilled(ObjectiveConfig, Protocol):
-    """An objective that learns from a teacher, if its field of that name is given."""
+    """An objective with an optional teacher (distillation)."""
 
     __dataclass_fields__: ClassVar[Fields]
     teacher: str | None
@@ -191,7 +189,7 @@ class Distilled(ObjectiveConfig, Protocol):
         return () if self.teacher is None else (Path(self.teacher),)
 
     def located(self) -> Self:
-        """The same with the absolute path of its teacher."""
+        """A copy with the absolute path of its teacher."""
         (path,) = self.teachers or (None,)
         changes = {} if path is None else {"teacher": str(path.expanduser().resolve())}
         return replace(self, **changes)
@@ -200,7 +198,7 @@ class Distilled(ObjectiveConfig, Protocol):
 def with_additions(
     objective: Objective, additions: Sequence[Addition], materials: Materials
 ) -> list[Objective]:
-    """The objective, then with one addition after the other; the last one is minimised."""
+    """The objective without additions, with the first one, with two ...; the last is trained."""
     stages = [objective]
     for addition in additions:
         stages.append(addition.add(stages[-1], materials))

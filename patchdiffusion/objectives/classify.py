@@ -1,4 +1,4 @@
-"""Cross-entropy on noisy crops: what a classifier of noisy images is trained for."""
+"""Cross-entropy on noisy crops: the loss of classifiers of noisy images."""
 
 from dataclasses import dataclass
 
@@ -18,28 +18,28 @@ class ClassificationLoss:
     """-ln p(class | x0 + sigma n; sigma), a mean over crops that have a class (arXiv 2105.05233).
 
     At its minimum the classifier is Bayes' rule, p(class) p(x | class; sigma) / p(x; sigma). Noise
-    levels and noise are drawn as `DenoisingLoss` draws them.
+    levels and noise equal those of `DenoisingLoss`.
     """
 
     smoothing: float = 0.0
     """Share of the probability that is spread over all classes."""
 
     def levels(self, draws: Draws, law: NoiseLaw) -> Tensor:
-        """The noise level of each sample, spread evenly over the law: float32 [B]."""
+        """Noise level of each sample, stratified over the percentiles of the law: float32 [B]."""
         return law.icdf(draws.stratified("sigma")).to(torch.float32)
 
     def __call__(self, classifier: NoisyClassifier, batch: Batch, draws: Draws) -> LossOut:
-        """Raises `ValueError` for crops without labels."""
+        """The loss and the accuracy; raises `ValueError` for crops without labels."""
         labels = batch.cond.labels
         if labels is None:
-            raise ValueError("a classifier is trained on labels, and these crops bring none")
+            raise ValueError("a classifier is trained on labels, and these crops have none")
         sigma = self.levels(draws, batch.noise)
         noise = draws.normal("noise", tuple(batch.images.shape[1:]))
         x = batch.images + per_sample(sigma, noise) * noise
         logits = classifier(x, sigma, batch.cond).float()
-        has = labels >= 0
+        labeled = labels >= 0
         target = labels.clamp(min=0)
         loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=self.smoothing)
-        right = (logits.argmax(1) == target) & has
-        accuracy = right.sum() / has.sum().clamp(min=1)
-        return LossOut(torch.where(has, loss, 0.0), {"accuracy": accuracy})
+        correct = (logits.argmax(1) == target) & labeled
+        accuracy = correct.sum() / labeled.sum().clamp(min=1)
+        return LossOut(torch.where(labeled, loss, 0.0), {"accuracy": accuracy})

@@ -27,12 +27,12 @@ Schedule = Literal["doubling", "quadratic"]
 
 @dataclass(frozen=True, kw_only=True)
 class Boundary:
-    """EDM's preconditioning, moved so that f(x, sigma_min) = x exactly (2303.01469, appendix C)."""
+    """EDM's preconditioner, shifted so that f(x, sigma_min) = x (arXiv 2303.01469, appendix C)."""
 
     sigma_data: float = 0.5
     """Standard deviation of the data in [-1, 1] units."""
     sigma_min: float = 0.002
-    """The noise level that the network jumps to."""
+    """Noise level that the network jumps to."""
 
     def scales(self, sigma: Tensor) -> Scales:
         above = sigma - self.sigma_min
@@ -43,10 +43,10 @@ class Boundary:
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyMap:
-    """f as a flow map: from any noise level to `sigma_min`, and nowhere else."""
+    """f as a flow map: from any noise level to `sigma_min` only."""
 
     f: Denoiser
-    """Preconditioned by `Boundary`."""
+    """The network, preconditioned by `Boundary`."""
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     path: Path = field(default_factory=VE, init=False)
@@ -97,30 +97,30 @@ def pseudo_huber(square: Tensor, c: float) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyConfig(Distilled):
-    """Consistency training, by default as in iCT; with a teacher it is distillation."""
+    """Consistency training, by default as in iCT; distillation with a teacher."""
 
     sigma_min: float = 0.002
-    """The noise level that the network jumps to."""
+    """Noise level that the network jumps to."""
     sigma_max: float = 80.0
-    """The noise level that samples begin with."""
+    """Noise level at which sampling starts."""
     rho: float = 7.0
     """Exponent of the spacing of the noise levels."""
     schedule: Schedule = "doubling"
-    """How the number of noise levels grows over the run: doubling (iCT) or quadratic (CT)."""
+    """Growth of the number of noise levels over the run: doubling (iCT) or quadratic (CT)."""
     first: int = 10
     """Noise levels at the beginning (s0)."""
     last: int = 1280
     """Noise levels at the end (s1)."""
     uniform: bool = False
-    """Draw all levels alike (CT, distillation) instead of by the noise law (iCT)."""
+    """Draw the levels uniformly (CT, distillation) instead of by the noise law (iCT)."""
     huber: float = 0.00054
     """Constant of the pseudo-Huber distance, per pixel; 0 is the squared distance."""
     weighted: bool = True
     """Divide the loss by the distance of the two noise levels (iCT)."""
     target: Literal["self", "average"] = "self"
-    """Whose output is the target: the network's own, or that of the average that is sampled."""
+    """Weights of the target: self, the current ones, or average, those of the EMA."""
     teacher: str | None = None
-    """Run or model whose denoiser leads to the next level (distillation); None is training."""
+    """Run or model whose denoiser steps to the next level (distillation); None is training."""
 
     few_step: ClassVar[bool] = True
     denoises: ClassVar[bool] = False
@@ -156,21 +156,21 @@ class ConsistencyConfig(Distilled):
         """Raise `ValueError` for another parameterisation than EDM's."""
         self.precond(config.precond)
 
-    def precond(self, given: Parameterisation) -> Boundary:
+    def precond(self, chosen: Parameterisation) -> Boundary:
         """EDM's with a boundary; `ValueError` for any other."""
-        if not isinstance(given, EDM):
+        if not isinstance(chosen, EDM):
             raise ValueError(
-                f"precond is for denoising; consistency needs EDM's, not {given}: leave it alone"
+                f"consistency needs the parameterisation EDM, not {chosen}: use --precond edm"
             )
-        return Boundary(sigma_data=given.sigma_data, sigma_min=self.sigma_min)
+        return Boundary(sigma_data=chosen.sigma_data, sigma_min=self.sigma_min)
 
     @property
     def passes(self) -> float:
-        """The target, and two of a teacher."""
+        """One of the target, and two of a teacher."""
         return 1.0 if self.teacher is None else 3.0
 
     def build(self, materials: Materials) -> "ConsistencyLoss":
-        """The loss, with the average as its target if that is chosen."""
+        """The loss, with the target's and the teacher's denoisers."""
         return ConsistencyLoss(
             config=self,
             target=materials.average() if self.target == "average" else None,
@@ -184,38 +184,38 @@ class ConsistencyConfig(Distilled):
 
 @dataclass(frozen=True, kw_only=True)
 class ConsistencyLoss:
-    """d(f(x_n+1, t_n+1), sg f(x_n, t_n)) of neighbouring levels (2303.01469, algorithms 2 and 3).
+    """d(f(x_n+1, t_n+1), sg f(x_n, t_n)) of neighboring levels (2303.01469, algorithms 2 and 3).
 
-    Training takes both points with the same noise, x_n = x0 + t_n eps; with a teacher, x_n is
-    where its equation leads from x_n+1 in one step of Heun's rule. Both sides share dropout.
+    Training uses equal noise for both points, x_n = x0 + t_n eps; with a teacher, x_n is one step
+    of Heun's rule from x_n+1 along its ODE. Both sides share dropout.
     """
 
     config: ConsistencyConfig
     target: Denoiser | None = None
-    """None is the network itself."""
+    """Denoiser of the target; None is the network itself."""
     teacher: Denoiser | None = None
-    """E[x0 | x]; None is training without a teacher."""
+    """Estimates E[x0 | x]; None is training without a teacher."""
 
-    def neighbours(self, draws: Draws, progress: float, law: NoiseLaw) -> tuple[Tensor, Tensor]:
+    def neighbors(self, draws: Draws, progress: float, law: NoiseLaw) -> tuple[Tensor, Tensor]:
         """The noise levels t_n+1 and t_n of each sample: float32 [B] each.
 
-        By the noise law, a level is drawn between the ends and both its neighbours taken.
+        With the noise law, they are the neighbors on the grid of a level drawn between the ends.
         """
         config = self.config
         count = num_levels(config.schedule, progress, config.first, config.last)
         u = draws.stratified("sigma")
         grid = Levels(sigma_min=config.sigma_min, sigma_max=config.sigma_max, rho=config.rho)
-        place = u * (count - 1)
+        index = u * (count - 1)
         if not config.uniform:
             ends = (config.sigma_min, config.sigma_max)
             low, high = (law.cdf(u.new_full((1,), end)) for end in ends)
-            place = grid.place(law.icdf(low + (high - low) * u), count)
-        n = place.floor().clamp(0, count - 2)
+            index = grid.index(law.icdf(low + (high - low) * u), count)
+        n = index.floor().clamp(0, count - 2)
         return grid.at(n + 1, count), grid.at(n, count)
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         config = self.config
-        high, low = self.neighbours(draws, batch.progress, batch.noise)
+        high, low = self.neighbors(draws, batch.progress, batch.noise)
         images, cond = batch.images, batch.cond
         noise = draws.normal("noise", tuple(images.shape[1:]))
         above = images + per_sample(high, images) * noise

@@ -1,12 +1,12 @@
-"""Contrastive flow matching: predictions keep away from what belongs to another image.
+"""Contrastive flow matching: predictions are pushed away from the targets of other images.
 
 Stoica et al., "Contrastive Flow Matching" (arXiv 2506.05350). On the straight path
 z = (1 - t) x0 + t eps, t = sigma / (1 + sigma), the velocity is v = eps - x0, and a denoiser's
 estimate of it at x = x0 + sigma eps is v_hat = (x - D) / sigma - D. With v_other the velocity of an
-independent image and its noise, the paper minimises |v_hat - v|^2 - weight |v_hat - v_other|^2.
+independent image and its noise, the paper minimizes |v_hat - v|^2 - weight |v_hat - v_other|^2.
 
 Its minimum is (v* - weight m) / (1 - weight), where v* is the best estimate and m the mean
-velocity, the same at all noise levels: what all images have in common is pushed away.
+velocity, equal at all noise levels: the part that all images have in common is reduced.
 """
 
 from collections.abc import Callable
@@ -20,18 +20,17 @@ from patchdiffusion.rng import Draws
 
 @dataclass(frozen=True, kw_only=True)
 class ContrastConfig(Addition):
-    """Subtract the error against the velocity of another crop (contrastive flow matching)."""
+    """Contrastive flow matching: subtract the error against the velocity of another crop."""
 
     weight: float = 0.05
-    """How much that error counts, relative to the error against the crop's own velocity; 0 is
-    none."""
+    """Weight of that error, relative to the error against the crop's own velocity; 0 is none."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < 1:  # from 1 on, the loss has no minimum
             raise ValueError(f"weight must lie in [0, 1), not {self.weight}")
 
     def check(self, config: Settings) -> None:
-        """Raise `ValueError` for an objective that is no estimate of the image."""
+        """Raise `ValueError` for an objective without an estimate of the image."""
         if not config.objective.estimates:
             raise ValueError(
                 f"additions contrast needs an objective that estimates the image, not "
@@ -45,10 +44,10 @@ class ContrastConfig(Addition):
         """
         if not self.weight:
             return objective
-        alone = [group.name for group in materials.groups if group.count < 2]
-        if alone:
+        single = [group.name for group in materials.groups if group.count < 2]
+        if single:
             raise ValueError(
-                f"additions contrast needs 2 crops of each size in a step, not 1 of {alone[0]}: "
+                f"additions contrast needs 2 crops of each size in a step, not 1 of {single[0]}: "
                 "set a larger --batch"
             )
         return ContrastLoss(objective, self.weight, materials.others)
@@ -56,22 +55,22 @@ class ContrastConfig(Addition):
 
 @dataclass(frozen=True, eq=False)
 class ContrastLoss:
-    """An objective minus weight |v_hat - v_other|^2, in the units of its own loss.
+    """An objective minus weight |v_hat - v_other|^2, in the units of the objective's loss.
 
-    Where the objective weighs the squared error of the image by lambda(sigma), its loss is the
+    If the objective weights the squared error of the image by lambda(sigma), its loss is the
     squared error of the velocity times lambda sigma^2 / (1 + sigma)^2; the term has that factor,
-    too. So the minimum is that of the paper with any weighting, and with `FlowWeight` the loss is.
+    too. So the minimum is that of the paper with any weighting; with `FlowWeight` the loss is, too.
 
-    The other crop is drawn by the key of the sample from those of its group, all of them alike,
-    and has its own noise. Both are functions of the step, so that the term is the same for any
-    number of processes and micro-batches. The guard and the log see the loss without the term.
+    The other crop is drawn uniformly from the group by the key of the sample, and has its own
+    noise. Both are functions of the step, so the term does not depend on the number of processes
+    and micro-batches. Guard and log see the loss without the term.
     """
 
     objective: Objective
-    """What is minimised beside the term; must report its estimate."""
+    """The objective that the term is subtracted from; must report its estimate."""
     weight: float
     others: Callable[[Batch, str], tuple[Batch, Draws]]
-    """Another crop of the group for each one of a batch, by the name of a stream of draws."""
+    """Makes another crop of the group for each of a batch, by a named stream; see `Materials`."""
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         out = self.objective(denoiser, batch, draws)
@@ -81,8 +80,8 @@ class ContrastLoss:
                 f"contrast needs the estimate of {type(self.objective).__name__}, which reports "
                 "none in `LossOut.estimate`"
             )
-        other, of_other = self.others(batch, "contrast")
-        noise = of_other.normal("noise", tuple(other.images.shape[1:]))
+        other, other_draws = self.others(batch, "contrast")
+        noise = other_draws.normal("noise", tuple(other.images.shape[1:]))
         square = (estimate.velocity - (noise - other.images)).square().flatten(1).mean(1)
         unit = estimate.weight * (estimate.sigma / (1 + estimate.sigma)) ** 2
         return replace(

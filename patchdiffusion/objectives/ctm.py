@@ -1,8 +1,8 @@
 """Consistency trajectory models: one network that jumps between any two noise levels.
 
 Kim et al. (arXiv 2310.02279), without the adversarial term, in the VE frame. The network g(x, t, s)
-is an EDM denoiser that reads the relative length of the jump, 1 - s / t, from `cond.jump`; at
-span 0 it is E[x0 | x].
+is an EDM denoiser conditioned on the relative length of the jump, 1 - s / t, by `cond.jump`; at
+jump 0 it is E[x0 | x].
 """
 
 import math
@@ -26,7 +26,7 @@ from patchdiffusion.weighting import EDMWeight, Weighting
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryMap:
-    """G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s)."""
+    """The flow map G(x, t, s) = (s / t) x + (1 - s / t) g(x, t, s)."""
 
     g: Denoiser
     sigma_min: float = 0.002
@@ -45,13 +45,13 @@ class TrajectoryMap:
         """z [B, C, *S] at noise level t > 0 to level s, both [B] or scalars."""
         t, s = expand_sigma(t, z), expand_sigma(s, z)
         keep = per_sample(s / t, z)
-        told = replace(cond or Cond(), jump=1 - s / t)
-        return (keep * z + (1 - keep) * self.g(z, t, told)).to(z.dtype)
+        jump = replace(cond or Cond(), jump=1 - s / t)
+        return (keep * z + (1 - keep) * self.g(z, t, jump)).to(z.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CTMConfig(Distilled):
-    """Consistency trajectory models without their adversary; with a teacher, distillation."""
+    """Consistency trajectory models without the adversarial loss; distillation with a teacher."""
 
     few_step: ClassVar[bool] = True
     estimates: ClassVar[bool] = True
@@ -59,15 +59,15 @@ class CTMConfig(Distilled):
     sigma_min: float = 0.002
     """Smallest noise level of the jumps that are trained."""
     sigma_max: float = 80.0
-    """The noise level that samples begin with."""
+    """Noise level at which sampling starts."""
     levels: int = 18
-    """Noise levels of the grid that jumps go between."""
+    """Number of noise levels of the grid, between which jumps are trained."""
     steps: int = 1
-    """Most levels that the solver goes before a jump is compared."""
+    """Most grid steps of the solver before the jump that it is compared with."""
     denoising: float = 1.0
     """Weight of the denoising loss, beside the error of the jumps."""
     teacher: str | None = None
-    """Run or model whose denoiser the solver asks; None is the average that is sampled."""
+    """Run or model whose denoiser the solver uses (distillation); None is the averaged weights."""
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma_min < self.sigma_max < math.inf:
@@ -96,23 +96,20 @@ class CTMConfig(Distilled):
         if "jump" not in config.network.reads:
             raise ValueError("ctm needs a network of two times: set --network.jump")
 
-    def precond(self, given: Parameterisation) -> EDM:
+    def precond(self, chosen: Parameterisation) -> EDM:
         """EDM's; `ValueError` for any other."""
-        if not isinstance(given, EDM):
-            raise ValueError(
-                f"precond is for denoising; ctm needs EDM's, not {given}: leave it alone"
-            )
-        return given
+        if not isinstance(chosen, EDM):
+            raise ValueError(f"ctm needs the parameterisation EDM, not {chosen}: use --precond edm")
+        return chosen
 
     @property
     def passes(self) -> float:
-        """A jump and back, a jump of the target and back to its input, two without gradients, and
-        two for each step of the solver.
-        """
+        """3 of the jump with its backward pass, 2 of the target's jump with gradients to its input,
+        2 without gradients, and 2 for each step of the solver."""
         return 3.0 + 2.0 + 2.0 + 2.0 * self.steps
 
     def build(self, materials: Materials) -> "TrajectoryLoss":
-        """The loss, whose target is the average that is sampled."""
+        """The loss, with the averaged weights as target."""
         return TrajectoryLoss(
             config=self,
             target=materials.average(),
@@ -121,15 +118,15 @@ class CTMConfig(Distilled):
         )
 
     def product(self, denoiser: NetDenoiser) -> TrajectoryMap:
-        """The map between any two noise levels."""
+        """The flow map between any two noise levels."""
         return TrajectoryMap(g=denoiser, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrajectoryLoss:
-    """Soft consistency and the denoising loss of g(x, t, t).
+    """Soft consistency and the denoising loss of g(x, t, t) (arXiv 2310.02279).
 
-    A jump from t to s must end where a solver from t to u and a jump from u to s end; both ends are
+    A jump from t to s must agree with a solver from t to u and a jump from u to s; both results are
     compared after a last jump to 0 with the weights of the target, through which the gradient flows
     into the first jump. The levels t > u >= s are on the grid of EDM.
     """
@@ -138,12 +135,12 @@ class TrajectoryLoss:
     target: Denoiser
     """g with weights that are not trained, such as an average."""
     teacher: Denoiser | None = None
-    """E[x0 | x] of the solver; None is g(x, t, t) of the target."""
+    """Estimates E[x0 | x] in the solver; None is g(x, t, t) of the target."""
     weighting: Weighting = field(default_factory=EDMWeight)
-    """Of the denoising loss."""
+    """Weight of the denoising loss."""
 
     def times(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """Places of t, u and s on the grid, t > u >= s: int64 [B] each."""
+        """Grid indices of the levels t > u >= s: int64 [B] each."""
         t = 1 + integers(draws.keys("from"), self.config.levels - 1)
         s = integers(draws.keys("to"), t)
         u = t - 1 - integers(draws.keys("solver"), (t - s).clamp(max=self.config.steps))
@@ -157,14 +154,14 @@ class TrajectoryLoss:
         estimate = estimated(denoiser, batch, noise, sigma, weight)
         error = squared_error(estimate.denoised, images)
 
-        own, target = TrajectoryMap(g=denoiser), TrajectoryMap(g=self.target)
-        places = self.times(draws)
-        t, u, s = (self._level(place) for place in places)
+        student, target = TrajectoryMap(g=denoiser), TrajectoryMap(g=self.target)
+        indices = self.times(draws)
+        t, u, s = (self._level(index) for index in indices)
         x = images + per_sample(t, images) * noise
         with torch.no_grad():
-            solved = self._solve(x, *places[:2], replace(cond, seed=None))
+            solved = self._solve(x, *indices[:2], replace(cond, seed=None))
             goal = target(target(solved, u, s, cond), s, 0.0, cond)
-        end = target(own(x, t, s, cond), s, 0.0, cond)
+        end = target(student(x, t, s, cond), s, 0.0, cond)
         square = squared_error(end, goal)
         return LossOut(
             per_sample=square + estimate.weight * error,
@@ -172,12 +169,12 @@ class TrajectoryLoss:
             estimate=estimate,
         )
 
-    def _level(self, place: Tensor) -> Tensor:
+    def _level(self, index: Tensor) -> Tensor:
         grid = Levels(sigma_min=self.config.sigma_min, sigma_max=self.config.sigma_max)
-        return grid.at(place, self.config.levels)
+        return grid.at(index, self.config.levels)
 
     def _solve(self, x: Tensor, t: Tensor, u: Tensor, cond: Cond) -> Tensor:
-        """From place t to place u, one level of the grid at a time."""
+        """Solve from grid index t to u, one level at a time."""
         for done in range(self.config.steps):
             before, after = (torch.maximum(t - n, u) for n in (done, done + 1))
             x = heun_step(

@@ -14,13 +14,13 @@ from patchdiffusion.weighting import LogVariance, LossWeight
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingConfig(ObjectiveConfig):
-    """Denoising, the objective of ordinary diffusion models."""
+    """Denoising, the objective of ordinary diffusion models (EDM, arXiv 2206.00364)."""
 
     estimates: ClassVar[bool] = True
     weighting: LossWeight | None = None
-    """Weight of the loss; None is the one that belongs to the parameterisation."""
+    """Weight of the loss; None is the default of the parameterisation."""
     log_variance: int = 0
-    """Size of a learned log-variance of the loss, which evens out the levels: 128 in EDM2."""
+    """Size of a learned log-variance of the loss, which balances the levels: 128 in EDM2."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.log_variance <= 65536:
@@ -37,7 +37,7 @@ class DenoisingConfig(ObjectiveConfig):
         )
 
     def of_another_precond(self) -> Self:
-        """With the default weight."""
+        """A copy with the default weight."""
         return replace(self, weighting=None)
 
     def noise_levels(self, draws: Draws, law: NoiseLaw) -> Tensor:
@@ -45,7 +45,7 @@ class DenoisingConfig(ObjectiveConfig):
         return DenoisingLoss().levels(draws, law)
 
     def build(self, materials: Materials) -> Objective:
-        """The denoising loss, on top of a learned log-variance if there is one."""
+        """The denoising loss, with a learned log-variance if that is configured."""
         weighting = self.weighting or materials.precond.default_weighting()
         loss = DenoisingLoss(weighting)
         if not self.log_variance:

@@ -13,7 +13,7 @@ from patchdiffusion.paths import per_sample
 def heun_step(
     denoiser: Denoiser, x: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond | None = None
 ) -> Tensor:
-    """From noise level t to s > 0 by Heun's rule, each sample between its own levels."""
+    """One step of Heun's rule from noise level t to s > 0, with levels for each sample."""
     t, s = expand_sigma(t, x), expand_sigma(s, x)
     step = per_sample(s - t, x)
     slope = (x - denoiser(x, t, cond)) / per_sample(t, x)
@@ -29,13 +29,13 @@ class Levels:
     sigma_max: float = 80.0
     rho: float = 7.0
 
-    def at(self, place: Tensor, count: int) -> Tensor:
-        """The levels at places 0 ... count - 1 of a grid of `count`: float32, shape of place."""
+    def at(self, index: Tensor, count: int) -> Tensor:
+        """The levels at indices 0 ... count - 1 of a grid of `count`: float32, shape of index."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        level = (low + place.double() / (count - 1) * (high - low)) ** self.rho
+        level = (low + index.double() / (count - 1) * (high - low)) ** self.rho
         return level.clamp(self.sigma_min, self.sigma_max).to(torch.float32)  # the ends exactly
 
-    def place(self, sigma: Tensor, count: int) -> Tensor:
-        """Where levels lie on that grid, the inverse of `at`."""
+    def index(self, sigma: Tensor, count: int) -> Tensor:
+        """Fractional indices of levels on a grid of `count`, the inverse of `at`."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (sigma ** (1 / self.rho) - low) / (high - low) * (count - 1)

@@ -1,9 +1,9 @@
-"""MeanFlow: a network that knows the mean velocity between any two times of the straight path.
+"""MeanFlow: a network of the mean velocity between any two times of the straight path.
 
 Geng, Deng, Bai, Kolter, He, "Mean Flows for One-step Generative Modeling" (arXiv 2505.13447), with
 the tangent of "Improved Mean Flows" (2512.02012) as an option. z_t = (1 - t) x0 + t eps, noise at
-t = 1, velocity v = eps - x0. The network F(z, t, cond) reads how far it goes, t - s, from
-`cond.jump`; at span 0 it is an ordinary velocity and `FlowMatching` makes a denoiser of it.
+t = 1, velocity v = eps - x0. The network F(z, t, cond) is conditioned on the length of the jump,
+t - s, by `cond.jump`; at jump 0 it is the velocity, of which `FlowMatching` makes a denoiser.
 """
 
 import math
@@ -35,19 +35,18 @@ def mean_velocity(network: Raw, z: Tensor, t: Tensor, s: Tensor, cond: Cond) -> 
 
 def slope(network: Raw, z: Tensor, t: Tensor, s: Tensor, cond: Cond, along: Tensor) -> Tensor:
     """du/dt = along du/dz + du/dt with s held fixed: like z, 0 where s = t."""
-    found, rows = torch.zeros_like(z), (s < t).nonzero()[:, 0]  # worth the wait of the host
+    total, rows = torch.zeros_like(z), (s < t).nonzero()[:, 0]  # worth the host synchronization
     if len(rows):
         z, t, s, cond = z[rows], t[rows], s[rows], cond.take(rows)
-        moved = derivative(
+        total[rows] = derivative(
             lambda z, t: mean_velocity(network, z, t, s, cond), (z, t), (along[rows], 1.0)
         )
-        found[rows] = moved
-    return found
+    return total
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeanFlowMap:
-    """z_s = z_t - (t - s) u(z_t, s, t) (algorithm 2)."""
+    """The flow map z_s = z_t - (t - s) u(z_t, s, t) (algorithm 2)."""
 
     network: nn.Module
     path: Path = field(default_factory=Flow, init=False)
@@ -70,27 +69,26 @@ class MeanFlowMap:
 
 @dataclass(frozen=True, kw_only=True)
 class MeanFlowConfig(ObjectiveConfig):
-    """MeanFlow. The first time is drawn by the noise law, as t = sigma / (1 + sigma)."""
+    """MeanFlow; the first time is drawn by the noise law, as t = sigma / (1 + sigma)."""
 
     word: ClassVar[str] = "meanflow"
     same: float = 0.75
-    """Share of samples whose two times are one, which is flow matching."""
+    """Share of samples with equal times, which is flow matching."""
     mean: float | None = None
-    """Mean of the logit of the second time; None takes that of the noise law."""
+    """Mean of the logit of the second time; None draws it by the noise law."""
     std: float = 1.0
-    """Its standard deviation, if a mean is given."""
+    """Standard deviation of that logit, if `mean` is set."""
     power: float = 1.0
-    """Each loss is divided by itself + eps to this power, without gradient; 0 leaves it alone."""
+    """Exponent p of adaptive weights: losses are divided by (loss + eps)^p without gradient."""
     eps: float = 1e-6
-    """Added there, in units of the mean square over pixels; published values are of sums."""
+    """Constant of those weights, for the mean square over pixels; published values are of sums."""
     guidance: float = 1.0
-    """Guidance weight of the velocity that is learned; with mix, the scale is guidance/(1-mix)."""
+    """Guidance weight of the target velocity; with mix, the scale is guidance / (1 - mix)."""
     mix: float = 0.0
-    """Share of the network's own velocity with the label in that which is learned."""
+    """Share of the network's velocity with the label in the target velocity."""
     tangent: Literal["data", "network"] = "data"
-    """Along what the derivative is taken: eps - x0, or the network's own velocity (improved)."""
+    """Direction of the derivative: eps - x0, or the network's velocity (improved MeanFlow)."""
 
-    word: ClassVar[str] = "meanflow"
     few_step: ClassVar[bool] = True
     shards: ClassVar[bool] = False
 
@@ -111,7 +109,7 @@ class MeanFlowConfig(ObjectiveConfig):
 
     @property
     def guided(self) -> bool:
-        """Whether the velocity that is learned is not that of the data."""
+        """True if guidance changes the target velocity."""
         return (self.guidance, self.mix) != (1.0, 0.0)
 
     def prefers(self, config: C) -> C:
@@ -124,20 +122,20 @@ class MeanFlowConfig(ObjectiveConfig):
             preview=replace(config.preview, sample_steps=2),
         )
 
-    def precond(self, given: Parameterisation) -> FlowMatching:
-        """Flow matching, whatever is given: where its network is used as a denoiser."""
+    def precond(self, chosen: Parameterisation) -> FlowMatching:
+        """Flow matching, for its network as a denoiser, whatever the configuration has."""
         return FlowMatching(time_scale=1.0)
 
-    def meaning(self, given: Parameterisation) -> tuple[object, ...]:
-        """That of flow matching, whatever is given."""
-        return self.precond(given).meaning
+    def meaning(self, chosen: Parameterisation) -> tuple[object, ...]:
+        """The key of flow matching, whatever the configuration has."""
+        return self.precond(chosen).meaning
 
     def check(self, config: Settings) -> None:
-        """Raise `ValueError` for a network or a parameterisation that cannot be trained so."""
+        """Raise `ValueError` for a network or a parameterisation that MeanFlow cannot train."""
         network = config.network
         if not isinstance(config.precond, EDM):
             raise ValueError(
-                f"precond is for denoising, not {config.precond} for meanflow: leave it alone"
+                f"meanflow has its own parameterisation, not {config.precond}: leave --precond out"
             )
         if "jump" not in network.reads:
             raise ValueError("meanflow needs a network of two times: set --network.jump")
@@ -153,21 +151,21 @@ class MeanFlowConfig(ObjectiveConfig):
             )
         if self.guided and not config.label_dropout:
             raise ValueError(
-                "objective.guidance needs a label_dropout above 0: the network must know images "
+                "objective.guidance needs a label_dropout above 0: the network must be trained "
                 "without labels, too"
             )
 
     def build(self, materials: Materials) -> "MeanFlowLoss":
-        """The loss."""
+        """The MeanFlow loss."""
         return MeanFlowLoss(config=self)
 
     def product(self, denoiser: NetDenoiser) -> MeanFlowMap:
-        """The map along the mean velocity."""
+        """The flow map along the mean velocity."""
         return MeanFlowMap(network=denoiser.network)
 
     @property
     def passes(self) -> float:
-        """A derivative is worth two."""
+        """Two for each derivative, one for each further velocity."""
         return (
             2 * (1 - self.same) + (self.tangent == "network") + self.guided * (1 + (self.mix > 0))
         )
@@ -177,8 +175,8 @@ class MeanFlowConfig(ObjectiveConfig):
 class MeanFlowLoss:
     """|u - sg(v - (t - s) du/dt)|^2 with du/dt along the path, s held fixed (algorithm 1).
 
-    Conditions such as coordinates do not move along the path: their tangent is zero. The squares
-    are a mean over pixels, so that published values of c, which are for sums, are divided by C h w.
+    Conditions such as coordinates are constant along the path: their tangent is zero. The square is
+    a mean over pixels, so published values of c, which are for sums, must be divided by C h w.
     """
 
     config: MeanFlowConfig
@@ -190,12 +188,12 @@ class MeanFlowLoss:
         a = Flow().time(law.icdf(draws.stratified("sigma")))
         b = Flow().time(other.icdf(draws.uniform("span")))
         t, s = torch.maximum(a, b), torch.minimum(a, b)
-        # Which times are one has nothing to do with which labels are dropped.
+        # Independent of the labels that are dropped.
         s = torch.where(draws.bernoulli("same time", config.same), t, s)
         return t.to(torch.float32), s.to(torch.float32)
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
-        """Needs a `NetDenoiser`, whose network it trains."""
+        """The loss of the network of a `NetDenoiser`; `ValueError` for other denoisers."""
         if not isinstance(denoiser, NetDenoiser):
             raise ValueError(f"MeanFlow trains a NetDenoiser, not a {type(denoiser).__name__}")
         network, config = denoiser.raw, self.config
@@ -206,7 +204,7 @@ class MeanFlowLoss:
         with torch.no_grad():
             v = self._velocity(network, z, t, cond, noise - images)
             along = v
-            if config.tangent == "network":  # which may compute in low precision
+            if config.tangent == "network":  # whose output may be of low precision
                 along = mean_velocity(network, z, t, t, cond).to(z.dtype)
             target = v - per_sample(t - s, z) * slope(network, z, t, s, cond, along)
         square = (mean_velocity(network, z, t, s, cond) - target).square().flatten(1).mean(1)

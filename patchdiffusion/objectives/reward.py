@@ -1,8 +1,8 @@
-"""Training towards a reward that is known of few images: pseudo-labels and reward weights.
+"""Training towards a reward measured for few images: pseudo-labels and reward weights.
 
-A small model of the reward is fitted to the labelled images and asked about all others; the
-denoiser is then trained conditionally on what it said (Yuan et al., arXiv 2307.07055). Rewards
-are a table over the images of the source, as a crop does not show what its image is worth.
+A small reward model is fitted to the labeled images and predicts the others; the denoiser is then
+trained conditioned on the predictions (Yuan et al., arXiv 2307.07055). Rewards are a table over
+the images of the source, as they belong to whole images, not to crops.
 """
 
 from dataclasses import dataclass, replace
@@ -18,18 +18,18 @@ from patchdiffusion.rng import Draws
 
 @dataclass(frozen=True, eq=False)
 class LinearReward:
-    """<weight, x> + offset."""
+    """A linear reward, <weight, x> + offset."""
 
     weight: Tensor
-    """[*S], its gradient."""
+    """[*S], the gradient of the reward."""
     offset: Tensor | float = 0.0
-    """Scalar."""
+    """Reward of the image 0, a scalar."""
 
     @classmethod
     def fit(cls, images: Tensor, rewards: Tensor, penalty: float) -> "LinearReward":
         """Ridge regression on images [N, *S] and rewards [N]: mean squared error + penalty |w|^2.
 
-        Raises `ValueError` if they do not belong together or the penalty is not positive.
+        Raises `ValueError` if their numbers differ or the penalty is not positive.
         """
         if rewards.shape != (len(images),) or not penalty > 0:
             raise ValueError(
@@ -37,58 +37,58 @@ class LinearReward:
                 f"positive penalty, not {list(rewards.shape)} and {penalty}"
             )
         flat, y = images.flatten(1).double(), rewards.double()
-        centred = flat - flat.mean(0)
-        gram = centred.mT @ centred / len(flat) + penalty * torch.eye(flat.shape[1]).to(flat)
-        weight = torch.linalg.solve(gram, centred.mT @ (y - y.mean()) / len(flat))
+        centered = flat - flat.mean(0)
+        gram = centered.mT @ centered / len(flat) + penalty * torch.eye(flat.shape[1]).to(flat)
+        weight = torch.linalg.solve(gram, centered.mT @ (y - y.mean()) / len(flat))
         offset = y.mean() - flat.mean(0) @ weight
         dtype = torch.promote_types(images.dtype, torch.float32)  # of 8-bit images, too
         return cls(weight.reshape(images.shape[1:]).to(dtype), offset.to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [B, *S] -> [B]."""
+        """Rewards of images x [B, *S]: [B]."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return (x * self.weight.to(x)).flatten(1).sum(1) + self.offset
 
 
 @dataclass(frozen=True, eq=False)
-class PseudoLabelled:
-    """An objective whose denoiser is told the reward of each image, with noise: `cond.extra`.
+class PseudoLabeled:
+    """An objective conditioned on the reward of each image, with noise, by `cond.extra`.
 
-    The network must read `cond.extra`; asked for the reward a, it then samples p(x0 | reward a).
+    The network must read `cond.extra`; conditioned on the reward a, it samples p(x0 | reward a).
     """
 
     objective: Objective
-    """What is minimised."""
+    """The objective of the conditional denoiser."""
     rewards: Tensor
-    """[N], what the reward model says of each image of the source."""
+    """[N], predicted reward of each image of the source."""
     noise: float = 0.0
-    """Standard deviation of the noise on them; a tenth of theirs keeps neighbours comparable."""
+    """Standard deviation of the noise on the rewards; a tenth of theirs, say, to smooth them."""
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
-        known = _look_up(self.rewards, batch).to(batch.images)[:, None]
-        extra = known + self.noise * draws.normal("pseudo-label", (1,))
+        rewards = _look_up(self.rewards, batch).to(batch.images)[:, None]
+        extra = rewards + self.noise * draws.normal("pseudo-label", (1,))
         cond = replace(batch.cond, extra=extra)
         return self.objective(denoiser, replace(batch, cond=cond), draws)
 
 
 @dataclass(frozen=True, eq=False)
 class RewardWeighted:
-    """An objective in which images count exp(scale r): it trains p(x0) exp(scale r(x0)).
+    """An objective with weight exp(scale r) on each image: it trains p(x0) exp(scale r(x0)).
 
     Reward-weighted regression (Peters and Schaal, ICML 2007). The weights average to 1 over the
-    source; where the scale is large, few images decide.
+    source; at a large scale a few images dominate.
     """
 
     objective: Objective
-    """What is minimised."""
+    """The objective that is weighted."""
     rewards: Tensor
-    """[N], of each image of the source."""
+    """[N], reward of each image of the source."""
     scale: float
-    """How much a unit of reward counts: nats."""
+    """Log-weight of a unit of reward, in nats."""
 
     @cached_property
     def weights(self) -> Tensor:
-        """N exp(scale r) / sum exp(scale r): [N]."""
+        """Weight of each image, N exp(scale r) / sum exp(scale r): [N]."""
         return len(self.rewards) * (self.scale * self.rewards.double()).softmax(0)
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:

@@ -1,4 +1,4 @@
-"""Derivatives along a direction, by forward-mode differentiation through any of our networks."""
+"""Directional derivatives of networks, by forward-mode differentiation."""
 
 import contextlib
 import sys
@@ -19,7 +19,7 @@ def derivative(
 ) -> Tensor:
     """d/dh function(at + h along) at h = 0, in full precision and without a graph.
 
-    A number is a direction of that value everywhere.
+    A number in `along` is a direction with that value in all entries.
     """
     directions = tuple(
         d if isinstance(d, Tensor) else torch.full_like(x, d)
@@ -32,14 +32,14 @@ def derivative(
 
 @cache
 def _prepare() -> None:
-    """Load PyTorch's forward derivatives, which warn of what PyTorch itself uses (2.13)."""
+    """Load PyTorch's forward derivatives without its own deprecation warnings (2.13)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         import torch._decomp.decompositions_for_jvp  # noqa: F401
 
 
 def _eager() -> contextlib.AbstractContextManager[object]:
-    """A context in which compiled blocks run as they were written: they cannot be transformed."""
-    if "torch._dynamo" not in sys.modules:  # slow to import, and nothing is compiled before
+    """A context in which compiled blocks run eagerly, as transforms cannot enter them."""
+    if "torch._dynamo" not in sys.modules:  # slow to import; without it nothing is compiled
         return contextlib.nullcontext()
     return torch.compiler.set_stance("force_eager")

@@ -1,1 +1,1 @@
-"""From noise to images: settings, the driver, and trained models ready to sample."""
+"""Sampling: its settings, the driver, and trained models ready to sample."""

@@ -1,4 +1,4 @@
-"""Which part of the canvas is sampled: the whole of it, a region, or more than it."""
+"""The sampled region of the canvas: the whole of it, a part, or more than it."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,7 +17,7 @@ class WholeCanvas:
     word: ClassVar[str] = "whole"
 
     def place(self, canvas: Size) -> tuple[Size, Corner]:
-        """Size of the samples, and where their first pixel lies on the canvas."""
+        """Size of the samples, and the position of their first pixel on the canvas."""
         return canvas, (0,) * len(canvas)
 
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
@@ -32,14 +32,14 @@ class CanvasRegion:
     size: tuple[int, ...] | None = None
     """Height and width; None is the size that the model was trained on."""
     corner: tuple[int, ...] | None = None
-    """Top and left of the region on the canvas; None is in the middle."""
+    """Top and left of the region on the canvas; None centers it."""
 
     def __post_init__(self) -> None:
         if self.size is not None and (not self.size or min(self.size) < 1):
             raise ValueError(f"a size needs positive height and width, not {self.size}")
 
     def place(self, canvas: Size) -> tuple[Size, Corner]:
-        """Size of the samples, and where their first pixel lies on the canvas."""
+        """Size of the samples, and the position of their first pixel on the canvas."""
         size = self.size or canvas
         for name, value in (("size", size), ("corner", self.corner or canvas)):
             if len(value) != len(canvas):
@@ -52,4 +52,4 @@ class CanvasRegion:
 
 
 Canvas = WholeCanvas | CanvasRegion
-"""Where a sampler may work; each is a `guidance.base.Part` with `place`."""
+"""The regions of `--canvas`; each is a `guidance.base.Part` with `place`."""

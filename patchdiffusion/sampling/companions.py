@@ -1,4 +1,4 @@
-"""The trained models that guidance asks beside the one that samples."""
+"""Loading of the further trained models that guidance uses."""
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from patchdiffusion.solvers.schedules import support
 
 
 class Companions:
-    """Loads each model once, and checks that it fits the one it stands beside."""
+    """Loads each model once, and checks that it fits the main model, if there is one."""
 
-    def __init__(self, device: torch.device | str = "cpu", beside: Model | None = None):
+    def __init__(self, device: torch.device | str = "cpu", main: Model | None = None):
         self.device = device
-        self.beside = beside
+        self.main = main
         self._models: dict[tuple[str, str], Model] = {}
 
     @property
@@ -24,7 +24,7 @@ class Companions:
         return {path: model.digest for (path, _), model in self._models.items()}
 
     def denoiser(self, path: str, weights: Weights, levels: tuple[float, float]) -> Denoiser:
-        """The denoiser in a run or model folder, for noise levels from the first to the second."""
+        """The denoiser in a run or model folder; it must cover the lowest and highest level."""
         model = self._load(path, weights)
         self.admit(model, levels)
         return model.denoiser
@@ -33,9 +33,9 @@ class Companions:
         """Raise `ValueError` for a guide of other images, classes or noise levels."""
         if not model.config.objective.denoises:
             raise ValueError("a consistency model is no denoiser and cannot be a guide")
-        if self.beside is None:
+        if self.main is None:
             return
-        _check_alike(model, self.beside)
+        _check_alike(model, self.main)
         low, high = support(model.config.noise)
         if levels[0] < low or levels[1] > high:
             raise ValueError(
@@ -54,20 +54,20 @@ class Companions:
         return self._fitted(model)
 
     def _fitted(self, model: Model) -> Classifier:
-        """A classifier whose classes have the numbers that those of the model beside it have."""
+        """The classifier with its logits in the order of the main model's classes."""
         classifier = model.classifier
-        if self.beside is None:
+        if self.main is None:
             return classifier
-        _check_alike(model, self.beside, but=("classes",))
-        names, known = self.beside.config.classes, model.config.classes
-        if names == known or not names:
+        _check_alike(model, self.main, but=("classes",))
+        names, trained = self.main.config.classes, model.config.classes
+        if names == trained or not names:
             return classifier
-        if unknown := [name for name in names if name not in known]:
+        if unknown := [name for name in names if name not in trained]:
             raise ValueError(
-                f"the classifier does not know the classes {', '.join(unknown[:10])}; it knows "
-                f"{', '.join(known[:20])}"
+                f"the classifier was not trained on the classes {', '.join(unknown[:10])}; "
+                f"allowed: {', '.join(trained[:20])}"
             )
-        order = torch.tensor([known.index(name) for name in names], device=self.device)
+        order = torch.tensor([trained.index(name) for name in names], device=self.device)
 
         def reordered(x: Tensor, sigma: Tensor, cond: Cond | None = None) -> Tensor:
             return classifier(x, sigma, cond)[:, order]
@@ -82,13 +82,13 @@ class Companions:
 
 
 def _check_alike(guide: Model, model: Model, *, but: tuple[str, ...] = ()) -> None:
-    """Raise `ValueError` unless both are of the same images and classes, `but` for some facts."""
-    found, wanted = _interface(guide), _interface(model)
-    for name in wanted:
-        if name not in but and found[name] != wanted[name]:
+    """Raise `ValueError` unless both are of equal images and classes, `but` for some facts."""
+    facts, needed = _interface(guide), _interface(model)
+    for name in needed:
+        if name not in but and facts[name] != needed[name]:
             raise ValueError(
-                f"the guide has {name} {found[name]} and the model {wanted[name]}; "
-                "they must be alike"
+                f"the guide has {name} {facts[name]} and the model {needed[name]}; "
+                "they must be equal"
             )
 
 

@@ -1,4 +1,4 @@
-"""How to get from noise to an image: the settings of sampling, and what fits together."""
+"""Settings of sampling: solver, schedule, guidance and more, resolved for a kind of model."""
 
 from dataclasses import dataclass, field, replace
 
@@ -21,21 +21,21 @@ from patchdiffusion.solvers.schedules import Karras, Schedule, ends, support
 from patchdiffusion.system.families import word
 
 WRAPPING = ("accelerator", "guidance", "threshold", "canvas")
-"""The parts that change the denoiser, from the inside out."""
+"""The parts that wrap the denoiser, from the inside out."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a model is, as far as samplers are concerned; by default a denoiser."""
+    """The properties of a model that its sampler depends on; by default a denoiser of pixels."""
 
     denoiser: bool = True
-    """Solvers can go step by step."""
+    """True if it denoises, so that solvers work."""
     flow_map: bool = False
-    """It is a few-step model, which jumps."""
+    """True for a few-step model, which jumps."""
     eps: bool = False
-    """It predicts eps, whose errors are sigma times as large in the image."""
+    """True if it predicts eps, whose errors are sigma times as large in the image."""
     bounded: bool = True
-    """Its images lie in [-1, 1], as pixels do and values do not."""
+    """True if its images lie in [-1, 1], as pixels do and values do not."""
 
     @classmethod
     def trained(cls, objective: ObjectiveConfig, precond: Parameterisation, space: Space) -> "Kind":
@@ -60,42 +60,42 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
-    """How to get from noise to an image."""
+    """Settings of a sampler."""
 
     solver: Solver = field(default_factory=AutoSolver)
-    """How steps are made from estimates of the clean image."""
+    """Numerical method of the steps."""
     steps: int | None = None
     """Number of steps; None is 18, or 2 for few-step models."""
     schedule: Schedule = field(default_factory=Karras)
-    """How the noise levels are spaced."""
+    """Spacing of the noise levels."""
     sigma_min: float | None = None
     """Smallest noise level before 0; None is 0.002, or the smallest of training if that is more."""
     sigma_max: float | None = None
-    """Noise level to begin with; None is 80, or the largest of training if that is less."""
+    """Noise level of the start; None is 80, or the largest of training if that is less."""
     accelerator: Accelerator = field(default_factory=NoAccelerator)
-    """What makes evaluations cheaper."""
+    """Reduction of the cost of evaluations."""
     guidance: Guidance = field(default_factory=NoGuidance)
-    """What estimates are led towards."""
+    """Guidance of estimates, by classes or another model."""
     threshold: Threshold = field(default_factory=AutoThreshold)
-    """What keeps estimates within [-1, 1]; for models of pixels."""
+    """Limit of estimates to [-1, 1]; for models of pixels."""
     canvas: Canvas = field(default_factory=WholeCanvas)
-    """Which part of the canvas is sampled."""
+    """Region of the canvas that is sampled."""
 
     def __post_init__(self) -> None:
-        self.sigmas()  # raises on impossible values
+        self.sigmas()  # raises for impossible values
 
     @property
     def count(self) -> int:
-        """Number of steps, given or not."""
+        """Number of steps, by default that of the solver."""
         return self.solver.usual_steps if self.steps is None else self.steps
 
-    # ---- What auto means ----
+    # ---- The meaning of auto ----
 
     def resolved(self, kind: Kind) -> "SamplerConfig":
-        """The same with everything that is left to the model, once and for all.
+        """A copy with every auto and None replaced by the choice for a kind of model.
 
         Models of eps are clamped, as in DDPM, and fresh noise corrects their errors later. Raises
-        `ValueError` for what such a model does not take.
+        `ValueError` for settings that such a model does not support.
         """
         solver, threshold = self.solver, self.threshold
         if isinstance(solver, AutoSolver):
@@ -113,7 +113,7 @@ class SamplerConfig:
         if not (kind.bounded or isinstance(threshold, NoThreshold)):
             raise ValueError(
                 f"--threshold {word(type(threshold))} is for pixels, which end at -1 and 1; this "
-                "model makes values without limits: use --threshold none"
+                "model samples unbounded values: use --threshold none"
             )
         chosen = replace(self, solver=solver, threshold=threshold)
         return replace(chosen, steps=chosen.count)
@@ -135,13 +135,13 @@ class SamplerConfig:
 
     @property
     def method(self) -> Method | Jumps:
-        """The solver of a configuration that is resolved."""
+        """The solver of a resolved configuration."""
         assert not isinstance(self.solver, AutoSolver)
         return self.solver
 
     @property
     def evaluations(self) -> int:
-        """How often a sample asks the network, or the network and its guide."""
+        """Evaluations of the (guided) network per sample."""
         return self.method.evaluations(self.count)
 
     # ---- Noise levels ----
@@ -153,7 +153,7 @@ class SamplerConfig:
     def sigmas(self, law: NoiseLaw | None = None) -> Tensor:
         """The noise levels, see `ends`: float64 [steps + 1].
 
-        Raises `ValueError` where churn would raise one above those of training.
+        Raises `ValueError` if churn would raise one above those of training.
         """
         levels = self.schedule.sigmas(self.count, *self.ends(law))
         highest = self._highest(levels)
@@ -170,9 +170,9 @@ class SamplerConfig:
     # ---- The denoiser that is sampled ----
 
     def wrap(self, denoiser: Denoiser, canvas: Size, sigmas: Tensor, models: Models) -> Denoiser:
-        """The denoiser with everything around it, in the order of `WRAPPING`.
+        """The denoiser in all its wrappers, in the order of `WRAPPING`.
 
-        `sigmas` are the noise levels, `canvas` the size that the model was trained on.
+        `sigmas` are the noise levels, `canvas` is the size that the model was trained on.
         """
         around = Surroundings(canvas, (float(sigmas[-2]), self._highest(sigmas)), models)
         for name in WRAPPING:

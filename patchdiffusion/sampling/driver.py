@@ -21,35 +21,35 @@ from patchdiffusion.solvers.jumps import jump
 
 
 def noise_field(seeds: Tensor, channels: int, corner: tuple[int, ...], size: Size) -> Tensor:
-    """Standard normal noise that belongs to a seed and a place: float32 [B, channels, *size].
+    """Standard normal noise as a function of seed and position: float32 [B, channels, *size].
 
     The value at a pixel depends on its position on the unbounded canvas only, so that regions of
     one image agree where they overlap.
     """
-    key = rng.keys(0, "initial noise", 0, seeds)  # [B], and an axis more at each turn
+    key = rng.keys(0, "initial noise", 0, seeds)  # [B], plus an axis in each iteration
     for axis, (start, length) in enumerate(zip(corner, size, strict=True)):
-        place = torch.arange(length, device=seeds.device) + start
+        position = torch.arange(length, device=seeds.device) + start
         match len(size) - 1 - axis:
             case 0:
-                key = rng.keys(0, "column", 0, place) + key[..., None]
+                key = rng.keys(0, "column", 0, position) + key[..., None]
             case 1:
-                key = rng.keys(0, "row", 0, place) ^ key[..., None]
+                key = rng.keys(0, "row", 0, position) ^ key[..., None]
             case outer:
-                key = rng.subkeys(key[..., None] + place, f"axis {outer}")
+                key = rng.subkeys(key[..., None] + position, f"axis {outer}")
     values = rng.normal(key.flatten(), (channels,))  # [B * pixels, C]
     return values.reshape(len(seeds), *size, channels).movedim(-1, 1)
 
 
 @dataclass(frozen=True)
 class Start:
-    """Images that sampling begins with, instead of noise alone."""
+    """Images that sampling starts from, instead of pure noise."""
 
     x: Tensor
     """[N, C, *S], of the size that is sampled."""
     sigma: float
-    """Noise level to begin with."""
+    """Noise level of the start."""
     fresh: bool = True
-    """Add noise of that level, that of the seeds; False takes x as it is, noisy already."""
+    """True adds noise of that level, by the seeds; False is for x that is noisy already."""
 
 
 def sample(
@@ -73,10 +73,10 @@ def sample(
 
     An image depends on its seed and its condition [N, ...], not on the batch it is computed in.
     `canvas` is the size the model was trained on, of which `config.canvas` may choose a region;
-    `kind` says what "auto" in the configuration means, by default as `Kind.of` sees the model, and
-    `models` loads those that guidance asks. The solver runs in `dtype`, at noise levels that
-    `law` draws if it is given; a flow map takes `config.count` jumps. `progress` is called with
-    the number of images done at a time. Raises `ValueError` for what does not fit together.
+    `kind` resolves "auto" in the configuration, by default `Kind.of(model)`, and `models` loads
+    those that guidance needs. The solver runs in `dtype`, within the noise levels of `law`, if any;
+    a flow map takes `config.count` jumps. `progress` is called with the number of images of each
+    batch. Raises `ValueError` for settings that do not fit the model.
     """
     config = config or SamplerConfig()
     if start is not None:
@@ -92,28 +92,29 @@ def sample(
     done = [torch.empty(0, channels, *size)]
     for first in range(0, len(seeds), batch):
         part = slice(first, first + batch)
-        some = torch.tensor(list(seeds[part]), dtype=torch.int64, device=device)
-        noise = functools.partial(_fresh_noise, some, (channels, *size), dtype)
-        given = (cond or Cond()).take(part).to(device)
-        begin = None if start is None else replace(start, x=start.x[part].to(device, dtype))
+        part_seeds = torch.tensor(list(seeds[part]), dtype=torch.int64, device=device)
+        noise = functools.partial(_fresh_noise, part_seeds, (channels, *size), dtype)
+        part_cond = (cond or Cond()).take(part).to(device)
+        part_start = None if start is None else replace(start, x=start.x[part].to(device, dtype))
         with torch.no_grad():
-            x = noise_field(some, channels, corner, size).to(dtype)
-            x = solve(some, x, begin, given, noise)
+            x = noise_field(part_seeds, channels, corner, size).to(dtype)
+            x = solve(part_seeds, x, part_start, part_cond, noise)
         done.append(x.to("cpu", torch.float32))
         if progress:
-            progress(len(some))
+            progress(len(part_seeds))
     return torch.cat(done)
 
 
 def _from(
     start: Start, config: SamplerConfig, model: Denoiser | FlowMap, count: int
 ) -> SamplerConfig:
-    """The same configuration from the noise level of a start."""
+    """The configuration with the noise level of a start as `sigma_max`."""
     if isinstance(model, FlowMap):
-        raise ValueError("a start is for solvers of denoisers, and this is sampled by a flow map")
+        raise ValueError("a start is for solvers of denoisers, and this model is a flow map")
     if config.sigma_max is not None:
         raise ValueError(
-            f"sigma_max {config.sigma_max:g} beside a start at sigma {start.sigma:g}; leave it out"
+            f"sigma_max is {config.sigma_max:g} and the start is at sigma {start.sigma:g}; "
+            "leave sigma_max out"
         )
     if len(start.x) != count:
         raise ValueError(f"{count} seeds need as many images to start from, not {len(start.x)}")
@@ -155,7 +156,7 @@ def _jump(
 
 
 class _Seeded(Wrapper):
-    """Completes the `Position` of a solver with the seeds of the batch."""
+    """Adds the seeds of the batch to the `Position` of a solver."""
 
     def __init__(self, denoiser: Denoiser, seeds: Tensor):
         super().__init__(denoiser)

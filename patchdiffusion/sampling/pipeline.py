@@ -30,7 +30,7 @@ class Pipeline:
 
     @cached_property
     def companions(self) -> Companions:
-        """The other models that guidance has asked for."""
+        """Loader of the further models that guidance uses."""
         return Companions(self.model.device, self.model)
 
     def sample(
@@ -49,9 +49,9 @@ class Pipeline:
 
         uint8 for models of pixels, else values in the units of the data.
 
-        `classes` are names or numbers, taken in turn; None takes all classes in turn where the
-        model has any, unless `cond` [count, ...] gives labels. Raises `ValueError` for a class or
-        size that the model does not have.
+        `classes` are names or numbers, cycled through; None cycles through all classes if the model
+        has any, unless `cond` [count, ...] has labels. Raises `ValueError` for a class or size that
+        the model does not have.
         """
         if count < 1 or batch < 1:
             raise ValueError(f"count and batch must be at least 1, not {count} and {batch}")
@@ -82,17 +82,17 @@ class Pipeline:
         return self.model.config.space.to_values(images)
 
     def sampler(self, config: SamplerConfig) -> SamplerConfig:
-        """The same with what this model takes for auto; `ValueError` for what it does not take."""
+        """The configuration resolved for this model; `ValueError` for settings it cannot use."""
         model = self.model.config
         return config.resolved(Kind.trained(model.objective, model.precond, model.space))
 
     def autocast(self) -> torch.autocast:
-        """A context in which the network has the precision of this pipeline."""
+        """A context in which the network computes in the precision of this pipeline."""
         low = self.precision == "bf16"
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=low)
 
     def labels(self, count: int, classes: Sequence[str | int] | None = None) -> Tensor | None:
-        """Label of each image, `classes` in turn: int64 [count], or None without classes."""
+        """Label of each image, cycling through `classes`: int64 [count]; None without classes."""
         names = self.model.config.classes
         total = self.model.config.network.num_classes
         if not total:
@@ -103,14 +103,14 @@ class Pipeline:
         return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 
 
-def _label(wanted: str | int, names: Sequence[str], total: int) -> int:
-    if isinstance(wanted, str) and wanted in names:
-        return names.index(wanted)
+def _label(name: str | int, names: Sequence[str], total: int) -> int:
+    if isinstance(name, str) and name in names:
+        return names.index(name)
     with contextlib.suppress(ValueError):
-        if -1 <= int(wanted) < total:  # -1 is unconditional
-            return int(wanted)
-    listed = ", ".join(f"{i} {name}" for i, name in enumerate(names))
-    raise ValueError(f"unknown class {wanted!r}; this model has {listed or f'0 to {total - 1}'}")
+        if -1 <= int(name) < total:  # -1 is unconditional
+            return int(name)
+    listed = ", ".join(f"{i} {label}" for i, label in enumerate(names))
+    raise ValueError(f"unknown class {name!r}; this model has {listed or f'0 to {total - 1}'}")
 
 
 def load(

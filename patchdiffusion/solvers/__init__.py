@@ -1,7 +1,7 @@
-"""Solvers of the probability-flow equation dx/dsigma = (x - D(x, sigma)) / sigma, and of its kin.
+"""Solvers of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma and of reverse SDEs.
 
 A solver is an iterator: it yields a `State` after every step and can be continued from any of
-them. Plumbing (seeds, batches, precision, progress, saving) belongs to the sampling driver.
+them. Seeds, batches, precision, progress and saving belong to the sampling driver.
 """
 
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ Solver = (
     | EulerMaruyama
     | Jumps
 )
-"""What a sampler may walk with; a new member is a `Method`, see `solvers.core`."""
+"""The solvers of `--solver`; a new member is a `Method`, see `solvers.core`."""
 
 __all__ = ["AB2", "AutoSolver", "Ancestral", "Churn", "DDIM", "DPMpp2M", "DPMpp2S", "DPMpp3M"]
 __all__ += ["DPMpp3MPublished", "Euler", "EulerMaruyama", "Heun", "History", "Integrator", "Jumps"]

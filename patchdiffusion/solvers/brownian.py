@@ -1,4 +1,4 @@
-"""Noise of one Brownian path, so that a stochastic solver has the same limit for all grids."""
+"""Noise of a Brownian path, so that a stochastic solver has the same limit for all grids."""
 
 import math
 
@@ -8,25 +8,24 @@ from torch import Tensor
 from patchdiffusion import rng
 from patchdiffusion.solvers.core import Noise
 
-LOW, HIGH = 1e-4, 1e4  # the path lives on these levels, whatever the grid
-DEPTH = 20  # halvings of that range; between them the path is straight
+LOW, HIGH = 1e-4, 1e4  # range of the path in sigma, whatever the grid
+DEPTH = 20  # halvings of that range; the path is linear between them
 
 
 def brownian(
     key: Tensor, shape: tuple[int, ...], sigmas: Tensor, dtype: torch.dtype = torch.float32
 ) -> Noise:
-    """Normalised increments of a path in ln sigma for each key [B]: index -> [B, *shape].
+    """Normalized increments of a path in ln sigma for each key [B]: step index -> [B, *shape].
 
-    Runs with different numbers of steps then draw the same image in more or less detail. The
-    level 0 counts as 1e-4; raises `ValueError` for levels above 1e4 or not above 1e-4.
+    Runs with different numbers of steps then approximate the same image. The level 0 counts as
+    1e-4; raises `ValueError` for levels above 1e4 or not above 1e-4.
     """
     outside = sigmas[(sigmas > HIGH) | ((sigmas <= LOW) & (sigmas != 0))]
     if len(outside):
         raise ValueError(
             f"a Brownian path runs from sigma {HIGH:g} to {LOW:g} and 0, not to {outside[0]:g}"
         )
-    place = (sigmas.clamp(min=LOW) / LOW).log() / math.log(HIGH / LOW)
-    times = place.tolist()
+    times = ((sigmas.clamp(min=LOW) / LOW).log() / math.log(HIGH / LOW)).tolist()
 
     def noise(i: int) -> Tensor:
         above, below = (_path(key, shape, t, dtype) for t in times[i : i + 2])

@@ -1,4 +1,4 @@
-"""What all solvers share: the state, the loop over the steps, and what a rule sees of a step.
+"""The common part of solvers: their state, the loop over steps, and the arguments of a step.
 
 A solver is the rule of one step, from level a down to level b, under the loop of `Method`, and a
 frozen record of its options. Rules are written in the frame x = x0 + sigma eps, where the
@@ -26,25 +26,25 @@ Noise = Callable[[int], Tensor]  # index of the step -> standard normal [B, C, *
 
 @dataclass(frozen=True)
 class State:
-    """Where a solver stands after a step."""
+    """State of a solver after a step."""
 
     x: Tensor
     """[B, C, *S], the noisy image at level sigmas[step]."""
     denoised: Tensor
     """[B, C, *S], the last estimate of the clean image."""
     step: int
-    """Number of steps done; pass it as `first`, with x and history, to go on from step."""
+    """Number of steps done; pass it as `first`, with x and history, to continue."""
     history: History = ()
-    """What a multistep solver remembers of earlier steps, the latest first."""
+    """Estimates of earlier steps for a multistep solver, the latest first."""
 
 
 class Integrator(Protocol):
-    """Walks from noise to an image: any `Method`, and what is made of one.
+    """A solver as a function from noise to an iterator over states: any `Method`.
 
     x [B, C, *S] at level sigmas[first]; sigmas decreasing, float64 [n + 1], ending in 0.
 
-    The history is dropped before each step in `resets`, and where the denoiser says that it jumps:
-    see `Wrapper.discontinuities`. Every call is a trajectory with a number of its own.
+    The history is dropped before each step in `resets`, and at discontinuities of the denoiser, see
+    `Wrapper.discontinuities`. Every call is a trajectory with its own number.
     """
 
     def __call__(
@@ -63,7 +63,7 @@ class Integrator(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a solver, as its rule sees it."""
+    """The arguments of the rule of one step."""
 
     run: int
     """Number of the trajectory."""
@@ -73,30 +73,30 @@ class Step:
     sigmas: tuple[float, ...]
     index: int
     history: History
-    """What the rule kept of the steps before; empty at the start, after a reset and before 0."""
+    """History of the steps before; empty at the start, after a reset and in the step to 0."""
 
     @property
     def sigma(self) -> float:
-        """The noise level the step begins at."""
+        """Noise level at the start of the step."""
         return self.sigmas[self.index]
 
     @property
     def next_sigma(self) -> float:
-        """The noise level it ends at."""
+        """Noise level at the end of the step."""
         return self.sigmas[self.index + 1]
 
     def width(self, back: int = 0) -> float:
-        """ln(a / b) of this step, or of one further back; next_sigma must not be 0."""
+        """ln(a / b) of this step, or of `back` steps before; next_sigma must not be 0."""
         return math.log(self.sigmas[self.index - back] / self.sigmas[self.index - back + 1])
 
     def denoise(self, x: Tensor, sigma: float | None = None, stage: int = 0) -> Tensor:
-        """Evaluate the denoiser, at `sigma` if it is given, else where the step begins."""
+        """Evaluate the denoiser, by default at the noise level of the start of the step."""
         position = Position(run=self.run, index=self.index, stage=stage, sigmas=self.sigmas)
         level = self.sigma if sigma is None else sigma
         return ask(self.denoiser, x, level, self.cond, Call(position))
 
     def perturb(self, x: Tensor, std: float) -> Tensor:
-        """Add noise, at most once a step; 0 adds none and needs none."""
+        """Add noise, at most once per step; at std 0 no noise source is needed."""
         if std == 0:
             return x
         if self.source is None:
@@ -106,23 +106,23 @@ class Step:
 
 _RUNS = itertools.count()  # numbers trajectories, so that no cache mixes two of them
 
-Move = tuple[Tensor, Tensor, History]  # x at level b, the denoised image, what to remember
+Move = tuple[Tensor, Tensor, History]  # x at level b, the denoised image, the new history
 
 
 class Method(ABC):
     """A solver made of the rule of one step; a subclass is a frozen record of its options."""
 
     stages: ClassVar[int] = 1
-    """Evaluations of a step; the step to 0 takes one."""
+    """Evaluations per step; the step to 0 takes one."""
     usual_steps: ClassVar[int] = 18
-    """Number of steps where none is given."""
+    """Default number of steps."""
 
     @abstractmethod
     def move(self, step: Step, x: Tensor) -> Move:
         """The rule of one step."""
 
     def evaluations(self, steps: int) -> int:
-        """How often the denoiser is evaluated for a sample."""
+        """Number of evaluations of the denoiser per sample."""
         return steps * self.stages - (self.stages - 1)
 
     def highest(self, sigmas: Tensor) -> float:
@@ -141,23 +141,23 @@ class Method(ABC):
         history: History = (),
         resets: Collection[int] = (),
     ) -> Iterator[State]:
-        """As an `Integrator`."""
-        number, levels = next(_RUNS), tuple(sigmas.tolist())
+        """Iterate over the steps from noise to an image, see `Integrator`."""
+        trajectory, levels = next(_RUNS), tuple(sigmas.tolist())
         resets = {*resets, *crossings(sigmas, discontinuities(denoiser))}
         for i in range(first, len(levels) - 1):
-            memory = () if i in resets or levels[i + 1] == 0 else history
-            step = Step(number, denoiser, cond, noise, levels, i, memory)
+            kept = () if i in resets or levels[i + 1] == 0 else history
+            step = Step(trajectory, denoiser, cond, noise, levels, i, kept)
             x, denoised, history = self.move(step, x)
             yield State(x, denoised, i + 1, history)
 
 
 def towards(denoised: Tensor, x: Tensor, ratio: float) -> Tensor:
-    """Shrink the distance of x from a clean image: the exact step if that image stays the same."""
+    """Shrink the distance of x from a clean image: the exact step if that image is constant."""
     return denoised + ratio * (x - denoised)
 
 
 def crossings(sigmas: Tensor, jumps: Iterable[float]) -> frozenset[int]:
-    """Steps that begin across a jump from the step before: what to pass as `resets`.
+    """Indices of steps separated from the step before by a discontinuity, for `resets`.
 
     `jumps` are levels at which the denoiser changes, such as both ends of a guidance interval
     low < sigma <= high. Estimates of different denoisers must not be extrapolated together.
@@ -168,7 +168,7 @@ def crossings(sigmas: Tensor, jumps: Iterable[float]) -> frozenset[int]:
 
 
 def run(solution: Iterator[State]) -> State:
-    """The last state of a solver."""
+    """Run a solver to its end and return the last state."""
     state = None
     for state in solution:  # noqa: B007
         pass
@@ -188,5 +188,5 @@ def solve(
     noise: Noise | None = None,
     resets: Collection[int] = (),
 ) -> Tensor:
-    """The clean image at the end of a solver, without gradients."""
+    """Run a solver without gradients and return the clean image."""
     return run(solver(denoiser, x, sigmas, cond=cond, noise=noise, resets=resets)).x

@@ -1,6 +1,6 @@
-"""Solvers that extrapolate from earlier steps: a higher order for one evaluation a step.
+"""Multistep solvers: a higher order by extrapolation from earlier steps, at one evaluation a step.
 
-All begin with a step of first order, and end with one, to 0.
+The first step and the last one, to 0, are of first order.
 """
 
 import math
@@ -25,7 +25,7 @@ class DPMpp2M(Method):
 
 
 def extrapolated(step: Step, denoised: Tensor) -> Tensor:
-    """The clean image as it will be half way, in ln sigma, along the line from the last one."""
+    """Linear extrapolation in ln sigma of the clean image to the middle of the step."""
     if not step.history:
         return denoised
     return denoised + step.width() / (2 * step.width(1)) * (denoised - step.history[0])
@@ -35,7 +35,7 @@ def extrapolated(step: Step, denoised: Tensor) -> Tensor:
 class DPMpp3M(Method):
     """Third order, n evaluations: the exact integral of a parabola through three images.
 
-    DPM-Solver++(3M) as its derivation has it (arXiv 2211.01095).
+    DPM-Solver++(3M) with the term of its derivation (arXiv 2211.01095).
     """
 
     word: ClassVar[str] = "dpmpp_3m"
@@ -46,7 +46,7 @@ class DPMpp3M(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class DPMpp3MPublished(Method):
-    """`DPMpp3M` with half the second-order term, as in the authors' code: not third order."""
+    """`DPMpp3M` with half the second-order term, as in the authors' code (arXiv 2211.01095)."""
 
     word: ClassVar[str] = "dpmpp_3m_published"
 
@@ -56,7 +56,7 @@ class DPMpp3MPublished(Method):
 
 def _parabola(step: Step, x: Tensor, factor: float) -> Move:
     denoised = step.denoise(x)
-    keep = (denoised, *step.history[:1])
+    history = (denoised, *step.history[:1])
     x = towards(denoised, x, step.next_sigma / step.sigma)
     if step.history:
         h, h1 = step.width(), step.width(1)
@@ -69,7 +69,7 @@ def _parabola(step: Step, x: Tensor, factor: float) -> Move:
             slope = slope + bend * (h1 / h)
             x = x - factor * (phi2 / h - 1 / 2) * bend
         x = x + phi2 * slope
-    return x, denoised, keep
+    return x, denoised, history
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""The noise levels that a solver visits: decreasing, with a final 0; float64 [n + 1].
+"""Sampling schedules: decreasing noise levels with a final 0, float64 [n + 1].
 
-The first is exactly sigma_max and the last before 0 exactly sigma_min, so that what begins or ends
-at them, such as guidance in an interval, finds them.
+The first is exactly sigma_max and the last before 0 exactly sigma_min, so that intervals that begin
+or end at them, as of guidance, include them.
 """
 
 import math
@@ -14,11 +14,11 @@ from torch import Tensor
 from patchdiffusion.noise import NoiseLaw, check_range
 from patchdiffusion.paths import DDPM, PATHS
 
-MOST_STEPS = 1_000_000  # beyond is a slip
+MOST_STEPS = 1_000_000  # more is a typing error
 
 
 def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
-    """Levels evenly spaced in sigma^(1/rho) (EDM, equation 5), then 0."""
+    """Levels evenly spaced in sigma^(1/rho) (EDM, arXiv 2206.00364, equation 5), then 0."""
     _check_grid(n, sigma_min, sigma_max)
     if not rho > 0:
         raise ValueError(f"rho must be positive, not {rho}")
@@ -27,7 +27,7 @@ def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float
 
 
 def log_uniform(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
-    """Levels evenly spaced in ln sigma, that is in logSNR, then 0: `karras` of a large rho."""
+    """Levels evenly spaced in ln sigma, that is in log SNR, then 0: `karras` with a large rho."""
     _check_grid(n, sigma_min, sigma_max)
     return _grid(sigma_min * (sigma_max / sigma_min) ** _ramp(n), sigma_min, sigma_max)
 
@@ -51,7 +51,7 @@ def time_uniform(
     low, high = PATHS[path].time(ends) ** (1 / power)
     levels = PATHS[path].sigma((low + _ramp(n) * (high - low)) ** power)
     if not bool(((levels > 0) & levels.isfinite()).all()):
-        raise ValueError(f"the {path} path has no room for sigma_max {sigma_max} or {sigma_min}")
+        raise ValueError(f"the {path} path does not reach sigma_max {sigma_max} or {sigma_min}")
     return _grid(levels, sigma_min, sigma_max)
 
 
@@ -61,7 +61,7 @@ def flow_uniform(
     """Levels evenly spaced in flow time tau before the shift, then 0 (arXiv 2403.03206, eq. 23).
 
     The shift tau' = k tau / (1 + (k - 1) tau) is sigma' = k sigma; above 1 it moves steps to high
-    noise, which large images need. Both ends stay where they are.
+    noise, which large images need. Both ends are unchanged.
     """
     if not 0 < shift < math.inf:
         raise ValueError(f"shift must be positive and finite, not {shift}")
@@ -78,8 +78,8 @@ def ddpm_table(n: int, sigma_min: float = 0.01, sigma_max: float = 150.0, *, tab
     _check_grid(n, sigma_min, sigma_max)
     ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
     low, high = table.index(ends).clamp(0, table.steps - 1)
-    place = (low + _ramp(n) * (high - low)).round() / (table.steps - 1)
-    levels = _grid(table.sigma(place), sigma_min, sigma_max)
+    times = (low + _ramp(n) * (high - low)).round() / (table.steps - 1)
+    levels = _grid(table.sigma(times), sigma_min, sigma_max)
     if not bool((levels.diff() < 0).all()):
         raise ValueError(
             f"the ddpm table of {table.steps} steps has no {n} levels from sigma {sigma_min:g} to "
@@ -92,7 +92,7 @@ def ddpm_table(n: int, sigma_min: float = 0.01, sigma_max: float = 150.0, *, tab
 
 
 class Spacing(Protocol):
-    """What a schedule is: n levels between two ends, and then 0."""
+    """A schedule: n noise levels between two ends, then 0."""
 
     def sigmas(self, n: int, low: float, high: float) -> Tensor:
         """Decreasing noise levels: float64 [n + 1]."""
@@ -101,10 +101,10 @@ class Spacing(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Karras:
-    """Evenly spaced in sigma^(1/rho), as of EDM."""
+    """Evenly spaced in sigma^(1/rho) (EDM, arXiv 2206.00364)."""
 
     rho: float = 7.0
-    """Larger numbers have more steps at low noise."""
+    """Exponent of the spacing; larger values put more steps at low noise."""
 
     def sigmas(self, n: int, low: float, high: float) -> Tensor:
         return karras(n, low, high, self.rho)
@@ -112,7 +112,7 @@ class Karras:
 
 @dataclass(frozen=True, kw_only=True)
 class LogSpaced:
-    """Evenly spaced in ln sigma, which is log SNR."""
+    """Evenly spaced in ln sigma, which is log SNR (DPM-Solver, arXiv 2206.00927)."""
 
     word: ClassVar[str] = "log_uniform"
 
@@ -122,11 +122,11 @@ class LogSpaced:
 
 @dataclass(frozen=True, kw_only=True)
 class TimeSpaced:
-    """Evenly spaced in the time of DDPM, or of the cosine path."""
+    """Evenly spaced in the time of DDPM, or of the cosine path (arXiv 2006.11239)."""
 
     word: ClassVar[str] = "uniform_t"
     path: Literal["vp", "cosine"] = "vp"
-    """vp: the variance-preserving path, as of DDPM in continuous time; cosine: that of v models."""
+    """vp: the variance-preserving path, DDPM in continuous time; cosine: that of v models."""
 
     def sigmas(self, n: int, low: float, high: float) -> Tensor:
         return time_uniform(n, low, high, path=self.path)
@@ -134,7 +134,7 @@ class TimeSpaced:
 
 @dataclass(frozen=True, kw_only=True)
 class Quadratic:
-    """Evenly spaced in the root of the time of DDPM, as of DDIM."""
+    """Evenly spaced in the square root of the time of DDPM (DDIM, arXiv 2010.02502)."""
 
     def sigmas(self, n: int, low: float, high: float) -> Tensor:
         return time_uniform(n, low, high, power=2)
@@ -142,7 +142,7 @@ class Quadratic:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowSpaced:
-    """Evenly spaced in the time of flow matching, before a shift."""
+    """Evenly spaced in the time of flow matching, before a shift (SD3, arXiv 2403.03206)."""
 
     word: ClassVar[str] = "flow"
     shift: float = 1.0
@@ -154,35 +154,35 @@ class FlowSpaced:
 
 @dataclass(frozen=True, kw_only=True)
 class TableSpaced:
-    """Levels of a DDPM table, at evenly spaced steps of it."""
+    """Levels of a DDPM table, at evenly spaced steps (DDIM, arXiv 2010.02502)."""
 
     word: ClassVar[str] = "ddpm"
     table: Literal["linear", "cosine"] = "linear"
-    """Which table, as in `precond.table` of the model."""
+    """Kind of table, as in `precond.table` of the model."""
     steps: int = 1000
     """Number of steps of the table."""
 
     def __post_init__(self) -> None:
-        DDPM(table=self.table, steps=self.steps)  # raises if there is none
+        DDPM(table=self.table, steps=self.steps)  # raises for an unknown table
 
     def sigmas(self, n: int, low: float, high: float) -> Tensor:
         return ddpm_table(n, low, high, table=DDPM(table=self.table, steps=self.steps))
 
 
 Schedule = Karras | LogSpaced | TimeSpaced | Quadratic | FlowSpaced | TableSpaced
-"""How a sampler may space its noise levels; each is a `Spacing`."""
+"""The schedules of `--schedule`; each is a `Spacing`."""
 
 
-# ---- Between which levels ----
+# ---- Ends of a schedule ----
 
 
 def ends(
     sigma_min: float | None, sigma_max: float | None, law: NoiseLaw | None = None
 ) -> tuple[float, float]:
-    """The lowest and the highest level for a model trained on the levels of `law`, any if None.
+    """The lowest and the highest level for a model trained with a noise law, any if None.
 
-    None is .002 and 80, or what training has that is nearest. Raises `ValueError` for levels that
-    it never draws.
+    The defaults are .002 and 80, clamped to the levels of training. Raises `ValueError` for levels
+    that the law never draws.
     """
     low, high = (0.0, math.inf) if law is None else support(law)
     for name, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
@@ -198,13 +198,13 @@ def ends(
 
 
 def support(law: NoiseLaw) -> tuple[float, float]:
-    """The lowest and the highest level that a law draws, 0 and inf where nothing bounds it."""
+    """The lowest and the highest level that a law draws; 0 and inf if it is unbounded."""
     low, high = law.icdf(torch.tensor([0.0, 1.0], dtype=torch.float64)).tolist()
     return low, high
 
 
 def _ramp(n: int) -> Tensor:
-    """n numbers from 1 to 0; 1 alone for a single step, which begins at the top."""
+    """n numbers from 1 to 0; for a single step only 1."""
     return torch.linspace(1, 0, n, dtype=torch.float64) if n > 1 else torch.ones(1).double()
 
 
@@ -217,7 +217,7 @@ def _grid(levels: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
 
 def _check_grid(n: int, sigma_min: float, sigma_max: float) -> None:
     if n < 1:
-        raise ValueError(f"the steps of a grid must be at least 1 step, not {n}")
+        raise ValueError(f"a sampling grid needs at least 1 step, not {n}")
     if n > MOST_STEPS:
         raise ValueError(f"a sampling grid has at most {MOST_STEPS:,} steps, not {n}")
     check_range(sigma_min, sigma_max)

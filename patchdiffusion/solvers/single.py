@@ -1,4 +1,4 @@
-"""Solvers that remember nothing: Euler, the family of Heun, DPM-Solver-2, and churn."""
+"""Single-step solvers: Euler, Heun's family, DPM-Solver-2, with churn."""
 
 import math
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from patchdiffusion.solvers.core import Method, Move, Step, towards
 
 @dataclass(frozen=True, kw_only=True)
 class Churn:
-    """Noise added and removed again along the way (EDM, algorithm 2)."""
+    """Churn: noise added before each step and removed by it (EDM, algorithm 2)."""
 
     amount: float = 0.0
-    """S_churn, spread over the steps; at most sqrt(2) - 1 of the level is added in a step."""
+    """S_churn, divided over the steps; a step adds at most sqrt(2) - 1 of its level."""
     sigma_min: float = 0.0
-    """Churn only at levels from step ..."""
+    """Lowest noise level with churn."""
     sigma_max: float = 1e6
-    """... up to step."""
+    """Highest noise level with churn."""
     scale: float = 1.0
     """S_noise, the standard deviation of the added noise; slightly above 1 keeps detail."""
 
@@ -30,7 +30,7 @@ class Churn:
             )
         if not self.amount and (self.sigma_min, self.sigma_max, self.scale) != (0.0, 1e6, 1.0):
             raise ValueError(
-                "sigma_min, sigma_max and scale shape the churn, and amount is 0, which is none"
+                "sigma_min, sigma_max and scale need churn, but its amount is 0: set an amount"
             )
 
     def gamma(self, sigma: float, steps: int) -> float:
@@ -41,7 +41,7 @@ class Churn:
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(Method):
-    """First order, n evaluations; the same as DDIM (arXiv 2010.02502) and DPM-Solver++(1)."""
+    """First order, n evaluations; equals DDIM (arXiv 2010.02502) and DPM-Solver++(1)."""
 
     def move(self, step: Step, x: Tensor) -> Move:
         denoised = step.denoise(x)
@@ -50,11 +50,11 @@ class Euler(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class TwoStages(Method):
-    """The second-order methods with stages at a and a + alpha (b - a) (EDM, algorithms 2 and 3)."""
+    """Second-order methods with stages at a and a + alpha (b - a) (EDM, algorithms 2 and 3)."""
 
     stages: ClassVar[int] = 2
     alpha: ClassVar[float]
-    """Place of the second evaluation in the step."""
+    """Position of the second evaluation in the step, in (0, 1]."""
     churn: Churn = field(default_factory=Churn)
 
     def highest(self, sigmas: Tensor) -> float:
@@ -81,21 +81,21 @@ class TwoStages(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Heun(TwoStages):
-    """Second order, 2n - 1 evaluations, optionally stochastic (EDM, algorithms 1 and 2)."""
+    """Second order, 2n - 1 evaluations, optionally stochastic (EDM, arXiv 2206.00364)."""
 
     alpha: ClassVar[float] = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Midpoint(TwoStages):
-    """As `Heun`, with the second evaluation half way in sigma."""
+    """`Heun` with the second evaluation half way in sigma (arXiv 2206.00364, algorithm 3)."""
 
     alpha: ClassVar[float] = 1 / 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ralston(TwoStages):
-    """As `Heun`, with the second evaluation at two thirds, where the error bound is least."""
+    """`Heun` with the second evaluation at two thirds, the least error bound (2206.00364)."""
 
     alpha: ClassVar[float] = 2 / 3
 
@@ -104,7 +104,7 @@ class Ralston(TwoStages):
 class DPMpp2S(Method):
     """Second order, 2n - 1 evaluations: the midpoint in ln sigma (arXiv 2211.01095, algorithm 1).
 
-    There with r = 1/2.
+    DPM-Solver++(2S) with r = 1/2.
     """
 
     word: ClassVar[str] = "dpmpp_2s"

@@ -1,4 +1,4 @@
-"""Solvers of the reverse stochastic equation: the same marginals, with fresh noise in each step."""
+"""Stochastic solvers, of the reverse SDE: equal marginals, with fresh noise in each step."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class DDIM(Method):
     """First order, n evaluations: DDIM (arXiv 2010.02502, equation 16); `Euler` without noise."""
 
     eta: float = 0.0
-    """Part of the standard deviation of DDPM's posterior, in [0, 1]; 0 adds no noise."""
+    """Share of the standard deviation of DDPM's posterior, in [0, 1]; 0 adds no noise."""
 
     def __post_init__(self) -> None:
         check_eta(self.eta, 1.0)
@@ -28,10 +28,10 @@ class DDIM(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Ancestral(Method):
-    """`DDIM` that takes all of the posterior's noise: DDPM (arXiv 2006.11239)."""
+    """`DDIM` with all of the posterior's noise: DDPM (arXiv 2006.11239)."""
 
     eta: float = 1.0
-    """Part of the standard deviation of DDPM's posterior, in [0, 1]."""
+    """Share of the standard deviation of DDPM's posterior, in [0, 1]."""
 
     def __post_init__(self) -> None:
         check_eta(self.eta, 1.0)
@@ -68,7 +68,10 @@ class SDEDPMpp1(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class SDEDPMpp2M(Method):
-    """Second order in the drift, n evaluations: SDE-DPM-Solver++(2M); with eta 0 `DPMpp2M`."""
+    """Second order in the drift, n evaluations: SDE-DPM-Solver++(2M) (arXiv 2211.01095).
+
+    With eta 0 it is `DPMpp2M`.
+    """
 
     word: ClassVar[str] = "sde_dpmpp_2m"
     eta: float = 1.0
@@ -84,7 +87,7 @@ class SDEDPMpp2M(Method):
 
 
 def _exponential(step: Step, x: Tensor, denoised: Tensor, eta: float) -> Tensor:
-    """The exact step of the stochastic equation if the clean image stays the same."""
+    """The exact step of the reverse SDE if the clean image is constant."""
     ratio = step.next_sigma / step.sigma
     x = towards(denoised, x, ratio ** (1 + eta))
     return step.perturb(x, step.next_sigma * math.sqrt(1 - ratio ** (2 * eta)))
@@ -103,7 +106,7 @@ class EulerMaruyama(Method):
     path: Literal["flow", "vp", "cosine", "ve"] = "flow"
     """The frame in which the steps are straight."""
     diffusion: Literal["s", "constant"] = "s"
-    """s: w falls with the noise, as eta s(t); constant: it is eta."""
+    """s: w = eta s(t), which falls with the noise; constant: w = eta."""
 
     def __post_init__(self) -> None:
         check_eta(self.eta)
@@ -125,7 +128,7 @@ class EulerMaruyama(Method):
 
 
 def check_eta(eta: float, most: float = 100.0) -> None:
-    """Raise `ValueError` for an impossible amount of noise."""
+    """Raise `ValueError` unless eta lies in [0, most]."""
     if not 0 <= eta <= most:
         raise ValueError(f"eta must be in [0, {most:g}], not {eta}")
 

@@ -13,7 +13,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.data.columns import Filled, used
 from patchdiffusion.data.feed import conditions
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.metrics.classify import Answers, classified, framed, summarise
+from patchdiffusion.metrics.classify import Answers, classified, framed, summarize
 from patchdiffusion.nets.heads import ClassifierHead
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives import DenoisingConfig
@@ -132,7 +132,7 @@ class AnswerPreview:
 
         parts = scene.everywhere(lambda: torch.stack([answers(size) for size in scene.sizes]))
         table = torch.cat(parts, dim=2)  # [sizes, 3, count]
-        return summarise(
+        return summarize(
             {size: Answers(*rows) for size, rows in zip(scene.sizes, table, strict=True)}
         )
 

@@ -26,7 +26,7 @@ from patchdiffusion.metrics.evaluate import (
     sample_labels,
 )
 from patchdiffusion.metrics.frechet import Moments, frechet_distance
-from patchdiffusion.metrics.heldout import held_out_losses, summarise
+from patchdiffusion.metrics.heldout import held_out_losses, summarize
 from patchdiffusion.metrics.memorise import copy_rate
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import sample
@@ -142,7 +142,7 @@ class SamplePreview:
                 return torch.stack(list(found.values()))
 
             table = torch.cat(scene.everywhere(losses), dim=2)  # [sizes, 2, count]
-            loss = summarise(dict(zip(scene.sizes, table, strict=True)))
+            loss = summarize(dict(zip(scene.sizes, table, strict=True)))
             facts["held_out"] = {"loss": loss.total, "bands": loss.bands, "sizes": loss.sizes}
         if team.is_main and 2 <= len(pack.train) <= COPY_LIMIT:
             copies = copy_rate(samples, pack.images, pack.train, space=pack.space)
