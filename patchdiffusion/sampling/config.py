@@ -39,7 +39,7 @@ class Kind:
 
     @classmethod
     def trained(cls, objective: ObjectiveConfig, precond: Parameterisation, space: Space) -> "Kind":
-        """That of a model which was trained for an objective, on images of a space."""
+        """The kind of a model trained with an objective and a preconditioner on a space."""
         few = objective.few_step
         return cls(
             denoiser=objective.denoises,
@@ -50,7 +50,7 @@ class Kind:
 
     @classmethod
     def of(cls, model: Denoiser | FlowMap) -> "Kind":
-        """What can be told from the model itself; its images are taken for pixels."""
+        """The kind of a denoiser or flow map by its type; its images are assumed to be pixels."""
         if isinstance(model, FlowMap):
             return cls(denoiser=False, flow_map=True)
         parts = model.walk() if isinstance(model, Wrapper) else (model,)
