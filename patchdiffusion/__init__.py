@@ -4,38 +4,44 @@ from patchdiffusion import auto, load, train
 
 run = train(auto("photos"))
 images = load(run).sample(16)
+
+Names are imported when they are first used, so that the command line answers at once.
 """
 
-from importlib.metadata import version
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-__version__ = version("patchdiffusion")
+if TYPE_CHECKING:
+    from patchdiffusion.cond import Cond, Position, Tape
+    from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
+    from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
+    from patchdiffusion.model import load_model
+    from patchdiffusion.nets.transformer import TransformerConfig
+    from patchdiffusion.nets.unet import SongUNet, UNetConfig
+    from patchdiffusion.noise import LogNormal
+    from patchdiffusion.objectives import ConsistencyConfig, MeanFlowConfig
+    from patchdiffusion.parameterisation import EDM
+    from patchdiffusion.patches import coordinates, crop, random_crop
+    from patchdiffusion.plans import (
+        ConstantPixels,
+        Group,
+        PatchPlan,
+        Progressive,
+        Stochastic,
+        Stratified,
+    )
+    from patchdiffusion.recipes import auto
+    from patchdiffusion.sampling.driver import sample
+    from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
+    from patchdiffusion.solvers import euler, heun
+    from patchdiffusion.solvers.schedules import karras
+    from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
+    from patchdiffusion.train.config import RunConfig, TrainConfig
+    from patchdiffusion.train.loop import train
 
-from patchdiffusion.cond import Cond, Position, Tape
-from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
-from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
-from patchdiffusion.model import load_model
-from patchdiffusion.nets.transformer import TransformerConfig
-from patchdiffusion.nets.unet import SongUNet, UNetConfig
-from patchdiffusion.noise import LogNormal
-from patchdiffusion.objectives import ConsistencyConfig, MeanFlowConfig
-from patchdiffusion.parameterisation import EDM
-from patchdiffusion.patches import coordinates, crop, random_crop
-from patchdiffusion.plans import (
-    ConstantPixels,
-    Group,
-    PatchPlan,
-    Progressive,
-    Stochastic,
-    Stratified,
-)
-from patchdiffusion.recipes import auto
-from patchdiffusion.sampling.driver import sample
-from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
-from patchdiffusion.solvers import euler, heun
-from patchdiffusion.solvers.schedules import karras
-from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
-from patchdiffusion.train.config import RunConfig, TrainConfig
-from patchdiffusion.train.loop import train
+    __version__: str
 
 __all__ = [
     "auto",
@@ -81,3 +87,55 @@ __all__ = [
     "enlarge",
     "to_uint8",
 ]
+
+_FILES = {
+    "cond": "Cond Position Tape",
+    "denoiser": "Denoiser NetDenoiser PatchDenoiser as_denoiser",
+    "losses": "Batch DenoisingLoss LossOut",
+    "model": "load_model",
+    "nets.transformer": "TransformerConfig",
+    "nets.unet": "SongUNet UNetConfig",
+    "noise": "LogNormal",
+    "objectives": "ConsistencyConfig MeanFlowConfig",
+    "parameterisation": "EDM",
+    "patches": "coordinates crop random_crop",
+    "plans": "ConstantPixels Group PatchPlan Progressive Stochastic Stratified",
+    "recipes": "auto",
+    "sampling.driver": "sample",
+    "sampling.pipeline": "Pipeline SamplerConfig load",
+    "solvers": "euler heun",
+    "solvers.schedules": "karras",
+    "system.png": "enlarge grid save_png to_uint8",
+    "train.config": "RunConfig TrainConfig",
+    "train.loop": "train",
+}
+_FILE_OF = {name: file for file, names in _FILES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its file."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: object = version("patchdiffusion")
+    elif name in _FILE_OF:
+        value = getattr(import_module(f"patchdiffusion.{_FILE_OF[name]}"), name)
+    else:
+        raise AttributeError(f"module 'patchdiffusion' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps the function `train` when the folder `train` is imported, which would replace it."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and name in _FILE_OF):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,5 +1,8 @@
 """python -m patchdiffusion"""
 
-from patchdiffusion.cli import program
+try:
+    from patchdiffusion.cli import program
+except KeyboardInterrupt:
+    raise SystemExit(130) from None
 
 program()

@@ -319,9 +319,26 @@ def test_glyphs_beside_a_run_of_that_name(capsys: Capture) -> None:
     assert "10,896 images" in works(capsys, "doctor", "glyphs", "--steps", 1, "--device", "cpu")
 
 
-def test_commands_start_without_the_compiler() -> None:
-    """Which takes a second to import, and shards half of one."""
-    program = "import sys, patchdiffusion.cli; print(*sys.modules)"
+def modules_after(*lines: str) -> set[str]:
+    program = "; ".join(["import sys", *lines, "print(*sys.modules)"])
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    slow = {"patchdiffusion.cli", "torch._dynamo", "torch.distributed.tensor", "sympy"}
-    assert slow & set(done.stdout.split()) == {"patchdiffusion.cli"}
+    return set(done.stdout.split())
+
+
+def test_commands_start_without_what_they_do_not_need() -> None:
+    """PyTorch takes a second to import, its compiler another one, matplotlib half of one."""
+    quick = "from patchdiffusion.cli import main"
+    for line in ("main([])", "main(['--version'])", "main(['fly'])"):
+        assert "torch" not in modules_after(quick, line)
+    loaded = modules_after("import patchdiffusion.cli.train, patchdiffusion.cli.sample")
+    slow = {"torch", "torch._dynamo", "torch.distributed.tensor", "sympy", "matplotlib"}
+    assert slow & loaded == {"torch"}
+
+
+def test_public_names_are_imported_when_they_are_used() -> None:
+    assert "torch" not in modules_after("import patchdiffusion")
+    after = modules_after("import patchdiffusion.train.config", "from patchdiffusion import train",
+                          "assert callable(train) and train.__name__ == 'train'")  # fmt: skip
+    assert "patchdiffusion.train.loop" in after
+    with pytest.raises(AttributeError, match="fly"):
+        patchdiffusion.fly  # type: ignore[attr-defined] # noqa: B018

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from patchdiffusion.system.dist import Place
+from patchdiffusion.system.place import Place
 from patchdiffusion.train import timing as module
 from patchdiffusion.train.timing import Phases, heartbeat, whereabouts
 

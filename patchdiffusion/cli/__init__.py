@@ -1,21 +1,28 @@
-"""The command line: `patchdiffusion COMMAND ...`."""
+"""The command line: `patchdiffusion COMMAND ...`.
 
+Files of commands are imported when one is run: what needs none of them answers at once.
+"""
+
+import ast
 import importlib.util
 import io
 import os
 import select
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn, TextIO
 
-from patchdiffusion import __version__
-from patchdiffusion.cli import average, bench, doctor, evaluate, prepare, report, sample, train
-from patchdiffusion.cli.help import first_line
-from patchdiffusion.cli.parse import HelpShown
-from patchdiffusion.system.dist import leave, place
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
+from patchdiffusion.system.place import leave, place
+
+
+class HelpShown(Exception):
+    """The help was asked for and printed; there is nothing else to do."""
 
 
 @dataclass(frozen=True)
@@ -27,30 +34,86 @@ class Command:
     """Makes the record that its arguments change; the docstring of its class is the help."""
 
 
-COMMANDS: dict[str, Command] = {
-    "train": Command(train.main, train.TrainArguments),
-    "sample": Command(sample.main, sample.SampleArguments),
-    "evaluate": Command(evaluate.main, evaluate.EvaluateArguments),
-    "prepare": Command(prepare.main, prepare.PrepareArguments),
-    "report": Command(report.main, report.ReportArguments),
-    "average": Command(average.main, average.AverageArguments),
-    "bench": Command(bench.main, bench.BenchArguments),
-    "doctor": Command(doctor.main, doctor.DoctorArguments),
+def _command(name: str) -> Command:
+    """The command in the file of its name: `main`, and a record such as `TrainArguments`."""
+
+    def main(arguments: Sequence[str]) -> None:
+        with _starting():
+            module = import_module(f"{__name__}.{name}")
+        module.main(arguments)
+
+    def arguments() -> object:
+        return getattr(import_module(f"{__name__}.{name}"), f"{name.title()}Arguments")()
+
+    return Command(main, arguments)
+
+
+COMMANDS = {
+    name: _command(name)
+    for name in (
+        "train",
+        "sample",
+        "evaluate",
+        "prepare",
+        "report",
+        "average",
+        "bench",
+        "doctor",
+    )
 }
 
-USAGE = "\n".join(
-    [
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    """Around the import of PyTorch: tell a person who waits, and end at once on Ctrl-C.
+
+    A KeyboardInterrupt in there can abort the process, since C++ does not expect it.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    is_ours = before is signal.default_int_handler
+    told = "starting ..." if sys.stderr.isatty() else ""
+
+    def clear() -> None:
+        if told:
+            print(f"\r{' ' * len(told)}\r", end="", file=sys.stderr, flush=True)
+
+    def end(*_: object) -> None:
+        clear()
+        os._exit(_fail("interrupted", 130))
+
+    if is_ours:
+        signal.signal(signal.SIGINT, end)
+    print(told, end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        clear()
+        if is_ours:
+            signal.signal(signal.SIGINT, before)
+
+
+def usage() -> str:
+    """What `patchdiffusion` alone prints."""
+    lines = [
         "usage: patchdiffusion [--import FILE.py] COMMAND [options]",
         "",
         "Train diffusion models from scratch on your own images, on patches.",
         "",
-        *(f"  {name:<10}{first_line(command.arguments)}" for name, command in COMMANDS.items()),
+        *(f"  {name:<10}{_summary(name)}" for name in COMMANDS),
         "",
         "patchdiffusion COMMAND --help lists the options of a command.",
         "patchdiffusion --version prints the version.",
         "--import FILE.py adds networks, objectives, solvers ... of your own.",
     ]
-)
+    return "\n".join(lines)
+
+
+def _summary(name: str) -> str:
+    """First line of the help of a command, from its file, which is not executed."""
+    tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+    classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    record = next(node for node in classes if node.name == f"{name.title()}Arguments")
+    return (ast.get_docstring(record) or "").split("\n")[0]
 
 
 def program() -> NoReturn:
@@ -117,9 +180,11 @@ def _run(arguments: Sequence[str]) -> int:
     except ValueError as error:
         return _fail(str(error), 2)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(USAGE)
+        print(usage())
         return 0
     if arguments[0] in ("-V", "--version"):
+        from patchdiffusion import __version__  # which is read from a file
+
         print(f"patchdiffusion {__version__}")
         return 0
     name, rest = arguments[0], arguments[1:]

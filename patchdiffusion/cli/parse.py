@@ -5,15 +5,11 @@ from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, TypeVar, get_origin, get_type_hints
 
-from patchdiffusion.cli import flags
+from patchdiffusion.cli import HelpShown, flags
 from patchdiffusion.cli.help import docs, help_text
 from patchdiffusion.cli.values import convert
 
 T = TypeVar("T")
-
-
-class HelpShown(Exception):
-    """The help was asked for and printed; there is nothing else to do."""
 
 
 def parse(default: T, arguments: Sequence[str], command: str) -> T:

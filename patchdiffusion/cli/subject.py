@@ -11,7 +11,7 @@ from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.data.source import is_run
 from patchdiffusion.recipes import Facts, Recipe
-from patchdiffusion.system.dist import place
+from patchdiffusion.system.place import place
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.folder import stored_config
 

@@ -9,9 +9,7 @@ import math
 import unicodedata
 from pathlib import Path
 
-import matplotlib
 import numpy as np
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont, features
 
 from patchdiffusion.data.example import Example
@@ -127,6 +125,8 @@ class Glyphs:
     def __init__(self, resolution: int = 32):
         if not 8 <= resolution <= 512:
             raise ValueError(f"resolution of glyphs is {resolution}; allowed are 8 to 512")
+        import matplotlib  # here: nothing else needs it to start
+
         folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
         self._fonts = [folder / f"{name}.ttf" for name in _FONTS]
         self._resolution = resolution
@@ -137,6 +137,8 @@ class Glyphs:
     @functools.cached_property
     def _drawn(self) -> list[tuple[np.ndarray, str, int]]:
         """Image, font and code point of each character; drawn on first use, as it takes seconds."""
+        from matplotlib.ft2font import FT2Font
+
         drawn: list[tuple[np.ndarray, str, int]] = []
         seen: set[bytes] = set()
         for path in self._fonts:

@@ -32,8 +32,8 @@ from patchdiffusion.data.report import Report, bad_lines, write_text
 from patchdiffusion.data.source import open_source
 from patchdiffusion.data.split import held_out, repeats
 from patchdiffusion.data.write import pack_writer
-from patchdiffusion.system.dist import place
 from patchdiffusion.system.files import cache_dir, folder_atomic, lock
+from patchdiffusion.system.place import place
 from patchdiffusion.system.progress import progress_bar
 
 _TASK = 32

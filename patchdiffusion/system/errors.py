@@ -15,9 +15,6 @@
 | 141 | the program that read the output has ended, as `head` does |
 """
 
-import torch
-import torch.distributed as c10d
-
 
 class Stop(Exception):
     """Raised when a run cannot go on, with one line for the user: what happened and what helps.
@@ -32,6 +29,8 @@ class Stop(Exception):
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on any device."""
+    import torch  # here: commands that fail at once do not wait for it
+
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error) if isinstance(error, RuntimeError) else ""
@@ -40,6 +39,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def peer_lost(error: BaseException) -> bool:
     """Whether an error means that another process is gone or did not answer in time."""
+    import torch.distributed as c10d
+
     if isinstance(error, c10d.DistError):
         return True
     text = str(error) if isinstance(error, RuntimeError) else ""

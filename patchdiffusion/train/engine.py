@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from patchdiffusion.nets import fused
-from patchdiffusion.system.dist import Place
 from patchdiffusion.system.memory import keep_freed
+from patchdiffusion.system.place import Place
 from patchdiffusion.train.config import RunConfig
 
 _FORKED = [False]

@@ -6,12 +6,12 @@ import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from patchdiffusion.system.files import parse_json, read_json, write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Record = dict[str, Any]
 
@@ -130,6 +130,8 @@ def _figure(folder: Path, record: Record) -> str:
 
 
 def _curves(status: list[Record], previews: list[Record]) -> str:
+    from matplotlib.figure import Figure  # here: it takes half a second to import
+
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for size in status[-1]["sizes"]:
@@ -154,7 +156,7 @@ def _curves(status: list[Record], previews: list[Record]) -> str:
     return text[text.index("<svg") :]
 
 
-def _line(axes: Axes, points: list[tuple[float, Any]], label: str, **style: Any) -> None:
+def _line(axes: "Axes", points: list[tuple[float, Any]], label: str, **style: Any) -> None:
     points = [(x, y) for x, y in points if y is not None]
     if points:
         axes.plot(*zip(*points, strict=True), label=label, markersize=3, linewidth=1.2, **style)

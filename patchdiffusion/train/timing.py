@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchdiffusion.system.dist import Place
 from patchdiffusion.system.files import read_json
+from patchdiffusion.system.place import Place
 
 BEAT_SECONDS = 1.0
 COMPUTE = ("forward", "backward", "update", "average")

@@ -17,7 +17,7 @@ import tiny
 import torch
 
 from patchdiffusion import cli, recipes
-from patchdiffusion.system.dist import leave, place
+from patchdiffusion.system.place import leave, place
 from patchdiffusion.train import loop, status
 
 

@@ -30,7 +30,7 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
 from patchdiffusion.rng import Draws
-from patchdiffusion.system.dist import place
+from patchdiffusion.system.place import place
 from patchdiffusion.train import checkpoint, loop, samples, setup
 from patchdiffusion.train.timing import Phases
 

@@ -164,7 +164,7 @@ def test_a_learned_log_variance_is_the_same_everywhere(images: Path, tmp_path: P
 
 LEAVING = """
 import atexit
-from patchdiffusion.system.dist import leave
+from patchdiffusion.system.place import leave
 
 class Tensor:
     def __del__(self):
