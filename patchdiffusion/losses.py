@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -101,6 +101,18 @@ class Objective(Protocol):
 
 Loss = Callable[[Any, Batch, Draws], LossOut]
 """The loss of any model; an `Objective` is a loss of denoisers."""
+
+
+@runtime_checkable
+class AfterStep(Protocol):
+    """A network or objective that does something after each update, before it is averaged."""
+
+    def after_step(self, applied: Tensor) -> None:
+        """Change its weights or state; all must stay as it is where `applied` is 0, not 1.
+
+        `applied` is a scalar on the device: an update that was skipped is not known to the host.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,13 @@ from patchdiffusion.objectives import (
     DenoisingConfig,
     MeanFlowConfig,
 )
-from patchdiffusion.objectives.base import Addition, Materials, with_additions
+from patchdiffusion.objectives.base import Addition, Materials, Stages, with_additions
 from patchdiffusion.objectives.reward import RewardWeighted
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.plans import Group
 from patchdiffusion.rng import Draws
 from patchdiffusion.system import families
+from patchdiffusion.train import loop
 from patchdiffusion.weighting import EDMWeight, FlowWeight, LogVariance, Weighting
 
 FEED = Feed(IMAGES, [Filled(Label(), LABELS)], torch.arange(12), seed=7, flip=True)
@@ -78,7 +79,7 @@ def test_a_second_view_is_of_the_same_images() -> None:
     assert not torch.equal(view.box, whole.box) and not torch.equal(view.flip, whole.flip)
     assert torch.equal(FEED.view(crops(SECOND, range(2, 4))[0], "teacher").box, view.box[2:4])
     assert not torch.equal(FEED.view(whole, "student").box, view.box)
-    with pytest.raises(ValueError, match="from no feed"):
+    with refuses("origin"):
         FEED.view(batch(whole.images), "teacher")
 
 
@@ -227,10 +228,45 @@ class Scale(Addition):
 
 def test_additions_are_applied_in_order() -> None:
     given = materials()
-    stages = with_additions(DenoisingLoss(), [Scale(name="a"), Scale(name="b")], given)
-    out = stages[-1](NetDenoiser(Little(channels=3), EDM()), *crops(SECOND))
+    both = with_additions(DenoisingLoss(), [Scale(name="a"), Scale(name="b")], given)
+    out = both(NetDenoiser(Little(channels=3), EDM()), *crops(SECOND))
     assert {name: value.item() for name, value in out.scalars.items()} == {"a": 0, "b": 1}
     assert [name for name, _ in given.learned.named_parameters()] == ["a.weight", "b.weight"]
+
+
+class Watching:
+    """An objective that notes what it is told after each update."""
+
+    def __init__(self, objective: Objective):
+        self.objective = objective
+        self.told: list[float] = []
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+        return self.objective(denoiser, batch, draws)
+
+    def after_step(self, applied: Tensor) -> None:
+        self.told.append(float(applied))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch(Addition):
+    """The objective, watching."""
+
+    neutral: bool = False
+
+    def add(self, objective: Objective, materials: Materials) -> Objective:
+        return objective if self.neutral else Watching(objective)
+
+
+def test_every_stage_is_told_of_each_update_once(images: Path, tmp_path: Path) -> None:
+    additions = (Watch(), Watch(neutral=True), Watch())
+    training = tiny.training(tiny.config(images, additions=additions), tmp_path / "run")
+    loop.one_step(training)
+    assert isinstance(training.objective, Stages)
+    plain, inner, outer = training.objective.stages
+    assert isinstance(outer, Watching) and outer.objective is inner
+    assert isinstance(inner, Watching) and inner.objective is plain
+    assert outer.told == inner.told == [1.0]
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.heads import ClassifierHead
 from patchdiffusion.nets.transformer import TransformerConfig
 from patchdiffusion.noise import LogNormal
-from patchdiffusion.objectives import ConsistencyConfig
+from patchdiffusion.objectives import ConsistencyConfig, ContrastConfig
 from patchdiffusion.objectives.classify import ClassificationLoss
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.sampling.companions import Companions
@@ -294,6 +294,8 @@ def test_what_a_classifier_cannot_be_trained_on(
     few = replace(config(images), objective=ConsistencyConfig())
     with refuses("objective"):
         tiny.training(few, tmp_path / "run")
+    with refuses("additions", "contrast"):
+        tiny.training(replace(config(images), additions=(ContrastConfig(),)), tmp_path / "run")
     with refuses("start", finished, "denoiser"):
         tiny.run(config(images), tmp_path / "run", start_from=finished)
     with refuses("queries"):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.encoders.features import Extractor, extractor
 from patchdiffusion.flowmap import FlowMap
-from patchdiffusion.losses import Batch, Objective
+from patchdiffusion.losses import AfterStep, Batch, LossOut, Objective
 from patchdiffusion.nets.base import Network, NetworkConfig
 from patchdiffusion.noise import Law, LogNormal, NoiseLaw
 from patchdiffusion.parameterisation import EDM, Parameterisation, Precond
@@ -197,9 +197,27 @@ class Distilled(ObjectiveConfig, Protocol):
 
 def with_additions(
     objective: Objective, additions: Sequence[Addition], materials: Materials
-) -> list[Objective]:
-    """The objective without additions, with the first one, with two ...; the last is trained."""
+) -> Objective:
+    """The objective under additions, the first one innermost; unchanged if all are neutral."""
     stages = [objective]
     for addition in additions:
-        stages.append(addition.add(stages[-1], materials))
-    return stages
+        stage = addition.add(stages[-1], materials)
+        if stage is not stages[-1]:
+            stages.append(stage)
+    return Stages(tuple(stages)) if len(stages) > 1 else objective
+
+
+@dataclass(frozen=True, eq=False)
+class Stages:
+    """An objective, then the results of its additions in order; the last one is the loss."""
+
+    stages: tuple[Objective, ...]
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+        return self.stages[-1](denoiser, batch, draws)
+
+    def after_step(self, applied: Tensor) -> None:
+        """Call `after_step` of every stage that has one."""
+        for stage in self.stages:
+            if isinstance(stage, AfterStep):
+                stage.after_step(applied)

@@ -16,7 +16,6 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.metrics.classify import Answers, classified, framed, summarize
 from patchdiffusion.nets.heads import ClassifierHead
 from patchdiffusion.noise import NoiseLaw
-from patchdiffusion.objectives import DenoisingConfig
 from patchdiffusion.objectives.base import Materials
 from patchdiffusion.objectives.classify import ClassificationLoss
 from patchdiffusion.patches import Size
@@ -26,7 +25,7 @@ from patchdiffusion.system.device import autocast
 from patchdiffusion.system.png import enlarge, grid
 from patchdiffusion.train.preview import Abandoned, Ending, Scene, Shown, held_out_text
 from patchdiffusion.train.settings import Settings
-from patchdiffusion.train.task import TaskConfig, check_images
+from patchdiffusion.train.task import TaskConfig, check_images, check_own_objective
 
 PERCENTILES = (0.125, 0.375, 0.625, 0.875)
 """Of the noise levels of the rows of a preview."""
@@ -57,11 +56,7 @@ class ClassifierTask(TaskConfig):
                 f"a classifier needs data with at least two classes, and {pack.name} has "
                 f"{len(pack.classes)}: put the images of each class into a folder of its own"
             )
-        if config.objective != DenoisingConfig():
-            raise ValueError(
-                f"a classifier has its own objective, not {config.objective}: leave --objective "
-                "and its fields alone"
-            )
+        check_own_objective(config, "a classifier")
 
     def head(self, pack: Pack) -> ClassifierHead:
         return ClassifierHead(classes=len(pack.classes), queries=self.queries)

@@ -12,7 +12,7 @@ from patchdiffusion.encoders.features import extractor
 from patchdiffusion.losses import Objective
 from patchdiffusion.nets.heads import OwnHead
 from patchdiffusion.noise import NoiseLaw
-from patchdiffusion.objectives.base import Materials
+from patchdiffusion.objectives.base import Materials, with_additions
 from patchdiffusion.rng import Draws
 from patchdiffusion.train.preview import Scene
 from patchdiffusion.train.samples import SamplePreview
@@ -57,7 +57,8 @@ class DenoiserTask(TaskConfig):
         return NetDenoiser(network, config.objective.precond(config.precond), config.noise)
 
     def objective(self, config: Settings, materials: Materials) -> Objective:
-        return config.objective.build(materials)
+        """The objective of the configuration under its additions."""
+        return with_additions(config.objective.build(materials), config.additions, materials)
 
     def preview(self, scene: Scene) -> SamplePreview:
         settings, extract = scene.config.preview, None

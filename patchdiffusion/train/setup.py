@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,11 +11,11 @@ from torch import nn
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import extractor
-from patchdiffusion.losses import Loss, Objective
+from patchdiffusion.losses import AfterStep, Loss
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.count import training_flops
-from patchdiffusion.objectives.base import Materials, with_additions
+from patchdiffusion.objectives.base import Materials
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.plans import PatchPlan
 from patchdiffusion.system import families
@@ -36,7 +36,7 @@ from patchdiffusion.train.log import RunLog, quantity
 from patchdiffusion.train.parallel import LossModule, replicate, shard
 from patchdiffusion.train.preview import Preview, Scene
 from patchdiffusion.train.state import DataFacts, Meter, TrainState
-from patchdiffusion.train.step import AfterStep, Stepper
+from patchdiffusion.train.step import Stepper
 from patchdiffusion.train.timing import Phases
 
 
@@ -225,14 +225,12 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         device=device,
         team=team,
     )
-    stages = with_additions(
-        cast("Objective", task.objective(config, materials)), config.additions, materials
-    )
+    objective = task.objective(config, materials)
     if run.shard:  # the optimizer takes sharded weights or whole ones, not both
         for module in materials.learned.values():
             shard(module, [], team, device)
     work = LossModule(
-        task.model(network, config), stages[-1], materials.learned, dropout=task.dropout(config)
+        task.model(network, config), objective, materials.learned, dropout=task.dropout(config)
     )
     phases, parameters = Phases(), dict(network.named_parameters())
     stepper = Stepper(
@@ -241,7 +239,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         Guard(config.guard, device),
         config=config.optim,
         roles={parameters[name]: role for name, role in network.roles().items()},
-        watchers=[part for part in (network, *stages) if isinstance(part, AfterStep)],
+        watchers=[part for part in (network, objective) if isinstance(part, AfterStep)],
         canvas=canvas,
         micro_batch=config.micro_batch,
         precision=precision,
@@ -261,7 +259,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         canvas=canvas,
         plan=plan,
         network=network,
-        objective=stages[-1],
+        objective=objective,
         learned=materials.learned,
         teacher=" ".join(model.digest for model in teachers) or None,
         ema=ema,

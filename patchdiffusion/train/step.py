@@ -4,13 +4,13 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from patchdiffusion.data.feed import Feed
-from patchdiffusion.losses import LossOut
+from patchdiffusion.losses import AfterStep, LossOut
 from patchdiffusion.nets.base import Role
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Group
@@ -33,18 +33,6 @@ def chunks(part: range, count: int) -> Iterator[range]:
 def rate_of(groups: Sequence[Group]) -> float:
     """The factor of the learning rate of a step: that of its groups, averaged by weight."""
     return sum(g.weight * g.lr for g in groups) / sum(g.weight for g in groups)
-
-
-@runtime_checkable
-class AfterStep(Protocol):
-    """A network or objective that does something after each update, before it is averaged."""
-
-    def after_step(self, applied: Tensor) -> None:
-        """Change its weights or state; all must stay as it is where `applied` is 0, not 1.
-
-        `applied` is a scalar on the device: an update that was skipped is not known to the host.
-        """
-        ...
 
 
 class Pass(NamedTuple):

@@ -17,8 +17,10 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.losses import Loss
 from patchdiffusion.nets.heads import Head
 from patchdiffusion.noise import NoiseLaw
+from patchdiffusion.objectives import DenoisingConfig
 from patchdiffusion.objectives.base import Materials
 from patchdiffusion.rng import Draws
+from patchdiffusion.system import families
 from patchdiffusion.train.preview import Preview, Scene
 from patchdiffusion.train.settings import Settings
 
@@ -74,6 +76,21 @@ class TaskConfig(ABC):
     def shards(self, config: Settings) -> bool:
         """Whether it can be trained with `--shard`."""
         return True
+
+
+def check_own_objective(config: Settings, name: str) -> None:
+    """Raise `ValueError` for an objective or additions, which belong to denoisers."""
+    if config.objective != DenoisingConfig():
+        raise ValueError(
+            f"{name} has its own objective, not {config.objective}: leave --objective and its "
+            "fields alone"
+        )
+    if config.additions:
+        words = " ".join(families.word(type(addition)) for addition in config.additions)
+        raise ValueError(
+            f"{name} has its own objective, which takes no additions, not {words}: "
+            "leave --additions out"
+        )
 
 
 def check_images(config: Settings, pack: Pack) -> None:
