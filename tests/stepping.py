@@ -44,7 +44,7 @@ def make(
     """A stepper around a network in which every weight matters, and a network."""
     if network is None:
         network = SongUNet(replace(tiny.NETWORK, dropout=0.1))
-        tiny.randomise(network)
+        tiny.randomize(network)
     stepper = Stepper(
         LossModule(NetDenoiser(network, EDM()), objective or DenoisingLoss(), dropout=dropout),
         Feed(IMAGES, [Filled(Label(), LABELS)], torch.arange(12), seed=7, flip=True),

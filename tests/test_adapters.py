@@ -56,7 +56,7 @@ def test_the_gradient_reaches_the_new_weights() -> None:
 
 
 def test_coordinates_stay_in_float32() -> None:
-    """In bfloat16 neighbouring pixels of a large canvas would have the same coordinate."""
+    """In bfloat16 neighboring pixels of a large canvas would have the same coordinate."""
     stem = CoordinateStem(conv(kernel_size=1))
     with torch.no_grad():
         stem.image.weight.zero_()

@@ -279,7 +279,7 @@ def test_ideal_denoiser_is_the_posterior_mean() -> None:
         assert torch.allclose(points(x, sigma), expected, atol=1e-10)
 
 
-def test_ideal_denoiser_memorises() -> None:
+def test_ideal_denoiser_memorizes() -> None:
     data = normal(30, (2, 4, 4), stream="data")
     x = data + 0.01 * normal(30, (2, 4, 4))
     assert torch.allclose(IdealDenoiser(data)(x, 0.01), data, atol=1e-12)

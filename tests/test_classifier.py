@@ -51,7 +51,7 @@ def test_logits_of_crops_of_any_size(trunk: NetworkConfig) -> None:
         pos = torch.zeros(3, 2, *size)
         cond = Cond(pos=pos, labels=torch.tensor([0, 1, 2]))
         assert classifier(x, sigma, cond).abs().max() < 2  # nearly uniform at first
-        tiny.randomise(network)
+        tiny.randomize(network)
         logits = classifier(x, sigma, cond)
         assert logits.shape == (3, 5)
         assert torch.equal(logits, classifier(x, sigma, Cond(pos=pos)))

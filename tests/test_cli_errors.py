@@ -97,7 +97,7 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("prepare missing", ["missing"]),
         ("prepare pictures --resolution 7", ["resolution", "7"]),
         ("prepare pictures --holdout 0.9", ["holdout", "0.9"]),
-        ("prepare pictures --background no-colour", ["no-colour"]),
+        ("prepare pictures --background no-color", ["no-color"]),
         ("prepare pictures --out notes.txt", ["notes.txt"]),
         ("report", ["RUN"]),
         ("report missing", ["missing"]),

@@ -121,7 +121,7 @@ def levels(config: ConsistencyConfig, count: int, progress: float = 0.0) -> tupl
 
 @pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("uniform", [False, True])
-def test_neighbours_are_neighbours_on_the_grid(uniform: bool, progress: float) -> None:
+def test_neighbors_are_neighbors_on_the_grid(uniform: bool, progress: float) -> None:
     config = ConsistencyConfig(uniform=uniform)
     count = num_levels("doubling", progress, 10, 1280)
     grid = Levels().at(torch.arange(count), count)

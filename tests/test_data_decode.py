@@ -40,9 +40,9 @@ def refusal(data: bytes) -> str:
     return caught.value.reason
 
 
-def test_grey_and_colour_are_untouched():
-    colour = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
-    for array in (RAMP, colour):
+def test_grey_and_color_are_untouched():
+    color = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    for array in (RAMP, color):
         out, mode = decode(encoded(Image.fromarray(array), "PNG"), "k")
         assert out.dtype == np.uint8 and mode == ("L" if array.ndim == 2 else "RGB")
         np.testing.assert_array_equal(out.squeeze(), array)
@@ -63,11 +63,11 @@ def test_sixteen_bits_are_scaled_not_clipped(kind: str):
     assert out.min() == 0 and out.max() == 255 and len(np.unique(out)) == 256
 
 
-@pytest.mark.parametrize(("colour", "planes"), [(2, 3), (6, 4)])
-def test_sixteen_bit_colour(colour: int, planes: int):
+@pytest.mark.parametrize(("color", "planes"), [(2, 3), (6, 4)])
+def test_sixteen_bit_color(color: int, planes: int):
     values = np.linspace(0, 65535, 64 * planes).astype(">u2").reshape(8, 8 * planes)
     rows = b"".join(b"\0" + row.tobytes() for row in values)
-    out, _ = decode(tiny.raw_png(8, 8, depth=16, colour=colour, rows=rows), "k")
+    out, _ = decode(tiny.raw_png(8, 8, depth=16, color=color, rows=rows), "k")
     assert np.abs(out.reshape(8, -1) - values / 257.0).max() <= 1
 
 
@@ -233,12 +233,12 @@ def test_reduction_keeps_the_mean_and_does_not_alias():
 
 
 def test_channels():
-    colour = np.zeros((8, 8, 3), dtype=np.uint8)
-    colour[..., 0] = 255
-    assert (fit(colour, (8, 8), 1, WHITE)[0] == 76).all()  # 0.299 * 255
-    assert fit(colour, (8, 8), 4, WHITE)[0][0, 0].tolist() == [255, 0, 0, 255]
-    grey = RAMP[..., None]
-    np.testing.assert_array_equal(fit(grey, (8, 8), 3, WHITE)[0], np.repeat(grey, 3, 2))
+    color = np.zeros((8, 8, 3), dtype=np.uint8)
+    color[..., 0] = 255
+    assert (fit(color, (8, 8), 1, WHITE)[0] == 76).all()  # 0.299 * 255
+    assert fit(color, (8, 8), 4, WHITE)[0][0, 0].tolist() == [255, 0, 0, 255]
+    gray = RAMP[..., None]
+    np.testing.assert_array_equal(fit(gray, (8, 8), 3, WHITE)[0], np.repeat(gray, 3, 2))
     with refuses(5, 3):
         fit(np.zeros((8, 8, 5), dtype=np.uint8), (8, 8), 3, WHITE)
 

@@ -47,7 +47,7 @@ def test_classes(glyphs: Glyphs):
         assert by_key[key].group == key.split("/")[1]
 
 
-def test_centred_filling_and_white_on_black(images: np.ndarray):
+def test_centerd_filling_and_white_on_black(images: np.ndarray):
     ink = images[..., 0] > 16
     for axis in (1, 2):
         line = np.max(ink, axis=axis)

@@ -141,17 +141,17 @@ def test_mixed_sizes_are_reported(tmp_path: Path):
 
 
 def test_inferred_channels(tmp_path: Path):
-    grey, colour = noise(300, (8, 8, 1)), noise(1)[0]
-    as_rgb = [np.repeat(image, 3, axis=2) for image in grey if image is not None]
-    pack = prepare(Listed([*as_rgb]), tmp_path / "grey", progress=False)
+    gray, color = noise(300, (8, 8, 1)), noise(1)[0]
+    as_rgb = [np.repeat(image, 3, axis=2) for image in gray if image is not None]
+    pack = prepare(Listed([*as_rgb]), tmp_path / "gray", progress=False)
     assert pack.images.shape[3] == 1
     np.testing.assert_array_equal(pack.images.numpy(), np.stack([x[..., :1] for x in as_rgb]))
     # Number 299 of 301 is not among the 256 that are looked at first.
-    pack = prepare(Listed([*as_rgb[:299], colour, as_rgb[0]]), tmp_path / "colour", progress=False)
+    pack = prepare(Listed([*as_rgb[:299], color, as_rgb[0]]), tmp_path / "color", progress=False)
     assert pack.images.shape == (301, 8, 8, 3)
-    np.testing.assert_array_equal(pack.images[299].numpy(), colour)
+    np.testing.assert_array_equal(pack.images[299].numpy(), color)
     np.testing.assert_array_equal(pack.images[5].numpy(), as_rgb[5])
-    pack = prepare(Listed([colour] * 2), tmp_path / "forced", channels=1, progress=False)
+    pack = prepare(Listed([color] * 2), tmp_path / "forced", channels=1, progress=False)
     assert pack.images.shape[3] == 1
     pack = prepare(Listed(noise(3, (8, 8, 5))), tmp_path / "five", progress=False)
     assert pack.images.shape[3] == 5

@@ -102,7 +102,7 @@ def test_numbers_that_are_refused():
             to_values(Example(image, None, "k"))
     values = np.linspace(0, 65535, 64 * 3).astype(">u2").reshape(8, 24)
     rows = b"".join(b"\0" + row.tobytes() for row in values)
-    image, mode = decode(tiny.raw_png(8, 8, depth=16, colour=2, rows=rows), "k")
+    image, mode = decode(tiny.raw_png(8, 8, depth=16, color=2, rows=rows), "k")
     assert mode == "RGB of 16 bits"
     with pytest.raises(BadImage, match=r"16-bit color.*\.npy"):
         to_values(Example(image, None, "k", mode=mode))

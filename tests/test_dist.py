@@ -171,6 +171,6 @@ def test_who_is_missing_is_said() -> None:
         (torch.OutOfMemoryError("CUDA out of memory"), False),
     ],
 )
-def test_lost_processes_are_recognised(error: Exception, lost: bool) -> None:
+def test_lost_processes_are_recognized(error: Exception, lost: bool) -> None:
     assert peer_lost(error) == lost
     assert not (lost and out_of_memory(error))

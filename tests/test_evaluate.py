@@ -38,7 +38,7 @@ CONFIG = EvaluationConfig(
 )
 
 
-def colours(images: Tensor) -> Tensor:
+def colors(images: Tensor) -> Tensor:
     """Means and deviations of the channels of uint8 [B, H, W, 3]: [B, 6]."""
     flat = images.float().flatten(1, 2)
     return torch.cat([flat.mean(1), flat.std(1)], dim=1)
@@ -52,11 +52,11 @@ class Counting:
 
     def __call__(self, images: Tensor) -> Tensor:
         self.images += len(images)
-        return colours(images)
+        return colors(images)
 
 
-def extractor(function: object = colours, **facts: str) -> Extractor:
-    return Extractor("colours", function, torch.device("cpu"), facts)  # pyright: ignore[reportArgumentType]
+def extractor(function: object = colors, **facts: str) -> Extractor:
+    return Extractor("colors", function, torch.device("cpu"), facts)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_numbers_are_those_of_all_images(pack: Pack, finished: Path) -> None:
     result = evaluation.of_model(pipeline)
     labels = evaluation.labels(pipeline)
     made = pipeline.sample(20, seed=CONFIG.seed, classes=labels, config=CONFIG.sampler, batch=20)
-    real, samples = (Gathered.of([colours(x)]) for x in (pack.images, torch.from_numpy(made)))
+    real, samples = (Gathered.of([colors(x)]) for x in (pack.images, torch.from_numpy(made)))
     assert real is not None and samples is not None
     expected = compare(real, samples, nearest=3)
     assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-3)
@@ -108,7 +108,7 @@ def test_the_loss_is_that_of_the_run_and_its_law(pack: Pack, finished: Path) -> 
 
 
 def test_images_come_in_any_order(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where only some are kept for neighbours, they are not all of the first class."""
+    """Where only some are kept for neighbors, they are not all of the first class."""
     monkeypatch.setattr("patchdiffusion.metrics.compare.KEPT", 10)
     kept: list[Tensor] = []
 
@@ -243,10 +243,10 @@ def test_real_images_have_no_distance_from_themselves(pack: Pack) -> None:
 @pytest.fixture
 def own(monkeypatch: pytest.MonkeyPatch) -> str:
     """A module with an extractor."""
-    module = types.ModuleType("own_colours")
-    module.make = lambda: lambda images: colours(images.movedim(1, -1))  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setitem(sys.modules, "own_colours", module)
-    return "own_colours:make"
+    module = types.ModuleType("own_colors")
+    module.make = lambda: lambda images: colors(images.movedim(1, -1))  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "own_colors", module)
+    return "own_colors:make"
 
 
 def test_evaluate_a_run(own: str, finished: Path, tmp_path: Path, capsys: Capture) -> None:

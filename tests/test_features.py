@@ -107,7 +107,7 @@ def test_pools_of_the_graph() -> None:
 
 
 def test_legacy_resize_is_that_of_tensorflow_1() -> None:
-    """By hand, pixel by pixel: position i H / n, neighbours to the right and below."""
+    """By hand, pixel by pixel: position i H / n, neighbors to the right and below."""
     x = IMAGES[:1, :7, :5].movedim(-1, 1).double()
     found = resize_legacy(x)
     for i, j in ((0, 0), (1, 2), (150, 77), (298, 298), (297, 3)):

@@ -192,7 +192,7 @@ def test_pitch_2_is_the_average_of_a_crop_twice_as_large() -> None:
     assert torch.equal(coarse["box"], fine["box"])
     assert coarse["box"][0, 2:].tolist() == [10, 8]
     assert torch.equal(coarse["images"], F.avg_pool2d(fine["images"], 2))
-    # The centre of a coarse pixel is the mean of the centres of its fine pixels.
+    # The center of a coarse pixel is the mean of the centers of its fine pixels.
     torch.testing.assert_close(coarse["pos"], F.avg_pool2d(fine["pos"], 2), rtol=0, atol=2e-7)
 
 

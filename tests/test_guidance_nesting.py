@@ -124,7 +124,7 @@ def test_no_weight_no_class_or_no_level_is_no_guidance() -> None:
     x, sigma, cond = inputs()
     assert cond.labels is not None
     assert torch.equal(ClassifierGuidance(TOY, bayes, 0.0)(x, sigma, cond), TOY(x, sigma, cond))
-    assert torch.equal(ClassifierGuidance(TOY, bayes, 0.0)(x, sigma), TOY(x, sigma))  # unlabelled
+    assert torch.equal(ClassifierGuidance(TOY, bayes, 0.0)(x, sigma), TOY(x, sigma))  # unlabeled
     some = ClassifierGuidance(TOY, bayes, 2.0, interval=(0.3, 2.0))
     assert torch.equal(some(x, 0.3, cond), TOY(x, 0.3, cond))
     assert not torch.allclose(some(x, 2.0, cond), TOY(x, 2.0, cond), atol=1e-3)
@@ -228,7 +228,7 @@ def test_coordinates_inside_or_outside() -> None:
     """A network under guidance and `PatchDenoiser`, in both orders."""
     inner = tiny.pipeline().model.denoiser
     guide = tiny.pipeline().model.denoiser
-    tiny.randomise(guide, seed=1)
+    tiny.randomize(guide, seed=1)
     x, cond = torch.full((2, 3, 6, 6), 0.3), Cond(labels=torch.tensor([0, 2]))
 
     def place(denoiser: Denoiser) -> PatchDenoiser:

@@ -283,7 +283,7 @@ def test_guides_a_network_with_coordinates_labels_and_low_precision() -> None:
 def test_nests_around_a_network_with_attention() -> None:
     """Whose fused attention has no second derivative."""
     network = SongUNet(unet.tiny(16, base=8, channels=1, num_classes=3, mult=(1,), attention=(0,)))
-    tiny.randomise(network)
+    tiny.randomize(network)
     denoiser, cond = NetDenoiser(network, EDM()), Cond(labels=torch.tensor([0, 2]))
     x = rng.normal(rng.keys(0, "x", 0, torch.arange(2)), (1, 8, 8))
     inner = GradientGuidance(denoiser, Tilt(lambda x: x.mean(dim=(1, 2, 3))))

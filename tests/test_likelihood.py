@@ -103,7 +103,7 @@ def test_density_under_guidance_that_takes_gradients_itself() -> None:
 
 
 def test_density_of_a_field_of_pixels() -> None:
-    """Channels and neighbours count, and the change of any of 18 dimensions."""
+    """Channels and neighbors count, and the change of any of 18 dimensions."""
     field = GaussianField((3, 3))
     x = field.sample(rng.keys(0, "x", 0, torch.arange(4)), channels=2)
     found = log_likelihood(field, x, config=replace(EXACT, steps=100))
@@ -213,7 +213,7 @@ def test_bits_are_an_upper_bound_of_the_code_length() -> None:
     assert float(found.mean()) > length + 0.01 and 4 * error + 2e-3 < expected - length
 
 
-def test_dequantisation_belongs_to_the_image_and_the_seed() -> None:
+def test_dequantization_belongs_to_the_image_and_the_seed() -> None:
     images = pictures(5)
     together = bits_per_dim(pixels(0.01), images, config=FEW)
     apart = bits_per_dim(pixels(0.01), images[2:4], config=FEW, index=torch.arange(2, 4))
@@ -233,7 +233,7 @@ def pack(images: Path) -> Pack:
 def test_held_out_images_of_a_model(pack: Pack, finished: Path) -> None:
     """Whole images, with their coordinates and classes, in any batches and processes."""
     pipeline, config, told = load(finished, device="cpu"), LikelihoodConfig(steps=2), []
-    tiny.randomise(pipeline.model.network)
+    tiny.randomize(pipeline.model.network)
     numbers, card = held_out_bits(pipeline, pack, config, images=99, progress=told.append)
     chosen, labels = pack.heldout, pack.labels
     assert labels is not None and len(chosen) == 2 and told == [2]

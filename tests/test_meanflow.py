@@ -129,7 +129,7 @@ NET = UNetConfig(
 
 def unet(config: UNetConfig = NET) -> SongUNet:
     network = SongUNet(config)
-    tiny.randomise(network)
+    tiny.randomize(network)
     return network
 
 
@@ -198,7 +198,7 @@ def test_samples_that_go_nowhere_need_none() -> None:
 def test_without_weights_a_span_changes_nothing() -> None:
     base, told = SongUNet(replace(NET, jump=False)), SongUNet(NET)
     z, t, s, _, cond = on_patches(torch.float32)
-    tiny.randomise(base)
+    tiny.randomize(base)
     told.load_state_dict(base.state_dict(), strict=False)
     with torch.no_grad():
         expected = base(z, t, cond)
@@ -216,7 +216,7 @@ def test_the_span_gets_a_gradient_from_the_start() -> None:
     network = SongUNet(NET)
     for name, p in network.named_parameters():
         if name != "embed.jump.weight":
-            tiny.randomise(nn.ParameterList([p]))
+            tiny.randomize(nn.ParameterList([p]))
     z, t, s, _, cond = on_patches(torch.float32)
     mean_velocity(network, z, t, s, cond).square().sum().backward()
     grad = network.get_parameter("embed.jump.weight").grad

@@ -111,7 +111,7 @@ def test_noise_has_the_level_it_should() -> None:
 
 
 def test_the_oracle_of_the_training_images_is_no_good_on_others() -> None:
-    """What the held-out loss is for: memorising does not lower it."""
+    """What the held-out loss is for: memorizing does not lower it."""
     oracle = IdealDenoiser(IMAGES[:20].movedim(-1, 1) / 127.5 - 1)
 
     def whole(indices: Tensor) -> float:

@@ -31,7 +31,7 @@ CONFIG = ModelConfig(
 
 def state(seed: int) -> dict[str, torch.Tensor]:
     network = CONFIG.network.build()
-    tiny.randomise(network, seed)
+    tiny.randomize(network, seed)
     return network.state_dict()
 
 

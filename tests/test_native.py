@@ -26,7 +26,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     fused._library.cache_clear()
 
 
-def normalised() -> Tensor:
+def normalized() -> Tensor:
     x = torch.arange(2 * 16 * 4.0).sin().reshape(2, 16, 2, 2)
     return Norm(16)(x.contiguous(memory_format=torch.channels_last), silu=True)
 
@@ -48,13 +48,13 @@ def is_fused(y: Tensor) -> bool:
 def test_operators_without_a_kernel(
     setting: dict[str, str], reason: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = normalised()
+    expected = normalized()
     assert is_fused(expected) and fused.status() == "fused kernels"
     fused._library.cache_clear()
     monkeypatch.setenv("PATCHDIFFUSION_CACHE", str(fresh / "empty"))
     for name, value in setting.items():
         monkeypatch.setenv(name, value)
-    found = normalised()
+    found = normalized()
     assert not is_fused(found)
     torch.testing.assert_close(found, expected)
     assert fused.status().startswith("operators (") and reason in fused.status()
@@ -75,7 +75,7 @@ def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
             return lambda *args: 0
 
     monkeypatch.setattr(fused, "compiled", lambda source: Lazy())
-    assert not is_fused(normalised())
+    assert not is_fused(normalized())
     assert "wrong results" in fused.status()
 
 

@@ -160,7 +160,7 @@ def test_compiles_as_one_graph(name: str, low: bool) -> None:
 
 @pytest.mark.gpu
 @every_network
-def test_no_host_synchronisation(config: Network) -> None:
+def test_no_host_synchronization(config: Network) -> None:
     network = alive(config).cuda()
     x, noise, cond = batch(config)
     x, noise, cond = x.cuda(), noise.cuda(), cond.to("cuda")

@@ -21,7 +21,7 @@ from patchdiffusion.train.schedules import Trapezoid
 
 SITUATIONS = {
     "nothing known": Facts(),
-    "grey on a CPU": Facts(canvas=(28, 28), channels=1, classes=10, count=60_000),
+    "gray on a CPU": Facts(canvas=(28, 28), channels=1, classes=10, count=60_000),
     "few on a GPU": Facts(canvas=(64, 64), count=300, device="cuda"),
     "many on a GPU": Facts(canvas=(32, 32), classes=10, count=50_000, device="cuda"),
     "wide": Facts(canvas=(48, 96), channels=4, classes=2),

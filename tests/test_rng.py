@@ -124,7 +124,7 @@ def test_extreme_bits_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("stream", ["noise", "top"])
-def test_neighbours_are_uncorrelated(stream: str) -> None:
+def test_neighbors_are_uncorrelated(stream: str) -> None:
     a = rng.normal(keys(200, 3, 0, stream), (500,))
     assert correlation(a[:-1], a[1:]) < 4  # next sample
     assert correlation(a[:, :-1], a[:, 1:]) < 4  # next draw

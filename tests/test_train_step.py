@@ -124,7 +124,7 @@ def test_further_values_of_the_objective_are_averaged() -> None:
 def test_the_loss_is_that_of_the_papers() -> None:
     """EDM, equation 8, summed over groups with the weights of Patch Diffusion, in float64."""
     network = SongUNet(tiny.NETWORK)
-    tiny.randomise(network)
+    tiny.randomize(network)
     stepper, _ = make(dropout=0.3, network=network)
     reference = copy.deepcopy(network)
     got = take(stepper)
@@ -165,7 +165,7 @@ def test_the_loss_is_that_of_the_papers() -> None:
 def test_whole_images_with_zero_coordinate_weights_are_plain_edm() -> None:
     """Bit for bit: losses, gradients, and the weights after a step."""
     network = SongUNet(replace(tiny.NETWORK, coordinates=True))
-    tiny.randomise(network)
+    tiny.randomize(network)
     with torch.no_grad():
         for name, p in network.named_parameters():
             if "coordinates" in name:

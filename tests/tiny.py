@@ -57,7 +57,7 @@ def raw_png(
     height: int,
     *,
     depth: int = 8,
-    colour: int = 0,
+    color: int = 0,
     rows: bytes = b"",
     packed: bytes | None = None,
 ) -> bytes:
@@ -67,7 +67,7 @@ def raw_png(
         check = zlib.crc32(kind + data)
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
 
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     content = zlib.compress(rows) if packed is None else packed
     parts = (chunk(b"IHDR", header), chunk(b"IDAT", content), chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
@@ -146,7 +146,7 @@ def update(network: Network, optimizer: OptimizerConfig) -> Update:
     return Update(trained, optimizer, scaled=False)
 
 
-def randomise(network: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
+def randomize(network: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> None:
     """Fill all weights with noise, so that no part is without effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def randomise(network: torch.nn.Module, seed: int = 0, scale: float = 0.2) -> No
 def pipeline(classes: int = 3) -> Pipeline:
     """A model whose output depends on everything."""
     network = replace(NETWORK, num_classes=classes).build()
-    randomise(network)
+    randomize(network)
     config = ModelConfig(
         network=replace(NETWORK, num_classes=classes),
         precond=EDM(),

@@ -41,7 +41,7 @@ def to_uint8(example: Example) -> np.ndarray:
         if image.dtype == np.uint16:
             return _scaled(image)
     elif image.dtype.kind in "fu":
-        return _quantise(image, span, example.key)
+        return _quantize(image, span, example.key)
     if image.dtype == np.int32:
         reason = f"integers from {image.min()} to {image.max()}; allowed are 0 to 65535"
         raise BadImage(example.key, reason)
@@ -58,7 +58,7 @@ def _scaled(image: np.ndarray) -> np.ndarray:
     return ((image.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
-def _quantise(values: np.ndarray, span: tuple[float, float], key: str) -> np.ndarray:
+def _quantize(values: np.ndarray, span: tuple[float, float], key: str) -> np.ndarray:
     low, high = span
     if not np.isfinite(values).all():
         raise BadImage(key, "NaN or infinite values")

@@ -13,8 +13,7 @@ from typing import Any
 
 import tiny
 import torch
-from moments import at, once_ever
-from surroundings import (
+from environment import (
     block,
     damage_pack,
     fill_disk,
@@ -24,6 +23,7 @@ from surroundings import (
     raise_in,
     remove,
 )
+from moments import at, once_ever
 
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack

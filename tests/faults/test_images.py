@@ -166,17 +166,17 @@ def test_i2_flipped_byte_in_a_pack(
 
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 DEEP = RAMP.astype(np.uint16) * 257
-GREY = np.repeat(RAMP[..., None], 3, axis=2)
+GRAY = np.repeat(RAMP[..., None], 3, axis=2)
 RED, BLUE, GREEN = (255, 0, 0), (0, 0, 255), (0, 255, 0)
 
 
-def plane(colour: tuple[int, int, int]) -> np.ndarray:
-    return np.full((8, 8, 3), colour, np.uint8)
+def plane(color: tuple[int, int, int]) -> np.ndarray:
+    return np.full((8, 8, 3), color, np.uint8)
 
 
-def over_green(colour: np.ndarray, alpha: float) -> np.ndarray:
-    """A colour with alpha over the background of these tests, rounded."""
-    return np.floor(colour * alpha + plane(GREEN) * (1 - alpha) + 0.5).astype(np.uint8)
+def over_green(color: np.ndarray, alpha: float) -> np.ndarray:
+    """A color with alpha over the background of these tests, rounded."""
+    return np.floor(color * alpha + plane(GREEN) * (1 - alpha) + 0.5).astype(np.uint8)
 
 
 def palette(**options: Any) -> bytes:
@@ -186,8 +186,8 @@ def palette(**options: Any) -> bytes:
     return encoded(image, **options)
 
 
-def spotted(colour: tuple[int, int, int]) -> np.ndarray:
-    found = plane(colour)
+def spotted(color: tuple[int, int, int]) -> np.ndarray:
+    found = plane(color)
     found[0, 0] = RED
     return found
 
@@ -205,18 +205,18 @@ def animated() -> bytes:
 
 HALF = np.full((8, 8, 1), 51, np.uint8)  # alpha 0.2
 KINDS: dict[str, tuple[bytes, np.ndarray]] = {
-    "L.png": (encoded(RAMP), GREY),
-    "LA.png": (encoded(np.concatenate([RAMP[..., None], HALF], 2)), over_green(GREY, 0.2)),
+    "L.png": (encoded(RAMP), GRAY),
+    "LA.png": (encoded(np.concatenate([RAMP[..., None], HALF], 2)), over_green(GRAY, 0.2)),
     "P.png": (palette(), spotted(BLUE)),
     "P_clear.png": (palette(transparency=b"\xff\x00"), spotted(GREEN)),
-    "RGBA.png": (encoded(np.concatenate([255 - GREY, HALF], 2)), over_green(255 - GREY, 0.2)),
+    "RGBA.png": (encoded(np.concatenate([255 - GRAY, HALF], 2)), over_green(255 - GRAY, 0.2)),
     "CMYK.tif": (encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "TIFF"), plane(RED)),
-    "1.png": (encoded(RAMP >= 128), np.where(GREY >= 128, 255, 0).astype(np.uint8)),
-    "I16.png": (encoded(DEEP + 100), GREY),
-    "I16.tif": (encoded(DEEP, "TIFF"), GREY),
+    "1.png": (encoded(RAMP >= 128), np.where(GRAY >= 128, 255, 0).astype(np.uint8)),
+    "I16.png": (encoded(DEEP + 100), GRAY),
+    "I16.tif": (encoded(DEEP, "TIFF"), GRAY),
     "animated.gif": (animated(), plane((12, 12, 12))),
-    "turned_6.png": (turned(6), np.rot90(GREY, -1)),
-    "turned_2.png": (turned(2), np.fliplr(GREY)),
+    "turned_6.png": (turned(6), np.rot90(GRAY, -1)),
+    "turned_2.png": (turned(2), np.fliplr(GRAY)),
 }
 
 

@@ -1,4 +1,4 @@
-"""O: loggers, clocks, memory, and where a run is started from."""
+"""O: loggers, clocks, memory, and the folder that a run is started from."""
 
 import io
 import threading

@@ -1,4 +1,4 @@
-"""What fits together: guides and models, classes of data and of models, levels and solvers."""
+"""Compatibility of guides and models, of classes of data and models, of levels and solvers."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""What can go wrong around a run: memory, disk, files."""
+"""Faults of the environment of a run: memory, disk, files."""
 
 import os
 import shutil

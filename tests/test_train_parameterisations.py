@@ -1,4 +1,4 @@
-"""Words for parameterisations, noise laws and loss weights, and training with each of them."""
+"""Training with every parameterisation, noise law and loss weight, chosen by flags."""
 
 from dataclasses import replace
 from pathlib import Path
