@@ -82,7 +82,7 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("sample trained --guidance autoguidance", ["--guidance.model"]),
         ("sample trained --guidance autoguidance --guidance.model missing", ["missing", "model"]),
         ("sample trained --canvas region --canvas.size 0 4", ["height", "width"]),
-        ("sample trained --canvas region --canvas.size 4", ["region", "2", "4"]),
+        ("sample trained --canvas region --canvas.corner 4", ["region", "2", "4"]),
         ("sample trained --seed 99999999999999999999", ["64"]),
         ("sample trained --sigma-min 0", ["sigma_min"]),
         ("sample trained --solver euler --solver.churn.amount 3", ["--solver.churn.amount"]),
@@ -121,17 +121,6 @@ def test_errors_are_one_line(
     assert names(fails(capsys, *arguments.split()), *named)
     assert tiny.digests(tmp_path) == before
     assert not (tmp_path / "runs").exists() and not (tmp_path / "trained/generated").exists()
-
-
-def test_the_closest_flags_are_named(capsys: Capture) -> None:
-    for flags, allowed in (
-        ("--preview.grd 3", "--preview.grid"),
-        ("--btach 3", "--batch"),
-        ("--sigma-data 0.5", "--precond.sigma-data"),
-        ("--no-batch", "--batch"),
-    ):
-        error = fails(capsys, "train", "glyphs", *flags.split())
-        assert error.startswith(f"unknown flag {flags.split()[0]}, allowed: ") and allowed in error
 
 
 def test_exit_codes_of_stops(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,6 +200,13 @@ def test_members_from_outside() -> None:
         (Literal["a", 1] | float, "1", 1),
         (Literal["a", 1] | float, "0.5", 0.5),
         (bool, "", True),
+        (float, "10k", 10_000.0),
+        (int, "1.5M", 1_500_000),
+        (int, "1e3", 1000),
+        (float, "2.3k", 2300.0),
+        (int | tuple[int, int] | None, "64x96", (64, 96)),
+        (tuple[float, ...], "1,.5 .25", (1.0, 0.5, 0.25)),
+        (tuple[str, ...], "a,b 64x96", ("a,b", "64x96")),
     ],
 )
 def test_values(hint: Any, words: str, value: Any) -> None:
@@ -234,15 +241,16 @@ def test_words_before_the_flags() -> None:
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ("--optim light", ("--optim", "'light'", "plain, heavy-ball")),
-        ("--optim", ("--optim", "plain, heavy-ball")),
+        ("--optim light", ("--optim", "'light'", "heavy-ball, plain")),
+        ("--optim", ("--optim", "heavy-ball, plain")),
+        ("--optim.mass 1", ("--optim.mass", "--optim.rate, --optim.schedule")),
         ("--terms blur haze", ("--terms", "'haze'", "blur, mix")),
         ("--terms mix mix", ("--terms", "'mix mix'", "once")),
         ("--limit 3", ("--limit", "'3'", "auto, falling")),
         ("--optim.rate x", ("--optim.rate", "'x'", "a number")),
         ("--optim.rate", ("--optim.rate", "nothing", "a number")),
         ("--seed 1 2", ("--seed", "'1 2'", "a whole number or none")),
-        ("--optim.history 1", ("unknown flag --optim.history", "--optim.rate, --optim.schedule")),
+        ("--optim.history 1", ("unknown flag --optim.history", "--optim heavy-ball")),
         ("--mirrored", ("unknown flag --mirrored", "--mirror")),
         ("--batch 0", ("batch", "0.0", "positive")),
         ("--no-mirror 3", ("--no-mirror", "no value")),

@@ -7,12 +7,13 @@ members takes several words, `--additions contrast`, and each has its flags, suc
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from patchdiffusion.cli.values import NONE, convert, options, wanted
+from patchdiffusion.cli.values import NONE, choices, convert, options, wanted
+from patchdiffusion.cli.words import did_you_mean
 from patchdiffusion.system import families
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def read(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     words: list[str] = []
     last = words
     for argument in arguments:
-        if not re.match("-h$|--[A-Za-z]", argument):
+        if not re.match("--?[A-Za-z]", argument):
             last.append(argument)
             continue
         name, equals, value = argument.lstrip("-").partition("=")
@@ -149,6 +150,15 @@ def walk(record: Any, path: tuple[str, ...] = ()) -> Iterator[Slot]:
             yield from walk(inner, place)
 
 
+def names(slots: Iterable[Slot]) -> Iterator[str]:
+    """Flags without their dashes, also the negative ones."""
+    for slot in slots:
+        if not slot.flat and slot.kind != "record":
+            yield slot.name
+        if slot.hint is bool:
+            yield slot.negative
+
+
 # ---- Words choose types ----
 
 
@@ -200,7 +210,7 @@ def _chosen(config: Any, first: Any, slot: Slot, route: Sequence[str], words: Se
         entries = [there.get(word) or _member(slot, word)() for word in words]
         return config if tuple(entries) == now else _put(config, route, tuple(entries))
     if len(words) != 1:
-        raise ValueError(f"--{slot.name} needs one word of {', '.join(slot.words)}")
+        raise ValueError(f"--{slot.name} needs one word of {', '.join(sorted(slot.words))}")
     if words[0] not in families.words(slot.members):
         value = _other(slot, words[0])
         return config if value == now else _put(config, route, value)
@@ -218,8 +228,18 @@ def _chosen(config: Any, first: Any, slot: Slot, route: Sequence[str], words: Se
 def _member(slot: Slot, word: str) -> Any:
     found = families.words(slot.members)
     if word not in found:
-        raise ValueError(f"--{slot.name} must be one of {', '.join(slot.words)}, not {word!r}")
+        allowed = sorted(slot.words)
+        hint = _number(slot, word) or did_you_mean(word, allowed, f"--{slot.name} {{}}")
+        raise ValueError(f"--{slot.name} must be one of {', '.join(allowed)}, not {word!r}{hint}")
     return found[word]
+
+
+def _number(slot: Slot, word: str) -> str:
+    """The hint for `--guidance 2`, where a member has a weight."""
+    for member in slot.members:
+        if word.replace(".", "", 1).isdigit() and "weight" in _hints(member):
+            return f"; type --{slot.name} {families.word(member)} --{slot.name}.weight {word}"
+    return ""
 
 
 def _other(slot: Slot, word: str) -> Any:
@@ -286,4 +306,5 @@ def _leaf(slot: Slot, given: Given) -> Any:
         return convert(slot.hint, words)
     except ValueError:
         told = repr(" ".join(words)) if words else "nothing"
-        raise ValueError(f"--{slot.name} must be {wanted(slot.hint)}, not {told}") from None
+        hint = did_you_mean(words[0], choices(slot.hint)) if words else ""
+        raise ValueError(f"--{slot.name} must be {wanted(slot.hint)}, not {told}{hint}") from None

@@ -1,12 +1,12 @@
 """The arguments of a command, as a record; every error is one line."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, TypeVar, get_origin, get_type_hints
 
 from patchdiffusion.cli import HelpShown, flags
 from patchdiffusion.cli.help import docs, help_text
+from patchdiffusion.cli.hints import unknown_flag
 from patchdiffusion.cli.values import convert
 
 T = TypeVar("T")
@@ -21,7 +21,7 @@ def parse(default: T, arguments: Sequence[str], command: str) -> T:
     words, given = flags.read(arguments)
     help_words = given.pop("help", None)
     record = flags.choose(default, given)
-    _check_known(record, given)
+    _check_known(record, given, command)
     record = flags.assign(record, given)
     if help_words is not None:
         print(help_text(record, usage(record, command), help_words))
@@ -29,23 +29,12 @@ def parse(default: T, arguments: Sequence[str], command: str) -> T:
     return _place(record, words, command)
 
 
-def _check_known(record: Any, given: flags.Given) -> None:
+def _check_known(record: Any, given: flags.Given, command: str) -> None:
     """Raise `ValueError` for a flag that no field has, with those it could have been."""
-    known: dict[str, None] = {}
-    for slot in flags.walk(record):
-        if not slot.flat and slot.kind != "record":
-            known[slot.name] = None
-        if slot.hint is bool:
-            known[slot.negative] = None
+    known = set(flags.names(flags.walk(record)))
     for name in given:
-        if name in known:
-            continue
-        above, _, last = name.rpartition(".")
-        near = [n for n in known if n.rpartition(".")[0] == above] if above else []
-        close = difflib.get_close_matches(name, known, 3, 0.7)
-        allowed = near or close or [n for n in known if n.endswith(f".{last}")][:3]
-        told = f", allowed: {', '.join(f'--{n}' for n in allowed)}" if allowed else "; see --help"
-        raise ValueError(f"unknown flag --{name}{told}")
+        if name not in known:
+            raise ValueError(unknown_flag(record, name, given[name], command))
 
 
 def parse_some(default: T, arguments: Sequence[str]) -> T:

@@ -1,11 +1,13 @@
 """Values of flags: from the words of a command line to the type of a field, and types in words."""
 
+import re
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 NONE = "none"
+_UNITS = {"k": "e3", "m": "e6", "g": "e9"}
 _KINDS: dict[Any, tuple[str, str]] = {
     int: ("INT", "a whole number"),
     float: ("NUMBER", "a number"),
@@ -40,9 +42,33 @@ def convert(hint: Any, words: Sequence[str]) -> Any:
         found = [value for value in get_args(hint) if str(value) == text]
         if found:
             return found[0]
-    if hint in (int, float, str, Path):
+    if hint in (int, float):
+        return _number(hint, text)
+    if hint in (str, Path):
         return hint(text)
     raise ValueError(f"{text!r} is not {wanted(hint)}")
+
+
+def _number(kind: type[int] | type[float], text: str) -> int | float:
+    """A number, also with k, M or G for thousands, millions and thousands of millions."""
+    if kind is int and re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    with_unit = re.fullmatch(r"([+-]?[\d.]+)([kKmMgG])", text)
+    if with_unit:
+        text = with_unit[1] + _UNITS[with_unit[2].lower()]
+    value = float(text)
+    if kind is float:
+        return value
+    if not value.is_integer() or abs(value) >= 2**53:
+        raise ValueError(f"{text} is not a whole number")
+    return int(value)
+
+
+def _split(words: Sequence[str]) -> list[str]:
+    """Words of numbers, of which 64,96 and 64x96 are two."""
+    several = re.compile(r"[\d.+eE-]+([,x][\d.+eE-]+)*,?")
+    parts = (re.split("[,x]", w.rstrip(",")) if several.fullmatch(w) else [w] for w in words)
+    return [part for inner in parts for part in inner]
 
 
 def _first_that_fits(hints: Sequence[Any], words: Sequence[str]) -> Any:
@@ -56,6 +82,7 @@ def _first_that_fits(hints: Sequence[Any], words: Sequence[str]) -> Any:
 
 
 def _tuple(items: tuple[Any, ...], words: Sequence[str]) -> tuple[Any, ...]:
+    words = _split(words) if {int, float} & {*_leaves(items)} else words
     if len(items) == 2 and items[1] is Ellipsis:
         items = items[:1] * max(len(words) // _length(items[0]), 1) if words else ()
     lengths = [_length(item) for item in items]
@@ -66,6 +93,12 @@ def _tuple(items: tuple[Any, ...], words: Sequence[str]) -> tuple[Any, ...]:
         convert(item, words[start : start + length])
         for item, start, length in zip(items, starts, lengths, strict=True)
     )
+
+
+def _leaves(hints: Sequence[Any]) -> Iterator[Any]:
+    for hint in hints:
+        if hint is not Ellipsis:
+            yield from _leaves(get_args(hint)) if get_origin(hint) is tuple else (hint,)
 
 
 def _length(hint: Any) -> int:
@@ -91,6 +124,13 @@ def metavar(hint: Any) -> str:
             return f"[{metavar(items[0])} ...]"
         return " ".join(metavar(item) for item in items)
     return "" if hint is bool else _KINDS[hint][0] if hint in _KINDS else NONE
+
+
+def choices(hint: Any) -> list[str]:
+    """Words that a field may hold, at any depth of its type."""
+    if get_origin(hint) is Literal:
+        return [str(value) for value in get_args(hint)]
+    return [word for inner in get_args(hint) for word in choices(inner)]
 
 
 def wanted(hint: Any) -> str:

@@ -30,7 +30,7 @@ class CanvasRegion:
 
     word: ClassVar[str] = "region"
     size: tuple[int, ...] | None = None
-    """Height and width; None is the size that the model was trained on."""
+    """Height and width, or one number for a square; None is the size of training."""
     corner: tuple[int, ...] | None = None
     """Top and left of the region on the canvas; None centers it."""
 
@@ -41,6 +41,8 @@ class CanvasRegion:
     def place(self, canvas: Size) -> tuple[Size, Corner]:
         """Size of the samples, and the position of their first pixel on the canvas."""
         size = self.size or canvas
+        if len(size) == 1:
+            size *= len(canvas)
         for name, value in (("size", size), ("corner", self.corner or canvas)):
             if len(value) != len(canvas):
                 raise ValueError(f"the {name} of a region needs {len(canvas)} numbers, not {value}")

@@ -1,0 +1,81 @@
+"""Errors about unknown flags, with the flag that was meant."""
+
+import difflib
+import re
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from patchdiffusion.cli.flags import Slot, names, walk
+from patchdiffusion.cli.habits import HABITS
+from patchdiffusion.cli.words import nearest, question
+from patchdiffusion.system import families
+
+
+def unknown_flag(record: Any, name: str, words: Sequence[str], command: str) -> str:
+    """One line about a flag that the record does not have: what to type instead."""
+    known = list(names(walk(record)))
+    told = f"unknown flag --{name}"
+    if owner := next(_owners(record, name), None):
+        slot, members = owner
+        shown = shlex.join([f"--{slot.name}", members[0], f"--{name}", *words])
+        return f"{told}: it belongs to --{slot.name} {' or '.join(members)}, so type {shown}"
+    above, _, last = name.rpartition(".")
+    inside = sorted(n for n in known if n.rpartition(".")[0] == above) if above else []
+    close = _by_end(last, inside, nearest) or _by_end(last, known, _alike)
+    if not inside:
+        close = [n for n in known if n.endswith(f".{last}")][:3] or _alike(name, known) or close
+    if (
+        meant := ""
+        if name in close
+        else _habit(name, known, command) or _habit(last, known, command)
+    ):
+        return f"{told}: use {meant}"
+    if close:
+        return f"{told}{question([f'--{n}' for n in close])}"
+    if inside:
+        return f"{told}, allowed: {', '.join(f'--{n}' for n in inside)}"
+    return f"{told}; patchdiffusion {command} --help lists the flags"
+
+
+def _alike(name: str, names: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, names, 3, 0.75)
+
+
+def _by_end(
+    end: str, names: Iterable[str], choose: Callable[[str, Iterable[str]], list[str]]
+) -> list[str]:
+    """The names whose last part is chosen."""
+    ends = {name.rpartition(".")[2]: name for name in names}
+    return [ends[chosen] for chosen in choose(end, ends)]
+
+
+def _habit(name: str, known: Sequence[str], command: str) -> str:
+    """What to use instead of a flag of another program."""
+    if name.startswith("watch."):
+        return name.replace("watch.", "--preview.", 1)
+    for habit in HABITS:
+        first = re.search(r"--([\w.-]*\w)", habit.meant)
+        says = not first or first[1] in known
+        if habit.commands:
+            says = command in habit.commands.split()
+        if says and name in habit.names.split():
+            return habit.meant
+    return ""
+
+
+def _owners(record: Any, name: str) -> Iterator[tuple[Slot, list[str]]]:
+    """Families of which members that are not chosen have a flag of this name, with their words."""
+    for slot in walk(record):
+        members = [
+            families.word(member)
+            for member in slot.members
+            if slot.kind in ("family", "several") and name in _flags_of(slot, member)
+        ]
+        if members:
+            yield slot, members
+
+
+def _flags_of(slot: Slot, member: type) -> set[str]:
+    word = (families.word(member),) if slot.kind == "several" else ()
+    return set(names(walk(member(), (*slot.path, *word))))
