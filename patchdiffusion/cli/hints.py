@@ -25,11 +25,7 @@ def unknown_flag(record: Any, name: str, words: Sequence[str], command: str) -> 
     close = _by_end(last, inside, nearest) or _by_end(last, known, _alike)
     if not inside:
         close = [n for n in known if n.endswith(f".{last}")][:3] or _alike(name, known) or close
-    if (
-        meant := ""
-        if name in close
-        else _habit(name, known, command) or _habit(last, known, command)
-    ):
+    if meant := _habit(name, known, command) or _habit(last, known, command):
         return f"{told}: use {meant}"
     if close:
         return f"{told}{question([f'--{n}' for n in close])}"
