@@ -305,7 +305,7 @@ def test_evaluate_on_other_data(own: str, finished: Path, tmp_path: Path, capsys
     out = works(capsys, "evaluate", finished, *options, "--data", other, "--save", file)
     for text in ("loss on these images", "on 30 images", "may have been trained on",
                  "not measured: copies (the data is not the model's)",
-                 "not measured: precision, recall, density, coverage (5 neigh"):  # fmt: skip
+                 "not measured: precision, recall, density, coverage (5 near"):  # fmt: skip
         assert text in out, text
     result = json.loads(file.read_text())
     assert not result.keys() & {"held_out", "copy_rate", "precision"}
