@@ -1,9 +1,12 @@
 """Files that are either whole or absent."""
 
+import errno
 import hashlib
 import math
 import os
+import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -152,3 +155,112 @@ def test_folder_atomic_recovers_a_crash_between_the_two_renames(tmp_path: Path) 
     with pytest.raises(KeyError), files.folder_atomic(tmp_path / "model"):
         raise KeyError
     assert (tmp_path / "model" / "a").read_text() == "old"
+
+
+# ---- File systems that cannot do everything ----
+
+
+@pytest.fixture
+def untold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a new process, which has warned of nothing."""
+    monkeypatch.setattr(files, "_TOLD", set())
+
+
+def failing(error: int) -> Callable[..., None]:
+    def fail(*given: object, **options: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    return fail
+
+
+@pytest.mark.parametrize("name", ["fsync", "chmod"])
+def test_what_a_file_system_cannot_do_is_told_once(
+    name: str,
+    untold: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(os, name, failing(errno.EINVAL if name == "fsync" else errno.EPERM))
+    files.write_bytes(tmp_path / "a", b"one")
+    with files.folder_atomic(tmp_path / "folder") as temporary:
+        (temporary / "b").write_text("two")
+    assert (tmp_path / "a").read_bytes() == b"one"
+    assert (tmp_path / "folder" / "b").read_text() == "two"
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith("warning: ")
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_fails_to_flush_is_an_error(
+    error: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "fsync", failing(error))
+    with pytest.raises(OSError, match=re.escape(os.strerror(error))):
+        files.write_bytes(tmp_path / "a", b"one")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_on_the_disk_before_it_gets_its_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flushed: list[tuple[int, bool]] = []
+    path = tmp_path / "a"
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: flushed.append((os.fstat(handle).st_ino, path.exists()))
+    )
+    files.write_bytes(path, b"one")
+    assert flushed == [(path.stat().st_ino, False)]
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("PATCHDIFFUSION_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    with refuses("PATCHDIFFUSION_CACHE", error=OSError):
+        files.cache_dir()
+    with refuses("~no-such-user/x"):
+        files.expanded("~no-such-user/x")
+
+
+# ---- Locks ----
+
+
+def test_a_lock_whose_file_was_deleted(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "lock"
+    with files.lock(path, tmp_path) as held:
+        assert held.keep() and files.is_held(path)
+        path.unlink()
+        path.parent.rmdir()
+        assert held.keep() and files.is_held(path)  # made anew
+        path.unlink()
+        with files.lock(path, tmp_path):
+            assert not held.keep()
+            assert not held.keep()
+        assert held.keep()
+    assert not path.exists()
+
+
+def test_a_lock_that_was_deleted_while_it_was_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who locks a file that has no name any more holds nothing."""
+    path, flock = tmp_path / "lock", files.fcntl.flock
+
+    def late(*given: int) -> None:
+        path.unlink()
+        flock(*given)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    assert files._take(path) is None
+
+
+def test_a_lock_is_no_link(tmp_path: Path) -> None:
+    (tmp_path / "victim").write_text("content")
+    (tmp_path / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(OSError), files.lock(tmp_path / "lock", tmp_path):
+        pass
+    assert (tmp_path / "victim").read_text() == "content"

@@ -1,5 +1,6 @@
 """Kernels are compiled once, whoever asks; without them everything still works."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from patchdiffusion.nets import fused
 from patchdiffusion.nets.layers import Norm
-from patchdiffusion.system import native
+from patchdiffusion.system import native, trust
 
 SOURCE = Path(fused.__file__).with_suffix(".c")
 
@@ -42,7 +43,6 @@ def is_fused(y: Tensor) -> bool:
         ({"CC": "/nonexistent"}, "no C compiler"),
         ({"CC": "false"}, "false failed"),
         ({"PATCHDIFFUSION_KERNELS": "0"}, "switched off"),
-        ({"PATCHDIFFUSION_CACHE": "/dev/null/cache"}, "Not a directory"),
     ],
 )
 def test_operators_without_a_kernel(
@@ -66,7 +66,78 @@ def test_a_compiler_that_dies_leaves_nothing(fresh: Path, monkeypatch: pytest.Mo
     script.write_text("for last; do :; done; [ $last = --version ] || { echo > $last; exit 1; }")
     monkeypatch.setenv("CC", f"sh {script}")
     assert "sh failed: no message" in fused.status()
-    assert not list((fresh / "kernels").iterdir())
+    assert not list(fresh.glob("kernels/*"))
+
+
+def test_without_a_cache_kernels_are_compiled_for_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATCHDIFFUSION_CACHE", "/dev/null/cache")
+    assert fused.status() == "fused kernels"
+
+
+# ---- Only what this user has compiled is executed ----
+
+HOSTILE = """
+#include <stdio.h>
+#include <stdlib.h>
+__attribute__((constructor)) static void run(void) { fclose(fopen(getenv("CANARY"), "w")); }
+"""
+
+
+def kept(cache: Path) -> Path:
+    """The library in a cache."""
+    (library,) = (cache / "kernels").glob("*.so")
+    return library
+
+
+def of_another_user(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a file or folder belonged to somebody else."""
+    fstat, lstat = os.fstat, os.lstat
+
+    def other(status: os.stat_result) -> os.stat_result:
+        if not os.path.samestat(status, os.stat(path)):
+            return status
+        return os.stat_result((*status[:4], status.st_uid + 1, *status[5:]))
+
+    monkeypatch.setattr(trust.os, "fstat", lambda handle: other(fstat(handle)))
+    monkeypatch.setattr(trust.os, "lstat", lambda file, **more: other(lstat(file, **more)))
+
+
+@pytest.mark.parametrize(
+    "attack", ["its content", "its owner", "the folder's owner", "its mode", "a link", "cut short"]
+)
+def test_a_library_that_others_may_have_put_there_is_compiled_anew(
+    attack: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "one.c"
+    source.write_text("int f(void) { return 1; }")
+    monkeypatch.setenv("CANARY", str(tmp_path / "canary"))
+    assert native.compiled(source).f() == 1
+    library, good = kept(fresh), kept(fresh).read_bytes()
+    hostile = tmp_path / "hostile.so"
+    (tmp_path / "hostile.c").write_text(HOSTILE)
+    subprocess.run(["cc", "-shared", "-fPIC", tmp_path / "hostile.c", "-o", hostile], check=True)
+    content = hostile.read_bytes()
+    name = "-".join([*library.stem.split("-")[:-1], native._short(content)])
+    if attack == "its content":
+        library.write_bytes(content)
+    elif attack == "cut short":
+        library.write_bytes(good[: len(good) // 2])
+    else:  # its name tells the right digest
+        library.unlink()
+        library = library.with_name(f"{name}.so")
+        library.write_bytes(content)
+        library.chmod(0o600)
+        if attack == "a link":
+            library.unlink()
+            library.symlink_to(hostile)
+        elif attack == "its mode":
+            library.chmod(0o666)
+        else:
+            of_another_user(library if attack == "its owner" else library.parent, monkeypatch)
+    assert native.compiled(source).f() == 1
+    assert not (tmp_path / "canary").exists()
 
 
 def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

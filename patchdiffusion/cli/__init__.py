@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
+from patchdiffusion.system.files import expanded
 from patchdiffusion.system.place import leave, place
 
 
@@ -142,7 +143,7 @@ def _import(arguments: Sequence[str]) -> Sequence[str]:
     """
     if len(arguments) < 2:
         raise ValueError("--import needs a Python file: patchdiffusion --import FILE COMMAND ...")
-    file = Path(arguments[1]).expanduser().resolve()
+    file = expanded(arguments[1]).resolve()
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"--import {arguments[1]} is no Python file that exists")
     spec = importlib.util.spec_from_file_location(file.stem, file)

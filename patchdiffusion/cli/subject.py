@@ -11,6 +11,7 @@ from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.data.source import is_run
 from patchdiffusion.recipes import Facts, Recipe
+from patchdiffusion.system.files import expanded
 from patchdiffusion.system.place import place
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.folder import stored_config
@@ -49,7 +50,7 @@ class Subject:
         if len(words) > 2:
             raise ValueError(f"{words[2]!r} is one argument too many after a recipe and data")
         words = words or [early.data.path or "glyphs"]
-        path = Path(words[-1]).expanduser()
+        path = expanded(words[-1])
         is_data = path.exists() and not (words[-1] in recipes.RECIPES and is_run(path))
         images = str(path.resolve()) if is_data else words[-1]
         stem = path.resolve().name.split(".")[0] or "run"

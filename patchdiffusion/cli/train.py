@@ -43,7 +43,18 @@ def main(arguments: Sequence[str]) -> None:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
     given = _parse(arguments, subject.config(arguments))
+    _check_code(given.config, arguments)
     train(_with_whole_paths(given.config), given.run)
+
+
+def _check_code(config: TrainConfig, arguments: Sequence[str]) -> None:
+    """Refuse to execute code that only the files of a run name."""
+    name = config.preview.extractor
+    if ":" in name and not any(name in argument for argument in arguments):
+        raise ValueError(
+            f"the stored configuration names {name}, which is code of somebody's own; to have it "
+            f"executed add --preview.extractor {name}, else --preview.extractor inception"
+        )
 
 
 def _data_of(run: Path) -> str:

@@ -32,7 +32,7 @@ from patchdiffusion.data.report import Report, bad_lines, write_text
 from patchdiffusion.data.source import open_source
 from patchdiffusion.data.split import held_out, repeats
 from patchdiffusion.data.write import pack_writer
-from patchdiffusion.system.files import cache_dir, folder_atomic, lock
+from patchdiffusion.system.files import cache_dir, expanded, folder_atomic, lock
 from patchdiffusion.system.place import place
 from patchdiffusion.system.progress import progress_bar
 
@@ -70,7 +70,7 @@ def prepare(
     """
     options = check_options(resolution, channels, space, columns, background, holdout, max_bad)
     workers = count_workers(workers, source)
-    target = None if out is None else Path(out).expanduser()
+    target = None if out is None else expanded(out)
     pack = _existing(source, options, target)
     if pack is not None:
         return pack

@@ -9,7 +9,7 @@ from patchdiffusion.data.files import folder_source, zip_source
 from patchdiffusion.data.glyphs import Glyphs
 from patchdiffusion.data.moving import MovingGlyphs
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.system.files import read_json
+from patchdiffusion.system.files import expanded, read_json
 
 __all__ = ["BadImage", "Example", "Source", "is_run", "open_source"]
 
@@ -37,7 +37,7 @@ def open_source(spec: str | Path) -> Source:
 
     Raises `ValueError`, in one line, for anything else and for data that cannot be read.
     """
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     run = is_run(path)
     if run and str(spec) not in BUILT_IN:
         raise ValueError(f"{spec} is the folder of a run, not of images; {_ALLOWED}")

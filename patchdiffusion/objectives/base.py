@@ -23,6 +23,7 @@ from patchdiffusion.parameterisation import EDM, Parameterisation, Precond
 from patchdiffusion.plans import Group
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team
+from patchdiffusion.system.files import expanded
 
 Fields = dict[str, Field[Any]]
 
@@ -191,7 +192,7 @@ class Distilled(ObjectiveConfig, Protocol):
     def located(self) -> Self:
         """A copy with the absolute path of its teacher."""
         (path,) = self.teachers or (None,)
-        changes = {} if path is None else {"teacher": str(path.expanduser().resolve())}
+        changes = {} if path is None else {"teacher": str(expanded(path).resolve())}
         return replace(self, **changes)
 
 

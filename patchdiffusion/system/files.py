@@ -1,16 +1,21 @@
 """Files: atomic writes, durable renames, digests, locks, and the folder of the cache."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from patchdiffusion.system.trust import NO_LINK, open_regular, read_regular
 
 try:
     import fcntl
@@ -19,30 +24,71 @@ except ImportError:  # not on Windows, where nothing is locked
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+_UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What file systems answer that cannot flush a folder, or a file."""
+_TOLD: set[str] = set()
 
 
 def cache_dir() -> Path:
-    """$PATCHDIFFUSION_CACHE, else $XDG_CACHE_HOME/patchdiffusion, else ~/.cache/patchdiffusion."""
+    """$PATCHDIFFUSION_CACHE, else $XDG_CACHE_HOME/patchdiffusion, else ~/.cache/patchdiffusion.
+
+    Raises `OSError` for a user without a home.
+    """
     if folder := os.environ.get("PATCHDIFFUSION_CACHE"):
         return Path(folder)
     if base := os.environ.get("XDG_CACHE_HOME"):
         return Path(base) / "patchdiffusion"
-    return Path.home() / ".cache" / "patchdiffusion"
+    try:
+        return Path.home() / ".cache" / "patchdiffusion"
+    except RuntimeError as error:
+        raise OSError(
+            "there is no home folder to keep prepared data in; name one by PATCHDIFFUSION_CACHE"
+        ) from error
+
+
+def expanded(path: str | Path) -> Path:
+    """A path without `~`; `ValueError` for the home of nobody."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not exist: there is no such home folder") from error
 
 
 def sha256(path: Path) -> str:
     """Hex SHA-256 digest of a file's content."""
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file, or a folder's entries, to the disk, as far as the file system can."""
+    try:
+        handle = os.open(path, os.O_RDWR if os.name == "nt" and path.is_file() else os.O_RDONLY)
+    except PermissionError:
+        if not path.is_dir():
+            raise
+        return  # Windows opens no folders
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _UNKNOWN:
+            raise
+        _warn_once("flush", f"{path} cannot be flushed to the disk: a power cut may lose more")
     finally:
         os.close(handle)
+
+
+def _follow_umask(path: Path) -> None:
+    try:
+        path.chmod(0o666 & ~_UMASK)
+    except OSError as error:
+        _warn_once("mode", f"the permissions of {path} cannot be changed: {error.strerror}")
+
+
+def _warn_once(kind: str, text: str) -> None:
+    if kind not in _TOLD:
+        _TOLD.add(kind)
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -56,7 +102,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        temporary.chmod(0o666 & ~_UMASK)
+        _follow_umask(temporary)
         fsync(temporary)
         temporary.replace(path)
     finally:
@@ -88,7 +134,7 @@ def parse_json(text: str | bytes) -> Any:
 def read_json(path: Path) -> Any:
     """Read a JSON file; raises `ValueError` that names the file when it is not valid JSON."""
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(read_regular(path).decode())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
@@ -113,7 +159,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                file.chmod(0o666 & ~_UMASK)
+                _follow_umask(file)
             fsync(file)
         fsync(temporary)
         # A rename onto a folder that is not empty fails; the old one goes last.
@@ -135,6 +181,35 @@ def folder_atomic(path: Path) -> Iterator[Path]:
 # ---- Locks ----
 
 
+@dataclass
+class Lock:
+    """The right to write something, as a file that this process has locked."""
+
+    path: Path
+    handle: int
+    locked: bool
+    """False where files cannot be locked."""
+
+    def keep(self) -> bool:
+        """Whether the right still stands: a file that was deleted is made anew, if nobody has."""
+        if not _is(self.path, self.handle):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            taken = _take(self.path) if self.locked or not self.path.exists() else None
+            if taken is None:
+                return False
+            os.close(self.handle)
+            self.handle, self.locked = taken
+            self.sign()
+        return True
+
+    def sign(self) -> None:
+        """Write who holds it, for people and for `lock`."""
+        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+        os.ftruncate(self.handle, 0)
+        os.lseek(self.handle, 0, os.SEEK_SET)
+        os.write(self.handle, json.dumps(facts).encode() + b"\n")
+
+
 @contextlib.contextmanager
 def lock(
     path: Path,
@@ -142,12 +217,12 @@ def lock(
     *,
     patience: float = 0.0,
     waiting: Callable[[str], object] | None = None,
-) -> Iterator[bool]:
+) -> Iterator[Lock]:
     """Hold an exclusive lock on a file, which stands for the right to write `what`.
 
     The file names its holder. The system releases the lock when the process ends, however it ends.
     Waits `patience` seconds for another holder, which is passed to `waiting` once, then raises
-    `ValueError` that names it. Yields False where files cannot be locked.
+    `ValueError` that names it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -159,21 +234,39 @@ def lock(
             waiting(message)
             waiting = None
         time.sleep(0.1)
-    handle, locked = taken
+    held = Lock(path, *taken)
     try:
-        facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
-        os.truncate(handle, 0)
-        os.pwrite(handle, json.dumps(facts).encode() + b"\n", 0)
-        yield locked
+        held.sign()
+        yield held
     finally:
-        if _is(path, handle):
-            path.unlink()
+        if _is(path, held.handle):
+            with contextlib.suppress(PermissionError):  # Windows deletes no open file
+                path.unlink()
+        os.close(held.handle)
+
+
+def is_held(path: Path) -> bool | None:
+    """Whether a process holds a lock; None if that cannot be told."""
+    if fcntl is None:
+        return None
+    try:
+        handle = os.open(path, os.O_RDONLY | NO_LINK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
         os.close(handle)
+    return False
 
 
 def _take(path: Path) -> tuple[int, bool] | None:
     """Open handle and whether it is locked; None if another process holds the lock."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o666)
     if fcntl is None:
         return handle, False
     try:

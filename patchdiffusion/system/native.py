@@ -1,16 +1,23 @@
-"""C code compiled at first use with the system's compiler, cached, and loaded by ctypes."""
+"""C code compiled at first use with the system's compiler, cached, and loaded by ctypes.
 
+A library is code, and a cache may lie where others write. So it is taken from there only if this
+user alone can have put it there, and its name tells its digest.
+"""
+
+import contextlib
 import ctypes
 import hashlib
 import os
 import platform
 import shlex
 import subprocess
+import tempfile
 from pathlib import Path
 
 import torch
 
-from patchdiffusion.system.files import cache_dir, write_atomic
+from patchdiffusion.system.files import cache_dir
+from patchdiffusion.system.trust import make_private, own_content
 
 # No fast-math: NaN and infinity must come out where they should.
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
@@ -36,18 +43,61 @@ def compiled(source: Path) -> ctypes.CDLL:
     libraries = [*map(str, pools[:1]), "-Wl,--as-needed", "-lm"]
     version = _output([*compiler, "--version"])
     parts = [source.read_text(), *compiler, *FLAGS, *libraries, version, _processor()]
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    library = cache_dir() / "kernels" / f"{source.stem}-{digest}.so"
-
-    def make(out: Path) -> None:
-        _output([*compiler, *FLAGS, str(source), *libraries, "-o", str(out)])
-
+    digest = _short("\n".join(parts).encode())
+    name = f"{source.stem}-{digest}"
     try:
-        if not library.exists():
-            write_atomic(library, make)
-        return ctypes.CDLL(str(library))
+        with tempfile.TemporaryDirectory(prefix="patchdiffusion-") as own:
+            library = _kept(name)
+            if library is None:
+                out = Path(own) / "new.so"
+                _output([*compiler, *FLAGS, str(source), *libraries, "-o", str(out)])
+                library = out.read_bytes()
+                _keep(name, library)
+            return _loaded(name, library, Path(own))
     except OSError as error:
         raise UnavailableError(str(error)) from error
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _kept(name: str) -> bytes | None:
+    """The library that was compiled before, if it is whole and this user's own."""
+    with contextlib.suppress(OSError):
+        for file in sorted((cache_dir() / "kernels").glob(f"{name}-*.so")):
+            content = own_content(file)
+            if content is not None and file.stem == f"{name}-{_short(content)}":
+                return content
+    return None
+
+
+def _keep(name: str, library: bytes) -> None:
+    """Store a library for the next process, if that can be."""
+    with contextlib.suppress(OSError):
+        folder = cache_dir() / "kernels"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private(folder)
+        handle, temporary = tempfile.mkstemp(dir=folder)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(library)
+            os.replace(temporary, folder / f"{name}-{_short(library)}.so")
+        except BaseException:
+            os.unlink(temporary)
+            raise
+
+
+def _loaded(name: str, library: bytes, own: Path) -> ctypes.CDLL:
+    """Load these very bytes, which nobody can exchange on the way, from memory if that can be."""
+    if hasattr(os, "memfd_create"):
+        handle = os.memfd_create(name)  # stays open: the loader knows a library by this number
+        os.write(handle, library)
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(f"/proc/self/fd/{handle}")
+    file = own / f"{name}.so"
+    file.write_bytes(library)
+    return ctypes.CDLL(str(file))
 
 
 def _output(command: list[str]) -> str:

@@ -7,10 +7,12 @@ from patchdiffusion.system.files import read_json, write_json
 from patchdiffusion.system.serialize import decode, differences, encode
 from patchdiffusion.train.config import FREE, TrainConfig
 
+CONFIG = "config.json"
+
 
 def stored_config(folder: Path) -> TrainConfig | None:
     """The configuration of the run in a folder, or None if there is no run."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     if not path.exists():
         return None
     stored = read_json(path)
@@ -44,8 +46,9 @@ def is_same_run(folder: Path, config: TrainConfig, *, allow_change: bool = False
     """
     stored = stored_config(folder)
     if stored is None:
-        # A process that was killed at once has left its lock, and nothing else.
-        if folder.exists() and any(f.name != "lock" for f in folder.iterdir()):
+        # A process that was killed at once has left its lock and the beginning of this file.
+        own = ("lock", f".{CONFIG}.")
+        if folder.exists() and not all(f.name.startswith(own) for f in folder.iterdir()):
             raise ValueError(
                 f"{folder} is not empty and holds no run; choose another folder with --out"
             )
@@ -68,7 +71,14 @@ def refuse_changes(folder: Path, changed: list[str]) -> None:
 def write_config(folder: Path, config: TrainConfig) -> None:
     """Make the folder if needed, and write `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", encode(config))
+    write_json(folder / CONFIG, encode(config))
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Delete what a killed process has left of files that this one writes."""
+    for name in (CONFIG, "run.json"):
+        for file in folder.glob(f".{name}.*"):
+            file.unlink(missing_ok=True)
 
 
 def check_disk(

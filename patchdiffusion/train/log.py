@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from patchdiffusion.system.files import parse_json, write_json
+from patchdiffusion.system.files import is_held, parse_json, read_json, write_json
+from patchdiffusion.system.trust import NO_LINK, open_regular
 from patchdiffusion.train.trackers import Trackers
 
 
@@ -94,6 +95,38 @@ class RunLog:
         self._failed.add(name)
 
 
+def run_state(folder: Path) -> dict[str, Any]:
+    """What `run.json` says, nothing if there is none; a process that is dead runs no more.
+
+    If this host can tell, the file is corrected, too.
+    """
+    file = folder / "run.json"
+    state = read_json(file) if file.exists() else {}
+    if isinstance(state, dict) and state.get("status") == "running" and _is_dead(folder, state):
+        state |= {
+            "status": "failed",
+            "reason": "its process has ended without a word, as by a kill",
+        }
+        with contextlib.suppress(OSError, ValueError):
+            write_json(file, state)
+    return state
+
+
+def _is_dead(folder: Path, state: dict[str, Any]) -> bool:
+    held, pid = is_held(folder / "lock"), state.get("pid")
+    if held is not None:
+        return not held
+    if os.name == "nt" or state.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except OSError:
+        pass  # it is that of another user
+    return False
+
+
 def _finite(value: Any) -> Any:
     """The same with null for what JSON cannot hold: NaN and infinities."""
     if isinstance(value, dict):
@@ -107,7 +140,7 @@ def _last_step(path: Path) -> int:
     """The highest step of the status lines in a log, -1 without any."""
     last = -1
     try:
-        with open(path, encoding="utf-8") as lines:
+        with open_regular(path) as lines:
             for line in lines:
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     record = parse_json(line)
@@ -120,7 +153,8 @@ def _last_step(path: Path) -> int:
 
 def _append(path: Path, line: str) -> None:
     """Add a line, a new one even if a crash has cut the last one short."""
-    with open(path, "a+b") as stream:
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | NO_LINK, 0o666)
+    with os.fdopen(handle, "a+b") as stream:
         cut = b""
         if stream.tell():
             stream.seek(-1, os.SEEK_END)

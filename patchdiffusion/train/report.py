@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchdiffusion.system.files import parse_json, read_json, write_bytes
+from patchdiffusion.system.trust import check_links, read_regular
+from patchdiffusion.train.log import run_state
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +35,7 @@ def read_log(folder: Path | str) -> list[Record]:
     """All whole records of a run; of steps that were done twice, the last ones."""
     path = Path(folder) / "log.jsonl"
     records: list[Record] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in read_regular(path).splitlines() if path.exists() else []:
         try:
             record = parse_json(line)
         except ValueError:  # the last line of a crashed run may be cut short
@@ -59,8 +61,9 @@ def write_report(folder: Path | str, out: Path | str | None = None) -> Path:
     folder = Path(folder)
     if not (folder / "config.json").exists():
         raise ValueError(f"{folder} holds no run: config.json is missing")
+    check_links(folder)
     config = read_json(folder / "config.json")
-    state = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    state = run_state(folder)
     records = read_log(folder)
     out = Path(out) if out else folder / "report.html"
     try:
@@ -121,7 +124,7 @@ def _pictures(folder: Path, previews: list[Record]) -> Iterable[str]:
 
 
 def _figure(folder: Path, record: Record) -> str:
-    data = base64.b64encode((folder / "samples" / record["picture"]).read_bytes()).decode()
+    data = base64.b64encode(read_regular(folder / "samples" / record["picture"])).decode()
     caption = f"after {record['images']:,.0f}"
     return (
         f'<figure><img alt="samples {caption}" src="data:image/png;base64,{data}">'

@@ -11,10 +11,12 @@ from torch import Tensor
 from patchdiffusion.system.errors import Stop
 from patchdiffusion.system.files import check_writable, lock
 from patchdiffusion.system.serialize import encode
+from patchdiffusion.system.trust import check_links
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.engine import SHARED_FACTS
 from patchdiffusion.train.folder import (
     changed_fields,
+    clear_unfinished,
     is_same_run,
     refuse_changes,
     set_aside,
@@ -53,6 +55,7 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
     given: dict[str, Tensor] = {}
 
     def choose() -> Found | None:
+        check_links(folder)
         fresh = run.fresh and (folder / "config.json").exists()
         allow = run.allow_config_change
         exists = not fresh and is_same_run(folder, training.config, allow_change=allow)
@@ -67,6 +70,7 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
             _take(training, held)
         elif not exists:  # perhaps the process that was waited for has begun it
             exists = is_same_run(folder, training.config, allow_change=allow)
+        clear_unfinished(folder)
         if (folder / "checkpoints").exists():
             check_writable(folder / "checkpoints")
             checkpoint.clear_unfinished(folder / "checkpoints")
@@ -106,7 +110,8 @@ def _take(training: Training, held: contextlib.ExitStack) -> None:
         own = held.enter_context(lock(folder / "lock", folder, patience=LOCK_PATIENCE))
     except ValueError as error:
         raise ValueError(f"{error}; two processes must not train in one folder") from error
-    if not own:
+    training.lock = own
+    if not own.locked:
         training.log.say(
             f"warning: files cannot be locked in {folder}; see to it that nobody else trains there"
         )

@@ -1,13 +1,16 @@
 """What a run writes to go on later: checkpoints, the model, snapshots of averages."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from patchdiffusion.model import save_model
+from patchdiffusion.system.errors import Stop
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import encode
 from patchdiffusion.train import checkpoint
@@ -18,6 +21,7 @@ from patchdiffusion.train.parallel import is_sharded, local, whole
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import RunFacts
 
+T = TypeVar("T")
 Groups = dict[str, dict[str, Tensor]]
 DISK_FULL = 20
 
@@ -47,7 +51,7 @@ class Saver:
         _check_same(training, groups)
         facts = facts_of(training, groups)
         full = _collect(groups, main=training.team.is_main)
-        problem = training.team.on_main(lambda: _write(training, full, facts))
+        problem = self._on_main(lambda: _write(training, full, facts))
         if problem and gives_up(self.problem, final=final):
             raise training.team.stop(
                 f"cannot save in {training.folder}: {problem}; older checkpoints stand",
@@ -65,8 +69,17 @@ class Saver:
         training = self.training
         if training.team.on_main(self._model_is_old):
             full = _collect(_state(training), main=training.team.is_main)
-            training.team.on_main(lambda: _write_model(training, full))
+            self._on_main(lambda: _write_model(training, full))
         self.snapshot()
+
+    def _on_main(self, work: Callable[[], T]) -> T:
+        """Let the leading process write, if the folder is still that of this run."""
+
+        def write() -> T:
+            _check_lock(self.training)
+            return work()
+
+        return self.training.team.on_main(write)
 
     def _model_is_old(self) -> bool:
         try:
@@ -95,8 +108,23 @@ class Saver:
                 return str(error)
             return ""
 
-        if problem := training.team.on_main(write):
+        if problem := self._on_main(write):
             training.log.say(f"warning: cannot save a snapshot of the averages: {problem}")
+
+
+def _check_lock(training: Training) -> None:
+    """Raise `Stop` if another process holds the folder, because somebody deleted the lock."""
+    try:
+        held = training.lock is None or training.lock.keep()
+    except OSError:  # which the save will meet, too
+        held = True
+    if not held:
+        training.log.quiet = True  # the records are those of the other one
+        raise Stop(
+            f"{training.folder} is in use by another process, since its lock or the folder was "
+            "deleted; nothing was saved there",
+            code=24,
+        )
 
 
 # ---- What is saved ----

@@ -27,6 +27,7 @@ from patchdiffusion.system.device import (
     resident,
 )
 from patchdiffusion.system.dist import Team
+from patchdiffusion.system.files import Lock
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.ema import EMA
 from patchdiffusion.train.engine import compiles, engine_facts, prepare_machine
@@ -80,6 +81,8 @@ class Training:
     state: TrainState
     meter: Meter
     """Sums for the next status line."""
+    lock: Lock | None = None
+    """The right to write the folder; only the leading process has it."""
 
     @property
     def now(self) -> float:

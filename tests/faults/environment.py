@@ -13,6 +13,7 @@ import torch
 from moments import at, during_saves
 
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.system import files
 
 
 def raise_in(phase: str, step: int, error: str) -> None:
@@ -29,8 +30,18 @@ def raise_in(phase: str, step: int, error: str) -> None:
 
 
 def remove(path: str, phase: str, step: int) -> None:
-    """Delete a folder when a phase of a step begins."""
-    at(phase, step, lambda: shutil.rmtree(path))
+    """Delete a folder or a file when a phase of a step begins."""
+    at(phase, step, lambda: shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path))
+
+
+def seize(path: str, phase: str, step: int) -> None:
+    """Somebody deletes a lock, and another trainer takes it."""
+
+    def act() -> None:
+        Path(path).unlink()
+        assert files._take(Path(path)) is not None
+
+    at(phase, step, act)
 
 
 def block(path: str, phase: str, step: int) -> None:

@@ -22,6 +22,7 @@ from environment import (
     limit_file_size,
     raise_in,
     remove,
+    seize,
 )
 from moments import at, once_ever
 
@@ -245,6 +246,7 @@ FAULTS: dict[str, Callable[..., None]] = {
         poke,
         raise_in,
         remove,
+        seize,
         block,
         jump,
         forbid,

@@ -228,10 +228,33 @@ def test_d7_two_trainers_in_one_folder(
     assert not (folder / "lock").exists()
 
 
+def test_d7_the_lock_is_deleted_and_taken_by_another_trainer(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    fault = {"kind": "seize", "path": str(folder / "lock"), "phase": "data", "step": 2}
+    ended = here(images, folder, run=SAVE_ALWAYS, faults=[fault])
+    assert ended.code == 24 and names(ended.error, folder)
+    assert checkpoints(folder) == [1, 2]  # nothing of it since
+    assert status(folder) == "running"  # which the other one is
+    assert (folder / "lock").exists()
+
+
+def test_d7_the_lock_is_deleted(images: Path, finished: Path, tmp_path: Path) -> None:
+    """Nobody has taken it: it is made anew, and keeps others out again."""
+    folder = tmp_path / "run"
+    fault = {"kind": "remove", "path": str(folder / "lock"), "phase": "data", "step": 2}
+    ended = here(images, folder, run=SAVE_ALWAYS, faults=[fault])
+    assert (ended.code, checkpoints(folder)) == (0, [3, 4])
+    assert tiny.weights(folder) == tiny.weights(finished)
+    assert not (folder / "lock").exists()
+
+
 def test_d7_killed_before_it_began(images: Path, tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "lock").write_text("{}")
-    assert here(images, tmp_path / "run").code == 0
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "lock").write_text("{}")
+    (folder / ".config.json.k1ll3d00").write_text("{")
+    assert here(images, folder).code == 0
+    assert not [f.name for f in folder.iterdir() if f.name.startswith(".")]
 
 
 def test_d7_another_trainer_was_quicker(

@@ -1,6 +1,7 @@
 """S: hostile files. Nothing is executed, nothing outside is read, and one line says no."""
 
 import json
+import os
 import pickle
 import shutil
 import struct
@@ -323,3 +324,52 @@ def test_s1_a_log_of_another_form(
     assert names(fails(capsys, "report", run), run)
     out = works(capsys, "train", run, "--images", 15)
     assert any(names(x, "warning", "report", run) for x in out.splitlines())
+
+
+# ---- S1: links, pipes and code in a run ----
+
+
+@pytest.mark.parametrize(
+    "name", ["lock", "log.jsonl", "run.json", "samples/0000000012.png", "samples", "checkpoints"]
+)
+def test_s1_links_in_a_run(name: str, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    link, victim = run / name, tmp_path / "victim"
+    victim.mkdir()
+    (victim / "file").write_text(SECRET)
+    shutil.rmtree(link) if link.is_dir() else link.unlink(missing_ok=True)
+    link.symlink_to(victim if name in ("samples", "checkpoints") else victim / "file")
+    for command in (("train", run, "--images", 15), ("report", run, "--out", tmp_path / "page")):
+        assert names(fails(capsys, *command), link)
+    assert (victim / "file").read_text() == SECRET
+    assert len(list(victim.iterdir())) == 1
+    assert not (tmp_path / "page").exists()
+    link.unlink()
+    (run / "own.png").symlink_to(run / "samples" / "0000000012.png")  # inside, which is allowed
+    works(capsys, "report", run, "--out", tmp_path / "page")
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "log.jsonl", "model/config.json"])
+def test_s1_pipes_in_a_run(name: str, run: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Nobody writes into them: who reads waits for ever."""
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    command = ("sample", run) if "model" in name else ("report", run, "--out", tmp_path / "page")
+    assert names(fails(capsys, *command), run / name)
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_s1_code_that_only_a_run_names(
+    more: tuple[str, ...],
+    run: Path,
+    outside: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    (tmp_path / "hostile.py").write_text(f"open({str(outside / 'canary')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    stored = read_json(run / "config.json")
+    stored["preview"] |= {"extractor": "hostile:make", "distance": 2}
+    write_json(run / "config.json", stored)
+    told = fails(capsys, "train", run, "--images", 15, *more)
+    assert names(told, "hostile:make", "--preview.extractor")
