@@ -24,11 +24,12 @@ from patchdiffusion import (
 from patchdiffusion.cond import Call, Cond, Tape
 from patchdiffusion.data import columns
 from patchdiffusion.data.example import Example
-from patchdiffusion.denoiser import Denoiser, Wrapper, ask
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser, Wrapper, ask
 from patchdiffusion.guidance import threshold
 from patchdiffusion.guidance.base import Surroundings
-from patchdiffusion.losses import Batch, LossOut, Objective
-from patchdiffusion.nets import Network
+from patchdiffusion.losses import Batch, Loss, LossOut, Objective
+from patchdiffusion.nets import Network, heads
 from patchdiffusion.nets.base import Network as NetworkBase
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.layers import Conv
@@ -36,11 +37,16 @@ from patchdiffusion.objectives.base import Addition, Materials, ObjectiveConfig
 from patchdiffusion.patches import Size
 from patchdiffusion.paths import per_sample
 from patchdiffusion.rng import Draws
+from patchdiffusion.sampling import canvas
 from patchdiffusion.solvers import schedules
 from patchdiffusion.solvers.core import Method, Move, Step
 from patchdiffusion.system import families
-from patchdiffusion.train import optimizers
+from patchdiffusion.system.png import grid
+from patchdiffusion.train import config, optimizers
 from patchdiffusion.train import schedules as rates
+from patchdiffusion.train.preview import Ending, Scene, Shown
+from patchdiffusion.train.settings import Settings
+from patchdiffusion.train.task import TaskConfig, check_images, check_own_objective
 
 # ---- A network ----
 
@@ -182,7 +188,72 @@ class ToyRate:
         return 0.5
 
 
-# ---- Sampling: a solver, a schedule, guidance, a threshold, an accelerator ----
+# ---- Something else to train: a task with its head ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyHead(heads.OwnHead):
+    """The output of the network, which here is no denoised image."""
+
+    kind: ClassVar[str] = "light meter"
+
+
+class LightMeter(nn.Module):
+    """The brightness of images [B, C, *S] -> [B], by a network."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def recording(self, tape: Tape) -> "LightMeter":
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x, x.new_zeros(len(x)), Cond()).flatten(1).mean(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyTask(TaskConfig):
+    """The brightness of crops."""
+
+    gain: float = 1.0
+
+    def check(self, config: Settings, pack: Pack) -> None:
+        check_images(config, pack)
+        check_own_objective(config, "a light meter")
+
+    def head(self, pack: Pack) -> ToyHead:
+        return ToyHead()
+
+    def model(self, network: nn.Module, config: Settings) -> LightMeter:
+        return LightMeter(network)
+
+    def objective(self, config: Settings, materials: Materials) -> Loss:
+        def loss(meter: LightMeter, batch: Batch, draws: Draws) -> LossOut:
+            error = meter(batch.images) - self.gain * batch.images.flatten(1).mean(1)
+            return LossOut(per_sample=error**2)
+
+        return loss
+
+    def preview(self, scene: Scene) -> "ToyPreview":
+        return ToyPreview(scene)
+
+
+@dataclass(frozen=True)
+class ToyPreview:
+    """Four images and their mean brightness."""
+
+    scene: Scene
+
+    @torch.no_grad()
+    def show(self, model: LightMeter, ending: Ending = bool) -> Shown:
+        pack = self.scene.pack
+        x = pack.images[:4].movedim(-1, 1).to(self.scene.device, torch.float32)
+        found = float(model(pack.space.to_network(x)).mean())
+        return Shown(grid(pack.images[:4].numpy()), {"brightness": found})
+
+
+# ---- Sampling: a solver, a schedule, guidance, a threshold, an accelerator, a canvas ----
 
 
 @dataclass(frozen=True)
@@ -249,7 +320,20 @@ class ToyAccelerator:
         return Brighter(denoiser, 0.0)
 
 
-# ---- Data: a column ----
+@dataclass(frozen=True, kw_only=True)
+class ToyCanvas:
+    """The canvas without its margins."""
+
+    margin: int = 2
+
+    def place(self, canvas: Size) -> tuple[Size, tuple[int, ...]]:
+        return tuple(side - 2 * self.margin for side in canvas), (self.margin,) * len(canvas)
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return PatchDenoiser(denoiser, around.canvas, self.place(around.canvas)[1])
+
+
+# ---- Data: a column; features of images ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,6 +345,14 @@ class ToyColumn(columns.ColumnBase):
 
     def value(self, example: Example, size: Size) -> columns.Stored | None:
         return np.array([example.image.mean() / 255], dtype=np.float32)
+
+
+class ToyFeatures:
+    """Mean and deviation of each color: uint8 [B, 3, H, W] -> [B, 6]."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.float().flatten(2)
+        return torch.cat([x.mean(2), x.std(2)], dim=1)
 
 
 TOYS = (
@@ -279,6 +371,9 @@ TOYS = (
     (guidance.Guidance, ToyGuidance),
     (threshold.Threshold, ToyThreshold),
     (accel.Accelerator, ToyAccelerator),
+    (canvas.Canvas, ToyCanvas),
+    (heads.Head, ToyHead),
+    (config.Task, ToyTask),
 )
 
 for family, toy in TOYS:

@@ -30,6 +30,10 @@ table { border-collapse: collapse; } td { padding: .15rem 1.5rem .15rem 0; }
 pre { background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 """
 
+_NAMED = ("time", "images", "copy_rate", "distance")
+"""Numbers of a preview that are shown in words of their own, or elsewhere; others by their names.
+"""
+
 
 def read_log(folder: Path | str) -> list[Record]:
     """All whole records of a run; of steps that were done twice, the last ones."""
@@ -191,6 +195,8 @@ def _numbers(status: list[Record], previews: list[Record]) -> list[tuple[str, st
             rows.append(("samples that are near copies", f"{record['copy_rate']:.0%}"))
         if "distance" in record:
             rows.append(("Frechet distance of a few samples", f"{record['distance']:.4g}"))
+        others = [name for name in record if name not in _NAMED and isinstance(record[name], float)]
+        rows += [(name.replace("_", " "), f"{record[name]:.4g}") for name in others]
     return rows
 
 
