@@ -2,6 +2,7 @@
 
 import functools
 import re
+from pathlib import Path
 
 import pytest
 from commands import Capture, fails, names
@@ -88,6 +89,55 @@ def test_sampling(typed: str, meant: str, capsys: Capture) -> None:
 )
 def test_names_of_solvers(word: str, expected: str) -> None:
     assert nearest(word, words(Solver))[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ("smaple x", ["smaple", "sample"]),
+        ("eval x", ["eval", "evaluate"]),
+        ("photos", ["photos", "train photos"]),
+        ("runs/faces", ["runs/faces", "sample runs/faces"]),
+        ("train", ["patchdiffusion train ./photos", "glyphs"]),
+        ("bench --images 3", ["patchdiffusion bench ./photos", "glyphs"]),
+        ("train ./fotos", ["./fotos", "photos"]),
+        ("train glyph", ["glyph", "glyphs"]),
+        ("train photos others", ["photos", "others", "two sets"]),
+        ("train photos glyphs", ["glyphs photos"]),
+        ("train fly photos", ["fly", "glyphs"]),
+        ("train https://here.there/x", ["https://here.there/x", "URL"]),
+        ("train --data.path=hf://cifar10", ["hf://cifar10", "URL"]),
+        ("sample s3://here/x", ["s3://here/x", "URL"]),
+        ("sample", ["RUN", "runs/faces"]),
+        ("sample runs/face", ["runs/face", "runs/faces"]),
+        ("sample faces", ["faces", "runs/faces"]),
+        ("report photos", ["photos", "runs/faces"]),
+        ("average nowhere", ["nowhere", "runs/faces"]),
+        ("evaluate nowhere", ["nowhere", "runs/faces"]),
+        ("sample photos/letter.txt", ["photos/letter.txt", "file", "runs/faces"]),
+    ],
+)
+def test_subjects(
+    arguments: str,
+    parts: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos", "others", "runs/faces"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "photos" / "letter.txt").write_text("dear")
+    for name in ("config.json", "log.jsonl"):
+        (tmp_path / "runs" / "faces" / name).write_text("{}")
+    assert names(fails(capsys, *arguments.split()), *parts)
+
+
+def test_a_place_without_runs(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert names(fails(capsys, "sample", "x"), "x", "train ./photos", "runs/photos")
 
 
 def test_words_of_a_refusal_are_sorted(capsys: Capture) -> None:

@@ -17,6 +17,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn, TextIO
 
+from patchdiffusion.cli.places import refuse_urls
+from patchdiffusion.cli.words import did_you_mean
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 from patchdiffusion.system.files import expanded
 from patchdiffusion.system.place import leave, place
@@ -191,7 +193,8 @@ def _run(arguments: Sequence[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     try:
         if name not in COMMANDS:
-            raise ValueError(f"unknown command {name!r}; commands are {', '.join(COMMANDS)}")
+            raise ValueError(_unknown(name))
+        refuse_urls(rest)
         COMMANDS[name].main(rest)
     except HelpShown:
         return 0
@@ -210,6 +213,15 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0
+
+
+def _unknown(name: str) -> str:
+    """One line about a word that is no command."""
+    told = f"unknown command {name!r}; commands are {', '.join(COMMANDS)}"
+    if Path(name).exists():
+        verb = "sample" if (Path(name) / "log.jsonl").exists() else "train"
+        return f"{told}; did you mean patchdiffusion {verb} {name}?"
+    return told + did_you_mean(name, COMMANDS)
 
 
 def _fail(message: str, code: int) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
+from patchdiffusion.cli.places import check_run
 from patchdiffusion.model import load_model, save_model
 from patchdiffusion.train.posthoc import reconstruct
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     """Reconstruct an average and write it as a model."""
     given = parse(AverageArguments(), arguments, "average")
     run = given.run
+    check_run(run)
     weights, step = reconstruct(run, given.std, given.at)
     raw = load_model(run, weights="raw")
     at = "" if given.at is None else f"-at-{given.at:g}"

@@ -56,7 +56,7 @@ class BenchArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, and print a table."""
-    subject = Subject.of(arguments)
+    subject = Subject.of(arguments, "bench")
     _parse(arguments, subject.generic())  # wrong flags are found before any data is read
     given = _parse(arguments, subject.config(arguments))
     with tempfile.TemporaryDirectory() as folder, join() as team:

@@ -58,7 +58,7 @@ class DoctorArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Print findings; lines that need attention begin with 'warning'."""
-    subject = Subject.of(arguments)
+    subject = Subject.of(arguments, "doctor", required=False)
     data = subject.data if read(arguments)[0] else DataConfig(path="")
     given = parse(DoctorArguments(data=data), arguments, "doctor")
     device = pick_device(given.device)

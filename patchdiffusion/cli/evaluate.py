@@ -10,6 +10,7 @@ import torch
 from patchdiffusion.apps.likelihood import LikelihoodConfig, held_out_bits
 from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.parse import parse
+from patchdiffusion.cli.places import check_run
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.plan import common_size
@@ -91,6 +92,8 @@ def main(arguments: Sequence[str]) -> None:
     """Measure, print a table, and write a file."""
     given = parse(EvaluateArguments(), arguments, "evaluate")
     path, device = given.path, pick_device(given.device)
+    if not path.exists():
+        check_run(path)
     config = given.config
     if given.full:
         if config.samples != EvaluationConfig.samples:

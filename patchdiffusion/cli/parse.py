@@ -7,6 +7,7 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 from patchdiffusion.cli import HelpShown, flags
 from patchdiffusion.cli.help import docs, help_text
 from patchdiffusion.cli.hints import unknown_flag
+from patchdiffusion.cli.places import runs_here
 from patchdiffusion.cli.values import convert
 
 T = TypeVar("T")
@@ -65,7 +66,8 @@ def _place(record: T, words: Sequence[str], command: str) -> T:
             changes[place.name] = convert(kind, [rest.pop(0)])
         elif place.metadata["required"]:
             text = docs(type(record))[place.name].rstrip(".")
-            raise ValueError(f"{name} is missing: {text}; type {usage(record, command)}")
+            runs = f"; {runs_here()}" if name == "RUN" else ""
+            raise ValueError(f"{name} is missing: {text}; type {usage(record, command)}{runs}")
     if rest:
         raise ValueError(f"{rest[0]!r} is one argument too many; type {usage(record, command)}")
     return replace(record, **changes)  # pyright: ignore[reportArgumentType]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
+from patchdiffusion.cli.places import check_run
 from patchdiffusion.train.report import write_report
 
 
@@ -26,4 +27,5 @@ class ReportArguments:
 def main(arguments: Sequence[str]) -> None:
     """Write the page."""
     given = parse(ReportArguments(), arguments, "report")
+    check_run(given.run)
     print(write_report(given.run, given.out))

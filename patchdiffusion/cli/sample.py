@@ -11,6 +11,7 @@ import numpy as np
 from patchdiffusion import __version__
 from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.parse import parse
+from patchdiffusion.cli.places import check_run
 from patchdiffusion.data.source import SAMPLES
 from patchdiffusion.model import Weights
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
     """Sample, and write a grid and single files."""
     given = parse(SampleArguments(), arguments, "sample")
     path = given.path
+    check_run(path)
     pipeline = load(path, weights=given.weights, device=given.device, precision=given.precision)
     _check_out(given.out)
     images = pipeline.sample(

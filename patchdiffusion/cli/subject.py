@@ -7,6 +7,7 @@ from pathlib import Path
 from patchdiffusion import recipes
 from patchdiffusion.cli.flags import read
 from patchdiffusion.cli.parse import parse_some
+from patchdiffusion.cli.places import unknown_subject
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.data.source import is_run
@@ -39,29 +40,40 @@ class Subject:
     early: Early
 
     @classmethod
-    def of(cls, arguments: Sequence[str]) -> "Subject":
-        """What the words before the flags name; without any, the built-in images.
+    def of(cls, arguments: Sequence[str], command: str, *, required: bool = True) -> "Subject":
+        """What the words before the flags name; for help, the recipe of a folder will do.
 
         One word is data if it exists as a path, else a recipe; two are a recipe and data. Raises
-        `ValueError` for more words and for unknown recipes.
+        `ValueError` if nothing is named, and for unknown words.
         """
-        words, _ = read(arguments)
+        words, given = read(arguments)
         early = parse_some(Early(), arguments)
+        words = words or [early.data.path] * bool(early.data.path)
+        if not words and required and "help" not in given:
+            raise ValueError(
+                f"nothing is given to {command}: type patchdiffusion {command} ./photos (a folder, "
+                f".zip, .npy, .npz or pack), or a recipe: {', '.join(sorted(recipes.RECIPES))}"
+            )
+        recipe, path, stem = cls._named(words or ["folder"])
+        return cls(recipe, early.data.path or path, early.name or stem, early)
+
+    @staticmethod
+    def _named(words: Sequence[str]) -> tuple[Recipe, str, str]:
+        """The recipe, the images, and the name of their run."""
         if len(words) > 2:
             raise ValueError(f"{words[2]!r} is one argument too many after a recipe and data")
-        words = words or [early.data.path or "glyphs"]
         path = expanded(words[-1])
         is_data = path.exists() and not (words[-1] in recipes.RECIPES and is_run(path))
         images = str(path.resolve()) if is_data else words[-1]
         stem = path.resolve().name.split(".")[0] or "run"
         if len(words) == 2:
-            found = cls(recipes.find(words[0]), images, f"{stem}-{words[0]}", early)
-        elif is_data:
-            found = cls(recipes.folder, images, stem, early)
-        else:
-            found = cls(recipes.find(words[0]), "", words[0], early)
-        images = early.data.path or found.images
-        return replace(found, images=images, name=early.name or found.name)
+            _check_recipe_comes_first(words)
+            return recipes.find(words[0]), images, f"{stem}-{words[0]}"
+        if is_data:
+            return recipes.folder, images, stem
+        if words[0] not in recipes.RECIPES:
+            raise ValueError(unknown_subject(words[0], list(recipes.RECIPES)))
+        return recipes.find(words[0]), "", words[0]
 
     @property
     def data(self) -> DataConfig:
@@ -100,3 +112,17 @@ class Subject:
                 "for another one, --fresh to set it aside, or its own folder to go on with it"
             )
         return stored
+
+
+def _check_recipe_comes_first(words: Sequence[str]) -> None:
+    first, second = words
+    if first in recipes.RECIPES:
+        return
+    if second in recipes.RECIPES:
+        raise ValueError(f"a recipe comes before the images: type {second} {first}")
+    if expanded(first).exists():
+        raise ValueError(
+            f"{first} and {second} are two sets of images; give one, or put all images in one "
+            "folder, a class in each subfolder"
+        )
+    raise ValueError(unknown_subject(first, list(recipes.RECIPES)))

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     words, _ = read(arguments)
     if len(words) == 1 and is_run(Path(words[0])):  # go on with it
         arguments = [_data_of(Path(words[0])), *arguments[1:], "--out", words[0]]
-    subject = Subject.of(arguments)
+    subject = Subject.of(arguments, "train")
     try:
         _parse(arguments, subject.generic())  # wrong flags are found before any data is read
     except ValueError as error:
