@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from patchdiffusion.cond import Cond, Position, Tape
+    from patchdiffusion.data.prepare import prepare
     from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
     from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
     from patchdiffusion.model import load_model
@@ -47,6 +48,7 @@ __all__ = [
     "auto",
     "train",
     "load",
+    "prepare",
     "sample",
     "TrainConfig",
     "RunConfig",
@@ -90,6 +92,7 @@ __all__ = [
 
 _FILES = {
     "cond": "Cond Position Tape",
+    "data.prepare": "prepare",
     "denoiser": "Denoiser NetDenoiser PatchDenoiser as_denoiser",
     "losses": "Batch DenoisingLoss LossOut",
     "model": "load_model",

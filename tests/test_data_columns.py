@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from commands import Capture, fails, works
 from torch import Tensor
 
-from patchdiffusion.data.arrays import RowSource
 from patchdiffusion.data.captions import find_captions
 from patchdiffusion.data.columns import (
     AUTOMATIC,
@@ -35,6 +34,7 @@ from patchdiffusion.data.feed import Feed, conditions
 from patchdiffusion.data.frame import Size
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
+from patchdiffusion.data.rows import RowSource
 from patchdiffusion.data.source import open_source
 from patchdiffusion.plans import Group
 from patchdiffusion.system import families

@@ -10,9 +10,9 @@ import pytest
 from commands import refuses
 from PIL import Image
 
-from patchdiffusion.data.arrays import RowSource
 from patchdiffusion.data.example import BadImage, Source
 from patchdiffusion.data.labels import natural
+from patchdiffusion.data.rows import RowSource
 from patchdiffusion.data.source import open_source
 
 

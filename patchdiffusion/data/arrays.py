@@ -1,20 +1,17 @@
-"""Arrays as a `Source`: .npy and .npz files, and rows of another data set."""
+"""Arrays as a `Source`: those of .npy and .npz files, and arrays in memory."""
 
 import contextlib
+import hashlib
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, SupportsIndex
 
 import numpy as np
-from PIL import Image
 
-from patchdiffusion.data.decode import decode_image
-from patchdiffusion.data.example import MAX_LABEL, BadImage, Example
+from patchdiffusion.data.example import MAX_LABEL, Example
 from patchdiffusion.data.frame import MIN_SIDE
-from patchdiffusion.data.pixels import unit_span
 
 _IMAGE_KEYS = ("images", "x", "arr_0")
 _LABEL_KEYS = ("labels", "y")
@@ -98,6 +95,17 @@ def array_source(path: Path) -> ArraySource:
     return ArraySource(path.stem, array, labels, _span(array), stamp, texts, others)
 
 
+def memory_source(array: np.ndarray, name: str) -> ArraySource:
+    """An array of images in memory, of the shapes and types that `array_source` takes."""
+    array = _layout(name, array)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} is of type {array.dtype}; allowed are bool, integers and floats")
+    content = np.ascontiguousarray(array)
+    digest = hashlib.sha256(f"{content.dtype} {content.shape}".encode())
+    digest.update(content.data)
+    return ArraySource(name, array, None, _span(array), f"array {name} {digest.hexdigest()}")
+
+
 def _has(loaded: Mapping[str, np.ndarray], names: tuple[str, ...]) -> bool:
     return any(name in loaded for name in names)
 
@@ -121,7 +129,14 @@ def _others(loaded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _layout(path: Path, array: np.ndarray) -> np.ndarray:
+def channels_last(image: np.ndarray) -> np.ndarray:
+    """An image [C, H, W] as [H, W, C], the channels being the axis below 8; others as they are."""
+    if image.ndim == 3 and 0 < image.shape[0] < MIN_SIDE <= min(image.shape[1:]):
+        return image.transpose(1, 2, 0)
+    return image
+
+
+def _layout(path: Path | str, array: np.ndarray) -> np.ndarray:
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim == 4 and len(array):
@@ -142,9 +157,13 @@ def _layout(path: Path, array: np.ndarray) -> np.ndarray:
 def _span(array: np.ndarray) -> tuple[float, float] | None:
     if array.dtype.kind != "f":
         return None
+    return span_of(array[start : start + _CHUNK] for start in range(0, len(array), _CHUNK))
+
+
+def span_of(parts: Iterable[np.ndarray]) -> tuple[float, float] | None:
+    """The values of floats that stand for -1 and 1; None if these are no pixels."""
     low, high = np.inf, -np.inf
-    for start in range(0, len(array), _CHUNK):
-        part = array[start : start + _CHUNK]
+    for part in parts:
         finite = part[np.isfinite(part)]  # images with other values are refused one by one
         if finite.size:
             low, high = min(low, finite.min()), max(high, finite.max())
@@ -166,76 +185,3 @@ def _checked(path: Path, labels: np.ndarray, count: int) -> np.ndarray:
         low, high = flat.min(), flat.max()
         raise ValueError(f"labels of {path} run from {low} to {high}; allowed are 0 to {MAX_LABEL}")
     return flat
-
-
-class Rows(Protocol):
-    """A map-style data set, for example of Hugging Face: a length, and rows by index."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> object: ...
-
-
-@dataclass(frozen=True)
-class RowSource:
-    """A `Source` over rows that are mappings, or sequences, of a Pillow image or array and a label.
-
-    `image`, `label` and `caption` name the columns: "image" and "label", or positions such as 0 and
-    1. A label of -1 means no label, as in data sets of Hugging Face. `columns` names further
-    columns, which hold arrays.
-    """
-
-    rows: Rows
-    name: str
-    classes: tuple[str, ...] = ()
-    image: str | int = "image"
-    label: str | int | None = None
-    caption: str | int | None = None
-    columns: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Example:
-        row, key = self.rows[index], str(index)
-        picture = _column(row, self.image)
-        label = None if self.label is None else _label(_column(row, self.label), key)
-        text = None if self.caption is None else _column(row, self.caption)
-        if not isinstance(text, str | None):
-            kind = type(text).__name__
-            raise ValueError(f"row {key} has a caption of type {kind}; allowed are str and None")
-        if isinstance(picture, Image.Image):
-            pixels, mode = decode_image(picture, key)
-            span = unit_span(pixels)
-        elif isinstance(picture, np.ndarray):
-            pixels, mode, span = picture, str(picture.dtype), None
-        else:
-            kind = type(picture).__name__
-            reason = f"column {self.image!r} is a {kind}; allowed are Pillow image and array"
-            raise BadImage(key, reason)
-        return Example(
-            pixels,
-            label,
-            key,
-            span=span,
-            mode=mode,
-            caption=text,
-            columns={name: np.asarray(_column(row, name)) for name in self.columns},
-        )
-
-
-def _label(value: object, key: str) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, SupportsIndex):
-        raise ValueError(f"row {key} has the label {value!r}; allowed are integers and None")
-    number = value.__index__()
-    return None if number == -1 else number
-
-
-def _column(row: object, name: str | int) -> object:
-    if isinstance(row, Mapping):
-        return row[name]
-    if isinstance(row, Sequence) and isinstance(name, int):
-        return row[name]
-    raise ValueError(f"a row is a {type(row).__name__} without the column {name!r}")

@@ -29,6 +29,7 @@ from patchdiffusion.data.options import (
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.plan import make_plan
 from patchdiffusion.data.report import Report, bad_lines, write_text
+from patchdiffusion.data.rows import Rows, as_source
 from patchdiffusion.data.source import open_source
 from patchdiffusion.data.split import held_out, repeats
 from patchdiffusion.data.write import pack_writer
@@ -42,9 +43,11 @@ _BYTES_PER_IMAGE = 256  # names, labels and checksums, generously
 
 
 def prepare(
-    source: Source,
+    data: Source | Rows | str | Path,
     out: str | Path | None = None,
     *,
+    name: str = "images",
+    classes: Sequence[str] = (),
     resolution: int | tuple[int, int] | None = None,
     channels: int | None = None,
     space: SpaceName = "auto",
@@ -55,8 +58,10 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
 ) -> Pack:
-    """Decode a source into a pack at `out`, by default in `cache_dir()`, and open it.
+    """Decode images into a pack at `out`, by default in `cache_dir()`, and open it.
 
+    `data` is a path, an array, rows such as (image, label), or any other `Source`: see
+    `open_source` and `as_source`, to which `name` and the names of the `classes` go.
     `resolution` is a side or (height, width); None is the common size up to 128, else the power
     of two below the median of the smaller side, at most 64. `channels` None is 1 if every image
     is gray, else 3; 4 keeps alpha. `space` "pixels" converts everything to 8 bits, "values" keeps
@@ -69,6 +74,8 @@ def prepare(
     be written.
     """
     options = check_options(resolution, channels, space, columns, background, holdout, max_bad)
+    is_path = isinstance(data, str | Path)
+    source = open_source(data) if is_path else as_source(data, name, classes)
     workers = count_workers(workers, source)
     target = None if out is None else expanded(out)
     pack = _existing(source, options, target)

@@ -1,0 +1,210 @@
+"""Data sets in Python as a `Source`: lists of arrays, (image, label) tuples, rows of others."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, SupportsIndex, TypeGuard
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from patchdiffusion.data.arrays import channels_last, memory_source, span_of
+from patchdiffusion.data.decode import decode_image
+from patchdiffusion.data.example import BadImage, Example, Source
+from patchdiffusion.data.pixels import unit_span
+
+_IMAGES = ("image", "img", "images", "x")
+_LABELS = ("label", "labels", "class", "y")
+_CAPTIONS = ("caption", "text")
+_PROBED = 256
+
+
+class Rows(Protocol):
+    """A map-style data set, for example of Hugging Face: a length, and rows by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> object: ...
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """A `Source` over rows that are mappings, or sequences, of a Pillow image or array and a label.
+
+    `image`, `label` and `caption` name the columns: "image" and "label", or positions such as 0 and
+    1; an `image` of None is the row itself. A label of -1 means no label, as in data sets of
+    Hugging Face. `columns` names further columns, which hold arrays. `span` are the values of float
+    arrays that stand for -1 and 1.
+    """
+
+    rows: Rows
+    name: str
+    classes: tuple[str, ...] = ()
+    image: str | int | None = "image"
+    label: str | int | None = None
+    caption: str | int | None = None
+    columns: tuple[str, ...] = ()
+    span: tuple[float, float] | None = None
+    stamp: str = ""
+    """Changes with the content, so that a pack can be reused; empty if nobody knows."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row, key = self.rows[index], str(index)
+        picture = row if self.image is None else _column(row, self.image)
+        label = None if self.label is None else _label(_column(row, self.label), key)
+        text = None if self.caption is None else _column(row, self.caption)
+        if not isinstance(text, str | None):
+            kind = type(text).__name__
+            raise ValueError(f"row {key} has a caption of type {kind}; allowed are str and None")
+        if isinstance(picture, Image.Image):
+            pixels, mode = decode_image(picture, key)
+            span = unit_span(pixels)
+        elif isinstance(picture, np.ndarray | Tensor):
+            pixels = channels_last(np.asarray(picture))
+            mode, span = str(pixels.dtype), self.span if pixels.dtype.kind == "f" else None
+        else:
+            where = "" if self.image is None else f"column {self.image!r} "
+            kind = type(picture).__name__
+            raise BadImage(key, f"{where}is a {kind}; allowed are Pillow image and array")
+        return Example(
+            pixels,
+            label,
+            key,
+            span=span,
+            mode=mode,
+            caption=text,
+            columns={name: np.asarray(_column(row, name)) for name in self.columns},
+        )
+
+
+def _label(value: object, key: str) -> int | None:
+    if value is None:
+        return None
+    if not isinstance(value, SupportsIndex):
+        raise ValueError(f"row {key} has the label {value!r}; allowed are integers and None")
+    number = value.__index__()
+    return None if number == -1 else number
+
+
+def _column(row: object, name: str | int) -> object:
+    if isinstance(row, Mapping):
+        return row[name]
+    if isinstance(row, Sequence) and isinstance(name, int):
+        return row[name]
+    raise ValueError(f"a row is a {type(row).__name__} without the column {name!r}")
+
+
+# ---- Anything that holds images ----
+
+
+def is_source(data: object) -> TypeGuard[Source]:
+    """Whether data are a `Source` already."""
+    return hasattr(data, "name") and hasattr(data, "classes") and hasattr(data, "__getitem__")
+
+
+def as_source(data: Any, name: str = "images", classes: Sequence[str] = ()) -> Source:
+    """A `Source` of anything that holds images.
+
+    An array [N, ...] as `array_source` takes them, or anything with `len` and `[i]`: images, as
+    Pillow's or arrays [H, W], [H, W, C] or [C, H, W]; tuples of an image and a label or a text; or
+    mappings with image, label, caption (or img, text ...). Floats are [0, 1], or [-1, 1] if some
+    are below 0. Labels are named by `classes`, the names that the data set has, or their numbers.
+    Raises `ValueError` for other data.
+    """
+    if isinstance(data, np.ndarray | Tensor):
+        return memory_source(np.asarray(data), name)
+    if is_source(data):
+        return data
+    if isinstance(data, str | bytes) or not (
+        hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    ):
+        raise ValueError(
+            f"images are a {type(data).__name__}; allowed are a path, an array [N, ...], and "
+            "anything with len and [i], such as a list of arrays or of (image, label)"
+        )
+    if len(data) == 0:
+        raise ValueError(f"{name} holds no images")
+    image, label, caption = _places(data[0])
+    floats, names = _floats(data, image), tuple(classes)
+    if label is not None:
+        names = names or _classes(data, label)
+    stamp = ""
+    if isinstance(data, list | tuple):  # all of it is in memory
+        stamp = f"rows {name} {names} {_digest(data, image, label, caption)}"
+    return RowSource(
+        rows=data,
+        name=name,
+        classes=names,
+        image=image,
+        label=label,
+        caption=caption,
+        span=span_of(floats) if floats else None,
+        stamp=stamp,
+    )
+
+
+Place = str | int | None
+
+
+def _places(row: object) -> tuple[Place, Place, Place]:
+    """Where image, label and caption are in a row."""
+    if isinstance(row, Mapping):
+        found = [next((n for n in names if n in row), None) for names in (_IMAGES, _LABELS)]
+        text = next((n for n in _CAPTIONS if isinstance(row.get(n), str)), None)
+        if found[0] is None:
+            raise ValueError(
+                f"a row has the columns {', '.join(map(str, row))}; one of {', '.join(_IMAGES)} is "
+                "needed, or RowSource(rows, name, image=...) says which"
+            )
+        return found[0], found[1], text
+    if isinstance(row, tuple | list):
+        labels = [i for i, value in enumerate(row) if i and _is_number(value)]
+        texts = [i for i, value in enumerate(row) if i and isinstance(value, str)]
+        return 0, labels[0] if labels else None, texts[0] if texts else None
+    return None, None, None
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value is one integer; arrays have an index, too."""
+    return isinstance(value, SupportsIndex) and getattr(value, "ndim", 0) == 0
+
+
+def _probed(rows: Rows, count: int = _PROBED) -> Sequence[int]:
+    """Numbers of some rows, evenly spaced."""
+    return range(0, len(rows), max(len(rows) // count, 1))
+
+
+def _floats(rows: Rows, image: Place) -> list[np.ndarray]:
+    """The float images among some rows, or among all of a list."""
+    numbers = range(len(rows)) if isinstance(rows, list | tuple) else _probed(rows)
+    pictures = (rows[i] if image is None else _column(rows[i], image) for i in numbers)
+    arrays = (np.asarray(p) for p in pictures if isinstance(p, np.ndarray | Tensor))
+    return [array for array in arrays if array.dtype.kind == "f"]
+
+
+def _classes(rows: Any, label: str | int) -> tuple[str, ...]:
+    """Names of the labels: those that the data set has, or their numbers."""
+    names = getattr(rows, "classes", None)  # torchvision
+    feature = (getattr(rows, "features", None) or {}).get(label)  # Hugging Face
+    names = names or getattr(feature, "names", None)
+    if names:
+        return tuple(map(str, names))
+    labels = (_label(_column(rows[i], label), str(i)) for i in range(len(rows)))
+    highest = max((number for number in labels if number is not None), default=-1)
+    return tuple(map(str, range(highest + 1)))
+
+
+def _digest(rows: Sequence[Any], image: Place, label: Place, caption: Place) -> str:
+    """SHA-256 of images, labels and captions in memory."""
+    total = hashlib.sha256()
+    for row in rows:
+        picture = row if image is None else _column(row, image)
+        array = np.asarray(picture) if isinstance(picture, Image.Image | np.ndarray | Tensor) else 0
+        others = [None if place is None else _column(row, place) for place in (label, caption)]
+        total.update(repr((np.shape(array), np.asarray(array).dtype.str, others)).encode())
+        total.update(np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
