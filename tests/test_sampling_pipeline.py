@@ -129,6 +129,42 @@ def test_every_solver_samples_from_a_model(solver: Callable[[], Any]) -> None:
     assert image.shape == (1, *tiny.CANVAS, 3) and image.std() > 0
 
 
+@pytest.mark.parametrize(
+    ("keywords", "config"),
+    [
+        ({}, SamplerConfig()),
+        ({"steps": 3}, SamplerConfig(steps=3)),
+        ({"guidance": 2}, SamplerConfig(guidance=ClassifierFree(weight=2.0))),
+        ({"guidance": 1}, SamplerConfig()),
+        ({"guidance": "cfg", "steps": 2}, SamplerConfig(guidance=ClassifierFree(), steps=2)),
+        (
+            {"solver": "euler", "schedule": "flow"},
+            SamplerConfig(solver=Euler(), schedule=FlowSpaced()),
+        ),
+        ({"solver": DDIM()}, SamplerConfig(solver=DDIM())),
+        ({"size": (16, 8)}, SamplerConfig(canvas=CanvasRegion(size=(16, 8)))),
+        ({"size": 16}, SamplerConfig(canvas=CanvasRegion(size=(16, 16)))),
+    ],
+)
+def test_keywords_are_settings(keywords: dict[str, Any], config: SamplerConfig) -> None:
+    """With and without a configuration, of which the other settings stay."""
+    pipeline = tiny.pipeline()
+    assert np.array_equal(
+        pipeline.sample(2, **{"steps": 4, **keywords}),
+        pipeline.sample(2, config=config if config.steps else replace(config, steps=4)),
+    )
+    given = SamplerConfig(sigma_max=20.0, steps=4)
+    expected = replace(config, sigma_max=20.0, steps=config.steps or 4)
+    found = pipeline.sample(2, config=given, **keywords)
+    assert np.array_equal(found, pipeline.sample(2, config=expected))
+
+
+def test_words_that_are_unknown() -> None:
+    for name in ("solver", "schedule", "guidance"):
+        with refuses(f"unknown {name}", "'nothing'"):
+            tiny.pipeline().sample(1, **{name: "nothing"})  # pyright: ignore[reportArgumentType]
+
+
 def test_options_reach_the_solver() -> None:
     def image(solver: Solver) -> np.ndarray:
         return tiny.pipeline().sample(2, config=SamplerConfig(steps=4, solver=solver))

@@ -1,6 +1,7 @@
 """Settings of sampling: solver, schedule, guidance and more, resolved for a kind of model."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -10,14 +11,16 @@ from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.guidance import Guidance, NoGuidance
 from patchdiffusion.guidance.base import Models, Part, Surroundings
+from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.guidance.threshold import AutoThreshold, Clamp, NoThreshold, Threshold
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives.base import ObjectiveConfig
 from patchdiffusion.parameterisation import Parameterisation, Trainable
 from patchdiffusion.patches import Size
-from patchdiffusion.sampling.canvas import Canvas, WholeCanvas
+from patchdiffusion.sampling.canvas import Canvas, CanvasRegion, WholeCanvas
 from patchdiffusion.solvers import AutoSolver, Heun, Jumps, Method, SDEDPMpp2M, Solver
 from patchdiffusion.solvers.schedules import Karras, Schedule, ends, support
+from patchdiffusion.system import families
 from patchdiffusion.system.families import word
 
 WRAPPING = ("accelerator", "guidance", "threshold", "canvas")
@@ -88,6 +91,37 @@ class SamplerConfig:
     def count(self) -> int:
         """Number of steps, by default that of the solver."""
         return self.solver.usual_steps if self.steps is None else self.steps
+
+    def but(
+        self,
+        *,
+        steps: int | None = None,
+        solver: Solver | str | None = None,
+        schedule: Schedule | str | None = None,
+        guidance: Guidance | float | str | None = None,
+        size: Size | None = None,
+    ) -> "SamplerConfig":
+        """A copy with some settings changed, each a record or the word of one.
+
+        A number as `guidance` is the weight of classifier-free guidance, 1 is none. `size` is a
+        region in the middle of the canvas, or around it. Raises `ValueError` for unknown words.
+        """
+        changes: dict[str, Any] = {}
+        if isinstance(guidance, int | float):
+            guidance = NoGuidance() if guidance == 1 else ClassifierFree(weight=float(guidance))
+        for name, family, value in (
+            ("solver", Solver, solver),
+            ("schedule", Schedule, schedule),
+            ("guidance", Guidance, guidance),
+        ):
+            if value is not None:
+                is_word = isinstance(value, str)
+                changes[name] = families.choose(family, value, name)() if is_word else value
+        if steps is not None:
+            changes["steps"] = steps
+        if size is not None:
+            changes["canvas"] = CanvasRegion(size=size)
+        return replace(self, **changes)
 
     # ---- The meaning of auto ----
 

@@ -12,18 +12,20 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
+from patchdiffusion.guidance import Guidance
 from patchdiffusion.model import Model, Weights, load_model
 from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import Start, sample
-from patchdiffusion.solvers import Jumps
+from patchdiffusion.solvers import Jumps, Solver
+from patchdiffusion.solvers.schedules import Schedule
 from patchdiffusion.system.device import pick_device
 from patchdiffusion.system.progress import progress_bar
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A loaded model with its sampler: `load("runs/photos").sample(16)`."""
+    """A loaded model with its sampler: `load("runs/photos").sample(16, guidance=2, steps=10)`."""
 
     model: Model
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -39,6 +41,11 @@ class Pipeline:
         *,
         seed: int = 0,
         classes: Sequence[str | int] | None = None,
+        steps: int | None = None,
+        guidance: Guidance | float | str | None = None,
+        solver: Solver | str | None = None,
+        schedule: Schedule | str | None = None,
+        size: int | tuple[int, ...] | None = None,
         cond: Cond | None = None,
         start: Start | None = None,
         config: SamplerConfig | None = None,
@@ -49,6 +56,8 @@ class Pipeline:
 
         uint8 for models of pixels, else values in the units of the data.
 
+        `steps`, `guidance` (a weight, or a record), `solver`, `schedule` (words, or records) and
+        `size` (a side, or each) change `config`, which has all settings: see `SamplerConfig.but`.
         `classes` are names or numbers, cycled through; None cycles through all classes if the model
         has any, unless `cond` [count, ...] has labels. Raises `ValueError` for a class or size that
         the model does not have.
@@ -62,7 +71,11 @@ class Pipeline:
             cond = replace(cond, labels=self.labels(count, classes))
         elif classes:
             raise ValueError("give classes or labels, not both")
-        config = self.sampler(config or SamplerConfig())
+        size = (size,) * len(self.model.config.canvas) if isinstance(size, int) else size
+        config = (config or SamplerConfig()).but(
+            steps=steps, guidance=guidance, solver=solver, schedule=schedule, size=size
+        )
+        config = self.sampler(config)
         jumps = isinstance(config.solver, Jumps)
         with progress_bar(count, "image", disable=not progress) as bar, self.autocast():
             images = sample(
