@@ -99,7 +99,7 @@ def coordinates(corner: Tensor, size: Size, canvas: Size, pitch: int = 1) -> Ten
 
 
 class Cut(Protocol):
-    """What says how large crops are, such as a `Group` of a plan."""
+    """An object with the size and pitch of crops, such as a `Group` of a plan."""
 
     @property
     def size(self) -> Size:
