@@ -106,7 +106,7 @@ def test_impossible_options(options: dict[str, int], message: str) -> None:
     [
         (lambda: DDIM(eta=1.5), "eta.*1.5"),
         (lambda: CanvasRegion(size=(0, 4)), r"positive height and width, not \(0, 4\)"),
-        (lambda: CanvasRegion(size=(4,)).place((8, 8)), r"size of a region needs 2 .*, not \(4,\)"),
+        (lambda: CanvasRegion(size=(4, 4, 4)).place((8, 8)), r"size of a region needs 2 numbers"),
         (lambda: CanvasRegion(corner=(1,)).place((8, 8)), r"corner of a region needs 2 numbers"),
         (lambda: SamplerConfig(schedule=FlowSpaced(shift=-1.0)), "shift"),
         (lambda: SamplerConfig(schedule=Karras(rho=0.0)), "rho"),
