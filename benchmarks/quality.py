@@ -174,7 +174,7 @@ def measure_all(runs: list[Run], given: argparse.Namespace) -> None:
         command += ["--data", given.data, "--save", str(measured), "--held-out", "0"]
         command += ["--features.extractor", given.extractor, "--samples", str(given.samples)]
         command += ["--reference", "5000"]
-        command += ["--sampler.solver", "dpmpp_2m", "--sampler.steps", str(given.steps)]
+        command += ["--solver", "dpmpp_2m", "--steps", str(given.steps)]
         print(f"measure  {run.plan}, seed {run.seed}", flush=True)
         subprocess.run([*command, "--precision", "bf16"], check=True)
         result["samples"] = json.loads(measured.read_text())

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -20,6 +21,7 @@ from PIL import Image
 
 import patchdiffusion
 from patchdiffusion import SamplerConfig, cli
+from patchdiffusion.cli.flags import walk
 from patchdiffusion.cli.techniques import reachable
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.guidance.threshold import NoThreshold
@@ -50,12 +52,17 @@ def trained(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "trained"))
 
 
-def help_of(capsys: Capture, monkeypatch: pytest.MonkeyPatch, command: str) -> dict[str, str]:
-    """Every flag of a command with its help text."""
-    monkeypatch.setenv("COLUMNS", "100")
-    rows = [row.strip() for row in works(capsys, command, "--help").splitlines()]
-    pairs = (re.split(r" {2,}", row, maxsplit=1) for row in rows if row.startswith("--"))
-    return {flag.split()[0].replace("[no-]", ""): text for flag, text in pairs}
+def help_of(capsys: Capture, command: str, *words: str) -> dict[str, str]:
+    """Every flag that the help of a command shows, with its text."""
+    flags: dict[str, str] = {}
+    name = ""
+    for line in works(capsys, command, "--help", *words).splitlines():
+        if line.startswith("  --"):
+            name, _, text = line.strip().replace("[no-]", "").partition("  ")
+            flags[name] = text.strip()
+        elif line.startswith(" " * 30):
+            flags[name] = f"{flags[name]} {line.strip()}".strip()
+    return {name.split()[0]: text for name, text in flags.items()}
 
 
 # ---- Help and version ----
@@ -75,38 +82,55 @@ def test_version(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_every_flag_has_a_help_text(
-    command: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = help_of(capsys, monkeypatch, command)
-    assert flags
+def test_every_flag_has_a_help_text(command: str, capsys: Capture) -> None:
+    flags = help_of(capsys, command, "all")
+    slots = list(walk(cli.COMMANDS[command].arguments()))
+    leaves = {f"--{slot.name}" for slot in slots if slot.kind != "record" and not slot.flat}
+    assert set(flags) == leaves
     for flag, text in flags.items():
         assert re.search(r"\w{2,}.* \[.*\]$", text) or text.startswith("["), (flag, text)
 
 
 @pytest.mark.parametrize("columns", [60, 80, 100])
-def test_the_help_of_training_is_read_in_a_minute(
-    columns: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_is_read_in_a_minute(
+    command: str, columns: int, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A line for each flag, what is set most above; the flags are those of what is chosen."""
+    """What is set most, in whole sentences, and a line or two for each group of flags."""
     monkeypatch.setenv("COLUMNS", str(columns))
-    lines = works(capsys, "train", "--help").splitlines()
-    assert len(lines) <= 200
-    starts = [i for i, line in enumerate(lines) if line.startswith("  --")]
-    headings = [lines[i - 1].split(":")[0] for i in starts if lines[i - 1][0] != " "]
-    assert headings[:4] == ["training", "run", "data", "data.augment"]
-    assert headings[-2:] == ["preview", "task"] and starts[0] < 24
-    assert "--precond.sigma-data" in "".join(lines)
-    flow = works(capsys, "train", "--help", "--precond", "flow")
+    text = works(capsys, command, "--help")
+    assert " ... [" not in text
+    assert len(text.splitlines()) <= (150 if columns < 80 else 115)
+    assert max(map(len, text.splitlines())) <= columns
+    record: Any = cli.COMMANDS[command].arguments()
+    assert f"example: {record.example}" in text
+    shown = re.findall(r"^  (--[\w.\[\]-]+)", text.replace("[no-]", ""), re.M)
+    if common := getattr(record, "common", "").split():
+        assert shown == [f"--{name}" for name in common]
+
+
+def test_help_shows_the_words_of_groups_and_whose_defaults_it_has(capsys: Capture) -> None:
+    text = works(capsys, "train", "--help")
+    assert "the recipe folder" in text and "[150000]" in text
+    assert re.search(r"^  network +unet \| transformer", text, re.M)
+    text = works(capsys, "train", "glyphs", "--help")
+    assert "the recipe glyphs" in text and "[20000]" in text
+    flow = works(capsys, "train", "--help", "precond", "--precond", "flow")
     assert "--precond.time-scale" in flow and "--precond.sigma-data" not in flow
-    assert len(works(capsys, "train", "--help", "all")) > 1.2 * len("\n".join(lines))
+    assert "`" not in works(capsys, "sample", "--help", "all")
+
+
+def test_help_about_a_run(trained: Path, capsys: Capture) -> None:
+    assert "classes of trained are a, b" in works(capsys, "sample", trained.name, "--help")
+    assert f"of the run {trained.name}" in works(capsys, "train", trained.name, "--help")
 
 
 def test_help_on_one_thing(capsys: Capture) -> None:
     part = works(capsys, "train", "--help", "noise", "batch", "--noise", "logit-normal")
     assert part.startswith("noise: ") and "--noise.shift" in part and "--batch" in part
     assert "--images" not in part and "..." not in part
-    assert "names no flag and no group; groups are" in fails(capsys, "train", "--help", "fly")
+    error = fails(capsys, "train", "--help", "netwrk")
+    assert "groups are" in error and "did you mean network" in error
 
 
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])

@@ -251,7 +251,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_evaluate_a_run(own: str, finished: Path, tmp_path: Path, capsys: Capture) -> None:
     folder = Path(shutil.copytree(finished, tmp_path / "run"))
-    options = ["--features.extractor", own, "--samples", 12, "--sampler.steps", 1]
+    options = ["--features.extractor", own, "--samples", 12, "--steps", 1]
     out = works(capsys, "evaluate", folder, *options)
     for text in ("this will take about", "held-out loss", "Frechet distance", "kernel distance",
                  "coverage", "copies", "12 samples against 40 images of images, at 16x16",
@@ -300,7 +300,7 @@ def test_evaluate_the_loss_only(finished: Path, tmp_path: Path, capsys: Capture)
 def test_evaluate_on_other_data(own: str, finished: Path, tmp_path: Path, capsys: Capture) -> None:
     """Of which nobody knows whether the model was trained on them."""
     other = tiny.write_images(tmp_path / "other", count=30)
-    options = ["--features.extractor", own, "--samples", 4, "--sampler.steps", 1]
+    options = ["--features.extractor", own, "--samples", 4, "--steps", 1]
     file = tmp_path / "result.json"
     out = works(capsys, "evaluate", finished, *options, "--data", other, "--save", file)
     for text in ("loss on these images", "on 30 images", "may have been trained on",

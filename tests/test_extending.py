@@ -114,7 +114,7 @@ def test_a_task(images: Path, tmp_path: Path, capsys: Capture) -> None:
 
 def test_an_extractor(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     """Features of one's own, by module and name."""
-    flags = ("--features.extractor", "toys:ToyFeatures", "--samples", 8, "--sampler.steps", 1)
+    flags = ("--features.extractor", "toys:ToyFeatures", "--samples", 8, "--steps", 1)
     works(capsys, "evaluate", finished, *flags, "--save", tmp_path / "card.json")
     found = read_json(tmp_path / "card.json")
     assert found["card"]["extractor"]["name"] == "toys:ToyFeatures"

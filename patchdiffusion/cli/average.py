@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
@@ -18,6 +19,8 @@ class AverageArguments:
     It is made from the profiles that a run has stored (train --ema.profiles 0.05 0.1), and becomes
     a model that `sample` takes.
     """
+
+    example: ClassVar[str] = "patchdiffusion average runs/photos --std 0.1"
 
     run: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run."""

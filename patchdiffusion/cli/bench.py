@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from patchdiffusion import recipes
 from patchdiffusion.cli.flags import flat, positional
@@ -30,6 +30,11 @@ class BenchArguments:
     What is measured is chosen as for train; nothing is written but the file you name. Run it on an
     idle machine, also under torchrun.
     """
+
+    example: ClassVar[str] = "patchdiffusion bench ./photos --save bench.json"
+    common: ClassVar[str] = (
+        "repeats save batch network patches data.resolution precision compile shard device threads"
+    )
 
     subject: tuple[str, ...] = field(
         default=(), metadata=positional("[RECIPE] [DATA]", required=False, listed=recipes.RECIPES)
@@ -57,7 +62,9 @@ class BenchArguments:
 def main(arguments: Sequence[str]) -> None:
     """Measure, and print a table."""
     subject = Subject.of(arguments, "bench")
-    _parse(arguments, subject.generic())  # wrong flags are found before any data is read
+    _parse(
+        arguments, subject.generic(), subject.note()
+    )  # wrong flags are found before any data is read
     given = _parse(arguments, subject.config(arguments))
     with tempfile.TemporaryDirectory() as folder, join() as team:
         run = RunConfig(
@@ -75,8 +82,8 @@ def main(arguments: Sequence[str]) -> None:
             write_json(given.save, result)
 
 
-def _parse(arguments: Sequence[str], config: TrainConfig) -> BenchArguments:
-    return parse(BenchArguments(config=config), arguments, "bench")
+def _parse(arguments: Sequence[str], config: TrainConfig, note: str = "") -> BenchArguments:
+    return parse(BenchArguments(config=config), arguments, "bench", note)
 
 
 Kind = tuple[Group, ...]

@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import matplotlib
 import numpy as np
@@ -25,7 +25,7 @@ from patchdiffusion.nets import fused
 from patchdiffusion.parameterisation import Parameterisation
 from patchdiffusion.patches import size_name
 from patchdiffusion.recipes import Facts
-from patchdiffusion.system.device import best_precision, pick_device
+from patchdiffusion.system.device import best_precision, pick_device, use_threads
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
 from patchdiffusion.train.profile import measure
@@ -41,6 +41,8 @@ class DoctorArguments:
     few steps.
     """
 
+    example: ClassVar[str] = "patchdiffusion doctor ./photos"
+
     subject: tuple[str, ...] = field(
         default=(), metadata=positional("[RECIPE] [DATA]", required=False, listed=recipes.RECIPES)
     )
@@ -48,6 +50,8 @@ class DoctorArguments:
     data: DataConfig = field(default_factory=DataConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    threads: int | None = None
+    """CPU threads of each process; None leaves it to PyTorch (one per core)."""
     steps: int = 5
     """Training steps of each kind that are timed."""
 
@@ -62,6 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     data = subject.data if read(arguments)[0] else DataConfig(path="")
     given = parse(DoctorArguments(data=data), arguments, "doctor")
     device = pick_device(given.device)
+    use_threads(given.threads)
     _installation()
     _hardware(device)
     if given.data.path:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -20,7 +20,7 @@ from patchdiffusion.encoders.features import Extractor, extractor
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.model import Weights
 from patchdiffusion.sampling.pipeline import Pipeline, load
-from patchdiffusion.system.device import pick_device
+from patchdiffusion.system.device import pick_device, use_threads
 from patchdiffusion.system.dist import Team, join
 from patchdiffusion.system.files import read_json, write_json
 from patchdiffusion.system.progress import progress_bar
@@ -65,6 +65,12 @@ class EvaluateArguments:
     Also under torchrun.
     """
 
+    example: ClassVar[str] = "patchdiffusion evaluate runs/photos --full"
+    common: ClassVar[str] = (
+        "full samples held-out data resolution features.extractor features.weights bits.images "
+        "steps solver guidance weights seed batch save device threads"
+    )
+
     path: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run or model, or images in a folder or zip."""
     data: str | None = None
@@ -83,6 +89,8 @@ class EvaluateArguments:
     images in the current folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    threads: int | None = None
+    """CPU threads of each process; None leaves it to PyTorch (one per core)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the network that is measured."""
     config: EvaluationConfig = field(default_factory=EvaluationConfig, metadata=flat("measures"))
@@ -92,6 +100,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure, print a table, and write a file."""
     given = parse(EvaluateArguments(), arguments, "evaluate")
     path, device = given.path, pick_device(given.device)
+    use_threads(given.threads)
     if not path.exists():
         check_run(path)
     config = given.config

@@ -1,7 +1,8 @@
-"""The help of a command: the flags of what is chosen, in groups, with their texts and values.
+"""The help of a command: what is set most, the groups of all flags, and each group in full.
 
-`--help` has a line for each flag and each member of a family; `--help network` has the whole texts
-of a group or a flag, and `--help all` those of all.
+`--help` shows the flags in the record's `common`, and a line for each group; `--help network` shows
+the flags of a group, or one flag, and `--help all` everything. A record says by class attributes
+what its help begins with: `example`, a command line, and `common`, names of flags.
 """
 
 import ast
@@ -9,21 +10,19 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from patchdiffusion.cli.flags import Slot, slots
+from patchdiffusion.cli.flags import Slot, slots, walk
 from patchdiffusion.cli.values import NONE, metavar, shown
+from patchdiffusion.cli.words import did_you_mean
 from patchdiffusion.system import families
 
-_COLUMN = 34
-_HINT = (
-    "Texts are cut to a line here. `--help WORD` shows those of a group or a flag in full, "
-    "such as --help {example}; --help all shows everything."
-)
+_FLAGS = 30  # columns of flags
+_TITLES = 22  # columns of groups and recipes
 
 
 class Group(NamedTuple):
@@ -34,25 +33,55 @@ class Group(NamedTuple):
     slots: list[Slot]
 
 
-def help_text(record: Any, usage: str, words: Sequence[str] = ()) -> str:
-    """What `--help` prints, for the groups and flags that are named, or for all in short.
+def help_text(record: Any, usage: str, words: Sequence[str] = (), note: str = "") -> str:
+    """What `--help` prints, in short, or for the groups and flags that are named.
 
-    Raises `ValueError` for a word that names none.
+    `note` goes on after "Values in [ ] are the defaults". Raises `ValueError` for a word that names
+    neither a group nor a flag.
     """
     width = max(min(shutil.get_terminal_size().columns, 100), 60)
     found = groups(record)
-    if words and tuple(words) != ("all",):
+    note = f"Values in [ ] are the defaults{note}."
+    if words and "all" not in words:
         found = [group for word in words for group in _named(found, word.lstrip("-"))]
-        return "\n".join(line for g in found for line in _section(g, width, short=False)).strip()
+        lines = [line for group in found for line in _section(group, width)]
+        return "\n".join([*lines, "", *_wrap(note, width)]).strip()
     lines = [f"usage: {usage} [options]", "", *_paragraphs(type(record).__doc__ or "", width)]
+    if example := getattr(record, "example", ""):
+        lines += ["", f"example: {example}"]
     for field in fields(record):
         if listed := field.metadata.get("listed"):
             lines += ["", *_listed(record, field.name, listed, width)]
+    lines += ["", *_wrap(note, width)]
+    if words or not (common := getattr(record, "common", "").split()):
+        return "\n".join([*lines, *(line for g in found for line in _section(g, width))])
+    return "\n".join([*lines, *_overview(record, found, common, width)])
+
+
+def _overview(record: Any, found: Sequence[Group], common: Sequence[str], width: int) -> list[str]:
+    """What is set most, and a line about each group."""
+    known = {slot.name: slot for slot in walk(record)}
+    first = [known[name] for name in common if name in known]
+    lines = ["", "set most"]
+    lines += [line for slot in first for line in _flag(slot, width, short=True)]
+    lines += ["", "all options, in groups"]
     for group in found:
-        lines += _section(group, width, short=not words)
-    if not words:
-        lines += ["", *textwrap.wrap(_HINT.format(example=found[-1].title), width)]
-    return "\n".join(lines)
+        head = group.slots[0]
+        if head.kind != "leaf":
+            text = f"{' | '.join(head.words)}: {_sentence(group.text)} [{_value(head)}]"
+        elif group.text:
+            text = _sentence(group.text)
+        else:
+            names = [s.name for s in group.slots if s.name not in common]
+            text = f"also {', '.join(names)}" if names else ""
+        lines += _columns(f"  {group.title}", text, width, _TITLES) if text else []
+    titles = [group.title for group in found]
+    shown = "network" if "network" in titles else titles[-1]
+    hint = (
+        f"--help {shown} shows the options of a group, --help {common[0]} one option in full, "
+        "--help all everything."
+    )
+    return [*lines, "", *_wrap(hint, width)]
 
 
 # ---- Groups ----
@@ -61,7 +90,11 @@ def help_text(record: Any, usage: str, words: Sequence[str] = ()) -> str:
 def groups(record: Any, path: tuple[str, ...] = (), title: str = "options") -> list[Group]:
     """Headings and flags: the fields of a record, then those of the records in it."""
     first, later = _groups(record, path, title)
-    return first + later
+    titled: dict[str, Group] = {}
+    for group in first + later:
+        known = titled.get(group.title)
+        titled[group.title] = known._replace(slots=known.slots + group.slots) if known else group
+    return list(titled.values())
 
 
 def _groups(record: Any, path: tuple[str, ...], title: str) -> tuple[list[Group], list[Group]]:
@@ -94,83 +127,101 @@ def _named(found: Sequence[Group], word: str) -> list[Group]:
     flags = [g._replace(slots=[s for s in g.slots if s.name == word]) for g in found]
     chosen = chosen or [group for group in flags if group.slots]
     if not chosen:
-        titles = ", ".join(group.title for group in found)
-        raise ValueError(f"--help {word} names no flag and no group; groups are {titles}")
+        titles = [group.title for group in found]
+        hint = did_you_mean(word, [*titles, *(s.name for g in found for s in g.slots)])
+        raise ValueError(
+            f"--help {word} names no flag and no group; groups are {', '.join(titles)}{hint}"
+        )
     return chosen
 
 
 # ---- Lines ----
 
 
-def _section(group: Group, width: int, *, short: bool) -> list[str]:
-    heading = f"{group.title}: {group.text}" if group.text else group.title
-    lines = ["", _cut(heading, width) if short else textwrap.fill(heading, width)]
-    return lines + [line for slot in group.slots for line in _flag(slot, width, short)]
+def _section(group: Group, width: int) -> list[str]:
+    heading = f"{group.title}: {_plain(group.text)}" if group.text else group.title
+    flags = (line for slot in group.slots for line in _flag(slot, width))
+    return ["", *_wrap(heading, width), *flags]
 
 
-def _flag(slot: Slot, width: int, short: bool) -> Iterator[str]:
-    """The lines of a flag, and of the members that it may name."""
+def _flag(slot: Slot, width: int, *, short: bool = False) -> Iterator[str]:
+    """The lines of a flag, and of the members that it may name.
+
+    In short, the first sentence of its text, without members.
+    """
     family = slot.kind != "leaf"
-    text = "" if family else docs(slot.owner).get(slot.field, "")
+    text = docs(slot.owner).get(slot.field, "")
+    text = _sentence(text) if short else _plain(text)
+    if family and not short:
+        text = ""  # it is the heading
     if slot.hint is bool:
         last = slot.path[-1].replace("_", "-")
         name = f"--{slot.name.removesuffix(last)}[no-]{last}"
-        value = "yes" if slot.value else "no"
     else:
-        value = _chosen(slot) if family else shown(slot.value)
         kind = "WORD" + " ..." * (slot.kind == "several") if family else metavar(slot.hint)
-        name = f"--{slot.name} {kind}"
-        if len(name) > _COLUMN - 4 and (allowed := re.search(r"{.*}", kind)):
-            name = name.replace(allowed[0], "WORD")
-            if len(allowed[0]) <= _COLUMN or not short:
-                text = f"{allowed[0]} {text}"
-        if short:
-            name, value = name.removesuffix(f"|{NONE}"), _cut(value, 24)
-    yield from _columns(f"  {name}", text, f"[{value}]", width, short)
-    for member in slot.members if family else ():
-        left = f"      {families.word(member)}"
-        yield from _columns(left, first_line(member), "", width, short)
+        if len(kind) + len(slot.name) > _FLAGS - 6 and (allowed := re.search(r"{.*}", kind)):
+            kind = kind.replace(allowed[0], "WORD")
+            text = f"{allowed[0]} {text}"
+        name = f"--{slot.name} {kind.removesuffix(f'|{NONE}') if short else kind}"
+    value = "" if short and _value(slot) in ("", NONE) else f"[{_value(slot)}]"
+    yield from _columns(f"  {name}", f"{text} {value}".strip(), width, _FLAGS)
+    for member in () if short or not family else slot.members:
+        text = _plain(first_line(member), slot.members)
+        yield from _columns(f"      {families.word(member)}", text, width, _FLAGS)
 
 
-def _chosen(slot: Slot) -> str:
+def _value(slot: Slot) -> str:
+    """What a flag is now, as it would be typed."""
+    if slot.hint is bool:
+        return "yes" if slot.value else "no"
+    if slot.kind == "leaf":
+        return shown(slot.value)
     values = slot.value if isinstance(slot.value, tuple) else (slot.value,)
-    known = [families.word(type(v)) if type(v) in slot.members else shown(v) for v in values]
-    return " ".join(known) or NONE
+    words = [families.word(type(v)) if type(v) in slot.members else shown(v) for v in values]
+    return " ".join(words) or NONE
 
 
-def _columns(left: str, text: str, end: str, width: int, short: bool) -> list[str]:
-    """A flag and its text, in one line if `short`."""
-    start = max(len(left) + 2, _COLUMN) if short else _COLUMN
-    if short:
-        room = width - start - len(end) - 1
-        return [f"{left:<{start}}{f'{_cut(text, room)} {end}'.strip()}".rstrip()]
+def _wrap(text: str, width: int, pad: str = "") -> list[str]:
+    return textwrap.wrap(
+        text, width, initial_indent=pad, subsequent_indent=pad, break_on_hyphens=False
+    )
+
+
+def _columns(left: str, text: str, width: int, start: int) -> list[str]:
+    """A name, and beside it a text in as many lines as it takes."""
     pad = " " * start
-    lines = textwrap.wrap(f"{text} {end}".strip(), width, initial_indent=pad, subsequent_indent=pad)
+    lines = _wrap(text, width, pad)
     if len(left) + 2 > start:
         return [left, *lines]
     return [left + lines[0][len(left) :], *lines[1:]] if lines else [left]
 
 
-def _cut(text: str, room: int) -> str:
-    if len(text) <= room:
-        return text
-    return text[: max(room - 3, 0)].rsplit(" ", 1)[0].rstrip(",;:. ") + " ..."
-
-
 def _paragraphs(text: str, width: int) -> list[str]:
     blocks = inspect.cleandoc(text).split("\n\n")
-    return [line for block in blocks for line in (*textwrap.wrap(block, width), "")][:-1]
+    return [line for block in blocks for line in (*_wrap(block, width), "")][:-1]
 
 
 def _listed(record: Any, field: str, listed: Mapping[str, object], width: int) -> list[str]:
     """What may stand before the flags."""
-    lines = textwrap.wrap(docs(type(record))[field], width)
+    lines = _wrap(docs(type(record))[field], width)
     for name, value in listed.items():
-        lines += _columns(f"  {name}", first_line(value), "", width, True)
+        lines += _columns(f"  {name}", _plain(first_line(value)), width, _TITLES)
     return lines
 
 
 # ---- Texts ----
+
+
+def _plain(text: str, members: Iterable[type] = ()) -> str:
+    """A text of the code for the command line: words instead of class names and None."""
+    words = {member.__name__: families.word(member) for member in members}
+    text = re.sub(r"`(\w+)`", lambda m: words.get(m[1], m[1]), text)
+    return re.sub(r"\bNone\b", NONE, text)
+
+
+def _sentence(text: str) -> str:
+    """The first sentence of a text."""
+    return re.split(r"(?<=[^.]\.)\s", _plain(text), maxsplit=1)[0]
 
 
 def first_line(documented: object) -> str:

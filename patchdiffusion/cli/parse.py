@@ -13,8 +13,8 @@ from patchdiffusion.cli.values import convert
 T = TypeVar("T")
 
 
-def parse(default: T, arguments: Sequence[str], command: str) -> T:
-    """A record with what the arguments of a command give.
+def parse(default: T, arguments: Sequence[str], command: str, note: str = "") -> T:
+    """A record with what the arguments of a command give; `note` is for its help.
 
     Raises `ValueError` in one line that names the flag, the value and what is allowed, and
     `HelpShown` after printing the help.
@@ -25,7 +25,7 @@ def parse(default: T, arguments: Sequence[str], command: str) -> T:
     _check_known(record, given, command)
     record = flags.assign(record, given)
     if help_words is not None:
-        print(help_text(record, usage(record, command), help_words))
+        print(help_text(record, usage(record, command), help_words, note))
         raise HelpShown
     return _place(record, words, command)
 

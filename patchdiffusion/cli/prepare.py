@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
@@ -19,6 +19,8 @@ class PrepareArguments:
     All images get one size. Files that cannot be read are listed with the reason. Training does
     this by itself; here it can be done ahead.
     """
+
+    example: ClassVar[str] = "patchdiffusion prepare ./photos --resolution 64"
 
     path: str = field(default="", metadata=positional("DATA"))
     """Folder, zip or array of images."""

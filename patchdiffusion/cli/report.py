@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
@@ -17,6 +18,8 @@ class ReportArguments:
     It shows loss curves, grids of samples, speed and configuration; the run may be running or have
     crashed.
     """
+
+    example: ClassVar[str] = "patchdiffusion report runs/photos"
 
     run: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run."""

@@ -4,18 +4,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from patchdiffusion import __version__
-from patchdiffusion.cli.flags import flat, positional
+from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run
 from patchdiffusion.data.source import SAMPLES
 from patchdiffusion.model import Weights
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
-from patchdiffusion.system.files import write_bytes, write_json
+from patchdiffusion.system.device import use_threads
+from patchdiffusion.system.files import read_json, write_bytes, write_json
 from patchdiffusion.system.png import grid, image_file, npy, save_png
 from patchdiffusion.system.serialize import encode
 
@@ -27,6 +28,11 @@ class SampleArguments:
     Seeds are SEED, SEED + 1, ...; the same seed gives the same image whatever the batch. Files go
     to a new folder each time and hold their seed and the model's digest.
     """
+
+    example: ClassVar[str] = "patchdiffusion sample runs/photos --count 25"
+    common: ClassVar[str] = (
+        "count seed classes steps solver guidance canvas weights out singles batch device threads"
+    )
 
     path: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run or model."""
@@ -47,6 +53,8 @@ class SampleArguments:
     """Images at a time."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    threads: int | None = None
+    """CPU threads of each process; None leaves it to PyTorch (one per core)."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the network."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig, metadata=flat("sampler"))
@@ -54,9 +62,10 @@ class SampleArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Sample, and write a grid and single files."""
-    given = parse(SampleArguments(), arguments, "sample")
+    given = parse(SampleArguments(), arguments, "sample", _classes_of(arguments))
     path = given.path
     check_run(path)
+    use_threads(given.threads)
     pipeline = load(path, weights=given.weights, device=given.device, precision=given.precision)
     _check_out(given.out)
     images = pipeline.sample(
@@ -70,6 +79,17 @@ def main(arguments: Sequence[str]) -> None:
     folder = _new_folder(path, given.out)
     _write(folder, images, pipeline, given)
     print(f"{given.count} images in {folder}")
+
+
+def _classes_of(arguments: Sequence[str]) -> str:
+    """The classes of the run that is named, for the help."""
+    words, _ = read(arguments)
+    files = [Path(word) / name for word in words for name in ("model/config.json", "config.json")]
+    for file in files:
+        facts = read_json(file) if file.is_file() else {}
+        if isinstance(facts, dict) and facts.get("classes"):
+            return f"; classes of {words[0]} are {', '.join(map(str, facts['classes']))}"
+    return ""
 
 
 def _check_out(out: Path | None) -> None:

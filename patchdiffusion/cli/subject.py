@@ -11,6 +11,7 @@ from patchdiffusion.cli.places import unknown_subject
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.data.source import is_run
+from patchdiffusion.patches import size_name
 from patchdiffusion.recipes import Facts, Recipe
 from patchdiffusion.system.files import expanded
 from patchdiffusion.system.place import place
@@ -84,6 +85,14 @@ class Subject:
     def generic(self) -> TrainConfig:
         """A configuration without having seen any images: of the run, or of the recipe."""
         return self._begun() or self.recipe(Facts(path=self.images))
+
+    def note(self) -> str:
+        """What the values of `generic` belong to, for the help."""
+        if self._begun() is not None:
+            return f" of the run {RunConfig(out=self.early.out).folder(self.name)}"
+        name = recipes.word(self.recipe)
+        size = size_name(Facts.canvas)
+        return f" of the recipe {name}" + f" for images of {size} on a CPU" * (name == "folder")
 
     def config(self, arguments: Sequence[str]) -> TrainConfig:
         """The configuration of the run, or what the recipe gives for its images once prepared."""

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 from patchdiffusion import recipes
 from patchdiffusion.cli.flags import flat, positional, read
@@ -23,6 +24,13 @@ class TrainArguments:
     configuration as far as it remains the same run.
     """
 
+    example: ClassVar[str] = "patchdiffusion train ./photos --images 100k"
+    common: ClassVar[str] = (
+        "images batch data.resolution data.flip network optim.lr patches label-dropout seed "
+        "name out device precision threads preview.samples preview.grid start-from max-hours "
+        "track fresh dry-run"
+    )
+
     subject: tuple[str, ...] = field(
         default=(), metadata=positional("[RECIPE] [DATA]", required=False, listed=recipes.RECIPES)
     )
@@ -38,7 +46,9 @@ def main(arguments: Sequence[str]) -> None:
         arguments = [_data_of(Path(words[0])), *arguments[1:], "--out", words[0]]
     subject = Subject.of(arguments, "train")
     try:
-        _parse(arguments, subject.generic())  # wrong flags are found before any data is read
+        _parse(
+            arguments, subject.generic(), subject.note()
+        )  # wrong flags are found before any data is read
     except ValueError as error:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
@@ -68,5 +78,5 @@ def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, objective=config.objective.located())
 
 
-def _parse(arguments: Sequence[str], config: TrainConfig) -> TrainArguments:
-    return parse(TrainArguments(config=config), arguments, "train")
+def _parse(arguments: Sequence[str], config: TrainConfig, note: str = "") -> TrainArguments:
+    return parse(TrainArguments(config=config), arguments, "train", note)

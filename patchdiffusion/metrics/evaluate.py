@@ -54,7 +54,7 @@ class EvaluationConfig:
     """Number of nearest neighbors in precision, recall, density and coverage."""
     batch: int = 64
     """Images at a time."""
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig, metadata={"flat": "sampler"})
 
     def __post_init__(self) -> None:
         least = {"samples": 0, "held_out": 0, "reference": 2, "crop": 0, "nearest": 1, "batch": 1}

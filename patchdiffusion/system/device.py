@@ -94,3 +94,15 @@ def pick_device(choice: torch.device | str = "auto") -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device is {str(choice)!r}, but no CUDA device is available; use cpu")
     return device
+
+
+def use_threads(threads: int | None) -> None:
+    """Set the CPU threads of this process; None leaves them to PyTorch.
+
+    Raises `ValueError` for a number below 1.
+    """
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"threads must be at least 1, not {threads}")
+    torch.set_num_threads(threads)
