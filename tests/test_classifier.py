@@ -290,13 +290,13 @@ def test_what_a_classifier_cannot_be_trained_on(
     for file in images.rglob("*.png"):
         shutil.copy(file, flat)
     told = fails(capsys, "train", "classifier", flat, "--out", tmp_path / "run")
-    assert "at least two classes" in told and not (tmp_path / "run").exists()
+    assert "has 0 classes" in told and not (tmp_path / "run").exists()
     few = replace(config(images), objective=ConsistencyConfig())
     with refuses("objective"):
         tiny.training(few, tmp_path / "run")
     with refuses("additions", "contrast"):
         tiny.training(replace(config(images), additions=(ContrastConfig(),)), tmp_path / "run")
-    with refuses("start", finished, "denoiser"):
+    with refuses("start_from", finished, "denoiser"):
         tiny.run(config(images), tmp_path / "run", start_from=finished)
     with refuses("queries"):
         ClassifierTask(queries=0)

@@ -10,7 +10,7 @@ from patchdiffusion.plans import Group
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train.guard import (
     BURST_WINDOW,
-    LEAST,
+    MIN_STEPS,
     WINDOW,
     Guard,
     GuardState,
@@ -57,7 +57,7 @@ def test_a_usual_step_may_be_made() -> None:
     run = Run()
     run.usual(200)
     verdict = run.take(1.1, 2.1, clip=7.0)
-    assert (float(verdict.bad), float(verdict.most), spiked(verdict)) == (0.0, 7.0, False)
+    assert (float(verdict.bad), float(verdict.max_norm), spiked(verdict)) == (0.0, 7.0, False)
     assert run.guard.order == Order.GO_ON and not run.guard.events
 
 
@@ -68,7 +68,7 @@ def test_a_spike_is_scaled_down_to_the_median(loss: float, norm: float) -> None:
     verdict = run.take(loss, norm)
     assert spiked(verdict) and not verdict.bad
     norms = sorted(2.0 + 0.1 * math.cos(k) for k in range(50))
-    assert float(verdict.most) == pytest.approx(norms[24], rel=1e-6)
+    assert float(verdict.max_norm) == pytest.approx(norms[24], rel=1e-6)
     (event,) = run.guard.take_events()
     assert (event.what, event.step, event.cursor, event.groups) == ("spike", 50, (50, 100), GROUPS)
     assert run.guard.take_events() == []
@@ -78,12 +78,12 @@ def test_a_spike_is_scaled_down_to_the_median(loss: float, norm: float) -> None:
 def test_the_median_is_never_above_the_clip() -> None:
     run = Run()
     run.usual(50)
-    assert float(run.take(1.0, 30.0, clip=0.5).most) == 0.5
+    assert float(run.take(1.0, 30.0, clip=0.5).max_norm) == 0.5
 
 
 def test_nothing_is_a_spike_at_first() -> None:
     run = Run()
-    for k in range(LEAST):
+    for k in range(MIN_STEPS):
         assert not spiked(run.take(1.0, 10.0**k))
     assert spiked(run.take(1.0, 1e30))
 
@@ -185,6 +185,6 @@ def test_a_guard_goes_on_where_it_was() -> None:
     for loss, norm in ((1.0, 2.0), (1.0, 25.0), (math.nan, 2.0), (5.0, 2.1)):
         a, b = run.take(loss, norm), other.take(loss, norm)
         assert torch.equal(a.report.nan_to_num(), b.report.nan_to_num())
-        assert torch.equal(a.most, b.most)
+        assert torch.equal(a.max_norm, b.max_norm)
     assert run.guard.state() == other.guard.state()
     assert list(other.guard.past) == ["a"]

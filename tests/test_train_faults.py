@@ -66,7 +66,7 @@ def test_too_many_in_a_row_end_the_run(
 ) -> None:
     poison(monkeypatch, lambda step: step >= 2)
     config = tiny.config(images, steps=9, guard=GuardConfig(max_skips=3))
-    with pytest.raises(Stop, match=r"3 steps in a row .* the last checkpoint stands") as caught:
+    with pytest.raises(Stop, match=r"3 steps in a row .* the last checkpoint is valid") as caught:
         tiny.run(config, tmp_path / "run", save_minutes=0.0)
     assert caught.value.code == 21
     assert status(tmp_path / "run") == "failed"
@@ -121,7 +121,7 @@ def test_out_of_memory_says_what_to_change(
         raise error
 
     monkeypatch.setattr(loop, "one_step", fail)
-    with pytest.raises(Stop, match=f"out of memory; .*--micro-batch {proposed}:") as caught:
+    with pytest.raises(Stop, match=f"out of memory; .*--micro-batch {proposed},") as caught:
         tiny.run(tiny.config(images, micro_batch=micro_batch), tmp_path / "run")
     assert caught.value.code == 26
     assert status(tmp_path / "run") == "failed"
@@ -187,8 +187,11 @@ def test_a_line_that_was_cut_short_does_not_swallow_the_next(tmp_path: Path) -> 
 def test_channels_and_classes_must_fit(images: Path, tmp_path: Path) -> None:
     plain = UNetConfig(base=4, mult=(1,), blocks=1, attention=())
     for network, message in (
-        (replace(plain, channels=1), "the images have 3 channels and the network 1: set --network"),
-        (replace(plain, num_classes=5), "the data has 2 classes and the network 5: set --network"),
+        (replace(plain, channels=1), "network.channels is 1, and the images have 3; set --network"),
+        (
+            replace(plain, num_classes=5),
+            "network.num_classes is 5, and the data has 2 classes; set --network",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             tiny.run(tiny.config(images, network=network), tmp_path / "run")

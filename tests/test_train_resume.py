@@ -119,7 +119,7 @@ def test_a_network_of_another_shape_is_refused(
 ) -> None:
     for network in (replace(tiny.NETWORK, base=8), replace(tiny.NETWORK, coordinates=False)):
         config = tiny.config(images, network=network)
-        with pytest.raises(ValueError, match=r"cannot start from .* differs in \d+ tensors"):
+        with pytest.raises(ValueError, match=r"start_from is .* differs in \d+ tensors"):
             tiny.run(config, tmp_path / "run", start_from=finished)
         assert not (tmp_path / "run").exists()
     with refuses(tmp_path / "missing"):

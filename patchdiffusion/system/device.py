@@ -92,7 +92,9 @@ def pick_device(choice: torch.device | str = "auto") -> torch.device:
         choice = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(choice)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(choice)!r}, but no CUDA device is available; use cpu")
+        raise ValueError(
+            f"device is {str(choice)!r}, but no CUDA device is available; use --device cpu"
+        )
     return device
 
 

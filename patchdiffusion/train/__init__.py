@@ -1,1 +1,1 @@
-"""Training: configuration, step, loop, checkpoints and the log of a run."""
+"""Training: configuration, tasks, steps, loop, checkpoints and the log of a run."""

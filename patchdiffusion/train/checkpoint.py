@@ -1,8 +1,8 @@
-"""Checkpoints: folders that are complete or absent, without pickles, verified by digest.
+"""Checkpoints: folders written atomically, without pickles, verified by digest.
 
 `step-XXXXXXXXXX/` holds safetensors files, `state.json` and `manifest.json` with the size and
-SHA-256 of each file. It is filled under a temporary name, flushed, and renamed; then `latest` is
-rewritten, for people and programs that want the newest one, and older ones are pruned.
+SHA-256 of each file. It is filled under a temporary name, flushed, and renamed; then `latest`, a
+file with the name of the newest one, is rewritten, and older ones are pruned.
 """
 
 import math
@@ -28,13 +28,15 @@ FORMAT = 3
 
 
 def size_of(tensors: Tensors) -> int:
-    """Bytes that `save` needs, with a margin."""
-    held = sum(x.numel() * x.element_size() for group in tensors.values() for x in group.values())
-    return held + held // 50 + 2**20
+    """Bytes of disk that `save` needs, with a margin."""
+    content = sum(
+        x.numel() * x.element_size() for group in tensors.values() for x in group.values()
+    )
+    return content + content // 50 + 2**20
 
 
 def save(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Path:
-    """Write `root/step-.../NAME.safetensors` for each group, with a state of JSON values."""
+    """Write `root/step-.../NAME.safetensors` for each group, and `state` as JSON."""
     folder = root / f"step-{step:010d}"
     with folder_atomic(folder) as temporary:
         for name, group in tensors.items():
@@ -51,7 +53,7 @@ def save(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Path
 
 
 def prune(root: Path, keep: int, every: float | None = None) -> None:
-    """Delete all but the newest `keep` whole ones, and the first after each multiple of `every`."""
+    """Delete all but the newest `keep` valid ones, and the first after each multiple of `every`."""
     newest, spared, marks = 0, set(), {}
     for folder in folders(root):
         if newest < keep:
@@ -69,19 +71,19 @@ def prune(root: Path, keep: int, every: float | None = None) -> None:
 
 
 def folders(root: Path) -> list[Path]:
-    """All finished checkpoints, newest first."""
-    found = root.glob("step-*") if root.is_dir() else iter(())
-    return sorted((f for f in found if f.name[5:].isdigit()), reverse=True)
+    """Folders of all finished checkpoints, newest first."""
+    paths = root.glob("step-*") if root.is_dir() else iter(())
+    return sorted((f for f in paths if f.name[5:].isdigit()), reverse=True)
 
 
 def clear_unfinished(root: Path) -> None:
-    """Delete what a killed save has left; a finished checkpoint has another name."""
+    """Delete folders of saves that were killed; finished checkpoints have another name."""
     for folder in root.glob("step-*.tmp"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def fault(folder: Path, *, content: bool = True) -> str | None:
-    """What is wrong with a checkpoint, in one line, or None; without `content` only by sizes."""
+    """Damage of a checkpoint in one line, or None; without `content` digests are not checked."""
     try:
         files = read_json(folder / "manifest.json")["files"]
         if not (folder / "manifest.json").read_bytes().endswith(b"}\n"):
@@ -102,17 +104,17 @@ def fault(folder: Path, *, content: bool = True) -> str | None:
 
 
 def _leads_outside(name: str) -> bool:
-    """Whether a name is not that of a file in the folder itself."""
+    """Whether a name does not belong to a file in the folder itself."""
     return "/" in name or "\\" in name or name.startswith(".")
 
 
 def candidates(root: Path) -> Iterator[tuple[Path, str | None]]:
-    """Checkpoints from the newest to the oldest, each with its fault or None."""
+    """Checkpoints from newest to oldest, each with its fault or None."""
     return ((folder, fault(folder)) for folder in folders(root))
 
 
 def set_damaged_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is neither used nor counted, nor lost."""
+    """Rename a damaged checkpoint, so that it is neither used nor counted nor lost."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
         number += 1
@@ -123,7 +125,7 @@ def set_damaged_aside(folder: Path) -> Path:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The scalars of a checkpoint; `ValueError` if another version wrote it."""
+    """State of a checkpoint; raises `ValueError` if another version wrote it."""
     state = read_json(folder / "state.json")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{folder} is not a checkpoint of format {FORMAT}; --fresh starts again")

@@ -1,4 +1,4 @@
-"""The task of a classifier of noisy images, which classifier guidance asks for its gradient."""
+"""The task of training a classifier on noisy images, for classifier guidance."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,19 +28,19 @@ from patchdiffusion.train.settings import Settings
 from patchdiffusion.train.task import TaskConfig, check_images, check_own_objective
 
 PERCENTILES = (0.125, 0.375, 0.625, 0.875)
-"""Of the noise levels of the rows of a preview."""
+"""Percentiles of the noise levels of the rows of a preview."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierTask(TaskConfig):
-    """Classes of noisy images: a classifier, for classifier guidance (arXiv 2105.05233)."""
+    """Classifier of noisy images, for classifier guidance (arXiv 2105.05233)."""
 
     word: ClassVar[str] = "classifier"
 
     queries: int = 4
-    """How many weighted means over places the logits are made of."""
+    """Number of attention queries, which pool features over locations for the logits."""
     smoothing: float = 0.0
-    """Share of the probability that the target spreads over all classes."""
+    """Label smoothing: share of the probability that targets spread over all classes."""
 
     def __post_init__(self) -> None:
         if self.queries < 1 or not 0 <= self.smoothing < 1:
@@ -53,8 +53,8 @@ class ClassifierTask(TaskConfig):
         check_images(config, pack)
         if len(pack.classes) < 2 or pack.labels is None:
             raise ValueError(
-                f"a classifier needs data with at least two classes, and {pack.name} has "
-                f"{len(pack.classes)}: put the images of each class into a folder of its own"
+                f"{pack.name} has {len(pack.classes)} classes, and a classifier needs at least 2; "
+                "put the images of each class into a folder of its own"
             )
         check_own_objective(config, "a classifier")
 
@@ -71,7 +71,7 @@ class ClassifierTask(TaskConfig):
         return ClassificationLoss().levels(draws, law)
 
     def columns(self, config: Settings, pack: Pack) -> tuple[Filled, ...]:
-        """What the network reads, and the labels."""
+        """Columns that the network reads, and the labels."""
         return used(pack.columns, config.network.reads | {"labels"})
 
     def preview(self, scene: Scene) -> "AnswerPreview":
@@ -80,13 +80,13 @@ class ClassifierTask(TaskConfig):
 
 @dataclass(frozen=True)
 class AnswerPreview:
-    """Accuracy and cross-entropy on held-out images, and some of them with the answers."""
+    """Accuracy and cross-entropy on held-out images, and a picture of predictions."""
 
     scene: Scene
     columns: tuple[Filled, ...]
 
     def show(self, model: NoisyClassifier, ending: Ending = bool) -> Shown:
-        """Images in rows of equal noise, framed in green where the answer is right, else in red."""
+        """Rows of images of equal noise, framed in green if the prediction is right, else red."""
         facts = self.measure(model, ending)
         text, numbers = held_out_text(facts)
         if (accuracy := facts.get("accuracy")) is not None:
@@ -99,9 +99,9 @@ class AnswerPreview:
         return Shown(picture, facts, text=text, numbers=numbers, notes=notes)
 
     def measure(self, model: NoisyClassifier, ending: Ending = bool) -> dict[str, Any]:
-        """Of held-out images that have a class: total, per band of noise, per size of crop."""
+        """Results on held-out images with a class: total, by noise level and by crop size."""
         scene = self.scene
-        held = self._labelled(scene.pack.some_held_out(scene.config.preview.held_out))
+        held = self._labeled(scene.pack.some_held_out(scene.config.preview.held_out))
         if not len(held):
             return {}
 
@@ -131,31 +131,31 @@ class AnswerPreview:
             {size: Answers(*rows) for size, rows in zip(scene.sizes, table, strict=True)}
         )
 
-    def _labelled(self, indices: Tensor) -> Tensor:
+    def _labeled(self, indices: Tensor) -> Tensor:
         labels = self.scene.pack.labels
         assert labels is not None
         return indices[labels[indices] >= 0]
 
     @torch.no_grad()
     def _rows(self, model: NoisyClassifier) -> tuple[Tensor, np.ndarray, int]:
-        """Noise levels of rows, framed pictures uint8 [N, H, W, 3], and how many are in a row."""
+        """Noise levels of rows, framed pictures uint8 [N, H, W, 3], and number of columns."""
         scene, pack = self.scene, self.scene.pack
-        images = self._labelled(pack.heldout)
-        images = images if len(images) else self._labelled(pack.train)
-        across = min(max(scene.config.preview.grid // len(PERCENTILES), 1), len(images))
-        index = images[torch.arange(across) * len(images) // across]
+        images = self._labeled(pack.heldout)
+        images = images if len(images) else self._labeled(pack.train)
+        columns = min(max(scene.config.preview.grid // len(PERCENTILES), 1), len(images))
+        index = images[torch.arange(columns) * len(images) // columns]
         cond = conditions(self.columns, index, scene.sizes[0], scene.device)
         assert cond.labels is not None
         stored = pack.images[index].movedim(-1, 1).to(scene.device, torch.float32)
         clean = pack.space.to_network(stored.contiguous())
-        draws = rng.Draws(0, 0, index, torch.arange(across), across)
+        draws = rng.Draws(0, 0, index, torch.arange(columns), columns)
         noise = draws.normal("preview noise", tuple(clean.shape[1:])).to(scene.device)
         sigmas = scene.config.noise.icdf(torch.tensor(PERCENTILES)).to(torch.float32)
         rows = []
         for sigma in sigmas.to(scene.device):
-            x = clean + per_sample(sigma.expand(across), noise) * noise
+            x = clean + per_sample(sigma.expand(columns), noise) * noise
             with autocast(scene.device, scene.precision):
                 right = model(x, sigma, cond).argmax(1) == cond.labels
             shown = pack.space.to_picture(pack.space.to_values(x))
             rows.append(framed(shown, right.cpu().numpy()))
-        return sigmas, np.concatenate(rows), across
+        return sigmas, np.concatenate(rows), columns

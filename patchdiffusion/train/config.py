@@ -1,4 +1,4 @@
-"""What identifies a run (`TrainConfig`) and what does not (`RunConfig`)."""
+"""Configuration that identifies a run (`TrainConfig`), and how it is executed (`RunConfig`)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,15 +10,15 @@ from patchdiffusion.train.denoising import DenoiserTask
 from patchdiffusion.train.settings import Settings
 
 Task = DenoiserTask | ClassifierTask
-"""What a run may train; each is a `task.TaskConfig`."""
+"""Tasks that a run may train; each is a `task.TaskConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """Everything that identifies a run: the same configuration and data give the same model."""
+    """Configuration that identifies a run: with the same data it gives the same model."""
 
     task: Task = field(default_factory=DenoiserTask)
-    """What is trained, and all that follows from it."""
+    """Kind of model that is trained."""
 
 
 FREE = (
@@ -27,54 +27,54 @@ FREE = (
     "micro_batch",
     "preview",
     "data.path",
-    "objective.teacher",  # which is known by its digest
+    "objective.teacher",  # identified by its digest
     "guard.max_skips",
     "guard.rollbacks",
     "ema.snapshots",
 )
-"""Fields that may differ when a run is resumed; all others make it another run."""
+"""Fields that may differ when a run is resumed; a change of any other makes it another run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """How and where a run is carried out; no part of its identity."""
+    """Execution of a run: folder, device, checkpoints and processes; no part of its identity."""
 
     out: Path | None = None
     """Folder of the run; the default is runs/NAME in the current folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device to train on; auto is CUDA if available."""
     threads: int | None = None
     """CPU threads of each process; None leaves it to PyTorch (one per core)."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the blocks of the network, once for each crop size; auto does so on CUDA."""
+    """Compile the blocks of the network, once for each crop size; auto compiles on CUDA."""
     shard: bool = False
-    """Divide weights, moments and averages among the processes (FSDP2) instead of copying them."""
+    """Shard weights, moments and averages over the processes (FSDP2)."""
     deterministic: bool = False
-    """On CUDA, only kernels that repeat to the last bit; 5 to 30 % slower."""
+    """Use only deterministic CUDA kernels; 5 to 30 % slower."""
     fresh: bool = False
-    """Set an existing run aside (it is renamed, not deleted) and start again."""
+    """Rename the folder of an existing run and start again."""
     start_from: Path | None = None
     """Run or model whose averaged weights a new run starts from."""
     max_hours: float | None = None
-    """Save and stop after this time; the same command goes on."""
+    """Save and stop after this time; the same command resumes."""
     save_minutes: float = 5.0
-    """Time between checkpoints."""
+    """Minutes between checkpoints."""
     keep: int = 2
-    """Newest checkpoints kept, at least 2."""
+    """Number of newest checkpoints to keep, at least 2."""
     keep_every: float | None = None
-    """Also keep one checkpoint for good each time the clock has advanced by so much."""
+    """Also keep one checkpoint each time the clock has advanced by this much."""
     timeout_minutes: float = 5.0
-    """How long a process may keep the others waiting; six times as long until the second step."""
+    """Time that a process waits for others before it fails; 6 times as long for the first steps."""
     track: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Further places for the numbers and pictures of log.jsonl."""
+    """Trackers that get a copy of the log and the samples."""
     auto_micro_batch: bool = False
-    """Out of memory: go on with half the micro-batch, the same training in smaller parts."""
+    """Halve the micro-batch and go on when memory runs out; the training stays the same."""
     allow_data_change: bool = False
-    """Resume although the data set is not the one the run began with."""
+    """Resume with a data set that differs from that of the run."""
     allow_config_change: bool = False
-    """Resume although fields differ that make it another run; the change is recorded."""
+    """Resume with changed fields that would make it another run; the change is recorded."""
     dry_run: bool = False
-    """Say what would be done, with cost and disk space, and stop."""
+    """Print the plan of the run, with its cost and disk space, and stop."""
 
     def __post_init__(self) -> None:
         positive(self, "timeout_minutes")
@@ -85,10 +85,10 @@ class RunConfig:
             raise ValueError(f"save_minutes must be >= 0, not {self.save_minutes}")
         if self.keep < 2:
             raise ValueError(
-                f"keep must be at least 2, not {self.keep}: "
-                "a single checkpoint cannot survive a fault while it is replaced"
+                f"keep must be at least 2, not {self.keep}; "
+                "a single checkpoint could be lost while it is replaced"
             )
 
     def folder(self, name: str) -> Path:
-        """The folder of the run."""
+        """Folder of the run."""
         return self.out or Path("runs") / name

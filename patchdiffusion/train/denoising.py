@@ -1,4 +1,4 @@
-"""The task of a denoiser, or of a few-step model that is made of one."""
+"""The task of training a denoiser, or a few-step model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,7 @@ from patchdiffusion.train.task import TaskConfig, check_images
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserTask(TaskConfig):
-    """Images: a network that denoises, by the objective of the configuration."""
+    """Generative model of images: a denoiser, or a few-step model, by --objective."""
 
     word: ClassVar[str] = "denoiser"
 
@@ -31,29 +31,31 @@ class DenoiserTask(TaskConfig):
         axes = pack.images.ndim - 2
         if config.preview.distance and axes != 2:
             raise ValueError(
-                f"preview.distance {config.preview.distance} is of images of two axes, and these "
-                f"have {axes}; leave it at 0"
+                f"preview.distance is {config.preview.distance}, which needs images of 2 axes, and "
+                f"these have {axes}; set --preview.distance 0"
             )
         guidance, classes = config.preview.guidance, len(pack.classes)
         if guidance != 1 and not config.network.num_classes:
             raise ValueError(
-                f"preview.guidance {guidance} needs a network with classes; leave it at 1"
+                f"preview.guidance is {guidance}, which needs a network with classes; "
+                "set --preview.guidance 1"
             )
         if guidance != 1 and config.objective.few_step:
             raise ValueError(
-                f"preview.guidance {guidance} cannot be had of a few-step model; leave it at 1"
+                f"preview.guidance is {guidance}, which few-step models do not support; "
+                "set --preview.guidance 1"
             )
         if config.network.num_classes not in (0, classes):
             raise ValueError(
-                f"the data has {classes} classes and the network {config.network.num_classes}: "
-                f"set --network.num-classes {classes}, or 0 to ignore them"
+                f"network.num_classes is {config.network.num_classes}, and the data has {classes} "
+                f"classes; set --network.num-classes {classes}, or 0 to ignore them"
             )
 
     def head(self, pack: Pack) -> OwnHead:
         return OwnHead()
 
     def model(self, network: nn.Module, config: Settings) -> NetDenoiser:
-        """The denoiser that is trained, or that a few-step model is made of."""
+        """Denoiser that is trained, or the one inside a few-step model."""
         return NetDenoiser(network, config.objective.precond(config.precond), config.noise)
 
     def objective(self, config: Settings, materials: Materials) -> Objective:
@@ -63,10 +65,10 @@ class DenoiserTask(TaskConfig):
     def preview(self, scene: Scene) -> SamplePreview:
         settings, extract = scene.config.preview, None
         if settings.distance:
-            given = settings.extractor_weights
+            path = settings.extractor_weights
             extract = extractor(
                 settings.extractor,
-                weights=None if given is None else Path(given),
+                weights=None if path is None else Path(path),
                 device=scene.device,
                 team=scene.team,
             )
@@ -82,7 +84,7 @@ class DenoiserTask(TaskConfig):
         return config.label_dropout
 
     def passes(self, config: Settings) -> float:
-        return config.objective.passes + sum(one.passes for one in config.additions)
+        return config.objective.passes + sum(addition.passes for addition in config.additions)
 
     def teachers(self, config: Settings) -> tuple[Path, ...]:
         return config.objective.teachers

@@ -1,8 +1,8 @@
-"""Averages of the weights: an exponential one that is sampled from, and power-function profiles.
+"""Moving averages of the weights: an exponential one for sampling, and power-function profiles.
 
 Profiles are those of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
 Models", CVPR 2024 (arXiv 2312.02696), section 3: the weight of the past grows as a power of time,
-so that the average spans a fixed share of the run. `train/posthoc.py` makes others of them.
+so that the average spans a fixed share of the run. `train/posthoc.py` reconstructs other widths.
 """
 
 import copy
@@ -18,24 +18,24 @@ MAIN = "averaged"
 
 
 def profile_name(std: float) -> str:
-    """The name of a profile in checkpoints and snapshots."""
+    """Name of a profile in checkpoints and snapshots."""
     return f"power-{std:g}"
 
 
 class EMA:
-    """Averages in float32 that follow the parameters of a network, each with one kernel launch.
+    """Averages of the parameters of a network in float32, each updated by one kernel launch.
 
-    Parameters that are trained are averaged; the others are shared with the network. Buffers are
-    copied once, as networks here only have constant ones.
+    Trained parameters are averaged; others are shared with the network. Buffers are copied once, as
+    networks here only have constant ones.
     """
 
     def __init__(self, network: nn.Module, config: EMAConfig):
         self.config = config
         self._shell = copy.deepcopy(network).requires_grad_(False)  # its weights are the average
-        own = dict(network.named_parameters())
-        self._names = [name for name, p in own.items() if p.requires_grad]
-        self._fixed = {name: p for name, p in own.items() if not p.requires_grad}
-        self._sources = [own[name] for name in self._names]
+        parameters = dict(network.named_parameters())
+        self._names = [name for name, p in parameters.items() if p.requires_grad]
+        self._fixed = {name: p for name, p in parameters.items() if not p.requires_grad}
+        self._sources = [parameters[name] for name in self._names]
         for name, p in self._fixed.items():
             self._shell.get_parameter(name).data = p.data
         shell: list[Tensor] = [self._shell.get_parameter(name) for name in self._names]
@@ -46,10 +46,10 @@ class EMA:
         self._buffers: dict[str, Tensor] = {}
 
     def shard(self, network: nn.Module) -> None:
-        """Divide the averages like the parameters of a network that is sharded by now."""
-        own = dict(network.named_parameters())
-        self._sources = [own[name] for name in self._names]
-        self._fixed = {name: own[name] for name in self._fixed}
+        """Shard the averages like the parameters of a network that has been sharded."""
+        parameters = dict(network.named_parameters())
+        self._sources = [parameters[name] for name in self._names]
+        self._fixed = {name: parameters[name] for name in self._fixed}
         for name, tensors in self.averages.items():
             pairs = zip(tensors, self._sources, strict=True)
             self.averages[name] = [as_sharded(t, like) for t, like in pairs]
@@ -59,7 +59,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, seen: float, advance: float) -> None:
-        """average += (1 - decay) (weights - average), when the clock advances to `seen`."""
+        """average += (1 - decay) (weights - average) when the clock advances to `seen`."""
         sources = [local(p) for p in self._sources]
         decays = [self.config.decay(seen, advance)]
         decays += [power_decay(std, seen, advance) for std in self.config.profiles]
@@ -69,14 +69,14 @@ class EMA:
 
     @torch.no_grad()
     def copy(self, network: nn.Module) -> None:
-        """Begin all averages anew at the weights of a network."""
-        own = dict(network.named_parameters())
+        """Reset all averages to the weights of a network."""
+        parameters = dict(network.named_parameters())
         for tensors in self.averages.values():
             for target, name in zip(tensors, self._names, strict=True):
-                local(target).copy_(local(own[name]))
+                local(target).copy_(local(parameters[name]))
 
     def network(self) -> nn.Module:
-        """A network with the main average as its weights; with shards, all processes must ask."""
+        """Network with the main average as its weights; all processes must call it if sharded."""
         if not self._sharded:
             return self._shell
         device = local(self._sources[0]).device
@@ -88,7 +88,7 @@ class EMA:
         return network
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """One of the averages by the names of the parameters."""
+        """One of the averages, by the names of the parameters."""
         return dict(zip(self._names, self.averages[name], strict=True))
 
 

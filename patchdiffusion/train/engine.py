@@ -1,4 +1,4 @@
-"""How a run uses the hardware: threads, kernels, compilation, and what its last bits depend on."""
+"""Hardware settings of a run: threads, kernels, compilation, and a record of them."""
 
 import os
 import platform
@@ -16,8 +16,8 @@ _FORKED = [False]
 os.register_at_fork(after_in_child=lambda: _FORKED.__setitem__(0, True))
 
 
-def prepare_machine(run: RunConfig, device: torch.device, where: Place) -> None:
-    """Set what PyTorch keeps for the whole process."""
+def set_globals(run: RunConfig, device: torch.device, where: Place) -> None:
+    """Set PyTorch's process-wide options: threads, precision of matrix products, determinism."""
     if device.type == "cpu":
         keep_freed()
     if run.threads:
@@ -27,7 +27,7 @@ def prepare_machine(run: RunConfig, device: torch.device, where: Place) -> None:
     elif where.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // where.local_size))
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not bf16
+        torch.set_float32_matmul_precision("high")  # TF32 for operations that are not in bf16
         torch.backends.cudnn.benchmark = not run.deterministic
         if run.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -35,14 +35,14 @@ def prepare_machine(run: RunConfig, device: torch.device, where: Place) -> None:
 
 
 def compiles(run: RunConfig, device: torch.device) -> bool:
-    """Whether blocks are compiled; on a CPU that takes minutes and gains nothing."""
+    """Whether blocks are compiled; on a CPU compilation takes minutes and gains nothing."""
     return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
 
 
 def engine_facts(
     run: RunConfig, device: torch.device, where: Place, precision: str
 ) -> dict[str, Any]:
-    """Everything the last bits of a run depend on, beside its configuration and data."""
+    """Software, hardware and settings on which the last bits of a run depend."""
     cuda = device.type == "cuda"
     return {
         "version": version("patchdiffusion"),
@@ -66,4 +66,4 @@ def _kernels(run: RunConfig, device: torch.device, precision: str) -> str:
 
 
 SHARED_FACTS = ("version", "torch", "precision", "sharded", "compiled")
-"""Those that all processes of a run must have in common."""
+"""Names of the `engine_facts` that all processes of a run must have in common."""

@@ -1,4 +1,4 @@
-"""The folder of a run: made, found again, compared with what is asked for, set aside."""
+"""The folder of a run: creation, comparison with a configuration, and renaming."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ CONFIG = "config.json"
 
 
 def stored_config(folder: Path) -> TrainConfig | None:
-    """The configuration of the run in a folder, or None if there is no run."""
+    """Configuration of the run in a folder, or None if there is no run."""
     path = folder / CONFIG
     if not path.exists():
         return None
@@ -23,7 +23,7 @@ def stored_config(folder: Path) -> TrainConfig | None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Rename a run to the first free NAME.old-1, NAME.old-2 ..., and return the new name."""
+    """Rename a run to the first free NAME.old-1, NAME.old-2 ...; returns the new path."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
         number += 1
@@ -31,7 +31,7 @@ def set_aside(folder: Path) -> Path:
 
 
 def changed_fields(stored: TrainConfig, config: TrainConfig) -> list[str]:
-    """The fields that make it another run, with both values."""
+    """Fields that differ and make it another run, with both values."""
     return [
         line
         for line in differences(stored, config)
@@ -40,9 +40,9 @@ def changed_fields(stored: TrainConfig, config: TrainConfig) -> list[str]:
 
 
 def is_same_run(folder: Path, config: TrainConfig, *, allow_change: bool = False) -> bool:
-    """Whether a folder holds this run already; nothing is written.
+    """Whether a folder already holds a run of this configuration; nothing is written.
 
-    Raises `ValueError` if it holds other files, or another run, with the fields that differ.
+    Raises `ValueError` if it holds other files, or another run, naming the fields that differ.
     """
     stored = stored_config(folder)
     if stored is None:
@@ -59,17 +59,17 @@ def is_same_run(folder: Path, config: TrainConfig, *, allow_change: bool = False
 
 
 def refuse_changes(folder: Path, changed: list[str]) -> None:
-    """Raise `ValueError` that lists the fields, if there are any."""
+    """Raise `ValueError` that lists the changed fields, if there are any."""
     if changed:
         raise ValueError(
             f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
-            "use --out for another folder, --fresh to set that run aside and start again, or "
-            "--allow-config-change to go on with it changed"
+            "use --out for another folder, --fresh to rename that run and start again, or "
+            "--allow-config-change to resume it with the change"
         )
 
 
 def write_config(folder: Path, config: TrainConfig) -> None:
-    """Make the folder if needed, and write `config.json`."""
+    """Create the folder if needed, and write `config.json`."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, encode(config))
 
@@ -84,16 +84,16 @@ def clear_unfinished(folder: Path) -> None:
 def check_disk(
     folder: Path, parameters: int, keep: int, *, profiles: int = 0, snapshots: int = 0
 ) -> int:
-    """Bytes a run needs beside what it has; raises `ValueError` if the disk has less."""
+    """Bytes of disk that a run still needs; raises `ValueError` if fewer are free."""
     # A checkpoint is weights, two moments and the averages; a model is weights and an average.
     copies = (4 + profiles) * (keep + 1) + 2 * 2 + profiles * snapshots
-    there = sum(f.stat().st_size for f in folder.rglob("*.safetensors") if f.is_file())
-    needed = max(4 * parameters * copies - there, 0) + 2**26
+    present = sum(f.stat().st_size for f in folder.rglob("*.safetensors") if f.is_file())
+    needed = max(4 * parameters * copies - present, 0) + 2**26
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(
-            f"{folder} needs about {needed:,} bytes for checkpoints, and only {free:,} are free "
-            "there; choose another folder with --out"
+            f"{folder} needs about {needed:,} bytes for checkpoints, and only {free:,} are free; "
+            "choose another folder with --out"
         )
     return needed

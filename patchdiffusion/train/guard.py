@@ -1,7 +1,7 @@
-"""Watches losses and gradients: what is not finite is left out, what explodes is scaled down.
+"""Protection against bad steps: steps that are not finite are skipped, spikes scaled down.
 
-The judgement is made on the device, so that no step waits for it, and is the same on every process.
-The host learns of it a little later and decides whether the run goes on, goes back, or stops.
+A step is judged on the device, so that no step waits for it, alike on every process. The host gets
+the result a little later and decides whether the run goes on, rolls back, or stops.
 """
 
 import math
@@ -19,13 +19,13 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.plans import Group
 from patchdiffusion.train.settings import GuardConfig
 
-WINDOW = 128  # steps of a kind that the median is taken of
-LEAST = 16  # before so many were seen, nothing is a spike
+WINDOW = 128  # steps of a kind over which the median is taken
+MIN_STEPS = 16  # of a kind, before any can be a spike
 BURST_WINDOW = 64  # steps
 
 
 class Order(IntEnum):
-    """What is to be done after a step; of several processes' orders the largest counts."""
+    """Action after a step; the largest over all processes counts."""
 
     GO_ON = 0
     GO_BACK = 1
@@ -35,24 +35,24 @@ class Order(IntEnum):
 
 
 class Judgement(NamedTuple):
-    """Scalars on the device."""
+    """Result of `Guard.judge`: scalars on the device."""
 
     bad: Tensor
     """float32; 1 if the loss or the gradient norm is not finite, else 0."""
-    most: Tensor
-    """float32; the largest gradient norm this step may have."""
+    max_norm: Tensor
+    """float32; norm to which the gradient of this step is clipped."""
     report: Tensor
     """float32 [5]: bad, spike, loss, norm, median norm; for `Guard.observe`."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """A step that was left out ("skipped") or scaled down ("spike")."""
+    """Step that was skipped ("skipped") or scaled down ("spike")."""
 
     what: str
     step: int
     cursor: tuple[int, int]
-    """Position and position of its draws, which tell its images."""
+    """Step and position of its draws, which determine its images."""
     groups: tuple[Group, ...]
     loss: float
     norm: float
@@ -61,17 +61,17 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardState:
-    """The memory of a `Guard`, as checkpoints hold it."""
+    """State of a `Guard` in a checkpoint."""
 
     past: dict[str, tuple[float | None, ...]]
-    """By kind of step: the last losses, then the last gradient norms; None where there is none."""
+    """Last losses, then last gradient norms, by kind of step; None for missing ones."""
     seen: dict[str, int]
-    """Steps of each kind."""
+    """Number of steps of each kind."""
     skips_in_a_row: int
     spikes: tuple[int, ...]
     """Steps of the newest spikes."""
     rollbacks: int
-    """How often the run has gone back."""
+    """Number of rollbacks so far."""
 
     def __post_init__(self) -> None:
         for kind, row in self.past.items():
@@ -83,7 +83,7 @@ class GuardState:
 
 
 class Guard:
-    """Judges every step by the losses and gradient norms of the steps of its kind before it."""
+    """Judges every step by the losses and gradient norms of earlier steps of its kind."""
 
     def __init__(self, config: GuardConfig, device: torch.device):
         self.config = config
@@ -95,44 +95,43 @@ class Guard:
         self.rollbacks = 0
         self.order = Order.GO_ON
         self.events: list[Event] = []
-        self._reports = Later(device)
+        self._reports = DeferredReads(device)
 
     def judge(
         self, kind: str, loss: Tensor, norm: Tensor, *, clip: float, scale: Tensor
     ) -> Judgement:
-        """Whether a step may be made; `kind` says what crops it has, since norms depend on that.
+        """Judge a step; `kind` names the sizes of its crops, on which norms depend.
 
-        A step that is bad only because its loss `scale` is above 1 is left out and not held
-        against the run.
+        A step that is bad while its loss `scale` is above 1 is skipped without being counted.
         """
         past = self.past.get(kind)
         if past is None:
             past = self.past[kind] = torch.full((2, WINDOW), torch.nan, device=self.device)
         now = torch.stack([loss, norm])
-        known = torch.isfinite(past[1]).sum()
+        count = torch.isfinite(past[1]).sum()
         # Sorting puts NaN last; the median is the lower one of an even number.
-        middle = ((known - 1).clamp(min=0) // 2).view(1)
+        middle = ((count - 1).clamp(min=0) // 2).view(1)
         medians = past.sort(dim=1).values.index_select(1, middle).squeeze(1)
-        limits = torch.where(known >= LEAST, self.config.spike * medians, torch.inf)
+        limits = torch.where(count >= MIN_STEPS, self.config.spike * medians, torch.inf)
         bad = ~torch.isfinite(now).all()
         spike = ~bad & (now > limits).any()
-        most = torch.where(spike, medians[1].clamp(max=clip), clip)
-        place = self.seen.get(kind, 0) % WINDOW
+        max_norm = torch.where(spike, medians[1].clamp(max=clip), clip)
+        slot = self.seen.get(kind, 0) % WINDOW
         # Never beyond the limit: a burst of spikes must not become the new normal at once.
-        past[:, place] = torch.where(bad, past[:, place], torch.minimum(now, limits))
+        past[:, slot] = torch.where(bad, past[:, slot], torch.minimum(now, limits))
         self.seen[kind] = self.seen.get(kind, 0) + 1
         counted = bad & (scale <= 1)
         report = torch.stack([counted.float(), spike.float(), loss, norm, medians[1]])
-        return Judgement(bad.float(), most.float(), report)
+        return Judgement(bad.float(), max_norm.float(), report)
 
     def send(
         self, step: int, cursor: tuple[int, int], groups: tuple[Group, ...], report: Tensor
     ) -> None:
-        """Have the report on a step on its way to the host."""
+        """Start the transfer of the report on a step to the host."""
         self._reports.push((step, cursor, groups), report)
 
     def observe(self, *, wait: bool = False) -> Order:
-        """Take in the reports that have arrived, or all of them; returns what is to be done."""
+        """Process the reports that have arrived, or all of them; returns the action to take."""
         for key, (bad, spike, loss, norm, median) in self._reports.pop(wait=wait):
             step, cursor, groups = key
             self.skips_in_a_row = self.skips_in_a_row + 1 if bad else 0
@@ -155,12 +154,12 @@ class Guard:
         return Order.GO_ON
 
     def take_events(self) -> list[Event]:
-        """The events since the last call."""
+        """Events since the last call."""
         events, self.events = self.events, []
         return events
 
     def state(self) -> GuardState:
-        """Everything a resumed run must know; waits for the device."""
+        """State for a checkpoint; waits for the device."""
         self.observe(wait=True)
         past = {kind: tensor.flatten().tolist() for kind, tensor in self.past.items()}
         return GuardState(
@@ -172,7 +171,7 @@ class Guard:
         )
 
     def load(self, state: GuardState) -> None:
-        """The inverse of `state`; reports under way and the last order are forgotten."""
+        """Inverse of `state`; pending reports and the last order are dropped."""
         self.past = {
             kind: torch.tensor(
                 [math.nan if v is None else v for v in row], device=self.device
@@ -184,18 +183,18 @@ class Guard:
         self.spikes = deque(state.spikes)
         self.rollbacks = state.rollbacks
         self.order = Order.GO_ON
-        self._reports = Later(self.device)
+        self._reports = DeferredReads(self.device)
 
 
-class Later:
-    """Values of the device that the host reads once they are there, in order; it never waits."""
+class DeferredReads:
+    """Queue of device values that the host reads in order once they have arrived."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self._waiting: deque[tuple[Any, Tensor, torch.cuda.Event | None]] = deque()
 
     def push(self, key: Any, value: Tensor) -> None:
-        """Begin to copy a value to the host."""
+        """Start to copy a value to the host."""
         if not self._cuda:
             self._waiting.append((key, value, None))
             return
@@ -206,7 +205,7 @@ class Later:
         self._waiting.append((key, host, event))
 
     def pop(self, *, wait: bool = False) -> Iterator[tuple[Any, list[float]]]:
-        """What has arrived, oldest first; with `wait`, all of it."""
+        """Keys and values that have arrived, oldest first; with `wait`, all of them."""
         while self._waiting:
             key, value, event = self._waiting[0]
             if event is not None:
@@ -219,27 +218,27 @@ class Later:
 
 
 def describe(event: Event) -> str:
-    """An event in one line for people."""
+    """Event in one line for the log."""
     if event.what == "skipped":
-        which = "loss" if not math.isfinite(event.loss) else "gradient"
-        return f"step {event.step}: the {which} is not finite; nothing was changed"
+        quantity = "loss" if not math.isfinite(event.loss) else "gradient"
+        return f"step {event.step}: the {quantity} is not finite; the update is skipped"
     return (
-        f"step {event.step}: loss {event.loss:.3g}, gradient norm {event.norm:.3g} against the "
-        f"usual {event.median:.3g}; scaled down"
+        f"step {event.step}: loss {event.loss:.3g}, gradient norm {event.norm:.3g}, median norm "
+        f"{event.median:.3g}; the update is scaled down"
     )
 
 
 class Verification:
-    """Reads a pack once and compares its checksums, so that damage is found in minutes, not never.
+    """Verifies the checksums of a pack once, in a thread, so that damage is found within minutes.
 
-    `wanted` is False where another process of the same machine does it.
+    `enabled` is False if another process of the same machine does it.
     """
 
-    def __init__(self, pack: Pack, *, wanted: bool = True):
+    def __init__(self, pack: Pack, *, enabled: bool = True):
         self.problem = ""
-        """What is damaged, or nothing."""
+        """Description of the damage, or ""."""
         self._pack = pack
-        if wanted:
+        if enabled:
             threading.Thread(target=self._read, name="verification", daemon=True).start()
 
     def _read(self) -> None:
@@ -249,5 +248,5 @@ class Verification:
             self.problem = str(error)
 
     def order(self) -> Order:
-        """What the run has to do."""
+        """Action for the run."""
         return Order.STOP_DATA if self.problem else Order.GO_ON

@@ -1,4 +1,4 @@
-"""What a run tells: status lines for people, `log.jsonl` for programs, `run.json` for both."""
+"""The log of a run: lines on the terminal, `log.jsonl` for programs, `run.json` for its state."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def duration(seconds: float) -> str:
 
 
 def quantity(value: float) -> str:
-    """A number in at most five characters: 512, 9.87k, 12.3M."""
+    """Number in at most five characters: 512, 9.87k, 12.3M."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -39,9 +39,9 @@ def quantity(value: float) -> str:
 
 
 class RunLog:
-    """Writes the records of a run; a failure to write is reported and never stops training.
+    """Writes the log of a run; a failure to write is reported and never stops training.
 
-    A quiet one, of a process that does not speak for the others, writes nothing.
+    A quiet one, of ranks other than 0, writes nothing.
     """
 
     def __init__(self, folder: Path, *, stream: TextIO | None = None, quiet: bool = False):
@@ -50,10 +50,10 @@ class RunLog:
         self.quiet = quiet
         self.trackers = Trackers(self.say)
         self._failed: set[str] = set()
-        self._told_until = -1
+        self._logged_until = -1
 
     def say(self, text: str) -> None:
-        """One line for people, as long as somebody listens."""
+        """Print one line, unless the stream has been closed."""
         if self.quiet or "stream" in self._failed:
             return
         try:
@@ -62,16 +62,16 @@ class RunLog:
             self._failed.add("stream")
 
     def resume(self, step: int, **values: Any) -> None:
-        """Go on at a step; what was recorded of later ones before will be marked as replayed."""
+        """Record a resume; status records up to the last one before it are marked as replayed."""
         if not self.quiet:
-            self._told_until = _last_step(self.folder / "log.jsonl")
+            self._logged_until = _last_step(self.folder / "log.jsonl")
         self.record("resume", step=step, **values)
 
     def record(self, kind: str, **values: Any) -> None:
-        """One line of `log.jsonl`."""
+        """Append one record to `log.jsonl`."""
         if self.quiet:
             return
-        if kind == "status" and values["step"] <= self._told_until:
+        if kind == "status" and values["step"] <= self._logged_until:
             values["replayed"] = True
         facts = _finite({"kind": kind, "time": round(time.time(), 3), **values})
         try:
@@ -80,7 +80,7 @@ class RunLog:
             self._warn("log.jsonl", error)
 
     def status(self, status: str, **values: Any) -> None:
-        """Replace `run.json`: running, finished, preempted or failed, with where the run stands."""
+        """Replace `run.json`: running, finished, preempted or failed, with the progress."""
         if self.quiet:
             return
         facts = {"status": status, "pid": os.getpid(), "host": socket.gethostname(), **values}
@@ -128,7 +128,7 @@ def _is_dead(folder: Path, state: dict[str, Any]) -> bool:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for what JSON cannot hold: NaN and infinities."""
+    """Copy with None in the place of NaN and infinities, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -137,7 +137,7 @@ def _finite(value: Any) -> Any:
 
 
 def _last_step(path: Path) -> int:
-    """The highest step of the status lines in a log, -1 without any."""
+    """Highest step of the status records in a log, -1 without any."""
     last = -1
     try:
         with open_regular(path) as lines:
@@ -152,7 +152,7 @@ def _last_step(path: Path) -> int:
 
 
 def _append(path: Path, line: str) -> None:
-    """Add a line, a new one even if a crash has cut the last one short."""
+    """Append a line, after a line break if a crash has cut the last one short."""
     handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | NO_LINK, 0o666)
     with os.fdopen(handle, "a+b") as stream:
         cut = b""

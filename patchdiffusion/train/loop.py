@@ -32,15 +32,15 @@ SIGNALS = tuple(
 
 
 def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
-    """Train until the clock shows `config.images`; returns the folder of the run, with a report.
+    """Train until the clock reaches `config.images`; returns the folder of the run.
 
-    The same call again goes on where the last one ended. Every process of a run makes it. Raises
-    `ValueError` for a configuration or data that cannot work, before anything is written, and
-    `Stop` when a run cannot go on.
+    The same call resumes a run that ended early. Every process of a run must make it. Raises
+    `ValueError` for an impossible configuration or data, before anything is written, and `Stop` if
+    a run cannot go on.
     """
     run = run or RunConfig()
     started = time.monotonic()
-    pack = prepare_data(config.data)  # takes its time, which no other process has to wait for
+    pack = prepare_data(config.data)  # takes long, so before other processes wait for this one
     with join(PATIENCE * run.timeout_minutes) as team:
         training = assemble(config, run, pack, team)
         if run.dry_run:
@@ -48,7 +48,7 @@ def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
             return training.folder
         try:
             with opened(training):
-                _carry_out(training, started)
+                _execute(training, started)
         except Exception as error:
             if peer_lost(error):
                 raise Stop(_lost(training, error), code=24) from error
@@ -56,12 +56,12 @@ def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
         return training.folder
 
 
-def _carry_out(training: Training, started: float) -> None:
+def _execute(training: Training, started: float) -> None:
     log = training.log
     if training.finished:
         Saver(training).catch_up()  # it may have been killed after its last checkpoint
         _catch_up(training)
-        log.status("finished", **_place(training))
+        log.status("finished", **_position(training))
         log.say(f"{training.folder} is finished; a larger --images extends it")
         training.team.on_main(lambda: _report(training))
         return
@@ -69,20 +69,20 @@ def _carry_out(training: Training, started: float) -> None:
         with stop_signals() as stop:
             _loop(training, stop, started)
     except Exception as error:
-        log.status("failed", reason=str(error), **_place(training))
+        log.status("failed", reason=str(error), **_position(training))
         if out_of_memory(error):
             raise Stop(_too_large(training), code=26) from error
         raise
-    if written := training.team.on_main(lambda: _report(training)):
-        log.say(f"report    {written}")
+    if path := training.team.on_main(lambda: _report(training)):
+        log.say(f"report    {path}")
 
 
 def _report(training: Training) -> str:
-    """Where the page is; nothing if it cannot be written, which is no fault of the training."""
+    """Write the report; returns its path, or "" if it cannot be written."""
     try:
         return str(write_report(training.folder))
     except (OSError, ValueError) as error:
-        training.log.say(f"warning: there is no report: {error}")
+        training.log.say(f"warning: the report cannot be written: {error}")
         return ""
 
 
@@ -92,12 +92,12 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
     saver = Saver(training)
     status = Status(training, saver)
     vote = Vote(team, 3)
-    pixels = Verification(training.pack, wanted=team.place.local_rank == 0)
+    pixels = Verification(training.pack, enabled=team.place.local_rank == 0)
     deadline = deadline_of(run, started)
     saved = time.monotonic()
-    training.log.status("running", **_place(training))
+    training.log.status("running", **_position(training))
     _catch_up(training, stop.is_set)
-    for taken in itertools.count(1):
+    for num_steps in itertools.count(1):
         before = training.now
         _step(training)
         now, last = training.now, training.finished
@@ -106,9 +106,9 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
         with phases("wait"):
             order = max(guard.observe(), pixels.order())
             ending, save, order = vote((stop.is_set() or late, due_save, order))
-        if taken == 2:  # whatever is compiled or chosen at first is there
+        if num_steps == 2:  # compilation and other first-time work is done
             team.patience(run.timeout_minutes)
-        early = training.state.step.bit_count() == 1  # steps 1, 2, 4, 8 ...: soon, then rarely
+        early = training.state.step.bit_count() == 1  # steps 1, 2, 4, 8 ...
         if early or due(preview.status, before, now, config.images) or last:
             status.report()
         if order == Order.GO_BACK:
@@ -132,25 +132,25 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
                 ending = not show_samples(training, stop.is_set)
         if ending or last:
             vote.forget()
-            return _tell_end(training, "preempted" if ending else "finished")
+            return _report_end(training, "preempted" if ending else "finished")
 
 
 def deadline_of(run: RunConfig, started: float) -> float:
-    """When `max_hours` is over, on the monotonic clock; infinity without such a limit."""
+    """Monotonic time at which `max_hours` are over; infinity without such a limit."""
     return started + (run.max_hours or math.inf) * 3600
 
 
-def _tell_end(training: Training, how: str) -> None:
-    """The run has been saved where it stands."""
-    training.log.status(how, **_place(training))
+def _report_end(training: Training, how: str) -> None:
+    """Record and print that a run has ended, after its last save."""
+    training.log.status(how, **_position(training))
     if how == "finished":
         training.log.say(f"finished in {duration(training.state.seconds)} of training")
     else:
-        training.log.say(f"stopped at {quantity(training.now)}; the same command goes on")
+        training.log.say(f"stopped at {quantity(training.now)}; the same command resumes the run")
 
 
 def _catch_up(training: Training, ending: Ending = bool) -> None:
-    """Show the samples that belong to where the run stands, if it ended before it could."""
+    """Make the preview that is due at this point of the run, if it is missing."""
     state, config = training.state, training.config
     missed = due(config.preview.samples, state.shown, training.now, config.images)
     if missed or training.finished:
@@ -161,7 +161,7 @@ def _catch_up(training: Training, ending: Ending = bool) -> None:
 
 
 def _step(training: Training) -> None:
-    """One step, in smaller parts if memory runs out and that is allowed."""
+    """One step, with a smaller micro-batch if memory runs out and that is allowed."""
     alone = training.team.size == 1  # others would wait for the first attempt
     while True:
         try:
@@ -172,12 +172,12 @@ def _step(training: Training) -> None:
                 raise
         # Here the error, which kept what the step had allocated, is gone.
         training.stepper.micro_batch = size // 2
-        training.log.say(f"note      out of memory; going on with --micro-batch {size // 2}")
+        training.log.say(f"note      out of memory; continuing with --micro-batch {size // 2}")
         training.log.record("micro batch", step=training.state.step, size=size // 2)
 
 
 def one_step(training: Training, groups: tuple[Group, ...] | None = None) -> None:
-    """One optimizer step, its counters and its average, by the plan or with the groups given."""
+    """One optimizer step with its counters and averages, on `groups` or else those of the plan."""
     config, state, before = training.config, training.state, training.now
     phases, cursor = training.phases, training.state.cursor
     phases.begin_step(state.step)
@@ -194,12 +194,12 @@ def one_step(training: Training, groups: tuple[Group, ...] | None = None) -> Non
 
 
 def due(times: int, before: float, now: float, total: float) -> bool:
-    """Whether one of `times` evenly spaced marks of the run lies in (before, now]."""
+    """Whether one of `times` evenly spaced points of the run lies in (before, now]."""
     return math.floor(now / total * times) > math.floor(before / total * times)
 
 
 def _refusal(training: Training, order: Order, pixels: Verification) -> Stop:
-    """Why the run must stop, for everybody to raise."""
+    """Error for the reason to stop, which all processes raise."""
     guard, team = training.stepper.guard, training.team
     if order == Order.STOP_DATA:
         problems = [text for text in team.gather(pixels.problem) if text]
@@ -207,23 +207,23 @@ def _refusal(training: Training, order: Order, pixels: Verification) -> Stop:
     if order == Order.STOP_SKIPS:
         return team.stop(
             f"{guard.config.max_skips} steps in a row had a loss or gradient that is not finite; "
-            "the last checkpoint stands. Try a lower --optim.lr, or --precision fp32",
+            "the last checkpoint is valid; try a lower --optim.lr, or --precision fp32",
             code=21,
         )
     return team.stop(
         f"the gradient has exploded again after {guard.rollbacks} rollbacks; the last checkpoint "
-        "stands. Try a lower --optim.lr, or --guard.rollbacks for one more",
+        f"is valid; try a lower --optim.lr, or --guard.rollbacks {guard.rollbacks + 1}",
         code=22,
     )
 
 
 def _lost(training: Training, error: Exception) -> str:
-    here, own = training.phases, training.team.place
+    phases, process = training.phases, training.team.place
     closed = "Connection" in str(error)
     return (
         f"{'another process has ended' if closed else 'another process does not answer'}; this is "
-        f"rank {own.rank} in {here.broken_in or here.current} of step {here.step}; "
-        f"{whereabouts(training.folder, own)}"
+        f"rank {process.rank} in {phases.broken_in or phases.current} of step {phases.step}; "
+        f"{whereabouts(training.folder, process)}"
     )
 
 
@@ -231,18 +231,18 @@ def _too_large(training: Training) -> str:
     config = training.config
     half = max(1, (training.stepper.micro_batch or config.batch) // 2)
     return (
-        f"out of memory; go on with --micro-batch {half}: the same training in smaller parts "
-        "(or take a smaller network or resolution)"
+        f"out of memory; resume with --micro-batch {half}, the same training in smaller parts, "
+        "or choose a smaller network or resolution"
     )
 
 
-def _place(training: Training) -> dict[str, object]:
+def _position(training: Training) -> dict[str, object]:
     return {"step": training.state.step, "images": training.now, "length": training.config.images}
 
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """An event that SIGINT, SIGTERM and SIGUSR1 set; a second SIGINT ends the program at once."""
+    """Event that SIGINT, SIGTERM and SIGUSR1 set; a second SIGINT ends the program at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event  # only the main thread may handle signals

@@ -1,4 +1,4 @@
-"""PyTorch's Muon for weights of any number of axes, which it takes as matrices."""
+"""PyTorch's Muon for weights of any number of axes, seen as matrices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 
 def as_matrix(x: Tensor, like: Tensor) -> Tensor:
-    """[out, *others] -> [out, product of others], a view of tensors that lie as `like` does.
+    """View a weight as a matrix: [out, *others] -> [out, product of others].
 
-    The columns are in the order of memory, which orthogonalization does not depend on.
+    `like` has the memory format of `x`. The columns are in the order of memory, on which
+    orthogonalization does not depend.
     """
     if x.ndim == 2:
         return x
@@ -27,7 +28,7 @@ class Matrices(torch.optim.Optimizer):
         kind: Any = getattr(torch.optim, "Muon", None)
         if kind is None:
             raise ValueError(
-                f"optim muon needs PyTorch 2.9 or newer, this is {torch.__version__}; "
+                f"optim is muon, which needs PyTorch 2.9 or newer, not {torch.__version__}; "
                 "use --optim adamw"
             )
         super().__init__(groups, settings)

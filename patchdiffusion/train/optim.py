@@ -1,4 +1,4 @@
-"""The update of the weights: clipped, scaled, or not made at all, decided on the device."""
+"""The update of the weights, with clipping, loss scaling and skipping decided on the device."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,42 +14,42 @@ GROWTH_STEPS = 2000
 
 
 class Update:
-    """The optimizers of a run as one.
+    """All optimizers of a run.
 
-    An update whose gradients are bad leaves weights, moments and step counts untouched, without
-    waiting for the device: fused kernels take a flag and a divisor of the gradients, and the
-    others are taken back.
+    An update whose gradients are bad leaves weights, moments and step counts unchanged, without
+    waiting for the device: fused kernels take a flag and a divisor of the gradients, other updates
+    are reverted.
     """
 
     def __init__(self, parameters: Sequence[Trained], config: OptimizerConfig, *, scaled: bool):
-        """`scaled` is for fp16, whose range is too small for gradients as they are."""
+        """`scaled` is True for fp16, whose range is too small for unscaled gradients."""
         self.parameters = [trained.parameter for trained in parameters]
         self.config = config
         self.optimizers = config.build(parameters)
         self.lr = config.lr
-        """The learning rate of the last update."""
+        """Learning rate of the last update."""
         device = self.parameters[0].device
         self.scale = torch.tensor(FIRST_SCALE if scaled else 1.0, device=device)
         self.scaled = scaled
         self._good = torch.zeros((), device=device)  # steps since the scale has changed
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         for parameter in self.parameters:
             parameter.grad = None
 
     @torch.no_grad()
     def norm(self) -> Tensor:
-        """The norm of the gradient over all processes, without the loss scale."""
+        """Gradient norm over all processes, without the loss scale."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         return whole(norm) / self.scale
 
     @torch.no_grad()
-    def __call__(self, norm: Tensor, most: Tensor, bad: Tensor, lr: float) -> None:
-        """One update with a gradient whose norm is at most `most`; none if `bad` is 1."""
+    def __call__(self, norm: Tensor, max_norm: Tensor, bad: Tensor, lr: float) -> None:
+        """One update with the gradient clipped to `max_norm`; none if `bad` is 1."""
         self.lr = lr
-        shrink = (most / (norm + 1e-6)).clamp(max=1.0)
+        shrink = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         self._step(self.scale / shrink, bad)
         if self.scaled:
             self._adapt(bad)
@@ -63,7 +63,7 @@ class Update:
                 fused.grad_scale, fused.found_inf = divisor, bad
                 fused.step()
             else:
-                step_or_take_back(optimizer, divisor, bad)
+                step_or_revert(optimizer, divisor, bad)
 
     def _adapt(self, bad: Tensor) -> None:
         self._good = (self._good + 1) * (1 - bad)
@@ -74,18 +74,18 @@ class Update:
     # ---- The state ----
 
     def state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """What the optimizers know of a parameter: moments and step counts, or nothing yet."""
-        found = (o.state[parameter] for o in self.optimizers if parameter in o.state)
-        return next(found, {})
+        """State of a parameter: moments and step counts, empty before the first update."""
+        states = (o.state[parameter] for o in self.optimizers if parameter in o.state)
+        return next(states, {})
 
     def clear(self) -> None:
-        """Forget all state."""
+        """Drop all state."""
         for optimizer in self.optimizers:
             optimizer.state.clear()
 
     @torch.no_grad()
     def begin(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Make the state of some parameters, as an update that was not made leaves it: zero."""
+        """Create zero state for some parameters, by an update that is skipped."""
         self.zero_grad()
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -93,19 +93,19 @@ class Update:
         self.zero_grad()
 
     def loss_scale(self) -> tuple[float, float]:
-        """The loss scale and its age; waits for the device."""
+        """Loss scale, and number of good steps since it changed; waits for the device."""
         return float(self.scale), float(self._good)
 
     def set_loss_scale(self, state: tuple[float, float]) -> None:
-        """The inverse of `loss_scale`."""
+        """Inverse of `loss_scale`."""
         self.scale = self.scale.new_tensor(state[0])
         self._good = self._good.new_tensor(state[1])
 
 
-def step_or_take_back(optimizer: torch.optim.Optimizer, divisor: Tensor, bad: Tensor) -> None:
-    """One step with gradients that are divided first; if `bad` is 1, all is as it was before it.
+def step_or_revert(optimizer: torch.optim.Optimizer, divisor: Tensor, bad: Tensor) -> None:
+    """One step with gradients divided by `divisor`, which is reverted if `bad` is 1.
 
-    Holds a copy of weights and state meanwhile. State that the step makes is zero if it is bad.
+    Needs memory for a copy of weights and state. New state is zero if the step is reverted.
     """
     parameters = [p for s in optimizer.param_groups for p in s["params"] if p.grad is not None]
     if not parameters:
@@ -132,7 +132,7 @@ def step_or_take_back(optimizer: torch.optim.Optimizer, divisor: Tensor, bad: Te
 
 
 def moments(update: Update, network: nn.Module) -> dict[str, Tensor]:
-    """The state of the optimizers, each tensor under "PARAMETER/ENTRY"."""
+    """State of the optimizers, each tensor under the name "PARAMETER/ENTRY"."""
     return {
         f"{name}/{entry}": value
         for name, parameter in network.named_parameters()

@@ -1,6 +1,6 @@
-"""Optimizers: records that say how weights are updated, and build PyTorch's optimizers.
+"""Configurations of optimizers, which build those of PyTorch.
 
-A parameter has a role (`nets.base.Role`), by which learning rate, decay and rule may differ.
+Learning rate, decay and update rule may depend on the role of a parameter (`nets.base.Role`).
 """
 
 import math
@@ -20,41 +20,41 @@ from patchdiffusion.train.schedules import Schedule, Trapezoid
 
 
 class Trained(NamedTuple):
-    """A parameter that is trained."""
+    """A trained parameter and its role."""
 
     parameter: nn.Parameter
     role: Role | None
-    """None for what the objective itself learns."""
+    """None for parameters of the objective."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(ABC):
-    """Base of optimizers, with what all have: AdamW takes the parameters that no other rule does.
+    """Base of optimizers, with the fields of AdamW, which takes parameters that no other rule does.
 
-    `build` groups them by role; each group has a `factor` of the learning rate.
+    `build` groups parameters by role; each group has a `factor` of the learning rate.
     """
 
     shardable: ClassVar[bool] = True
-    """Whether it can update a part of a matrix by itself, as `--shard` asks of it."""
+    """True if a part of a matrix can be updated by itself, as `--shard` needs."""
 
     lr: float = 2e-4
     """Learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the first and second moment per step, of AdamW."""
+    """AdamW: decay rates of the first and second moment."""
     eps: float = 1e-8
-    """Added to the root of the second moment, of AdamW."""
+    """AdamW: term added to the root of the second moment."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; 0 is plain Adam."""
+    """Decoupled weight decay."""
     clip: float = 1.0
-    """Largest gradient norm; larger gradients are scaled down."""
+    """Gradient clipping: largest norm of the gradient."""
     schedule: Schedule = field(default_factory=Trapezoid)
-    """How the learning rate changes over the run."""
+    """Schedule of the learning rate."""
     role_lr: tuple[tuple[Role, float], ...] = ()
     """Factors of the learning rate by role of the parameters, such as: head 0.1 embedding 2."""
     role_decay: tuple[tuple[Role, float], ...] = ()
-    """Weight decay by role, where it is another one, such as: norm 0 embedding 0."""
+    """Weight decay by role, overriding weight_decay, such as: norm 0 embedding 0."""
     role_betas: tuple[tuple[Role, float, float], ...] = ()
-    """Decay of the moments of AdamW by role, where it is another one: embedding 0.9 0.99."""
+    """AdamW: betas by role, overriding betas, such as: embedding 0.9 0.99."""
 
     def __post_init__(self) -> None:
         positive(self, "lr", "eps", "clip")
@@ -70,23 +70,23 @@ class OptimizerConfig(ABC):
                 raise ValueError(f"{name} must be >= 0 and finite, not {value}")
 
     def learning_rate(self, progress: float, seen: float = 0.0) -> float:
-        """The learning rate at a share `progress` of the run, when its clock shows `seen`."""
+        """Learning rate at a fraction `progress` of the run, with the clock at `seen`."""
         return self.lr * self.schedule.factor(progress, seen)
 
     @abstractmethod
     def build(self, parameters: Sequence[Trained]) -> list[TorchOptimizer]:
-        """Optimizers that together have all parameters."""
+        """Optimizers that together update all parameters."""
 
     def adamw(self, parameters: Sequence[Trained]) -> list[TorchOptimizer]:
-        """AdamW in one pass over some parameters; nothing for none."""
+        """Fused AdamW for some parameters; empty list for none."""
         groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
         betas = {role: (b1, b2) for role, b1, b2 in self.role_betas}
         for parameter, role in parameters:
             settings = (*self._settings(role), betas.get(role, self.betas) if role else self.betas)
             groups.setdefault(settings, []).append(parameter)
         listed = [
-            {"params": some, "factor": factor, "weight_decay": decay, "betas": betas}
-            for (factor, decay, betas), some in groups.items()
+            {"params": group, "factor": factor, "weight_decay": decay, "betas": betas}
+            for (factor, decay, betas), group in groups.items()
         ]
         if not listed:
             return []
@@ -100,7 +100,7 @@ class OptimizerConfig(ABC):
         return factors.get(role, 1.0), decays.get(role, self.weight_decay)
 
     def inherit(self, old: object, first: object) -> Self:
-        """The same with the fields that it shares with the optimizer it replaces."""
+        """Copy with the base fields of the optimizer that it replaces."""
         shared = {f.name for f in fields(OptimizerConfig)}
         return replace(self, **{name: getattr(old, name) for name in shared if hasattr(old, name)})
 
@@ -120,24 +120,24 @@ class AdamW(OptimizerConfig):
 class Muon(OptimizerConfig):
     """Orthogonalized momentum for hidden matrices (Keller Jordan, 2024), AdamW for the rest.
 
-    Of a weight of rows x columns. Convolutions count as matrices of [out, in * height * width].
+    Convolutions count as matrices [rows, columns] = [out, in * height * width].
     """
 
     word: ClassVar[str] = "muon"
     shardable: ClassVar[bool] = False
 
     momentum: float = 0.95
-    """Decay of the momentum per step."""
+    """Momentum coefficient."""
     nesterov: bool = True
-    """Look one step ahead (Nesterov's momentum)."""
+    """Use Nesterov momentum."""
     iterations: int = 5
-    """Newton-Schulz iterations that orthogonalize the update."""
+    """Number of Newton-Schulz iterations of the orthogonalization."""
     adjust: Literal["match_rms", "original"] = "match_rms"
-    """match_rms scales updates by 0.2 sqrt(max(rows, columns)), which gives them the size that
-    AdamW's have, so that its learning rates fit (arXiv 2502.16982); original scales by
-    sqrt(max(1, rows / columns)) and wants learning rates of about 0.02."""
+    """Scale of updates; match_rms: 0.2 sqrt(max(rows, columns)), the RMS of AdamW's updates, so
+    that learning rates of AdamW fit (arXiv 2502.16982); original: sqrt(max(1, rows / columns)),
+    for learning rates of about 0.02."""
     roles: tuple[Role, ...] = ("attention", "mlp", "conv")
-    """Parameters whose matrices it takes, by role."""
+    """Roles of the parameters that Muon updates, if these are matrices."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -147,20 +147,20 @@ class Muon(OptimizerConfig):
             raise ValueError(f"iterations must lie in [1, 99], not {self.iterations}")
 
     def build(self, parameters: Sequence[Trained]) -> list[TorchOptimizer]:
-        """Muon for matrices, AdamW for the rest; `ValueError` if PyTorch has no Muon."""
-        chosen = [t for t in parameters if t.role in self.roles and t.parameter.ndim >= 2]
-        matrices = {id(t.parameter) for t in chosen}
+        """Muon for matrices, AdamW for the rest; raises `ValueError` if PyTorch has no Muon."""
+        selected = [t for t in parameters if t.role in self.roles and t.parameter.ndim >= 2]
+        matrices = {id(t.parameter) for t in selected}
         rest = [t for t in parameters if id(t.parameter) not in matrices]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for parameter, role in chosen:
+        for parameter, role in selected:
             groups.setdefault(self._settings(role), []).append(parameter)
         listed: list[dict[str, Any]] = [
-            {"params": some, "factor": factor, "lr": self.lr, "weight_decay": decay}
-            for (factor, decay), some in groups.items()
+            {"params": group, "factor": factor, "lr": self.lr, "weight_decay": decay}
+            for (factor, decay), group in groups.items()
         ]
-        found: list[TorchOptimizer] = []
+        optimizers: list[TorchOptimizer] = []
         if listed:
-            found.append(
+            optimizers.append(
                 Matrices(
                     listed,
                     momentum=self.momentum,
@@ -169,8 +169,8 @@ class Muon(OptimizerConfig):
                     adjust_lr_fn="match_rms_adamw" if self.adjust == "match_rms" else "original",
                 )
             )
-        return found + self.adamw(rest)
+        return optimizers + self.adamw(rest)
 
 
 Optimizer = AdamW | Muon
-"""Optimizers."""
+"""Family of optimizers."""

@@ -1,4 +1,4 @@
-"""Several processes on PyTorch's own engine: DistributedDataParallel or, for much memory, FSDP2."""
+"""Training on several processes by PyTorch's DistributedDataParallel or FSDP2."""
 
 import contextlib
 import inspect
@@ -18,18 +18,18 @@ from patchdiffusion.system.dist import Team
 
 
 class Recorded(Protocol):
-    """A network in use, such as a `NetDenoiser`, which can be given a tape."""
+    """Model around a network, such as a `NetDenoiser`, which can record a tape."""
 
     def recording(self, tape: Tape) -> Any:
-        """The same with a tape for the passes that are trained."""
+        """Copy that records on a tape in the passes that are trained."""
         ...
 
 
 class LossModule(nn.Module):
-    """The objective of a network as one module: whatever it does inside is synchronised.
+    """Model and objective as one module, whose forward pass DistributedDataParallel synchronizes.
 
-    Before the objective is asked, the draws inside the network get their seeds and conditions are
-    dropped; afterwards the auxiliary losses of the network, such as that of a router, are added.
+    Before the objective is called, random draws inside the network get their seeds and conditions
+    are dropped; afterwards auxiliary losses of the network, such as that of a router, are added.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class LossModule(nn.Module):
         dropout: float = 0.0,
         drops: tuple[str, ...] = CONDITIONS,
     ):
-        """`learned` are the modules of the objective that are trained with the network.
+        """`learned` holds the modules of the objective that are trained with the network.
 
-        `dropout` is the share of the samples that are trained without the conditions `drops`, all
-        of them at once, which guidance needs.
+        `dropout` is the probability that a sample is trained without any of the conditions
+        `drops`, which classifier-free guidance needs.
         """
         super().__init__()
         self.model: Any = model
@@ -54,7 +54,7 @@ class LossModule(nn.Module):
         self.drops = drops
 
     def forward(self, batch: Batch, draws: Draws) -> LossOut:
-        """The losses of some crops."""
+        """Losses of a batch of crops."""
         cond = replace(batch.cond, seed=draws.keys("network"))
         if self.dropout and cond.gives(*self.drops):
             where = draws.bernoulli("label dropout", self.dropout)
@@ -65,7 +65,7 @@ class LossModule(nn.Module):
 
 
 def with_losses(out: LossOut, tape: Tape) -> LossOut:
-    """The outcome of an objective with the auxiliary losses on a tape, each logged by its name."""
+    """Add the auxiliary losses on a tape to the output of an objective, logged by their names."""
     if not tape.losses:
         return out
     total = torch.stack(list(tape.losses.values())).sum()
@@ -75,25 +75,25 @@ def with_losses(out: LossOut, tape: Tape) -> LossOut:
     return replace(out, batch_loss=total, scalars={**out.scalars, **shown})
 
 
-def replicate(work: LossModule, team: Team) -> nn.Module:
-    """Wrap the work so that processes, each of which has all weights, average their gradients."""
+def replicate(module: LossModule, team: Team) -> nn.Module:
+    """Wrap a module in DistributedDataParallel, if there are several processes."""
     if team.size == 1:
-        return work
-    # Buffers are constants here; PyTorch 2.13 has given the switch another name.
-    known = inspect.signature(DistributedDataParallel).parameters
-    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return module
+    # Buffers are constants here; the option was renamed in PyTorch 2.13.
+    options = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
     buffers: dict[str, Any] = {name: False}
-    return DistributedDataParallel(work, gradient_as_bucket_view=True, **buffers)
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **buffers)
 
 
 def shard(network: nn.Module, units: list[nn.Module], team: Team, device: torch.device) -> None:
-    """Divide the parameters of a network among processes (FSDP2), in place.
+    """Shard the parameters of a network over the processes (FSDP2), in place.
 
-    The parameters of each unit are gathered just before they are used. Raises `ValueError` on one
-    process, where there is nothing to divide.
+    The parameters of each unit are gathered just before they are used. Raises `ValueError` for a
+    single process.
     """
     if team.size == 1:
-        raise ValueError("--shard divides a network among processes, and there is only one")
+        raise ValueError("--shard needs at least 2 processes, not 1; leave it out")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -103,31 +103,31 @@ def shard(network: nn.Module, units: list[nn.Module], team: Team, device: torch.
     fully_shard(network, mesh=mesh)
 
 
-def synchronised(work: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-    """A context for a forward and backward pass; replicas exchange gradients in the last one."""
-    if isinstance(work, DistributedDataParallel) and not last:
-        return work.no_sync()
+def synchronized(module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+    """Context of a forward and backward pass; replicas reduce gradients in the last one only."""
+    if isinstance(module, DistributedDataParallel) and not last:
+        return module.no_sync()
     return contextlib.nullcontext()
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor, of which there is none before half a second of imports."""
+    """Whether a tensor is a DTensor; does not import their module, which takes half a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Any) -> Tensor:
-    """What this process holds of a tensor, sharing its memory."""
+    """Local shard of a tensor, sharing its memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Any) -> Tensor:
-    """A tensor in full; all processes must ask for a sharded one."""
+    """Full tensor; all processes must call it if the tensor is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def as_sharded(tensor: Tensor, like: Any) -> Tensor:
-    """A full tensor of the leading process, divided like another one, if that is."""
+    """Shard the full tensor of rank 0 like another one; unchanged if that is not sharded."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor

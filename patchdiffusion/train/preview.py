@@ -1,4 +1,4 @@
-"""What a run shows of itself on the way, whatever it trains: a picture, measures and warnings."""
+"""Previews of a run in progress: a picture, measurements and warnings, for any task."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,69 +17,69 @@ Ending = Callable[[], bool]
 
 
 class Abandoned(Exception):
-    """The run is to end, and what was being computed is not needed to go on later."""
+    """Raised in a preview that is given up because the run is to end."""
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One preview."""
+    """Result of a preview."""
 
     picture: np.ndarray
     """uint8 [H, W, C]."""
     facts: Mapping[str, Any]
-    """What is recorded, as JSON values; "held_out" has loss, bands and sizes."""
+    """Values for `log.jsonl`, as JSON; "held_out" has loss, bands and sizes."""
     text: str = ""
-    """What is said beside the name of the picture."""
+    """Text to print after the name of the picture."""
     numbers: Mapping[str, float] = field(default_factory=dict)
-    """For trackers, by their names."""
+    """Values for trackers, by name."""
     warnings: tuple[str, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
     """Text entries of the picture."""
 
 
 class Preview(Protocol):
-    """Measures and shows the averaged weights; the same seeds, images and noise each time.
+    """Measures and shows the averaged weights, with the same seeds, images and noise each time.
 
-    Each process computes its share. `ending` says whether to give up, which any process may do: all
-    then raise `Abandoned`.
+    Each process computes its share. `ending` returns True to give up; if any process does, all
+    raise `Abandoned`.
     """
 
     def show(self, model: Any, ending: Ending = bool) -> Shown:
-        """The preview of a model, as `TaskConfig.model` makes it; all processes must call it."""
+        """Preview of a model made by `TaskConfig.model`; all processes must call it."""
         ...
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a preview may depend on."""
+    """Data, configuration and devices of a preview."""
 
     config: Settings
     pack: Pack
     sizes: tuple[Size, ...]
-    """The whole canvas, then the sizes of the plan's crops."""
+    """The whole canvas, then the crop sizes of the plan."""
     device: torch.device
     precision: str
     team: Team
 
     @property
     def batch(self) -> int:
-        """Images at a time."""
+        """Number of images per forward pass."""
         return min(64, self.config.micro_batch or self.config.batch)
 
     def everywhere(self, work: Callable[[], T]) -> list[T]:
-        """What all processes have made, unless one of them gave up."""
+        """Results of `work` on all processes; raises `Abandoned` if it was raised on any."""
         try:
-            made = [work()]
+            result = [work()]
         except Abandoned:
-            made = []
-        found = self.team.gather(made)
-        if not all(found):
+            result = []
+        results = self.team.gather(result)
+        if not all(results):
             raise Abandoned
-        return [value for (value,) in found]
+        return [value for (value,) in results]
 
 
 def held_out_text(facts: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
-    """The held-out loss, if it was measured, for people and for trackers."""
+    """Held-out loss, if it was measured, as text and as numbers for trackers."""
     held = facts.get("held_out")
     if held is None:
         return "", {}

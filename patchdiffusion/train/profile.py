@@ -1,4 +1,4 @@
-"""What steps cost: time by phase, and counts that do not depend on the machine's mood."""
+"""Cost of training steps: time, memory, and counts that do not depend on the load of a machine."""
 
 import statistics
 import time
@@ -25,9 +25,9 @@ COPIES = ("aten._to_copy", "aten.copy_", "aten.clone")
 
 
 class Operators(TorchDispatchMode):
-    """Counts the operators that are called inside, those that make the host wait, and copies."""
+    """Counts called operators, those for whose result the host waits, and bytes copied."""
 
-    only_counts = True  # nets/fused.py need not show it what its kernels do
+    only_counts = True  # so that nets/fused.py keeps its kernels under this mode
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,64 +48,64 @@ class Operators(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """Operators that do some work."""
+        """Number of operators, without views."""
         return sum(self.calls.values())
 
     @property
     def syncs(self) -> int:
-        """Operators whose result the host waits for."""
+        """Number of operators for whose result the host waits."""
         return sum(self.calls[name] for name in SYNCS)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One kind of step."""
+    """Cost of one kind of step."""
 
     groups: tuple[Group, ...]
     seconds: float
-    """Median of a whole step."""
+    """Median time of a step."""
     equivalents: float
     flops: float
     operators: int
     syncs: int
     copied: int
-    """Bytes."""
+    """Bytes copied or converted."""
     memory: int
-    """Most bytes held."""
+    """Peak memory in bytes."""
     graphs: int
-    """Compiled graphs that were made for it."""
+    """Number of graphs compiled for it."""
     compile_seconds: float
-    """What the first step took beyond a usual one."""
+    """Time of the first step beyond the median."""
     outside: float
     """Share of the time outside forward, backward, update and average."""
 
     @property
     def crops(self) -> int:
-        """Crops of a step."""
+        """Number of crops of a step."""
         return sum(group.count for group in self.groups)
 
 
 def measure(training: Training, kinds: Sequence[tuple[Group, ...]], repeats: int) -> list[Cost]:
-    """Time and count steps of some kinds, of which each comes twice before it is timed.
+    """Measure the cost of steps of some kinds, after two warm-up steps of each.
 
-    The kinds take turns, so that a machine that slows down for a while slows all of them.
+    The kinds take turns, so that a temporary slowdown of the machine affects all of them.
     """
     device, ready = training.device, [_prepare(training, groups) for groups in kinds]
     times: list[list[float]] = [[] for _ in kinds]
     shares: list[Counter[str]] = [Counter() for _ in kinds]
     for _ in range(repeats):
-        for groups, taken, share in zip(kinds, times, shares, strict=True):
+        for groups, seconds, share in zip(kinds, times, shares, strict=True):
             training.phases.read()
-            taken.append(_timed(training, groups))
+            seconds.append(_timed(training, groups))
             share.update(training.phases.read()[0])
     costs = []
-    for groups, (first, made), taken, share in zip(kinds, ready, times, shares, strict=True):
+    for groups, (first, graphs), seconds, share in zip(kinds, ready, times, shares, strict=True):
         reset_peak_memory(device)
         _step(training, groups)
-        held = peak_memory(device)
+        memory = peak_memory(device)
         with Operators() as counted:
             _step(training, groups)
-        usual = statistics.median(taken)
+        usual = statistics.median(seconds)
         costs.append(
             Cost(
                 groups=groups,
@@ -115,9 +115,9 @@ def measure(training: Training, kinds: Sequence[tuple[Group, ...]], repeats: int
                 operators=counted.total,
                 syncs=counted.syncs,
                 copied=counted.copied,
-                memory=held,
-                graphs=made,
-                compile_seconds=max(first - usual, 0.0) if made else 0.0,
+                memory=memory,
+                graphs=graphs,
+                compile_seconds=max(first - usual, 0.0) if graphs else 0.0,
                 outside=1 - sum(share[name] for name in COMPUTE) / sum(share.values()),
             )
         )
@@ -125,7 +125,7 @@ def measure(training: Training, kinds: Sequence[tuple[Group, ...]], repeats: int
 
 
 def _prepare(training: Training, groups: tuple[Group, ...]) -> tuple[float, int]:
-    """Seconds of the first step, and the graphs that were compiled for it."""
+    """Seconds of the first step, and number of graphs compiled for it, after two steps."""
     graphs = compiled_graphs()
     first = _timed(training, groups)
     _step(training, groups)

@@ -1,4 +1,4 @@
-"""One self-contained page about a run: curves, grids, configuration. Also while it runs."""
+"""Report of a run as one self-contained HTML page: curves, samples, configuration."""
 
 import base64
 import html
@@ -36,7 +36,7 @@ _NAMED = ("time", "images", "copy_rate", "distance")
 
 
 def read_log(folder: Path | str) -> list[Record]:
-    """All whole records of a run; of steps that were done twice, the last ones."""
+    """All complete records of a run; of repeated steps, only the last ones."""
     path = Path(folder) / "log.jsonl"
     records: list[Record] = []
     for line in read_regular(path).splitlines() if path.exists() else []:
@@ -58,13 +58,13 @@ def read_log(folder: Path | str) -> list[Record]:
 
 
 def write_report(folder: Path | str, out: Path | str | None = None) -> Path:
-    """Write the page of a run, by default `folder/report.html`; returns its path.
+    """Write the report of a run, by default to `folder/report.html`; returns its path.
 
-    Raises `ValueError` if the folder holds no run, or records that no run writes.
+    Raises `ValueError` if the folder holds no run, or invalid records.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds no run: config.json is missing")
+        raise ValueError(f"{folder} holds no run: it has no config.json")
     check_links(folder)
     config = read_json(folder / "config.json")
     state = run_state(folder)
@@ -74,7 +74,7 @@ def write_report(folder: Path | str, out: Path | str | None = None) -> Path:
         page = _page(folder, config, state, records)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"the records of {folder} are not what a run writes ({why})") from error
+        raise ValueError(f"the records of {folder} are not those of a run ({why})") from error
     write_bytes(out, page.encode())
     return out
 
@@ -102,20 +102,20 @@ def _page(folder: Path, config: Record, state: Record, records: list[Record]) ->
 
 
 def _summary(config: Record, state: Record, status: list[Record]) -> str:
-    told = state.get("status", "not started")
+    phase = state.get("status", "not started")
     if not status:
-        return told
+        return phase
     last = status[-1]
     done = f"{last['images']:,.0f} of {config['images']:,.0f} {config['clock']}"
     return (
-        f"{told}; {done}, {last['crops']:,} crops, {last['seconds'] / 60:.1f} minutes of training"
+        f"{phase}; {done}, {last['crops']:,} crops, {last['seconds'] / 60:.1f} minutes of training"
     )
 
 
 def _pictures(folder: Path, previews: list[Record]) -> Iterable[str]:
-    """The newest grid large, and up to four earlier ones beside each other."""
-    there = {file.name for file in (folder / "samples").glob("*.png")}
-    shown = [r for r in previews if r["picture"] in there]
+    """The newest grid in large, and up to four earlier ones side by side."""
+    files = {file.name for file in (folder / "samples").glob("*.png")}
+    shown = [r for r in previews if r["picture"] in files]
     if not shown:
         return
     yield "<h2>Pictures of the averaged weights</h2>"

@@ -1,4 +1,4 @@
-"""Filling a run from files that only the leading process reads: a checkpoint, or a model."""
+"""Load a run from a checkpoint or a model, which only rank 0 reads."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,95 +20,95 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Found:
-    """A valid checkpoint."""
+class SavedRun:
+    """Folder and facts of a valid checkpoint."""
 
     folder: Path
     facts: RunFacts
 
 
-def find(folder: Path) -> Found:
-    """A checkpoint whose digests are right; `ValueError` if its facts have another form."""
+def read_saved(folder: Path) -> SavedRun:
+    """Facts of a checkpoint whose digests are right; raises `ValueError` for another form."""
     try:
         facts = decode(RunFacts, checkpoint.read_state(folder))
     except ValueError as error:
-        raise ValueError(f"{folder / 'state.json'} is not that of a run: {error}") from error
+        raise ValueError(f"{folder / 'state.json'} is not the state of a run: {error}") from error
     for group in ("weights", "optimizer"):
         if group not in facts.groups:
             raise ValueError(f"{folder} has no {group}")
-    return Found(folder, facts)
+    return SavedRun(folder, facts)
 
 
-def load(training: Training, found: Found) -> None:
-    """Take over everything a checkpoint holds; all processes must call it."""
-    network, facts = training.network, found.facts
-    own = dict(network.named_parameters())
-    _read(training.team, found, "weights", own | dict(network.named_buffers()))
+def load(training: Training, saved: SavedRun) -> None:
+    """Load everything from a checkpoint; all processes must call it."""
+    network, facts = training.network, saved.facts
+    parameters = dict(network.named_parameters())
+    _read(training.team, saved, "weights", parameters | dict(network.named_buffers()))
     for name in training.ema.averages:
         targets = training.ema.tensors(name)
         if name in facts.groups:
-            _read(training.team, found, name, targets)
+            _read(training.team, saved, name, targets)
         else:  # a profile that is new
             for key, target in targets.items():
-                local(target).copy_(local(own[key].detach()))
+                local(target).copy_(local(parameters[key].detach()))
     update = training.stepper.update
     update.clear()
     empty = empty_moments(update, network, facts.groups["optimizer"])
-    _read(training.team, found, "optimizer", empty)
-    _load_learned(training, found)
+    _read(training.team, saved, "optimizer", empty)
+    _load_learned(training, saved)
     training.state = replace(facts.state)
     training.meter = Meter.of(facts.meter, training.device)
     training.stepper.guard.load(facts.guard)
     update.set_loss_scale(facts.loss_scale)
 
 
-def _load_learned(training: Training, found: Found) -> None:
-    """Take over the modules of the objective; what a changed one adds begins anew."""
-    saved = found.facts.groups.get("objective", ())
-    both = {_module(name) for name in saved} & set(dict(training.learned.named_children()))
+def _load_learned(training: Training, saved: SavedRun) -> None:
+    """Load the modules of the objective; those that are new in it keep their initial values."""
+    tensors = saved.facts.groups.get("objective", ())
+    both = {_module(name) for name in tensors} & set(dict(training.learned.named_children()))
     if not both:
         return
-    own = {k: v for k, v in _tensors(training.learned).items() if _module(k) in both}
-    names = [name for name in saved if "/" in name and _module(name) in both]
+    targets = {k: v for k, v in _tensors(training.learned).items() if _module(k) in both}
+    names = [name for name in tensors if "/" in name and _module(name) in both]
     empty = empty_moments(training.stepper.update, training.learned, names)
-    _read(training.team, found, "objective", own | empty, both)
+    _read(training.team, saved, "objective", targets | empty, both)
 
 
 def _module(name: str) -> str:
-    """The module that a parameter belongs to, by the name it was registered under."""
+    """Registered name of the module to which a parameter belongs."""
     return name.partition(".")[0]
 
 
 def _read(
     team: Team,
-    found: Found,
+    saved: SavedRun,
     group: str,
     targets: Mapping[str, Tensor],
     modules: Collection[str] | None = None,
 ) -> None:
-    """Fill the targets from a group of a checkpoint, or from some modules in it."""
-    given: dict[str, Tensor] = {}
+    """Fill the targets from a group of a checkpoint, or from some modules in the group."""
+    values: dict[str, Tensor] = {}
 
     def read() -> None:
-        tensors = checkpoint.read_tensors(found.folder, group, CPU)
-        given.update({k: v for k, v in tensors.items() if not modules or _module(k) in modules})
-        forms, wanted = ({k: (v.shape, v.dtype) for k, v in x.items()} for x in (given, targets))
-        wrong = forms.items() ^ wanted.items()
+        tensors = checkpoint.read_tensors(saved.folder, group, CPU)
+        values.update({k: v for k, v in tensors.items() if not modules or _module(k) in modules})
+        stored, own = ({k: (v.shape, v.dtype) for k, v in x.items()} for x in (values, targets))
+        wrong = stored.items() ^ own.items()
         if wrong:
             raise ValueError(
-                f"{found.folder / group}.safetensors does not fit the network: "
+                f"{saved.folder / group}.safetensors does not fit the network: "
                 f"{min(name for name, _ in wrong)} differs"
             )
 
     team.on_main(read)
-    fill(team, targets, given)
+    fill(team, targets, values)
 
 
 @torch.no_grad()
-def fill(team: Team, targets: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    """Copy what the leading process has been given to the targets of all processes."""
+def fill(team: Team, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    """Copy `values` of rank 0, by name, to the targets of all processes."""
     for name, target in targets.items():
-        value = given[name] if team.is_main else torch.empty(target.shape, dtype=target.dtype)
+        value = values[name] if team.is_main else torch.empty(target.shape, dtype=target.dtype)
         value = value.to(target.device)
         if is_sharded(target):
             target.copy_(as_sharded(value, target))
@@ -117,7 +117,7 @@ def fill(team: Team, targets: Mapping[str, Tensor], given: Mapping[str, Tensor])
 
 
 def empty_moments(update: Update, network: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """The state of the optimizers, zero, for the parameters of which a checkpoint has any."""
+    """Zero state of the optimizers for the parameters of which a checkpoint has any: `names`."""
     parameters = dict(network.named_parameters())
     owners = dict.fromkeys(path.rsplit("/", 1)[0] for path in names)
     for name in owners:
@@ -127,51 +127,53 @@ def empty_moments(update: Update, network: nn.Module, names: Sequence[str]) -> d
     return moments(update, network)
 
 
-# ---- Beginning with the weights of a model ----
+# ---- Starting from the weights of a model ----
 
 
 def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
-    """The averaged weights of a run or model that a new run may start from.
+    """Averaged weights of a run or model from which a new run starts.
 
-    A network may start from one without its neutral parameters, such as those of coordinates or
-    of a jump: they are zero, so that it is the same function. Raises `ValueError` if anything else
-    differs, also what the network predicts.
+    They may lack the neutral parameters of the network, such as those of coordinates or of a jump:
+    these are zero, so that the function is the same. Raises `ValueError` if anything else differs,
+    including what the network predicts.
     """
     model = load_model(path)
     _check_meaning(path, model, training)
-    given, own = model.network.state_dict(), _tensors(training.network)
-    wrong = [name for name in given if name not in own or given[name].shape != own[name].shape]
-    wrong += sorted(set(own) - set(given) - training.network.neutral())
+    weights, own = model.network.state_dict(), _tensors(training.network)
+    wrong = [name for name in weights if name not in own or weights[name].shape != own[name].shape]
+    wrong += sorted(set(own) - set(weights) - training.network.neutral())
     if wrong:
         raise ValueError(
-            f"cannot start from {path}: its network differs in {len(wrong)} tensors "
+            f"start_from is {path}, whose network differs in {len(wrong)} tensors "
             f"(first {wrong[0]}); use the same --network settings"
         )
     training.log.say(f"start     from the averaged weights of {path} ({model.digest})")
-    return given
+    return weights
 
 
 def _check_meaning(path: Path, model: Model, training: Training) -> None:
-    """Refuse weights whose output means something else here."""
+    """Raise `ValueError` if the output of the model has another meaning than that of this run."""
     kinds = model.config.head.kind, training.model_config.head.kind
     if kinds[0] != kinds[1]:
-        raise ValueError(f"cannot start from {path}: it is a {kinds[0]}, and this run a {kinds[1]}")
+        raise ValueError(
+            f"start_from is {path}, a {kinds[0]}, and this run trains a {kinds[1]}; choose another"
+        )
 
     configs = (model.config, training.config)
     theirs, ours = (c.objective.meaning(c.precond) for c in configs)
     if theirs != ours:
         theirs, ours = (c.objective.precond(c.precond) for c in configs)
         raise ValueError(
-            f"cannot start from {path}: it was trained as {theirs}, and this run is {ours}; "
-            "train both alike"
+            f"start_from is {path}, which was trained with {theirs}, and this run has {ours}; "
+            "use the same --precond and --objective"
         )
 
 
-def start_from(training: Training, given: Mapping[str, Tensor]) -> None:
-    """Begin with weights that the leading process has; all processes must call it."""
-    names = training.team.on_main(lambda: list(given))
-    own = _tensors(training.network)
-    fill(training.team, {name: own[name] for name in names}, given)
+def start_from(training: Training, weights: Mapping[str, Tensor]) -> None:
+    """Start a run from `weights` of rank 0; all processes must call it."""
+    names = training.team.on_main(lambda: list(weights))
+    tensors = _tensors(training.network)
+    fill(training.team, {name: tensors[name] for name in names}, weights)
     training.ema.copy(training.network)
 
 

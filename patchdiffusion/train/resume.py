@@ -1,4 +1,4 @@
-"""How a run begins, goes on from a checkpoint, and goes back to one."""
+"""Start of a run, resumption from a checkpoint, and rollback to one."""
 
 import contextlib
 import shutil
@@ -22,7 +22,7 @@ from patchdiffusion.train.folder import (
     set_aside,
     write_config,
 )
-from patchdiffusion.train.restore import Found, find, load, start_from, weights_of
+from patchdiffusion.train.restore import SavedRun, load, read_saved, start_from, weights_of
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import RunFacts
@@ -33,9 +33,9 @@ LOCK_PATIENCE = 5.0  # seconds; a process that was just killed may still hold th
 
 @contextlib.contextmanager
 def opened(training: Training) -> Iterator[None]:
-    """Hold the folder of a run that has begun, or goes on from its newest valid checkpoint.
+    """Context of a run that is started, or resumed from its newest valid checkpoint.
 
-    Everything that may be refused is checked before anything is written.
+    Holds the lock of its folder. Everything is checked before anything is written.
     """
     with contextlib.ExitStack() as held:
         begin(training, held)
@@ -48,50 +48,50 @@ def opened(training: Training) -> Iterator[None]:
 
 
 def begin(training: Training, held: contextlib.ExitStack) -> None:
-    """Load a checkpoint, or begin a run, perhaps from other weights; `held` gets the lock."""
+    """Load a checkpoint, or start a run, perhaps from other weights; `held` gets the lock."""
     team, run, folder = training.team, training.run, training.folder
     team.agree("the processes disagree", _identity(training), code=2)
 
-    given: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
 
-    def choose() -> Found | None:
+    def choose() -> SavedRun | None:
         check_links(folder)
         fresh = run.fresh and (folder / "config.json").exists()
         allow = run.allow_config_change
         exists = not fresh and is_same_run(folder, training.config, allow_change=allow)
         if run.start_from is not None and not exists:
-            given.update(weights_of(run.start_from, training))
+            weights.update(weights_of(run.start_from, training))
         training.describe()
         _take(training, held)
         if fresh:
             aside = set_aside(folder)
             (aside / "lock").unlink()
-            training.log.say(f"aside     the run that was in {folder} is now in {aside}")
+            training.log.say(f"renamed   the run in {folder} to {aside}")
             _take(training, held)
-        elif not exists:  # perhaps the process that was waited for has begun it
+        elif not exists:  # the process that held the lock may have started it
             exists = is_same_run(folder, training.config, allow_change=allow)
         clear_unfinished(folder)
         if (folder / "checkpoints").exists():
             check_writable(folder / "checkpoints")
             checkpoint.clear_unfinished(folder / "checkpoints")
         newest = _newest(training) if exists else None
-        if newest is None and run.start_from is not None and not given:  # it died early
-            given.update(weights_of(run.start_from, training))
+        if newest is None and run.start_from is not None and not weights:  # it died early
+            weights.update(weights_of(run.start_from, training))
         return newest
 
-    found = team.on_main(choose)
-    if found is not None:
-        load(training, found)
-        _tell_resumed(training, found)
+    saved = team.on_main(choose)
+    if saved is not None:
+        load(training, saved)
+        _report_resumed(training, saved)
     elif run.start_from is not None:
-        start_from(training, given)
+        start_from(training, weights)
     team.on_main(lambda: write_config(folder, training.config))
-    if found is None:
+    if saved is None:
         training.log.record("start", data=training.pack.fingerprint, **training.engine)
 
 
 def _identity(training: Training) -> dict[str, Any]:
-    """What all processes must have in common."""
+    """Facts that all processes of a run must have in common."""
 
     def flat(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -107,30 +107,28 @@ def _identity(training: Training) -> dict[str, Any]:
 def _take(training: Training, held: contextlib.ExitStack) -> None:
     folder = training.folder
     try:
-        own = held.enter_context(lock(folder / "lock", folder, patience=LOCK_PATIENCE))
+        held_lock = held.enter_context(lock(folder / "lock", folder, patience=LOCK_PATIENCE))
     except ValueError as error:
-        raise ValueError(f"{error}; two processes must not train in one folder") from error
-    training.lock = own
-    if not own.locked:
-        training.log.say(
-            f"warning: files cannot be locked in {folder}; see to it that nobody else trains there"
-        )
+        raise ValueError(f"{error}; wait for it, or choose another folder with --out") from error
+    training.lock = held_lock
+    if not held_lock.locked:
+        training.log.say(f"warning: files cannot be locked in {folder}; start no second run in it")
 
 
 # ---- Which checkpoint ----
 
 
-def _newest(training: Training) -> Found | None:
-    """The newest valid checkpoint as its folder and facts; damaged ones are set aside."""
+def _newest(training: Training) -> SavedRun | None:
+    """Newest valid checkpoint; damaged ones are renamed."""
     root = training.folder / "checkpoints"
     damaged = []
     for folder, fault in checkpoint.candidates(root):
         if fault is None:
             for wrong in damaged:
-                training.log.say(f"aside     {checkpoint.set_damaged_aside(wrong)}")
-            found = find(folder)
-            _check(training, found.facts)
-            return found
+                training.log.say(f"renamed   to {checkpoint.set_damaged_aside(wrong)}")
+            saved = read_saved(folder)
+            _check(training, saved.facts)
+            return saved
         training.log.say(f"warning: skipping a checkpoint: {fault}")
         damaged.append(folder)
     if damaged:
@@ -139,7 +137,7 @@ def _newest(training: Training) -> Found | None:
 
 
 def _check(training: Training, facts: RunFacts) -> None:
-    """Refuse to go on with other data or another configuration, unless that is allowed."""
+    """Raise `ValueError` for changed data or a changed configuration, unless that is allowed."""
     changed = changed_fields(facts.config, training.config)
     if changed and not training.run.allow_config_change:
         refuse_changes(training.folder, changed)
@@ -147,11 +145,11 @@ def _check(training: Training, facts: RunFacts) -> None:
         training.log.record("config change", fields=changed)
         training.log.say(f"warning: the configuration has changed: {'; '.join(changed)}")
     if facts.teacher != training.teacher:
-        message = f"the teacher is {training.teacher} and was {facts.teacher}"
+        message = f"the teacher has changed from {facts.teacher} to {training.teacher}"
         if not training.run.allow_config_change:
             raise ValueError(
-                f"{message} when {training.folder} was begun; name that one by "
-                "--objective.teacher, or go on with --allow-config-change"
+                f"{message} since {training.folder} was started; use that one by "
+                "--objective.teacher, or resume with --allow-config-change"
             )
         training.log.record("config change", fields=[message])
         training.log.say(f"warning: {message}")
@@ -160,55 +158,55 @@ def _check(training: Training, facts: RunFacts) -> None:
         return
     if not training.run.allow_data_change:
         raise ValueError(
-            f"the data is not what {training.folder} was trained on: {now.images:,} images "
+            f"the data differs from that of {training.folder}: {now.images:,} images "
             f"({now.fingerprint[:12]}) instead of {before.images:,} "
-            f"({before.fingerprint[:12]}); --allow-data-change goes on with it"
+            f"({before.fingerprint[:12]}); use --allow-data-change to resume with it"
         )
     training.log.record("data change", before=encode(before), after=encode(now))
 
 
-def _tell_resumed(training: Training, found: Found) -> None:
-    log, state, before = training.log, training.state, found.facts.engine
-    log.say(f"resume    at step {state.step:,} from {found.folder}")
+def _report_resumed(training: Training, saved: SavedRun) -> None:
+    log, state, before = training.log, training.state, saved.facts.engine
+    log.say(f"resume    at step {state.step:,} from {saved.folder}")
     log.resume(state.step, data=training.pack.fingerprint, **training.engine)
     now = training.engine
     changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
     if changed:
-        log.say(f"note      not to the last bit the run it was: {', '.join(changed)}")
+        log.say(f"note      not bit-identical to the run so far: {', '.join(changed)}")
 
 
-# ---- Going back ----
+# ---- Rollback ----
 
 
 def roll_back(training: Training, saver: Saver) -> None:
-    """Return to the checkpoint before a burst of spikes, and leave out the images since."""
+    """Return to the checkpoint before a burst of spikes, and skip the images since."""
     team, guard, cursor = training.team, training.stepper.guard, training.state.cursor
     guard.observe(wait=True)
     first, rollbacks = guard.spikes[0], guard.rollbacks
     root = training.folder / "checkpoints"
 
-    def choose() -> Found | None:
+    def choose() -> SavedRun | None:
         for folder, fault in checkpoint.candidates(root):
             if fault is None and int(folder.name[5:]) <= first:
-                return find(folder)
+                return read_saved(folder)
         return None
 
-    found = team.on_main(choose)
-    if found is None:
+    saved = team.on_main(choose)
+    if saved is None:
         raise team.stop(
-            f"the gradient has exploded since step {first}, and no checkpoint is older; "
+            f"the gradient has exploded since step {first}, and there is no older checkpoint; "
             "try a lower --optim.lr",
             code=22,
         )
     at = training.state.step
-    load(training, found)
+    load(training, saved)
     state = training.state
     state.move_cursor(cursor)
     guard.rollbacks = rollbacks + 1
     guard.spikes.clear()
     training.log.say(
         f"rollback  from step {at:,} to step {state.step:,}: the gradient has exploded since step "
-        f"{first:,}; the {state.passed_crops:,} crops in between are left out"
+        f"{first:,}; the {state.passed_crops:,} crops in between are skipped"
     )
     training.log.record("rollback", step=state.step, since=at, spikes_since=first)
     saver()

@@ -43,12 +43,12 @@ class SamplePreview:
 
     scene: Scene
     columns: tuple[Filled, ...]
-    """What the network reads beside the images of the pack."""
+    """Columns of the pack that the network reads."""
     extract: Extractor | None = None
-    """Features of the Frechet distance, if it is to be measured."""
+    """Feature extractor of the Frechet distance; None measures none."""
 
     def show(self, model: NetDenoiser, ending: Ending = bool) -> Shown:
-        """A grid of samples, with what was measured beside it."""
+        """Grid of samples, with measurements."""
         samples = self.draw(model, ending)
         facts = self.measure(model, samples, ending)
         (text, numbers), warnings = held_out_text(facts), ()
@@ -59,7 +59,7 @@ class SamplePreview:
         if rate > COPY_WARNING:
             warnings = (
                 f"{rate:.0%} of the samples are near copies of training images; stop earlier, or "
-                "use more images, flips or dropout",
+                "use more images, --data.flip or --network.dropout",
             )
         return Shown(
             picture=enlarge(grid(self._pictures(samples))),
@@ -71,16 +71,16 @@ class SamplePreview:
         )
 
     def draw(self, denoiser: NetDenoiser, ending: Ending = bool) -> Tensor:
-        """The images of the grid: float32 [N, C, *S]."""
+        """Samples of the grid: float32 [N, C, *S]."""
         scene = self.scene
         classes = scene.config.network.num_classes
         share = scene.team.shard(scene.config.preview.grid)
         labels = torch.tensor(share) % classes if classes else None
-        watched = self._sampler(denoiser, ending)
-        return torch.cat(scene.everywhere(lambda: self._sample(watched, share, labels)))
+        sampler = self._sampler(denoiser, ending)
+        return torch.cat(scene.everywhere(lambda: self._sample(sampler, share, labels)))
 
     def _sampler(self, denoiser: NetDenoiser, ending: Ending) -> Denoiser | FlowMap:
-        """What images are made with; a few evaluations need not be broken off."""
+        """Model to sample from; the few evaluations of a few-step model are not interrupted."""
         objective = self.scene.config.objective
         return objective.product(denoiser) if objective.few_step else _Abandonable(denoiser, ending)
 
@@ -94,7 +94,7 @@ class SamplePreview:
                 seeds=seeds,
                 channels=scene.config.network.channels,
                 canvas=scene.sizes[0],
-                cond=self._given(seeds, labels),
+                cond=self._condition(seeds, labels),
                 config=SamplerConfig(steps=preview.sample_steps, guidance=guidance),
                 kind=Kind.trained(scene.config.objective, scene.config.precond, scene.pack.space),
                 batch=scene.batch,
@@ -102,23 +102,23 @@ class SamplePreview:
                 law=scene.config.noise,
             )
 
-    def _given(self, seeds: range, labels: Tensor | None) -> Cond:
-        """Labels, and what else the network reads: that of held-out images, or of others."""
+    def _condition(self, seeds: range, labels: Tensor | None) -> Cond:
+        """Labels, and other conditions of the network, taken from held-out images if possible."""
         pack = self.scene.pack
         images = pack.heldout if len(pack.heldout) else pack.train
         index = images[torch.tensor(seeds, dtype=torch.int64) % len(images)]
-        given = conditions(with_labels(self.columns, None), index, self.scene.sizes[0])
-        return replace(given, labels=labels)
+        cond = conditions(with_labels(self.columns, None), index, self.scene.sizes[0])
+        return replace(cond, labels=labels)
 
     def _pictures(self, images: Tensor) -> np.ndarray:
-        """What a network has made [N, C, *S] as uint8 [N, *S, C]."""
+        """Output of a network [N, C, *S] as uint8 [N, *S, C]."""
         space = self.scene.pack.space
         return space.to_picture(space.to_values(images))
 
     def measure(
         self, denoiser: NetDenoiser, samples: Tensor, ending: Ending = bool
     ) -> dict[str, Any]:
-        """Held-out loss (total, per band, per size), copies and distance, where they apply."""
+        """Held-out loss (total, by noise level, by size), rate of copies, and Frechet distance."""
         scene, facts = self.scene, {}
         config, pack, team = scene.config, scene.pack, scene.team
         held = pack.some_held_out(config.preview.held_out)
@@ -126,7 +126,7 @@ class SamplePreview:
 
             def losses() -> Tensor:
                 with autocast(scene.device, scene.precision):
-                    found = held_out_losses(
+                    by_size = held_out_losses(
                         _Abandonable(denoiser, ending),
                         pack.images,
                         self.columns,
@@ -139,7 +139,7 @@ class SamplePreview:
                         batch=scene.batch,
                         part=team.shard(len(held)),
                     )
-                return torch.stack(list(found.values()))
+                return torch.stack(list(by_size.values()))
 
             table = torch.cat(scene.everywhere(losses), dim=2)  # [sizes, 2, count]
             loss = summarize(dict(zip(scene.sizes, table, strict=True)))
@@ -153,26 +153,26 @@ class SamplePreview:
 
     @cached_property
     def _real(self) -> Moments:
-        """Features of the real images, which do not change while a run trains."""
+        """Moments of the features of the real images, computed once."""
         scene = self.scene
-        compared = Evaluation(scene.pack, EvaluationConfig(), self.extract, scene.team)
-        return compared.reference().moments
+        evaluation = Evaluation(scene.pack, EvaluationConfig(), self.extract, scene.team)
+        return evaluation.reference().moments
 
     def _distance(self, denoiser: NetDenoiser, extract: Extractor, ending: Ending) -> float:
-        """The Frechet distance of a few samples: a trend, too large as a number."""
+        """Frechet distance of a few samples: biased upwards, for comparison within a run."""
         scene, count = self.scene, self.scene.config.preview.distance
         pack = scene.pack
         labels = pack.labels if scene.config.network.num_classes else None
         labels = None if labels is None else sample_labels(labels, count)
         part = scene.team.shard(count)
-        watched = self._sampler(denoiser, ending)
+        sampler = self._sampler(denoiser, ending)
 
         def features() -> Iterator[Tensor]:
             for start in range(part.start, part.stop, scene.batch):
                 numbers = range(start, min(start + scene.batch, part.stop))
-                chosen = None if labels is None else labels[numbers.start : numbers.stop]
+                classes = None if labels is None else labels[numbers.start : numbers.stop]
                 seeds = range(SEED + numbers.start, SEED + numbers.stop)
-                images = self._sample(watched, seeds, chosen)
+                images = self._sample(sampler, seeds, classes)
                 yield extract(torch.from_numpy(self._pictures(images)))
 
         samples = Gathered.together(scene.everywhere(lambda: Gathered.of(features())))
@@ -180,7 +180,7 @@ class SamplePreview:
 
 
 class _Abandonable(Wrapper):
-    """A denoiser that raises `Abandoned` instead of denoising once the run is to end."""
+    """Denoiser that raises `Abandoned` once the run is to end."""
 
     def __init__(self, denoiser: Denoiser, ending: Ending):
         super().__init__(denoiser)

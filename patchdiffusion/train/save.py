@@ -1,4 +1,4 @@
-"""What a run writes to go on later: checkpoints, the model, snapshots of averages."""
+"""Saves of a run: checkpoints, the model, and snapshots of averages."""
 
 import shutil
 from collections.abc import Callable
@@ -27,23 +27,23 @@ DISK_FULL = 20
 
 
 def gives_up(before: str, *, final: bool) -> bool:
-    """Whether a failed save ends the run: if it was the last one, or that `before` failed, too."""
+    """Whether a failed save ends the run: after the last one, or after a previous failure."""
     return final or bool(before)
 
 
 class Saver:
-    """Saves a run; a save that fails is told and tried again later, two in a row end the run."""
+    """Saves a run; a failed save is reported and repeated later, two in a row end the run."""
 
     def __init__(self, training: Training):
         self.training = training
         self.problem = ""
-        """Why the last save failed, or nothing."""
+        """Reason why the last save failed, or ""."""
 
     def __call__(self, *, final: bool = False) -> None:
-        """Write a checkpoint and the model; with `final` there is no later.
+        """Write a checkpoint and the model; `final` marks the last save of the run.
 
-        Refuses weights, averages and moments that are not finite, or differ between processes,
-        with a `Stop`. All processes must call it.
+        Raises `Stop` for weights, averages and moments that are not finite, or differ between
+        processes. All processes must call it.
         """
         training = self.training
         groups = _state(training)
@@ -54,7 +54,7 @@ class Saver:
         problem = self._on_main(lambda: _write(training, full, facts))
         if problem and gives_up(self.problem, final=final):
             raise training.team.stop(
-                f"cannot save in {training.folder}: {problem}; older checkpoints stand",
+                f"cannot save in {training.folder}: {problem}; older checkpoints are kept",
                 code=DISK_FULL,
             )
         if problem:
@@ -62,7 +62,7 @@ class Saver:
         self.problem = problem
 
     def catch_up(self) -> None:
-        """Write the model and the last snapshot if the run ended between its checkpoint and them.
+        """Write the model and the last snapshot if the run ended right after its checkpoint.
 
         All processes must call it.
         """
@@ -116,10 +116,10 @@ def _check_lock(training: Training) -> None:
     """Raise `Stop` if another process holds the folder, because somebody deleted the lock."""
     try:
         held = training.lock is None or training.lock.keep()
-    except OSError:  # which the save will meet, too
+    except OSError:  # the save will meet it, too
         held = True
     if not held:
-        training.log.quiet = True  # the records are those of the other one
+        training.log.quiet = True  # the records are those of the other process
         raise Stop(
             f"{training.folder} is in use by another process, since its lock or the folder was "
             "deleted; nothing was saved there",
@@ -127,24 +127,24 @@ def _check_lock(training: Training) -> None:
         )
 
 
-# ---- What is saved ----
+# ---- State ----
 
 
 def _state(training: Training) -> Groups:
-    """All tensors of a run, as this process has them."""
+    """All tensors of a run, sharded or full, as this process holds them."""
     buffers = dict(training.network.named_buffers())
     learned, update = training.learned, training.stepper.update
-    own = dict(learned.named_parameters()) | dict(learned.named_buffers())
+    objective = dict(learned.named_parameters()) | dict(learned.named_buffers())
     return {
         "weights": dict(training.network.named_parameters()) | buffers,
         **{name: training.ema.tensors(name) for name in training.ema.averages},
         "optimizer": moments(update, training.network),
-        **({"objective": own | moments(update, learned)} if own else {}),
+        **({"objective": objective | moments(update, learned)} if objective else {}),
     }
 
 
 def facts_of(training: Training, groups: Groups) -> RunFacts:
-    """All numbers of a run; waits for the device."""
+    """State of a run apart from tensors; waits for the device."""
     return RunFacts(
         format=checkpoint.FORMAT,
         step=training.state.step,
@@ -162,7 +162,7 @@ def facts_of(training: Training, groups: Groups) -> RunFacts:
 
 
 def _collect(groups: Groups, *, main: bool) -> Groups:
-    """The same tensors in full; sharded ones are gathered one by one, for the leading process."""
+    """Full tensors; sharded ones are gathered one by one, on rank 0 only."""
     full: Groups = {}
     for name, group in groups.items():
         full[name] = {}
@@ -177,18 +177,18 @@ def _collect(groups: Groups, *, main: bool) -> Groups:
 
 
 def _check_finite(training: Training, groups: Groups) -> None:
-    found = [torch.isfinite(local(x.detach())).all() for g in groups.values() for x in g.values()]
-    good = torch.stack(found).all().to(torch.float32)
+    finite = [torch.isfinite(local(x.detach())).all() for g in groups.values() for x in g.values()]
+    good = torch.stack(finite).all().to(torch.float32)
     if float(training.team.all_reduce(good)) < training.team.size:
         raise training.team.stop(
             "weights, averages or moments are not finite; nothing was saved, older checkpoints "
-            "stand",
+            "are kept",
             code=21,
         )
 
 
 def _check_same(training: Training, groups: Groups) -> None:
-    """Replicas must hold the same bits."""
+    """Raise `Stop` unless replicas have the same bits."""
     if training.team.size == 1 or training.run.shard:
         return
     alike = [group for group in ("weights", MAIN, "objective") if group in groups]
@@ -199,16 +199,16 @@ def _check_same(training: Training, groups: Groups) -> None:
     training.team.agree("the processes have drifted apart", facts, code=24)
 
 
-# ---- How ----
+# ---- Writing ----
 
 
 def _write(training: Training, full: Groups, record: RunFacts) -> str:
-    """On the leading process: save, make room and try once more; returns what is wrong."""
+    """Save on rank 0, if needed after deleting old checkpoints; returns the problem, or ""."""
     root = training.folder / "checkpoints"
     step, run, facts = record.step, training.run, encode(record)
     try:
-        if not (training.folder / "config.json").exists():  # the folder itself the log makes anew
-            training.log.say(f"warning: {training.folder} has vanished; it is made anew")
+        if not (training.folder / "config.json").exists():  # its folder is created by the log
+            training.log.say(f"warning: {training.folder} has vanished; it is created again")
             write_config(training.folder, training.config)
         try:
             _check_space(root, checkpoint.size_of(full))
@@ -232,7 +232,7 @@ def _write_model(training: Training, full: Groups) -> None:
 
 
 def _check_space(root: Path, needed: int) -> None:
-    there = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
+    existing = next(parent for parent in (root, *root.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
-        raise OSError(f"{root} needs {needed:,} bytes and only {free:,} are free there")
+        raise OSError(f"{root} needs {needed:,} bytes, and only {free:,} are free")

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate: how large a share of it each step of a run has."""
+"""Schedules of the learning rate: a factor as a function of the progress of the run."""
 
 import math
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from patchdiffusion.system.checks import fraction, positive
 
 @dataclass(frozen=True, kw_only=True)
 class Trapezoid:
-    """Rises linearly from 0, stays, and falls linearly to 0 at the end of the run."""
+    """Linear warmup, a constant part, and linear cooldown to 0 at the end of the run."""
 
     warmup: float = 0.02
-    """Share of the run over which the learning rate rises linearly from 0."""
+    """Fraction of the run over which the learning rate rises from 0."""
     cooldown: float = 0.2
-    """Share of the run, at its end, over which it falls linearly to 0; 0 keeps it constant."""
+    """Fraction of the run, at its end, over which the learning rate falls to 0."""
 
     def __post_init__(self) -> None:
         fraction(self, "warmup", "cooldown")
 
     def factor(self, progress: float, seen: float) -> float:
-        """Factor of the learning rate when a share `progress` of the run is done."""
+        """Factor of the learning rate at a fraction `progress` of the run."""
         rise = min(progress / self.warmup, 1.0) if self.warmup else 1.0
         fall = min((1 - progress) / self.cooldown, 1.0) if self.cooldown else 1.0
         return max(min(rise, fall), 0.0)
@@ -28,18 +28,18 @@ class Trapezoid:
 
 @dataclass(frozen=True, kw_only=True)
 class InverseSqrt:
-    """Rises linearly from 0, stays, and falls as 1 / sqrt(time): the schedule of EDM2.
+    """Linear warmup, a constant part, and decay as 1 / sqrt(time), as in EDM2 (arXiv 2312.02696).
 
-    min(t / warmup, 1) / sqrt(max(t / reference, 1)) (arXiv 2312.02696). In units of
-    the clock it does not depend on the length of the run, which may then be extended at any time.
+    min(t / warmup, 1) / sqrt(max(t / reference, 1)). In units of the clock it does not depend on
+    the length of the run, which may then be extended at any time.
     """
 
     warmup: float = 0.005
-    """When the learning rate has risen to its full value; 0 begins with it."""
+    """Time at which the learning rate has risen to its full value; 0 for no warmup."""
     reference: float = 0.07
-    """When it begins to fall."""
+    """Time at which the decay starts."""
     unit: Literal["run", "clock"] = "run"
-    """What both are counted in: shares of the run, or units of its clock (images, crops, steps)."""
+    """Unit of warmup and reference: fractions of the run, or units of its clock."""
 
     def __post_init__(self) -> None:
         positive(self, "reference")
@@ -47,11 +47,11 @@ class InverseSqrt:
             raise ValueError(f"warmup must be >= 0 and finite, not {self.warmup}")
 
     def factor(self, progress: float, seen: float) -> float:
-        """Factor of the learning rate at a share of the run, when its clock shows `seen`."""
+        """Factor of the learning rate at a fraction of the run, with its clock at `seen`."""
         time = progress if self.unit == "run" else seen
         rise = min(time / self.warmup, 1.0) if self.warmup else 1.0
         return rise / math.sqrt(max(time / self.reference, 1.0))
 
 
 Schedule = Trapezoid | InverseSqrt
-"""Schedules of the learning rate."""
+"""Family of learning-rate schedules."""

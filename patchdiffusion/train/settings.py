@@ -1,4 +1,4 @@
-"""The settings that identify a run, whatever it trains: all of `TrainConfig` but its task."""
+"""Configuration of training that is common to all tasks: all of `TrainConfig` but its task."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,23 +18,23 @@ from patchdiffusion.train.optimizers import AdamW, Optimizer
 Precision = Literal["fp32", "bf16", "fp16"]
 
 WIDEST = 12**-0.5
-"""Relative width of the average of all weights alike, the widest of the power-function averages."""
+"""Relative width of the uniform average, the widest of the power-function averages."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """What happens when a loss or a gradient is not what it should be."""
+    """Protection against losses and gradients that are not finite or explode."""
 
     max_skips: int = 8
     """Stop after this many steps in a row whose loss or gradient is not finite."""
     spike: float = 10.0
-    """A loss or gradient norm this many times the median of the last 128 steps of its kind is a
-    spike; its update is scaled down to the median norm."""
+    """Threshold of a spike: loss or gradient norm relative to the median of the last 128 steps of
+    its kind; the update of a spike is scaled down to the median norm."""
     burst: int = 6
-    """This many spikes within 64 steps: go back to the checkpoint before them and leave out the
-    images in between."""
+    """Number of spikes within 64 steps that triggers a rollback to the checkpoint before them; the
+    images in between are skipped."""
     rollbacks: int = 1
-    """How often a run may go back; the next time it stops."""
+    """Maximum number of rollbacks; the run stops instead of the next one."""
 
     def __post_init__(self) -> None:
         positive(self, "max_skips", "burst")
@@ -46,17 +46,17 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """Averages of the weights. The first one is sampled from."""
+    """Exponential moving average of the weights, for sampling, and power-function averages."""
 
     half_life: float = 500_000
     """Half-life in units of the clock."""
     ramp_up: float = 0.05
-    """The half-life is at most this share of what has been seen so far."""
+    """Limit of the half-life, as a fraction of the clock since the start of the run."""
     profiles: tuple[float, ...] = ()
-    """Relative widths of power-function averages to keep as well, such as 0.05 0.1; averages of
-    any width can be made of them afterwards: patchdiffusion average."""
+    """Relative widths of power-function averages to store, such as 0.05 0.1; patchdiffusion average
+    reconstructs any width from them."""
     snapshots: int = 64
-    """How often the profiles are stored, over the whole run."""
+    """Number of snapshots of the profiles over the whole run."""
 
     def __post_init__(self) -> None:
         positive(self, "half_life", "ramp_up", "snapshots")
@@ -74,26 +74,26 @@ class EMAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """How often a run reports, counted over the whole run."""
+    """Status lines, sample grids and measurements during a run."""
 
     status: int = 200
-    """Status lines."""
+    """Number of status lines over the whole run."""
     samples: int = 10
-    """Grids of samples from fixed seeds."""
+    """Number of sample grids over the whole run, all from the same seeds."""
     grid: int = 36
-    """Images in a grid."""
+    """Number of images in a grid."""
     sample_steps: int = 18
-    """Solver steps for the grids."""
+    """Number of solver steps for the grids."""
     guidance: float = 1.0
-    """Classifier-free guidance weight of the grids."""
+    """Classifier-free guidance weight for the grids."""
     held_out: int = 256
-    """Held-out images that the loss is measured on with every grid; 0 measures none."""
+    """Number of held-out images for the loss measured with every grid; 0 measures none."""
     distance: int = 0
-    """Samples whose Frechet distance from the data is measured with every grid; 0 measures none."""
+    """Number of samples for the Frechet distance measured with every grid; 0 measures none."""
     extractor: str = "inception"
-    """Features of that distance: inception, inception-legacy, dinov2 or module:callable."""
+    """Features for the distance: inception, inception-legacy, dinov2 or module:callable."""
     extractor_weights: str | None = None
-    """File or folder with its weights; None fetches published ones once."""
+    """File or folder of the weights of the extractor; None downloads published ones once."""
 
     def __post_init__(self) -> None:
         positive(self, "status", "samples", "grid", "sample_steps")
@@ -108,43 +108,43 @@ class PreviewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What every task may depend on."""
+    """Configuration of training that is common to all tasks."""
 
     name: str = "run"
     """Name of the run and, by default, of its folder."""
     data: DataConfig = field(default_factory=DataConfig)
     network: Network = field(default_factory=UNetConfig)
-    """The network that is trained."""
+    """Network architecture."""
     precond: Parameterisation = field(default_factory=EDM)
-    """What the network predicts. Noise law and loss weight follow unless they are given, too."""
+    """Parameterisation: what the network predicts; sets default noise law and loss weight."""
     noise: Law = field(default_factory=LogNormal)
-    """Law of the noise levels in training."""
+    """Distribution of the noise level in training."""
     objective: ObjectiveUnion = field(default_factory=DenoisingConfig)
-    """What is trained: a denoiser, or a model that samples in a few steps."""
+    """Training objective, of a denoiser or of a few-step model."""
     additions: tuple[AdditionUnion, ...] = ()
-    """Terms and changes on top of the objective, applied in this order."""
+    """Additions to the objective, applied in this order."""
     patches: Patches = field(default_factory=Stratified)
-    """Which crops a step is made of."""
+    """Patch plan: sizes and numbers of the crops of a step."""
     optim: Optimizer = field(default_factory=AdamW)
-    """How the weights are updated."""
+    """Optimizer of the weights."""
     ema: EMAConfig = field(default_factory=EMAConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     images: float = 1_000_000
     """Length of the run in units of the clock."""
     clock: Clock = "equivalents"
-    """What drives length, learning rate and averages: full-image equivalents (area of all crops),
-    crops (each counts as an image, as in the official code), or steps."""
+    """Unit of the length of the run, of schedules and averages: full-image equivalents (area of all
+    crops), crops (each counts as one image, as in the official code), or steps."""
     batch: int = 64
-    """Whole images per step, over all processes; of smaller crops there are more, see patches."""
+    """Batch size: whole images per step, over all processes; see patches for numbers of crops."""
     micro_batch: int | None = None
-    """Whole images, or their area in crops, per process and forward pass; None is all at once."""
+    """Area of crops per process and forward pass, in whole images; None for no limit."""
     label_dropout: float = 0.1
-    """Share of samples trained without their label, which guidance needs."""
+    """Probability of training a sample without its label, for classifier-free guidance."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Precision of the network; auto is bf16 where the hardware multiplies it faster."""
+    """Precision of the network; auto is bf16 where the hardware supports it natively, else fp32."""
     seed: int = 0
-    """Seed of everything random."""
+    """Random seed."""
 
     def __post_init__(self) -> None:
         positive(self, "images", "batch")
@@ -159,5 +159,5 @@ class Settings:
         self.precond.check_noise(self.noise)
 
     def plan(self, canvas: Size) -> PatchPlan:
-        """The patch plan on a canvas."""
+        """Patch plan on a canvas."""
         return PatchPlan(canvas, self.batch, self.patches, self.network.divisor, self.noise)

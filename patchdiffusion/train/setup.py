@@ -1,4 +1,4 @@
-"""The parts of a run, assembled from its configuration."""
+"""Assemble the parts of a run from its configuration."""
 
 import math
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ from patchdiffusion.system.dist import Team
 from patchdiffusion.system.files import Lock
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.ema import EMA
-from patchdiffusion.train.engine import compiles, engine_facts, prepare_machine
+from patchdiffusion.train.engine import compiles, engine_facts, set_globals
 from patchdiffusion.train.folder import check_disk
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.log import RunLog, quantity
@@ -46,14 +46,14 @@ def check_team(config: TrainConfig, team: Team) -> None:
     if config.batch % team.size:
         allowed = [n for n in range(1, min(config.batch, 64) + 1) if config.batch % n == 0]
         raise ValueError(
-            f"a batch of {config.batch} cannot be divided among {team.size} processes; "
-            f"it can among {', '.join(map(str, allowed))}"
+            f"batch is {config.batch}, which cannot be divided among {team.size} processes; "
+            f"allowed are {', '.join(map(str, allowed))} processes"
         )
 
 
 @dataclass
 class Training:
-    """A run in memory. Nothing has been written yet."""
+    """All parts of a run in memory."""
 
     config: TrainConfig
     run: RunConfig
@@ -64,15 +64,15 @@ class Training:
     device: torch.device
     precision: str
     engine: dict[str, Any]
-    """What the last bits depend on, see `machine.engine_facts`."""
+    """Software and hardware settings, see `engine.engine_facts`."""
     canvas: Size
     plan: PatchPlan
     network: Network
     objective: Loss
     learned: nn.Module
-    """What the objective itself learns, which is no part of the model; mostly nothing."""
+    """Modules that the objective trains, which are not part of the model; mostly none."""
     teacher: str | None
-    """Digest of the model that is distilled."""
+    """Digest of the teacher."""
     ema: EMA
     stepper: Stepper
     phases: Phases
@@ -86,22 +86,22 @@ class Training:
 
     @property
     def now(self) -> float:
-        """What the clock of the run shows."""
+        """Value of the clock of the run."""
         return self.state.clock(self.config.clock)
 
     @property
     def finished(self) -> bool:
-        """Whether the run has its full length."""
+        """Whether the run has reached its full length."""
         return self.now >= self.config.images
 
     @property
     def averaged(self) -> Any:
-        """The model of the averaged weights; all processes must ask if they are sharded."""
+        """Model with the averaged weights; all processes must call it if they are sharded."""
         return self.config.task.model(self.ema.network(), self.config)
 
     @property
     def model_config(self) -> ModelConfig:
-        """What is needed to use the model of this run."""
+        """Configuration saved with the model, which is needed to load it."""
         return ModelConfig(
             network=self.config.network,
             head=self.config.task.head(self.pack),
@@ -119,7 +119,7 @@ class Training:
 
     @property
     def data_facts(self) -> DataFacts:
-        """What this run is trained on."""
+        """Fingerprint and size of the training data."""
         return DataFacts(fingerprint=self.pack.fingerprint, images=len(self.pack))
 
     @property
@@ -144,7 +144,7 @@ class Training:
         return max(1, math.ceil(self.config.images / per_step))
 
     def describe(self) -> None:
-        """Say what this run is and takes; raises `ValueError` if the disk is too full."""
+        """Print data, network, plan and cost of the run; `ValueError` if the disk is too full."""
         config, pack, say = self.config, self.pack, self.log.say
         needed = check_disk(
             self.folder,
@@ -168,7 +168,7 @@ class Training:
         say(
             f"patches   {families.word(type(config.patches))}, sizes {sizes}; "
             f"a step of batch {config.batch} "
-            f"costs {self.plan.cost(clock=config.clock).step:.2f} of one with whole images only"
+            f"costs {self.plan.cost(clock=config.clock).step:.2f} times one of whole images"
         )
         say(
             f"length    {quantity(config.images)} {config.clock}, about {self.total_steps:,} "
@@ -182,18 +182,18 @@ class Training:
 
 
 def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None = None) -> Training:
-    """Build everything a run needs; raises `ValueError` for what does not fit together."""
+    """Build all parts of a run; raises `ValueError` for parts that do not fit together."""
     team = team or Team()
     task = config.task
     task.check(config, pack)
     check_team(config, team)
     if run.shard and not task.shards(config):
-        raise ValueError("--shard works with --objective denoising only; leave one of them out")
+        raise ValueError("--shard is supported by --objective denoising only; leave out --shard")
     if run.shard and not config.optim.shardable:
         word = families.word(type(config.optim))
-        raise ValueError(f"--shard divides the matrices that {word} needs whole: use --optim adamw")
+        raise ValueError(f"--shard is not supported by --optim {word}; use --optim adamw")
     device = pick_device(run.device)
-    prepare_machine(run, device, team.place)
+    set_globals(run, device, team.place)
     precision = best_precision(device) if config.precision == "auto" else config.precision
     folder = run.folder(config.name)
     canvas = tuple(pack.images.shape[1:-1])
@@ -201,9 +201,11 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     network = task.head(pack).build(config.network, seed=config.seed).to(device)
     sizes = dict.fromkeys([canvas, *(group.size for group in plan.groups)])
     crops = dict.fromkeys([canvas, *(group.size for group in plan.groups if group.pitch == 1)])
-    share = 1 + task.passes(config) / 3  # of what `training_flops` counts: one pass, and back
+    share = (
+        1 + task.passes(config) / 3
+    )  # times `training_flops`, which counts one pass forward and backward
     flops = {size: round(training_flops(network, size) * share) for size in sizes}
-    ema = _spread_out(network, config, run, team, device)
+    ema = _place_network(network, config, run, team, device)
     feed = Feed(
         resident(pack.images, device),
         task.columns(config, pack),
@@ -232,12 +234,12 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     if run.shard:  # the optimizer takes sharded weights or whole ones, not both
         for module in materials.learned.values():
             shard(module, [], team, device)
-    work = LossModule(
+    module = LossModule(
         task.model(network, config), objective, materials.learned, dropout=task.dropout(config)
     )
     phases, parameters = Phases(), dict(network.named_parameters())
     stepper = Stepper(
-        work if run.shard else replicate(work, team),
+        module if run.shard else replicate(module, team),
         feed,
         Guard(config.guard, device),
         config=config.optim,
@@ -276,32 +278,32 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
 
 
 def _teacher(path: Path, config: TrainConfig, pack: Pack, device: torch.device) -> Model:
-    """A model that is distilled; raises `ValueError` if it does not fit."""
+    """Load a teacher; raises `ValueError` if it does not fit the run."""
     model = load_model(path, device=device)
     if not model.config.objective.denoises:
-        raise ValueError(f"the teacher {path} is no denoiser: it is a consistency model itself")
+        raise ValueError(f"the teacher {path} is a few-step model; allowed are denoisers")
     network, other = config.network, model.config.network
     own = (*pack.info.shape[1:-1], network.channels, network.num_classes)
-    found = (*model.config.canvas, other.channels, other.num_classes)
-    if own != found:
+    theirs = (*model.config.canvas, other.channels, other.num_classes)
+    if own != theirs:
         raise ValueError(
             f"the teacher {path} does not fit: size, channels and classes are "
-            f"{found} instead of {own}"
+            f"{theirs} instead of {own}"
         )
     if model.config.space != pack.space:
         raise ValueError(
-            f"the teacher {path} does not fit: it sees other numbers than those of {pack.name}: "
+            f"the teacher {path} does not fit {pack.name}: its space is "
             f"{model.config.space} instead of {pack.space}"
         )
     return model
 
 
-def _spread_out(
+def _place_network(
     network: Network, config: TrainConfig, run: RunConfig, team: Team, device: torch.device
 ) -> EMA:
-    """Bring a network into the form it is trained in, and make its averages."""
+    """Set memory format, compilation and sharding of a network, and create its averages."""
     if not run.shard:
-        # Weights as crops come, channels last: faster everywhere, and FSDP2 cannot have it.
+        # Faster everywhere; FSDP2 does not support it.
         channels_last(network)
     ema = EMA(network, config.ema)
     units = network.units()

@@ -1,6 +1,6 @@
-"""Everything that changes while a run goes on, declared once: in memory and in checkpoints.
+"""State of a run apart from tensors, in memory and in checkpoints.
 
-`system/serialize.py` turns the records into JSON and back. JSON holds floats exactly, by their
+`system/serialize.py` converts the records to JSON and back. JSON stores floats exactly, as their
 shortest text that gives the same bits.
 """
 
@@ -17,11 +17,11 @@ from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.guard import GuardState
 
 Sums = tuple[tuple[tuple[str, ...], tuple[float, ...]], ...]
-"""Of each set of names that are added together: totals, then counts."""
+"""For each set of names that are added together: totals, then counts."""
 
 
 class Meter:
-    """Sums of scalars on the device, read once per status line, so that no step waits for one."""
+    """Means of scalars on the device, read once per status line, so that no step waits for them."""
 
     def __init__(self) -> None:
         # Float64 [2, n], totals and counts, by the names that were added together.
@@ -29,7 +29,7 @@ class Meter:
 
     @torch.no_grad()
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Add scalars; those that are not finite count as absent, as their step is skipped."""
+        """Add scalars; those that are not finite are left out, as their step is skipped."""
         now = torch.stack([value.to(torch.float64) for value in values.values()])
         finite = torch.isfinite(now)
         pair = torch.stack([torch.where(finite, now, 0.0), finite.to(torch.float64)])
@@ -37,9 +37,9 @@ class Meter:
         self.sums[names] = self.sums[names] + pair if names in self.sums else pair
 
     def read(self) -> dict[str, float]:
-        """Means since the last call, by name; synchronises with the device.
+        """Means since the last call, by name; synchronizes with the device.
 
-        "skipped sum" is the number of steps that were skipped.
+        "skipped sum" is the number of skipped steps.
         """
         totals: dict[str, float] = {}
         counts: dict[str, float] = {}
@@ -54,13 +54,13 @@ class Meter:
         return means
 
     def state(self) -> Sums:
-        """The sums."""
+        """Sums, for a checkpoint."""
         rows = self.sums.items()
         return tuple((names, tuple(pair.flatten().tolist())) for names, pair in rows)
 
     @classmethod
     def of(cls, state: Sums, device: torch.device) -> "Meter":
-        """The inverse of `state`."""
+        """Inverse of `state`."""
         meter = cls()
         for names, values in state:
             pair = torch.tensor(values, dtype=torch.float64, device=device)
@@ -70,38 +70,38 @@ class Meter:
 
 @dataclass(kw_only=True)
 class TrainState:
-    """Counters of a run. There is no random state, since every draw is a function."""
+    """Counters of a run; random draws are functions of these, so there is no other random state."""
 
     step: int = 0
     """Optimizer steps, skipped ones included."""
     crops: int = 0
     """Crops seen."""
     equivalents: float = 0.0
-    """Their area in full images."""
+    """Area of these crops in full images."""
     flops: int = 0
     """Floating-point operations of the network, forward and backward."""
     passed_steps: int = 0
-    """Steps whose draws were left out after a rollback."""
+    """Steps whose draws were skipped by rollbacks."""
     passed_crops: int = 0
-    """Their crops."""
+    """Crops of these steps."""
     skipped: int = 0
     """Steps whose loss or gradient was not finite, up to the last status line."""
     shown: float = 0.0
-    """What the clock showed when samples were drawn last."""
+    """Value of the clock at the last preview."""
     seconds: float = 0.0
     """Time spent training, over all restarts."""
 
     @property
     def cursor(self) -> tuple[int, int]:
-        """Position and position that the draws of the next step are keyed by."""
+        """Step and position that key the draws of the next step."""
         return self.step + self.passed_steps, self.crops + self.passed_crops
 
     def move_cursor(self, cursor: tuple[int, int]) -> None:
-        """Leave out all draws up to a cursor."""
+        """Skip all draws up to a cursor."""
         self.passed_steps, self.passed_crops = cursor[0] - self.step, cursor[1] - self.crops
 
     def clock(self, name: Clock) -> float:
-        """The counter that a clock shows."""
+        """Counter that a clock is based on."""
         return {"equivalents": self.equivalents, "crops": self.crops, "steps": self.step}[name]
 
     def advance(self, groups: tuple[Group, ...], canvas: Size, flops: int) -> None:
@@ -112,12 +112,12 @@ class TrainState:
         self.flops += flops
 
 
-# ---- As checkpoints hold it ----
+# ---- Checkpoints ----
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataFacts:
-    """What a run was trained on."""
+    """Fingerprint and size of the training data."""
 
     fingerprint: str
     images: int
@@ -125,23 +125,23 @@ class DataFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """Everything about a run that is not a tensor: the file `state.json` of a checkpoint."""
+    """State of a run apart from tensors: the file `state.json` of a checkpoint."""
 
     format: int
-    """Version of the checkpoint's layout."""
+    """Version of the format of checkpoints."""
     step: int
     images: float
-    """What the clock of the run shows."""
+    """Value of the clock of the run."""
     state: TrainState
     meter: Sums = ()
     guard: GuardState
     loss_scale: tuple[float, float]
-    """For fp16: the factor, and the number of good steps since it changed."""
+    """Loss scale of fp16, and number of good steps since it changed."""
     data: DataFacts
     config: TrainConfig
     engine: dict[str, Any]
-    """What the last bits depend on beside the configuration."""
+    """Software and hardware settings, see `engine.engine_facts`."""
     groups: dict[str, tuple[str, ...]]
     """Names of all tensors, by group."""
     teacher: str | None = None
-    """Digest of the model that is distilled."""
+    """Digest of the teacher."""

@@ -1,4 +1,4 @@
-"""Status lines and pictures of a run in progress."""
+"""Status lines and previews of a run in progress."""
 
 import time
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.timing import COMPUTE, Slow
 
-MOST_EVENTS = 8  # described in full at a time
+MAX_EVENTS = 8  # printed per status line
 
 
 class Status:
-    """Reports means and rates since the last report; time in `pause` does not count."""
+    """Reports means and rates since the last report, without the time spent in `pause`."""
 
     def __init__(self, training: Training, saver: Saver):
         self.training = training
@@ -37,7 +37,7 @@ class Status:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave out of the rates what happens inside."""
+        """Context whose time does not count in the rates."""
         start = time.monotonic()
         yield
         self._since += time.monotonic() - start
@@ -55,11 +55,11 @@ class Status:
         left = max(config.images - training.now, 0) / rate if rate else float("inf")
         sizes = {k[5:]: v for k, v in means.items() if k.startswith("loss ")}
         loss = means.get("loss")
-        known = {"loss", "grad norm", "skipped", *(f"loss {size}" for size in sizes)}
-        others = {k: v for k, v in means.items() if k not in known}  # of the objective
+        common = {"loss", "grad norm", "skipped", *(f"loss {size}" for size in sizes)}
+        others = {k: v for k, v in means.items() if k not in common}  # of the objective
         phases, slow = training.phases.read()
-        self._tell_events()
-        self._tell_slow(slow)
+        self._report_events()
+        self._report_slow(slow)
         training.log.record(
             "status",
             step=state.step,
@@ -100,20 +100,20 @@ class Status:
         training.log.status("running", step=state.step, images=training.now, length=config.images)
         self._mark()
 
-    def _tell_events(self) -> None:
-        """What the guard has seen, with the images and noise levels of those steps."""
+    def _report_events(self) -> None:
+        """Print and record the events of the guard, with images and noise levels of their steps."""
         training = self.training
         events = training.stepper.guard.take_events()
-        for event in events[:MOST_EVENTS]:
+        for event in events[:MAX_EVENTS]:
             training.log.say(f"guard     {describe(event)}")
             facts: dict[str, object] = {"loss": event.loss, "grad_norm": event.norm}
             facts["usual_norm"] = event.median
             facts |= {"what": event.what, "groups": _draws_of(training, event)}
             training.log.record("guard", step=event.step, **facts)
-        if len(events) > MOST_EVENTS:
-            training.log.say(f"guard     and {len(events) - MOST_EVENTS} more such steps")
+        if len(events) > MAX_EVENTS:
+            training.log.say(f"guard     and {len(events) - MAX_EVENTS} more such steps")
 
-    def _tell_slow(self, slow: Slow | None) -> None:
+    def _report_slow(self, slow: Slow | None) -> None:
         everywhere = self.training.team.gather(slow)
         worst = max(
             ((s, rank) for rank, s in enumerate(everywhere) if s is not None),
@@ -130,16 +130,16 @@ class Status:
 
 
 def _waiting(phases: dict[str, float]) -> str:
-    """The share of time outside of the network and its update, where it matters."""
+    """Share of the time outside of the network and its update, if above 10 %."""
     total = sum(spent for name, spent in phases.items() if name not in ("save", "samples"))
     other = total - sum(phases.get(name, 0.0) for name in COMPUTE)
     return f"  {other / total:.0%} waiting" if total and other > 0.1 * total else ""
 
 
 def _draws_of(training: Training, event: Event) -> list[dict[str, object]]:
-    """Images and noise levels of a step that is over: they are functions of its number."""
+    """Images and noise levels of an earlier step, drawn again."""
     step, position = event.cursor
-    feed, config, first, found = training.stepper.feed, training.config, 0, []
+    feed, config, first, draws_of_groups = training.stepper.feed, training.config, 0, []
     for group in event.groups:
         start = position + first
         images = feed.which(np.arange(start, start + group.count)).tolist()
@@ -148,27 +148,27 @@ def _draws_of(training: Training, event: Event) -> list[dict[str, object]]:
         levels = config.task.levels(config, draws, group.noise)
         if levels is not None:
             facts["sigma"] = [round(sigma, 6) for sigma in levels.tolist()]
-        found.append(facts)
+        draws_of_groups.append(facts)
         first += group.count
-    return found
+    return draws_of_groups
 
 
 def picture_of(training: Training) -> Path:
-    """The file of the grid that belongs to where the run stands."""
+    """File of the preview at this point of the run."""
     return training.folder / "samples" / f"{round(training.now):010d}.png"
 
 
 def show_samples(training: Training, ending: Ending = bool) -> bool:
-    """Make the preview of the task: a picture and measures of the averaged weights.
+    """Make the preview of the task: a picture and measurements of the averaged weights.
 
-    Gives up when the run is to end, and returns False: they are shown when it goes on. A picture
-    that cannot be written is told, and left out.
+    Gives up when the run is to end, and returns False; the preview is made when the run is resumed.
+    A picture that cannot be written is reported and left out.
     """
     log, path, problem = training.log, picture_of(training), ""
     try:
         shown = training.preview.show(training.averaged, ending)
     except Abandoned:
-        log.say(f"        samples/{path.name} will be drawn when the run goes on")
+        log.say(f"        samples/{path.name} will be drawn when the run is resumed")
         return False
     try:
         if training.team.is_main:  # last: it says that all is done
@@ -191,7 +191,7 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
 
 
 def measured_peak(device: torch.device, precision: str, side: int = 1024) -> float:
-    """FLOP/s of a square matrix product on this device, the yardstick of the status lines."""
+    """FLOP/s of a square matrix product on this device, as the peak for status lines."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     side = side * 4 if device.type == "cuda" else side
     a = torch.full((side, side), 0.5, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""One optimizer step: groups of crops, their losses, one update that is skipped when not finite."""
+"""One optimizer step: groups of crops, their losses and gradients, and the update."""
 
 import itertools
 import math
@@ -19,7 +19,7 @@ from patchdiffusion.system.dist import Team
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.optim import Update
 from patchdiffusion.train.optimizers import OptimizerConfig, Trained
-from patchdiffusion.train.parallel import synchronised
+from patchdiffusion.train.parallel import synchronized
 from patchdiffusion.train.state import Meter
 from patchdiffusion.train.timing import Phases
 
@@ -31,35 +31,35 @@ def chunks(part: range, count: int) -> Iterator[range]:
 
 
 def rate_of(groups: Sequence[Group]) -> float:
-    """The factor of the learning rate of a step: that of its groups, averaged by weight."""
+    """Factor of the learning rate of a step: average over its groups by weight."""
     return sum(g.weight * g.lr for g in groups) / sum(g.weight for g in groups)
 
 
 class Pass(NamedTuple):
-    """The crops of one forward and backward pass of one process."""
+    """Crops of one forward and backward pass of one process."""
 
     number: int
-    """Which group of the step."""
+    """Index of the group in the step."""
     group: Group
     first: int
-    """Crops of the step before the group."""
+    """Number of crops of the step before the group."""
     chunk: range
-    """Crops of the group."""
+    """Crops of the group in this pass."""
     counts: bool
-    """False where this process has less to do than others and only keeps them padded."""
+    """False for padding: a crop with weight 0, so that all ranks run the same number of passes."""
 
 
 class Stepper:
-    """Accumulates the gradients of all groups of a step and makes one update.
+    """Accumulates the gradients of all groups of a step, and makes one update.
 
-    `micro_batch` limits a forward pass to the area of that many whole images. Nothing here waits
-    for the device: whether a step was finite is decided there, and the fused optimizer leaves
-    weights, moments and step counts untouched where it was not.
+    `micro_batch` limits a forward pass to the area of that many whole images. The host never waits
+    for the device: a step that is not finite is detected there, and the update leaves weights,
+    moments and step counts unchanged.
     """
 
     def __init__(
         self,
-        work: nn.Module,
+        module: nn.Module,
         feed: Feed,
         guard: Guard,
         *,
@@ -72,11 +72,11 @@ class Stepper:
         team: Team | None = None,
         phases: Phases | None = None,
     ):
-        """`work` takes a batch and its draws and returns a `LossOut`; see `parallel.LossModule`.
+        """`module` takes a batch and its draws and returns a `LossOut`; see `parallel.LossModule`.
 
-        Trains the parameters that require a gradient; those without a role are the objective's.
+        Parameters that require a gradient are trained; those without a role are the objective's.
         """
-        self.work = work
+        self.module = module
         self.feed = feed
         self.guard = guard
         self.canvas = canvas
@@ -87,7 +87,7 @@ class Stepper:
         self.config = config
         self.watchers = watchers
         roles = roles or {}
-        trained = [Trained(p, roles.get(p)) for p in work.parameters() if p.requires_grad]
+        trained = [Trained(p, roles.get(p)) for p in module.parameters() if p.requires_grad]
         self.parameters = [t.parameter for t in trained]
         self.device = self.parameters[0].device
         self.update = Update(trained, config, scaled=precision == "fp16")
@@ -104,14 +104,14 @@ class Stepper:
     ) -> None:
         """Train on the groups of a step; `cursor` is the step and position of its draws.
 
-        The position is the number of crops drawn before, `seen` what the clock shows, and
-        `progress` its share of the run.
+        The position is the number of crops drawn before, `seen` the value of the clock, and
+        `progress` its fraction of the run.
         """
         self.update.zero_grad()
         passes = self._passes(groups)
         values: list[dict[str, Tensor]] = [{} for _ in groups]
-        for one in passes:
-            self._accumulate(one, values[one.number], cursor, progress, last=one is passes[-1])
+        for part in passes:
+            self._accumulate(part, values[part.number], cursor, progress, last=part is passes[-1])
         losses = self._everywhere(values)
         kind = "+".join(group.name for group in groups)
         with self.phases("update"), torch.no_grad():
@@ -122,7 +122,7 @@ class Stepper:
             clip, scale = self.config.clip, self.update.scale
             verdict = self.guard.judge(kind, total, norm, clip=clip, scale=scale)
             lr = self.config.learning_rate(progress, seen) * rate_of(groups)
-            self.update(norm, verdict.most, verdict.bad, lr)
+            self.update(norm, verdict.max_norm, verdict.bad, lr)
             for watcher in self.watchers:
                 watcher.after_step(1 - verdict.bad)
             self.guard.send(step, cursor, groups, verdict.report)
@@ -132,7 +132,7 @@ class Stepper:
                 meter.add(row)
 
     def _passes(self, groups: tuple[Group, ...]) -> list[Pass]:
-        """What this process does, in as many passes as every other one."""
+        """Passes of this process, of which every process has the same number."""
         passes, first = [], 0
         for number, group in enumerate(groups):
             most = -(-group.count // self.team.size)
@@ -151,7 +151,7 @@ class Stepper:
 
     def _accumulate(
         self,
-        one: Pass,
+        crops: Pass,
         values: dict[str, Tensor],
         cursor: tuple[int, int],
         progress: float,
@@ -159,30 +159,30 @@ class Stepper:
         last: bool,
     ) -> None:
         """Add the gradient of a pass, and its part of the means over its group to `values`."""
-        group, share = one.group, len(one.chunk) / one.group.count * one.counts
+        group, share = crops.group, len(crops.chunk) / crops.group.count * crops.counts
         with self.phases("data"):
             batch, draws = self.feed.batch(
-                group, step=cursor[0], position=cursor[1], first=one.first, chunk=one.chunk
+                group, step=cursor[0], position=cursor[1], first=crops.first, chunk=crops.chunk
             )
             batch = replace(batch, progress=progress)
-        with synchronised(self.work, last):
+        with synchronized(self.module, last):
             with self.phases("forward"), autocast(self.device, self.precision):
-                out: LossOut = self.work(batch, draws)
+                out: LossOut = self.module(batch, draws)
                 part = out.per_sample.sum() / group.count
                 if out.batch_loss is not None:
                     part = part + out.batch_loss * share
             with self.phases("backward"):
                 # Processes average their gradients, and each has its part of the whole.
-                factor = group.weight * self.team.size * one.counts
+                factor = group.weight * self.team.size * crops.counts
                 (part * (self.update.scale * factor)).backward()
         shown = part if out.reported is None else out.reported.sum() / group.count
-        means = {"loss": shown.detach() * one.counts}
+        means = {"loss": shown.detach() * crops.counts}
         means |= {name: value.detach() * share for name, value in out.scalars.items()}
         for name, value in means.items():
             values[name] = values[name] + value if name in values else value
 
     def _everywhere(self, values: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """The means over all processes, which have the same names in the same order."""
+        """Means over all processes, which have the same names in the same order."""
         flat = [value.float() for row in values for value in row.values()]
         with self.phases("wait"):
             summed = iter(self.team.all_reduce(torch.stack(flat)).unbind())

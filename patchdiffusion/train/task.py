@@ -1,8 +1,8 @@
-"""The contract of tasks: what a run trains, and everything about the run that follows from it.
+"""The contract of tasks: the kind of model that a run trains.
 
-A task is a frozen record in the configuration that says what is built, what is minimised, what is
-shown on the way and what is saved; loop, optimizer, averages, checkpoints, guards and ranks are the
-same for all. A new task is a record that inherits `TaskConfig` and joins the union in `config.py`.
+A task is a frozen record in the configuration that defines model, objective and preview; loop,
+optimizer, averages, checkpoints, guard and ranks are the same for all. A new task is a record that
+inherits `TaskConfig`, and a member of the union in `config.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ from patchdiffusion.train.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(ABC):
-    """Base of tasks. What is optimised and averaged is the network with its head, by its roles."""
+    """Base of tasks. The network with its head is optimized, by roles, and averaged."""
 
     def check(self, config: Settings, pack: Pack) -> None:
         """Raise `ValueError` unless configuration and data fit together."""
@@ -35,46 +35,46 @@ class TaskConfig(ABC):
 
     @abstractmethod
     def head(self, pack: Pack) -> Head:
-        """What stands on the network: the head is built, and saved, with it."""
+        """Head of the network, which is built and saved with it."""
 
     @abstractmethod
     def model(self, network: nn.Module, config: Settings) -> nn.Module:
-        """A network in use: what objective and preview are given, see `parallel.Recorded`."""
+        """Model around the network, for objective and preview; see `parallel.Recorded`."""
 
     @abstractmethod
     def objective(self, config: Settings, materials: Materials) -> Loss:
-        """What is minimised: (model, batch, draws) -> `LossOut`."""
+        """Loss to minimize: (model, batch, draws) -> `LossOut`."""
 
     @abstractmethod
     def preview(self, scene: Scene) -> Preview:
-        """What a run shows of itself."""
+        """Preview of a run."""
 
     def columns(self, config: Settings, pack: Pack) -> tuple[Filled, ...]:
-        """What crops bring beside their pixels: what the network reads."""
+        """Columns of a batch, by default those that the network reads."""
         return used(pack.columns, config.network.reads)
 
     def classes(self, config: Settings, pack: Pack) -> tuple[str, ...]:
-        """Names of the classes that a model knows."""
+        """Class names of the model."""
         return pack.classes
 
     def levels(self, config: Settings, draws: Draws, law: NoiseLaw) -> Tensor | None:
-        """The noise levels that a step draws, for reports of what went wrong: [B], or None."""
+        """Noise levels that a step draws, to report bad steps: [B], or None."""
         return None
 
     def dropout(self, config: Settings) -> float:
-        """Share of the samples that are trained without their conditions."""
+        """Probability that a sample is trained without its conditions."""
         return 0.0
 
     def passes(self, config: Settings) -> float:
-        """Forward passes of a training step beside the usual one."""
+        """Number of forward passes of a training step beside the usual one."""
         return 0.0
 
     def teachers(self, config: Settings) -> tuple[Path, ...]:
-        """Runs or models of denoisers that it needs."""
+        """Runs or models of the teachers."""
         return ()
 
     def shards(self, config: Settings) -> bool:
-        """Whether it can be trained with `--shard`."""
+        """Whether `--shard` is supported."""
         return True
 
 
@@ -94,26 +94,26 @@ def check_own_objective(config: Settings, name: str) -> None:
 
 
 def check_images(config: Settings, pack: Pack) -> None:
-    """Raise `ValueError` unless the network takes axes, channels and augmentation of the images."""
+    """Raise `ValueError` unless the network fits axes, channels and augmentation of the images."""
     channels, axes = pack.images.shape[-1], pack.images.ndim - 2
     if axes != config.network.axes:
         raise ValueError(
-            f"the data has {axes} axes and the network {config.network.axes}: use a network for "
-            f"{axes} axes, such as --network transformer --network.patch{' 2' * axes}"
+            f"the network has {config.network.axes} axes, and the images have {axes}; "
+            f"use one such as --network transformer --network.patch{' 2' * axes}"
         )
     if channels != config.network.channels:
         raise ValueError(
-            f"the images have {channels} channels and the network {config.network.channels}: "
+            f"network.channels is {config.network.channels}, and the images have {channels}; "
             f"set --network.channels {channels}"
         )
     augment = config.data.augment
     if config.data.flip and augment.p and "xflip" in augment.operations:
         raise ValueError(
-            "data.flip and the operation xflip of data.augment do the same: leave one out, for "
+            "data.flip and the operation xflip of data.augment do the same; leave out one, for "
             "example by --data.no-flip"
         )
     if augment.p and config.network.augment_dim != LABELS:
         raise ValueError(
-            f"the augmentation has {LABELS} numbers and the network takes "
-            f"{config.network.augment_dim}: set --network.augment-dim {LABELS}"
+            f"network.augment_dim is {config.network.augment_dim}, and augmentation has {LABELS} "
+            f"parameters; set --network.augment-dim {LABELS}"
         )

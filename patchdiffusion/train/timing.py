@@ -1,4 +1,4 @@
-"""What a process is doing: time in each phase of a step, and a sign of life for the others."""
+"""Time in each phase of a step, and heartbeat files of the processes."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ SLOW_FACTOR = 5.0
 
 @dataclass(frozen=True)
 class Slow:
-    """A step that took much longer than those before it."""
+    """Step that took much longer than those before it, with its longest phase."""
 
     step: int
     seconds: float
@@ -31,9 +31,9 @@ class Slow:
 
 
 class Phases:
-    """Host seconds in each phase of the steps; nested phases count for the inner one only.
+    """Host seconds in each phase of the steps; the time of a nested phase counts there only.
 
-    On CUDA the host only launches work, so phases show what it waits for, not what the device does.
+    On CUDA the host only launches kernels, so phases show where it waits, not the time of kernels.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Phases:
         self.seconds: dict[str, float] = {}
         self.slowest: Slow | None = None
         self.broken_in = ""
-        """The phase in which an error was raised, or nothing."""
+        """Phase in which an error was raised, or ""."""
         self._of_step: dict[str, float] = {}
         self._usual = 0.0
 
@@ -57,7 +57,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Everything inside belongs to the phase of this name."""
+        """Context of a phase."""
         before = self._switch(name)
         try:
             yield
@@ -68,13 +68,13 @@ class Phases:
             self._switch(before)
 
     def begin_step(self, step: int) -> None:
-        """What was done since the last call was a step, unless it lasted as long as a pause."""
+        """Start the time of a step."""
         self._switch("loop")
         self.step = step
         self._of_step = {}
 
     def end_step(self) -> None:
-        """Remember the step if it was slow, and what made it so."""
+        """Stop the time of a step, and remember the step if it was slow."""
         self._switch("loop")
         total = sum(self._of_step.values())
         if self._usual and total > max(SLOW_SECONDS, SLOW_FACTOR * self._usual):
@@ -92,7 +92,7 @@ class Phases:
         return seconds, slowest
 
 
-# ---- For the other processes ----
+# ---- Heartbeats ----
 
 
 def _beat_file(folder: Path, rank: int) -> Path:
@@ -101,10 +101,10 @@ def _beat_file(folder: Path, rank: int) -> Path:
 
 @contextmanager
 def heartbeat(folder: Path, where: Place, phases: Phases) -> Iterator[None]:
-    """Keep a file that says what this process is doing, written by a thread of its own.
+    """Context in which a thread keeps writing step and phase of this process to a file.
 
-    So it tells where the process hangs, and goes silent when it dies; after a good end it is
-    deleted. Alone, nothing is written.
+    The file shows where a process hangs, and becomes old when it dies; it is deleted at the end
+    unless there was an error. A single process writes none.
     """
     if where.size == 1:
         yield
@@ -128,7 +128,7 @@ def heartbeat(folder: Path, where: Place, phases: Phases) -> Iterator[None]:
                 temporary.write_text(json.dumps(facts))
                 temporary.replace(file)
             except OSError:
-                pass  # a full disk is no reason to stop; the message then knows less
+                pass  # a full disk is no reason to stop; an error message then says less
             if end.wait(BEAT_SECONDS):
                 return
 
@@ -147,12 +147,12 @@ def heartbeat(folder: Path, where: Place, phases: Phases) -> Iterator[None]:
                 file.parent.rmdir()
 
 
-def whereabouts(folder: Path, own: Place) -> str:
-    """What the other processes were doing last, in one line."""
-    told = []
-    for rank in range(own.size):
+def whereabouts(folder: Path, process: Place) -> str:
+    """Last known step and phase of the other processes, in one line."""
+    states = []
+    for rank in range(process.size):
         file = _beat_file(folder, rank)
-        if rank == own.rank or not file.exists():
+        if rank == process.rank or not file.exists():
             continue
         try:
             facts = read_json(file)
@@ -161,7 +161,7 @@ def whereabouts(folder: Path, own: Place) -> str:
             state = f"for {facts['seconds']:.0f} s {where}"
             if silent > 5 * BEAT_SECONDS:
                 state = f"silent for {silent:.0f} s, last {where}"
-            told.append(f"rank {rank} (process {facts['pid']} on {facts['host']}) {state}")
+            states.append(f"rank {rank} (process {facts['pid']} on {facts['host']}) {state}")
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return "; ".join(told) or "nothing is known of the others"
+    return "; ".join(states) or "nothing is known of the others"

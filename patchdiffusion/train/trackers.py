@@ -1,6 +1,6 @@
-"""Further places for the numbers and pictures of a run: TensorBoard, W&B, trackio.
+"""Trackers, which get a copy of the log and the samples: TensorBoard, W&B, trackio.
 
-`log.jsonl` is the record; these are copies for people. None of them can stop a run.
+`log.jsonl` is the complete record. An error of a tracker never stops a run.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from patchdiffusion.system.optional import require
 
 
 class Tracker(Protocol):
-    """Where numbers and pictures go."""
+    """Receiver of numbers and pictures."""
 
     def numbers(self, values: Mapping[str, float], step: int) -> None: ...
     def picture(self, path: Path, step: int) -> None: ...
@@ -43,7 +43,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of wandb, or of trackio, which has the same interface."""
+    """Run of wandb, or of trackio, which has the same interface."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], module: str = "wandb"):
         self._api = require(module, extra="log")
@@ -71,7 +71,7 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
 
 
 class Trackers:
-    """Several trackers, each of which is left out for good after its first error."""
+    """Several trackers, each of which is closed after its first error."""
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
@@ -86,18 +86,18 @@ class Trackers:
         self._open[name] = TRACKERS[name](folder, config)
 
     def numbers(self, values: Mapping[str, float | None], step: int) -> None:
-        """Finite numbers at a step."""
-        known = {key: value for key, value in values.items() if value is not None}
+        """Send numbers of a step; None values are left out."""
+        present = {key: value for key, value in values.items() if value is not None}
         for name, tracker in list(self._open.items()):
-            self._try(name, lambda t=tracker: t.numbers(known, step))
+            self._try(name, lambda t=tracker: t.numbers(present, step))
 
     def picture(self, path: Path, step: int) -> None:
-        """A grid of samples."""
+        """Send a picture of a step."""
         for name, tracker in list(self._open.items()):
             self._try(name, lambda t=tracker: t.picture(path, step))
 
     def close(self) -> None:
-        """The run is over."""
+        """Close all trackers at the end of the run."""
         for name, tracker in list(self._open.items()):
             self._try(name, tracker.close)
         self._open.clear()

@@ -89,7 +89,7 @@ def result(change: Callable[[Any], Any]) -> StandIn:
 copied = result(lambda found: {name: value.clone() for name, value in found.items()})
 first_of_all = result(lambda found: itertools.islice(found, 1))
 never_bad = result(lambda told: told._replace(bad=0 * told.bad))
-never_scaled = result(lambda told: told._replace(most=0 * told.most + 1e9))
+never_scaled = result(lambda verdict: verdict._replace(max_norm=0 * verdict.max_norm + 1e9))
 
 
 def first_argument(original: Any) -> Any:

@@ -44,7 +44,7 @@ def test_d4_truncated_file(
         out = capsys.readouterr().out
         assert any(names(line, "warning", newest / name) for line in out.splitlines())
         assert f"resume    at step 3 from {newest.with_name(OLDER)}" in out
-        assert f"aside     {newest}.damaged-1" in out
+        assert f"renamed   to {newest}.damaged-1" in out
         assert checkpoints(folder) == [1, 2, 3]
         assert (newest.with_name(f"{NEWEST}.damaged-1") / name).exists()
 

@@ -24,7 +24,7 @@ from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.model import load_model
 from patchdiffusion.system.files import read_json, sha256, write_json
-from patchdiffusion.train.restore import find
+from patchdiffusion.train.restore import read_saved
 
 SECRET = "the words of somebody else"
 
@@ -276,7 +276,7 @@ def test_s1_facts_of_another_type(
     """A checkpoint, a model and a pack whose digests are right and whose facts are not."""
     newest = run / "checkpoints" / NEWEST
     for file, read in (
-        (newest / "state.json", lambda: find(newest)),
+        (newest / "state.json", lambda: read_saved(newest)),
         (run / "model" / "config.json", lambda: load_model(run)),
         (pack / "pack.json", lambda: Pack.open(pack)),
     ):
