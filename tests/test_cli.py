@@ -201,7 +201,7 @@ def test_a_folder_and_nothing_else(
 
 def test_stopping_and_going_on(images: Path, tmp_path: Path, capsys: Capture) -> None:
     out = works(capsys, "train", images, *SMALL, "--max-hours", "1e-9")
-    assert "the same command goes on" in out
+    assert "the same command resumes the run" in out
     assert "resume    at step 1" in works(capsys, "train", images, *SMALL)
     assert read_json(tmp_path / "runs" / "images" / "run.json")["status"] == "finished"
 
