@@ -1,20 +1,20 @@
-"""Image files as a `Source`: a folder, a zip, or either of them with an EDM `dataset.json`."""
+"""Image files as a `Source`: a folder or a zip, with labels and captions that lie beside them."""
 
 import hashlib
-import os
 import re
-import stat
 import zipfile
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from patchdiffusion.data.captions import TABLES, TEXT, Captions, find_captions
 from patchdiffusion.data.decode import EXTENSIONS, decode
 from patchdiffusion.data.example import BadImage, Example
-from patchdiffusion.data.labels import LABEL_FILE, edm_labels, folder_labels, natural
+from patchdiffusion.data.labels import LabelSource, find_labels, natural
+from patchdiffusion.data.listing import Entry, Listing, list_folder, list_zip, suffix
 from patchdiffusion.data.pixels import unit_span
+from patchdiffusion.data.splits import HELD_OUT, TEST, TRAIN
+from patchdiffusion.system.text import printable
 
 _MAX_BYTES = 2**30
 
@@ -26,8 +26,10 @@ class FileSource:
     name: str
     keys: tuple[str, ...]
     read: Callable[[str], bytes] = field(repr=False)
-    labels: tuple[int, ...] | None = None
+    labels: tuple[int | None, ...] | None = None
     classes: tuple[str, ...] = ()
+    held_out: tuple[bool, ...] | None = None
+    """Whether each image is kept from training; None leaves that open."""
     stamp: str = ""
     notes: tuple[str, ...] = ()
     ignored: dict[str, int] = field(default_factory=dict)
@@ -47,26 +49,15 @@ class FileSource:
             key,
             span=unit_span(image),
             mode=mode,
+            held_out=None if self.held_out is None else self.held_out[index],
             caption=caption,
             complaints=complaints,
         )
 
 
-@dataclass(frozen=True)
-class _Listing:
-    """Files of a folder or zip: (key, size, change mark) of each image, and ignored files."""
-
-    entries: list[tuple[str, int, int]]
-    texts: list[tuple[str, int, int]]
-    """Files that may hold captions, in the same form."""
-    ignored: Counter[str]
-    label_file: bool
-    notes: tuple[str, ...] = ()
-
-
-def folder_source(path: Path) -> FileSource:
+def folder_source(path: Path, labels: LabelSource = "auto") -> FileSource:
     """All images below a folder; symbolic links are followed, each real folder once."""
-    listing = _scan(path)
+    listing = list_folder(path)
 
     def read(key: str) -> bytes:
         try:
@@ -77,10 +68,10 @@ def folder_source(path: Path) -> FileSource:
         except OSError as error:
             raise BadImage(key, error.strerror or type(error).__name__) from error
 
-    return _source(path.resolve().name, path, listing, read)
+    return _source(path.resolve().name, path, listing, read, labels)
 
 
-def zip_source(path: Path) -> FileSource:
+def zip_source(path: Path, labels: LabelSource = "auto") -> FileSource:
     """All images in a zip, read in place.
 
     Raises `ValueError` if it is no zip, or if names are repeated or lead outside.
@@ -89,11 +80,11 @@ def zip_source(path: Path) -> FileSource:
         archive = zipfile.ZipFile(path)
     except (zipfile.BadZipFile, OSError) as error:
         raise ValueError(f"{path} cannot be read as a zip: {error}") from error
-    listing = _list_zip(path, archive)
+    listing = list_zip(path, archive)
 
     def read(key: str) -> bytes:
         try:
-            info = archive.getinfo(key)
+            info = listing.members[key]
             if info.file_size > _MAX_BYTES:
                 raise BadImage(key, f"larger than {_MAX_BYTES} bytes")
             return archive.read(info)
@@ -102,148 +93,78 @@ def zip_source(path: Path) -> FileSource:
         except Exception as error:  # CRC, truncation, encryption and each compression's own
             raise BadImage(key, f"cannot be read from the zip: {error}") from error
 
-    return _source(path.stem, path, listing, read)
+    return _source(path.stem, path, listing, read, labels)
 
 
-def _visible(name: str) -> bool:
-    return not name.startswith(".") and name != "__MACOSX"
-
-
-def _suffix(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "no extension"
-
-
-def _scan(root: Path) -> _Listing:
-    """List a folder; real folders first, so that a link to one of the same tree adds nothing."""
-    entries: list[tuple[str, int, int]] = []
-    texts: list[tuple[str, int, int]] = []
-    ignored: Counter[str] = Counter()
-    seen: set[tuple[int, int]] = set()
-    repeated: list[str] = []
-    unreadable: list[str] = []
-    links = [""]
-    while links:
-        pending, links = links, []
-        while pending:
-            prefix = pending.pop()
-            status = os.stat(root / prefix)
-            if (status.st_dev, status.st_ino) in seen:
-                repeated.append(prefix)
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            try:
-                children = sorted(os.scandir(root / prefix), key=lambda child: child.name)
-            except OSError as error:
-                unreadable.append(f"{prefix or root}: {error.strerror}")
-                continue
-            for child in children:
-                key = f"{prefix}/{child.name}" if prefix else child.name
-                if not _visible(child.name):
-                    ignored["hidden"] += 1
-                elif child.is_dir():
-                    (links if child.is_symlink() else pending).append(key)
-                else:
-                    _add(key, child, texts if _may_caption(key) else entries, ignored)
-    notes = [f"linked folder read already: {key}" for key in repeated]
-    notes += [f"folder not readable: {text}" for text in unreadable]
-    has_labels = (root / LABEL_FILE).is_file()
-    return _Listing(entries, texts, ignored, has_labels, tuple(notes))
-
-
-def _may_caption(name: str) -> bool:
-    return name.endswith(TEXT) or name.rpartition("/")[2] in TABLES
-
-
-def _add(
-    key: str, child: os.DirEntry[str], entries: list[tuple[str, int, int]], ignored: Counter[str]
-) -> None:
-    if key == LABEL_FILE:
-        return
-    if _suffix(key) not in EXTENSIONS and not _may_caption(key):
-        ignored[_suffix(key)] += 1
-        return
-    try:
-        status = child.stat()
-    except OSError:  # a broken link; reading it will tell
-        entries.append((key, -1, 0))
-        return
-    if stat.S_ISREG(status.st_mode):
-        entries.append((key, status.st_size, status.st_mtime_ns))
-    else:
-        ignored["special file"] += 1
-
-
-def leads_outside(name: str) -> bool:
-    """Whether a file of this name in a zip would, on any system, be unpacked outside of it."""
-    above = name.startswith("/") or ".." in name.split("/")
-    return above or "\\" in name or re.match("[A-Za-z]:", name) is not None
-
-
-def _list_zip(path: Path, archive: zipfile.ZipFile) -> _Listing:
-    entries: list[tuple[str, int, int]] = []
-    texts: list[tuple[str, int, int]] = []
-    ignored: Counter[str] = Counter()
-    names: set[str] = set()
-    for info in archive.infolist():
-        name = info.filename
-        if leads_outside(name):
-            raise ValueError(f"{path} is refused: the name {name!r} leads outside of the zip")
-        if name in names:
-            raise ValueError(f"{path} is refused: the name {name!r} occurs twice")
-        names.add(name)
-        if info.is_dir() or name == LABEL_FILE:
-            continue
-        if not all(_visible(part) for part in name.split("/")):
-            ignored["hidden"] += 1
-        elif _may_caption(name):
-            texts.append((name, info.file_size, info.CRC))
-        elif _suffix(name) not in EXTENSIONS:
-            ignored[_suffix(name)] += 1
-        else:
-            entries.append((name, info.file_size, info.CRC))
-    return _Listing(entries, texts, ignored, LABEL_FILE in names)
-
-
-def _source(name: str, path: Path, listing: _Listing, read: Callable[[str], bytes]) -> FileSource:
-    if not listing.entries:
-        ignored = listing.ignored + Counter(_suffix(name) for name, _, _ in listing.texts)
-        others = ", ".join(f"{kind} {count}" for kind, count in ignored.most_common())
-        content = f"no images, only other files ({others})" if ignored else "no images"
+def _source(
+    name: str,
+    path: Path,
+    listing: Listing,
+    read: Callable[[str], bytes],
+    source: LabelSource,
+) -> FileSource:
+    if not listing.images:
+        for entry in (*listing.texts, *listing.tables):
+            listing.ignored[suffix(entry.key)] += 1
+        others = ", ".join(f"{kind} {count}" for kind, count in listing.ignored.most_common())
+        content = f"no images, only other files ({others})" if others else "no images"
         raise ValueError(f"{path} holds {content}; images end in {' '.join(sorted(EXTENSIONS))}")
-    entries = sorted(listing.entries, key=lambda entry: natural(entry[0]))
-    if grids := _grids([key for key, _, _ in entries]):
-        entries = [entry for entry in entries if entry[0] not in grids]
+    entries = sorted(listing.images, key=lambda entry: natural(entry.key))
+    if grids := _grids([entry.key for entry in entries]):
+        entries = [entry for entry in entries if entry.key not in grids]
         listing.ignored["grid of samples"] = len(grids)
-    keys = tuple(entry[0] for entry in entries)
-    captions, used = _captions(listing, keys, read)
-    labels = None
-    notes = (*listing.notes, *captions.notes)
-    if listing.label_file:
-        labels, classes, note = edm_labels(path, read(LABEL_FILE), keys)
-    else:
-        labels, classes, note = folder_labels(keys)
-    notes += note
+    keys = [entry.key for entry in entries]
+    tables = sorted(entry.key for entry in listing.tables)
+    try:
+        labelled = find_labels(keys, tables, read, source)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    splits = labelled.splits or (None,) * len(keys)
+    left_out = HELD_OUT in splits  # else the test images are those that are held out
+    kept = [i for i, split in enumerate(splits) if not (left_out and split == TEST)]
+    keys = tuple(keys[i] for i in kept)
+    captions, texts = _captions(listing, keys, read, labelled.used)
+    notes = (*listing.notes, *captions.notes, *labelled.notes)
+    if gone := len(splits) - len(kept):
+        notes += (f"splits: {gone} test images are left out: neither trained on nor held out",)
+    labels = None if labelled.labels is None else tuple(labelled.labels[i] for i in kept)
+    held = None if labelled.splits is None else tuple(splits[i] != TRAIN for i in kept)
     digest = hashlib.sha256()
-    for entry in entries:
-        digest.update(repr(entry).encode())
-    digest.update(repr((labels, classes)).encode())
-    for entry in used:
-        digest.update(repr(entry).encode())
+    for i in kept:
+        digest.update(repr(tuple(entries[i])).encode())
+    # What is usual has the stamp that it had before there was anything else.
+    extra = () if held is None else (held,)
+    digest.update(repr((labels, labelled.classes, *extra)).encode())
+    for entry in texts:
+        digest.update(repr(tuple(entry)).encode())
     ignored = dict(listing.ignored.most_common())
-    stamp = digest.hexdigest()
-    return FileSource(name, keys, read, labels, classes, stamp, notes, ignored, captions)
+    return FileSource(
+        name,
+        keys,
+        read,
+        labels,
+        labelled.classes,
+        held,
+        digest.hexdigest(),
+        notes,
+        ignored,
+        captions,
+    )
 
 
 def _captions(
-    listing: _Listing, keys: tuple[str, ...], read: Callable[[str], bytes]
-) -> tuple[Captions, list[tuple[str, int, int]]]:
-    """Captions of images, and the files that hold them; other texts are ignored and counted."""
-    texts = sorted(listing.texts)
-    tables = [name for name, _, _ in texts if name.rpartition("/")[2] in TABLES]
-    captions = find_captions(keys, [n for n, _, _ in texts if n.endswith(TEXT)], tables, read)
+    listing: Listing, keys: Sequence[str], read: Callable[[str], bytes], used: frozenset[str]
+) -> tuple[Captions, list[Entry]]:
+    """Captions of images, and the files that hold them; other files are ignored and counted."""
+    texts = [entry.key for entry in sorted(listing.texts)]
+    tables = [e.key for e in sorted(listing.tables) if e.key.rpartition("/")[2] in TABLES]
+    captions = find_captions(keys, [t for t in texts if t.endswith(TEXT)], tables, read)
     names = {*captions.files.values(), *tables}
-    listing.ignored.update(_suffix(name) for name, _, _ in texts if name not in names)
-    return captions, [entry for entry in texts if entry[0] in names]
+    others = sorted((*listing.texts, *listing.tables))
+    for entry in others:
+        if entry.key not in names | used:
+            listing.ignored[suffix(entry.key)] += 1
+    return captions, [entry for entry in others if entry.key in names]
 
 
 def _grids(keys: list[str]) -> set[str]:

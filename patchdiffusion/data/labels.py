@@ -1,72 +1,271 @@
-"""Class labels of image files, from their folders or from a `dataset.json` as EDM writes it."""
+"""Labels and splits of image files: from tables beside them, else from the folders they lie in.
+
+Folders called train and val or test are splits, and the folders below them classes. Folders that
+look like dates, numbered parts or cameras are no classes unless they are asked for.
+"""
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
-from pathlib import Path
+from typing import Literal
 
 from patchdiffusion.data.example import MAX_LABEL
-from patchdiffusion.system.files import parse_json
+from patchdiffusion.data.splits import HELD_OUT, TEST, TRAIN, are_splits, domain_of, split_of
+from patchdiffusion.data.tables import LABEL_FILE, Cell, Names, Table, read_table
+from patchdiffusion.system.text import printable
 
-LABEL_FILE = "dataset.json"
+LabelSource = Literal["auto", "folders", "off"]
 
-Labels = tuple[tuple[int, ...] | None, tuple[str, ...], tuple[str, ...]]
-"""Label of each image or None, class names, lines for the report."""
+_NAMED = 6  # classes, or folders, that a line names
 
 
-def natural(text: str) -> tuple[list[str | int], str]:
+@dataclass(frozen=True)
+class Labels:
+    """Label and split of each image, names of the classes, lines for the report."""
+
+    labels: tuple[int | None, ...] | None = None
+    classes: tuple[str, ...] = ()
+    splits: tuple[str, ...] | None = None
+    """train, val or test; None if nothing divides the images."""
+    notes: tuple[str, ...] = ()
+    used: frozenset[str] = frozenset()
+    """Tables that are used."""
+
+
+def natural(text: str) -> tuple[list[str | tuple[int, str]], str]:
     """A sort key by which img2 comes before img10, the same in any locale."""
     parts = re.split("([0-9]+)", text.casefold())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
+    return [_number(part) if i % 2 else part for i, part in enumerate(parts)], text
 
 
-def folder_labels(keys: tuple[str, ...]) -> Labels:
-    """Labels by the first folder that differs, if every image lies in such a folder."""
+def _number(digits: str) -> tuple[int, str]:
+    """A key of whole numbers of any length."""
+    short = digits.lstrip("0")
+    return len(short), short
+
+
+def some(names: Sequence[str]) -> str:
+    """A few of the names, for people."""
+    listed = ", ".join(printable(name) for name in names[:_NAMED])
+    return f"{listed}, ..." if len(names) > _NAMED else listed
+
+
+# ---- Folders ----
+
+
+def folder_labels(keys: Sequence[str], source: LabelSource = "auto") -> Labels:
+    """Labels by the first folder that differs, if every image lies in such a folder.
+
+    Of divided sets the training images decide which classes there are; "folders" takes folders of
+    any name, and divides nothing.
+    """
     folders = [key.split("/")[:-1] for key in keys]
+    splits, note = (None, ()) if source == "folders" else _take_splits(folders)
+    labelled = Labels() if source == "off" else _by_folder(folders, keys, splits, source)
+    return replace(labelled, splits=splits, notes=(*note, *labelled.notes))
+
+
+def _take_splits(folders: list[list[str]]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """The split of each image by a folder train, val or test, which is taken out of its path."""
+    start = _common(folders)
+    for depth in (start, start + 1):
+        names = sorted({parts[depth] for parts in folders if len(parts) > depth})
+        if are_splits(names):
+            break
+    else:
+        return None, ()
+    strange: Counter[str] = Counter()
+    splits: list[str] = []
+    for parts in folders:
+        name = parts.pop(depth) if len(parts) > depth else "no folder"
+        if domain := domain_of(name):
+            parts.insert(depth, domain)
+        splits.append(split_of(name) or TRAIN)
+        strange[name] += split_of(name) is None
+    others = [name for name, count in strange.items() if count]
+    rest = f"; {some(others)} counts as train" if others else ""
+    return tuple(splits), (f"splits: the folders {some(names)} divide the images{rest}",)
+
+
+def _common(folders: Sequence[list[str]]) -> int:
+    """How many folders, from the outside, all images have in common."""
     levels = zip(*folders, strict=False)
-    depth = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
-    loose = sum(len(parts) == depth for parts in folders)
+    return sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def _by_folder(
+    folders: Sequence[list[str]],
+    keys: Sequence[str],
+    splits: Sequence[str] | None,
+    source: LabelSource,
+) -> Labels:
+    own = [parts for i, parts in enumerate(folders) if splits is None or splits[i] == TRAIN]
+    depth = _common(own)
+    loose = sum(len(parts) == depth for parts in own)
     if loose:
-        mixed = f"no labels: {loose} of {len(keys)} images lie outside of the sub-folders"
-        return None, (), (mixed,) if loose < len(keys) else ()
-    heads = [parts[depth] for parts in folders]
-    classes = tuple(sorted(set(heads), key=natural))
-    index = {head: i for i, head in enumerate(classes)}
-    return tuple(index[head] for head in heads), classes, ()
+        mixed = f"no labels: {loose} of {len(own)} images lie outside of the sub-folders"
+        return Labels(notes=(mixed,) if loose < len(own) else ())
+    classes = tuple(sorted({parts[depth] for parts in own}, key=natural))
+    above = own[0][depth - 1] if depth else ""
+    if source == "auto" and (kind := _no_classes(classes, above, keys)):
+        look = f"no labels: the folders {some(classes)} look like {kind}"
+        return Labels(notes=(f"{look}; --data.labels folders makes them classes",))
+    index = {name: i for i, name in enumerate(classes)}
+    heads = [parts[depth] if len(parts) > depth else "" for parts in folders]
+    return Labels(tuple(index.get(head) for head in heads), classes)
 
 
-def _pairs(path: Path, content: bytes) -> Iterator[tuple[str, int]]:
-    rule = '{"labels": [["name.png", 3], ...]} or {"labels": null}'
-    try:
-        rows = parse_json(content)["labels"] or []
-        for key, label in rows:
-            if not isinstance(key, str):
-                raise TypeError(f"{key!r} is not the name of an image")
-            if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-                raise ValueError(f"the label of {key!r} is {label!r}, not an integer from 0")
-            yield key, label
-    except (ValueError, TypeError, KeyError) as error:
-        problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{LABEL_FILE} of {path} is not of the form {rule} ({problem})") from error
+_YEAR = r"(19|20)\d\d"
+_DATE = rf"(photos from )?{_YEAR}([-_. ]?(0[1-9]|1[0-2])([-_. ]?\d\d)?([-_ .,].*)?)?"
+_PART = (
+    r"(train(ing)?|shards?|parts?|chunks?|batch(es)?|subsets?|archives?|volumes?|vol|disks?|folders?|dirs?|"
+    r"img|imgs|images?|data|set)[-_. ]?\d+"
+)
+_CAMERA = r"\d{3}[a-z0-9_]{5}"
 
 
-def edm_labels(path: Path, content: bytes, keys: tuple[str, ...]) -> Labels:
-    """Labels of a `dataset.json`; raises `ValueError` for another form or an unlabeled image."""
-    table = dict(_pairs(path, content))
-    if not table:
-        return None, (), ()
-    missing = [key for key in keys if key not in table]
-    if missing:
+def _no_classes(names: Sequence[str], above: str, keys: Sequence[str]) -> str:
+    """What folders of these names hold if no classes: dates, parts, pictures of cameras."""
+    low = [name.casefold() for name in names]
+
+    def all_are(pattern: str) -> bool:
+        return all(re.fullmatch(pattern, name) for name in low)
+
+    if all_are(_DATE) or (re.fullmatch(_YEAR, above) and all_are(r"(0?[1-9]|1[0-2])([-_ ].*)?")):
+        return "dates"
+    if all_are(_PART) and len({re.sub(r"\d", "", name) for name in low}) == 1:
+        return "parts of one set"
+    if all_are(r"\d{5,}") and len({len(name) for name in low}) == 1:
+        files = [key.rpartition("/")[2] for key in keys]  # numbered through, in shards
+        return "parts of one set" if len(set(files)) == len(files) else ""
+    camera = all_are(_CAMERA) and any(c.isalpha() for name in low for c in name)
+    return "folders of a camera" if camera else ""
+
+
+# ---- Tables ----
+
+
+def find_labels(
+    keys: Sequence[str],
+    tables: Sequence[str],
+    read: Callable[[str], bytes],
+    source: LabelSource = "auto",
+) -> Labels:
+    """Labels and splits of images, from the tables that name them, else from their folders.
+
+    Raises `ValueError` for a `dataset.json` at the top that is of another form or misses images.
+    """
+    if source != "auto":
+        return folder_labels(keys, source)
+    names, found, notes = Names(keys), [], []
+    for name in sorted(tables, key=lambda name: (not name.endswith(LABEL_FILE), name)):
+        try:
+            table = read_table(name, read, names)
+        except ValueError as error:
+            if name == LABEL_FILE:
+                raise
+            notes.append(f"{error}; it is passed over")
+            continue
+        if table is not None:
+            found.append(table)
+    by_folder = folder_labels(keys)
+    exact = [table for table in found if table.exact]
+    for table in exact:
+        _refuse_gaps(table, keys)
+    chosen = exact or [table for table in found if table.labels and table.column is not None]
+    labelled = _by_tables(chosen, keys)
+    if labelled is None:
+        notes += [_unused(table) for table in found]
+        labelled = by_folder
+    else:
+        splits = [note for note in by_folder.notes if note.startswith("splits")]
+        labelled = replace(labelled, splits=by_folder.splits, notes=(*splits, *labelled.notes))
+    if rows := {key: kind for table in found for key, kind in table.splits.items()}:
+        splits = tuple(rows.get(key, TRAIN) for key in keys)
+        if TRAIN in splits and {HELD_OUT, TEST} & set(splits):
+            where = ", ".join(printable(table.name) for table in found if table.splits)
+            labelled = replace(
+                labelled, splits=splits, notes=(*labelled.notes, f"splits: those of {where}")
+            )
+    return replace(labelled, notes=(*notes, *labelled.notes))
+
+
+def _refuse_gaps(table: Table, keys: Sequence[str]) -> None:
+    """Raise `ValueError` if a `dataset.json` with labels misses images of its folder."""
+    folder = table.name.rpartition("/")[0]
+    below = [key for key in keys if not folder or key.startswith(f"{folder}/")]
+    missing = [key for key in below if key not in table.labels]
+    if missing and (table.labels or table.unknown):
         raise ValueError(
-            f"{LABEL_FILE} of {path} gives no label for {len(missing)} of {len(keys)} images, "
-            f"the first is {missing[0]!r}"
+            f"{printable(table.name)} gives no label for {len(missing)} of {len(below)} images, "
+            f"the first is {missing[0]!r}; --data.labels off goes without"
         )
-    labels = tuple(table[key] for key in keys)
-    if max(labels) > MAX_LABEL:
-        raise ValueError(f"{LABEL_FILE} of {path} has the label {max(labels)} > {MAX_LABEL}")
-    classes = tuple(str(i) for i in range(max(labels) + 1))
-    absent = sorted(table.keys() - set(keys))
-    if not absent:
-        return labels, classes, ()
-    missing = f"{len(absent)} images that do not exist, the first is {absent[0]!r}"
-    return labels, classes, (f"{LABEL_FILE} names {missing}",)
+
+
+def _by_tables(tables: Sequence[Table], keys: Sequence[str]) -> Labels | None:
+    """The labels of tables, or None if they give too few images one."""
+    if not tables:
+        return None
+    cells: dict[str, Cell] = {}
+    for table in reversed(tables):  # the first counts
+        cells |= table.labels
+    given = {key: cell for key, cell in cells.items() if cell is not None}
+    exact = tables[0].exact
+    if not exact and 2 * len(given) < len(keys):
+        return None
+    where = ", ".join(printable(table.name) for table in tables)
+    used = frozenset(table.name for table in tables)
+    if not given:
+        return Labels(notes=(f"no labels: {where} gives none",), used=used)
+    classes, number = _classes([given[key] for key in keys if key in given], tables[0])
+    if classes is None:
+        return None
+    labels = tuple(number[cell] if (cell := given.get(key)) is not None else None for key in keys)
+    notes = [f"labels: those of {where}"]
+    if not exact and tables[0].column is not None:
+        notes = [f"labels: column {printable(tables[0].column)} of {where}"]
+    if len(given) < len(keys):
+        notes.append(f"{len(keys) - len(given)} of {len(keys)} images have no label there")
+    for table in tables:
+        if table.unknown:
+            count, first = len(table.unknown), table.unknown[0]
+            told = f"{count} images that do not exist, the first is {first!r}"
+            notes.append(f"{printable(table.name)} names {told}")
+    return Labels(labels, classes, None, tuple(notes), used)
+
+
+def _classes(
+    cells: Sequence[Cell], table: Table
+) -> tuple[tuple[str, ...] | None, dict[Cell, int]]:
+    """Names of the classes and the number of each label, or None if these cannot be classes.
+
+    Numbers are numbers of classes; those of other tables only where they leave few gaps.
+    """
+    found, exact = set(cells), table.exact
+    if not (table.named or 2 * len(found) <= len(cells)):
+        return None, {}
+    if all(isinstance(c, int) or re.fullmatch(r"\d{1,9}(\.0+)?", str(c)) for c in found):
+        numbers = {c: int(float(c)) for c in found if c is not None}
+        largest = max(numbers.values())
+        if exact and largest > MAX_LABEL:
+            raise ValueError(f"{LABEL_FILE} has the label {largest} > {MAX_LABEL}")
+        if exact or 0 <= min(numbers.values()) <= largest <= 2 * len(found) + 8:
+            return tuple(str(i) for i in range(largest + 1)), dict(numbers)
+    texts = {c: str(c) for c in found}
+    measured = all(re.fullmatch(r"-?\d*\.\d+(e[-+]?\d+)?", t.lower()) for t in texts.values())
+    many = len(found) > 20 and 2 * len(found) > len(cells)
+    if not exact and (measured or many):
+        return None, {}
+    classes = tuple(sorted(set(texts.values()), key=natural))
+    index = {name: i for i, name in enumerate(classes)}
+    return classes, {c: index[text] for c, text in texts.items()}
+
+
+def _unused(table: Table) -> str:
+    """Why a table that names images gives them no labels."""
+    name = printable(table.name)
+    if table.column is None:
+        return f"{name} names images, but none of its columns is called label or class"
+    return f"{name} names images, but its column {printable(table.column)} is not used for labels"

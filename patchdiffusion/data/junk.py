@@ -1,0 +1,76 @@
+"""Files that look like data and are none: thumbnails, recycle bins, system folders, our own runs.
+
+| passed over                                | written by                                       |
+|--------------------------------------------|--------------------------------------------------|
+| names that begin with a dot, `__MACOSX`    | Unix, macOS (`.AppleDouble`, `._x.jpg`, `.Trash`) |
+| `@eaDir`, `@tmp`, `#recycle`, `#snapshot`  | Synology                                         |
+| `@Recycle`, `@Recently-Snapshot`           | QNAP                                             |
+| `$RECYCLE.BIN`, `RECYCLER`, `Recycled`,    | Windows                                          |
+| `System Volume Information`, `FOUND.000`   |                                                  |
+| `Trash`, `lost+found`                      | Linux, cameras                                   |
+| `thumbnails`, `thumbs`, `thumb`, `*.lrdata` | viewers and editors of photos                    |
+| folders of runs of this program            | `patchdiffusion train` in the folder of the data |
+
+Case does not matter. Only what lies below the folder that was given is looked at.
+"""
+
+import re
+from pathlib import Path
+
+from patchdiffusion.system.files import read_json
+
+HIDDEN = "hidden"
+RUNS = "run"
+_THUMBNAILS, _RECYCLED, _SYSTEM = "thumbnails", "recycle bin", "system folder"
+_FOLDERS = {
+    "__macosx": HIDDEN,
+    "@eadir": _THUMBNAILS,
+    "thumbnails": _THUMBNAILS,
+    "thumbs": _THUMBNAILS,
+    "thumb": _THUMBNAILS,
+    "_thumbs": _THUMBNAILS,
+    "#recycle": _RECYCLED,
+    "@recycle": _RECYCLED,
+    "$recycle.bin": _RECYCLED,
+    "recycler": _RECYCLED,
+    "recycled": _RECYCLED,
+    "trash": _RECYCLED,
+    "@tmp": _SYSTEM,
+    "#snapshot": _SYSTEM,
+    "@recently-snapshot": _SYSTEM,
+    "system volume information": _SYSTEM,
+    "lost+found": _SYSTEM,
+}
+
+
+def kind_of_junk(name: str, *, folder: bool) -> str | None:
+    """Why a file or folder of this name holds no data, or None."""
+    low = name.casefold()
+    if name.startswith("."):
+        return HIDDEN
+    if not folder:
+        return None
+    if low.endswith(".lrdata"):
+        return _THUMBNAILS
+    return _SYSTEM if re.fullmatch(r"found\.\d{3}", low) else _FOLDERS.get(low)
+
+
+def junk_in(path: str) -> tuple[str, str] | None:
+    """The outermost part of a path `a/b/c.png` that is no data, as a path, and why; or None."""
+    parts = path.split("/")
+    for depth, name in enumerate(parts, start=1):
+        if kind := kind_of_junk(name, folder=depth < len(parts)):
+            return "/".join(parts[:depth]), kind
+    return None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run; other folders may hold a `config.json`, too."""
+    if (folder / "config.json").exists() and (folder / "log.jsonl").exists():
+        return True  # even if it is damaged: its samples are not a data set
+    if not (folder / "config.json").is_file():
+        return False  # a pipe, for one, would never end
+    try:
+        return read_json(folder / "config.json").get("type") == "TrainConfig"
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,187 @@
+"""Lists the files of a folder or zip: images, texts and tables beside them, and the rest by kind."""
+
+import os
+import re
+import stat
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from patchdiffusion.data.captions import TEXT
+from patchdiffusion.data.decode import EXTENSIONS
+from patchdiffusion.data.junk import RUNS, is_run, junk_in, kind_of_junk
+from patchdiffusion.data.tables import is_table
+from patchdiffusion.system.text import printable
+
+_DEEPEST = 64
+"""Folders within each other; deeper ones are listed as unreadable."""
+
+
+class Entry(NamedTuple):
+    """A file: its name below the folder, its size, and a mark that changes with its content."""
+
+    key: str
+    size: int
+    mark: int
+
+
+@dataclass
+class Listing:
+    """Files by what they may be."""
+
+    images: list[Entry] = field(default_factory=list)
+    texts: list[Entry] = field(default_factory=list)
+    """Captions of images, perhaps."""
+    tables: list[Entry] = field(default_factory=list)
+    """Labels or captions of images, perhaps."""
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Number of files, and of whole folders, that are passed over, by kind."""
+    notes: list[str] = field(default_factory=list)
+    members: dict[str, zipfile.ZipInfo] = field(default_factory=dict)
+    """Of a zip, by the name under which they are listed."""
+
+    def add(self, entry: Entry) -> None:
+        """Sort a file in by its name."""
+        if is_table(entry.key):
+            self.tables.append(entry)
+        elif suffix(entry.key) == TEXT:
+            self.texts.append(entry)
+        elif suffix(entry.key) in EXTENSIONS:
+            self.images.append(entry)
+        else:
+            self.ignored[suffix(entry.key)] += 1
+
+
+def suffix(name: str) -> str:
+    """The extension of a name, in small letters."""
+    return PurePosixPath(name).suffix.lower() or "no extension"
+
+
+# ---- A folder ----
+
+
+def list_folder(root: Path) -> Listing:
+    """All files below a folder; symbolic links are followed, each real folder once.
+
+    Real folders first, so that a link to a folder of the same tree adds nothing.
+    """
+    listing = Listing()
+    seen: set[tuple[int, int]] = set()
+    links = [""]
+    while links:
+        pending, links = links, []
+        while pending:
+            prefix = pending.pop()
+            for child in _children(root, prefix, seen, listing):
+                key = f"{prefix}/{child.name}" if prefix else child.name
+                try:
+                    inner = child.is_dir()
+                except OSError:  # a link to itself; reading it will tell
+                    inner = False
+                if kind := kind_of_junk(child.name, folder=inner):
+                    listing.ignored[kind] += 1
+                elif inner and is_run(root / key):
+                    listing.ignored[RUNS] += 1
+                elif inner:
+                    (links if child.is_symlink() else pending).append(key)
+                else:
+                    _add_file(listing, key, child)
+    return listing
+
+
+def _children(
+    root: Path, prefix: str, seen: set[tuple[int, int]], listing: Listing
+) -> list[os.DirEntry[str]]:
+    """The entries of a folder that has not been read, in the order of their names."""
+    if prefix.count("/") >= _DEEPEST:
+        listing.notes.append(f"folder not read: {printable(prefix[:80])}... is too deep")
+        return []
+    try:
+        status = os.stat(root / prefix)
+        if (status.st_dev, status.st_ino) in seen:
+            listing.notes.append(f"linked folder read already: {printable(prefix)}")
+            return []
+        seen.add((status.st_dev, status.st_ino))
+        return sorted(os.scandir(root / prefix), key=lambda child: child.name)
+    except OSError as error:
+        listing.notes.append(f"folder not readable: {printable(prefix or str(root))}: {error.strerror}")
+        return []
+
+
+def _add_file(listing: Listing, key: str, child: os.DirEntry[str]) -> None:
+    try:
+        status = child.stat()
+    except OSError:  # a broken link; reading it will tell
+        listing.add(Entry(key, -1, 0))
+        return
+    if stat.S_ISREG(status.st_mode):
+        listing.add(Entry(key, status.st_size, status.st_mtime_ns))
+    elif suffix(key) in EXTENSIONS:
+        listing.ignored["special file"] += 1
+    else:
+        listing.ignored[suffix(key)] += 1
+
+
+# ---- A zip ----
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a file of this name in a zip would, on any system, be unpacked outside of it."""
+    above = name.startswith("/") or ".." in name.split("/")
+    return above or re.match("[A-Za-z]:", name) is not None
+
+
+def member_name(info: zipfile.ZipInfo) -> str:
+    """The name of a member as it was meant.
+
+    Backslashes are separators, as PowerShell and .NET wrote them. Names that are not marked as
+    UTF-8 and yet are UTF-8, as macOS writes them, are read so, else as code page 437.
+    """
+    name = info.filename
+    if not info.flag_bits & 0x800:
+        try:
+            name = name.encode("cp437").decode("utf-8")
+        except UnicodeError:
+            name = info.filename
+    return name.replace("\\", "/")
+
+
+def list_zip(path: Path, archive: zipfile.ZipFile) -> Listing:
+    """All members of a zip; raises `ValueError` if names are repeated or lead outside."""
+    listing = Listing()
+    entries: list[Entry] = []
+    for info in archive.infolist():
+        name = member_name(info)
+        if leads_outside(name):
+            raise ValueError(f"{path} is refused: the name {name!r} leads outside of the zip")
+        if name in listing.members:
+            raise ValueError(f"{path} is refused: the name {name!r} occurs twice")
+        listing.members[name] = info
+        if not name.endswith("/"):
+            entries.append(Entry(name, info.file_size, info.CRC))
+    runs = _runs(listing.members)
+    passed_over: dict[str, str] = {}
+    for entry in entries:
+        if found := _within(entry.key, runs) or junk_in(entry.key):
+            passed_over[found[0]] = found[1]
+        else:
+            listing.add(entry)
+    listing.ignored.update(Counter(passed_over.values()))
+    return listing
+
+
+def _runs(names: Iterable[str]) -> set[str]:
+    """Folders of runs among the members of a zip; at its top they are no part of it."""
+    folders: dict[str, set[str]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        folders.setdefault(folder, set()).add(file)
+    return {f for f, files in folders.items() if f and {"config.json", "log.jsonl"} <= files}
+
+
+def _within(key: str, folders: set[str]) -> tuple[str, str] | None:
+    parents = (str(parent) for parent in PurePosixPath(key).parents)
+    return next(((parent, RUNS) for parent in parents if parent in folders), None)

@@ -1,0 +1,196 @@
+"""Labels in files beside images: `dataset.json` as EDM writes it, CSV, TSV and JSON lines.
+
+A table speaks of the images below its folder. Names match whatever their Unicode form; names of
+rows may leave out folders and the extension where that is not ambiguous, as tables of Kaggle do.
+"""
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+
+from patchdiffusion.data.example import BadImage
+from patchdiffusion.data.splits import split_of
+from patchdiffusion.system.files import parse_json
+from patchdiffusion.system.text import printable, same_form
+
+LABEL_FILE = "dataset.json"
+JSON_LINES = (".jsonl", ".ndjson")
+_SEPARATED = (".csv", ".tsv")
+LABEL_COLUMNS = (
+    *("label", "labels", "class", "class_name", "classname", "category", "target", "class_id"),
+    *("label_id", "category_id", "species", "breed", "diagnosis", "y"),
+)
+"""Names of columns that hold classes, the first of them counts."""
+SPLIT_COLUMNS = ("split", "set", "subset", "partition")
+"""Names of columns that hold train, val or test."""
+_LOOKED_AT = 200
+
+Cell = str | int | None
+"""A label, or the name of an image, as a table has it."""
+
+
+@dataclass
+class Table:
+    """Rows of a file that name images: label and split of each image, by its key."""
+
+    name: str
+    labels: dict[str, Cell] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    """Names of images that are not there."""
+    column: str | None = None
+    """The column that holds the labels; None if there is none."""
+    named: bool = True
+    """The column has one of the names in `LABEL_COLUMNS`."""
+    exact: bool = False
+    """Written for this purpose: numbers are numbers of classes, and no image may be left out."""
+
+
+def is_table(name: str) -> bool:
+    """Whether a file may be a table, by its name."""
+    path = PurePosixPath(name)
+    return path.name == LABEL_FILE or path.suffix.lower() in (*JSON_LINES, *_SEPARATED)
+
+
+class Names:
+    """Finds images by what tables call them."""
+
+    def __init__(self, keys: Sequence[str]):
+        self._whole = {same_form(key): key for key in keys}
+        self._short: dict[str, str | None] = {}
+        for name, key in self._whole.items():
+            path = PurePosixPath(name)
+            for short in {path.name, path.stem, str(path.with_suffix(""))} - {name}:
+                self._short[short] = None if short in self._short else key
+
+    def find(self, name: str, folder: str) -> str | None:
+        """The key of an image that a table in this folder names, or None."""
+        name = same_form(name.strip().replace("\\", "/"))
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        relative = "/".join(parts)
+        whole = f"{same_form(folder)}/{relative}" if folder else relative
+        found = self._whole.get(whole) or self._whole.get(relative) or self._short.get(whole)
+        if found is None and parts and ".." not in parts:
+            found = self._short.get(relative) or self._short.get(parts[-1])
+            found = found or self._whole.get(parts[-1])
+        return found if found and _below(found, folder) else None
+
+
+def _below(key: str, folder: str) -> bool:
+    return not folder or key.startswith(f"{folder}/")
+
+
+def read_table(name: str, read: Callable[[str], bytes], names: Names) -> Table | None:
+    """What a file says of the images, or None if it speaks of something else.
+
+    Raises `ValueError` if it cannot be read, or is a `dataset.json` of another form.
+    """
+    try:
+        content = read(name)
+    except BadImage as error:
+        raise ValueError(f"{printable(name)} cannot be read: {error.reason}") from error
+    if PurePosixPath(name).name == LABEL_FILE:
+        return _edm(name, content, names)
+    json_lines = PurePosixPath(name).suffix.lower() in JSON_LINES
+    rows = _json_rows(content) if json_lines else _csv_rows(name, content, names)
+    return _from_rows(name, rows, names)
+
+
+# ---- dataset.json ----
+
+
+def _edm(name: str, content: bytes, names: Names) -> Table:
+    rule = '{"labels": [["name.png", 3], ...]} or {"labels": null}; numbers from 0, or names'
+    table, folder = Table(name, exact=True, column="labels"), name.rpartition("/")[0]
+    try:
+        rows = parse_json(content)["labels"] or []
+        for key, label in rows.items() if isinstance(rows, dict) else rows:
+            if not isinstance(key, str):
+                raise TypeError(f"{key!r} is not the name of an image")
+            if isinstance(label, bool) or not isinstance(label, int | str | None):
+                raise ValueError(f"the label of {key!r} is {label!r}, not an integer from 0")
+            if isinstance(label, int) and label < 0:
+                raise ValueError(f"the label of {key!r} is {label!r}, not an integer from 0")
+            if (found := names.find(key, folder)) is None:
+                table.unknown.append(key)
+            else:
+                table.labels[found] = label
+        if len({type(v) for v in table.labels.values() if v is not None}) > 1:
+            raise ValueError("some labels are numbers and some are names")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{printable(name)} is not of the form {rule} ({problem})") from error
+    return table
+
+
+# ---- Rows ----
+
+
+def _csv_rows(name: str, content: bytes, names: Names) -> list[Mapping[str, Cell]]:
+    """Rows by the names of their columns; of a file without a line of names by their numbers."""
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("cp1252", "replace")
+    lines = text.splitlines()
+    if not lines:
+        return []
+    tabs = name.lower().endswith(".tsv")
+    separator = "\t" if tabs else max(",;\t|", key=lambda c: (lines[0].count(c), c == ","))
+    try:
+        rows = [row for row in csv.reader(lines, delimiter=separator) if row]
+    except csv.Error as error:
+        raise ValueError(f"{printable(name)} cannot be read: {error}") from error
+    folder = name.rpartition("/")[0]
+    headless = any(names.find(cell, folder) for cell in rows[0])
+    head = [str(i) for i in range(len(rows[0]))] if headless else [c.strip() for c in rows[0]]
+    body = rows if headless else rows[1:]
+    return [dict(zip(head, row, strict=False)) for row in body]
+
+
+def _json_rows(content: bytes) -> list[Mapping[str, Cell]]:
+    rows: list[Mapping[str, Cell]] = []
+    for line in content.splitlines():
+        try:
+            row = parse_json(line) if line.strip() else None
+        except ValueError:
+            continue  # captions, if it is one of them, have a word about it
+        if isinstance(row, dict):
+            plain = {k: v for k, v in row.items() if isinstance(v, str | int | None)}
+            rows.append({k: int(v) if isinstance(v, bool) else v for k, v in plain.items()})
+    return rows
+
+
+def _from_rows(name: str, rows: list[Mapping[str, Cell]], names: Names) -> Table | None:
+    """The table of rows, or None if no column names images."""
+    folder = name.rpartition("/")[0]
+    head = list(dict.fromkeys(column for row in rows[:_LOOKED_AT] for column in row))
+
+    def found_in(column: str) -> int:
+        cells = (row.get(column) for row in rows[:_LOOKED_AT])
+        return sum(isinstance(c, str) and names.find(c, folder) is not None for c in cells)
+
+    counts = {column: found_in(column) for column in head}
+    files = max(head, key=lambda column: counts[column], default=None)
+    if files is None or not counts[files]:
+        return None
+    table = Table(name)
+    low = {column.casefold().replace(" ", "_"): column for column in head if column != files}
+    table.column = next((low[c] for c in LABEL_COLUMNS if c in low), None)
+    split = next((low[c] for c in SPLIT_COLUMNS if c in low), None)
+    if table.column is None and len(head) == 2:  # the image, and what it is
+        table.column, table.named = next(c for c in head if c != files), False
+    for row in rows:
+        cell = row.get(files)
+        key = names.find(cell, folder) if isinstance(cell, str) else None
+        if key is None:
+            table.unknown.append(str(cell))
+            continue
+        if table.column is not None:
+            value = row.get(table.column)
+            value = value.strip() if isinstance(value, str) else value
+            table.labels[key] = None if value == "" else value
+        if split and (kind := split_of(str(row.get(split)))):
+            table.splits[key] = kind
+    return table

@@ -1,0 +1,22 @@
+"""Texts from outside, such as file names: equal in any Unicode form, and safe to print and store."""
+
+import unicodedata
+
+
+def same_form(name: str) -> str:
+    """A name in composed Unicode (NFC): macOS writes the letters of names decomposed (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that is no printable character.
+
+    Names of files may hold line breaks, sequences that terminals obey, and bytes of another
+    encoding, which Python keeps as lone surrogates.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def storable(text: str) -> str:
+    """The text with bytes of another encoding escaped, so that any file can hold it as UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()
