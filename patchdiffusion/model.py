@@ -43,6 +43,10 @@ class ModelConfig:
     """Space of its images, such as pixels or values of sensors."""
     classes: tuple[str, ...] = ()
     """Names of the classes, by label."""
+    counts: tuple[int, ...] = ()
+    """Training images of each class; empty if that is not known."""
+    unconditional: bool = True
+    """Whether it was trained without its classes as well; guidance leads away from that."""
     data: str = ""
     """Name of the data set."""
     fingerprint: str = ""
@@ -61,6 +65,12 @@ class ModelConfig:
             raise ValueError(
                 f"canvas must have {self.network.axes} axes as the network, not {self.canvas}"
             )
+
+    @property
+    def trained_classes(self) -> tuple[int, ...]:
+        """Numbers of the classes that had images in training."""
+        counts = self.counts or (1,) * self.network.num_classes
+        return tuple(label for label, count in enumerate(counts) if count)
 
     def labels_of(self, labels: Tensor | None, names: Sequence[str]) -> Tensor | None:
         """Translate labels [N] of data with these class names to labels of this model.

@@ -20,12 +20,13 @@ from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.subject import Subject
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.prepare import cache_dir, prepare_data
+from patchdiffusion.data.prepare import prepare_data
+from patchdiffusion.data.told import data_lines
 from patchdiffusion.nets import fused
 from patchdiffusion.parameterisation import Parameterisation
-from patchdiffusion.patches import size_name
 from patchdiffusion.recipes import Facts
 from patchdiffusion.system.device import best_precision, pick_device, use_threads
+from patchdiffusion.system.files import cache_dir
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
 from patchdiffusion.train.profile import measure
@@ -110,16 +111,8 @@ def _hardware(chosen: torch.device) -> None:
 
 
 def _images(pack: Pack, precond: Parameterisation) -> None:
-    count, *size = pack.images.shape
-    print(
-        f"data      {pack.name}: {count:,} images of {size_name(tuple(size))}, "
-        f"{len(pack.train):,} to train on, {len(pack.heldout):,} held out"
-    )
-    if pack.classes:
-        print(
-            f"          {len(pack.classes)} classes: {', '.join(pack.classes[:12])}"
-            + (" ..." if len(pack.classes) > 12 else "")
-        )
+    for line in data_lines(pack):
+        print(line)
     mean = ", ".join(f"{m:+.2f}" for m in pack.info.mean)
     print(f"          mean {mean}; measured sigma_data {pack.sigma_data:.3f}")
     sigma_data = getattr(precond, "sigma_data", pack.sigma_data)
@@ -127,8 +120,6 @@ def _images(pack: Pack, precond: Parameterisation) -> None:
     if not 0.5 <= pack.sigma_data / sigma_data <= 2.0:
         print(f"warning: set --precond.sigma-data {pack.sigma_data:.2f}, the measured value")
     pack.verify()  # raises an error that names a damaged block
-    if len(pack.train) < 1000:
-        print(f"warning: {len(pack.train)} images are few; expect copies of them")
 
 
 def _time(config: TrainConfig, pack: Pack, given: DoctorArguments) -> None:

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
+from patchdiffusion.data.labels import LabelSource
 from patchdiffusion.data.options import SpaceName
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
@@ -30,6 +31,9 @@ class PrepareArguments:
     """Side, or height and width; None chooses from the images."""
     channels: Literal[1, 3, 4] | None = None
     """1 grey, 3 colour, 4 with alpha; None chooses from the images."""
+    labels: LabelSource = "auto"
+    """auto: of a table beside the images, else of their folders unless these look like dates or
+    parts; folders: of any folders; off: none."""
     space: SpaceName = "auto"
     """pixels: 8 bits; values: 16 bits and floats in their own units; auto chooses."""
     background: str = "white"
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
     """Prepare, and print the report."""
     given = parse(PrepareArguments(), arguments, "prepare")
     pack = prepare(
-        open_source(given.path),
+        open_source(given.path, given.labels),
         given.out,
         resolution=given.resolution,
         channels=given.channels,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from patchdiffusion.data.example import BadImage
 from patchdiffusion.system.files import parse_json
+from patchdiffusion.system.text import same_form
 
 TABLES = ("captions.jsonl", "metadata.jsonl")
 """Names of tables with a line {"file_name": ..., "text": ...} for each image of their folder."""
@@ -43,18 +44,19 @@ def find_captions(
     read: Callable[[str], bytes],
 ) -> Captions:
     """Captions of images: `texts` are the names of .txt files, `tables` those of tables."""
-    stems = {text[: -len(TEXT)]: text for text in texts}
-    files = {key: stems[stem] for key in keys if (stem := key.rpartition(".")[0]) in stems}
+    stems = {same_form(text[: -len(TEXT)]): text for text in texts}
+    stem_of = {key: same_form(key.rpartition(".")[0]) for key in keys}
+    files = {key: stems[stem] for key, stem in stem_of.items() if stem in stems}
     captions: dict[str, str] = {}
     notes: list[str] = []
-    images = set(keys)
+    images = {same_form(key): key for key in keys}
     for table in tables:
         unknown = []
         for entry in _rows(table, read):
             if isinstance(entry, str):
                 notes.append(entry)
-            elif entry[0] in images:
-                captions[entry[0]] = entry[1]
+            elif (key := images.get(same_form(entry[0]))) is not None:
+                captions[key] = entry[1]
             else:
                 unknown.append(entry[0])
         if unknown:

@@ -33,6 +33,8 @@ class Example:
     """Name of the image within its source."""
     group: str | None = None
     """Images of one group are never divided between training and held-out images."""
+    held_out: bool | None = None
+    """Whether the source keeps it from training; None leaves that to `prepare`."""
     span: tuple[float, float] | None = None
     """Values that become -1 and 1; None for the full range of an integer type."""
     mode: str = ""

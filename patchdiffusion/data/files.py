@@ -14,7 +14,6 @@ from patchdiffusion.data.labels import LabelSource, find_labels, natural
 from patchdiffusion.data.listing import Entry, Listing, list_folder, list_zip, suffix
 from patchdiffusion.data.pixels import unit_span
 from patchdiffusion.data.splits import HELD_OUT, TEST, TRAIN
-from patchdiffusion.system.text import printable
 
 _MAX_BYTES = 2**30
 

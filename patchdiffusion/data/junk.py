@@ -17,7 +17,7 @@ Case does not matter. Only what lies below the folder that was given is looked a
 import re
 from pathlib import Path
 
-from patchdiffusion.system.files import read_json
+from patchdiffusion.system.files import parse_json
 
 HIDDEN = "hidden"
 RUNS = "run"
@@ -71,6 +71,14 @@ def is_run(folder: Path) -> bool:
     if not (folder / "config.json").is_file():
         return False  # a pipe, for one, would never end
     try:
-        return read_json(folder / "config.json").get("type") == "TrainConfig"
-    except (OSError, ValueError, AttributeError):
+        return is_run_config((folder / "config.json").read_bytes())
+    except OSError:
+        return False
+
+
+def is_run_config(content: bytes) -> bool:
+    """Whether this is the configuration of a run."""
+    try:
+        return parse_json(content).get("type") == "TrainConfig"
+    except (ValueError, AttributeError):
         return False

@@ -14,7 +14,7 @@ from typing import Literal
 from patchdiffusion.data.example import MAX_LABEL
 from patchdiffusion.data.splits import HELD_OUT, TEST, TRAIN, are_splits, domain_of, split_of
 from patchdiffusion.data.tables import LABEL_FILE, Cell, Names, Table, read_table
-from patchdiffusion.system.text import printable
+from patchdiffusion.system.text import printable, same_form
 
 LabelSource = Literal["auto", "folders", "off"]
 
@@ -61,7 +61,7 @@ def folder_labels(keys: Sequence[str], source: LabelSource = "auto") -> Labels:
     Of divided sets the training images decide which classes there are; "folders" takes folders of
     any name, and divides nothing.
     """
-    folders = [key.split("/")[:-1] for key in keys]
+    folders = [same_form(key).split("/")[:-1] for key in keys]
     splits, note = (None, ()) if source == "folders" else _take_splits(folders)
     labelled = Labels() if source == "off" else _by_folder(folders, keys, splits, source)
     return replace(labelled, splits=splits, notes=(*note, *labelled.notes))
@@ -236,23 +236,21 @@ def _by_tables(tables: Sequence[Table], keys: Sequence[str]) -> Labels | None:
     return Labels(labels, classes, None, tuple(notes), used)
 
 
-def _classes(
-    cells: Sequence[Cell], table: Table
-) -> tuple[tuple[str, ...] | None, dict[Cell, int]]:
+def _classes(cells: Sequence[Cell], table: Table) -> tuple[tuple[str, ...] | None, dict[Cell, int]]:
     """Names of the classes and the number of each label, or None if these cannot be classes.
 
     Numbers are numbers of classes; those of other tables only where they leave few gaps.
     """
     found, exact = set(cells), table.exact
-    if not (table.named or 2 * len(found) <= len(cells)):
+    if not table.named and len(found) == len(cells):  # names or numbers of images
         return None, {}
     if all(isinstance(c, int) or re.fullmatch(r"\d{1,9}(\.0+)?", str(c)) for c in found):
-        numbers = {c: int(float(c)) for c in found if c is not None}
+        numbers: dict[Cell, int] = {c: int(float(c)) for c in found if c is not None}
         largest = max(numbers.values())
         if exact and largest > MAX_LABEL:
             raise ValueError(f"{LABEL_FILE} has the label {largest} > {MAX_LABEL}")
         if exact or 0 <= min(numbers.values()) <= largest <= 2 * len(found) + 8:
-            return tuple(str(i) for i in range(largest + 1)), dict(numbers)
+            return tuple(str(i) for i in range(largest + 1)), numbers
     texts = {c: str(c) for c in found}
     measured = all(re.fullmatch(r"-?\d*\.\d+(e[-+]?\d+)?", t.lower()) for t in texts.values())
     many = len(found) > 20 and 2 * len(found) > len(cells)

@@ -1,23 +1,24 @@
-"""Lists the files of a folder or zip: images, texts and tables beside them, and the rest by kind."""
+"""Lists the files of a folder or zip: images, texts and tables beside them, others by kind."""
 
 import os
 import re
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from patchdiffusion.data.captions import TEXT
 from patchdiffusion.data.decode import EXTENSIONS
-from patchdiffusion.data.junk import RUNS, is_run, junk_in, kind_of_junk
+from patchdiffusion.data.junk import RUNS, is_run, is_run_config, junk_in, kind_of_junk
 from patchdiffusion.data.tables import is_table
 from patchdiffusion.system.text import printable
 
 _DEEPEST = 64
 """Folders within each other; deeper ones are listed as unreadable."""
+_LARGEST_CONFIG = 2**20
 
 
 class Entry(NamedTuple):
@@ -107,7 +108,9 @@ def _children(
         seen.add((status.st_dev, status.st_ino))
         return sorted(os.scandir(root / prefix), key=lambda child: child.name)
     except OSError as error:
-        listing.notes.append(f"folder not readable: {printable(prefix or str(root))}: {error.strerror}")
+        listing.notes.append(
+            f"folder not readable: {printable(prefix or str(root))}: {error.strerror}"
+        )
         return []
 
 
@@ -162,7 +165,7 @@ def list_zip(path: Path, archive: zipfile.ZipFile) -> Listing:
         listing.members[name] = info
         if not name.endswith("/"):
             entries.append(Entry(name, info.file_size, info.CRC))
-    runs = _runs(listing.members)
+    runs = _runs(archive, listing.members)
     passed_over: dict[str, str] = {}
     for entry in entries:
         if found := _within(entry.key, runs) or junk_in(entry.key):
@@ -173,13 +176,23 @@ def list_zip(path: Path, archive: zipfile.ZipFile) -> Listing:
     return listing
 
 
-def _runs(names: Iterable[str]) -> set[str]:
+def _runs(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> set[str]:
     """Folders of runs among the members of a zip; at its top they are no part of it."""
-    folders: dict[str, set[str]] = {}
-    for name in names:
+    folders = set()
+    for name, info in members.items():
         folder, _, file = name.rpartition("/")
-        folders.setdefault(folder, set()).add(file)
-    return {f for f, files in folders.items() if f and {"config.json", "log.jsonl"} <= files}
+        if not folder or file != "config.json" or info.file_size > _LARGEST_CONFIG:
+            continue
+        if f"{folder}/log.jsonl" in members or is_run_config(_content(archive, info)):
+            folders.add(folder)
+    return folders
+
+
+def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    try:
+        return archive.read(info)
+    except Exception:  # CRC, truncation, encryption and each compression's own
+        return b""
 
 
 def _within(key: str, folders: set[str]) -> tuple[str, str] | None:

@@ -10,6 +10,7 @@ from patchdiffusion.data.columns import Column, ColumnBase, all_columns
 from patchdiffusion.data.example import Source
 from patchdiffusion.data.files import FileSource
 from patchdiffusion.data.frame import MAX_SIDE, MIN_SIDE
+from patchdiffusion.data.labels import LabelSource
 from patchdiffusion.data.pixels import background_color
 from patchdiffusion.system.serialize import encode
 
@@ -29,6 +30,9 @@ class DataConfig:
     """Side, or height and width, in pixels; None infers it from the images."""
     channels: Literal[1, 3, 4] | None = None
     """1 (gray), 3 (color) or 4 (with alpha); None infers it from the images."""
+    labels: LabelSource = "auto"
+    """auto: of a table beside the images, else of their folders unless these look like dates or
+    parts; folders: of any folders; off: none."""
     space: SpaceName = "auto"
     """pixels: 8 bits; values: 16 bits and floats in their own units, never clipped; auto: values
     if most images are floats or wide integers and some of them do not fit into pixels."""

@@ -37,6 +37,8 @@ BLOCK_BYTES = 2**22
 IMAGES = "images"
 LABELS = Label().name
 CAPTIONS = Caption().name
+SHAPE = "shape"
+"""Entry of pack.json for other programs: N, *S, C, which the array of the images says, too."""
 ENDS = "_ends"
 """Suffix of the array that holds the end of each entry of another one, of any length."""
 TYPES = ("uint8", "uint16", "int32", "int64", "float32")
@@ -184,6 +186,27 @@ class Pack:
         return self.info.fingerprint
 
     @functools.cached_property
+    def _held(self) -> frozenset[int]:
+        return frozenset(self.info.heldout)
+
+    @functools.cached_property
+    def trained_counts(self) -> tuple[int, ...]:
+        """Number of training images of each class."""
+        if self.labels is None:
+            return ()
+        labels = self.labels[self.train]
+        return tuple(torch.bincount(labels[labels >= 0], minlength=len(self.classes)).tolist())
+
+    @functools.cached_property
+    def report(self) -> dict[str, Any]:
+        """What `prepare` reported, see `Report.as_json`; empty if that is not there."""
+        try:
+            report = read_json(self.path / "report.json")
+        except (OSError, ValueError):
+            return {}
+        return report if isinstance(report, dict) else {}
+
+    @functools.cached_property
     def keys(self) -> list[tuple[str, str | None]]:
         """Name and group of each image, read on first use."""
         try:
@@ -214,6 +237,7 @@ class Pack:
             None if label < 0 else label,
             key,
             group,
+            held_out=index in self._held if self._held else None,
             mode="pack",
             caption=self.captions[index],
             columns={name: self.arrays[name][index].numpy().copy() for name in others},
@@ -252,6 +276,8 @@ def _read_info(file: Path) -> PackInfo:
     if not file.is_file():
         raise ValueError(f"{file.parent} is not a pack: it has no pack.json")
     content = read_json(file)
+    if isinstance(content, dict):
+        content.pop(SHAPE, None)
     names = {"type", *(f.name for f in fields(PackInfo))}
     if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != names:
         raise ValueError(f"{file} is not a pack of format {FORMAT}; prepare the data again")

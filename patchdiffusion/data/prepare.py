@@ -1,11 +1,7 @@
 """Decode a data set once, into a pack that training reads."""
 
-import hashlib
 import json
 import math
-import os
-import re
-import shutil
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,12 +24,13 @@ from patchdiffusion.data.options import (
 )
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.plan import make_plan
-from patchdiffusion.data.report import Report, bad_lines, write_text
+from patchdiffusion.data.report import Report, bad_lines, empty_classes, write_text
 from patchdiffusion.data.rows import Rows, as_source
 from patchdiffusion.data.source import open_source
-from patchdiffusion.data.split import held_out, repeats
+from patchdiffusion.data.split import division, repeats
+from patchdiffusion.data.store import default_target, find_pack, make_room, shape_of, stamp_of
 from patchdiffusion.data.write import pack_writer
-from patchdiffusion.system.files import cache_dir, expanded, folder_atomic, lock
+from patchdiffusion.system.files import expanded, folder_atomic, lock
 from patchdiffusion.system.place import place
 from patchdiffusion.system.progress import progress_bar
 
@@ -78,7 +75,7 @@ def prepare(
     source = open_source(data) if is_path else as_source(data, name, classes)
     workers = count_workers(workers, source)
     target = None if out is None else expanded(out)
-    pack = _existing(source, options, target)
+    pack = find_pack(source, options, target)
     if pack is not None:
         return pack
     if len(source) == 0:
@@ -87,19 +84,19 @@ def prepare(
         # Pillow warns of odd metadata and of large images; the report is the place for that.
         warnings.filterwarnings("ignore", module=r"PIL\.")
         plan = make_plan(source, options)
-        target_folder = target or _default_target(source, plan, options)
-        bytes_each = math.prod(_shape(plan)) * np.dtype(plan.dtype).itemsize + _BYTES_PER_IMAGE
-        _make_room(target_folder, len(source) * bytes_each)
+        target_folder = target or default_target(source, plan, options)
+        bytes_each = math.prod(shape_of(plan)) * np.dtype(plan.dtype).itemsize + _BYTES_PER_IMAGE
+        make_room(target_folder, len(source) * bytes_each)
         guard = target_folder.with_name(target_folder.name + ".lock")
         waiting = print if progress else None
         with lock(guard, target_folder, patience=float("inf"), waiting=waiting):
-            pack = _existing(source, options, target)  # by the process that was waited for
+            pack = find_pack(source, options, target)  # by the process that was waited for
             if pack is not None:
                 return pack
             try:
                 return _make(source, plan, options, target_folder, workers, progress)
             except Replan as other:
-                target_folder = target or _default_target(source, other.plan, options)
+                target_folder = target or default_target(source, other.plan, options)
                 return _make(source, other.plan, options, target_folder, workers, progress)
 
 
@@ -108,7 +105,7 @@ def prepare_data(data: DataConfig) -> Pack:
 
     A pack is used as it is, unless another resolution or number of channels is asked for.
     """
-    source = open_source(data.path)
+    source = open_source(data.path, data.labels)
     if isinstance(source, Pack):
         _, *size, channels = source.info.shape
         sizes = (None, tuple(size), *(size[:1] if len(set(size)) == 1 else ()))
@@ -133,52 +130,9 @@ class _Ready:
     """One for each column."""
     key: str
     group: str | None
+    held_out: bool | None
     mode: str
     complaints: tuple[str, ...]
-
-
-def _shape(plan: Plan) -> tuple[int, ...]:
-    return (*plan.size, plan.channels)
-
-
-def _stamp(source: Source) -> str:
-    return str(getattr(source, "stamp", ""))
-
-
-def _identity(source: Source, options: Options) -> str:
-    parts = [_stamp(source) or [source.name, len(source)], options.identity()]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
-
-
-def _existing(source: Source, options: Options, target: Path | None) -> Pack | None:
-    if target is not None:
-        if target.exists() and not (target / "pack.json").is_file():
-            if not target.is_dir():
-                raise ValueError(f"{target} is a file; allowed are a new folder and an older pack")
-            if any(target.iterdir()):
-                raise ValueError(
-                    f"{target} is not empty and not a pack; choose a new or empty folder"
-                )
-        candidates = [target]
-    else:
-        candidates = sorted((cache_dir() / "packs").glob(f"*-{_identity(source, options)}"))
-    for path in candidates:
-        if not _stamp(source) or not path.is_dir():
-            continue
-        try:
-            pack = Pack.open(path)
-        except (ValueError, OSError):
-            continue  # damaged or of another version: made anew
-        if pack.info.stamp == _stamp(source) and pack.info.options == options.identity():
-            return pack
-    return None
-
-
-def _default_target(source: Source, plan: Plan, options: Options) -> Path:
-    name = re.sub(r"[^\w.-]+", "-", source.name, flags=re.ASCII).strip("-.")[:40] or "data"
-    shape = "x".join(map(str, _shape(plan)))
-    folder = f"{name}-{shape}-{_identity(source, options)}"
-    return cache_dir() / "packs" / folder
 
 
 def _make(
@@ -194,7 +148,8 @@ def _make(
     complaints = target.with_name(target.name + ".bad.txt")
     bar = progress_bar(len(source), "image", name=source.name, disable=not progress)
     with bar, folder_atomic(target) as folder:
-        with pack_writer(folder, _shape(plan), plan.dtype, options.columns) as writer:
+        given: list[bool | None] = []
+        with pack_writer(folder, shape_of(plan), plan.dtype, options.columns) as writer:
             for result in _results(source, plan, options.columns, workers):
                 bar.update()
                 if isinstance(result, BadImage):
@@ -203,39 +158,31 @@ def _make(
                     report.bad.append((result.key, why))
                 else:
                     _count(report, result)
+                    given.append(result.held_out)
                     writer.add(result.fitted.image, result.values, result.key, result.group)
         _check_bad(report, options.max_bad, complaints, source.name)
         digests = np.array(writer.digests, dtype=np.uint64)
         groups = np.array(writer.groups, dtype=np.uint64)
+        held, copies = division(digests, groups, options.holdout, given)
+        if copies:
+            report.warnings.append(
+                f"{copies} images to be held out repeat images of training: trained on instead"
+            )
         info = writer.finish(
             name=source.name,
             classes=tuple(source.classes),
-            heldout=held_out(digests, groups, options.holdout),
-            stamp=_stamp(source),
+            heldout=held,
+            stamp=stamp_of(source),
             options=options.identity(),
         )
         report.columns = {c.column.name: c.count for c in writer.columns if c.count}
+        report.warnings += empty_classes(Pack.open(folder))
         later, earlier = repeats(digests)
         report.duplicates = len(later)
         report.duplicate_pairs = _names(folder / "keys.jsonl", later[:_PAIRS], earlier[:_PAIRS])
         report.write(folder, info)
     complaints.unlink(missing_ok=True)
     return Pack.open(target)
-
-
-def _make_room(target: Path, needed: int) -> None:
-    """Create the folder that will hold the pack; raises `OSError` if it cannot, or is too full."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(target.parent, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-        free = shutil.disk_usage(target.parent).free
-    except FileExistsError as error:
-        raise OSError(f"the pack cannot be written to {target}: a file is in the way") from error
-    except OSError as error:
-        raise OSError(f"the pack cannot be written to {target}: {error.strerror}") from error
-    if needed > free:
-        raise OSError(f"the pack {target} needs {needed} bytes, but {free} are free there")
 
 
 def _results(
@@ -276,7 +223,15 @@ def _ready(
         raise ValueError(
             f"{source.name}: {example.key} has the label {label}; allowed are 0 to {limit - 1}"
         )
-    return _Ready(fitted, values, example.key, example.group, example.mode, example.complaints)
+    return _Ready(
+        fitted=fitted,
+        values=values,
+        key=example.key,
+        group=example.group,
+        held_out=example.held_out,
+        mode=example.mode,
+        complaints=example.complaints,
+    )
 
 
 def _count(report: Report, result: _Ready) -> None:

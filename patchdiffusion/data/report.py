@@ -1,16 +1,18 @@
 """Report of `prepare` on a data set, as JSON and as text."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from patchdiffusion.data.frame import size_text
-from patchdiffusion.data.pack import PackInfo
+from patchdiffusion.data.pack import Pack, PackInfo
 from patchdiffusion.system.files import write_bytes, write_json
+from patchdiffusion.system.text import printable
 
 _SHOWN = 20
+_NAMED = 6  # in one line
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Report:
     """Key of an image and reason for data of it that cannot be used."""
     ignored: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    """Lines that `prepare`, `train` and `doctor` print."""
 
     def as_json(self, info: PackInfo) -> dict[str, Any]:
         """Full report, for programs."""
@@ -52,6 +56,7 @@ class Report:
             "sigma_data": info.sigma_data,
             "ignored": self.ignored,
             "notes": self.notes,
+            "warnings": self.warnings,
         }
 
     def as_text(self, info: PackInfo) -> str:
@@ -63,7 +68,8 @@ class Report:
             f"given {self.total}, refused {len(self.bad)}, enlarged {self.enlarged}, "
             f"exact duplicates {self.duplicates}, held out {len(info.heldout)}",
             f"standard deviation in [-1, 1]: {info.sigma_data:.4f}",
-            *self.notes,
+            *(printable(note) for note in self.notes),
+            *(printable(f"warning: {warning}") for warning in self.warnings),
             *_section("sizes", (f"{size_text(size)}: {n}" for size, n in self.sizes.most_common())),
             *_section("stored as", (f"{mode}: {n}" for mode, n in self.modes.most_common())),
             *_section("classes", (f"{name}: {n}" for name, n in counts)),
@@ -81,9 +87,24 @@ class Report:
         write_text(folder / "report.txt", self.as_text(info))
 
 
+def empty_classes(pack: Pack) -> list[str]:
+    """A warning of classes without an image to train on, if there are any."""
+    pairs = zip(pack.classes, pack.trained_counts, strict=bool(pack.labels is not None))
+    empty = [name for name, count in pairs if not count]
+    if not empty:
+        return []
+    return [f"no training images of {some(empty, 'class', 'classes')}: neither trained nor drawn"]
+
+
+def some(names: Sequence[str], one: str, many: str) -> str:
+    """A few of the names, with the word for them."""
+    more = ", ..." if len(names) > _NAMED else ""
+    return f"{one if len(names) == 1 else many} {', '.join(names[:_NAMED])}{more}"
+
+
 def bad_lines(bad: Iterable[tuple[str, str]]) -> list[str]:
     """One line for each refused image."""
-    return [_printable(f"{key}: {reason}") for key, reason in bad]
+    return [printable(f"{key}: {reason}") for key, reason in bad]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,13 +112,8 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
-def _printable(text: str) -> str:
-    """Escape unprintable characters: names of files may hold line breaks and terminal codes."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def _section(title: str, lines: Iterable[str]) -> list[str]:
-    listed = [_printable(line) for line in lines]
+    listed = [printable(line) for line in lines]
     if not listed:
         return []
     rest = [f"  ... and {len(listed) - _SHOWN} more"] if len(listed) > _SHOWN else []

@@ -1,15 +1,18 @@
 """Open a `Source` from a path, or a built-in data set from its name."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchdiffusion.data.arrays import array_source
 from patchdiffusion.data.example import BadImage, Example, Source
-from patchdiffusion.data.files import folder_source, zip_source
+from patchdiffusion.data.files import FileSource, folder_source, zip_source
 from patchdiffusion.data.glyphs import Glyphs
+from patchdiffusion.data.junk import is_run
+from patchdiffusion.data.labels import LabelSource
 from patchdiffusion.data.moving import MovingGlyphs
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.system.files import expanded, read_json
+from patchdiffusion.system.files import expanded
 
 __all__ = ["BadImage", "Example", "Source", "is_run", "open_source"]
 
@@ -22,21 +25,47 @@ BUILT_IN: dict[str, Callable[[], Source]] = {c.name: c for c in (Glyphs, MovingG
 _ALLOWED = f"allowed are a folder, a pack, a .zip, .npy or .npz file, or {' or '.join(BUILT_IN)}"
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder belongs to a run; others may hold a `config.json`, too."""
-    if (folder / "config.json").exists() and (folder / "log.jsonl").exists():
-        return True  # even if it is damaged: its samples are not a data set
-    try:
-        return read_json(folder / "config.json").get("type") == "TrainConfig"
-    except (OSError, ValueError, AttributeError):
-        return False
+@dataclass(frozen=True)
+class Unlabeled:
+    """A data set without its labels."""
+
+    source: Source
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    @property
+    def name(self) -> str:
+        """Name of the data set."""
+        return self.source.name
+
+    @property
+    def stamp(self) -> str:
+        """Changes when the data change."""
+        stamp = getattr(self.source, "stamp", "")
+        return f"{stamp} without labels" if stamp else ""
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int, /) -> Example:
+        return replace(self.source[index], label=None)
 
 
-def open_source(spec: str | Path) -> Source:
+def open_source(spec: str | Path, labels: LabelSource = "auto") -> Source:
     """Open the data set at a path, or else the built-in one of that name.
 
-    Raises `ValueError`, in one line, for anything else and for data that cannot be read.
+    `labels` are those of `DataConfig`. Raises `ValueError`, in one line, for anything else and for
+    data that cannot be read.
     """
+    source = _opened(spec, labels)
+    known = isinstance(source, FileSource) or not source.classes
+    return Unlabeled(source) if labels == "off" and not known else source
+
+
+def _opened(spec: str | Path, labels: LabelSource) -> Source:
     path = expanded(spec)
     run = is_run(path)
     if run and str(spec) not in BUILT_IN:
@@ -46,11 +75,11 @@ def open_source(spec: str | Path) -> Source:
             return Pack.open(path)
         samples = path / SAMPLES
         is_made = samples.is_file() and samples.with_suffix(".json").is_file()
-        return array_source(samples) if is_made else folder_source(path)
+        return array_source(samples) if is_made else folder_source(path, labels)
     if path.is_file():
         suffix = path.suffix.lower()
         if suffix == ".zip":
-            return zip_source(path)
+            return zip_source(path, labels)
         if suffix in (".npy", ".npz"):
             return array_source(path)
         raise ValueError(f"{path} is a file of another kind; {_ALLOWED}")

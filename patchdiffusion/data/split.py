@@ -1,6 +1,7 @@
 """Duplicate images, and images held out from training, as functions of the content."""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -60,3 +61,21 @@ def held_out(digests: np.ndarray, groups: np.ndarray, fraction: float) -> np.nda
         if target == 0:
             break
     return np.flatnonzero(chosen[cluster])
+
+
+def division(
+    digests: np.ndarray, groups: np.ndarray, fraction: float, given: Sequence[bool | None]
+) -> tuple[np.ndarray, int]:
+    """The held-out images: those that the source gives, or else those of `held_out`.
+
+    Of given ones those are trained on, and counted, that repeat an image of training or share its
+    group: a group or a set of exact duplicates is never divided. A fraction of 0 holds out none.
+    """
+    wanted = np.array([bool(held) for held in given])
+    if fraction == 0 or not wanted.any() or wanted.all():
+        return held_out(digests, groups, fraction), 0
+    cluster = _clusters(digests, groups)
+    trained = np.zeros(cluster.max() + 1, dtype=bool)
+    trained[cluster[~wanted]] = True
+    held = wanted & ~trained[cluster]
+    return np.flatnonzero(held), int(wanted.sum() - held.sum())

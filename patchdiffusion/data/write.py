@@ -13,7 +13,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from patchdiffusion.data.columns import ColumnBase, Label, Stored
-from patchdiffusion.data.pack import BLOCK_BYTES, ENDS, IMAGES, LABELS, ArrayInfo, PackInfo
+from patchdiffusion.data.pack import (
+    BLOCK_BYTES,
+    ENDS,
+    IMAGES,
+    LABELS,
+    SHAPE,
+    ArrayInfo,
+    PackInfo,
+)
 from patchdiffusion.data.space import Pixels, Space, tally
 from patchdiffusion.data.split import digest
 from patchdiffusion.system.files import write_json
@@ -194,7 +202,7 @@ class PackWriter:
             options=options,
             fingerprint=fingerprint,
         )
-        write_json(self.folder / "pack.json", encode(info))
+        write_json(self.folder / "pack.json", {**encode(info), SHAPE: list(info.shape)})
         return info
 
     def _read(self, name: str, of: ArrayInfo) -> np.ndarray:

@@ -33,6 +33,10 @@ class Models(Protocol):
         """The classifier in a run or model folder."""
         ...
 
+    def require_unconditional(self) -> None:
+        """Raise `ValueError` if the sampled model was never trained without its classes."""
+        ...
+
 
 @dataclass(frozen=True)
 class Surroundings:

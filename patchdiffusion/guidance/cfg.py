@@ -101,6 +101,9 @@ class ClassifierFree(Strength):
     word: ClassVar[str] = "cfg"
 
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        """Raises `ValueError` for a model that was never trained without its classes."""
+        if self.weight != 1:
+            around.models.require_unconditional()
         return CFG(
             denoiser,
             self.weight,

@@ -99,9 +99,10 @@ class ByClassifier(GuidancePart):
         return replace(self, interval=None)
 
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
-        """The guided denoiser; raises `ValueError` without a model."""
+        """The guided denoiser; raises `ValueError` without a classifier, or if it needs a class."""
         if self.model is None:
             raise ValueError("guidance by a classifier needs one: --guidance.model RUN")
+        around.models.require_unconditional()
         classifier = around.models.classifier(self.model, self.weights)
         return ClassifierGuidance(
             Unconditional(denoiser), classifier, self.weight, interval=self.interval

@@ -52,7 +52,7 @@ class Facts:
             path=path,
             canvas=tuple(pack.images.shape[1:-1]),
             channels=pack.images.shape[-1],
-            classes=len(pack.classes) if len(pack.classes) > 1 else 0,
+            classes=len(pack.classes) if sum(map(bool, pack.trained_counts)) > 1 else 0,
             count=len(pack.train),
             device=auto if device == "auto" else device,
         )

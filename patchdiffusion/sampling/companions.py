@@ -53,6 +53,15 @@ class Companions:
             )
         return self._fitted(model)
 
+    def require_unconditional(self) -> None:
+        """Raise `ValueError` if the model that samples was never trained without its classes."""
+        if self.beside is not None and not self.beside.config.unconditional:
+            raise ValueError(
+                "the model was trained with label_dropout 0 and makes nothing without a class, "
+                "which this guidance leads away from: use --guidance none or autoguidance, or "
+                "train with --label-dropout 0.1"
+            )
+
     def _fitted(self, model: Model) -> Classifier:
         """The classifier with its logits in the order of the main model's classes."""
         classifier = model.classifier

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.guidance import Guidance
-from patchdiffusion.model import Model, Weights, load_model
+from patchdiffusion.model import Model, ModelConfig, Weights, load_model
 from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import Start, sample
@@ -21,6 +21,7 @@ from patchdiffusion.solvers import Jumps, Solver
 from patchdiffusion.solvers.schedules import Schedule
 from patchdiffusion.system.device import pick_device
 from patchdiffusion.system.progress import progress_bar
+from patchdiffusion.system.text import printable, same_form
 
 
 @dataclass(frozen=True)
@@ -106,24 +107,35 @@ class Pipeline:
 
     def labels(self, count: int, classes: Sequence[str | int] | None = None) -> Tensor | None:
         """Label of each image, cycling through `classes`: int64 [count]; None without classes."""
-        names = self.model.config.classes
-        total = self.model.config.network.num_classes
-        if not total:
+        config = self.model.config
+        if not config.network.num_classes:
             if classes:
                 raise ValueError("this model was trained without classes; leave classes out")
             return None
-        chosen = [_label(c, names, total) for c in classes] if classes else list(range(total))
+        trained = list(config.trained_classes)
+        chosen = [_label(c, config) for c in classes] if classes else trained
         return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
 
 
-def _label(name: str | int, names: Sequence[str], total: int) -> int:
-    if isinstance(name, str) and name in names:
-        return names.index(name)
+def _label(wanted: str | int, config: ModelConfig) -> int:
+    """The number of a class by its name or number; `ValueError` if it was not trained."""
+    names, trained = config.classes, config.trained_classes
+    label = None
+    if isinstance(wanted, str) and (
+        same := [n for n in names if same_form(n) == same_form(wanted)]
+    ):
+        label = names.index(same[0])
     with contextlib.suppress(ValueError):
-        if -1 <= int(name) < total:  # -1 is unconditional
-            return int(name)
-    listed = ", ".join(f"{i} {label}" for i, label in enumerate(names))
-    raise ValueError(f"unknown class {name!r}; this model has {listed or f'0 to {total - 1}'}")
+        label = int(wanted) if label is None else label
+    if label == -1 and not config.unconditional:
+        raise ValueError("class -1 is none, and this model was trained with label_dropout 0")
+    if label is not None and (label == -1 or label in trained):
+        return label
+    there = [f"{i} {names[i]}" if names else str(i) for i in trained]
+    listed = printable(", ".join(there[:100]) + (", ..." if len(there) > 100 else ""))
+    if label is not None and 0 <= label < config.network.num_classes:
+        raise ValueError(f"class {wanted!r} had no images in training; this model has {listed}")
+    raise ValueError(f"unknown class {wanted!r}; this model has {listed}")
 
 
 def load(

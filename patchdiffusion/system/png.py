@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from patchdiffusion.system.files import write_bytes
+from patchdiffusion.system.text import storable
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -81,7 +82,7 @@ def animation(frames: np.ndarray, text: Mapping[str, str], milliseconds: int = 1
 def _info(text: Mapping[str, str]) -> PngInfo:
     info = PngInfo()
     for key, value in text.items():
-        info.add_text(key, value)
+        info.add_text(key, storable(value))
     return info
 
 

@@ -1,4 +1,4 @@
-"""Texts from outside, such as file names: equal in any Unicode form, and safe to print and store."""
+"""Texts from outside, such as file names: equal in any Unicode form, safe to print and store."""
 
 import unicodedata
 

@@ -40,6 +40,11 @@ class DenoiserTask(TaskConfig):
                 f"preview.guidance is {guidance}, which needs a network with classes; "
                 "set --preview.guidance 1"
             )
+        if guidance != 1 and not self.unconditional(config, pack):
+            raise ValueError(
+                f"preview.guidance {guidance} leads away from images without a class, which are "
+                "not trained at label_dropout 0; leave it at 1"
+            )
         if guidance != 1 and config.objective.few_step:
             raise ValueError(
                 f"preview.guidance is {guidance}, which few-step models do not support; "

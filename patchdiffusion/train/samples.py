@@ -73,9 +73,12 @@ class SamplePreview:
     def draw(self, denoiser: NetDenoiser, ending: Ending = bool) -> Tensor:
         """Samples of the grid: float32 [N, C, *S]."""
         scene = self.scene
-        classes = scene.config.network.num_classes
         share = scene.team.shard(scene.config.preview.grid)
-        labels = torch.tensor(share) % classes if classes else None
+        labels = None
+        if scene.config.network.num_classes:  # those that have images
+            counts = enumerate(scene.pack.trained_counts)
+            trained = torch.tensor([label for label, count in counts if count] or [-1])
+            labels = trained[torch.tensor(share) % len(trained)]
         sampler = self._sampler(denoiser, ending)
         return torch.cat(scene.everywhere(lambda: self._sample(sampler, share, labels)))
 

@@ -10,13 +10,14 @@ from torch import nn
 
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.told import data_lines
 from patchdiffusion.encoders.features import extractor
 from patchdiffusion.losses import AfterStep, Loss
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.count import training_flops
 from patchdiffusion.objectives.base import Materials
-from patchdiffusion.patches import Size, size_name
+from patchdiffusion.patches import Size
 from patchdiffusion.plans import PatchPlan
 from patchdiffusion.system import families
 from patchdiffusion.system.device import (
@@ -110,6 +111,8 @@ class Training:
             canvas=self.canvas,
             space=self.pack.space,
             classes=self.config.task.classes(self.config, self.pack),
+            counts=self.pack.trained_counts if self.config.network.num_classes else (),
+            unconditional=self.config.task.unconditional(self.config, self.pack),
             objective=self.config.objective,
             data=self.pack.name,
             fingerprint=self.pack.fingerprint,
@@ -154,11 +157,8 @@ class Training:
             snapshots=config.ema.snapshots,
         )
         sizes = " + ".join(group.name for group in self.plan.groups)
-        classes = f", {len(pack.classes)} classes" if config.task.classes(config, pack) else ""
-        say(
-            f"data      {pack.name}: {len(pack.train):,} images of "
-            f"{size_name(self.canvas)}{classes}, {len(pack.heldout):,} held out; pack {pack.path}"
-        )
+        for line in data_lines(pack, labels=bool(config.task.classes(config, pack))):
+            say(line)
         say(
             f"network   {self.parameters / 1e6:.2f}M parameters, "
             f"{self.macs / 1e9:.3g} GMAC per image; {self.precision} on "

@@ -65,6 +65,12 @@ class TaskConfig(ABC):
         """Probability that a sample is trained without its conditions."""
         return 0.0
 
+    def unconditional(self, config: Settings, pack: Pack) -> bool:
+        """Whether the network also learns what there is without a class."""
+        if not config.network.num_classes or self.dropout(config) > 0:
+            return True
+        return pack.labels is not None and bool((pack.labels[pack.train] < 0).any())
+
     def passes(self, config: Settings) -> float:
         """Number of forward passes of a training step beside the usual one."""
         return 0.0

@@ -1,0 +1,85 @@
+"""Where packs lie: the default place in the cache, and the pack that was prepared before."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+from patchdiffusion.data.example import Source
+from patchdiffusion.data.frame import Plan
+from patchdiffusion.data.options import Options
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.system.files import cache_dir
+
+
+def packs_folder() -> Path:
+    """The folder of packs in the cache."""
+    return cache_dir() / "packs"
+
+
+def shape_of(plan: Plan) -> tuple[int, ...]:
+    """Shape of an image of the pack."""
+    return (*plan.size, plan.channels)
+
+
+def stamp_of(source: Source) -> str:
+    """The text that changes when the source changes; empty if it cannot tell."""
+    return str(getattr(source, "stamp", ""))
+
+
+def _identity(source: Source, options: Options) -> str:
+    parts = [stamp_of(source) or [source.name, len(source)], options.identity()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
+
+
+def find_pack(source: Source, options: Options, target: Path | None) -> Pack | None:
+    """The pack that was prepared from this source with these options, or None.
+
+    Raises `ValueError` if something else lies at the target.
+    """
+    if target is not None:
+        if target.exists() and not (target / "pack.json").is_file():
+            if not target.is_dir():
+                raise ValueError(f"{target} is a file; allowed are a new folder and an older pack")
+            if any(target.iterdir()):
+                raise ValueError(
+                    f"{target} is not empty and not a pack; choose a new or empty folder"
+                )
+        candidates = [target]
+    else:
+        candidates = sorted(packs_folder().glob(f"*-{_identity(source, options)}"))
+    for path in candidates:
+        if not stamp_of(source) or not path.is_dir():
+            continue
+        try:
+            pack = Pack.open(path)
+        except (ValueError, OSError):
+            continue  # damaged or of another version: made anew
+        if pack.info.stamp == stamp_of(source) and pack.info.options == options.identity():
+            return pack
+    return None
+
+
+def default_target(source: Source, plan: Plan, options: Options) -> Path:
+    """The place of a pack in the cache, by its name, shape, source and options."""
+    name = re.sub(r"[^\w.-]+", "-", source.name, flags=re.ASCII).strip("-.")[:40] or "data"
+    shape = "x".join(map(str, shape_of(plan)))
+    folder = f"{name}-{shape}-{_identity(source, options)}"
+    return packs_folder() / folder
+
+
+def make_room(target: Path, needed: int) -> None:
+    """Create the folder that will hold the pack; raises `OSError` if it cannot, or is too full."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(target.parent, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+        free = shutil.disk_usage(target.parent).free
+    except FileExistsError as error:
+        raise OSError(f"the pack cannot be written to {target}: a file is in the way") from error
+    except OSError as error:
+        raise OSError(f"the pack cannot be written to {target}: {error.strerror}") from error
+    if needed > free:
+        raise OSError(f"the pack {target} needs {needed} bytes, but {free} are free there")

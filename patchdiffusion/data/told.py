@@ -1,0 +1,53 @@
+"""Lines that say what a run is trained on, and what has become of the files: train and doctor."""
+
+from collections.abc import Iterator
+
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.patches import size_name
+from patchdiffusion.system.text import printable
+
+FEW = 1000
+"""Images below which a model is likely to make copies of them."""
+
+_CLASSES = 8  # that are named
+_NOTES = 8
+_INDENT = " " * 10
+
+
+def data_lines(pack: Pack, *, labels: bool = True) -> Iterator[str]:
+    """The images of a pack, its classes, what was refused or left out, and warnings.
+
+    `labels` says whether they are used.
+    """
+    size = size_name(tuple(pack.images.shape[1:-1]))
+    classes = _classes(pack) if labels else ""
+    yield (
+        f"data      {printable(pack.name)}: {len(pack.train):,} images of {size}{_channels(pack)}"
+        f"{classes}, {len(pack.heldout):,} held out; pack {pack.path}"
+    )
+    report, where = pack.report, pack.path / "report.txt"
+    notes = [str(note) for note in report.get("notes", ())]
+    yield from (_INDENT + printable(note) for note in notes[:_NOTES])
+    if len(notes) > _NOTES:
+        yield f"{_INDENT}{len(notes) - _NOTES} more lines of this kind are in {where}"
+    if bad := len(report.get("bad", ())):
+        total = report.get("given", bad)
+        yield f"{_INDENT}refused {bad} of {total:,} files; the list is in {where}"
+    for warning in report.get("warnings", ()):
+        yield f"warning: {printable(str(warning))}"
+    if len(pack.train) < FEW:
+        yield f"warning: {len(pack.train)} images are few; expect copies of them"
+
+
+def _channels(pack: Pack) -> str:
+    channels = pack.images.shape[-1]
+    return {1: "", 3: ""}.get(channels, f" with {channels} channels")
+
+
+def _classes(pack: Pack) -> str:
+    names, counts = pack.classes, pack.trained_counts
+    if not names:
+        return ""
+    listed = [f"{printable(name)} {n}" for name, n in zip(names, counts, strict=True) if n]
+    more = ", ..." if len(listed) > _CLASSES else ""
+    return f", {len(listed)} classes ({', '.join(listed[:_CLASSES])}{more})"
