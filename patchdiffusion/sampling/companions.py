@@ -55,7 +55,7 @@ class Companions:
 
     def require_unconditional(self) -> None:
         """Raise `ValueError` if the model that samples was never trained without its classes."""
-        if self.beside is not None and not self.beside.config.unconditional:
+        if self.main is not None and not self.main.config.unconditional:
             raise ValueError(
                 "the model was trained with label_dropout 0 and makes nothing without a class, "
                 "which this guidance leads away from: use --guidance none or autoguidance, or "
