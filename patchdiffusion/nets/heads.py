@@ -64,7 +64,8 @@ class ClassifierNetwork(Network[NetworkConfig]):
         width = _width(self.trunk)
         self.trunk.remove_head()
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.attention = Linear(width, head.queries, scale=0.0, role="head")
+        # A bias would be the same at all places, which softmax does not see.
+        self.attention = Linear(width, head.queries, scale=0.0, bias=False, role="head")
         self.head = Linear(head.queries * width, head.classes, scale=0.1, role="head")
         self.init(seed)
 

@@ -7,6 +7,7 @@ import faulthandler
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ import tiny
 import torch
 
 from patchdiffusion import cli, recipes
+from patchdiffusion.system import families
 from patchdiffusion.system.place import leave, place
 from patchdiffusion.train import loop, status
+from patchdiffusion.train.config import Task
 
 
 def carry_out(spec: Mapping[str, Any]) -> int:
@@ -30,7 +33,8 @@ def carry_out(spec: Mapping[str, Any]) -> int:
     config = recipes.with_objective(
         tiny.config(Path(spec["images"])), spec.get("objective", "denoising")
     )
-    config = tiny.change(config, spec.get("config", {}))
+    task = families.choose(Task, spec.get("task", "denoiser"), "task")()
+    config = tiny.change(replace(config, task=task), spec.get("config", {}))
 
     def train(arguments: object) -> None:
         tiny.run(config, Path(spec["out"]), **spec.get("run", {}))

@@ -288,6 +288,25 @@ def test_few_step_models_on_two_processes(objective: str, images: Path, tmp_path
         assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
 
 
+def test_a_classifier_on_two_processes(images: Path, tmp_path: Path) -> None:
+    """The weights of one process; those of an undisturbed pair, to the bit, if both are killed."""
+    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
+    spec: dict[str, Any] = {"task": "classifier", "run": SAVE_ALWAYS}
+    spec["config"] = {"images": 24.0, "network.num_classes": 0}
+    kill = {"kind": "send", "name": "SIGKILL", "phase": "after", "step": 5}
+    assert alone(images, one, **spec).code == 0
+    for out, faults in ((two, []), (killed, [kill]), (killed, [])):
+        ended = drive(images, out, size=2, **spec, faults=faults)
+        assert [e.code for e in ended] == [-signal.SIGKILL if faults else 0] * 2, ended
+    same_run(killed, two)
+    for a, b in zip(tiny.history(one), tiny.history(two), strict=True):
+        assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
+    raw, other = (load_file(f / "model" / "raw.safetensors") for f in (one, two))
+    assert raw.keys() == other.keys() and "head.weight" in raw
+    for name, value in raw.items():
+        assert torch.allclose(other[name], value, rtol=1e-3, atol=1e-5), name
+
+
 def test_the_command_line_under_torchrun(images: Path, tmp_path: Path) -> None:
     network = ["--network.base", "4", "--network.mult", "1", "--network.blocks", "1"]
     options = [*network, "--network.attention", "--batch", "4", "--images", "9", "--device", "cpu"]
