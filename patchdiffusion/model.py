@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,6 +17,7 @@ from patchdiffusion.data.space import Pixels, Space
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.nets import Network, base
+from patchdiffusion.nets.base import Weights
 from patchdiffusion.nets.heads import Head, OwnHead
 from patchdiffusion.noise import Law
 from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
@@ -24,8 +25,6 @@ from patchdiffusion.parameterisation import Parameterisation
 from patchdiffusion.patches import Size
 from patchdiffusion.system.files import folder_atomic, read_json, sha256, write_json
 from patchdiffusion.system.serialize import decode, encode
-
-Weights = Literal["averaged", "raw"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from patchdiffusion.data.prepare import prepare, prepare_data
 from patchdiffusion.data.source import is_run, open_source
 from patchdiffusion.encoders.features import Extractor, extractor
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
-from patchdiffusion.model import Weights
+from patchdiffusion.nets.base import Weights
 from patchdiffusion.sampling.pipeline import Pipeline, load
 from patchdiffusion.system.device import pick_device, use_threads
 from patchdiffusion.system.dist import Team, join

@@ -13,7 +13,7 @@ from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run
 from patchdiffusion.data.source import SAMPLES
-from patchdiffusion.model import Weights
+from patchdiffusion.nets.base import Weights
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.system.device import use_threads
 from patchdiffusion.system.files import read_json, write_bytes, write_json

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask
-from patchdiffusion.guidance.base import Surroundings, Weights
+from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.guidance.extrapolate import Extrapolation, Strength
 from patchdiffusion.guidance.interval import Interval
+from patchdiffusion.nets.base import Weights
 
 
 class AutoGuidance(Wrapper):

@@ -2,15 +2,14 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal, Protocol, Self
+from typing import Protocol, Self
 
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.nets.base import Weights
 from patchdiffusion.patches import Size
-
-Weights = Literal["averaged", "raw"]
 
 
 class Classifier(Protocol):

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask, expand_sigma
-from patchdiffusion.guidance.base import Classifier, GuidancePart, Surroundings, Weights
+from patchdiffusion.guidance.base import Classifier, GuidancePart, Surroundings
 from patchdiffusion.guidance.cfg import Unconditional
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.nets.attention import twice_differentiable
+from patchdiffusion.nets.base import Weights
 from patchdiffusion.paths import per_sample
 
 

@@ -22,6 +22,9 @@ conditions; modulation: from that embedding to shifts, scales and gates of a blo
 biases of normalizations; attention, mlp, conv: the matrices of blocks; head: to the output.
 """
 
+Weights = Literal["averaged", "raw"]
+"""Weights of a trained network: their average over the run, or those after its last step."""
+
 Key = Callable[[str], torch.Generator]  # name of a parameter within a module -> its own generator
 
 

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.guidance.base import Classifier, Weights
+from patchdiffusion.guidance.base import Classifier
 from patchdiffusion.model import Model, load_model
+from patchdiffusion.nets.base import Weights
 from patchdiffusion.solvers.schedules import support
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.guidance import Guidance
-from patchdiffusion.model import Model, ModelConfig, Weights, load_model
+from patchdiffusion.model import Model, ModelConfig, load_model
+from patchdiffusion.nets.base import Weights
 from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import Start, sample
