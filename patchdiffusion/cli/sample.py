@@ -1,24 +1,34 @@
 """patchdiffusion sample RUN [options]"""
 
+import contextlib
 import json
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
+from torch import Tensor
 
 from patchdiffusion import __version__
+from patchdiffusion.cli.drawn import Drawn, batches, check_out, check_space, claimed
 from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run
-from patchdiffusion.data.source import SAMPLES
+from patchdiffusion.cond import Cond
 from patchdiffusion.nets.base import Weights
+from patchdiffusion.patches import Size, size_name
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.system.device import use_threads
-from patchdiffusion.system.files import read_json, write_bytes, write_json
-from patchdiffusion.system.png import grid, image_file, npy, save_png
+from patchdiffusion.system.dist import LONGEST_WORK, Team, join
+from patchdiffusion.system.errors import Stop
+from patchdiffusion.system.files import read_json
+from patchdiffusion.system.progress import progress_bar
 from patchdiffusion.system.serialize import encode
+
+MEETING = 2.0
+"""Minutes to wait for the other processes at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +36,8 @@ class SampleArguments:
     """Sample images from a run, also while it trains, or from a model.
 
     Seeds are SEED, SEED + 1, ...; the same seed gives the same image whatever the batch. Files go
-    to a new folder each time and hold their seed and the model's digest.
+    to a new folder each time, batch by batch, and hold their seed and the model's digest; an
+    interrupted command goes on where it ended. Also under torchrun.
     """
 
     example: ClassVar[str] = "patchdiffusion sample runs/photos --count 25"
@@ -61,24 +72,133 @@ class SampleArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Sample, and write a grid and single files."""
+    """Sample, and write single files batch by batch and a grid at the end."""
     given = parse(SampleArguments(), arguments, "sample", _classes_of(arguments))
     path = given.path
     check_run(path)
+    check_out(given.out)
     use_threads(given.threads)
-    pipeline = load(path, weights=given.weights, device=given.device, precision=given.precision)
-    _check_out(given.out)
-    images = pipeline.sample(
-        given.count,
+    with join(MEETING) as team:  # which gives each process a device of its own
+        team.patience(LONGEST_WORK)
+        pipeline = load(path, weights=given.weights, device=given.device, precision=given.precision)
+        team.agree("the processes disagree", {"model": pipeline.model.digest}, code=2)
+        batch = min(given.batch, given.count)
+        size = pipeline.check(given.count, seed=given.seed, batch=batch, config=given.sampler)
+        pipeline.labels(1, given.classes or None)  # raises for unknown classes
+        root = (path if (path / "model").is_dir() else path.parent) / "generated"
+        if team.is_main:
+            _warn_of_size(size, pipeline.model.config.canvas)
+        with contextlib.ExitStack() as held:
+
+            def claim() -> str:
+                check_space(given.out or root, _bytes(given, pipeline, size))
+                return str(held.enter_context(claimed(root, given.out, _request(given, pipeline))))
+
+            drawn = _drawn(Path(team.on_main(claim)), given, pipeline, size)
+            _draw(drawn, given, pipeline, team)
+            if team.is_main:
+                drawn.finish(pipeline.model.config.space.to_picture)
+                print(f"{given.count} images in {drawn.folder}")
+
+
+def _draw(drawn: Drawn, given: SampleArguments, pipeline: Pipeline, team: Team) -> None:
+    """Draw the images that are missing, each process every so many of the batches."""
+    missing = team.on_main(drawn.missing)
+    size = min(given.batch, -(-len(missing) // team.size) or 1)
+    parts = batches(missing, size)
+    done, steps = given.count - len(missing), pipeline.sampler(given.sampler).count
+    if done and team.is_main:
+        print(f"resume    {done:,} of {given.count:,} images are in {drawn.folder}")
+    with progress_bar(given.count, "image", disable=not team.is_main) as bar:
+
+        def watch(step: int) -> None:
+            bar.set_postfix_str(f"step {step} of {steps}", refresh=False)
+            bar.update(0)
+
+        bar.update(done)
+        try:
+            for turn in range(0, len(parts), team.size):
+                for part in parts[turn : turn + team.size][team.place.rank :][:1]:
+                    labels = pipeline.labels(len(part), given.classes or None, part.start)
+                    images = pipeline.sample(
+                        len(part),
+                        seed=given.seed + part.start,
+                        cond=Cond(labels=labels),
+                        config=given.sampler,
+                        batch=len(part),
+                        watch=watch,
+                    )
+                    drawn.add(part.start, images, _names(labels, pipeline))
+                team.gather(turn)
+                bar.update(sum(map(len, parts[turn : turn + team.size])))
+        except KeyboardInterrupt as error:
+            left = given.count - len(drawn.missing())
+            raise Stop(
+                f"interrupted; {left:,} of {given.count:,} images are in {drawn.folder}, and the "
+                "same command goes on",
+                code=130,
+            ) from error
+
+
+def _names(labels: Tensor | None, pipeline: Pipeline) -> list[str]:
+    """Name of the class of each image, or its number."""
+    names = pipeline.model.config.classes
+    numbers = [] if labels is None else labels.tolist()
+    return [names[label] if 0 <= label < len(names) else str(label) for label in numbers]
+
+
+def _warn_of_size(size: Size, canvas: Size) -> None:
+    times = math.prod(size) / math.prod(canvas)
+    if times > 4:
+        print(
+            f"warning: {size_name(size)} is {times:.0f} times the pixels of training "
+            f"({size_name(canvas)}), and takes that much more time and memory, attention more",
+            file=sys.stderr,
+        )
+
+
+def _bytes(given: SampleArguments, pipeline: Pipeline, size: Size) -> int:
+    """About the disk space of the images."""
+    values = given.count * math.prod(size) * pipeline.model.config.network.channels
+    return values * (1 if pipeline.model.config.space.word == "pixels" else 8)
+
+
+def _texts(given: SampleArguments, pipeline: Pipeline) -> dict[str, str]:
+    """What all files say of their origin."""
+    texts = {
+        "software": f"patchdiffusion {__version__}",
+        "model": pipeline.model.digest,
+        "weights": given.weights,
+        "sampler": json.dumps(encode(pipeline.sampler(given.sampler))),
+    }
+    if pipeline.companions.digests:
+        texts["guides"] = json.dumps(pipeline.companions.digests)
+    return texts
+
+
+def _request(given: SampleArguments, pipeline: Pipeline) -> dict[str, Any]:
+    """What the images depend on: with all of it equal, a folder is gone on with."""
+    return {
+        **_texts(given, pipeline),
+        "count": given.count,
+        "seed": given.seed,
+        "classes": list(given.classes),
+        "singles": given.singles,
+        "precision": given.precision,
+    }
+
+
+def _drawn(folder: Path, given: SampleArguments, pipeline: Pipeline, size: Size) -> Drawn:
+    config = pipeline.model.config
+    return Drawn(
+        folder,
+        count=given.count,
         seed=given.seed,
-        classes=given.classes or None,
-        config=given.sampler,
-        batch=given.batch,
-        progress=True,
+        texts=_texts(given, pipeline),
+        singles=given.singles,
+        shape=(*size, config.network.channels),
+        pictures=config.space.word == "pixels",
     )
-    folder = _new_folder(path, given.out)
-    _write(folder, images, pipeline, given)
-    print(f"{given.count} images in {folder}")
 
 
 def _classes_of(arguments: Sequence[str]) -> str:
@@ -90,46 +210,3 @@ def _classes_of(arguments: Sequence[str]) -> str:
         if isinstance(facts, dict) and facts.get("classes"):
             return f"; classes of {words[0]} are {', '.join(map(str, facts['classes']))}"
     return ""
-
-
-def _check_out(out: Path | None) -> None:
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; nothing is overwritten, use another")
-
-
-def _new_folder(path: Path, out: Path | None) -> Path:
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        return out
-    root = (path if (path / "model").is_dir() else path.parent) / "generated"
-    number = 1
-    while (folder := root / f"{number:04d}").exists():
-        number += 1
-    folder.mkdir(parents=True)
-    return folder
-
-
-def _write(folder: Path, images: np.ndarray, pipeline: Pipeline, given: SampleArguments) -> None:
-    labels = pipeline.labels(given.count, given.classes or None)
-    names = pipeline.model.config.classes
-    common = {
-        "software": f"patchdiffusion {__version__}",
-        "model": pipeline.model.digest,
-        "weights": given.weights,
-        "sampler": json.dumps(encode(pipeline.sampler(given.sampler))),
-    }
-    if pipeline.companions.digests:
-        common["guides"] = json.dumps(pipeline.companions.digests)
-    seeds = {"seeds": f"{given.seed}-{given.seed + given.count - 1}"}
-    pictures = pipeline.model.config.space.to_picture(images)
-    save_png(folder / "grid.png", grid(pictures), {**common, **seeds})
-    if images is not pictures or images.ndim != 4:  # not what can be looked at
-        write_bytes(folder / SAMPLES, npy(images))
-        write_json(folder / "samples.json", {**common, **seeds})
-    for i, image in enumerate(images if given.singles else ()):
-        facts = {**common, "seed": str(given.seed + i)}
-        if labels is not None:
-            label = int(labels[i])
-            facts["class"] = names[label] if 0 <= label < len(names) else str(label)
-        if (file := image_file(image, facts)) is not None:
-            write_bytes(folder / f"seed-{given.seed + i:08d}{file.suffix}", file.content)

@@ -19,6 +19,9 @@ __all__ = ["BadImage", "Example", "Source", "is_run", "open_source"]
 SAMPLES = "samples.npy"
 """Array that `patchdiffusion sample` writes beside pictures that cannot hold its exact values."""
 
+UNFINISHED = "unfinished.json"
+"""Mark of a folder that `patchdiffusion sample` has not filled yet."""
+
 BUILT_IN: dict[str, Callable[[], Source]] = {c.name: c for c in (Glyphs, MovingGlyphs)}
 """Data sets that need no files, by name."""
 
@@ -70,6 +73,11 @@ def _opened(spec: str | Path, labels: LabelSource) -> Source:
     run = is_run(path)
     if run and str(spec) not in BUILT_IN:
         raise ValueError(f"{spec} is the folder of a run, not of images; {_ALLOWED}")
+    if (path / UNFINISHED).is_file():
+        raise ValueError(
+            f"{spec} holds samples that are not complete: repeat the command that began them, with "
+            f"--out {spec}, or delete {UNFINISHED} to use those that are there"
+        )
     if path.is_dir() and not run:
         if (path / "pack.json").is_file() and (path / "images.bin").is_file():
             return Pack.open(path)

@@ -1,7 +1,7 @@
 """The sampling driver: seeds, batches, regions, precision and progress around a solver."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,7 @@ from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
-from patchdiffusion.solvers import Jumps, Method, Noise, run
+from patchdiffusion.solvers import Jumps, Method, Noise, State, run
 from patchdiffusion.solvers.jumps import jump
 
 
@@ -68,6 +68,7 @@ def sample(
     dtype: torch.dtype = torch.float32,
     law: NoiseLaw | None = None,
     progress: Callable[[int], object] | None = None,
+    watch: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Sample one image per seed: float32 [N, C, *size] in about [-1, 1], on the CPU.
 
@@ -76,7 +77,8 @@ def sample(
     `kind` resolves "auto" in the configuration, by default `Kind.of(model)`, and `models` loads
     those that guidance needs. The solver runs in `dtype`, within the noise levels of `law`, if any;
     a flow map takes `config.count` jumps. `progress` is called with the number of images of each
-    batch. Raises `ValueError` for settings that do not fit the model.
+    batch, `watch` with the number of steps done in it. Raises `ValueError` for settings that do not
+    fit the model.
     """
     config = config or SamplerConfig()
     if start is not None:
@@ -98,11 +100,19 @@ def sample(
         part_start = None if start is None else replace(start, x=start.x[part].to(device, dtype))
         with torch.no_grad():
             x = noise_field(part_seeds, channels, corner, size).to(dtype)
-            x = solve(part_seeds, x, part_start, part_cond, noise)
+            states = solve(part_seeds, x, part_start, part_cond, noise)
+            x = run(_watched(states, watch)).x
         done.append(x.to("cpu", torch.float32))
         if progress:
             progress(len(part_seeds))
     return torch.cat(done)
+
+
+def _watched(states: Iterator[State], watch: Callable[[int], object] | None) -> Iterator[State]:
+    for state in states:
+        if watch is not None:
+            watch(state.step)
+        yield state
 
 
 def _from(
@@ -130,13 +140,13 @@ def _solve(
     start: Start | None,
     cond: Cond,
     fresh: Noise,
-) -> Tensor:
+) -> Iterator[State]:
     seeded, method = _Seeded(denoiser, seeds), config.method
     assert isinstance(method, Method)
     x = noise * sigmas[0].item()
     if start is not None:
         x = start.x + x if start.fresh else start.x
-    return run(method(seeded, x, sigmas, cond=cond, noise=fresh)).x
+    return method(seeded, x, sigmas, cond=cond, noise=fresh)
 
 
 def _jump(
@@ -147,12 +157,12 @@ def _jump(
     start: Start | None,
     cond: Cond,
     fresh: Noise,
-) -> Tensor:
+) -> Iterator[State]:
     method = config.method
     assert isinstance(method, Jumps)
     times = flow_map.times(config.count)
     z = noise * flow_map.path.s(times[0]).item()
-    return run(jump(flow_map, z, times, cond=cond, noise=fresh, gamma=method.gamma)).x
+    return jump(flow_map, z, times, cond=cond, noise=fresh, gamma=method.gamma)
 
 
 class _Seeded(Wrapper):

@@ -1,7 +1,8 @@
 """A trained model with its sampler: `load("runs/photos").sample(16)`."""
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,14 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.guidance import Guidance
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Weights
+from patchdiffusion.patches import Size, size_name
 from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import Start, sample
 from patchdiffusion.solvers import Jumps, Solver
 from patchdiffusion.solvers.schedules import Schedule
 from patchdiffusion.system.device import pick_device
+from patchdiffusion.system.memory import total_memory
 from patchdiffusion.system.progress import progress_bar
 from patchdiffusion.system.text import printable, same_form
 
@@ -53,6 +56,7 @@ class Pipeline:
         config: SamplerConfig | None = None,
         batch: int = 64,
         progress: bool = False,
+        watch: Callable[[int], object] | None = None,
     ) -> np.ndarray:
         """Images of seeds seed ... seed + count - 1: [count, *S, C] in the space of the model.
 
@@ -61,13 +65,11 @@ class Pipeline:
         `steps`, `guidance` (a weight, or a record), `solver`, `schedule` (words, or records) and
         `size` (a side, or each) change `config`, which has all settings: see `SamplerConfig.but`.
         `classes` are names or numbers, cycled through; None cycles through all classes if the model
-        has any, unless `cond` [count, ...] has labels. Raises `ValueError` for a class or size that
-        the model does not have.
+        has any, unless `cond` [count, ...] has labels. `watch` is called after each step of a batch
+        with the number of steps done. Raises `ValueError` for a class or size that the model does
+        not have.
         """
-        if count < 1 or batch < 1:
-            raise ValueError(f"count and batch must be at least 1, not {count} and {batch}")
-        if not -(2**63) <= seed <= 2**63 - count:
-            raise ValueError(f"seeds must be 64-bit integers, not {seed} to {seed + count - 1}")
+        _check_numbers(count, seed, batch)
         cond = cond or Cond()
         if cond.labels is None:
             cond = replace(cond, labels=self.labels(count, classes))
@@ -93,8 +95,33 @@ class Pipeline:
                 device=self.model.device,
                 law=self.model.config.noise,
                 progress=bar.update,
+                watch=watch,
             )
         return self.model.config.space.to_values(images)
+
+    def check(self, count: int, *, seed: int, batch: int, config: SamplerConfig) -> Size:
+        """Size of the images that a configuration samples; loads the models that guide.
+
+        Raises `ValueError` for whatever `sample` would refuse.
+        """
+        _check_numbers(count, seed, batch)
+        model, config = self.model.config, self.sampler(config)
+        size, _ = config.canvas.place(model.canvas)
+        if not isinstance(config.solver, Jumps):
+            levels = config.sigmas(model.noise)
+            config.wrap(self.model.denoiser, model.canvas, levels, self.companions)
+        if batch > (most := self._most_at_once(size)):
+            raise ValueError(
+                f"{batch:,} images of {size_name(size)} at a time need more memory than there is; "
+                f"use a --batch of at most {most:,}"
+            )
+        return size
+
+    def _most_at_once(self, size: Size) -> int:
+        """The largest batch whose images alone, at the least, fit in half of the memory."""
+        image = 4 * max(self.model.config.network.channels, 1) * math.prod(size)
+        copies = 8  # noise, state, estimate and what a solver and a network make of them
+        return max(1, total_memory(self.model.device) // (2 * copies * image))
 
     def sampler(self, config: SamplerConfig) -> SamplerConfig:
         """The configuration resolved for this model; `ValueError` for settings it cannot use."""
@@ -106,8 +133,13 @@ class Pipeline:
         low = self.precision == "bf16"
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=low)
 
-    def labels(self, count: int, classes: Sequence[str | int] | None = None) -> Tensor | None:
-        """Label of each image, cycling through `classes`: int64 [count]; None without classes."""
+    def labels(
+        self, count: int, classes: Sequence[str | int] | None = None, first: int = 0
+    ) -> Tensor | None:
+        """Label of each image, cycling through `classes`: int64 [count]; None without classes.
+
+        `first` is the number of the first image.
+        """
         config = self.model.config
         if not config.network.num_classes:
             if classes:
@@ -115,7 +147,14 @@ class Pipeline:
             return None
         trained = list(config.trained_classes)
         chosen = [_label(c, config) for c in classes] if classes else trained
-        return torch.tensor([chosen[i % len(chosen)] for i in range(count)])
+        return torch.tensor([chosen[i % len(chosen)] for i in range(first, first + count)])
+
+
+def _check_numbers(count: int, seed: int, batch: int) -> None:
+    if count < 1 or batch < 1:
+        raise ValueError(f"count and batch must be at least 1, not {count} and {batch}")
+    if not -(2**63) <= seed <= 2**63 - count:
+        raise ValueError(f"seeds must be 64-bit integers, not {seed} to {seed + count - 1}")
 
 
 def _label(wanted: str | int, config: ModelConfig) -> int:

@@ -1,7 +1,10 @@
-"""Settings of the memory allocator of the C library."""
+"""The memory of a device, and settings of the memory allocator of the C library."""
 
 import ctypes
+import os
 import sys
+
+import torch
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
@@ -20,3 +23,13 @@ def keep_freed() -> bool:
         return False
     # Up to 1 GiB from the heap, which is never trimmed.
     return bool(libc.mallopt(_MMAP_THRESHOLD, 2**30) and libc.mallopt(_TRIM_THRESHOLD, -1))
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory of a device; 2^63 - 1 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 2**63 - 1

@@ -11,4 +11,6 @@ def progress_bar(
 ) -> "tqdm[NoReturn]":
     """Progress bar on standard error; updated ten times a second, in a log file every 10 s."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, unit=unit, desc=name, disable=disable, mininterval=interval)
+    return tqdm(
+        total=total, unit=unit, desc=name, disable=disable, mininterval=interval, miniters=0
+    )
