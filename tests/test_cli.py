@@ -199,6 +199,21 @@ def test_a_folder_and_nothing_else(
     assert (run / "generated" / "0001" / "grid.png").exists()
 
 
+def test_paths_are_stored_whole(
+    images: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the run goes on from anywhere."""
+    (tmp_path / "pictures").symlink_to(images)
+    (tmp_path / "weights.pt").write_text("not read without preview.distance")
+    flags = ("--data.path", "./pictures", "--preview.extractor-weights", "weights.pt")
+    works(capsys, "train", "folder", *flags, *SMALL, "--name", "x")
+    config = read_json(tmp_path / "runs" / "x" / "config.json")
+    assert config["data"]["path"] == str(images.resolve())
+    assert config["preview"]["extractor_weights"] == str(tmp_path.resolve() / "weights.pt")
+    monkeypatch.chdir("/")
+    works(capsys, "train", tmp_path / "runs" / "x", "--images", "6")
+
+
 def test_stopping_and_going_on(images: Path, tmp_path: Path, capsys: Capture) -> None:
     out = works(capsys, "train", images, *SMALL, "--max-hours", "1e-9")
     assert "the same command resumes the run" in out

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from patchdiffusion import recipes
+from patchdiffusion.cli.configfile import with_config
 from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.subject import Subject
@@ -52,7 +53,9 @@ class BenchArguments:
     """Compile the blocks of the network; auto does so on CUDA."""
     shard: bool = False
     """Divide the weights among the processes (FSDP2)."""
-    config: TrainConfig = field(default_factory=TrainConfig, metadata=flat("training"))
+    config: Path | None = None
+    """File of settings, .json as in the folder of a run, or .toml; flags win."""
+    training: TrainConfig = field(default_factory=TrainConfig, metadata=flat("training"))
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
@@ -61,10 +64,10 @@ class BenchArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Measure, and print a table."""
+    arguments = with_config(BenchArguments(), arguments)
     subject = Subject.of(arguments, "bench")
-    _parse(
-        arguments, subject.generic(), subject.note()
-    )  # wrong flags are found before any data is read
+    # Wrong flags are found before any data is read.
+    _parse(arguments, subject.generic(), subject.note())
     given = _parse(arguments, subject.config(arguments))
     with tempfile.TemporaryDirectory() as folder, join() as team:
         run = RunConfig(
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
             compile=given.compile,
             shard=given.shard,
         )
-        training = assemble(given.config, run, prepare_data(given.config.data), team)
+        training = assemble(given.training, run, prepare_data(given.training.data), team)
         result = bench(training, given.repeats)
     if team.is_main:
         print("\n".join(table(result)))
@@ -83,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _parse(arguments: Sequence[str], config: TrainConfig, note: str = "") -> BenchArguments:
-    return parse(BenchArguments(config=config), arguments, "bench", note)
+    return parse(BenchArguments(training=config), arguments, "bench", note)
 
 
 Kind = tuple[Group, ...]

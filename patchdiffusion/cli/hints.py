@@ -25,7 +25,7 @@ def unknown_flag(record: Any, name: str, words: Sequence[str], command: str) -> 
     close = _by_end(last, inside, nearest) or _by_end(last, known, _alike)
     if not inside:
         close = [n for n in known if n.endswith(f".{last}")][:3] or _alike(name, known) or close
-    if meant := _habit(name, known, command) or _habit(last, known, command):
+    if meant := habit_of(name, known, command) or habit_of(last, known, command):
         return f"{told}: use {meant}"
     if close:
         return f"{told}{question([f'--{n}' for n in close])}"
@@ -46,7 +46,7 @@ def _by_end(
     return [ends[chosen] for chosen in choose(end, ends)]
 
 
-def _habit(name: str, known: Sequence[str], command: str) -> str:
+def habit_of(name: str, known: Sequence[str], command: str) -> str:
     """What to use instead of a flag of another program."""
     if name.startswith("watch."):
         return name.replace("watch.", "--preview.", 1)

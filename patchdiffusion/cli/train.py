@@ -1,15 +1,21 @@
 """patchdiffusion train [RECIPE] [DATA] [options]"""
 
+import json
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 from patchdiffusion import recipes
+from patchdiffusion.cli.configfile import with_config
 from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.subject import Subject
 from patchdiffusion.data.source import is_run
+from patchdiffusion.system.files import expanded
+from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.folder import stored_config
 from patchdiffusion.train.loop import train
@@ -28,33 +34,43 @@ class TrainArguments:
     common: ClassVar[str] = (
         "images batch data.resolution data.flip network optim.lr patches label-dropout seed "
         "name out device precision threads preview.samples preview.grid start-from max-hours "
-        "track fresh dry-run"
+        "track fresh config print-config dry-run"
     )
 
     subject: tuple[str, ...] = field(
         default=(), metadata=positional("[RECIPE] [DATA]", required=False, listed=recipes.RECIPES)
     )
     """A recipe, and a folder, zip, array or pack of images; or a run to go on with. Recipes are:"""
-    config: TrainConfig = field(default_factory=TrainConfig, metadata=flat("training"))
+    training: TrainConfig = field(default_factory=TrainConfig, metadata=flat("training"))
     run: RunConfig = field(default_factory=RunConfig, metadata=flat("run"))
+    config: Path | None = None
+    """File of settings, .json as in the folder of a run, or .toml; flags win."""
+    print_config: bool = False
+    """Print all settings as JSON, for --config, and stop."""
 
 
 def main(arguments: Sequence[str]) -> None:
     """Choose the defaults, let the flags change them, train."""
-    words, _ = read(arguments)
+    typed = arguments
+    arguments = with_config(TrainArguments(), arguments)
+    words, given = read(arguments)
     if len(words) == 1 and is_run(Path(words[0])):  # go on with it
         arguments = [_data_of(Path(words[0])), *arguments[1:], "--out", words[0]]
     subject = Subject.of(arguments, "train")
-    try:
-        _parse(
-            arguments, subject.generic(), subject.note()
-        )  # wrong flags are found before any data is read
+    try:  # wrong flags are found before any data is read
+        _parse(arguments, subject.generic(), subject.note())
     except ValueError as error:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
-    given = _parse(arguments, subject.config(arguments))
-    _check_code(given.config, arguments)
-    train(_with_whole_paths(given.config), given.run)
+    with redirect_stdout(sys.stderr if "print-config" in given else sys.stdout):
+        chosen = _parse(arguments, subject.config(arguments))
+    config = _with_whole_paths(chosen.training)
+    if chosen.print_config:
+        stored = decode(TrainConfig, encode(config))  # with numbers as they are read
+        print(json.dumps(encode(stored), indent=2))
+        return
+    _check_code(config, typed)
+    train(config, chosen.run)
 
 
 def _check_code(config: TrainConfig, arguments: Sequence[str]) -> None:
@@ -75,8 +91,17 @@ def _data_of(run: Path) -> str:
 
 def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     """The same wherever the run goes on."""
-    return replace(config, objective=config.objective.located())
+    data = replace(config.data, path=_whole(config.data.path))
+    weights = config.preview.extractor_weights
+    preview = replace(config.preview, extractor_weights=weights and _whole(weights))
+    return replace(config, data=data, preview=preview, objective=config.objective.located())
+
+
+def _whole(path: str) -> str:
+    """An absolute path to what exists; names of built-in images stay as they are."""
+    file = expanded(path)
+    return str(file.resolve()) if file.exists() and not is_run(file) else path
 
 
 def _parse(arguments: Sequence[str], config: TrainConfig, note: str = "") -> TrainArguments:
-    return parse(TrainArguments(config=config), arguments, "train", note)
+    return parse(TrainArguments(training=config), arguments, "train", note)
