@@ -13,6 +13,7 @@ from patchdiffusion.metrics.compare import Gathered, compare, crops
 from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.kernel import kernel_distance
 from patchdiffusion.metrics.prdc import prdc
+from patchdiffusion.metrics.sliced import sliced_distance
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -189,9 +190,73 @@ def test_prdc_sees_what_is_lost() -> None:
     assert found.coverage == pytest.approx(0.5, abs=0.05)
 
 
+def test_a_collapsed_model_is_precise_and_recalls_nothing() -> None:
+    """Not the other way round, as in a known library: one real image, drawn again and again."""
+    real = normal(400, 4)
+    found = prdc(real, real[:1] + 0.01 + normal(300, 4, seed=1) * 1e-4)
+    assert (found.precision, found.recall) == (1, 0)
+    spread = prdc(real, torch.cat([real, normal(400, 4, seed=2) + 50]))
+    assert (spread.precision, spread.recall) == (0.5, 1)
+
+
+def test_a_sample_at_just_the_radius_counts() -> None:
+    """Of points 0, 1, 2 and 3 with one neighbour every ball has radius 1, and holds its ends."""
+    real = torch.arange(4.0)[:, None]
+    found = prdc(real, torch.tensor([[-1.0], [4.0]]), nearest=1)
+    assert (found.precision, found.density, found.coverage) == (1, 1, 0.5)
+
+
 def test_prdc_refuses() -> None:
     with refuses(5):
         prdc(normal(5, 2), normal(50, 2))
+
+
+# ---- Sliced ----
+
+
+def test_sliced_distance_of_shifted_sets() -> None:
+    """3 |m|^2 for one set moved by m: W_2^2 is (u.m)^2, of mean |m|^2 / D over directions u.
+
+    Its deviation over u is that mean times sqrt(2 (D - 1) / (D + 2)).
+    """
+    x, m = normal(500, 7), normal(7, seed=1)
+    found, error = sliced_distance(x, x + m)
+    exact = 3 * float(m.square().sum())
+    assert abs(found - exact) < 4 * error
+    assert error == pytest.approx(exact * math.sqrt(12 / 9 / 1000), rel=0.1)
+    fewer, larger = sliced_distance(x, x + m, projections=40)
+    assert larger > 3 * error and abs(fewer - exact) < 4 * larger
+
+
+def test_sliced_distance_of_a_larger_spread() -> None:
+    """3 tr C (s - 1)^2 for one set about its mean, s times as wide."""
+    x = normal(2000, 5) @ normal(5, 5, seed=1)
+    x = x - x.mean(0)
+    found, error = sliced_distance(x, 2.5 * x)
+    exact = 3 * 1.5**2 * float(x.square().sum(1).mean())
+    assert abs(found - exact) < 4 * error < exact
+
+
+def test_sliced_distance_of_equal_gaussians_falls_with_their_number() -> None:
+    """Nothing is subtracted for few images: a bias of about 1 / n."""
+    few, many = (sliced_distance(normal(n, 8), normal(n, 8, seed=1))[0] for n in (100, 1600))
+    assert 10 < few / many < 24
+    assert sliced_distance(normal(100, 8), normal(100, 8))[0] == 0
+
+
+def test_sliced_distance_on_a_line_is_that_of_sorted_values() -> None:
+    x, y = normal(30, 1), normal(40, 1, seed=1) * 2 + 1  # of which 30 are compared
+    found, error = sliced_distance(x, y)
+    pairs = zip(sorted(x.flatten().tolist()), sorted(y[:30].flatten().tolist()), strict=True)
+    assert found == pytest.approx(3 * sum((a - b) ** 2 for a, b in pairs) / 30)
+    assert error == pytest.approx(0, abs=1e-12)
+
+
+def test_sliced_distance_refuses() -> None:
+    with refuses(1, 5):
+        sliced_distance(normal(1, 2), normal(5, 2))
+    with refuses("projections", 1):
+        sliced_distance(normal(5, 2), normal(5, 2), projections=1)
 
 
 # ---- Together ----
@@ -208,6 +273,7 @@ def test_gathered_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None
     assert compare(real, samples) == pytest.approx(compare(parts, samples), rel=1e-9)
     assert set(compare(real, samples)) == {
         "frechet_distance", "kernel_distance", "kernel_distance_std",
+        "sliced_distance", "sliced_distance_std",
         "precision", "recall", "density", "coverage",
     }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Comparison of two sets of images by their features: all metrics of a model's samples."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -10,6 +11,7 @@ from patchdiffusion import rng
 from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.kernel import kernel_distance
 from patchdiffusion.metrics.prdc import prdc
+from patchdiffusion.metrics.sliced import PROJECTIONS, sliced_distance
 
 KEPT = 10_000
 """Most features in nearest-neighbor and kernel metrics; more take long and change little."""
@@ -50,12 +52,15 @@ class Gathered:
 
 
 def compare(real: Gathered, samples: Gathered, *, nearest: int = 5) -> dict[str, float]:
-    """Frechet distance of all features; kernel distance, precision, recall ... of the kept ones."""
+    """Frechet distance of all features; the other metrics, such as recall, of the kept ones."""
     kernel, spread = kernel_distance(real.kept, samples.kept)
+    sliced, error = sliced_distance(real.kept, samples.kept)
     metrics = {
         "frechet_distance": frechet_distance(real.moments, samples.moments),
         "kernel_distance": kernel,
         "kernel_distance_std": spread,
+        "sliced_distance": sliced,
+        "sliced_distance_std": error,
     }
     if min(len(real.kept), len(samples.kept)) > nearest:
         metrics |= asdict(prdc(real.kept, samples.kept, nearest=nearest))
@@ -67,7 +72,8 @@ def multiply_adds(real: int, samples: int, dims: int) -> float:
     real, samples = min(real, KEPT), min(samples, KEPT)
     pairs = float(real * real + real * samples + samples * samples)
     subsets = 300 * 1000.0**2 if max(real, samples) > 1000 else pairs
-    return (pairs + subsets) * dims + 60.0 * dims**3  # the last for three decompositions
+    slices = PROJECTIONS * min(real, samples) * 2.0 * (dims + 20 * math.log2(max(real, samples)))
+    return (pairs + subsets) * dims + 60.0 * dims**3 + slices  # cubes of three decompositions
 
 
 def crops(images: Tensor, first: int, *, side: int, each: int, seed: int = 0) -> Tensor:

@@ -25,8 +25,9 @@ class PRDC:
 def prdc(real: Tensor, samples: Tensor, *, nearest: int = 5) -> PRDC:
     """Metrics of features [N, D] and [M, D]; a ball reaches to the k-th neighbor in its set.
 
-    Both must have more than k = `nearest` rows. Published precision and recall have 3, density and
-    coverage 5; values depend on it, and on N and M.
+    Distances equal to a radius count as inside in all four; published code of density and coverage
+    excludes ties. Both sets must have more than k = `nearest` rows. Published precision and recall
+    have 3, density and coverage 5; values depend on it, and on N and M.
     """
     if min(len(real), len(samples)) <= nearest:
         raise ValueError(f"{nearest} nearest neighbors need more than {nearest} images of each set")
