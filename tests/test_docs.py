@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from patchdiffusion.cli import COMMANDS, evaluate, techniques
+from patchdiffusion.cli import COMMANDS, evaluation_table, techniques
 from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.solvers import Solver
 from patchdiffusion.solvers.schedules import Schedule
@@ -78,7 +78,7 @@ def test_every_solver_and_schedule_has_its_place_in_the_page() -> None:
 
 def test_every_measure_has_its_place_in_the_page() -> None:
     text = (ROOT / "docs" / "evaluate.md").read_text()
-    for label in evaluate.ROWS.values():
+    for label in evaluation_table.ROWS.values():
         assert label in text, label
 
 

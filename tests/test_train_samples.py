@@ -7,13 +7,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import Capture
 from PIL import Image
 
 from patchdiffusion import SamplerConfig, load
 from patchdiffusion.cond import Cond
+from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.data.space import Pixels, Values
+from patchdiffusion.encoders.features import extractor
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.guidance.threshold import Clamp, NoThreshold
+from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
 from patchdiffusion.parameterisation import EDM, EpsDDPM, EpsVP, Parameterisation
 from patchdiffusion.sampling.config import Kind
@@ -21,6 +25,8 @@ from patchdiffusion.sampling.driver import sample
 from patchdiffusion.solvers import Heun, SDEDPMpp2M
 from patchdiffusion.system.families import members, word
 from patchdiffusion.system.png import enlarge, grid
+from patchdiffusion.train.report import read_log
+from patchdiffusion.train.settings import PreviewConfig
 
 CHOICES = [*members(Parameterisation), *members(ObjectiveUnion)]
 
@@ -67,3 +73,38 @@ def test_values_are_not_clamped() -> None:
     kind = Kind.trained(DenoisingConfig(), EpsVP(), values)
     assert kind == Kind(eps=True, bounded=False)
     assert isinstance(SamplerConfig().resolved(kind).threshold, NoThreshold)
+
+
+# ---- Distances ----
+
+MEANS = f"{__name__}:means"
+
+
+def means() -> object:
+    """An extractor: mean and deviation of each channel."""
+    return lambda images: torch.cat(
+        [images.float().mean((2, 3)), images.float().std((2, 3))], dim=1
+    )
+
+
+@pytest.mark.parametrize("precond", [EDM(), EpsVP()], ids=["edm", "eps"])
+def test_a_run_follows_the_distance(
+    precond: EDM | EpsVP, images: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    watch = PreviewConfig(status=99, samples=2, grid=2, sample_steps=2, held_out=2, distance=12)
+    plain = tiny.config(images, precond=precond)
+    config = replace(plain, preview=replace(watch, extractor=MEANS))
+    folder = tiny.run(config, tmp_path / "run")
+    assert "of 12 samples" in capsys.readouterr().out
+    found = [r["distance"] for r in read_log(folder) if r["kind"] == "preview"]
+    assert len(found) == 2 and found[0] != found[1] and min(found) > 0
+    again = tiny.run(config, tmp_path / "again")
+    assert [r["distance"] for r in read_log(again) if r["kind"] == "preview"] == found
+    assert tiny.weights(folder) == tiny.weights(tiny.run(plain, tmp_path / "plain"))
+    pipeline = load(folder, device="cpu")
+    evaluated = Evaluation(
+        prepare_data(config.data),
+        EvaluationConfig(samples=12, sampler=SamplerConfig(steps=2)),
+        extractor(MEANS),
+    ).of_model(pipeline)
+    assert evaluated["frechet_distance"] == pytest.approx(found[1], rel=0.01)

@@ -27,6 +27,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.space import Pixels
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
+from patchdiffusion.metrics.estimate import time_each
 from patchdiffusion.metrics.heldout import standard_error
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.sampling.pipeline import Pipeline
@@ -34,6 +35,7 @@ from patchdiffusion.solvers.schedules import ends, karras
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.serialize import encode
 
+TIMED = 8  # images that are timed for the estimate of the duration
 HALF_RANGE = 127.5
 """Levels of an 8-bit image in one unit of data: 0 and 255 are -1 and 1."""
 
@@ -169,31 +171,12 @@ def held_out_bits(
     consistency model.
     """
     chosen = pack.some_held_out(images)
-    if pack.space != Pixels():
-        raise ValueError(
-            f"{pack.name} holds {pack.space.word}; bits per dimension are those of 8-bit pixels"
-        )
-    if not len(chosen):
-        raise ValueError(f"{pack.name} has no held-out images to measure bits per dimension on")
-    model, device, team = pipeline.model, pipeline.model.device, team or Team()
-    if not model.config.objective.denoises:
-        raise ValueError("a consistency model is no denoiser, so it has no likelihood to measure")
-    config = config.within(model.config.noise)
-    denoiser = PatchDenoiser(model.denoiser, model.config.canvas)
-    labels = model.config.labels_of(pack.labels, pack.classes)
+    _check_pixels(pipeline, pack, chosen)
+    config, team = config.within(pipeline.model.config.noise), team or Team()
     share, values = team.shard(len(chosen)), []
     for start in range(share.start, share.stop, batch):
         part = chosen[start : min(start + batch, share.stop)]
-        cond = None if labels is None else Cond(labels=labels[part].to(device))
-        with pipeline.autocast():
-            bits = bits_per_dim(
-                denoiser,
-                pack.images[part].to(device),
-                cond=cond,
-                config=config,
-                index=part.to(device),
-            )
-        values.append(bits.cpu())
+        values.append(_bits_of(pipeline, pack, config, part))
         progress(len(part))
     bits = torch.cat(team.gather(torch.cat(values) if values else torch.empty(0).double()))
     numbers = {
@@ -204,7 +187,54 @@ def held_out_bits(
     card = {
         "estimates": "an upper bound",
         "dequantization": "uniform within half a level, one draw for each image",
-        "classes": "none" if labels is None else "as in the data",
+        "classes": "none" if _labels(pipeline, pack) is None else "as in the data",
         **encode(config),
     }
     return numbers, card
+
+
+def estimated_seconds(
+    pipeline: Pipeline, pack: Pack, config: LikelihoodConfig, *, images: int, batch: int = 64
+) -> float:
+    """Estimated duration of `held_out_bits` on one process, from timing one step of a few images.
+
+    Raises `ValueError` as that does.
+    """
+    chosen = pack.some_held_out(images)
+    _check_pixels(pipeline, pack, chosen)
+    config = config.within(pipeline.model.config.noise)
+    one = replace(config, steps=1)
+    timed = min(TIMED, batch, len(chosen))
+    each = time_each(lambda count: _bits_of(pipeline, pack, one, chosen[:count]), timed)
+    return each * config.steps * len(chosen)
+
+
+def _check_pixels(pipeline: Pipeline, pack: Pack, chosen: Tensor) -> None:
+    """Raise `ValueError` if a model or pack has no bits per dimension."""
+    if pack.space != Pixels():
+        raise ValueError(
+            f"{pack.name} holds {pack.space.word}; bits per dimension are those of 8-bit pixels"
+        )
+    if not len(chosen):
+        raise ValueError(f"{pack.name} has no held-out images to measure bits per dimension on")
+    if not pipeline.model.config.objective.denoises:
+        raise ValueError("a consistency model is no denoiser, so it has no likelihood to measure")
+
+
+def _labels(pipeline: Pipeline, pack: Pack) -> Tensor | None:
+    return pipeline.model.config.labels_of(pack.labels, pack.classes)
+
+
+def _bits_of(pipeline: Pipeline, pack: Pack, config: LikelihoodConfig, index: Tensor) -> Tensor:
+    """Bits per dimension of the images of a pack at `index` [B]: float64 [B] on the CPU."""
+    model, device, labels = pipeline.model, pipeline.model.device, _labels(pipeline, pack)
+    cond = None if labels is None else Cond(labels=labels[index].to(device))
+    with pipeline.autocast():
+        bits = bits_per_dim(
+            PatchDenoiser(model.denoiser, model.config.canvas),
+            pack.images[index].to(device),
+            cond=cond,
+            config=config,
+            index=index.to(device),
+        )
+    return bits.cpu()

@@ -1,22 +1,25 @@
 """patchdiffusion evaluate RUN [options]"""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from patchdiffusion.apps.likelihood import LikelihoodConfig, held_out_bits
+from patchdiffusion.apps.likelihood import LikelihoodConfig, estimated_seconds, held_out_bits
+from patchdiffusion.cli.evaluation_table import FULL, table
 from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.plan import common_size
-from patchdiffusion.data.prepare import prepare, prepare_data
+from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.data.source import is_run, open_source
-from patchdiffusion.encoders.features import Extractor, extractor
+from patchdiffusion.data.space import Pixels
+from patchdiffusion.encoders.features import CHANNELS, Extractor, extractor_or_reason
+from patchdiffusion.metrics.estimate import estimate
 from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.sampling.pipeline import Pipeline, load
@@ -28,7 +31,6 @@ from patchdiffusion.system.serialize import decode
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.log import duration
 
-FULL = 50_000
 _ALL = 10**9
 
 
@@ -60,9 +62,9 @@ class EvaluateArguments:
     """Measure a run or a model, or compare images with images.
 
     Of a model: its loss on held-out images, how many bits it needs for them (--bits.images), and
-    its samples beside the real images (Frechet and kernel distance, precision, recall, density,
-    coverage, copies). The quick default shows a trend; --full is the protocol of publications.
-    Also under torchrun.
+    its samples beside the real images (Frechet, kernel and sliced distance, precision, recall,
+    density, coverage, copies). What cannot be measured is listed, with the reason. The quick
+    default shows a trend; --full is the protocol of publications. Also under torchrun.
     """
 
     example: ClassVar[str] = "patchdiffusion evaluate runs/photos --full"
@@ -115,17 +117,23 @@ def main(arguments: Sequence[str]) -> None:
         if pipeline is None and given.bits.images:
             images = given.bits.images
             raise ValueError(f"{path} holds no model, which --bits.images {images} is about")
-        pack = _reference(path, given, pipeline, team)
+        compared = _compared(path, given, pipeline, team)
+        extract, missing = _extractor(given, team, device, compared.richest)
         evaluation = Evaluation(
-            pack=pack,
+            pack=compared.pack,
             config=config,
-            extract=_extractor(given, team, device, axes=pack.images.ndim - 2),
+            extract=extract,
             team=team,
+            missing=missing,
+            compared=compared.colors,
         )
-        bits = _bits(evaluation, pipeline, given.bits) if pipeline and given.bits.images else None
-        result = _measured(evaluation, pipeline, path)
-        if bits is not None:
-            result["bits"], result["card"]["bits"] = bits
+        bits = given.bits if pipeline is not None else BitsArguments()
+        if team.is_main:
+            print(_outlook(evaluation, pipeline, compared.images, bits))
+        measured_bits = None if pipeline is None else _bits(evaluation, pipeline, bits)
+        result = _measured(evaluation, pipeline, compared.images, str(path))
+        if measured_bits is not None:
+            result["bits"], result["card"]["bits"] = measured_bits
         if not result.keys() - {"card", "left_out"}:
             why = [f"{name}: {reason}" for name, reason in result["left_out"].items()]
             raise ValueError("; ".join(why) or "nothing is to be measured; name an extractor")
@@ -148,37 +156,86 @@ def _model(path: Path, given: EvaluateArguments, device: torch.device) -> Pipeli
 
 
 def _extractor(
-    given: EvaluateArguments, team: Team, device: torch.device, *, axes: int
-) -> Extractor | None:
+    given: EvaluateArguments, team: Team, device: torch.device, pack: Pack
+) -> tuple[Extractor | None, str]:
+    """The extractor, or None and why there is none although it is wanted."""
     name, weights = given.features.extractor, given.features.weights
+    axes, channels = pack.images.ndim - 2, pack.images.shape[-1]
     if name == "none" or not given.config.samples:
-        return None
+        return None, ""
     if axes != 2:
-        raise ValueError(
-            f"features are of images of two axes, and these have {axes}; --features.extractor none "
-            "measures loss and copies"
-        )
-    return extractor(name, weights=weights, device=device, team=team)
+        return None, f"features are of images of two axes, and these have {axes}"
+    if channels not in CHANNELS:
+        return None, f"features are of images of 1, 3 or 4 channels, and these have {channels}"
+    made = extractor_or_reason(name, weights=weights, device=device, team=team)
+    return (None, made) if isinstance(made, str) else (made, "")
 
 
-def _reference(path: Path, given: EvaluateArguments, pipeline: Pipeline | None, team: Team) -> Pack:
-    """The real images, decoded as those that the model was trained on or those of `path`."""
+# ---- The two sides ----
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The data of an evaluation."""
+
+    pack: Pack
+    """The real images, as the model sees them."""
+    colors: Pack | None = None
+    """The same with colors that the model does not have; None if there are no others."""
+    images: Pack | None = None
+    """The images that are measured in place of samples of a model."""
+
+    @property
+    def richest(self) -> Pack:
+        """The real images with all of their colors."""
+        return self.colors or self.pack
+
+
+def _compared(
+    path: Path, given: EvaluateArguments, pipeline: Pipeline | None, team: Team
+) -> Compared:
+    """Decode both sides, in the color space that holds both."""
+
+    def prepared(data: DataConfig) -> Pack:
+        return Pack.open(team.on_main(lambda: str(prepare_data(data).path)))
+
     wanted = _trained_on(path) if given.data is None else DataConfig(path=given.data)
-    if pipeline is None:
-        wanted = replace(wanted, resolution=given.resolution or _own_size(path, wanted.path))
-    else:
-        model = pipeline.model.config
-        pack = Pack.open(team.on_main(lambda: str(prepare_data(wanted).path)))
-        alike = pack.space.word == model.space.word
-        if alike and (*pack.info.shape[1:],) == (*model.canvas, model.network.channels):
-            return pack
-        wanted = replace(
-            wanted,
-            resolution=model.canvas,
-            channels=model.network.channels,
-            space=model.space.word,
-        )
-    return Pack.open(team.on_main(lambda: str(prepare_data(wanted).path)))
+    if pipeline is not None:
+        return _of_model(pipeline, wanted, prepared, keep_colors=given.data is not None)
+    resolution = given.resolution or _own_size(path, wanted.path)
+    pack = prepared(replace(wanted, resolution=resolution))
+    size = (pack.info.shape[1], pack.info.shape[2])
+    images = prepared(DataConfig(path=str(path), resolution=size, space=pack.space.word))
+    channels = max(pack.info.shape[3], images.info.shape[3])
+    if pack.space == Pixels() and channels in CHANNELS:
+        if pack.info.shape[3] != channels:
+            pack = prepared(replace(wanted, resolution=size, channels=channels))
+        if images.info.shape[3] != channels:
+            images = prepared(
+                DataConfig(path=str(path), resolution=size, channels=channels, space="pixels")
+            )
+    return Compared(pack, images=images)
+
+
+def _of_model(
+    pipeline: Pipeline,
+    wanted: DataConfig,
+    prepared: Callable[[DataConfig], Pack],
+    *,
+    keep_colors: bool,
+) -> Compared:
+    """The data for a model: as the model sees it, and with its colors if the model has none."""
+    model, pack = pipeline.model.config, prepared(wanted)
+    shape, channels = (*model.canvas, model.network.channels), model.network.channels
+    if pack.space.word == model.space.word and (*pack.info.shape[1:],) == shape:
+        return Compared(pack)
+    fitting = replace(wanted, resolution=model.canvas, space=model.space.word)
+    richer = keep_colors and pack.space == model.space == Pixels()
+    colors = pack.info.shape[-1]
+    return Compared(
+        prepared(replace(fitting, channels=channels)),
+        prepared(replace(fitting, channels=colors)) if richer and colors > channels == 1 else None,
+    )
 
 
 def _own_size(images: Path, data: str) -> tuple[int, int] | None:
@@ -202,41 +259,59 @@ def _trained_on(path: Path) -> DataConfig:
         raise ValueError(f"{path} does not say what it was trained on; give --data PATH") from error
 
 
-def _measured(evaluation: Evaluation, pipeline: Pipeline | None, path: Path) -> dict[str, Any]:
-    images = None
-    if pipeline is None:
-        shape = evaluation.pack.info.shape
-        images = prepare(
-            open_source(str(path)),
-            resolution=(shape[1], shape[2]),
-            channels=shape[3],
-            space=evaluation.pack.space.word,
-            holdout=0,
-        ).images
+# ---- What is done ----
+
+
+def _outlook(
+    evaluation: Evaluation, pipeline: Pipeline | None, images: Pack | None, bits: BitsArguments
+) -> str:
+    """How long everything will take, and what it is."""
     count = evaluation.config.samples if images is None else len(images)
+    seconds, parts = estimate(evaluation, pipeline, count), []
+    if pipeline is not None:
+        parts += [(len(evaluation.loss_images(pipeline)), "losses")]
+        count = count if evaluation.draws(pipeline) else 0
+        if bits.images:
+            likelihoods = len(evaluation.pack.some_held_out(bits.images))
+            parts += [(likelihoods, "likelihoods")]
+            seconds += _seconds_of_bits(evaluation, pipeline, bits) / evaluation.team.size
+    parts += [(count, "samples" if images is None else "images")]
+    if evaluation.extract is not None:
+        parts += [(len(evaluation.reference), "real images")]
+    listed = ", ".join(f"{number:,} {name}" for number, name in parts if number)
+    return f"this will take about {duration(seconds)}: {listed}"
+
+
+def _seconds_of_bits(evaluation: Evaluation, pipeline: Pipeline, bits: BitsArguments) -> float:
+    pack, batch = evaluation.pack, evaluation.config.batch
+    return estimated_seconds(pipeline, pack, bits.equation, images=bits.images, batch=batch)
+
+
+def _measured(
+    evaluation: Evaluation, pipeline: Pipeline | None, images: Pack | None, name: str
+) -> dict[str, Any]:
+    total = 0 if evaluation.extract is None else evaluation.reference.uncached
+    if pipeline is not None:
+        total += len(evaluation.loss_images(pipeline))
+        total += evaluation.config.samples if evaluation.draws(pipeline) else 0
+    total += 0 if images is None else len(images)
     team = evaluation.team
-    if team.is_main:
-        print(f"this will take about {duration(evaluation.estimate(pipeline, count))}: ", end="")
-        parts = [] if pipeline is None else [(len(evaluation.loss_images(pipeline)), "losses")]
-        if evaluation.extract is not None:
-            reference = min(evaluation.config.reference, len(evaluation.pack))
-            parts += [(count, "samples"), (reference, "real images")]
-        print(", ".join(f"{number:,} {name}" for number, name in parts if number))
-    total = 0 if evaluation.extract is None else (count + evaluation.uncached) // team.size
-    with progress_bar(total, "image", disable=not team.is_main) as bar:
+    with progress_bar(total // team.size, "image", disable=not team.is_main) as bar:
         watched = replace(evaluation, progress=bar.update)
         if pipeline is not None:
             return watched.of_model(pipeline)
         assert images is not None
-        return watched.of_images(images, str(path))
+        return watched.of_images(images.images, name)
 
 
 def _bits(
     evaluation: Evaluation, pipeline: Pipeline, bits: BitsArguments
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]] | None:
     pack, team = evaluation.pack, evaluation.team
+    if not bits.images:
+        return None
     count = len(pack.some_held_out(bits.images)) // team.size
-    with progress_bar(count, "likelihood", disable=not team.is_main) as bar:
+    with progress_bar(count, "image", name="likelihood", disable=not team.is_main) as bar:
         return held_out_bits(
             pipeline,
             pack,
@@ -256,61 +331,3 @@ def _new_file(path: Path, model: bool) -> Path:
     while (file := root / f"{number:04d}.json").exists():
         number += 1
     return file
-
-
-ROWS = {
-    "frechet_distance": "Frechet distance",
-    "kernel_distance": "kernel distance",
-    "precision": "precision",
-    "recall": "recall",
-    "density": "density",
-    "coverage": "coverage",
-    "copy_rate": "copies",
-}
-
-
-def table(result: dict[str, Any]) -> list[str]:
-    """The numbers for people, each with what it depends on."""
-    lines, card = [], result["card"]
-    for name, label in (("held_out", "held-out loss"), ("loss", "loss on these images")):
-        if held := result.get(name):
-            bands = "  ".join(f"{band} {loss:.3f}" for band, loss in held["bands"].items())
-            lines.append(
-                f"{label:<28}{held['loss']:.4f}{_error(held)} on "
-                f"{held['images']:,} images (by noise: {bands})"
-            )
-    if bits := result.get("bits"):
-        how = card["bits"]
-        lines.append(
-            f"{'bits per dimension':<28}{bits['bits_per_dim']:.4f}{_error(bits)} on "
-            f"{bits['images']:,} images (upper bound but for {how['steps']} steps, {how['method']})"
-        )
-    for name, label in ROWS.items():
-        if name in result:
-            spread = result.get(f"{name}_std")
-            told = "" if not spread else f" +- {spread:.3g}"
-            lines.append(f"{label:<28}{result[name]:.4g}{told}")
-    if "extractor" in card:
-        facts = ", ".join(str(v) for v in card["extractor"].values())
-        height, width, _ = card["data"]["size"]
-        crops = f" in crops of {card['crop']} pixels" if card["crop"] else ""
-        lines.append(
-            f"by {facts}; {card['samples']:,} samples against {card['reference']:,} images "
-            f"of {card['data']['name']}, at {height}x{width}{crops}"
-        )
-        if card["samples"] < FULL:
-            lines.append(
-                "a Frechet distance of fewer than 50,000 samples is larger; compare like with like"
-            )
-    if not card["data"].get("of_the_model", True):
-        lines.append(
-            f"{card['data']['name']} is not what the model was trained on, or is divided in "
-            "another way: some of these images may have been trained on"
-        )
-    lines += [f"not measured: {name} ({why})" for name, why in result["left_out"].items()]
-    return lines
-
-
-def _error(found: dict[str, Any]) -> str:
-    error = found["standard_error"]
-    return "" if error is None else f" +- {error:.4f}"

@@ -159,6 +159,21 @@ def names(slots: Iterable[Slot]) -> Iterator[str]:
             yield slot.negative
 
 
+def shortened(record: Any, given: Given) -> dict[str, Sequence[str]]:
+    """The same flags, without the names of flat fields in front of them.
+
+    So the path of a field in a configuration is a flag everywhere: `--sampler.steps` is `--steps`.
+    """
+    prefixes = {f"{slot.name}.": slot.path[:-1] for slot in walk(record) if slot.flat}
+    short: dict[str, Sequence[str]] = {}
+    for name, words in given.items():
+        for prefix, above in prefixes.items():
+            if name.startswith(prefix):
+                name = ".".join([*above, name.removeprefix(prefix)]).replace("_", "-")
+        short[name] = words
+    return short
+
+
 # ---- Words choose types ----
 
 

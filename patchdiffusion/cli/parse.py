@@ -21,6 +21,7 @@ def parse(default: T, arguments: Sequence[str], command: str, note: str = "") ->
     """
     words, given = flags.read(arguments)
     help_words = given.pop("help", None)
+    given = flags.shortened(default, given)
     record = flags.choose(default, given)
     _check_known(record, given, command)
     record = flags.assign(record, given)
@@ -41,6 +42,7 @@ def _check_known(record: Any, given: flags.Given, command: str) -> None:
 def parse_some(default: T, arguments: Sequence[str]) -> T:
     """The same from those flags that the record has; all else is left for later."""
     _, given = flags.read(arguments)
+    given = flags.shortened(default, given)
     return flags.assign(flags.choose(default, given), given)
 
 

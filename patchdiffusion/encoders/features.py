@@ -29,11 +29,20 @@ INCEPTION_URL = (
 )
 DINOV2 = "facebook/dinov2-large"
 DINOV2_REVISION = "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"
+WEIGHTS_FLAG = "--features.weights"
 _RESIZES = {
     "inception": "antialiased bicubic, clipped to [0, 255] as in clean-fid,",
     "inception-legacy": "TensorFlow 1 bilinear, as in the first FID,",
 }
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+CHANNELS = (1, 3, 4)
+"""Channels of images that extractors, which see three, can be applied to."""
+
+
+class Unavailable(ValueError):
+    """Published weights are neither stored here nor can be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +58,18 @@ class Extractor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 [B, H, W, C] with 1 or 3 channels -> float32 [B, D] on the CPU.
+        """uint8 [B, H, W, C] with C in `CHANNELS` -> float32 [B, D] on the CPU.
 
-        Raises `ValueError` for other images, and if the function returns something else.
+        Grayscale is repeated and RGBA composed over white. Raises `ValueError` for other images,
+        and if the function returns something else.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        shape = list(images.shape)
+        if images.dtype != torch.uint8 or len(shape) != 4 or shape[3] not in CHANNELS:
             raise ValueError(
-                f"features are made of uint8 [B, H, W, 1 or 3], not {images.dtype} "
-                f"{list(images.shape)}"
+                f"features are made of uint8 [B, H, W, 1, 3 or 4], not {images.dtype} {shape}"
             )
-        output = self.function(images.to(self.device).expand(-1, -1, -1, 3))
+        images = over_white(images) if shape[3] == 4 else images.expand(-1, -1, -1, 3)
+        output = self.function(images.to(self.device))
         if not isinstance(output, Tensor):
             raise ValueError(f"{self.name} must return a tensor, not {type(output).__name__}")
         if output.ndim != 2 or len(output) != len(images):
@@ -68,12 +79,20 @@ class Extractor:
         return output.to("cpu", torch.float32)
 
 
+def over_white(images: Tensor) -> Tensor:
+    """RGBA with straight alpha composed over white: uint8 [..., 4] -> uint8 [..., 3]."""
+    alpha = images[..., 3:].int()
+    total = images[..., :3].int() * alpha + 255 * (255 - alpha) + 128
+    return (((total >> 8) + total) >> 8).to(torch.uint8)  # total / 255, rounded
+
+
 def extractor(
     name: str,
     *,
     weights: Path | str | None = None,
     device: str | torch.device = "cpu",
     team: Team | None = None,
+    flag: str = WEIGHTS_FLAG,
 ) -> Extractor:
     """Build an extractor by name.
 
@@ -81,17 +100,39 @@ def extractor(
     TensorFlow 1, "dinov2" the class token of DINOv2 ViT-L/14 (Stein et al., NeurIPS 2023), and
     "module:callable" a custom one: called without arguments it must return a function of uint8
     [B, 3, H, W] that returns [B, D]. `weights` is a local file or folder; without it, published
-    weights are downloaded into the cache once, by rank 0 of a team.
+    weights are downloaded into the cache once, by rank 0 of a team. Raises `Unavailable` if they
+    cannot be, which names the `flag` for a file, and `ImportError` for a package that is missing.
     """
     weights = None if weights is None else Path(weights)
     if team is not None and team.size > 1:
-        team.on_main(lambda: _build(name, weights, torch.device("cpu")) and None)
-    return _build(name, weights, torch.device(device))
+        team.on_main(lambda: _build(name, weights, torch.device("cpu"), flag) and None)
+    return _build(name, weights, torch.device(device), flag)
 
 
-def _build(name: str, weights: Path | None, device: torch.device) -> Extractor:
+def extractor_or_reason(
+    name: str, *, weights: Path | str | None, device: str | torch.device, team: Team
+) -> Extractor | str:
+    """Build an extractor, or say why its weights or packages cannot be had, on all processes."""
+    weights = None if weights is None else Path(weights)
+
+    def attempt(device: torch.device) -> Extractor | str:
+        try:
+            return _build(name, weights, device, WEIGHTS_FLAG)
+        except (Unavailable, ImportError) as error:
+            return str(error)
+
+    def reason() -> str:
+        tried = attempt(torch.device("cpu"))
+        return tried if isinstance(tried, str) else ""
+
+    if team.size > 1 and (missing := team.on_main(reason)):
+        return missing
+    return attempt(torch.device(device))
+
+
+def _build(name: str, weights: Path | None, device: torch.device, flag: str) -> Extractor:
     if name in ("inception", "inception-legacy"):
-        return _inception(name, weights, device)
+        return _inception(name, weights, device, flag)
     if name == "dinov2":
         return _dinov2(weights, device)
     if ":" in name:
@@ -114,12 +155,12 @@ def features(
 # ---- The extractors ----
 
 
-def _inception(name: str, path: Path | None, device: torch.device) -> Extractor:
-    path = path or fetch(
-        INCEPTION_URL,
-        digest=INCEPTION_DIGEST,
-        hint="without a network, give the file with --features.weights",
-    )
+def _inception(name: str, path: Path | None, device: torch.device, flag: str) -> Extractor:
+    hint = f"without a network, give the file with {flag}"
+    try:
+        path = path or fetch(INCEPTION_URL, digest=INCEPTION_DIGEST, hint=hint)
+    except OSError as error:
+        raise Unavailable(f"the weights of Inception are missing: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         net = Inception()
@@ -154,7 +195,11 @@ def _dinov2(path: Path | None, device: torch.device) -> Extractor:
         raise ValueError(f"{path} holds no DINOv2: config.json is missing; give a model's folder")
     source, revision = (str(path), None) if path else (DINOV2, DINOV2_REVISION)
     transformers = require("transformers", extra="features")
-    net = transformers.Dinov2Model.from_pretrained(source, revision=revision)
+    try:
+        net = transformers.Dinov2Model.from_pretrained(source, revision=revision)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise Unavailable(f"the weights of DINOv2 are missing: {reason}") from error
     net = net.eval().requires_grad_(False).to(device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in _IMAGENET)
     side = 224

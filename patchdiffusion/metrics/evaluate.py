@@ -1,39 +1,33 @@
 """Evaluation of a model: its loss on held-out images, and its samples compared with real ones."""
 
-import hashlib
-import json
-import time
+import collections
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from datetime import date
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.data.columns import used, with_labels
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import Extractor
-from patchdiffusion.metrics.compare import Gathered, compare, crops, multiply_adds
-from patchdiffusion.metrics.frechet import Moments
+from patchdiffusion.metrics.cards import data_card, features_card, model_card
+from patchdiffusion.metrics.compare import Gathered, compare
 from patchdiffusion.metrics.heldout import held_out_losses, standard_error, summarize
 from patchdiffusion.metrics.memorise import CopyCounter
+from patchdiffusion.metrics.reference import Featurizer, Reference
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig
 from patchdiffusion.system.dist import Team
-from patchdiffusion.system.files import cache_dir, write_atomic
 from patchdiffusion.system.serialize import encode
 
 COPY_LIMIT = 20_000  # images; larger sets are slow to search and rarely memorized
 SEED = 1_000_000  # of the first sample: disjoint from seeds in usual use
-_TRIAL = 8  # images that are timed for the estimate of the duration
+BY_FEATURES = "Frechet, kernel and sliced distance, precision, recall, density, coverage"
 
-Say = Callable[[str], object]
+LabelLaw = Literal["data", "equal", "random"]
+Swept = Literal["ema", "guidance"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +46,12 @@ class EvaluationConfig:
     """Side of crops at full resolution that are compared instead of whole images; 0 is none."""
     nearest: int = 5
     """Number of nearest neighbors in precision, recall, density and coverage."""
+    labels: LabelLaw = "data"
+    """Classes of the samples. data: as frequent as in the data; equal: all equally often; random:
+    drawn at random, all with the same probability."""
+    swept: tuple[Swept, ...] = ()
+    """What was chosen by the metrics that are reported, for the card: the length of the EMA, the
+    guidance."""
     batch: int = 64
     """Images at a time."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig, metadata={"flat": "sampler"})
@@ -75,6 +75,10 @@ class Evaluation:
     team: Team = field(default_factory=Team)
     progress: Callable[[int], object] = bool
     """Called with the number of images of each batch that is done."""
+    missing: str = ""
+    """Why there is no extractor although metrics by features are wanted."""
+    compared: Pack | None = None
+    """The same images with the colors that `pack` has lost for the sake of the model."""
 
     def __post_init__(self) -> None:
         if self.extract is not None and len(self.pack) < 2:
@@ -95,13 +99,25 @@ class Evaluation:
             denoises = pipeline.model.config.objective.denoises
             reason = "no image was held out" if denoises else "a consistency model is no denoiser"
             result["left_out"]["held-out loss"] = reason
-        if self.extract is not None and self.config.samples:
+        if self.compares:
             of = self.pack.train if trained_on else None
             metrics = self._against(lambda part: self._sampled(pipeline, part), copies_of=of)
             result["left_out"] |= metrics.pop("left_out")
             result |= metrics
         result["card"] = self.card(pipeline)
         return result
+
+    @property
+    def compares(self) -> bool:
+        """True if samples are to be compared with real images, as far as that is possible."""
+        return self.config.samples > 0 and (self.extract is not None or bool(self.missing))
+
+    def draws(self, pipeline: Pipeline) -> bool:
+        """True if a model is sampled: not if nothing could be measured of its samples."""
+        return self.compares and (
+            self.extract is not None
+            or (self.is_data_of(pipeline) and not _no_copies(self.pack.train))
+        )
 
     def is_data_of(self, pipeline: Pipeline) -> bool:
         """True if a model was trained on this pack, with these held-out images.
@@ -119,10 +135,8 @@ class Evaluation:
         order = rng.permutation(0, "evaluation loss", 0, len(self.pack))
         return torch.from_numpy(order[: self.config.held_out])
 
-    def loss(self, pipeline: Pipeline) -> dict[str, Any]:
-        """Weighted denoising loss of whole images, with fixed noise."""
-        chosen = self.loss_images(pipeline)
-        count = len(chosen)
+    def losses(self, pipeline: Pipeline, chosen: Tensor) -> Tensor:
+        """Noise level and loss of each whole image of this process: float64 [2, N]."""
         model = pipeline.model.config
         labels = model.labels_of(self.pack.labels, self.pack.classes)
         with pipeline.autocast():
@@ -137,12 +151,22 @@ class Evaluation:
                 sizes=(model.canvas,),
                 device=pipeline.model.device,
                 batch=self.config.batch,
-                part=self.team.shard(count),
+                part=self.team.shard(len(chosen)),
+                progress=self.progress,
             )
-        table = torch.cat(self.team.gather(losses[model.canvas]), dim=1)  # [2, count]
-        loss = summarize({model.canvas: table})
-        error = standard_error(table[1])
-        return {"loss": loss.total, "standard_error": error, "bands": loss.bands, "images": count}
+        return losses[model.canvas]
+
+    def loss(self, pipeline: Pipeline) -> dict[str, Any]:
+        """Weighted denoising loss of whole images, with fixed noise."""
+        chosen = self.loss_images(pipeline)
+        table = torch.cat(self.team.gather(self.losses(pipeline, chosen)), dim=1)  # [2, count]
+        loss = summarize({pipeline.model.config.canvas: table})
+        return {
+            "loss": loss.total,
+            "standard_error": standard_error(table[1]),
+            "bands": loss.bands,
+            "images": len(chosen),
+        }
 
     def _sampled(self, pipeline: Pipeline, part: range) -> Iterator[np.ndarray]:
         """Iterate over batches of the samples with these numbers, each with its class."""
@@ -158,21 +182,30 @@ class Evaluation:
             )
             self.progress(len(numbers))
 
+    def label_law(self, pipeline: Pipeline) -> str:
+        """Law of the classes of samples: that of the configuration, as far as it applies."""
+        if not pipeline.model.config.network.num_classes:
+            return "none"
+        unlabeled = self.config.labels == "data" and self.pack.labels is None
+        return "equal" if unlabeled else self.config.labels
+
     def labels(self, pipeline: Pipeline) -> list[int] | None:
-        """Class of each sample: as frequent as in the data, or cycling if the data has none."""
-        model = pipeline.model.config
-        if not model.network.num_classes:
+        """Class of each sample by `label_law`; None without classes."""
+        model, count = pipeline.model.config, self.config.samples
+        law, classes = self.label_law(pipeline), model.network.num_classes
+        if law == "none":
             return None
-        labels = model.labels_of(self.pack.labels, self.pack.classes)
-        if labels is None:
-            labels = torch.arange(model.network.num_classes)
-        return sample_labels(labels, self.config.samples).tolist()
+        if law == "random":
+            numbers = torch.arange(self.config.seed, self.config.seed + count)
+            return rng.integers(rng.keys(0, "random labels", 0, numbers), classes).tolist()
+        labels = model.labels_of(self.pack.labels, self.pack.classes) if law == "data" else None
+        return sample_labels(torch.arange(classes) if labels is None else labels, count).tolist()
 
     # ---- Of images ----
 
     def of_images(self, images: Tensor, name: str) -> dict[str, Any]:
         """Metrics of given samples [N, H, W, C] in the space of the pack, and their card."""
-        if self.extract is None:
+        if not self.compares:
             raise ValueError("images can only be compared by features; name an extractor")
 
         # Files are often sorted by class, and nearest-neighbor metrics use the first ones only.
@@ -186,7 +219,8 @@ class Evaluation:
 
         every = torch.arange(len(self.pack))
         result = self._against(batches, count=len(images), copies_of=every)
-        result["card"] = self.card(None) | {"images": name, "samples": len(images)}
+        facts = {"images": name, "channels": images.shape[-1], "samples": len(images)}
+        result["card"] = self.card(None) | facts
         return result
 
     def _against(
@@ -197,141 +231,88 @@ class Evaluation:
         copies_of: Tensor | None,
     ) -> dict[str, Any]:
         """Compare samples with the real images, and count copies of those at `copies_of`."""
-        real = self.reference()
         count = self.config.samples if count is None else count
-        part = self.team.shard(count)
-        counter, left_out = None, {}
-        if copies_of is None:
-            left_out["copies"] = "the data is not the model's"
-        elif not 2 <= len(copies_of) <= COPY_LIMIT:
-            left_out["copies"] = f"of 2 to {COPY_LIMIT:,} images, not {len(copies_of):,}"
-        else:
+        part, left_out, metrics = self.team.shard(count), {}, {}
+        reason = _no_copies(copies_of)
+        counter = None
+        if copies_of is not None and not reason:
             counter = CopyCounter(self.pack.images, copies_of, self.pack.space)
 
-        def features() -> Iterator[Tensor]:
-            done = part.start
+        def counted() -> Iterator[Tensor]:
             for images in map(torch.from_numpy, batches(part)):
                 if counter is not None:
                     counter.add(images)
-                yield self._features(images, done)
-                done += len(images)
+                yield images
 
-        samples = Gathered.together(self.team.gather(Gathered.of(features())))
-        metrics: dict[str, Any] = compare(real, samples, nearest=self.config.nearest)
-        if "precision" not in metrics:
-            reason = f"{self.config.nearest} nearest neighbors need more images of each kind"
-            left_out["precision, recall, density, coverage"] = reason
+        if self.extract is not None:
+            metrics |= self._by_features(counted(), part.start)
+            if "precision" not in metrics:
+                few = f"{self.config.nearest} nearest neighbors need more images of each kind"
+                left_out["precision, recall, density, coverage"] = few
+        else:
+            left_out[BY_FEATURES] = self.missing
+            if counter is not None:
+                collections.deque(counted(), maxlen=0)
         if counter is not None:
             counter.finish()
             counts = self.team.gather((counter.copies, counter.samples))
             metrics["copy_rate"] = sum(copies for copies, _ in counts) / sum(n for _, n in counts)
+        else:
+            left_out["copies"] = reason
         return {**metrics, "left_out": left_out}
 
-    def _features(self, images: Tensor, first: int) -> Tensor:
-        assert self.extract is not None
-        images = torch.from_numpy(self.pack.space.to_picture(images.numpy()))
-        if self.config.crop:
-            images = crops(images, first, side=self.config.crop, each=1)
-        return self.extract(images)
-
-    # ---- The real images ----
-
-    def reference(self) -> Gathered:
-        """Features of the real images, cached for each extractor and data set."""
-        file = self._cache_file()
-        if file is not None:  # caches of processes may differ
-            cached = self.team.gather(_read(file) if self.team.is_main else None)[0]
-            if cached is not None:
-                return cached
-        order = torch.from_numpy(rng.permutation(0, "reference", 0, len(self.pack)))
-        chosen = order[: self.config.reference]
-        part = self.team.shard(len(chosen))
+    def _by_features(self, batches: Iterator[Tensor], first: int) -> dict[str, float]:
+        """Metrics of the samples of all processes; those of this one are numbered from `first`."""
+        reference = self.reference
+        real = reference.gathered()
 
         def features() -> Iterator[Tensor]:
-            for start in range(part.start, part.stop, self.config.batch):
-                stop = min(start + self.config.batch, part.stop)
-                yield self._features(self.pack.images[chosen[start:stop]], start)
-                self.progress(stop - start)
+            done = first
+            for images in batches:
+                yield reference.features(images, done, self.pack.space)
+                done += len(images)
 
-        gathered = Gathered.together(self.team.gather(Gathered.of(features())))
-        if file is not None and self.team.is_main:
-            tensors = {**gathered.moments.to_tensors(), "kept": gathered.kept}
-            write_atomic(file, lambda temporary: save_file(tensors, temporary))
-        return gathered
+        samples = Gathered.together(self.team.gather(Gathered.of(features())))
+        return compare(real, samples, nearest=self.config.nearest)
+
+    # ---- The real images, and the card ----
 
     @property
-    def uncached(self) -> int:
-        """Number of real images whose features are not in the cache."""
-        cached = self.extract is None or _read(self._cache_file()) is not None
-        return 0 if cached else min(self.config.reference, len(self.pack))
-
-    def _cache_file(self) -> Path | None:
-        """File of cached features; None for custom extractors, whose code may change."""
-        extract = self.extract
-        if extract is None or "weights" not in extract.facts:
-            return None
-        count = min(self.config.reference, len(self.pack))
-        facts = [self.pack.fingerprint, extract.name, extract.facts, count, self.config.crop]
-        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
-        return cache_dir() / "features" / f"{name}.safetensors"
-
-    # ---- Card and estimate ----
+    def reference(self) -> Reference:
+        """The real images; needs an extractor."""
+        assert self.extract is not None
+        config = self.config
+        return Reference(
+            self.compared or self.pack,
+            Featurizer(self.extract, config.crop),
+            config.reference,
+            config.batch,
+            self.team,
+            self.progress,
+        )
 
     def card(self, pipeline: Pipeline | None) -> dict[str, Any]:
         """All settings and versions that the metrics depend on."""
-        card: dict[str, Any] = {
-            "date": date.today().isoformat(),
-            "versions": {"patchdiffusion": version("patchdiffusion"), "torch": torch.__version__},
-            "data": {
-                "name": self.pack.name,
-                "fingerprint": self.pack.fingerprint[:16],
-                "size": list(self.pack.info.shape[1:]),
-                "space": encode(self.pack.space),
-            },
-        }
+        config, card = self.config, data_card(self.pack)
         if self.extract is not None:
-            card["extractor"] = {"name": self.extract.name, **self.extract.facts}
-            card["reference"] = min(self.config.reference, len(self.pack))
-            card |= {"crop": self.config.crop, "nearest": self.config.nearest}
+            reference = self.reference
+            card |= features_card(self.extract, reference.pack.images.shape[-1])
+            card["reference"] = len(reference)
+            card |= {"crop": config.crop, "nearest": config.nearest}
+            if self.compared is not None:
+                card["data"]["compared_as"] = list(reference.pack.info.shape[1:])
         if pipeline is not None:
             card["data"]["of_the_model"] = self.is_data_of(pipeline)
-            card["model"] = {
-                "digest": pipeline.model.digest,
-                "equivalents": pipeline.model.config.images,
-                "precision": pipeline.precision,
-            }
-            if self.extract is not None:
-                last = self.config.seed + self.config.samples - 1
-                card["samples"] = self.config.samples
-                card["seeds"] = f"{self.config.seed}-{last}"
-                card["sampler"] = encode(pipeline.sampler(self.config.sampler))
+            card["model"] = model_card(pipeline)
+            card["swept"] = {name: name in config.swept for name in get_args(Swept)}
+            if self.draws(pipeline):
+                card["samples"] = config.samples
+                card["seeds"] = f"{config.seed}-{config.seed + config.samples - 1}"
+                card["sampler"] = encode(pipeline.sampler(config.sampler))
                 if pipeline.companions.digests:
                     card["guides"] = pipeline.companions.digests
-                shares = "uniform" if self.pack.labels is None else "as in the data"
-                card["classes"] = shares if pipeline.model.config.network.num_classes else "none"
+                card["label_law"] = self.label_law(pipeline)
         return card
-
-    def estimate(self, pipeline: Pipeline | None, samples: int) -> float:
-        """Estimated duration in seconds, from timing a few images of each kind."""
-        seconds, unshared = 0.0, 0.0
-        if self.extract is not None:
-            some = self.pack.images[: min(_TRIAL, len(self.pack))]
-            each = _time(lambda: self._features(some, 0)) / len(some)
-            seconds += each * (samples + self.uncached)
-            square = torch.ones(512, 512, dtype=torch.float64)
-            reference = min(self.config.reference, len(self.pack))
-            work = multiply_adds(reference, samples, self._features(some[:1], 0).shape[1])
-            unshared = _time(lambda: square @ square) * work / 512**3  # repeated by each process
-        if pipeline is not None:
-            evaluations = len(self.loss_images(pipeline))
-            if self.extract is not None:
-                evaluations += samples * pipeline.sampler(self.config.sampler).evaluations
-            sampler = self.config.sampler
-            config = replace(sampler, steps=1, guidance=sampler.guidance.everywhere())
-            labels = (self.labels(pipeline) or [])[:_TRIAL] or None
-            once = _time(lambda: pipeline.sample(_TRIAL, classes=labels, config=config))
-            seconds += once / _TRIAL * evaluations
-        return seconds / self.team.size + unshared
 
 
 def sample_labels(labels: Tensor, count: int) -> Tensor:
@@ -340,19 +321,10 @@ def sample_labels(labels: Tensor, count: int) -> Tensor:
     return labels[order[torch.arange(count) % len(order)]]
 
 
-def _read(file: Path | None) -> Gathered | None:
-    """Cached features; None without a file or for a damaged one."""
-    if file is None or not file.exists():
-        return None
-    try:
-        tensors = load_file(file)
-        return Gathered(Moments.from_tensors(tensors), tensors["kept"])
-    except (SafetensorError, KeyError):
-        return None  # computed again
-
-
-def _time(work: Callable[[], object]) -> float:
-    work()
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+def _no_copies(images: Tensor | None) -> str:
+    """Why copies of images with these indices are not counted, or nothing."""
+    if images is None:
+        return "the data is not the model's"
+    if 2 <= len(images) <= COPY_LIMIT:
+        return ""
+    return f"of 2 to {COPY_LIMIT:,} images, not {len(images):,}"

@@ -1,7 +1,7 @@
 """The denoising loss on held-out images, with fixed noise."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +50,14 @@ def held_out_losses(
     device: torch.device,
     batch: int = 64,
     part: range | None = None,
+    progress: Callable[[int], object] = bool,
 ) -> dict[Size, Tensor]:
     """Losses on `indices` [M] of stored images [N, *S, C] for each crop size, largest first.
 
     Each image has one noise level, stratified over `law`, one noise and one corner per size, equal
     in every call: values of a run, and of runs on the same data, are comparable. `part` chooses
-    some of the M images. Float64 [2, len(part)] for each size: sigma and weighted loss.
+    some of the M images; `progress` is called with the number of images of each batch. Float64
+    [2, len(part)] for each size: sigma and weighted loss.
     """
     part = range(len(indices)) if part is None else part
     # A fixed shuffle of the strata, so that neighboring images get different levels.
@@ -75,6 +77,7 @@ def held_out_losses(
             x = crops.images.to(device)
             error = denoising_error(denoiser, x, noise, sigma, crops.cond.to(device))
             rows.append(torch.stack([sigma, weighting(sigma) * error]).cpu().double())
+            progress(len(rank))
         losses[size] = torch.cat(rows, dim=1)
     return losses
 

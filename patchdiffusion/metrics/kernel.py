@@ -5,9 +5,12 @@ from torch import Tensor
 
 from patchdiffusion import rng
 
+SUBSETS = 100
+SUBSET = 1000
+
 
 def kernel_distance(
-    a: Tensor, b: Tensor, *, subsets: int = 100, size: int = 1000, seed: int = 0
+    a: Tensor, b: Tensor, *, subsets: int = SUBSETS, size: int = SUBSET, seed: int = 0
 ) -> tuple[float, float]:
     """KID (arXiv 1801.01401): the squared maximum mean discrepancy of the kernel (x.y / D + 1)^3.
 

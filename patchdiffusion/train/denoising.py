@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import NetDenoiser
-from patchdiffusion.encoders.features import extractor
+from patchdiffusion.encoders.features import CHANNELS, extractor
 from patchdiffusion.losses import Objective
 from patchdiffusion.nets.heads import OwnHead
 from patchdiffusion.noise import NoiseLaw
@@ -28,11 +28,12 @@ class DenoiserTask(TaskConfig):
 
     def check(self, config: Settings, pack: Pack) -> None:
         check_images(config, pack)
-        axes = pack.images.ndim - 2
-        if config.preview.distance and axes != 2:
+        axes, channels = pack.images.ndim - 2, pack.images.shape[-1]
+        if config.preview.distance and (axes != 2 or channels not in CHANNELS):
             raise ValueError(
-                f"preview.distance is {config.preview.distance}, which needs images of 2 axes, and "
-                f"these have {axes}; set --preview.distance 0"
+                f"preview.distance is {config.preview.distance}, which needs images of 2 axes and "
+                f"1, 3 or 4 channels, and these have {axes} and {channels}; "
+                "set --preview.distance 0"
             )
         guidance, classes = config.preview.guidance, len(pack.classes)
         if guidance != 1 and not config.network.num_classes:
@@ -76,6 +77,7 @@ class DenoiserTask(TaskConfig):
                 weights=None if path is None else Path(path),
                 device=scene.device,
                 team=scene.team,
+                flag="--preview.extractor-weights",
             )
         return SamplePreview(scene, self.columns(scene.config, scene.pack), extract)
 

@@ -159,7 +159,7 @@ class SamplePreview:
         """Moments of the features of the real images, computed once."""
         scene = self.scene
         evaluation = Evaluation(scene.pack, EvaluationConfig(), self.extract, scene.team)
-        return evaluation.reference().moments
+        return evaluation.reference.gathered().moments
 
     def _distance(self, denoiser: NetDenoiser, extract: Extractor, ending: Ending) -> float:
         """Frechet distance of a few samples: biased upwards, for comparison within a run."""

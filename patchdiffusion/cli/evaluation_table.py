@@ -1,0 +1,64 @@
+"""The table of an evaluation: its numbers for people, each with what it depends on."""
+
+from typing import Any
+
+FULL = 50_000
+"""Samples of published Frechet distances."""
+
+ROWS = {
+    "frechet_distance": "Frechet distance",
+    "kernel_distance": "kernel distance",
+    "sliced_distance": "sliced distance",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "copy_rate": "copies",
+}
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """The numbers for people, each with what it depends on."""
+    lines, card = [], result["card"]
+    for name, label in (("held_out", "held-out loss"), ("loss", "loss on these images")):
+        if held := result.get(name):
+            bands = "  ".join(f"{band} {loss:.3f}" for band, loss in held["bands"].items())
+            lines.append(
+                f"{label:<28}{held['loss']:.4f}{_error(held)} on "
+                f"{held['images']:,} images (by noise: {bands})"
+            )
+    if bits := result.get("bits"):
+        how = card["bits"]
+        lines.append(
+            f"{'bits per dimension':<28}{bits['bits_per_dim']:.4f}{_error(bits)} on "
+            f"{bits['images']:,} images (upper bound but for {how['steps']} steps, {how['method']})"
+        )
+    for name, label in ROWS.items():
+        if name in result:
+            spread = result.get(f"{name}_std")
+            told = "" if not spread else f" +- {spread:.3g}"
+            lines.append(f"{label:<28}{result[name]:.4g}{told}")
+    if "extractor" in card:
+        facts = ", ".join(str(v) for v in card["extractor"].values())
+        height, width, _ = card["data"]["size"]
+        crops = f" in crops of {card['crop']} pixels" if card["crop"] else ""
+        lines.append(
+            f"by {facts}; {card['samples']:,} samples against {card['reference']:,} images "
+            f"of {card['data']['name']}, at {height}x{width}{crops}"
+        )
+        if card["samples"] < FULL:
+            lines.append(
+                "a Frechet distance of fewer than 50,000 samples is larger; compare like with like"
+            )
+    if not card["data"].get("of_the_model", True):
+        lines.append(
+            f"{card['data']['name']} is not what the model was trained on, or is divided in "
+            "another way: some of these images may have been trained on"
+        )
+    lines += [f"not measured: {name} ({why})" for name, why in result["left_out"].items()]
+    return lines
+
+
+def _error(found: dict[str, Any]) -> str:
+    error = found["standard_error"]
+    return "" if error is None else f" +- {error:.4f}"

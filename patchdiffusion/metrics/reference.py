@@ -1,0 +1,102 @@
+"""Features of the real images that samples are compared with."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.space import Space
+from patchdiffusion.encoders.features import Extractor
+from patchdiffusion.metrics.compare import Gathered, crops
+from patchdiffusion.metrics.frechet import Moments
+from patchdiffusion.system.dist import Team
+from patchdiffusion.system.files import cache_dir, write_atomic
+
+
+@dataclass(frozen=True)
+class Featurizer:
+    """An extractor applied to stored images, or to crops of them."""
+
+    extract: Extractor
+    crop: int
+    """Side of the crops; 0 is none."""
+
+    def __call__(self, images: Tensor, first: int, space: Space) -> Tensor:
+        """Features [B, D] of images [B, H, W, C] numbered from `first`, which places the crops."""
+        pictures = torch.from_numpy(space.to_picture(images.numpy()))
+        if self.crop:
+            pictures = crops(pictures, first, side=self.crop, each=1)
+        return self.extract(pictures)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images and their features, cached for published extractors."""
+
+    pack: Pack
+    features: Featurizer
+    most: int
+    """Most images that are used."""
+    batch: int
+    team: Team
+    progress: Callable[[int], object]
+
+    def __len__(self) -> int:
+        return min(self.most, len(self.pack))
+
+    def gathered(self) -> Gathered:
+        """Features of all of the images, on all processes."""
+        file = self._cache_file()
+        if file is not None:  # caches of processes may differ
+            cached = self.team.gather(_read(file) if self.team.is_main else None)[0]
+            if cached is not None:
+                return cached
+        order = torch.from_numpy(rng.permutation(0, "reference", 0, len(self.pack)))
+        chosen, part = order[: len(self)], self.team.shard(len(self))
+
+        def features() -> Iterator[Tensor]:
+            for start in range(part.start, part.stop, self.batch):
+                stop = min(start + self.batch, part.stop)
+                images = self.pack.images[chosen[start:stop]]
+                yield self.features(images, start, self.pack.space)
+                self.progress(stop - start)
+
+        gathered = Gathered.together(self.team.gather(Gathered.of(features())))
+        if file is not None and self.team.is_main:
+            tensors = {**gathered.moments.to_tensors(), "kept": gathered.kept}
+            write_atomic(file, lambda temporary: save_file(tensors, temporary))
+        return gathered
+
+    @property
+    def uncached(self) -> int:
+        """Number of images whose features are not in the cache."""
+        return 0 if _read(self._cache_file()) is not None else len(self)
+
+    def _cache_file(self) -> Path | None:
+        """File of cached features; None for custom extractors, whose code may change."""
+        extract = self.features.extract
+        if "weights" not in extract.facts:
+            return None
+        crop = self.features.crop
+        facts = [self.pack.fingerprint, extract.name, extract.facts, len(self), crop]
+        name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        return cache_dir() / "features" / f"{name}.safetensors"
+
+
+def _read(file: Path | None) -> Gathered | None:
+    """Cached features; None without a file or for a damaged one."""
+    if file is None or not file.exists():
+        return None
+    try:
+        tensors = load_file(file)
+        return Gathered(Moments.from_tensors(tensors), tensors["kept"])
+    except (SafetensorError, KeyError):
+        return None  # computed again
