@@ -33,6 +33,7 @@ from patchdiffusion.system.families import words as words_of
 Record = dict[str, Any]
 
 SMALL = "--network.base 8 --network.mult 1 2 --network.blocks 1 --network.attention 1"
+TOKENS = "--network transformer --network.width 32 --network.depth 2 --network.heads 2"
 STEPS = "--clock steps --images 20 --batch 4 --preview.status 1000000 --preview.samples 1"
 STEPS += (
     " --preview.grid 4 --preview.sample-steps 3 --preview.held-out 8 --precision fp32 --threads 1"
@@ -58,6 +59,13 @@ TRAINED: dict[str, str] = {
     "--network.augment-dim 9",
     "log-variance": f"IMAGES {STEPS} {SMALL} --objective.log-variance 16",
     "dropout": f"IMAGES {STEPS} {SMALL} --network.dropout 0.2 --micro-batch 1",
+    "values": f"IMAGES {STEPS} {SMALL} --data.space values",
+    "transformer": f"IMAGES {STEPS} {TOKENS} --network.patch 4 4",
+    "moving glyphs": f"moving-glyphs {STEPS} {TOKENS} --network.patch 4 8 8",
+    "muon": f"IMAGES {STEPS} {SMALL} --optim muon",
+    "contrast": f"IMAGES {STEPS} {SMALL} --additions contrast",
+    "ctm": f"IMAGES {STEPS} {SMALL} --objective ctm --objective.teacher RUNS/folder",
+    "classifier": f"classifier IMAGES {STEPS} {SMALL}",
     "start from": f"IMAGES {STEPS} {SMALL} --start-from RUNS/folder",
 }
 RANKS: dict[str, str] = {
@@ -83,6 +91,8 @@ SAMPLED: dict[str, str] = {
     "thresholded": "RUNS/folder --steps 6 --threshold dynamic --threshold.quantile 0.9",
     "region": "RUNS/folder --steps 6 --canvas region --canvas.size 12 20 --canvas.corner 4 -2",
     "eps": "RUNS/ddpm --steps 6",
+    "by classifier": "RUNS/folder --steps 6 --guidance classifier --guidance.weight 4 "
+    "--guidance.model RUNS/classifier",
     "few steps": "RUNS/meanflow",
     "one step": "RUNS/consistency --steps 1",
 }
@@ -230,9 +240,12 @@ def main() -> int:
         given.file.write_text(json.dumps(record, indent=1) + "\n")
         return 0
     before = json.loads(given.file.read_text())
-    wrong = differences({name: before.get(name) for name in record}, record)
-    print("\n".join(wrong) or f"{len(record)} cases are the same to the last bit")
-    return int(bool(wrong))
+    known = {name: case for name, case in record.items() if name in before}
+    wrong = differences({name: before[name] for name in known}, known)
+    if new := [name for name in record if name not in before]:
+        print(f"{given.file} has no {', '.join(new)}", file=sys.stderr)
+    print("\n".join(wrong) or f"{len(known)} cases are the same to the last bit")
+    return int(bool(wrong) or not known)
 
 
 if __name__ == "__main__":
