@@ -247,6 +247,12 @@ class PatchPlan:
         groups = {group.name: group for _, groups in self.kinds() for group in groups}
         return tuple(sorted(groups.values(), key=lambda g: math.prod(g.size), reverse=True))
 
+    @property
+    def rounding(self) -> str:
+        """Clause about sizes that differ from what was asked for, empty if none does."""
+        law = self.law
+        return law.rounding(self.canvas, self.divisor) if isinstance(law, PatchLaw) else ""
+
     def cost(
         self,
         *,

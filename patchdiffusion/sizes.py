@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Self, get_args
 
 from patchdiffusion.noise import LogNormal, NoiseLaw, Truncated
-from patchdiffusion.patches import Size
+from patchdiffusion.patches import Size, size_name
 from patchdiffusion.system import families
 
 Multiplier = Literal["inverse_side", "inverse_area", "one"]
@@ -101,6 +101,27 @@ class PatchLaw:
             PatchSize(size, area, p, area**power, share / sum(shares), pitch, law)
             for (area, (size, pitch, law), p), share in zip(rows, shares, strict=True)
         )
+
+    def rounding(self, canvas: Size, divisor: int) -> str:
+        """Clause about sizes that the divisor of a network changes by 5 % or more, else empty."""
+        views = [
+            (f, pitch, _rounded(canvas, divisor, f, pitch))
+            for f, prob, pitch in zip(
+                self.fractions, self.probs, self.pitches or itertools.repeat(1), strict=False
+            )
+            if prob
+        ]
+        if len({view[1:] for view in views}) == 1 < len(views):
+            return f"only one size is left: sides are multiples of {divisor}"
+        changed = {
+            f"{f:g}": size_name(size)
+            for f, pitch, size in views
+            if abs(size[-1] * pitch / canvas[-1] / f - 1) >= 0.05
+        }
+        if not changed:
+            return ""
+        told = ", ".join(f"{f} is {name}" for f, name in changed.items())
+        return f"{told}: sides are multiples of {divisor}"
 
     def _power(self, axes: int) -> float:
         """Exponent of the relative area in the number of crops."""

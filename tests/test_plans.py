@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from commands import names
 
 from patchdiffusion.noise import LogNormal, Truncated
 from patchdiffusion.patches import Size
@@ -237,3 +238,21 @@ def test_a_word_changes_the_mode_and_keeps_the_sizes() -> None:
 def test_equivalents() -> None:
     groups = (Group((8, 8), 3, 1.0), Group((4, 2), 5, 1.0))
     assert equivalents(groups, (8, 8)) == 3 + 5 * 8 / 64
+
+
+@pytest.mark.parametrize(
+    ("canvas", "divisor", "fractions", "parts"),
+    [
+        ((64, 64), 4, (1.0, 0.5, 0.25), []),
+        ((32, 32), 4, (1.0, 0.5, 0.3), ["0.3", "8x8", "4"]),
+        ((28, 28), 4, (1.0, 0.5, 0.25), ["0.5", "16x16", "0.25", "8x8", "4"]),
+        ((64, 64), 64, (1.0, 0.5, 0.25), ["one size", "64"]),
+        ((64, 64), 64, (1.0,), []),
+    ],
+)
+def test_sizes_that_are_rounded_are_told(
+    canvas: Size, divisor: int, fractions: tuple[float, ...], parts: list[str]
+) -> None:
+    law = Stratified(fractions=fractions, probs=(1 / len(fractions),) * len(fractions))
+    told = PatchPlan(canvas, 8, law, divisor).rounding
+    assert names(told, *parts) if parts else told == ""

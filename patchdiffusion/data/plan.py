@@ -12,6 +12,8 @@ from patchdiffusion.data.values import FLOAT, WHOLE, ValuePlan, to_values
 
 _PROBED = 256
 _PROBED_FOR_SPACE = 16
+_LARGE = 5 * 10**8  # bytes of a pack
+_MAGNIFIED = 4  # times the side of an image
 
 
 def make_plan(source: Source, options: Options) -> Plan:
@@ -93,6 +95,21 @@ def common_size(source: Source) -> Size | None:
     """Common height and width of up to 256 images, or None if they differ."""
     sizes = {image.shape[:-1] for image in _images(source, with_channels)}
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def refuse_enlargement(source: Source, size: Size, needed: int) -> None:
+    """Raise `ValueError` for a large pack of images that are enlarged several times."""
+    if needed < _LARGE:
+        return
+    sides = sorted(min(image.shape[-3:-1]) for image in _images(source, with_channels))
+    wanted = min(size[-2:])
+    usual = sides[len(sides) // 2] if sides else wanted
+    if wanted >= _MAGNIFIED * usual:
+        raise ValueError(
+            f"resolution {wanted} would enlarge images of about {usual} pixels "
+            f"{wanted / usual:.1f} times, into a pack of {needed / 1e9:.1f} GB; use a resolution "
+            f"of {usual} or less, at most {_MAGNIFIED * usual - 1}"
+        )
 
 
 def _images(source: Source, read: Callable[[Example], np.ndarray]) -> Iterator[np.ndarray]:

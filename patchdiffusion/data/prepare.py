@@ -23,7 +23,7 @@ from patchdiffusion.data.options import (
     count_workers,
 )
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.plan import make_plan
+from patchdiffusion.data.plan import make_plan, refuse_enlargement
 from patchdiffusion.data.report import Report, bad_lines, empty_classes, write_text
 from patchdiffusion.data.rows import Rows, as_source
 from patchdiffusion.data.source import open_source
@@ -86,6 +86,7 @@ def prepare(
         plan = make_plan(source, options)
         target_folder = target or default_target(source, plan, options)
         bytes_each = math.prod(shape_of(plan)) * np.dtype(plan.dtype).itemsize + _BYTES_PER_IMAGE
+        refuse_enlargement(source, plan.size, len(source) * bytes_each)
         make_room(target_folder, len(source) * bytes_each)
         guard = target_folder.with_name(target_folder.name + ".lock")
         waiting = print if progress else None

@@ -170,6 +170,10 @@ class Training:
             f"a step of batch {config.batch} "
             f"costs {self.plan.cost(clock=config.clock).step:.2f} times one of whole images"
         )
+        if rounding := self.plan.rounding:
+            one = len(self.plan.groups) == 1
+            hint = "; --network.mult with fewer levels allows smaller ones" if one else ""
+            say(f"{'warning: ' if one else '          '}{rounding}{hint}")
         say(
             f"length    {quantity(config.images)} {config.clock}, about {self.total_steps:,} "
             f"steps; up to {needed / 1e9:.2g} GB of disk in {self.folder}"
