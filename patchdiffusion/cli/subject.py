@@ -10,13 +10,13 @@ from patchdiffusion.cli.parse import parse_some
 from patchdiffusion.cli.places import unknown_subject
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
-from patchdiffusion.data.source import is_run
+from patchdiffusion.data.source import is_run, is_there, whole
 from patchdiffusion.patches import size_name
 from patchdiffusion.recipes import Facts, Recipe
 from patchdiffusion.system.files import expanded
 from patchdiffusion.system.place import place
 from patchdiffusion.train.config import RunConfig, TrainConfig
-from patchdiffusion.train.folder import stored_config
+from patchdiffusion.train.folder import stored_config, trained_on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,18 @@ class Subject:
     """Where they are; empty if the recipe brings its own."""
     name: str
     early: Early
+    run: Path | None = None
+    """The run that is named itself, to go on with it."""
 
     @classmethod
-    def of(cls, arguments: Sequence[str], command: str, *, required: bool = True) -> "Subject":
+    def of(
+        cls,
+        arguments: Sequence[str],
+        command: str,
+        *,
+        required: bool = True,
+        run: Path | None = None,
+    ) -> "Subject":
         """What the words before the flags name; for help, the recipe of a folder will do.
 
         One word is data if it exists as a path, else a recipe; two are a recipe and data. Raises
@@ -56,7 +65,7 @@ class Subject:
                 f".zip, .npy, .npz or pack), or a recipe: {', '.join(sorted(recipes.RECIPES))}"
             )
         recipe, path, stem = cls._named(words or ["folder"])
-        return cls(recipe, early.data.path or path, early.name or stem, early)
+        return cls(recipe, early.data.path or path, early.name or stem, early, run)
 
     @staticmethod
     def _named(words: Sequence[str]) -> tuple[Recipe, str, str]:
@@ -113,14 +122,42 @@ class Subject:
         return stored_config(folder) if not self.early.fresh and is_run(folder) else None
 
     def _same_data(self, stored: TrainConfig) -> TrainConfig:
-        """The stored configuration; refused if other images are given than it was trained on."""
+        """The stored configuration, with the place of its images if they have been moved.
+
+        Raises `ValueError` if a run of that name was trained on others.
+        """
         given = self.images
-        if given and Path(given).resolve() != Path(stored.data.path).resolve():
-            raise ValueError(
-                f"there is a run of that name already, on {stored.data.path}; use --name or --out "
-                "for another one, --fresh to set it aside, or its own folder to go on with it"
-            )
-        return stored
+        if not given or whole(given) == whole(stored.data.path):
+            return stored
+        folder = RunConfig(out=self.early.out).folder(self.name)
+        moved = replace(stored, data=replace(stored.data, path=whole(given)))
+        is_gone = not is_there(stored.data.path) and is_there(given)
+        if self.run is not None:  # which the images are compared with before it goes on
+            return moved
+        if is_gone and prepare_data(moved.data).fingerprint == trained_on(folder):
+            return moved
+        raise ValueError(
+            f"there is a run of that name already, on {stored.data.path}; use --name or --out "
+            "for another one, --fresh to set it aside, or go on with it: patchdiffusion train "
+            f"{folder}" + f" --data.path {given}" * is_gone
+        )
+
+
+def data_of(run: Path, arguments: Sequence[str]) -> str:
+    """The images of a run: those given by --data.path, else where they were.
+
+    Raises `ValueError` if they are not there.
+    """
+    stored = stored_config(run)
+    assert stored is not None
+    given = parse_some(Early(), arguments).data.path
+    path = given or stored.data.path
+    if not is_there(path):
+        raise ValueError(
+            f"the images of {run} are not at {path}; if they have been moved, type patchdiffusion "
+            f"train {run} --data.path FOLDER"
+        )
+    return path
 
 
 def _check_recipe_comes_first(words: Sequence[str]) -> None:

@@ -12,12 +12,10 @@ from patchdiffusion import recipes
 from patchdiffusion.cli.configfile import with_config
 from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
-from patchdiffusion.cli.subject import Subject
-from patchdiffusion.data.source import is_run
-from patchdiffusion.system.files import expanded
+from patchdiffusion.cli.subject import Subject, data_of
+from patchdiffusion.data.source import is_run, whole
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train.config import RunConfig, TrainConfig
-from patchdiffusion.train.folder import stored_config
 from patchdiffusion.train.loop import train
 
 
@@ -53,9 +51,10 @@ def main(arguments: Sequence[str]) -> None:
     typed = arguments
     arguments = with_config(TrainArguments(), arguments)
     words, given = read(arguments)
-    if len(words) == 1 and is_run(Path(words[0])):  # go on with it
-        arguments = [_data_of(Path(words[0])), *arguments[1:], "--out", words[0]]
-    subject = Subject.of(arguments, "train")
+    run = Path(words[0]) if len(words) == 1 and is_run(Path(words[0])) else None
+    if run is not None:  # go on with it
+        arguments = [data_of(run, arguments), *arguments[1:], "--out", words[0]]
+    subject = Subject.of(arguments, "train", run=run)
     try:  # wrong flags are found before any data is read
         _parse(arguments, subject.generic(), subject.note())
     except ValueError as error:
@@ -82,24 +81,12 @@ def _check_code(config: TrainConfig, arguments: Sequence[str]) -> None:
         )
 
 
-def _data_of(run: Path) -> str:
-    stored = stored_config(run)
-    assert stored is not None
-    return str(stored.data.path)
-
-
 def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     """The same wherever the run goes on."""
-    data = replace(config.data, path=_whole(config.data.path))
+    data = replace(config.data, path=whole(config.data.path))
     weights = config.preview.extractor_weights
-    preview = replace(config.preview, extractor_weights=weights and _whole(weights))
+    preview = replace(config.preview, extractor_weights=weights and whole(weights))
     return replace(config, data=data, preview=preview, objective=config.objective.located())
-
-
-def _whole(path: str) -> str:
-    """An absolute path to what exists; names of built-in images stay as they are."""
-    file = expanded(path)
-    return str(file.resolve()) if file.exists() and not is_run(file) else path
 
 
 def _parse(arguments: Sequence[str], config: TrainConfig, note: str = "") -> TrainArguments:

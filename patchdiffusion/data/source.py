@@ -14,7 +14,7 @@ from patchdiffusion.data.moving import MovingGlyphs
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.system.files import expanded
 
-__all__ = ["BadImage", "Example", "Source", "is_run", "open_source"]
+__all__ = ["BadImage", "Example", "Source", "is_run", "is_there", "open_source", "whole"]
 
 SAMPLES = "samples.npy"
 """Array that `patchdiffusion sample` writes beside pictures that cannot hold its exact values."""
@@ -55,6 +55,18 @@ class Unlabeled:
 
     def __getitem__(self, index: int, /) -> Example:
         return replace(self.source[index], label=None)
+
+
+def is_there(spec: str) -> bool:
+    """Whether data is at a path, or built in."""
+    return spec in BUILT_IN or expanded(spec).exists()
+
+
+def whole(spec: str) -> str:
+    """The absolute path of data that is at a path, from where it can be opened anywhere."""
+    path = expanded(spec)
+    built_in = spec in BUILT_IN and (not path.exists() or is_run(path))
+    return str(path.resolve()) if spec and path.exists() and not built_in else spec
 
 
 def open_source(spec: str | Path, labels: LabelSource = "auto") -> Source:

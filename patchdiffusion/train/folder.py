@@ -22,6 +22,14 @@ def stored_config(folder: Path) -> TrainConfig | None:
         raise ValueError(f"{path}: {error}") from error
 
 
+def trained_on(folder: Path) -> str | None:
+    """Fingerprint of the images that the model of a run was trained on, if it has one."""
+    try:
+        return str(read_json(folder / "model" / CONFIG)["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def set_aside(folder: Path) -> Path:
     """Rename a run to the first free NAME.old-1, NAME.old-2 ...; returns the new path."""
     number = 1
