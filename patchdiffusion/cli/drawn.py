@@ -177,6 +177,8 @@ def claimed(root: Path, out: Path | None, request: Mapping[str, Any]) -> Iterato
                 shutil.rmtree(folder / _PARTS, ignore_errors=True)
                 if made:
                     shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):  # unless it holds others
+                    root.rmdir()
 
 
 def _others(folder: Path) -> list[str]:
