@@ -48,13 +48,19 @@ def estimate(evaluation: Evaluation, pipeline: Pipeline | None, samples: int) ->
 def _seconds_of_sample(evaluation: Evaluation, pipeline: Pipeline) -> float:
     config, labels = evaluation.config, evaluation.labels(pipeline)
     sampler = pipeline.sampler(config.sampler)
-    one = replace(config.sampler, steps=1, guidance=config.sampler.guidance.everywhere())
+    # Two steps: the first evaluation, of noise alone, is faster than those that follow.
+    short = replace(
+        config.sampler,
+        steps=min(2, sampler.count),
+        guidance=config.sampler.guidance.everywhere(),
+    )
 
     def draw(count: int) -> object:
         classes = None if labels is None else labels[:count]
-        return pipeline.sample(count, classes=classes, config=one, batch=config.batch)
+        return pipeline.sample(count, classes=classes, config=short, batch=config.batch)
 
-    return sampler.evaluations * time_each(draw, min(config.batch, config.samples))
+    share = sampler.evaluations / pipeline.sampler(short).evaluations
+    return share * time_each(draw, min(config.batch, config.samples))
 
 
 def _seconds_of(multiply_adds: float) -> float:
