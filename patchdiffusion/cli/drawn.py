@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from patchdiffusion.data.source import SAMPLES, UNFINISHED
-from patchdiffusion.system.files import check_writable, lock, read_json, write_atomic, write_json
+from patchdiffusion.system.files import check_place, lock, read_json, write_atomic, write_json
 from patchdiffusion.system.files import write_bytes as write
 from patchdiffusion.system.png import grid, image_file, npy, save_png
 
@@ -136,10 +136,7 @@ def check_out(out: Path | None) -> None:
         raise ValueError(f"{out} exists and is no folder; nothing is overwritten, use another")
     if out.exists() and not (out / UNFINISHED).is_file() and _others(out):
         raise ValueError(f"{out} exists and is not empty; nothing is overwritten, use another")
-    there = next(p for p in (out, *out.absolute().parents) if p.exists() or p.is_symlink())
-    if not there.is_dir():
-        raise ValueError(f"{out} cannot be made: {there} is no folder; use another --out")
-    check_writable(there)
+    check_place(out)
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -1,8 +1,9 @@
 """patchdiffusion train [RECIPE] [DATA] [options]"""
 
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.subject import Subject, data_of
 from patchdiffusion.data.source import is_run, whole
+from patchdiffusion.data.store import packs_aside
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.loop import train
@@ -60,6 +62,15 @@ def main(arguments: Sequence[str]) -> None:
     except ValueError as error:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
+    with contextlib.ExitStack() as held:
+        if "dry-run" in given:
+            held.enter_context(packs_aside())
+        _train(subject, arguments, typed, given)
+
+
+def _train(
+    subject: Subject, arguments: Sequence[str], typed: Sequence[str], given: Collection[str]
+) -> None:
     with redirect_stdout(sys.stderr if "print-config" in given else sys.stdout):
         chosen = _parse(arguments, subject.config(arguments))
     config = _with_whole_paths(chosen.training)

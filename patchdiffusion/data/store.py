@@ -1,10 +1,13 @@
 """Where packs lie: the default place in the cache, and the pack that was prepared before."""
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from patchdiffusion.data.example import Source
@@ -12,6 +15,26 @@ from patchdiffusion.data.frame import Plan
 from patchdiffusion.data.options import Options
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.system.files import cache_dir
+
+_ASIDE: list[Path] = []
+"""The folder of new packs, if they are not kept."""
+
+
+@contextlib.contextmanager
+def packs_aside() -> Iterator[None]:
+    """Context in which new packs go to a temporary folder, deleted at the end.
+
+    Those in the cache are used.
+    """
+    if _ASIDE:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="patchdiffusion-", ignore_cleanup_errors=True) as name:
+        _ASIDE.append(Path(name))
+        try:
+            yield
+        finally:
+            _ASIDE.clear()
 
 
 def packs_folder() -> Path:
@@ -49,7 +72,8 @@ def find_pack(source: Source, options: Options, target: Path | None) -> Pack | N
                 )
         candidates = [target]
     else:
-        candidates = sorted(packs_folder().glob(f"*-{_identity(source, options)}"))
+        name = f"*-{_identity(source, options)}"
+        candidates = [p for root in (packs_folder(), *_ASIDE) for p in sorted(root.glob(name))]
     for path in candidates:
         if not stamp_of(source) or not path.is_dir():
             continue
@@ -67,7 +91,7 @@ def default_target(source: Source, plan: Plan, options: Options) -> Path:
     name = re.sub(r"[^\w.-]+", "-", source.name, flags=re.ASCII).strip("-.")[:40] or "data"
     shape = "x".join(map(str, shape_of(plan)))
     folder = f"{name}-{shape}-{_identity(source, options)}"
-    return packs_folder() / folder
+    return (_ASIDE or [packs_folder()])[0] / folder
 
 
 def make_room(target: Path, needed: int) -> None:

@@ -147,6 +147,14 @@ def check_writable(folder: Path) -> None:
         raise OSError(f"files cannot be created in {folder}: {error.strerror}") from error
 
 
+def check_place(folder: Path) -> None:
+    """Raise `OSError` if a folder cannot be made, or files in it; writes nothing."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists() or p.is_symlink())
+    if not there.is_dir():
+        raise OSError(f"{folder} cannot be made: {there} is no folder; choose another with --out")
+    check_writable(there)
+
+
 @contextlib.contextmanager
 def folder_atomic(path: Path) -> Iterator[Path]:
     """Context of a folder `<path>.tmp` to fill; on success it is flushed and renamed to `path`."""

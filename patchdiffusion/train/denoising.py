@@ -14,6 +14,7 @@ from patchdiffusion.nets.heads import OwnHead
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives.base import Materials, with_additions
 from patchdiffusion.rng import Draws
+from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.train.preview import Scene
 from patchdiffusion.train.samples import SamplePreview
 from patchdiffusion.train.settings import Settings
@@ -92,6 +93,13 @@ class DenoiserTask(TaskConfig):
 
     def passes(self, config: Settings) -> float:
         return config.objective.passes + sum(addition.passes for addition in config.additions)
+
+    def evaluations(self, config: Settings, pack: Pack) -> float:
+        preview = config.preview
+        kind = Kind.trained(config.objective, config.precond, pack.space)
+        each = SamplerConfig(steps=preview.sample_steps).resolved(kind).evaluations
+        drawn = (preview.grid + preview.distance) * each * (1 + (preview.guidance != 1))
+        return float(min(preview.held_out, len(pack.heldout)) + drawn)
 
     def teachers(self, config: Settings) -> tuple[Path, ...]:
         return config.objective.teachers

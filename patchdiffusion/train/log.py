@@ -44,8 +44,17 @@ class RunLog:
     A quiet one, of ranks other than 0, writes nothing.
     """
 
-    def __init__(self, folder: Path, *, stream: TextIO | None = None, quiet: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        stream: TextIO | None = None,
+        quiet: bool = False,
+        dry: bool = False,
+    ):
+        """A dry log prints, but writes no files."""
         self.folder = folder
+        self.dry = dry or quiet
         self.stream = stream or sys.stdout
         self.quiet = quiet
         self.trackers = Trackers(self.say)
@@ -69,7 +78,7 @@ class RunLog:
 
     def record(self, kind: str, **values: Any) -> None:
         """Append one record to `log.jsonl`."""
-        if self.quiet:
+        if self.dry:
             return
         if kind == "status" and values["step"] <= self._logged_until:
             values["replayed"] = True
@@ -81,7 +90,7 @@ class RunLog:
 
     def status(self, status: str, **values: Any) -> None:
         """Replace `run.json`: running, finished, preempted or failed, with the progress."""
-        if self.quiet:
+        if self.dry:
             return
         facts = {"status": status, "pid": os.getpid(), "host": socket.gethostname(), **values}
         try:

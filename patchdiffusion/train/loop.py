@@ -10,15 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from patchdiffusion.data.prepare import prepare_data
+from patchdiffusion.data.store import packs_aside
 from patchdiffusion.plans import Group
 from patchdiffusion.system.dist import Vote, join
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.guard import Order, Verification
 from patchdiffusion.train.log import duration, quantity
+from patchdiffusion.train.outlook import outlook
 from patchdiffusion.train.preview import Ending
 from patchdiffusion.train.report import write_report
-from patchdiffusion.train.resume import opened, roll_back
+from patchdiffusion.train.resume import opened, rehearse, roll_back
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training, assemble
 from patchdiffusion.train.status import Status, picture_of, show_samples
@@ -40,12 +42,11 @@ def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
     """
     run = run or RunConfig()
     started = time.monotonic()
+    if run.dry_run:
+        return _rehearse(config, run)
     pack = prepare_data(config.data)  # takes long, so before other processes wait for this one
     with join(PATIENCE * run.timeout_minutes) as team:
         training = assemble(config, run, pack, team)
-        if run.dry_run:
-            training.describe()
-            return training.folder
         try:
             with opened(training):
                 _execute(training, started)
@@ -54,6 +55,20 @@ def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
                 raise Stop(_lost(training, error), code=24) from error
             raise
         return training.folder
+
+
+def _rehearse(config: TrainConfig, run: RunConfig) -> Path:
+    """Refuse what the run would refuse, and print what it would take; writes nothing."""
+    with packs_aside():
+        pack = prepare_data(config.data)
+        with join(PATIENCE * run.timeout_minutes) as team:
+            training = assemble(config, run, pack, team)
+            rehearse(training)
+            if training.finished:
+                training.log.say(f"{training.folder} is finished; a larger --images extends it")
+            else:
+                training.log.say(outlook(training, one_step))
+            return training.folder
 
 
 def _execute(training: Training, started: float) -> None:

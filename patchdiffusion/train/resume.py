@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from patchdiffusion.system.errors import Stop
-from patchdiffusion.system.files import check_writable, lock
+from patchdiffusion.system.files import check_place, check_writable, is_held, lock
 from patchdiffusion.system.serialize import encode
 from patchdiffusion.system.trust import check_links
 from patchdiffusion.train import checkpoint
@@ -55,13 +55,9 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
     weights: dict[str, Tensor] = {}
 
     def choose() -> SavedRun | None:
-        check_links(folder)
         fresh = run.fresh and (folder / "config.json").exists()
         allow = run.allow_config_change
-        exists = not fresh and is_same_run(folder, training.config, allow_change=allow)
-        if run.start_from is not None and not exists:
-            weights.update(weights_of(run.start_from, training))
-        training.describe()
+        exists = _existing(training, weights)
         _take(training, held)
         if fresh:
             aside = set_aside(folder)
@@ -88,6 +84,43 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
     team.on_main(lambda: write_config(folder, training.config))
     if saved is None:
         training.log.record("start", data=training.pack.fingerprint, **training.engine)
+
+
+def rehearse(training: Training) -> None:
+    """Raise whatever `begin` would raise, and load what it would load; writes nothing."""
+    team, run, folder = training.team, training.run, training.folder
+    team.agree("the processes disagree", _identity(training), code=2)
+    weights: dict[str, Tensor] = {}
+
+    def choose() -> SavedRun | None:
+        exists = _existing(training, weights)
+        if is_held(folder / "lock"):
+            raise ValueError(f"{folder} is in use; two processes must not train in one folder")
+        newest = _newest(training) if exists else None
+        if newest is None and run.start_from is not None and not weights:
+            weights.update(weights_of(run.start_from, training))
+        return newest
+
+    saved = team.on_main(choose)
+    if saved is not None:
+        load(training, saved)
+        training.log.say(f"resume    at step {training.state.step:,} from {saved.folder}")
+    elif run.start_from is not None:
+        start_from(training, weights)
+
+
+def _existing(training: Training, weights: dict[str, Tensor]) -> bool:
+    """Whether the run goes on; a new one gets the `weights` it starts from."""
+    run, folder = training.run, training.folder
+    check_links(folder)
+    fresh = run.fresh and (folder / "config.json").exists()
+    allow = run.allow_config_change
+    exists = not fresh and is_same_run(folder, training.config, allow_change=allow)
+    check_place(folder)
+    if run.start_from is not None and not exists:
+        weights.update(weights_of(run.start_from, training))
+    training.describe()
+    return exists
 
 
 def _identity(training: Training) -> dict[str, Any]:
@@ -124,7 +157,7 @@ def _newest(training: Training) -> SavedRun | None:
     damaged = []
     for folder, fault in checkpoint.candidates(root):
         if fault is None:
-            for wrong in damaged:
+            for wrong in () if training.run.dry_run else damaged:
                 training.log.say(f"renamed   to {checkpoint.set_damaged_aside(wrong)}")
             saved = read_saved(folder)
             _check(training, saved.facts)

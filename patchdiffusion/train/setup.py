@@ -261,7 +261,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         pack=pack,
         team=team,
         folder=folder,
-        log=RunLog(folder, quiet=not team.is_main),
+        log=RunLog(folder, quiet=not team.is_main, dry=run.dry_run),
         device=device,
         precision=precision,
         engine=engine_facts(run, device, team.place, precision),

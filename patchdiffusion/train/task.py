@@ -75,6 +75,10 @@ class TaskConfig(ABC):
         """Number of forward passes of a training step beside the usual one."""
         return 0.0
 
+    def evaluations(self, config: Settings, pack: Pack) -> float:
+        """Evaluations of the network on whole images in one preview, about."""
+        return float(min(config.preview.held_out, len(pack.heldout)) + config.preview.grid)
+
     def teachers(self, config: Settings) -> tuple[Path, ...]:
         """Runs or models of the teachers."""
         return ()

@@ -1,0 +1,100 @@
+"""Estimated duration and memory of a run, from two steps in memory."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from patchdiffusion.plans import Group
+from patchdiffusion.train.log import duration
+from patchdiffusion.train.setup import Training
+
+TRIAL = 2e10
+"""Most floating-point operations of a step that is timed on a CPU, if one crop takes no more."""
+
+
+@dataclass
+class Activations:
+    """Bytes that forward passes keep for the backward pass, at most at a time."""
+
+    most: int = 0
+    _now: int = 0
+    _backward: bool = False
+    _kept: set[int] = field(default_factory=set)
+
+    def pack(self, kept: Tensor) -> Tensor:
+        """Count a tensor that is kept."""
+        if self._backward:
+            self._now, self._backward = 0, False
+            self._kept.clear()
+        storage = kept.untyped_storage()
+        if storage.data_ptr() not in self._kept:
+            self._kept.add(storage.data_ptr())
+            self._now += storage.nbytes()
+            self.most = max(self.most, self._now)
+        return kept
+
+    def unpack(self, kept: Tensor) -> Tensor:
+        """Note that the backward pass has begun."""
+        self._backward = True
+        return kept
+
+
+def outlook(training: Training, step: Callable[[Training, tuple[Group, ...]], None]) -> str:
+    """How long the rest of a run takes, previews included, and its memory on each device.
+
+    `step` trains on some groups, twice, in memory.
+    """
+    config, team = training.config, training.team
+    groups = _trial(training)
+    kept = Activations()
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+        step(training, groups)  # which also prepares kernels and buffers
+    seconds = _timed(lambda: step(training, groups), training.device)
+    rate = sum(training.flops[group.size] * group.count for group in groups) / seconds
+    cost = training.plan.cost(clock=config.clock).step * config.batch
+    left = max(0.0, 1 - training.now / config.images)
+    steps = training.total_steps * cost * training.flops[training.canvas] / rate * left
+    forward = training.flops[training.canvas] / (3 + config.task.passes(config))
+    each = config.task.evaluations(config, training.pack) * forward / rate
+    previews = each * math.ceil(config.preview.samples * left)
+    weights = training.parameters * 4 * (4 + 1 + len(config.ema.profiles))
+    whole = config.batch / team.size
+    micro = min(whole, config.micro_batch or whole)
+    largest = max(math.prod(g.size) * g.count for g in groups) / math.prod(training.canvas)
+    memory = weights + kept.most * micro / (largest / team.size)
+    return (
+        f"time      about {duration(steps + previews)} at this rate: {duration(steps)} of steps, "
+        f"{duration(previews)} of {config.preview.samples} previews; "
+        f"about {memory / 1e9:.2g} GB of memory"
+    )
+
+
+def _trial(training: Training) -> tuple[Group, ...]:
+    """The groups of a step at the end of the run, on a CPU with few crops each."""
+    config, team = training.config, training.team
+    groups = training.plan.draw(seed=config.seed, step=0, progress=1.0)
+    if training.device.type != "cpu":
+        return groups
+    flops = training.flops
+    small = min(groups, key=lambda group: flops[group.size])
+    if sum(flops[group.size] for group in groups) * team.size > 10 * TRIAL:
+        groups = (small,)
+    share = TRIAL / sum(flops[group.size] * group.count for group in groups)
+    return tuple(
+        replace(group, count=max(team.size, min(group.count, int(group.count * share))))
+        for group in groups
+    )
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
