@@ -74,7 +74,7 @@ class RunConfig:
     allow_config_change: bool = False
     """Resume with changed fields that would make it another run; the change is recorded."""
     dry_run: bool = False
-    """Print the plan of the run, with its cost and disk space, and stop."""
+    """Refuse what the command would refuse, print duration, memory and disk space, and stop."""
 
     def __post_init__(self) -> None:
         positive(self, "timeout_minutes")
