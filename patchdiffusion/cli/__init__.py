@@ -66,6 +66,10 @@ COMMANDS = {
 }
 
 
+SHARED = ("train", "sample", "evaluate", "bench")
+"""Commands whose work the processes of `torchrun` share."""
+
+
 @contextmanager
 def _starting() -> Iterator[None]:
     """Around the import of PyTorch: tell a person who waits, and end at once on Ctrl-C.
@@ -195,6 +199,7 @@ def _run(arguments: Sequence[str]) -> int:
         if name not in COMMANDS:
             raise ValueError(_unknown(name))
         refuse_urls(rest)
+        _check_processes(name)
         COMMANDS[name].main(rest)
     except HelpShown:
         return 0
@@ -213,6 +218,15 @@ def _run(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     return 0
+
+
+def _check_processes(name: str) -> None:
+    """Raise `ValueError` for a command that several processes cannot share."""
+    if name not in SHARED and place().size > 1:
+        raise ValueError(
+            f"{name} is for one process and {place().size} were started; type patchdiffusion "
+            f"{name} ... without torchrun (these share their work: {', '.join(SHARED)})"
+        )
 
 
 def _unknown(name: str) -> str:

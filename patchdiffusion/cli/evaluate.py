@@ -11,12 +11,12 @@ from patchdiffusion.apps.likelihood import LikelihoodConfig, estimated_seconds, 
 from patchdiffusion.cli.evaluation_table import FULL, table
 from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.parse import parse
-from patchdiffusion.cli.places import check_run
+from patchdiffusion.cli.places import check_file, check_run, home, new_file, run_of
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.plan import common_size
 from patchdiffusion.data.prepare import prepare_data
-from patchdiffusion.data.source import is_run, open_source
+from patchdiffusion.data.source import is_run, is_there, open_source
 from patchdiffusion.data.space import Pixels
 from patchdiffusion.encoders.features import CHANNELS, Extractor, extractor_or_reason
 from patchdiffusion.metrics.estimate import estimate
@@ -117,6 +117,8 @@ def main(arguments: Sequence[str]) -> None:
         if pipeline is None and given.bits.images:
             images = given.bits.images
             raise ValueError(f"{path} holds no model, which --bits.images {images} is about")
+        folder = Path("evaluations") if pipeline is None else home(path) / "evaluations"
+        check_file(given.save or folder / "0001.json")
         compared = _compared(path, given, pipeline, team)
         extract, missing = _extractor(given, team, device, compared.richest)
         evaluation = Evaluation(
@@ -139,7 +141,7 @@ def main(arguments: Sequence[str]) -> None:
             raise ValueError("; ".join(why) or "nothing is to be measured; name an extractor")
         if team.is_main:
             print("\n".join(table(result)))
-            file = given.save or _new_file(path, pipeline is not None)
+            file = given.save or new_file(folder, ".json")
             write_json(file, result)
             print(f"written to {file}")
 
@@ -252,11 +254,16 @@ def _own_size(images: Path, data: str) -> tuple[int, int] | None:
 
 def _trained_on(path: Path) -> DataConfig:
     """What a run was trained on, by its configuration."""
-    file = (path if (path / "model").is_dir() else path.parent) / "config.json"
     try:
-        return decode(TrainConfig, read_json(file)).data
+        data = decode(TrainConfig, read_json(run_of(path) / "config.json")).data
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} does not say what it was trained on; give --data PATH") from error
+    if not is_there(data.path):
+        raise ValueError(
+            f"the images that {path} was trained on are not at {data.path}; if they have been "
+            f"moved, type patchdiffusion evaluate {path} --data FOLDER"
+        )
+    return data
 
 
 # ---- What is done ----
@@ -321,13 +328,3 @@ def _bits(
             team=team,
             progress=bar.update,
         )
-
-
-def _new_file(path: Path, model: bool) -> Path:
-    root = Path("evaluations")
-    if model:
-        root = (path if (path / "model").is_dir() else path.parent) / root
-    number = 1
-    while (file := root / f"{number:04d}.json").exists():
-        number += 1
-    return file

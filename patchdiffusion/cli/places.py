@@ -1,11 +1,13 @@
 """Errors about what a command is given: URLs, folders without a run, with what there is instead."""
 
+import contextlib
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from patchdiffusion.cli.words import did_you_mean, question
-from patchdiffusion.system.files import expanded
+from patchdiffusion.system.files import check_place, expanded
 
 _MOST = 8  # runs that an error lists
 
@@ -31,6 +33,36 @@ def check_run(path: Path) -> None:
     alike = [run for run in _runs(path.parent) if Path(run).name == path.name]
     hint = question(alike) or did_you_mean(str(path), _runs(path.parent))
     raise ValueError(f"{path} {wrong}; {runs_here(path.parent)}{hint}")
+
+
+def home(path: Path) -> Path:
+    """The folder for what is made with a run or model: of RUN/model the run, else itself."""
+    of_run = path.name == "model" and (path.parent / "config.json").exists()
+    return path.parent if of_run else path
+
+
+def run_of(path: Path) -> Path:
+    """The run that a model belongs to, such as an average in one of its folders, or itself."""
+    above = (path, *path.absolute().parents[:2])
+    return next((folder for folder in above if (folder / "log.jsonl").exists()), home(path))
+
+
+def check_file(file: Path) -> None:
+    """Raise an error if a file cannot be written; writes nothing."""
+    if file.is_dir():
+        raise ValueError(f"{file} is a folder; give the name of a file")
+    check_place(file.parent)
+
+
+def new_file(folder: Path, suffix: str) -> Path:
+    """Make the first of folder/0001, 0002, ... that nobody else has made, empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            file = folder / f"{number:04d}{suffix}"
+            file.touch(exist_ok=False)
+            return file
+    raise AssertionError("unreachable")
 
 
 def runs_here(folder: Path = Path()) -> str:

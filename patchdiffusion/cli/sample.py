@@ -15,7 +15,7 @@ from patchdiffusion import __version__
 from patchdiffusion.cli.drawn import Drawn, batches, check_out, check_space, claimed
 from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
-from patchdiffusion.cli.places import check_run
+from patchdiffusion.cli.places import check_run, home
 from patchdiffusion.cond import Cond
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.patches import Size, size_name
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
         batch = min(given.batch, given.count)
         size = pipeline.check(given.count, seed=given.seed, batch=batch, config=given.sampler)
         pipeline.labels(1, given.classes or None)  # raises for unknown classes
-        root = (path if (path / "model").is_dir() else path.parent) / "generated"
+        root = home(path) / "generated"
         if team.is_main:
             _warn_of_size(size, pipeline.model.config.canvas)
         with contextlib.ExitStack() as held:

@@ -1,5 +1,6 @@
 """The subject of a command: a recipe, the images for it, and the run that they make."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ class Subject:
         path = expanded(words[-1])
         is_data = path.exists() and not (words[-1] in recipes.RECIPES and is_run(path))
         images = str(path.resolve()) if is_data else words[-1]
-        stem = path.resolve().name.split(".")[0] or "run"
+        stem = Path(os.path.abspath(path)).name.split(".")[0] or "run"  # of a link its own
         if len(words) == 2:
             _check_recipe_comes_first(words)
             return recipes.find(words[0]), images, f"{stem}-{words[0]}"
