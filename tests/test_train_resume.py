@@ -114,6 +114,25 @@ def test_coordinates_may_be_gained(images: Path, tmp_path: Path) -> None:
     assert training.network.get_parameter("stem.coordinates.weight").any()
 
 
+@pytest.mark.parametrize("classes", [(0, 2), (2, 0)])
+def test_classes_may_be_gained_or_lost(
+    classes: tuple[int, int], images: Path, tmp_path: Path
+) -> None:
+    """All weights but those of labels are taken."""
+    before, after = (replace(tiny.NETWORK, num_classes=number) for number in classes)
+    old = tiny.run(tiny.config(images, steps=2, network=before), tmp_path / "old")
+    training = tiny.training(tiny.config(images, network=after), tmp_path / "new", start_from=old)
+    fresh = {name: value.clone() for name, value in training.network.state_dict().items()}
+    with resume.opened(training):
+        pass
+    given, state = load_model(old).network.state_dict(), training.network.state_dict()
+    both = given.keys() & state.keys()
+    assert all(torch.equal(state[name], given[name]) for name in both)
+    others = given.keys() ^ state.keys()
+    assert others and all(name.startswith("embed.label.") for name in others)
+    assert all(torch.equal(state[name], fresh[name]) for name in state.keys() - both)
+
+
 def test_a_network_of_another_shape_is_refused(
     images: Path, finished: Path, tmp_path: Path
 ) -> None:

@@ -91,7 +91,10 @@ def reconstruct(
     """
     stored = snapshots(run)
     if not stored:
-        raise ValueError(f"{run} has no snapshots; train with --ema.profiles 0.05 0.1")
+        raise ValueError(
+            f"{run} has no snapshots, which are kept from the beginning of a run only: begin "
+            "another by patchdiffusion train DATA --ema.profiles 0.05 0.1 --out FOLDER"
+        )
     at = max(s.point[0] for s in stored) if at is None else at
     used = [s for s in stored if s.point[0] <= at]
     if not used:

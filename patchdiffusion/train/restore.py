@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.model import Model, load_model
+from patchdiffusion.nets.base import Network
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import checkpoint
@@ -134,21 +135,34 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     """Averaged weights of a run or model from which a new run starts.
 
     They may lack the neutral parameters of the network, such as those of coordinates or of a jump:
-    these are zero, so that the function is the same. Raises `ValueError` if anything else differs,
-    including what the network predicts.
+    these are zero, so that the function is the same. With another number of classes the parameters
+    of labels are not taken. Raises `ValueError` if anything else differs, including what the
+    network predicts.
     """
     model = load_model(path)
     _check_meaning(path, model, training)
     weights, own = model.network.state_dict(), _tensors(training.network)
+    classes = model.config.network.num_classes, training.config.network.num_classes
+    labels: set[str] = set()
+    if classes[0] != classes[1]:
+        labels = _label_names(model.network) | _label_names(training.network)
+        weights = {name: value for name, value in weights.items() if name not in labels}
     wrong = [name for name in weights if name not in own or weights[name].shape != own[name].shape]
-    wrong += sorted(set(own) - set(weights) - training.network.neutral())
+    wrong += sorted(set(own) - set(weights) - training.network.neutral() - labels)
     if wrong:
         raise ValueError(
             f"start_from is {path}, whose network differs in {len(wrong)} tensors "
             f"(first {wrong[0]}); use the same --network settings"
         )
-    training.log.say(f"start     from the averaged weights of {path} ({model.digest})")
+    but = f"; {classes[0]} classes are now {classes[1]}, whose parameters are new" if labels else ""
+    training.log.say(f"start     from the averaged weights of {path} ({model.digest}){but}")
     return weights
+
+
+def _label_names(network: Network) -> set[str]:
+    """Names of the tensors that a network has only with classes."""
+    without = replace(network.config, num_classes=0).build()
+    return set(_tensors(network)) - set(_tensors(without))
 
 
 def _check_meaning(path: Path, model: Model, training: Training) -> None:
