@@ -49,7 +49,7 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("train glyphs --precond.sigma-data 0", ["sigma_data"]),
         ("train glyphs --noise.std 0", ["std"]),
         ("train glyphs --name a/b", ["name"]),
-        ("train glyphs --optim.betas 0.9", ["--optim.betas", "2"]),
+        ("train glyphs --optim.betas 0.9", ["--optim.betas", "two", "0.9"]),
         ("train glyphs --optim.betas 0.9 1", ["betas"]),
         ("train empty", ["empty"]),
         ("train text", ["1", "text"]),

@@ -90,8 +90,8 @@ def test_guidance_needs_classes() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": 0}, "count and batch must be at least 1, not 0 and 64"),
-        ({"batch": 0}, "count and batch must be at least 1"),
+        ({"count": 0}, "count must be at least 1, not 0"),
+        ({"batch": 0}, "batch must be at least 1, not 0"),
         ({"seed": 2**63}, "seed"),
         ({"seed": -(2**63) - 1}, "seed"),
     ],
@@ -110,7 +110,7 @@ def test_impossible_options(options: dict[str, int], message: str) -> None:
         (lambda: CanvasRegion(corner=(1,)).place((8, 8)), r"corner of a region needs 2 numbers"),
         (lambda: SamplerConfig(schedule=FlowSpaced(shift=-1.0)), "shift"),
         (lambda: SamplerConfig(schedule=Karras(rho=0.0)), "rho"),
-        (lambda: SamplerConfig(steps=0), "at least 1 step, not 0"),
+        (lambda: SamplerConfig(steps=0), "steps must be at least 1, not 0"),
         (lambda: TableSpaced(steps=3), "steps.*3"),
     ],
 )  # fmt: skip

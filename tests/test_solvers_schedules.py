@@ -26,12 +26,12 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-12) -> bool:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: karras(0), "at least 1 step, not 0"),
-        (lambda: karras(10**30), "at most 1,000,000 steps, not 1000"),
+        (lambda: karras(0), "steps must be at least 1, not 0"),
+        (lambda: karras(10**30), "steps must be at most 1,000,000, not 1000"),
         (lambda: karras(5, rho=0.0), "rho"),
         (lambda: karras(5, 1.0, 1.0), "0 < sigma_min < sigma_max"),
         (lambda: log_uniform(5, 0.1, math.inf), "0 < sigma_min < sigma_max"),
-        (lambda: log_uniform(-1), "at least 1 step, not -1"),
+        (lambda: log_uniform(-1), "steps must be at least 1, not -1"),
     ],
 )
 def test_impossible_values_are_refused(make: Callable[[], object], message: str) -> None:

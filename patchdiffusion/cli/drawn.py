@@ -133,9 +133,13 @@ def check_out(out: Path | None) -> None:
     if out is None:
         return
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} exists and is no folder; nothing is overwritten, use another")
+        raise ValueError(
+            f"{out} exists and is no folder; nothing is overwritten, use another --out"
+        )
     if out.exists() and not (out / UNFINISHED).is_file() and _others(out):
-        raise ValueError(f"{out} exists and is not empty; nothing is overwritten, use another")
+        raise ValueError(
+            f"{out} exists and is not empty; nothing is overwritten, use another --out"
+        )
     check_place(out)
 
 
@@ -219,7 +223,9 @@ def _check_request(folder: Path, request: Mapping[str, Any]) -> None:
                 "their command to go on, or use another --out"
             )
     elif _others(folder):
-        raise ValueError(f"{folder} exists and is not empty; nothing is overwritten, use another")
+        raise ValueError(
+            f"{folder} exists and is not empty; nothing is overwritten, use another --out"
+        )
 
 
 def _differences(folder: Path, request: Mapping[str, Any]) -> list[str]:

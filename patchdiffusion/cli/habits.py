@@ -27,7 +27,7 @@ HABITS = (
         "--images, the length of the run, such as --images 100k (or steps, with --clock steps)",
     ),
     Habit(
-        "batch-size batchsize bs batch-total total-batch-size train-batch-size global-batch-size",
+        "batch-size batchsize bs b batch-total total-batch-size train-batch-size global-batch-size",
         "--batch, whole images per step over all processes",
     ),
     Habit(

@@ -75,6 +75,11 @@ class Subject:
             raise ValueError(f"{words[2]!r} is one argument too many after a recipe and data")
         path = expanded(words[-1])
         is_data = path.exists() and not (words[-1] in recipes.RECIPES and is_run(path))
+        if is_data and is_run(path):
+            raise ValueError(
+                f"{words[-1]} is the folder of a run, not of images; "
+                f"patchdiffusion train {words[-1]} goes on with it"
+            )
         images = str(path.resolve()) if is_data else words[-1]
         stem = Path(os.path.abspath(path)).name.split(".")[0] or "run"  # of a link its own
         if len(words) == 2:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 NONE = "none"
+_COUNTS = {2: "two", 3: "three"}
+_PLURALS = {"a whole number": "whole numbers", "a number": "numbers"}
 _UNITS = {"k": "e3", "m": "e6", "g": "e9"}
 _KINDS: dict[Any, tuple[str, str]] = {
     int: ("INT", "a whole number"),
@@ -137,17 +139,21 @@ def wanted(hint: Any) -> str:
     """What a field takes, for an error message."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(wanted(option) for option in options(hint))
+        *first, last = (wanted(option) for option in options(hint))
+        return f"{', '.join(first)} or {last}" if first else last
     if origin is Literal:
         values = ", ".join(str(value) for value in get_args(hint))
         return f"one of {values}" if len(get_args(hint)) > 1 else values
     if origin is tuple:
         items = get_args(hint)
         if items[-1] is Ellipsis:
-            return f"any number of: {wanted(items[0])}"
-        same = len(set(items)) == 1
-        inner = wanted(items[0]) if same else ", ".join(wanted(item) for item in items)
-        return f"{len(items)} values, each {inner}" if same else f"the values {inner}"
+            inner = wanted(items[0])
+            return f"any number of {_PLURALS.get(inner, inner)}"
+        inner = wanted(items[0])
+        if len(set(items)) > 1:
+            return f"the values {', '.join(wanted(item) for item in items)}"
+        each = _PLURALS.get(inner, f"values, each {inner}")
+        return f"{_COUNTS.get(len(items), len(items))} {each}"
     return _KINDS[hint][1] if hint in _KINDS else NONE
 
 

@@ -12,6 +12,7 @@ from patchdiffusion.data.junk import is_run
 from patchdiffusion.data.labels import LabelSource
 from patchdiffusion.data.moving import MovingGlyphs
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.tables import JSON_LINES
 from patchdiffusion.system.files import expanded
 
 __all__ = ["BadImage", "Example", "Source", "is_run", "is_there", "open_source", "whole"]
@@ -102,6 +103,10 @@ def _opened(spec: str | Path, labels: LabelSource) -> Source:
             return zip_source(path, labels)
         if suffix in (".npy", ".npz"):
             return array_source(path)
+        if suffix in (".json", ".csv", ".tsv", *JSON_LINES):
+            raise ValueError(
+                f"{path} is a table, not images; give the folder of the images, where it is found"
+            )
         raise ValueError(f"{path} is a file of another kind; {_ALLOWED}")
     if str(spec) in BUILT_IN:
         return BUILT_IN[str(spec)]()

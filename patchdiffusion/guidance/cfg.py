@@ -57,7 +57,8 @@ class CFG(Wrapper):
             return ask(self.inner[0], x, sigma, cond, call)
         if cond is None or not cond.gives(*self.drops):
             raise ValueError(
-                f"guidance weight {weight} needs class labels, but none are given; use 1"
+                f"guidance weight {weight} needs class labels, but none are given; use 1, or "
+                "autoguidance for a model without classes"
             )
         if self.interval.excludes(sigma):
             return ask(self.inner[0], x, sigma, cond, call)

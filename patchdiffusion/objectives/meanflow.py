@@ -55,7 +55,7 @@ class MeanFlowMap:
     def times(self, steps: int) -> Tensor:
         """Evenly spaced from 1 to 0: float64 [steps + 1]."""
         if steps < 1:
-            raise ValueError(f"a sampling grid needs at least 1 step, not {steps}")
+            raise ValueError(f"steps must be at least 1, not {steps}")
         return torch.linspace(1, 0, steps + 1, dtype=torch.float64)
 
     def __call__(

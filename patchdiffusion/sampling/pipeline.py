@@ -151,8 +151,10 @@ class Pipeline:
 
 
 def _check_numbers(count: int, seed: int, batch: int) -> None:
-    if count < 1 or batch < 1:
-        raise ValueError(f"count and batch must be at least 1, not {count} and {batch}")
+    if count < 1:
+        raise ValueError(f"count must be at least 1, not {count}")
+    if batch < 1:
+        raise ValueError(f"batch must be at least 1, not {batch}")
     if not -(2**63) <= seed <= 2**63 - count:
         raise ValueError(f"seeds must be 64-bit integers, not {seed} to {seed + count - 1}")
 

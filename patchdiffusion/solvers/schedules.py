@@ -217,7 +217,7 @@ def _grid(levels: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
 
 def _check_grid(n: int, sigma_min: float, sigma_max: float) -> None:
     if n < 1:
-        raise ValueError(f"a sampling grid needs at least 1 step, not {n}")
+        raise ValueError(f"steps must be at least 1, not {n}")
     if n > MOST_STEPS:
-        raise ValueError(f"a sampling grid has at most {MOST_STEPS:,} steps, not {n}")
+        raise ValueError(f"steps must be at most {MOST_STEPS:,}, not {n}")
     check_range(sigma_min, sigma_max)
