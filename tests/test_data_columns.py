@@ -31,7 +31,7 @@ from patchdiffusion.data.columns import (
 )
 from patchdiffusion.data.example import BadImage, Example
 from patchdiffusion.data.feed import Feed, conditions
-from patchdiffusion.data.frame import Size
+from patchdiffusion.data.frame import Frame
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.rows import RowSource
@@ -135,12 +135,12 @@ def test_maps_follow_their_image(tmp_path: Path):
     """They are cropped in the middle and reduced as it is, and are as large."""
     wide = IMAGES[:, :, :, :1].repeat(2, axis=2).repeat(2, axis=1)[:, :, :20]
     example = Example(wide[0], None, "k", columns={"map": wide[0, :, :, 0].astype(float)})
-    stored = Map().value(example, (20, 20))
+    stored = Map().value(example, Frame((20, 20)))
     np.testing.assert_array_equal(stored, wide[0, 2:22].astype(np.float32))
-    small = Map().value(example, (10, 10))
+    small = Map().value(example, Frame((10, 10)))
     assert isinstance(small, np.ndarray) and small.shape == (10, 10, 1)
     with pytest.raises(BadImage, match=r"map has the size \[8, 8\]"):
-        Map().value(Example(wide[0], None, "k", columns={"map": np.zeros((8, 8))}), (8, 8))
+        Map().value(Example(wide[0], None, "k", columns={"map": np.zeros((8, 8))}), Frame((8, 8)))
 
 
 def test_names_and_fields_that_are_refused():
@@ -207,7 +207,7 @@ class Brightness(ColumnBase):
     name: str = "brightness"
     power: float = 1.0
 
-    def value(self, example: Example, size: Size) -> Stored | None:
+    def value(self, example: Example, frame: Frame) -> Stored | None:
         """The mean of its bytes."""
         return np.float32(example.image.mean() ** self.power).reshape(1)
 

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from patchdiffusion.data.decode import decode as decode_stored
-from patchdiffusion.data.decode import decode_image
+from patchdiffusion.data.decode import decode_image, decoded
 from patchdiffusion.data.example import BadImage, Example
-from patchdiffusion.data.pixels import background_color, fit, to_uint8, unit_span
+from patchdiffusion.data.frame import Frame
+from patchdiffusion.data.pixels import background_color, to_uint8
+from patchdiffusion.data.pixels import fit as fit_frame
 
 WHITE = (255, 255, 255)
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -27,8 +28,18 @@ def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
 
 def decode(data: bytes, key: str) -> tuple[np.ndarray, str]:
     """A file as 8-bit pixels."""
-    image, mode = decode_stored(data, key)
-    return to_uint8(Example(image, None, key, span=unit_span(image), mode=mode)), mode
+    image, mode, _, span = decoded(data, key)
+    return to_uint8(Example(image, None, key, span=span, mode=mode)), mode
+
+
+def fit(
+    image: np.ndarray, size: tuple[int, int], planes: int, background: tuple[int, int, int]
+) -> tuple[np.ndarray, bool]:
+    """Fitted as color and alpha if there are four channels, and whether it was enlarged."""
+    frame, (height, width) = Frame(size), image.shape[:2]
+    alpha = 4 in (planes, image.shape[2])
+    out = fit_frame(image, frame, planes, background, alpha=alpha)
+    return out, frame.enlarges(width, height) > 1
 
 
 def refusal(data: bytes) -> str:
@@ -281,6 +292,6 @@ def test_background_names():
 
 
 def test_an_opened_image_is_decoded_alike():
-    out, mode = decode_image(Image.fromarray(RAMP), "k")
+    out, mode, *_ = decode_image(Image.fromarray(RAMP), "k")
     assert mode == "L"
     np.testing.assert_array_equal(out[..., 0], RAMP)

@@ -27,6 +27,7 @@ class Listed:
     images: list[np.ndarray | None]
     labels: list[int | None] | None = None
     groups: list[str] | None = None
+    alpha: bool = False
     name: str = "listed"
     classes: tuple[str, ...] = ()
     reads: list[int] = field(default_factory=list)
@@ -40,7 +41,8 @@ class Listed:
         if image is None:
             raise BadImage(f"#{index}", "worn out")
         label = self.labels[index] if self.labels else None
-        return Example(image, label, f"#{index}", self.groups[index] if self.groups else None)
+        group = self.groups[index] if self.groups else None
+        return Example(image, label, f"#{index}", group, alpha=self.alpha)
 
 
 def noise(count: int, shape: tuple[int, ...] = (8, 8, 3), seed: int = 0) -> list[np.ndarray | None]:
@@ -159,11 +161,11 @@ def test_inferred_channels(tmp_path: Path):
 
 def test_alpha_and_background(tmp_path: Path):
     clear = np.zeros((8, 8, 4), dtype=np.uint8)
-    pack = prepare(Listed([clear]), tmp_path / "white", progress=False)
+    pack = prepare(Listed([clear], alpha=True), tmp_path / "white", progress=False)
     assert pack.images.shape[3] == 1 and (pack.images == 255).all()
-    pack = prepare(Listed([clear]), tmp_path / "red", background="red", progress=False)
+    pack = prepare(Listed([clear], alpha=True), tmp_path / "red", background="red", progress=False)
     assert pack.images[0, 0, 0].tolist() == [255, 0, 0]
-    pack = prepare(Listed([clear]), tmp_path / "kept", channels=4, progress=False)
+    pack = prepare(Listed([clear], alpha=True), tmp_path / "kept", channels=4, progress=False)
     assert (pack.images == 0).all() and pack.images.shape[3] == 4
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from patchdiffusion import load
 from patchdiffusion.data.decode import decode
 from patchdiffusion.data.example import BadImage, Example
+from patchdiffusion.data.frame import Frame
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
@@ -110,15 +111,13 @@ def test_numbers_that_are_refused():
 
 def test_values_are_cropped_in_the_middle_and_reduced_like_pixels():
     wide = RNG.normal(size=(16, 41, 2)).astype(np.float32)
-    out, enlarged = fit(wide, (16, 16))
-    np.testing.assert_array_equal(out, wide[:, 12:28])
-    assert not enlarged
+    np.testing.assert_array_equal(fit(wide, Frame((16, 16))), wide[:, 12:28])
     slope = np.linspace(-5e3, 7e4, 64, dtype=np.float32)[:, None, None] * np.ones((1, 64, 1))
-    small, _ = fit(slope.astype(np.float32), (16, 16))
+    small = fit(slope.astype(np.float32), Frame((16, 16)))
     assert small.dtype == np.float32 and small.shape == (16, 16, 1)
     np.testing.assert_allclose(small[3:-3, 0, 0], slope.reshape(16, 4, 64).mean((1, 2))[3:-3])
-    large, enlarged = fit(COUNTS[0, :, :, None], (32, 32))
-    assert large.dtype == np.uint16 and enlarged
+    large = fit(COUNTS[0, :, :, None], Frame((32, 32)))
+    assert large.dtype == np.uint16 and large.shape == (32, 32, 1)
 
 
 def test_a_run_on_measurements_samples_in_their_units(

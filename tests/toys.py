@@ -24,6 +24,7 @@ from patchdiffusion import (
 from patchdiffusion.cond import Call, Cond, Tape
 from patchdiffusion.data import columns
 from patchdiffusion.data.example import Example
+from patchdiffusion.data.frame import Frame
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser, Wrapper, ask
 from patchdiffusion.guidance import threshold
@@ -343,7 +344,7 @@ class ToyColumn(columns.ColumnBase):
     name: str = "brightness"
     fills: str | None = "extra"
 
-    def value(self, example: Example, size: Size) -> columns.Stored | None:
+    def value(self, example: Example, frame: Frame) -> columns.Stored | None:
         return np.array([example.image.mean() / 255], dtype=np.float32)
 
 

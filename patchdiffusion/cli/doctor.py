@@ -18,6 +18,7 @@ from patchdiffusion import __version__, recipes
 from patchdiffusion.cli.flags import positional, read
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.subject import Subject
+from patchdiffusion.data.findings import LEVELS
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare_data
@@ -117,7 +118,8 @@ def _images(pack: Pack, precond: Parameterisation) -> None:
     print(f"          mean {mean}; measured sigma_data {pack.sigma_data:.3f}")
     sigma_data = getattr(precond, "sigma_data", pack.sigma_data)
     print(f"          the recipe assumes {sigma_data:g}")
-    if not 0.5 <= pack.sigma_data / sigma_data <= 2.0:
+    hidden = any(str(w).startswith(LEVELS) for w in pack.report.get("warnings", ()))
+    if not hidden and not 0.5 <= pack.sigma_data / sigma_data <= 2.0:
         print(f"warning: set --precond.sigma-data {pack.sigma_data:.2f}, the measured value")
     pack.verify()  # raises an error that names a damaged block
 

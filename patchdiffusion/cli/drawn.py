@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from patchdiffusion.data.source import SAMPLES, UNFINISHED
+from patchdiffusion.data.space import Pixels, Space, shown
 from patchdiffusion.system.files import check_place, lock, read_json, write_atomic, write_json
 from patchdiffusion.system.files import write_bytes as write
 from patchdiffusion.system.png import grid, image_file, npy, save_png
@@ -43,8 +44,19 @@ class Drawn:
     """Whether there is a file for each image."""
     shape: tuple[int, ...]
     """[*S, C] of an image."""
-    pictures: bool
-    """Whether the images are uint8 and can be looked at as they are."""
+    space: Space
+    """What their values mean."""
+
+    @property
+    def channels(self) -> int:
+        """How many channels pictures show."""
+        return shown(self.shape[-1], alpha=self.space.alpha)
+
+    @property
+    def preview(self) -> str:
+        """Which channels pictures show, if that is not all of them."""
+        count, channels = self.channels, self.shape[-1]
+        return "" if count == channels else f"the first {count} of {channels}; all in {SAMPLES}"
 
     @property
     def shown(self) -> int:
@@ -55,7 +67,7 @@ class Drawn:
     @property
     def array(self) -> bool:
         """Whether all images are stored as an array: single files would not hold them."""
-        exact = self.pictures and len(self.shape) == 3
+        exact = self.space.word == Pixels.word and len(self.shape) == 3 and not self.preview
         return not exact or not (self.singles or self.shown == self.count)
 
     def missing(self) -> list[int]:
@@ -71,8 +83,11 @@ class Drawn:
 
     def add(self, first: int, images: np.ndarray, classes: Sequence[str]) -> None:
         """Write a batch of images [N, *S, C] with the names of their classes, if there are any."""
-        for i, image in enumerate(images if self.singles else ()):
+        singles = self.space.to_picture(images) if self.preview else images
+        for i, image in enumerate(singles if self.singles else ()):
             facts = {**self.texts, "seed": str(self.seed + first + i)}
+            if self.preview:
+                facts["channels"] = self.preview
             if classes:
                 facts["class"] = classes[i]
             if (file := image_file(image, facts)) is not None:
@@ -80,13 +95,15 @@ class Drawn:
         if self.array or first < self.shown:
             write(self.folder / _PARTS / f"{first}-{first + len(images)}.npy", npy(images))
 
-    def finish(self, to_picture: Any) -> None:
+    def finish(self) -> None:
         """Write the grid and the array of all images, and take the mark away."""
         seeds = {"seeds": f"{self.seed}-{self.seed + self.count - 1}"}
         parts = list(self._parts())
         first = [np.load(file) for begin, _, file in parts if begin < self.shown]
         images = np.concatenate(first)[: self.shown]
-        save_png(self.folder / "grid.png", grid(to_picture(images)), {**self.texts, **seeds})
+        save_png(
+            self.folder / "grid.png", grid(self.space.to_picture(images)), {**self.texts, **seeds}
+        )
         if self.array:
             write_atomic(self.folder / SAMPLES, lambda path: self._collect(path, parts))
             write_json(self.folder / "samples.json", {**self.texts, **seeds})

@@ -32,6 +32,7 @@ from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.log import duration
 
 _ALL = 10**9
+_ANY = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,8 +168,8 @@ def _extractor(
         return None, ""
     if axes != 2:
         return None, f"features are of images of two axes, and these have {axes}"
-    if channels not in CHANNELS:
-        return None, f"features are of images of 1, 3 or 4 channels, and these have {channels}"
+    if channels not in CHANNELS or (channels == 4 and not pack.space.alpha):
+        return None, f"features are of gray, color and alpha, and these have {channels} channels"
     made = extractor_or_reason(name, weights=weights, device=device, team=team)
     return (None, made) if isinstance(made, str) else (made, "")
 
@@ -201,21 +202,20 @@ def _compared(
     def prepared(data: DataConfig) -> Pack:
         return Pack.open(team.on_main(lambda: str(prepare_data(data).path)))
 
-    wanted = _trained_on(path) if given.data is None else DataConfig(path=given.data)
+    wanted = _trained_on(path) if given.data is None else _like(path, given.data)
     if pipeline is not None:
         return _of_model(pipeline, wanted, prepared, keep_colors=given.data is not None)
     resolution = given.resolution or _own_size(path, wanted.path)
     pack = prepared(replace(wanted, resolution=resolution))
     size = (pack.info.shape[1], pack.info.shape[2])
-    images = prepared(DataConfig(path=str(path), resolution=size, space=pack.space.word))
+    plain = DataConfig(path=str(path), resolution=size, max_enlarge=_ANY)
+    images = prepared(replace(plain, space=pack.space.word))
     channels = max(pack.info.shape[3], images.info.shape[3])
-    if pack.space == Pixels() and channels in CHANNELS:
+    if pack.space.word == Pixels.word and channels in CHANNELS:
         if pack.info.shape[3] != channels:
             pack = prepared(replace(wanted, resolution=size, channels=channels))
         if images.info.shape[3] != channels:
-            images = prepared(
-                DataConfig(path=str(path), resolution=size, channels=channels, space="pixels")
-            )
+            images = prepared(replace(plain, channels=channels, space="pixels"))
     return Compared(pack, images=images)
 
 
@@ -232,12 +232,22 @@ def _of_model(
     if pack.space.word == model.space.word and (*pack.info.shape[1:],) == shape:
         return Compared(pack)
     fitting = replace(wanted, resolution=model.canvas, space=model.space.word)
-    richer = keep_colors and pack.space == model.space == Pixels()
+    richer = keep_colors and pack.space.word == model.space.word == Pixels.word
     colors = pack.info.shape[-1]
     return Compared(
         prepared(replace(fitting, channels=channels)),
         prepared(replace(fitting, channels=colors)) if richer and colors > channels == 1 else None,
     )
+
+
+def _like(path: Path, data: str) -> DataConfig:
+    """Other images, whose values and shapes become what those of the run became."""
+    plain = DataConfig(path=data, max_enlarge=_ANY)
+    try:
+        trained = _trained_on(path)
+    except ValueError:
+        return plain
+    return replace(plain, range=trained.range, fit=trained.fit)
 
 
 def _own_size(images: Path, data: str) -> tuple[int, int] | None:

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
+from patchdiffusion.data.frame import Fit
 from patchdiffusion.data.labels import LabelSource
 from patchdiffusion.data.options import SpaceName
 from patchdiffusion.data.prepare import prepare
@@ -36,6 +37,12 @@ class PrepareArguments:
     parts; folders: of any folders; off: none."""
     space: SpaceName = "auto"
     """pixels: 8 bits; values: 16 bits and floats in their own units; auto chooses."""
+    range: tuple[float, float] | None = None
+    """Values that are black and white as pixels, such as 0 4095; others are clipped and counted."""
+    fit: Fit = "crop"
+    """crop: the middle of images of another shape; pad: all of them, on the background; stretch."""
+    max_enlarge: float = 4.0
+    """Refuse a resolution that enlarges most images more than this many times."""
     background: str = "white"
     """Colour under transparent pixels: a name or #rrggbb."""
     holdout: float = 0.05
@@ -56,6 +63,9 @@ def main(arguments: Sequence[str]) -> None:
         background=given.background,
         holdout=given.holdout,
         max_bad=given.max_bad,
+        range=given.range,
+        fit=given.fit,
+        max_enlarge=given.max_enlarge,
     )
     print((pack.path / "report.txt").read_text(encoding="utf-8"))
     print(f"pack {pack.path}")

@@ -97,7 +97,9 @@ def main(arguments: Sequence[str]) -> None:
             drawn = _drawn(Path(team.on_main(claim)), given, pipeline, size)
             _draw(drawn, given, pipeline, team)
             if team.is_main:
-                drawn.finish(pipeline.model.config.space.to_picture)
+                drawn.finish()
+                if drawn.preview:
+                    print(f"pictures show the channels {drawn.preview}")
                 print(f"{given.count} images in {drawn.folder}")
 
 
@@ -197,7 +199,7 @@ def _drawn(folder: Path, given: SampleArguments, pipeline: Pipeline, size: Size)
         texts=_texts(given, pipeline),
         singles=given.singles,
         shape=(*size, config.network.channels),
-        pictures=config.space.word == "pixels",
+        space=config.space,
     )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.data.example import BadImage, Example
-from patchdiffusion.data.frame import Size, frame_by_frame
+from patchdiffusion.data.frame import Frame, frame_by_frame
 from patchdiffusion.data.values import fit, to_values
 from patchdiffusion.patches import average_pool
 
@@ -61,8 +61,8 @@ class ColumnBase(ABC):
         return None
 
     @abstractmethod
-    def value(self, example: Example, size: Size) -> Stored | None:
-        """Stored value of an image that is fitted to `size`, or None if it has no value."""
+    def value(self, example: Example, frame: Frame) -> Stored | None:
+        """Stored value of an image that is fitted to the frame, or None if it has no value."""
 
     def take(self, stored: Tensor, crops: Crops) -> Tensor:
         """Values of a batch, in the stored type and on the device of `stored`."""
@@ -85,7 +85,7 @@ class Label(ColumnBase):
         """-1: no label."""
         return np.array(-1, dtype=np.int32)
 
-    def value(self, example: Example, size: Size) -> Stored | None:
+    def value(self, example: Example, frame: Frame) -> Stored | None:
         """Index of the class, int32."""
         return None if example.label is None else np.array(example.label, dtype=np.int32)
 
@@ -104,7 +104,7 @@ class Caption(ColumnBase):
         """Empty: no caption."""
         return b""
 
-    def value(self, example: Example, size: Size) -> Stored | None:
+    def value(self, example: Example, frame: Frame) -> Stored | None:
         """Caption in UTF-8."""
         return example.caption.encode() if example.caption else None
 
@@ -120,7 +120,7 @@ class Vector(ColumnBase):
     name: str = "vector"
     """Array of the .npz file, or entry of `Example.columns`."""
 
-    def value(self, example: Example, size: Size) -> Stored | None:
+    def value(self, example: Example, frame: Frame) -> Stored | None:
         """The vector as float32; raises `BadImage` unless all values are finite numbers."""
         vector = example.columns.get(self.name)
         if vector is None:
@@ -139,8 +139,8 @@ class Map(ColumnBase):
     """Array of the .npz file, or entry of `Example.columns`: [*S] or [*S, C], as the image."""
     fills: str | None = "image"
 
-    def value(self, example: Example, size: Size) -> Stored | None:
-        """The map as float32, cropped and scaled to `size` as the image is."""
+    def value(self, example: Example, frame: Frame) -> Stored | None:
+        """The map as float32, brought into the frame as the image is."""
         values = example.columns.get(self.name)
         if values is None:
             return None
@@ -150,7 +150,7 @@ class Map(ColumnBase):
             sizes = f"{list(values.shape[:-1])}, but its image has {list(shape)}"
             raise BadImage(example.key, f"{self.name} has the size {sizes}")
         values = to_values(Example(values, None, example.key)).astype(np.float32)
-        return frame_by_frame(lambda x: fit(x, size[-2:]), example.key, values, size).image
+        return frame_by_frame(lambda x: fit(x, frame), example.key, values, frame).image
 
     def take(self, stored: Tensor, crops: Crops) -> Tensor:
         """The part of the map under each crop."""

@@ -8,7 +8,10 @@
 | P (palette)                     | RGB, with alpha if the palette has it        | the same        |
 | CMYK, YCbCr, HSV                | RGB, by Pillow's conversion                  | the same        |
 | I;16, 16-bit gray               | gray, value / 257 rounded: never clipped     | as it is        |
-| 16-bit color                    | RGB, the high byte (Pillow reads no more)    | refused         |
+| 16-bit color in PNG             | RGB, the high byte (Pillow reads no more)    | refused         |
+| TIFF of several bands, 16 bits, | as many bands; alpha only if the file says   | as many bands   |
+| signed, packed, floats          | so; scaled as below                          |                 |
+| TIFF, WhiteIsZero               | inverted at every depth                      | whole numbers   |
 | I (32-bit integers)             | as 16 bit; refused outside of 0..65535       | as float32      |
 | F (floats)                      | gray, [0, 1] to 0..255; others are refused   | as it is        |
 | NaN, infinity                   | refused                                      | refused         |
@@ -24,12 +27,15 @@
 import contextlib
 import functools
 import io
+import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from patchdiffusion.data.example import BadImage
+from patchdiffusion.data.tiff import TiffImage, describe_tiff, is_tiff, read_tiff
 
 EXTENSIONS = frozenset(
     f".{name}"
@@ -61,22 +67,98 @@ def _formats() -> list[str]:
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
-def decode(data: bytes, key: str) -> tuple[np.ndarray, str]:
-    """Decode the content of an image file: array [H, W, 1, 3 or 4] and stored mode.
+class Decoded(NamedTuple):
+    """Content of an image file."""
 
-    Of type uint8, uint16, int32 (if uint16 does not hold them) or float32; four channels are RGB
-    with straight alpha. Raises `BadImage` for anything that the policy of this module refuses.
+    image: np.ndarray
+    """[H, W, C], of type uint8, uint16, wider integers if that does not hold them, or floats."""
+    mode: str
+    """How it is stored."""
+    alpha: bool = False
+    """Whether the file says that the last of four channels is alpha, which is straight."""
+    span: tuple[float, float] | None = None
+    """Values that stand for black and white; None for the full range of an integer type."""
+
+
+def decode(data: bytes, key: str) -> tuple[np.ndarray, str]:
+    """Image and mode of `decoded`."""
+    content = decoded(data, key)
+    return content.image, content.mode
+
+
+def decoded(data: bytes, key: str) -> Decoded:
+    """Decode the content of an image file.
+
+    Raises `BadImage` for anything that the policy of this module refuses.
     """
     if not data:
         raise BadImage(key, "empty file")
-    with _refusing(key, data), Image.open(io.BytesIO(data), formats=_formats()) as image:
+    with _refusing(key, data):
+        if is_tiff(data) and (tiff := read_tiff(data, key)) is not None:
+            return _of_tiff(tiff)
+        try:
+            return _opened(data, key)
+        except Exception:
+            plain = without_metadata(data)
+            if plain is None:
+                raise
+            return _opened(plain, key)
+
+
+def _opened(data: bytes, key: str) -> Decoded:
+    with Image.open(io.BytesIO(data), formats=_formats()) as image:
         return _pixels(image, key)
 
 
-def decode_image(image: Image.Image, key: str) -> tuple[np.ndarray, str]:
-    """Decode an image that Pillow has opened, like `decode`."""
+def decode_image(image: Image.Image, key: str) -> Decoded:
+    """Decode an image that Pillow has opened, like `decoded`."""
     with _refusing(key, b""):
         return _pixels(image, key)
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_NEEDED = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
+
+
+def without_metadata(data: bytes) -> bytes | None:
+    """A PNG file without the text, profiles and times that its pixels do not need.
+
+    Pillow refuses files of which these are large or damaged. None for other files, and if there is
+    nothing to leave out.
+    """
+    if not data.startswith(_PNG):
+        return None
+    parts, place, left_out = [_PNG], len(_PNG), False
+    while place + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, place)
+        end = place + 12 + length
+        if data[place + 4 : place + 8] in _NEEDED:
+            parts.append(data[place:end])
+        else:
+            left_out = True
+        place = end
+    return b"".join(parts) if left_out else None
+
+
+def _of_tiff(tiff: TiffImage) -> Decoded:
+    image = _narrowed(tiff.image)
+    if tiff.alpha and image.shape[-1] == 2:  # gray with alpha, as color with alpha
+        image = np.concatenate([image[..., :1]] * 3 + [image[..., 1:]], axis=-1)
+    turn = _TURNS.get(tiff.orientation)
+    image = image if turn is None else np.ascontiguousarray(turn(image))
+    mode = tiff.mode if turn is None else f"{tiff.mode} turned"
+    span = tiff.span or ((0.0, 1.0) if image.dtype.kind == "f" else None)
+    return Decoded(image, mode, tiff.alpha, span)
+
+
+def _narrowed(image: np.ndarray) -> np.ndarray:
+    """Integers in the type that a PNG of 16 bits has, if they fit into it."""
+    if image.dtype.kind == "f":
+        return image.astype(np.float32)
+    wide = image.dtype.itemsize > 2 or image.dtype.kind == "i"
+    if wide and image.min() >= 0 and image.max() <= 65535:
+        return image.astype(np.uint16)
+    return image.astype(np.int32) if image.dtype.itemsize < 4 and image.dtype.kind == "i" else image
 
 
 @contextlib.contextmanager
@@ -89,13 +171,15 @@ def _refusing(key: str, data: bytes) -> Iterator[None]:
         raise BadImage(key, f"too many pixels: {error}") from error
     except Image.UnidentifiedImageError as error:
         text = data[:64].lstrip().lower()
+        if is_tiff(data) and (description := describe_tiff(data)):
+            raise BadImage(key, f"{description}, which is not read; convert it to .npy") from error
         kind = "HTML, not an image" if text.startswith((b"<!doc", b"<html")) else "not an image"
         raise BadImage(key, f"{kind}; the content begins with {data[:12]!r}") from error
     except Exception as error:  # decoders of broken bytes raise almost anything
         raise BadImage(key, f"cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _pixels(image: Image.Image, key: str) -> tuple[np.ndarray, str]:
+def _pixels(image: Image.Image, key: str) -> Decoded:
     if 0 in image.size:
         raise BadImage(key, f"no pixels: {image.width}x{image.height}")
     mode = image.mode + (DEEP if _is_deep(image) else "")
@@ -109,7 +193,9 @@ def _pixels(image: Image.Image, key: str) -> tuple[np.ndarray, str]:
         array = np.ascontiguousarray(turn(array))
         mode += " turned"
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    return (array[:, :, None] if array.ndim == 2 else array), mode
+    array = array[:, :, None] if array.ndim == 2 else array
+    span = (0.0, 1.0) if array.dtype.kind == "f" else None
+    return Decoded(array, mode, array.shape[-1] == 4, span)
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -26,7 +26,7 @@ class Example:
     """One image as stored in its source, before it is fitted to the size of a pack."""
 
     image: np.ndarray
-    """[H, W, C] or [H, W]; bool, uint8, uint16 or float; four channels are RGB with alpha."""
+    """[H, W, C] or [H, W]; bool, integers or float."""
     label: int | None
     """Index into the classes of the source."""
     key: str
@@ -35,6 +35,8 @@ class Example:
     """Images of one group are never divided between training and held-out images."""
     held_out: bool | None = None
     """Whether the source keeps it from training; None leaves that to `prepare`."""
+    alpha: bool = False
+    """Whether the source says that the last of four channels is alpha; else they are bands."""
     span: tuple[float, float] | None = None
     """Values that become -1 and 1; None for the full range of an integer type."""
     mode: str = ""

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from patchdiffusion.data.captions import TABLES, TEXT, Captions, find_captions
-from patchdiffusion.data.decode import EXTENSIONS, decode
+from patchdiffusion.data.decode import EXTENSIONS, decoded
 from patchdiffusion.data.example import BadImage, Example
 from patchdiffusion.data.labels import LabelSource, find_labels, natural
 from patchdiffusion.data.listing import Entry, Listing, list_folder, list_zip, suffix
-from patchdiffusion.data.pixels import unit_span
 from patchdiffusion.data.splits import HELD_OUT, TEST, TRAIN
 
 _MAX_BYTES = 2**30
@@ -39,15 +38,16 @@ class FileSource:
 
     def __getitem__(self, index: int) -> Example:
         key = self.keys[index]
-        image, mode = decode(self.read(key), key)
+        content = decoded(self.read(key), key)
         label = None if self.labels is None else self.labels[index]
         caption, complaints = self.captions.of(key, self.read)
         return Example(
-            image,
+            content.image,
             label,
             key,
-            span=unit_span(image),
-            mode=mode,
+            alpha=content.alpha,
+            span=content.span,
+            mode=content.mode,
             held_out=None if self.held_out is None else self.held_out[index],
             caption=caption,
             complaints=complaints,

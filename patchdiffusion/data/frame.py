@@ -1,9 +1,9 @@
-"""Fit images of any size to the size of a pack: largest central box of its aspect ratio, scaled."""
+"""Fit images of any size to the size of a pack: cropped, padded or stretched, and scaled."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image
@@ -15,9 +15,11 @@ MAX_SIDE = 4096
 
 _SAME_SIZE = 128
 _LARGEST_INFERRED = 64
+_LOOKED_AT = 2**14  # values of an image, for its levels
 
 Size = tuple[int, ...]
 Box = tuple[float, float, float, float]
+Fit = Literal["crop", "pad", "stretch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,14 @@ class Fitted:
     size: Size
     """Size before fitting, without channels."""
     enlarged: bool
+    lost: float = 0.0
+    """Part of its area that was cut off."""
+    raw: "Raw | None" = None
+    """Its values before they became pixels, if that changed them."""
+    clipped: bool = False
+    """Whether values outside of the given range were clipped."""
+    composed: bool = False
+    """Whether transparent pixels were laid over a background."""
 
 
 class Plan(Protocol):
@@ -52,6 +62,16 @@ class Plan(Protocol):
     @property
     def dtype(self) -> str:
         """Type of the stored values."""
+        ...
+
+    @property
+    def alpha(self) -> bool:
+        """Whether the last of four channels is alpha."""
+        ...
+
+    @property
+    def frame(self) -> "Frame":
+        """Height and width, and how images come to have them."""
         ...
 
     def fitted(self, example: Example) -> Fitted:
@@ -115,18 +135,87 @@ def with_channels(example: Example) -> np.ndarray:
     return image[:, :, None] if image.ndim == 2 else image
 
 
+@dataclass(frozen=True)
+class Frame:
+    """Size that images come to have, and what is done to those of another shape."""
+
+    size: Size
+    """Height and width, after other axes if there are any."""
+    fit: Fit = "crop"
+
+    def box(self, width: int, height: int) -> Box:
+        """Part of an image that is kept: left, upper, right, lower."""
+        size = self.size[-2:]
+        return central_box(width, height, size) if self.fit == "crop" else (0, 0, width, height)
+
+    def inner(self, width: int, height: int) -> Size:
+        """Height and width that the part comes to have; the rest of the frame is padding."""
+        size = self.size[-2:]
+        if self.fit != "pad":
+            return size
+        scale = min(size[0] / height, size[1] / width)
+        return max(1, round(height * scale)), max(1, round(width * scale))
+
+    def lost(self, width: int, height: int) -> float:
+        """Part of the area of an image that is cut off."""
+        left, upper, right, lower = self.box(width, height)
+        return 1 - (right - left) * (lower - upper) / (width * height)
+
+    def enlarges(self, width: int, height: int) -> float:
+        """Factor by which an image is enlarged, below 1 if it is reduced."""
+        left, upper, right, lower = self.box(width, height)
+        inner = self.inner(width, height)
+        return max(inner[0] / (lower - upper), inner[1] / (right - left))
+
+    def paste(self, part: np.ndarray, fill: np.ndarray) -> np.ndarray:
+        """The part [h, w, C] in the middle of the frame, on padding of this color [C]."""
+        size = self.size[-2:]
+        if part.shape[:2] == size:
+            return part
+        whole = np.empty((*size, part.shape[2]), part.dtype)
+        whole[...] = fill
+        top, left = (size[0] - part.shape[0]) // 2, (size[1] - part.shape[1]) // 2
+        whole[top : top + part.shape[0], left : left + part.shape[1]] = part
+        return whole
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Values of an image before they became pixels."""
+
+    low: float
+    high: float
+    most: float
+    """Above 99.5 % of them, without the few brightest."""
+    levels: int
+    """How many different ones there are, among those that were looked at."""
+    whole: bool
+    """Whether they are whole numbers."""
+
+    @classmethod
+    def of(cls, image: np.ndarray) -> "Raw":
+        """Of any image; a part of large ones is looked at for levels."""
+        flat = image.reshape(-1)
+        some = flat[:: max(1, flat.size // _LOOKED_AT)]
+        levels = len(np.unique(some))
+        most = float(np.percentile(some, 99.5))
+        whole = image.dtype.kind != "f"
+        return cls(float(flat.min()), float(flat.max()), most, levels, whole)
+
+
 def frame_by_frame(
-    fit: Callable[[np.ndarray], tuple[np.ndarray, bool]], key: str, image: np.ndarray, size: Size
+    fit: Callable[[np.ndarray], np.ndarray], key: str, image: np.ndarray, frame: Frame
 ) -> Fitted:
     """Fit every frame [H, W, C] of an image [*S, C] whose other axes have the lengths in `size`."""
-    before = image.shape[:-1]
+    before, size = image.shape[:-1], frame.size
     if before[:-2] != size[:-2]:
         frames = f"{list(before[:-2])} frames; allowed are {list(size[:-2])}, as in other images"
         raise BadImage(key, frames)
-    parts = [fit(frame) for frame in image.reshape(-1, *image.shape[-3:])]
-    whole = np.stack([part for part, _ in parts])
-    enlarged = any(larger for _, larger in parts)
-    return Fitted(whole.reshape(*size[:-2], *whole.shape[1:]), before, enlarged)
+    whole = np.stack([fit(part) for part in image.reshape(-1, *image.shape[-3:])])
+    height, width = before[-2:]
+    enlarged = frame.enlarges(width, height) > 1
+    whole = whole.reshape(*size[:-2], *whole.shape[1:])
+    return Fitted(whole, before, enlarged, lost=frame.lost(width, height))
 
 
 def central_box(width: int, height: int, size: Size) -> Box:

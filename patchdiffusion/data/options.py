@@ -3,18 +3,19 @@
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, Literal, get_args
 
 from patchdiffusion.data.augment import Augmentation
 from patchdiffusion.data.columns import Column, ColumnBase, all_columns
 from patchdiffusion.data.example import Source
 from patchdiffusion.data.files import FileSource
-from patchdiffusion.data.frame import MAX_SIDE, MIN_SIDE
+from patchdiffusion.data.frame import MAX_SIDE, MIN_SIDE, Fit
 from patchdiffusion.data.labels import LabelSource
 from patchdiffusion.data.pixels import background_color
 from patchdiffusion.system.serialize import encode
 
-_POLICY = 1  # raise it when the same files would give other pixels; packs are then made anew
+_POLICY = 2  # raise it when the same files would give other pixels; packs are then made anew
 _MAX_WORKERS = 16
 
 SpaceName = Literal["auto", "pixels", "values"]
@@ -29,13 +30,20 @@ class DataConfig:
     resolution: int | tuple[int, int] | None = None
     """Side, or height and width, in pixels; None infers it from the images."""
     channels: Literal[1, 3, 4] | None = None
-    """1 (gray), 3 (color) or 4 (with alpha); None infers it from the images."""
+    """1 (gray), 3 (color) or 4 (with alpha, or four bands); None infers it from the images."""
     labels: LabelSource = "auto"
     """auto: of a table beside the images, else of their folders unless these look like dates or
     parts; folders: of any folders; off: none."""
     space: SpaceName = "auto"
     """pixels: 8 bits; values: 16 bits and floats in their own units, never clipped; auto: values
     if most images are floats or wide integers and some of them do not fit into pixels."""
+    range: tuple[float, float] | None = None
+    """Values that are black and white as pixels, such as 0 4095 for scans of 12 bits; others are
+    clipped and counted. None takes what the files say, else the full range of their type."""
+    fit: Fit = "crop"
+    """crop: the middle of images of another shape; pad: all of them, on the background; stretch."""
+    max_enlarge: float = 4.0
+    """Refuse a resolution that enlarges most images more than this many times."""
     flip: bool = False
     """Mirror images horizontally with probability 1/2, before cropping."""
     augment: Augmentation = field(default_factory=Augmentation)
@@ -56,6 +64,9 @@ class Options:
     background: tuple[int, int, int]
     holdout: float
     max_bad: float
+    range: tuple[float, float] | None = None
+    fit: Fit = "crop"
+    max_enlarge: float = 4.0
 
     def identity(self) -> dict[str, Any]:
         """Options that the content of a pack depends on, as JSON decodes them."""
@@ -67,6 +78,8 @@ class Options:
             "background": list(self.background),
             "holdout": self.holdout,
             "policy": _POLICY,
+            "range": None if self.range is None else list(self.range),
+            "fit": self.fit,
         }
 
 
@@ -78,6 +91,9 @@ def check_options(
     background: str | tuple[int, int, int],
     holdout: float,
     max_bad: float | None,
+    range: tuple[float, float] | None = None,
+    fit: Fit = "crop",
+    max_enlarge: float = 4.0,
 ) -> Options:
     """Check the options of `prepare`; raises `ValueError` for a value that is not allowed."""
     size = (resolution, resolution) if isinstance(resolution, int) else resolution
@@ -96,6 +112,14 @@ def check_options(
     limit = 0.1 if max_bad is None else max_bad
     if not 0 <= limit <= 1:
         raise ValueError(f"max_bad is {max_bad}; allowed is 0 to 1")
+    if range is not None and (not all(map(isfinite, range)) or range[0] == range[1]):
+        raise ValueError(f"range is {range}; allowed are two different numbers, black and white")
+    if range is not None and space == "values":
+        raise ValueError(f"range is {range}, for pixels; space values keeps all values: use one")
+    if fit not in get_args(Fit):
+        raise ValueError(f"fit is {fit!r}; allowed are {', '.join(get_args(Fit))}")
+    if not max_enlarge >= 1:
+        raise ValueError(f"max_enlarge is {max_enlarge}; allowed is 1 or more")
     return Options(
         resolution=size,
         channels=channels,
@@ -104,6 +128,9 @@ def check_options(
         background=background_color(background),
         holdout=float(holdout),
         max_bad=limit,
+        range=None if range is None else (float(range[0]), float(range[1])),
+        fit=fit,
+        max_enlarge=max_enlarge,
     )
 
 

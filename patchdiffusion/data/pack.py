@@ -237,6 +237,7 @@ class Pack:
             None if label < 0 else label,
             key,
             group,
+            alpha=self.space.alpha,
             held_out=index in self._held if self._held else None,
             mode="pack",
             caption=self.captions[index],

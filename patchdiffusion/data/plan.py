@@ -1,40 +1,76 @@
 """Plan of a pack: space, size, channels and type, inferred from a sample of the images."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from statistics import median
 
 import numpy as np
 
 from patchdiffusion.data.example import BadImage, Example, Source
-from patchdiffusion.data.frame import Plan, Size, Sizes, usable, with_channels
+from patchdiffusion.data.frame import (
+    MAX_SIDE,
+    MIN_SIDE,
+    Frame,
+    Plan,
+    Size,
+    Sizes,
+    size_text,
+    usable,
+    with_channels,
+)
 from patchdiffusion.data.options import Options
-from patchdiffusion.data.pixels import PixelPlan, fit, is_gray, to_uint8
+from patchdiffusion.data.pixels import WHITE, PixelPlan, fit, is_gray, is_picture, to_uint8
 from patchdiffusion.data.values import FLOAT, WHOLE, ValuePlan, to_values
 
 _PROBED = 256
 _PROBED_FOR_SPACE = 16
-_LARGE = 5 * 10**8  # bytes of a pack
-_MAGNIFIED = 4  # times the side of an image
 
 
 def make_plan(source: Source, options: Options) -> Plan:
-    """Plan for the options; up to 256 images, evenly spaced, decide what these leave open."""
+    """Plan for the options; up to 256 images, evenly spaced, decide what these leave open.
+
+    Raises `ValueError` for a resolution that would enlarge most of them absurdly.
+    """
+    _refuse_enlarging(source, options)
     if options.space == "values":
         return _value_plan(source, options, ())
-    if options.space == "auto" and _are_measured(source):
-        note = "values in units of their own: not all of them fit into pixels"
-        return _value_plan(source, options, (note,))
-    return _pixel_plan(source, options)
-
-
-def _are_measured(source: Source) -> bool:
-    """Whether most images are floats or long integers, and some of them cannot be pixels."""
+    if options.space == "pixels" or options.range is not None:
+        return _pixel_plan(source, options)
     kinds = [_kind(example) for example in _probed(source, _PROBED_FOR_SPACE)]
-    return 2 * sum(kind != "short" for kind in kinds) > len(kinds) and "beyond" in kinds
+    if 2 * sum(kind != "short" for kind in kinds) <= len(kinds):
+        return _pixel_plan(source, options)
+    note = "values in units of their own: not all of them fit into pixels"
+    values = _value_plan(source, options, (note,))
+    if "beyond" in kinds:
+        return values
+    return replace(_pixel_plan(source, options), otherwise=values)
+
+
+def _refuse_enlarging(source: Source, options: Options) -> None:
+    if options.resolution is None:
+        return
+    frame = Frame(options.resolution, options.fit)
+    sizes = [i.shape[-3:-1] for i in _images(source, with_channels, _PROBED_FOR_SPACE)]
+    factors = [frame.enlarges(width, height) for height, width in sizes]
+    if factors and median(factors) > options.max_enlarge:
+        height, width = sizes[len(sizes) // 2]
+        fit = min(max(MIN_SIDE, int(median(min(size) for size in sizes))), MAX_SIDE)
+        raise ValueError(
+            f"resolution {size_text(options.resolution)} would enlarge the images of {source.name} "
+            f"{median(factors):.3g} times, such as one of {width}x{height}; allowed are "
+            f"{options.max_enlarge:g} times: use --data.resolution {fit}, or --data.max-enlarge"
+        )
 
 
 def _kind(example: Example) -> str:
-    if example.image.dtype in (np.bool_, np.uint8, np.uint16):
+    """Whether an image fits into pixels: short ones do, and long ones unless they are beyond."""
+    image = example.image
+    if image.dtype in (np.bool_, np.uint8):
         return "short"
+    if image.dtype == np.uint16:  # bands are measurements, and gray and color pictures
+        planes = image.shape[-1] if image.ndim > 2 else 1
+        return "short" if is_picture(planes, example.alpha) else "beyond"
     try:
         to_values(example)
     except BadImage:
@@ -55,40 +91,58 @@ def _value_plan(source: Source, options: Options, notes: tuple[str, ...]) -> Val
     size, why = sizes.infer() if options.resolution is None else (options.resolution, None)
     notes = notes if why is None else (*notes, why)
     planes = options.channels or max(channels, key=channels.count, default=1)
-    return ValuePlan(size, planes, FLOAT if FLOAT in types else WHOLE, notes)
+    frame = Frame(size, options.fit)
+    return ValuePlan(frame, planes, FLOAT if FLOAT in types else WHOLE, notes)
 
 
 def _pixel_plan(source: Source, options: Options) -> PixelPlan:
     size, channels = options.resolution, options.channels
-    if size is not None and channels is not None:
-        return PixelPlan(size, channels, options.background)
-    sizes = Sizes()
-    gray = True
-    planes = 1
-    for image in _images(source, to_uint8):
-        if size is not None and sizes.probed and not gray:
-            break
-        sizes.probed.append(image.shape[:-1])
+    sizes, gray = Sizes(), True
+    kinds: Counter[tuple[int, bool]] = Counter()
+    """Number of bands, 1 for all pictures, and whether there is alpha."""
+    most = _PROBED if size is None or channels is None else _PROBED_FOR_SPACE
+    for example in _probed(source, most):
+        try:
+            image = usable(example.key, to_uint8(_ranged(example, options), clip=True))
+        except BadImage:
+            continue
         planes = image.shape[-1]
-        if gray and channels is None and planes in (3, 4):
-            gray = all(map(_small_gray(options), image.reshape(-1, *image.shape[-3:])))
+        picture = is_picture(planes, example.alpha)
+        kinds[1 if picture else planes, example.alpha] += 1
+        sizes.probed.append(image.shape[:-1])
+        if gray and channels is None and picture and planes > 1:
+            gray = all(_small_gray(part, example.alpha) for part in _parts(image))
+        if size is not None and not gray and kinds.total() >= _PROBED_FOR_SPACE:
+            break
     notes: tuple[str, ...] = ()
     if size is None:
         size, why = sizes.infer()
         notes = (why,)
+    plan = PixelPlan(Frame(size, options.fit), 1, options.background, range=options.range)
+    counts: Counter[int] = Counter()
+    for (planes, _), count in kinds.items():
+        counts[planes] += count
+    bands = counts.most_common(1)[0][0] if counts else 1
     if channels is not None:
-        return PixelPlan(size, channels, options.background, notes=notes)
-    if planes not in (1, 3, 4):
-        return PixelPlan(size, planes, options.background, notes=notes)
-    return PixelPlan(size, 1 if gray else 3, options.background, refuse_color=gray, notes=notes)
+        alpha = channels == 4 and bands == 1
+        return replace(plan, channels=channels, alpha=alpha, notes=notes)
+    if bands != 1:
+        return replace(plan, channels=bands, notes=notes)
+    return replace(plan, channels=1 if gray else 3, refuse_color=gray, notes=notes)
 
 
-def _small_gray(options: Options) -> Callable[[np.ndarray], bool]:
-    def judge(frame: np.ndarray) -> bool:
-        small = (min(frame.shape[0], 64), min(frame.shape[1], 64))
-        return is_gray(fit(frame, small, 3, options.background)[0])
+def _ranged(example: Example, options: Options) -> Example:
+    return example if options.range is None else replace(example, span=options.range)
 
-    return judge
+
+def _parts(image: np.ndarray) -> np.ndarray:
+    return image.reshape(-1, *image.shape[-3:])
+
+
+def _small_gray(part: np.ndarray, alpha: bool) -> bool:
+    """Whether an image is gray, judged at a small size on white."""
+    small = Frame((min(part.shape[0], 64), min(part.shape[1], 64)))
+    return is_gray(fit(part, small, 3, WHITE, alpha=alpha))
 
 
 def common_size(source: Source) -> Size | None:
@@ -97,23 +151,10 @@ def common_size(source: Source) -> Size | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def refuse_enlargement(source: Source, size: Size, needed: int) -> None:
-    """Raise `ValueError` for a large pack of images that are enlarged several times."""
-    if needed < _LARGE:
-        return
-    sides = sorted(min(image.shape[-3:-1]) for image in _images(source, with_channels))
-    wanted = min(size[-2:])
-    usual = sides[len(sides) // 2] if sides else wanted
-    if wanted >= _MAGNIFIED * usual:
-        raise ValueError(
-            f"resolution {wanted} would enlarge images of about {usual} pixels "
-            f"{wanted / usual:.1f} times, into a pack of {needed / 1e9:.1f} GB; use a resolution "
-            f"of {usual} or less, at most {_MAGNIFIED * usual - 1}"
-        )
-
-
-def _images(source: Source, read: Callable[[Example], np.ndarray]) -> Iterator[np.ndarray]:
-    for example in _probed(source, _PROBED):
+def _images(
+    source: Source, read: Callable[[Example], np.ndarray], most: int = _PROBED
+) -> Iterator[np.ndarray]:
+    for example in _probed(source, most):
         try:
             yield usable(example.key, read(example))
         except BadImage:

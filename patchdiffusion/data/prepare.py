@@ -6,6 +6,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 
 from patchdiffusion.data.columns import ColumnBase, Stored
 from patchdiffusion.data.example import MAX_LABEL, BadImage, Source
-from patchdiffusion.data.frame import Fitted, Plan, Replan
+from patchdiffusion.data.frame import Fit, Fitted, Plan, Replan
 from patchdiffusion.data.options import (
     DataConfig,
     Options,
@@ -23,13 +24,13 @@ from patchdiffusion.data.options import (
     count_workers,
 )
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.plan import make_plan, refuse_enlargement
+from patchdiffusion.data.plan import make_plan
 from patchdiffusion.data.report import Report, bad_lines, empty_classes, write_text
 from patchdiffusion.data.rows import Rows, as_source
 from patchdiffusion.data.source import open_source
 from patchdiffusion.data.split import division, repeats
 from patchdiffusion.data.store import default_target, find_pack, make_room, shape_of, stamp_of
-from patchdiffusion.data.write import pack_writer
+from patchdiffusion.data.write import PackWriter, pack_writer
 from patchdiffusion.system.files import expanded, folder_atomic, lock
 from patchdiffusion.system.place import place
 from patchdiffusion.system.progress import progress_bar
@@ -52,6 +53,9 @@ def prepare(
     background: str | tuple[int, int, int] = "white",
     holdout: float = 0.05,
     max_bad: float | None = None,
+    range: tuple[float, float] | None = None,
+    fit: Fit = "crop",
+    max_enlarge: float = 4.0,
     workers: int | None = None,
     progress: bool = True,
 ) -> Pack:
@@ -63,14 +67,26 @@ def prepare(
     of two below the median of the smaller side, at most 64. `channels` None is 1 if every image
     is gray, else 3; 4 keeps alpha. `space` "pixels" converts everything to 8 bits, "values" keeps
     16 bits and floats in their own units, and "auto" is "values" if most images are floats or wide
-    integers and some of them cannot be pixels. `columns` are stored beside labels and captions,
-    which are always stored if there are any. A fraction `holdout` of the images (at most 1,000) is
-    held out from training. An existing pack of the same data and options is reused, another one at
-    `out` is replaced. Images that cannot be used are listed in the report; raises `ValueError` if
-    these are all images, or more than the fraction `max_bad` (0.1), and `OSError` if `out` cannot
-    be written.
+    integers and some of them cannot be pixels. `range` are the values that become 0 and 255,
+    others are clipped; `fit` is "crop", "pad" or "stretch". `columns` are stored beside labels and
+    captions, which are always stored if there are any. A fraction `holdout` of the images (at most
+    1,000) is held out from training, unless they are divided already. An existing pack of the same
+    data and options is reused, another one at `out` is replaced. Images that cannot be used are
+    listed in the report; raises `ValueError` if these are all images, or more than the fraction
+    `max_bad` (0.1), and `OSError` if `out` cannot be written.
     """
-    options = check_options(resolution, channels, space, columns, background, holdout, max_bad)
+    options = check_options(
+        resolution,
+        channels,
+        space,
+        columns,
+        background,
+        holdout,
+        max_bad,
+        range=range,
+        fit=fit,
+        max_enlarge=max_enlarge,
+    )
     is_path = isinstance(data, str | Path)
     source = open_source(data) if is_path else as_source(data, name, classes)
     workers = count_workers(workers, source)
@@ -86,7 +102,6 @@ def prepare(
         plan = make_plan(source, options)
         target_folder = target or default_target(source, plan, options)
         bytes_each = math.prod(shape_of(plan)) * np.dtype(plan.dtype).itemsize + _BYTES_PER_IMAGE
-        refuse_enlargement(source, plan.size, len(source) * bytes_each)
         make_room(target_folder, len(source) * bytes_each)
         guard = target_folder.with_name(target_folder.name + ".lock")
         waiting = print if progress else None
@@ -94,11 +109,12 @@ def prepare(
             pack = find_pack(source, options, target)  # by the process that was waited for
             if pack is not None:
                 return pack
-            try:
-                return _make(source, plan, options, target_folder, workers, progress)
-            except Replan as other:
-                target_folder = target or default_target(source, other.plan, options)
-                return _make(source, other.plan, options, target_folder, workers, progress)
+            while True:
+                try:
+                    return _make(source, plan, options, target_folder, workers, progress)
+                except Replan as other:
+                    plan = other.plan
+                    target_folder = target or default_target(source, plan, options)
 
 
 def prepare_data(data: DataConfig) -> Pack:
@@ -111,6 +127,7 @@ def prepare_data(data: DataConfig) -> Pack:
         _, *size, channels = source.info.shape
         sizes = (None, tuple(size), *(size[:1] if len(set(size)) == 1 else ()))
         fits = data.resolution in sizes and data.channels in (None, channels)
+        fits = fits and data.range is None
         columns = {filled.column for filled in source.columns}
         if fits and columns.issuperset(data.columns) and data.space in ("auto", source.space.word):
             return source
@@ -120,6 +137,9 @@ def prepare_data(data: DataConfig) -> Pack:
         channels=data.channels,
         space=data.space,
         columns=data.columns,
+        range=data.range,
+        fit=data.fit,
+        max_enlarge=data.max_enlarge,
         progress=place().is_main,
     )
 
@@ -136,6 +156,12 @@ class _Ready:
     complaints: tuple[str, ...]
 
 
+def _writer(
+    folder: Path, plan: Plan, columns: Sequence[ColumnBase]
+) -> AbstractContextManager[PackWriter]:
+    return pack_writer(folder, shape_of(plan), plan.dtype, columns, alpha=plan.alpha)
+
+
 def _make(
     source: Source,
     plan: Plan,
@@ -150,7 +176,7 @@ def _make(
     bar = progress_bar(len(source), "image", name=source.name, disable=not progress)
     with bar, folder_atomic(target) as folder:
         given: list[bool | None] = []
-        with pack_writer(folder, shape_of(plan), plan.dtype, options.columns) as writer:
+        with _writer(folder, plan, options.columns) as writer:
             for result in _results(source, plan, options.columns, workers):
                 bar.update()
                 if isinstance(result, BadImage):
@@ -177,6 +203,8 @@ def _make(
             options=options.identity(),
         )
         report.columns = {c.column.name: c.count for c in writer.columns if c.count}
+        report.notes += report.findings.notes()
+        report.warnings += report.findings.warnings(writer.levels)
         report.warnings += empty_classes(Pack.open(folder))
         later, earlier = repeats(digests)
         report.duplicates = len(later)
@@ -216,7 +244,7 @@ def _ready(
     try:
         example = source[index]
         fitted = plan.fitted(example)
-        values = [column.value(example, plan.size) for column in columns]
+        values = [column.value(example, plan.frame) for column in columns]
     except BadImage as error:
         return error
     label, limit = example.label, len(source.classes) or MAX_LABEL + 1
@@ -237,9 +265,8 @@ def _ready(
 
 def _count(report: Report, result: _Ready) -> None:
     report.sizes[result.fitted.size] += 1
-    report.modes[result.mode or "unknown"] += 1
+    report.findings.add(result.fitted, result.mode)
     report.left_out += [(result.key, why) for why in result.complaints]
-    report.enlarged += result.fitted.enlarged
 
 
 def _check_bad(report: Report, max_bad: float, complaints: Path, name: str) -> None:

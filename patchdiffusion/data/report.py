@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from patchdiffusion.data.findings import Findings
 from patchdiffusion.data.frame import size_text
 from patchdiffusion.data.pack import Pack, PackInfo
 from patchdiffusion.system.files import write_bytes, write_json
@@ -23,8 +24,7 @@ class Report:
     bad: list[tuple[str, str]] = field(default_factory=list)
     sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
     """Height, width."""
-    modes: Counter[str] = field(default_factory=Counter)
-    enlarged: int = 0
+    findings: Findings = field(default_factory=Findings)
     duplicates: int = 0
     duplicate_pairs: list[tuple[str, str]] = field(default_factory=list)
     columns: dict[str, int] = field(default_factory=dict)
@@ -46,9 +46,9 @@ class Report:
             "bad": [{"key": key, "reason": reason} for key, reason in self.bad],
             "duplicates": self.duplicates,
             "duplicate_pairs": [list(pair) for pair in self.duplicate_pairs],
-            "enlarged": self.enlarged,
+            "enlarged": self.findings.enlarged,
             "sizes": {size_text(size): n for size, n in self.sizes.most_common()},
-            "modes": dict(self.modes.most_common()),
+            "modes": dict(self.findings.modes.most_common()),
             "classes": dict(zip(info.classes, info.class_counts, strict=True)),
             "columns": self.columns,
             "left_out": [{"key": key, "reason": reason} for key, reason in self.left_out],
@@ -65,13 +65,15 @@ class Report:
         counts = zip(info.classes, info.class_counts, strict=True)
         lines = [
             f"{info.name}: {count} images of {size_text(size)} with {channels} channels",
-            f"given {self.total}, refused {len(self.bad)}, enlarged {self.enlarged}, "
+            f"given {self.total}, refused {len(self.bad)}, enlarged {self.findings.enlarged}, "
             f"exact duplicates {self.duplicates}, held out {len(info.heldout)}",
             f"standard deviation in [-1, 1]: {info.sigma_data:.4f}",
             *(printable(note) for note in self.notes),
             *(printable(f"warning: {warning}") for warning in self.warnings),
             *_section("sizes", (f"{size_text(size)}: {n}" for size, n in self.sizes.most_common())),
-            *_section("stored as", (f"{mode}: {n}" for mode, n in self.modes.most_common())),
+            *_section(
+                "stored as", (f"{mode}: {n}" for mode, n in self.findings.modes.most_common())
+            ),
             *_section("classes", (f"{name}: {n}" for name, n in counts)),
             *_section("columns", (f"{name}: {n} of {count}" for name, n in self.columns.items())),
             *_section("left out of columns", bad_lines(self.left_out)),

@@ -12,7 +12,6 @@ from torch import Tensor
 from patchdiffusion.data.arrays import channels_last, memory_source, span_of
 from patchdiffusion.data.decode import decode_image
 from patchdiffusion.data.example import BadImage, Example, Source
-from patchdiffusion.data.pixels import unit_span
 
 _IMAGES = ("image", "img", "images", "x")
 _LABELS = ("label", "labels", "class", "y")
@@ -61,10 +60,9 @@ class RowSource:
             kind = type(text).__name__
             raise ValueError(f"row {key} has a caption of type {kind}; allowed are str and None")
         if isinstance(picture, Image.Image):
-            pixels, mode = decode_image(picture, key)
-            span = unit_span(pixels)
+            pixels, mode, alpha, span = decode_image(picture, key)
         elif isinstance(picture, np.ndarray | Tensor):
-            pixels = channels_last(np.asarray(picture))
+            pixels, alpha = channels_last(np.asarray(picture)), False
             mode, span = str(pixels.dtype), self.span if pixels.dtype.kind == "f" else None
         else:
             where = "" if self.image is None else f"column {self.image!r} "
@@ -74,6 +72,7 @@ class RowSource:
             pixels,
             label,
             key,
+            alpha=alpha,
             span=span,
             mode=mode,
             caption=text,

@@ -5,12 +5,14 @@ again, and to pictures. Stored values have their channels last, [..., C]; a netw
 [B, C, *S].
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from patchdiffusion.data.findings import Levels
 
 STD = 0.5
 """Standard deviation of `Values` in the units of a network, as EDM assumes for images."""
@@ -22,6 +24,9 @@ _LOOKED_AT = 256
 @dataclass(frozen=True, kw_only=True)
 class Pixels:
     """8-bit pixels: 0 and 255 are -1 and 1 to the network."""
+
+    alpha: bool = False
+    """Whether the last of four channels is alpha; else they are bands."""
 
     word: ClassVar[Literal["pixels"]] = "pixels"
     dtype: ClassVar[str] = "uint8"
@@ -38,8 +43,8 @@ class Pixels:
         return scaled.to(torch.uint8).movedim(1, -1).cpu().numpy()
 
     def to_picture(self, values: np.ndarray) -> np.ndarray:
-        """Convert stored values [..., C] to uint8 for display."""
-        return values
+        """Convert stored values [..., C] to uint8 for display, with the channels `shown`."""
+        return _shown(values, alpha=self.alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,7 @@ class Values:
     """The value of each channel that is white in a picture."""
 
     limits: ClassVar[tuple[float, float] | None] = None
+    alpha: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         tables = (self.mean, self.scale, self.black, self.white)
@@ -90,7 +96,18 @@ class Values:
         """Convert stored values [..., C] to uint8 for display, linearly from black to white."""
         black, white = np.array(self.black), np.array(self.white)
         unit = (values.astype(np.float64) - black) / (white - black)
-        return np.rint(unit.clip(0, 1) * 255).astype(np.uint8)
+        return _shown(np.rint(unit.clip(0, 1) * 255).astype(np.uint8), alpha=False)
+
+
+def shown(channels: int, *, alpha: bool) -> int:
+    """How many channels, the first ones, a picture shows: 1, 3, or 4 of which the last is alpha."""
+    return 4 if channels == 4 and alpha else 3 if channels >= 3 else 1
+
+
+def _shown(values: np.ndarray, *, alpha: bool) -> np.ndarray:
+    channels = values.shape[-1]
+    count = shown(channels, alpha=alpha)
+    return values if count == channels else values[..., :count]
 
 
 Space = Pixels | Values
@@ -114,6 +131,7 @@ class Statistics:
     std: tuple[float, ...]
     """Standard deviation of each channel."""
     sigma_data: float
+    levels: Levels | None = field(default=None, kw_only=True)
     """Standard deviation of all values."""
 
 
@@ -129,15 +147,16 @@ class Tally(Protocol):
         ...
 
 
-def tally(dtype: str, channels: int) -> Tally:
+def tally(dtype: str, channels: int, *, alpha: bool = False) -> Tally:
     """Tally for images of a type."""
-    return PixelTally(channels) if dtype == Pixels.dtype else ValueTally(channels)
+    return PixelTally(channels, alpha=alpha) if dtype == Pixels.dtype else ValueTally(channels)
 
 
 class PixelTally:
     """Exact statistics, from the counts of the 256 values of each channel."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, *, alpha: bool = False):
+        self._alpha = alpha
         self._histogram = np.zeros((channels, 256), dtype=np.int64)
 
     def add(self, image: np.ndarray) -> None:
@@ -149,7 +168,14 @@ class PixelTally:
         """Mean and standard deviation of each channel, where 0 and 255 are -1 and 1."""
         mean, std = _moments(self._histogram)
         overall = _moments(self._histogram.sum(0, keepdims=True))[1][0]
-        return Statistics(Pixels(), tuple(mean.tolist()), tuple(std.tolist()), float(overall))
+        used = np.flatnonzero(self._histogram.sum(0))
+        return Statistics(
+            Pixels(alpha=self._alpha),
+            tuple(mean.tolist()),
+            tuple(std.tolist()),
+            float(overall),
+            levels=Levels(int(used[0]), int(used[-1]), len(used)),
+        )
 
 
 def _moments(histogram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.space import shown
 from patchdiffusion.patches import size_name
 from patchdiffusion.system.text import printable
 
@@ -33,6 +34,9 @@ def data_lines(pack: Pack, *, labels: bool = True) -> Iterator[str]:
     if bad := len(report.get("bad", ())):
         total = report.get("given", bad)
         yield f"{_INDENT}refused {bad} of {total:,} files; the list is in {where}"
+    if ignored := report.get("ignored"):
+        kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.items())
+        yield f"{_INDENT}passed over: {printable(kinds)}"
     for warning in report.get("warnings", ()):
         yield f"warning: {printable(str(warning))}"
     if len(pack.train) < FEW:
@@ -41,7 +45,11 @@ def data_lines(pack: Pack, *, labels: bool = True) -> Iterator[str]:
 
 def _channels(pack: Pack) -> str:
     channels = pack.images.shape[-1]
-    return {1: "", 3: ""}.get(channels, f" with {channels} channels")
+    count = shown(channels, alpha=pack.space.alpha)
+    if channels == count:
+        return " with alpha" if channels == 4 else ""
+    first = "the first is" if count == 1 else f"the first {count} are"
+    return f" with {channels} channels ({first} shown in pictures)"
 
 
 def _classes(pack: Pack) -> str:

@@ -13,9 +13,9 @@ from patchdiffusion.data.decode import DEEP
 from patchdiffusion.data.example import BadImage, Example
 from patchdiffusion.data.frame import (
     Fitted,
+    Frame,
     Replan,
     Size,
-    central_box,
     frame_by_frame,
     resized,
     usable,
@@ -45,32 +45,41 @@ def to_values(example: Example) -> np.ndarray:
     return values
 
 
-def fit(image: np.ndarray, size: Size) -> tuple[np.ndarray, bool]:
-    """Bring [H, W, C] to [*size, C]; also returns whether it was enlarged."""
+def fit(image: np.ndarray, frame: Frame) -> np.ndarray:
+    """Bring [H, W, C] to [*size, C]; padding is the median of each channel."""
     height, width, _ = image.shape
-    if (height, width) == size:
-        return image, False
-    box = central_box(width, height, size)
+    box, inner = frame.box(width, height), frame.inner(width, height)
+    if (height, width) == inner:
+        return frame.paste(image, np.median(image, axis=(0, 1)).astype(image.dtype))
     planes = [
-        resized(Image.fromarray(plane), size, box)
+        resized(Image.fromarray(plane), inner, box)
         for plane in np.ascontiguousarray(image.transpose(2, 0, 1), dtype=FLOAT)
     ]
     whole = np.stack(planes, axis=2)
     if image.dtype == WHOLE:
         whole = np.rint(whole.clip(0, 65535)).astype(WHOLE)
-    return whole, box[2] - box[0] < size[1]
+    return frame.paste(whole, np.median(image, axis=(0, 1)).astype(whole.dtype))
 
 
 @dataclass(frozen=True)
 class ValuePlan:
     """Shape and type of a pack of values, with the reasons."""
 
-    size: Size
-    """Height and width, after other axes if there are any."""
+    frame: Frame
     channels: int
     dtype: str
     """uint16 or float32."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def alpha(self) -> bool:
+        """False: four channels are bands."""
+        return False
+
+    @property
+    def size(self) -> Size:
+        """Height and width, after other axes if there are any."""
+        return self.frame.size
 
     def fitted(self, example: Example) -> Fitted:
         """Fit one image. Raises `BadImage` if it cannot be used, `Replan` for unexpected floats."""
@@ -80,8 +89,5 @@ class ValuePlan:
             raise BadImage(example.key, f"{planes} channels; allowed are {self.channels}")
         if image.dtype == FLOAT and self.dtype == WHOLE:
             raise Replan(replace(self, dtype=FLOAT))
-
-        def fit_frame(frame: np.ndarray) -> tuple[np.ndarray, bool]:
-            return fit(frame, self.size[-2:])
-
-        return frame_by_frame(fit_frame, example.key, image.astype(self.dtype), self.size)
+        values = image.astype(self.dtype)
+        return frame_by_frame(lambda x: fit(x, self.frame), example.key, values, self.frame)

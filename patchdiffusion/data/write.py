@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from patchdiffusion.data.columns import ColumnBase, Label, Stored
+from patchdiffusion.data.findings import Levels
 from patchdiffusion.data.pack import (
     BLOCK_BYTES,
     ENDS,
@@ -130,15 +131,18 @@ class PackWriter:
         dtype: str,
         columns: Sequence[ColumnBase],
         stack: contextlib.ExitStack,
+        alpha: bool,
     ):
         self.folder = folder
+        self.levels: Levels | None = None
+        """Use of the values of pixels, known at the end."""
         self.digests = array("Q")
         self.groups = array("Q")
         self.columns = [ColumnWriter(folder, column, stack) for column in columns]
         self._images = ArrayWriter(stack.enter_context(_new(folder, f"{IMAGES}.bin")), dtype, shape)
         self._keys = stack.enter_context(_new(folder, "keys.jsonl"))
         self._sha = hashlib.sha256()
-        self._tally = tally(dtype, shape[-1])
+        self._tally = tally(dtype, shape[-1], alpha=alpha)
 
     def misfit(self, values: Sequence[Stored | None]) -> str:
         """Reason why an image with these values cannot be appended, or ""."""
@@ -186,6 +190,7 @@ class PackWriter:
         else:
             classes = ()
         statistics = self._tally.finish(self._read(IMAGES, images))
+        self.levels = statistics.levels
         fingerprint = self._fingerprint(statistics.space, arrays, columns, classes, heldout)
         info = PackInfo(
             name=name,
@@ -224,7 +229,7 @@ class PackWriter:
                         self._sha.update(content)
         header: list[Any] = [arrays[IMAGES].shape, classes, [int(i) for i in heldout]]
         others = [encode(column) for column in columns if column != Label()]
-        if space != Pixels() or others:
+        if space.word != Pixels.word or others:
             header.append([encode(space), others])
         self._sha.update(json.dumps(header).encode())
         return self._sha.hexdigest()
@@ -236,8 +241,13 @@ def _new(folder: Path, name: str) -> BinaryIO:
 
 @contextlib.contextmanager
 def pack_writer(
-    folder: Path, shape: tuple[int, ...], dtype: str, columns: Sequence[ColumnBase] = ()
+    folder: Path,
+    shape: tuple[int, ...],
+    dtype: str,
+    columns: Sequence[ColumnBase] = (),
+    *,
+    alpha: bool = False,
 ) -> Iterator[PackWriter]:
     """Context of a writer of images [*S, C] into a folder; leave it before calling `finish`."""
     with contextlib.ExitStack() as stack:
-        yield PackWriter(folder, shape, dtype, columns, stack)
+        yield PackWriter(folder, shape, dtype, columns, stack, alpha)

@@ -7,8 +7,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.space import shown
 from patchdiffusion.denoiser import NetDenoiser
-from patchdiffusion.encoders.features import CHANNELS, extractor
+from patchdiffusion.encoders.features import extractor
 from patchdiffusion.losses import Objective
 from patchdiffusion.nets.heads import OwnHead
 from patchdiffusion.noise import NoiseLaw
@@ -30,10 +31,11 @@ class DenoiserTask(TaskConfig):
     def check(self, config: Settings, pack: Pack) -> None:
         check_images(config, pack)
         axes, channels = pack.images.ndim - 2, pack.images.shape[-1]
-        if config.preview.distance and (axes != 2 or channels not in CHANNELS):
+        in_part = shown(channels, alpha=pack.space.alpha) != channels
+        if config.preview.distance and (axes != 2 or in_part):
             raise ValueError(
                 f"preview.distance is {config.preview.distance}, which needs images of 2 axes and "
-                f"1, 3 or 4 channels, and these have {axes} and {channels}; "
+                f"gray, color or alpha, and these have {axes} and {channels}; "
                 "set --preview.distance 0"
             )
         guidance, classes = config.preview.guidance, len(pack.classes)

@@ -1,0 +1,128 @@
+"""What preparing has changed about the images, in lines for the report, `train` and `doctor`."""
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from patchdiffusion.data.decode import DEEP
+from patchdiffusion.data.frame import Fitted, Raw
+
+LEVELS = "levels: "
+"""Begins the warning of a range of values that is not used."""
+
+_FEW_LEVELS = 128
+_NARROW = 64
+_CUT = 0.02  # part of an image that is worth a word
+_MUCH = 0.5
+
+
+class Levels(NamedTuple):
+    """Use of the 256 values of pixels."""
+
+    lowest: int
+    highest: int
+    used: int
+
+
+@dataclass
+class Findings:
+    """Counts of what was done to images while they were fitted."""
+
+    images: int = 0
+    cropped: int = 0
+    lost: float = 0.0
+    """Sum of the parts that were cut off."""
+    most_lost: float = 0.0
+    enlarged: int = 0
+    clipped: int = 0
+    composed: int = 0
+    modes: Counter[str] = field(default_factory=Counter)
+    raw: Raw | None = None
+    """Values of images of more than 8 bits, together."""
+
+    def add(self, fitted: Fitted, mode: str) -> None:
+        """Count an image."""
+        self.images += 1
+        self.cropped += fitted.lost > _CUT
+        self.lost += fitted.lost
+        self.most_lost = max(self.most_lost, fitted.lost)
+        self.enlarged += fitted.enlarged
+        self.clipped += fitted.clipped
+        self.composed += fitted.composed
+        self.modes[mode or "unknown"] += 1
+        if fitted.raw is not None:
+            self.raw = fitted.raw if self.raw is None else _together(self.raw, fitted.raw)
+
+    def notes(self) -> list[str]:
+        """What was done, as it is usual."""
+        counts = {
+            "files have several frames or pages, of which the first is taken": self._of(
+                " animated"
+            ),
+            "files have 16 bits per color, of which 8 are read": self._of(DEEP),
+            "images have transparent pixels, laid over --background; --data.channels 4 keeps "
+            "them": self.composed,
+            "images are enlarged": self.enlarged,
+        }
+        lines = [f"{count} of {self.images} {text}" for text, count in counts.items() if count]
+        return lines + ([] if self._cut_much else self._cuts())
+
+    def warnings(self, levels: Levels | None) -> list[str]:
+        """What may not be wanted."""
+        lines = self._cuts() if self._cut_much else []
+        if self.clipped:
+            lines.append(f"{self.clipped} of {self.images} images have values outside of the range")
+        return lines if levels is None else lines + self._of_levels(levels)
+
+    def _of(self, word: str) -> int:
+        return sum(count for mode, count in self.modes.items() if word in mode)
+
+    @property
+    def _cut_much(self) -> bool:
+        return self.lost / max(self.images, 1) >= _MUCH or self.most_lost >= 0.75
+
+    def _cuts(self) -> list[str]:
+        if not self.cropped:
+            return []
+        mean = self.lost / self.images
+        most = "" if self.most_lost < mean + 0.01 else f", {self.most_lost:.0%} at most"
+        return [
+            f"{self.cropped} of {self.images} images are cropped and lose {mean:.0%} of their area "
+            f"on average{most}; --data.fit pad or stretch keeps all of it, --data.resolution "
+            "HEIGHT WIDTH takes another shape"
+        ]
+
+    def _of_levels(self, levels: Levels) -> list[str]:
+        """A warning if values were lost, or lie in a small part of the range."""
+        raw, width = self.raw, levels.highest - levels.lowest
+        told = f"pixels use {levels.used} of 256 levels, from {levels.lowest} to {levels.highest}"
+        if raw is not None and levels.used <= _FEW_LEVELS and raw.levels > 2 * levels.used:
+            top = _top(raw)
+            return [
+                f"{LEVELS}{told}; the values run from {raw.low:g} to {raw.high:g}: say which are "
+                f"black and white, such as --data.range {min(raw.low, 0):g} {top:g}, or keep the "
+                "values themselves: --data.space values"
+            ]
+        if 0 < width < _NARROW and raw is None:
+            near = f"--data.range {levels.lowest} {levels.highest}"
+            return [f"{LEVELS}{told}; if that is not how they should look, {near} stretches them"]
+        return []
+
+
+def _top(raw: Raw) -> float:
+    """White, for a suggestion: the last value of so many bits, or nearly the largest float."""
+    most = raw.most if raw.most > 0 else raw.high
+    if not raw.whole:
+        return float(f"{raw.high:.3g}")
+    return float(2 ** max(int(most).bit_length(), 1) - 1)
+
+
+def _together(a: Raw, b: Raw) -> Raw:
+    return replace(
+        a,
+        low=min(a.low, b.low),
+        high=max(a.high, b.high),
+        most=max(a.most, b.most),
+        levels=max(a.levels, b.levels),
+        whole=a.whole and b.whole,
+    )
