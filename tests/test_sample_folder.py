@@ -13,6 +13,7 @@ from PIL import Image
 
 from patchdiffusion.cli.drawn import Drawn, batches, claimed
 from patchdiffusion.data.source import UNFINISHED, open_source
+from patchdiffusion.data.space import Pixels, Values
 from patchdiffusion.sampling.pipeline import Pipeline
 
 FEW = ("--count", 5, "--steps", 1, "--batch", 2, "--device", "cpu")
@@ -110,15 +111,14 @@ def test_batches_are_runs_of_numbers() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "uint16"])
 def test_values_are_collected_in_one_array(dtype: str, tmp_path: Path) -> None:
     values = np.arange(5 * 6 * 4 * 2).reshape(5, 6, 4, 2).astype(dtype)
-    drawn = Drawn(
-        tmp_path, count=5, seed=3, texts={}, singles=True, shape=(6, 4, 2), pictures=False
-    )
+    space = Values(dtype=dtype, mean=(0, 0), scale=(1, 1), black=(0, 0), white=(9, 9))  # pyright: ignore[reportArgumentType]
+    drawn = Drawn(tmp_path, count=5, seed=3, texts={}, singles=True, shape=(6, 4, 2), space=space)
     (tmp_path / UNFINISHED).touch()
     drawn.add(3, values[3:], [])
     assert drawn.missing() == [0, 1, 2]
     drawn.add(0, values[:3], [])
     assert drawn.missing() == []
-    drawn.finish(lambda images: images.astype(np.uint8))
+    drawn.finish()
     found = np.load(tmp_path / "samples.npy")
     assert found.dtype == dtype and np.array_equal(found, values)
     assert not (tmp_path / UNFINISHED).exists()
@@ -126,7 +126,7 @@ def test_values_are_collected_in_one_array(dtype: str, tmp_path: Path) -> None:
 
 def test_more_than_a_grid_is_never_lost(tmp_path: Path) -> None:
     """Without single files the grid is all there is, unless it has not all images."""
-    some = {"seed": 0, "texts": {}, "shape": (4096, 4096, 3), "pictures": True}
+    some = {"seed": 0, "texts": {}, "shape": (4096, 4096, 3), "space": Pixels()}
     assert not Drawn(tmp_path, count=4, singles=False, **some).array
     assert Drawn(tmp_path, count=5, singles=False, **some).array
     assert not Drawn(tmp_path, count=5, singles=True, **some).array
