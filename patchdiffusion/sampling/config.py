@@ -99,7 +99,7 @@ class SamplerConfig:
         solver: Solver | str | None = None,
         schedule: Schedule | str | None = None,
         guidance: Guidance | float | str | None = None,
-        size: Size | None = None,
+        size: Size | int | None = None,
     ) -> "SamplerConfig":
         """A copy with some settings changed, each a record or the word of one.
 
@@ -120,7 +120,7 @@ class SamplerConfig:
         if steps is not None:
             changes["steps"] = steps
         if size is not None:
-            changes["canvas"] = CanvasRegion(size=size)
+            changes["canvas"] = CanvasRegion(size=(size,) if isinstance(size, int) else size)
         return replace(self, **changes)
 
     # ---- The meaning of auto ----

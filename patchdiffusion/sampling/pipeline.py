@@ -75,7 +75,6 @@ class Pipeline:
             cond = replace(cond, labels=self.labels(count, classes))
         elif classes:
             raise ValueError("give classes or labels, not both")
-        size = (size,) * len(self.model.config.canvas) if isinstance(size, int) else size
         config = (config or SamplerConfig()).but(
             steps=steps, guidance=guidance, solver=solver, schedule=schedule, size=size
         )
