@@ -1,9 +1,9 @@
 """Train diffusion models from scratch on your own images, on patches.
 
-from patchdiffusion import auto, load, train
+from patchdiffusion import train
 
-run = train(auto("photos"))
-images = load(run).sample(16)
+run = train("photos", images=20_000)
+images = run.sample(16)
 
 Names are imported when they are first used, so that the command line answers at once.
 """
@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from patchdiffusion.api import Run, auto, edit, train
     from patchdiffusion.cond import Cond, Position, Tape
     from patchdiffusion.data.prepare import prepare
     from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
@@ -33,20 +34,20 @@ if TYPE_CHECKING:
         Stochastic,
         Stratified,
     )
-    from patchdiffusion.recipes import auto
     from patchdiffusion.sampling.driver import sample
     from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
     from patchdiffusion.solvers import euler, heun
     from patchdiffusion.solvers.schedules import karras
     from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
     from patchdiffusion.train.config import RunConfig, TrainConfig
-    from patchdiffusion.train.loop import train
 
     __version__: str
 
 __all__ = [
     "auto",
     "train",
+    "edit",
+    "Run",
     "load",
     "prepare",
     "sample",
@@ -91,6 +92,7 @@ __all__ = [
 ]
 
 _FILES = {
+    "api": "Run auto edit train",
     "cond": "Cond Position Tape",
     "data.prepare": "prepare",
     "denoiser": "Denoiser NetDenoiser PatchDenoiser as_denoiser",
@@ -103,14 +105,12 @@ _FILES = {
     "parameterisation": "EDM",
     "patches": "coordinates crop random_crop",
     "plans": "ConstantPixels Group PatchPlan Progressive Stochastic Stratified",
-    "recipes": "auto",
     "sampling.driver": "sample",
     "sampling.pipeline": "Pipeline SamplerConfig load",
     "solvers": "euler heun",
     "solvers.schedules": "karras",
     "system.png": "enlarge grid save_png to_uint8",
     "train.config": "RunConfig TrainConfig",
-    "train.loop": "train",
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names.split()}
 

@@ -1,6 +1,7 @@
 """A trained model on disk: a folder with `config.json` and two safetensors files, no pickles."""
 
 import hashlib
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -150,7 +151,10 @@ def save_model(
 
 
 def load_model(
-    path: Path | str, *, weights: Weights = "averaged", device: torch.device | str = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    weights: Weights = "averaged",
+    device: torch.device | str = "cpu",
 ) -> Model:
     """Load a model from its folder or from that of a run, which may still be training.
 
@@ -173,7 +177,10 @@ def load_model(
 
 
 def load_classifier(
-    path: Path | str, *, weights: Weights = "averaged", device: torch.device | str = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    weights: Weights = "averaged",
+    device: torch.device | str = "cpu",
 ) -> NoisyClassifier:
     """Load a classifier of noisy images, `classifier(x, sigma) -> logits`; see `load_model`.
 

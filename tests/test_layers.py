@@ -22,7 +22,7 @@ LAYERS: tuple[str, ...] = (
     "sampling metrics",
     "train",
     "apps interop",
-    "recipes cli",
+    "recipes cli api",
 )
 ORDER = [name for layer in LAYERS for name in layer.split()]
 EXEMPT = {"", "__main__"}  # the public names, and `python -m patchdiffusion`

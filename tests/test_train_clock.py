@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 
-from patchdiffusion import train
 from patchdiffusion.plans import Clock, Stochastic
 from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop
 from patchdiffusion.train.config import RunConfig
 from patchdiffusion.train.log import duration, quantity
+from patchdiffusion.train.loop import train
 from patchdiffusion.train.optimizers import AdamW
 from patchdiffusion.train.schedules import Trapezoid
 from patchdiffusion.train.settings import EMAConfig

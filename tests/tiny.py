@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from patchdiffusion import Pipeline, RunConfig, TrainConfig, UNetConfig, train
+from patchdiffusion import Pipeline, RunConfig, TrainConfig, UNetConfig
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.model import Model, ModelConfig
@@ -20,6 +20,7 @@ from patchdiffusion.nets.base import Network
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.plans import Stratified
+from patchdiffusion.train.loop import train
 from patchdiffusion.train.optim import Update
 from patchdiffusion.train.optimizers import AdamW, OptimizerConfig, Trained
 from patchdiffusion.train.report import read_log

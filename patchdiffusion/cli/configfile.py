@@ -39,6 +39,11 @@ def with_config(record: Any, arguments: Sequence[str]) -> list[str]:
     return [*words, *_typed(chosen), *_typed(given)]
 
 
+def flags_of(record: Any, table: Mapping[str, Any], source: str) -> list[str]:
+    """The flags that stand for a table of fields; errors begin with its `source`."""
+    return list(_typed(dict(_of_record(record, (), table, source))))
+
+
 def _load(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise ValueError(f"--config {path} is not a file; give a .json or .toml file")

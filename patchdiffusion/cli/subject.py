@@ -113,13 +113,19 @@ class Subject:
         """The configuration of the run, or what the recipe gives for its images once prepared."""
         if (stored := self._begun()) is not None:
             return self._same_data(stored)
+        config = self.fresh(arguments)
+        if place().is_main:
+            about = (self.recipe.__doc__ or "").strip().splitlines()[0]
+            print(f"recipe    {recipes.word(self.recipe)}: {about}")
+        return config
+
+    def fresh(self, arguments: Sequence[str]) -> TrainConfig:
+        """What the recipe gives for its images once they are prepared."""
         name = recipes.word(self.recipe)
         data = parse_some(Early(data=self.data), arguments).data
         if not data.path:
             raise ValueError(f"the recipe {name} needs images: patchdiffusion train {name} DATA")
         chosen = self.recipe(Facts.of(prepare_data(data), data.path, self.early.device))
-        if place().is_main:
-            print(f"recipe    {name}: {(self.recipe.__doc__ or '').strip().splitlines()[0]}")
         return replace(chosen, name=self.name, data=replace(data, flip=chosen.data.flip))
 
     def _begun(self) -> TrainConfig | None:

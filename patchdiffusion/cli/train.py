@@ -50,6 +50,16 @@ class TrainArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Choose the defaults, let the flags change them, train."""
+    given = chosen(arguments)
+    if given.print_config:
+        stored = decode(TrainConfig, encode(given.training))  # with numbers as they are read
+        print(json.dumps(encode(stored), indent=2))
+    else:
+        train(given.training, given.run)
+
+
+def chosen(arguments: Sequence[str]) -> TrainArguments:
+    """What the arguments make of the defaults, or of the run that goes on."""
     typed = arguments
     arguments = with_config(TrainArguments(), arguments)
     words, given = read(arguments)
@@ -72,14 +82,10 @@ def _train(
     subject: Subject, arguments: Sequence[str], typed: Sequence[str], given: Collection[str]
 ) -> None:
     with redirect_stdout(sys.stderr if "print-config" in given else sys.stdout):
-        chosen = _parse(arguments, subject.config(arguments))
-    config = _with_whole_paths(chosen.training)
-    if chosen.print_config:
-        stored = decode(TrainConfig, encode(config))  # with numbers as they are read
-        print(json.dumps(encode(stored), indent=2))
-        return
-    _check_code(config, typed)
-    train(config, chosen.run)
+        parsed = _parse(arguments, subject.config(arguments))
+    if not parsed.print_config:
+        _check_code(parsed.training, typed)
+    return replace(parsed, training=_with_whole_paths(parsed.training))
 
 
 def _check_code(config: TrainConfig, arguments: Sequence[str]) -> None:

@@ -3,13 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.nets import transformer, unet
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ObjectiveUnion
@@ -227,8 +225,3 @@ def find(name: str) -> Recipe:
             f"{name!r} is neither an existing path nor a recipe; recipes are {', '.join(RECIPES)}"
         )
     return RECIPES[name]
-
-
-def auto(path: Path | str, *, device: str = "auto") -> TrainConfig:
-    """Prepare the images at a path and choose a configuration for them: `train(auto("photos"))`."""
-    return folder(Facts.of(prepare_data(DataConfig(path=str(path))), str(path), device))

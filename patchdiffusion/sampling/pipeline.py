@@ -2,10 +2,10 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -180,7 +180,7 @@ def _label(wanted: str | int, config: ModelConfig) -> int:
 
 
 def load(
-    path: Path | str,
+    path: str | os.PathLike[str],
     *,
     weights: Weights = "averaged",
     device: torch.device | str = "auto",

@@ -1,0 +1,92 @@
+"""The command line as functions: `train`, `auto`, and a run that can be sampled."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from patchdiffusion.cli.keywords import arguments_of, as_keywords, changed_fields
+from patchdiffusion.cli.parse import parse
+from patchdiffusion.cli.subject import Subject
+from patchdiffusion.cli.train import TrainArguments, chosen
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.model import Weights
+from patchdiffusion.sampling.pipeline import Pipeline, load
+from patchdiffusion.train import loop
+from patchdiffusion.train.config import RunConfig, TrainConfig
+from patchdiffusion.train.report import read_log
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run on disk, which goes wherever its folder goes: `load(run)`, `Path(run)`."""
+
+    folder: Path
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def load(self, weights: Weights = "averaged", **options: Any) -> Pipeline:
+        """The model of the run, ready to sample; see `patchdiffusion.load`."""
+        return load(self.folder, weights=weights, **options)
+
+    def sample(self, count: int = 16, **settings: Any) -> np.ndarray:
+        """Images of the averaged weights; see `Pipeline.sample`."""
+        return self.load().sample(count, **settings)
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The records of `log.jsonl`."""
+        return read_log(self.folder)
+
+
+def train(
+    what: TrainConfig | Pack | str | os.PathLike[str],
+    run: RunConfig | None = None,
+    **fields: Any,
+) -> Run:
+    """Train on images at a path, by a recipe, or with a full configuration; returns the run.
+
+    `fields` are those of `TrainConfig` and `RunConfig`, as on the command line: `images=5000`,
+    `batch=16`, `out="runs/a"`, `network="transformer"`, `optim={"lr": 1e-3}`, `network=UNetConfig(
+    base=16)`. The same call again goes on with the run. Raises `ValueError` for what cannot work,
+    before anything is written, and `Stop` when a run cannot go on.
+    """
+    with as_keywords():
+        flags = arguments_of(TrainArguments(), fields)
+        if isinstance(what, TrainConfig):
+            arguments = TrainArguments(training=what, run=run or RunConfig())
+            arguments = parse(arguments, flags, "train")
+        else:
+            given = arguments_of(TrainArguments(), changed_fields(run or RunConfig()))
+            arguments = chosen([_path(what), *given, *flags])
+    return Run(loop.train(arguments.training, arguments.run))
+
+
+def auto(
+    what: Pack | str | os.PathLike[str], *, device: str = "auto", **fields: Any
+) -> TrainConfig:
+    """Prepare images and choose a configuration for them: `train(auto("photos", batch=8))`.
+
+    `fields` are those of `TrainConfig`, see `train`.
+    """
+    with as_keywords():
+        flags = arguments_of(TrainArguments(), fields)
+        config = Subject.of([_path(what), "--device", device, *flags], "train").fresh(flags)
+        return parse(TrainArguments(training=config), flags, "train").training
+
+
+def edit(config: TrainConfig, **fields: Any) -> TrainConfig:
+    """A configuration with other values, by the names of the command line; see `train`."""
+    with as_keywords():
+        flags = arguments_of(TrainArguments(), fields)
+        return parse(TrainArguments(training=config), flags, "train").training
+
+
+def _path(what: Pack | str | os.PathLike[str]) -> str:
+    return str(what.path) if isinstance(what, Pack) else os.fspath(what)
