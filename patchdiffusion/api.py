@@ -1,6 +1,7 @@
 """The command line as functions: `train`, `auto`, and a run that can be sampled."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,15 +58,16 @@ def train(
     base=16)`. The same call again goes on with the run. Raises `ValueError` for what cannot work,
     before anything is written, and `Stop` when a run cannot go on.
     """
-    with as_keywords():
-        flags = arguments_of(TrainArguments(), fields)
-        if isinstance(what, TrainConfig):
-            arguments = TrainArguments(training=what, run=run or RunConfig())
-            arguments = parse(arguments, flags, "train")
-        else:
-            given = arguments_of(TrainArguments(), changed_fields(run or RunConfig()))
-            arguments = chosen([_path(what), *given, *flags])
-    return Run(loop.train(arguments.training, arguments.run))
+    with ExitStack() as held:
+        with as_keywords():
+            flags = arguments_of(TrainArguments(), fields)
+            if isinstance(what, TrainConfig):
+                arguments = TrainArguments(training=what, run=run or RunConfig())
+                arguments = parse(arguments, flags, "train")
+            else:
+                given = arguments_of(TrainArguments(), changed_fields(run or RunConfig()))
+                arguments = held.enter_context(chosen([_path(what), *given, *flags]))
+        return Run(loop.train(arguments.training, arguments.run))
 
 
 def auto(

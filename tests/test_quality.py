@@ -98,9 +98,9 @@ def test_train_takes_what_a_run_is_begun_with(
     run = quality.Run("search", "whole", 3, ("--batch", "4"))
     quality._begin(run, given, time.monotonic() + 60 * minutes)
     assert begun[0][:6] == [sys.executable, "-u", "-m", "patchdiffusion", "train", "x"]
-    plain = train.TrainArguments(config=folder(Facts()))
+    plain = train.TrainArguments(training=folder(Facts()))
     made = parse(plain, begun[0][6:], "train")
-    assert (made.config.batch, made.config.seed) == (4, 3)
+    assert (made.training.batch, made.training.seed) == (4, 3)
     limit = None if minutes == math.inf else pytest.approx(minutes / 60, rel=0.01)
     assert made.run.max_hours == limit
 
@@ -111,9 +111,9 @@ def test_every_experiment_can_be_trained(quality: ModuleType, name: str) -> None
     assert facts["baseline"] in {run.plan for run in runs}
     assert len({(run.plan, run.seed) for run in runs}) == len(runs)
     for run in runs:
-        plain = train.TrainArguments(config=folder(Facts()))
+        plain = train.TrainArguments(training=folder(Facts()))
         given = parse(plain, run.flags, "train")
-        given.config.plan((64, 64)).draw(seed=0, step=0, progress=0.5)
+        given.training.plan((64, 64)).draw(seed=0, step=0, progress=0.5)
 
 
 def test_samples_of_the_runs_that_were_measured(quality: ModuleType) -> None:

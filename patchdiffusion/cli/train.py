@@ -1,10 +1,9 @@
 """patchdiffusion train [RECIPE] [DATA] [options]"""
 
-import contextlib
 import json
 import sys
-from collections.abc import Collection, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
@@ -50,16 +49,17 @@ class TrainArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Choose the defaults, let the flags change them, train."""
-    given = chosen(arguments)
-    if given.print_config:
-        stored = decode(TrainConfig, encode(given.training))  # with numbers as they are read
-        print(json.dumps(encode(stored), indent=2))
-    else:
-        train(given.training, given.run)
+    with chosen(arguments) as given:
+        if given.print_config:
+            stored = decode(TrainConfig, encode(given.training))  # with numbers as they are read
+            print(json.dumps(encode(stored), indent=2))
+        else:
+            train(given.training, given.run)
 
 
-def chosen(arguments: Sequence[str]) -> TrainArguments:
-    """What the arguments make of the defaults, or of the run that goes on."""
+@contextmanager
+def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
+    """What the arguments make of the defaults, or of a run; its packs are there inside."""
     typed = arguments
     arguments = with_config(TrainArguments(), arguments)
     words, given = read(arguments)
@@ -72,20 +72,12 @@ def chosen(arguments: Sequence[str]) -> TrainArguments:
     except ValueError as error:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
-    with contextlib.ExitStack() as held:
-        if "dry-run" in given:
-            held.enter_context(packs_aside())
-        _train(subject, arguments, typed, given)
-
-
-def _train(
-    subject: Subject, arguments: Sequence[str], typed: Sequence[str], given: Collection[str]
-) -> None:
-    with redirect_stdout(sys.stderr if "print-config" in given else sys.stdout):
-        parsed = _parse(arguments, subject.config(arguments))
-    if not parsed.print_config:
-        _check_code(parsed.training, typed)
-    return replace(parsed, training=_with_whole_paths(parsed.training))
+    with packs_aside() if "dry-run" in given else nullcontext():
+        with redirect_stdout(sys.stderr if "print-config" in given else sys.stdout):
+            parsed = _parse(arguments, subject.config(arguments))
+        if not parsed.print_config:
+            _check_code(parsed.training, typed)
+        yield replace(parsed, training=_with_whole_paths(parsed.training))
 
 
 def _check_code(config: TrainConfig, arguments: Sequence[str]) -> None:
