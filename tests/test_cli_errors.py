@@ -58,6 +58,24 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("train pictures --out notes.txt", ["notes.txt"]),
         ("train pictures --out notes.txt/run", ["notes.txt"]),
         ("train pictures --out filled", ["filled"]),
+        ("train glyphs --batch 3.5", ["--batch", "whole number", "3.5"]),
+        ("train glyphs --images -5", ["images", "positive", "-5.0"]),
+        ("train glyphs --images 1e99", ["images", "2^63", "1e+99"]),
+        ("train glyphs --device gpu", ["--device", "gpu", "cuda"]),
+        ("train glyphs --data.resolution 64x", ["--data.resolution", "two whole numbers", "64x"]),
+        ("train glyphs --patches progresive", ["progresive", "--patches progressive"]),
+        ("train glyphs --patches.probs 0.5 0.5", ["fractions", "probs", "3", "2"]),
+        ("train pictures pictures", ["pictures", "two sets"]),
+        ("train trained --network.base 8", ["network.base", "4 -> 8", "--fresh"]),
+        ("train trained --data.resolution 64 --dry-run", ["data.resolution", "64", "--fresh"]),
+        ("train trained --start-from missing --dry-run --out x", ["missing"]),
+        ("train table.csv", ["table.csv", "folder"]),
+        ("train meanflow trained", ["trained", "run"]),
+        ("bench trained", ["trained", "run"]),
+        ("sample trained --batch 0", ["batch", "1", "0"]),
+        ("sample trained --threads 0", ["threads", "1", "0"]),
+        ("sample trained --weights ema", ["--weights", "ema", "averaged"]),
+        ("sample pictures", ["pictures", "patchdiffusion train"]),
         ("train pictures --start-from missing", ["missing"]),
         ("train pictures --network.base 6", ["base", "4", "4096", "6"]),
         ("train pictures --network.attention 9", ["attention"]),
@@ -114,6 +132,7 @@ def test_errors_are_one_line(
     (tmp_path / "cut" / "a.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "filled" / "letter").write_text("dear")
     (tmp_path / "notes.txt").write_text("note")
+    (tmp_path / "table.csv").write_text("file,label")
     (tmp_path / "pictures").symlink_to(images)
     if "trained" in arguments:
         shutil.copytree(finished, tmp_path / "trained")

@@ -12,6 +12,7 @@ from patchdiffusion import recipes
 from patchdiffusion.cli.configfile import with_config
 from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
+from patchdiffusion.cli.places import check_run
 from patchdiffusion.cli.subject import Subject, data_of
 from patchdiffusion.data.source import is_run, whole
 from patchdiffusion.data.store import packs_aside
@@ -75,6 +76,8 @@ def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
     with packs_aside() if "dry-run" in given else nullcontext():
         with redirect_stdout(sys.stderr if "print-config" in given else sys.stdout):
             parsed = _parse(arguments, subject.config(arguments))
+        if parsed.run.start_from is not None:
+            check_run(parsed.run.start_from)
         if not parsed.print_config:
             _check_code(parsed.training, typed)
         yield replace(parsed, training=_with_whole_paths(parsed.training))
