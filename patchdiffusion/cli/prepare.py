@@ -49,6 +49,8 @@ class PrepareArguments:
     """Share of the images that is never trained on, at most 1,000."""
     max_bad: float = 0.1
     """Largest share of files that may be unusable."""
+    threads: int | None = None
+    """Threads that decode; None is one per core, at most 16."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -66,6 +68,7 @@ def main(arguments: Sequence[str]) -> None:
         range=given.range,
         fit=given.fit,
         max_enlarge=given.max_enlarge,
+        workers=given.threads,
     )
     print((pack.path / "report.txt").read_text(encoding="utf-8"))
     print(f"pack {pack.path}")

@@ -32,8 +32,8 @@ class TrainArguments:
 
     example: ClassVar[str] = "patchdiffusion train ./photos --images 100k"
     common: ClassVar[str] = (
-        "images batch data.resolution data.flip network optim.lr patches seed name out device "
-        "threads preview.samples start-from max-hours track fresh config print-config dry-run"
+        "images batch data.resolution data.flip data.labels network optim.lr patches seed name "
+        "out device threads start-from max-hours track fresh config print-config dry-run"
     )
 
     subject: tuple[str, ...] = field(
