@@ -1,6 +1,6 @@
 """The command line: `patchdiffusion COMMAND ...`.
 
-Files of commands are imported when one is run: what needs none of them answers at once.
+The module of a command is imported when it is run, so that other answers need no PyTorch.
 """
 
 import ast
@@ -25,20 +25,20 @@ from patchdiffusion.system.place import leave, place
 
 
 class HelpShown(Exception):
-    """The help was asked for and printed; there is nothing else to do."""
+    """Raised after printing a help."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """A word after `patchdiffusion`."""
+    """Command of `patchdiffusion`."""
 
     main: Callable[[Sequence[str]], None]
     arguments: Callable[[], object]
-    """Makes the record that its arguments change; the docstring of its class is the help."""
+    """Creates the record of its arguments; the docstring of its class is the help."""
 
 
 def _command(name: str) -> Command:
-    """The command in the file of its name: `main`, and a record such as `TrainArguments`."""
+    """Command in the module of its name: `main`, and a record such as `TrainArguments`."""
 
     def main(arguments: Sequence[str]) -> None:
         with _starting():
@@ -72,17 +72,17 @@ SHARED = ("train", "sample", "evaluate", "bench")
 
 @contextmanager
 def _starting() -> Iterator[None]:
-    """Around the import of PyTorch: tell a person who waits, and end at once on Ctrl-C.
+    """Context of the import of PyTorch: shows a message, and ends at once on Ctrl-C.
 
-    A KeyboardInterrupt in there can abort the process, since C++ does not expect it.
+    A KeyboardInterrupt during the import can abort the process, since C++ does not expect it.
     """
     before = signal.getsignal(signal.SIGINT)
     is_ours = before is signal.default_int_handler
-    told = "starting ..." if sys.stderr.isatty() else ""
+    message = "starting ..." if sys.stderr.isatty() else ""
 
     def clear() -> None:
-        if told:
-            print(f"\r{' ' * len(told)}\r", end="", file=sys.stderr, flush=True)
+        if message:
+            print(f"\r{' ' * len(message)}\r", end="", file=sys.stderr, flush=True)
 
     def end(*_: object) -> None:
         clear()
@@ -90,7 +90,7 @@ def _starting() -> Iterator[None]:
 
     if is_ours:
         signal.signal(signal.SIGINT, end)
-    print(told, end="", file=sys.stderr, flush=True)
+    print(message, end="", file=sys.stderr, flush=True)
     try:
         yield
     finally:
@@ -100,7 +100,7 @@ def _starting() -> Iterator[None]:
 
 
 def usage() -> str:
-    """What `patchdiffusion` alone prints."""
+    """Help of `patchdiffusion` without a command."""
     lines = [
         "usage: patchdiffusion [--import FILE.py] COMMAND [options]",
         "",
@@ -116,7 +116,7 @@ def usage() -> str:
 
 
 def _summary(name: str) -> str:
-    """First line of the help of a command, from its file, which is not executed."""
+    """First line of the help of a command, read from its file without importing it."""
     tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
     classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
     record = next(node for node in classes if node.name == f"{name.title()}Arguments")
@@ -129,7 +129,7 @@ def program() -> NoReturn:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code. Errors of the user are one line and code 2."""
+    """Run a command; returns the exit code. Errors of the user print one line and return 2."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):  # no name that it cannot show may end a run
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -143,21 +143,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _import(arguments: Sequence[str]) -> Sequence[str]:
-    """Execute the Python file behind `--import`, whose types join their families; the rest.
+    """Execute the Python file after `--import`, which adds types to families.
 
-    Raises `ValueError` if there is no such file, or if it cannot be executed.
+    Returns the remaining arguments. Raises `ValueError` if there is no such file, or if it cannot
+    be executed.
     """
     if len(arguments) < 2:
         raise ValueError("--import needs a Python file: patchdiffusion --import FILE COMMAND ...")
     file = expanded(arguments[1]).resolve()
     if file.suffix != ".py" or not file.is_file():
-        raise ValueError(f"--import {arguments[1]} is no Python file that exists")
+        raise ValueError(f"--import is {arguments[1]}; allowed is an existing .py file")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None and spec.loader is not None
-    known = sys.modules.get(file.stem)
-    if known is not None and getattr(known, "__file__", None) != str(file):
-        raise ValueError(f"--import {file}: a module has the name {file.stem}; rename the file")
-    if known is None:
+    other = sys.modules.get(file.stem)
+    if other is not None and getattr(other, "__file__", None) != str(file):
+        raise ValueError(
+            f"--import is {file}, and another module is called {file.stem}; rename the file"
+        )
+    if other is None:
         module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
@@ -168,7 +171,7 @@ def _import(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Whether nobody reads an output any more; what is still in it goes nowhere then."""
+    """Whether the reader of an output has closed it; buffered text is discarded then."""
     poll = select.poll()
     try:
         poll.register(stream.fileno(), 0)
@@ -230,16 +233,16 @@ def _check_processes(name: str) -> None:
 
 
 def _unknown(name: str) -> str:
-    """One line about a word that is no command."""
-    told = f"unknown command {name!r}; commands are {', '.join(COMMANDS)}"
+    """Error message for an unknown command."""
+    text = f"unknown command {name!r}; commands are {', '.join(COMMANDS)}"
     if Path(name).exists():
         verb = "sample" if (Path(name) / "log.jsonl").exists() else "train"
-        return f"{told}; did you mean patchdiffusion {verb} {name}?"
-    return told + did_you_mean(name, COMMANDS)
+        return f"{text}; did you mean patchdiffusion {verb} {name}?"
+    return text + did_you_mean(name, COMMANDS)
 
 
 def _fail(message: str, code: int) -> int:
-    if message:  # else another process of the run has said it
+    if message:  # else another process of the run has reported it
         rank = place().rank
         who = f"rank {rank}: " if rank else ""
         print(f"patchdiffusion: error: {who}{' '.join(message.split())}", file=sys.stderr)

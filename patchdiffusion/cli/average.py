@@ -14,10 +14,10 @@ from patchdiffusion.train.posthoc import reconstruct
 
 @dataclass(frozen=True, kw_only=True)
 class AverageArguments:
-    """Make an average of the weights of any width after training.
+    """Reconstruct an average of the weights of any width after training (post-hoc EMA).
 
-    It is made from the profiles that a run has stored (train --ema.profiles 0.05 0.1), and becomes
-    a model that `sample` takes.
+    It is computed from the profiles that a run has stored (train --ema.profiles 0.05 0.1), and
+    written as a model for `sample`.
     """
 
     example: ClassVar[str] = "patchdiffusion average runs/photos --std 0.1"
@@ -25,11 +25,11 @@ class AverageArguments:
     run: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run."""
     std: float = 0.1
-    """Width of the average relative to the time it ends at; above 0, below 0.2887."""
+    """Width of the average relative to the time at which it ends; above 0, below 0.2887."""
     at: float | None = None
-    """What the clock shows at its end; the default is the last snapshot."""
+    """Clock time at which it ends; the default is that of the last snapshot."""
     out: Path | None = None
-    """Folder of the model; the default is averages/std-... in the folder of the run."""
+    """Folder to write the model to; the default is averages/std-... in the folder of the run."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     at = "" if given.at is None else f"-at-{given.at:g}"
     out = given.out or run / "averages" / f"std-{given.std:g}{at}"
     if out.exists():
-        raise ValueError(f"{out} exists; nothing is overwritten, use another --out")
+        raise ValueError(f"{out} exists, and nothing is overwritten; use another --out")
     state = raw.network.state_dict()
     config = replace(raw.config, step=step)
     save_model(out, config, averaged=state | weights, raw=state)

@@ -26,10 +26,10 @@ from patchdiffusion.train.status import measured_peak
 
 @dataclass(frozen=True, kw_only=True)
 class BenchArguments:
-    """Measure training steps: of whole images, of each crop size alone, and of the mixture.
+    """Measure the speed of training steps: of whole images, each crop size, and the mixture.
 
-    What is measured is chosen as for train; nothing is written but the file you name. Run it on an
-    idle machine, also under torchrun.
+    Recipe, data and flags are those of train; nothing is written except the file of --save. Run it
+    on an idle machine, also under torchrun.
     """
 
     example: ClassVar[str] = "patchdiffusion bench ./photos --save bench.json"
@@ -42,17 +42,17 @@ class BenchArguments:
     )
     """As for train: a recipe, and images. Recipes are:"""
     repeats: int = 9
-    """Steps of each kind that are timed; the median counts."""
+    """Number of timed steps of each kind, of which the median is reported."""
     save: Path | None = None
     """JSON file to write."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device to measure; auto is CUDA if available."""
     threads: int | None = None
     """CPU threads of each process; None leaves it to PyTorch (one per core)."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the blocks of the network; auto does so on CUDA."""
+    """Compile the blocks of the network; auto compiles on CUDA."""
     shard: bool = False
-    """Divide the weights among the processes (FSDP2)."""
+    """Shard the weights over the processes (FSDP2)."""
     config: Path | None = None
     """File of settings, .json as in the folder of a run, or .toml; flags win."""
     training: TrainConfig = field(default_factory=TrainConfig, metadata=flat("training"))
@@ -63,7 +63,7 @@ class BenchArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, and print a table."""
+    """Measure steps, and print a table."""
     arguments = with_config(BenchArguments(), arguments)
     subject = Subject.of(arguments, "bench")
     # Wrong flags are found before any data is read.
@@ -93,12 +93,12 @@ Kind = tuple[Group, ...]
 
 
 def bench(training: Training, repeats: int) -> dict[str, Any]:
-    """Measure every kind of step of a run, and the whole-image step it is compared with."""
+    """Measure every kind of step of a run, and a step of whole images for comparison."""
     plan, clock = training.plan, training.config.clock
     peak = measured_peak(training.device, training.precision) * training.team.size
     whole: Kind = (Group(training.canvas, training.config.batch, 1.0, noise=plan.noise),)
-    mixed = [(share, _weightless(groups)) for share, groups in plan.kinds(clock)]
-    alone = [_weightless((g,)) for g in plan.groups if g.size != training.canvas]
+    mixed = [(share, _unit_weights(groups)) for share, groups in plan.kinds(clock)]
+    alone = [_unit_weights((g,)) for g in plan.groups if g.size != training.canvas]
     kinds = list(dict.fromkeys([whole, *alone, *(kind for _, kind in mixed)]))
     costs = dict(zip(kinds, measure(training, kinds, repeats), strict=True))
     rows = {"whole images": _row(costs[whole], costs[whole], peak)}
@@ -121,8 +121,8 @@ def bench(training: Training, repeats: int) -> dict[str, Any]:
     }
 
 
-def _weightless(groups: Kind) -> Kind:
-    """The same crops with the same weight, so that equal work is measured once."""
+def _unit_weights(groups: Kind) -> Kind:
+    """Groups with weight 1, so that equal ones are measured once."""
     return tuple(replace(group, weight=1.0) for group in groups)
 
 
@@ -145,7 +145,7 @@ def _rates(
 
 
 def _mixture(parts: list[tuple[float, Cost]], whole: Cost, peak: float) -> dict[str, Any]:
-    """What a step of random size costs on average."""
+    """Mean cost of a step over several kinds by their probabilities."""
 
     def mean(name: str) -> float:
         return sum(prob * getattr(cost, name) for prob, cost in parts)
@@ -177,7 +177,7 @@ COLUMNS: dict[str, tuple[str, float, str]] = {
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The result as a Markdown table with a line above it."""
+    """Result as a Markdown table with a line above it."""
     engine = result["engine"]
     lines = [
         f"{result['data']}, {result['parameters'] / 1e6:.2f}M parameters, "

@@ -1,6 +1,6 @@
-"""Configuration files: `--config run.json`, flags in the form of a run's config.json, or TOML.
+"""Configuration files for `--config`: JSON, such as config.json of a run, or TOML.
 
-A file stands for the flags of its fields; those of the command line win.
+The fields of a file become flags; those of the command line take precedence.
 """
 
 import tomllib
@@ -20,10 +20,10 @@ Flags = dict[str, list[str]]
 
 
 def with_config(record: Any, arguments: Sequence[str]) -> list[str]:
-    """The arguments with the flags of the file behind `--config`, if there is one.
+    """Arguments with the flags of the file of `--config`, if there is one.
 
     Images that are named before the flags replace those of the file. Raises `ValueError` in one
-    line for fields that the record does not have, and for what is no JSON or TOML.
+    line for fields that the record does not have, and for an invalid file.
     """
     words, given = read(arguments)
     if "config" not in given:
@@ -62,7 +62,7 @@ def _load(path: Path) -> Mapping[str, Any]:
 
 
 def _replaced(name: str, flags: Flags, given: Mapping[str, Sequence[str]]) -> bool:
-    """Whether the command line gives this flag, or chooses another member that may not have it."""
+    """Whether the command line has this flag, or chooses a member that may not have it."""
     above, _, last = name.rpartition(".")
     if name in given or f"{above}.no-{last}".lstrip(".") in given:
         return True
@@ -85,7 +85,7 @@ def _typed(flags: Mapping[str, Sequence[str]]) -> Iterator[str]:
 def _of_record(
     record: Any, path: tuple[str, ...], table: Mapping[str, Any], file: str
 ) -> Iterator[tuple[str, list[str]]]:
-    """The flags of a table of fields."""
+    """Flags of a table of fields."""
     known = {slot.field: slot for slot in _fields(record, path)}
     for key, value in table.items():
         slot = known.get(key.replace("-", "_"))
@@ -97,17 +97,17 @@ def _of_record(
 
 
 def _instead(key: str, path: tuple[str, ...], record: Any, known: Mapping[str, Slot]) -> str:
-    """What an unknown field may have been."""
+    """End of the error message for an unknown field: what to type instead."""
     if hint := did_you_mean(key, known):
         return hint
     flags = list(names(walk(record, path)))
     if meant := habit_of(key.replace("_", "-"), flags, "train"):
         return f": use {meant}"
-    return f", allowed here: {', '.join(sorted(known))}"
+    return f"; allowed are {', '.join(sorted(known))}"
 
 
 def _fields(record: Any, path: tuple[str, ...]) -> Iterator[Slot]:
-    """The fields of a record, with those of flat ones."""
+    """Fields of a record, including those of its flat fields."""
     for slot in slots(record, path):
         if slot.flat:
             yield from _fields(slot.value, slot.path[:-1])
@@ -140,7 +140,7 @@ def _of_field(slot: Slot, value: Any, file: str) -> Iterator[tuple[str, list[str
 
 
 def _member(slot: Slot, value: Any, where: str) -> type:
-    """The type that a table names by its class or its word; without a name, the one that fits."""
+    """Type named by a table, as class or word; without a name, a type that has all fields."""
     name = value.get("type") if isinstance(value, dict) else value
     by_name = {member.__name__: member for member in slot.members}
     by_name |= families.words(slot.members)
@@ -156,7 +156,7 @@ def _member(slot: Slot, value: Any, where: str) -> type:
 
 
 def _words(value: Any, where: str) -> Iterator[str]:
-    """A value as the words of a flag."""
+    """Words of a flag for a value."""
     if isinstance(value, list):
         for entry in value:
             yield from _words(entry, where)

@@ -37,10 +37,10 @@ from patchdiffusion.train.status import measured_peak
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorArguments:
-    """Check the installation and what the hardware can do; with images also these.
+    """Check the installation, the speed of the hardware and, if given, images.
 
-    Of images it tells their scale, and how long the recipe chosen for them takes, measured over a
-    few steps.
+    For images it prints their statistics, and the estimated time of the recipe for them, measured
+    over a few steps.
     """
 
     example: ClassVar[str] = "patchdiffusion doctor ./photos"
@@ -51,11 +51,11 @@ class DoctorArguments:
     """As for train: a recipe, and images. Recipes are:"""
     data: DataConfig = field(default_factory=DataConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device to check; auto is CUDA if available."""
     threads: int | None = None
     """CPU threads of each process; None leaves it to PyTorch (one per core)."""
     steps: int = 5
-    """Training steps of each kind that are timed."""
+    """Number of timed training steps of each kind."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -63,7 +63,7 @@ class DoctorArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print findings; lines that need attention begin with 'warning'."""
+    """Run the checks and print their results; problems begin with 'warning'."""
     subject = Subject.of(arguments, "doctor", required=False)
     data = subject.data if read(arguments)[0] else DataConfig(path="")
     given = parse(DoctorArguments(data=data), arguments, "doctor")
@@ -83,11 +83,11 @@ def _installation() -> None:
     packages = {m.__name__: m.__version__ for m in (torch, np, PIL, safetensors, matplotlib)}
     print("packages  " + ", ".join(f"{name} {version}" for name, version in packages.items()))
     cache = cache_dir()
-    there = next(parent for parent in (cache, *cache.parents) if parent.exists())
-    writable = os.access(there, os.W_OK)
-    print(f"cache     {cache}, {shutil.disk_usage(there).free / 1e9:.1f} GB free")
+    existing = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    writable = os.access(existing, os.W_OK)
+    print(f"cache     {cache}, {shutil.disk_usage(existing).free / 1e9:.1f} GB free")
     if not writable:
-        print(f"warning: {there} cannot be written; set PATCHDIFFUSION_CACHE to another folder")
+        print(f"warning: {existing} cannot be written; set PATCHDIFFUSION_CACHE to another folder")
 
 
 def _hardware(chosen: torch.device) -> None:
@@ -102,13 +102,14 @@ def _hardware(chosen: torch.device) -> None:
                 f"{torch.backends.cpu.get_cpu_capability()}"
             )
         speeds = {p: measured_peak(device, p) for p in ("fp32", "bf16")}
-        told = ", ".join(f"{p} {quantity(s)}FLOP/s" for p, s in speeds.items())
+        text = ", ".join(f"{p} {quantity(s)}FLOP/s" for p, s in speeds.items())
         best = best_precision(device)
-        print(f"          matrix products: {told}; training uses {best}")
+        print(f"          matrix products: {text}; training uses {best}")
         if name == "cpu":
             print(f"          between convolutions: {fused.status()}")
         if speeds[best] < 0.8 * max(speeds.values()):
-            print(f"warning: {best} is not the faster one here; set --precision yourself")
+            faster = max(speeds, key=lambda p: speeds[p])
+            print(f"warning: {best} is slower here; set --precision {faster}")
 
 
 def _images(pack: Pack, precond: Parameterisation) -> None:

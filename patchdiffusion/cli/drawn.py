@@ -1,4 +1,4 @@
-"""The folder that `sample` fills batch by batch: claimed, and marked until it is complete."""
+"""The folder of samples: written batch by batch, locked, and marked until it is complete."""
 
 import contextlib
 import itertools
@@ -22,26 +22,25 @@ from patchdiffusion.system.png import grid, image_file, npy, save_png
 _PARTS = ".parts"
 _LOCK = "lock"
 _GRID = 1024
-"""The most images of a grid."""
+"""Largest number of images in a grid."""
 _GRID_PIXELS = 2**26
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Images 0 ... count - 1 of a request, as files of a folder.
+    """Samples 0 ... count - 1 of a command as files of a folder.
 
-    Each batch is written when it is drawn: a file per image, and, where those are not all (for the
-    grid and the array), a part in a hidden folder, last. `UNFINISHED` stands in the folder until
-    everything is there.
+    Each batch is written when it is drawn: a file per image and then, where grid or array need it,
+    a part in a hidden folder. The file `UNFINISHED` is in the folder until everything is written.
     """
 
     folder: Path
     count: int
     seed: int
     texts: Mapping[str, str]
-    """What all files say of their origin."""
+    """Text entries of all files: model and sampler."""
     singles: bool
-    """Whether there is a file for each image."""
+    """True if there is a file for each image."""
     shape: tuple[int, ...]
     """[*S, C] of an image."""
     space: Space
@@ -60,7 +59,7 @@ class Drawn:
 
     @property
     def shown(self) -> int:
-        """The number of images in the grid."""
+        """Number of images in the grid."""
         height, width = self.shape[0], math.prod(self.shape[1:-1])
         return min(self.count, _GRID, max(1, _GRID_PIXELS // (height * width)))
 
@@ -71,15 +70,15 @@ class Drawn:
         return not exact or not (self.singles or self.shown == self.count)
 
     def missing(self) -> list[int]:
-        """The numbers of the images that are not there yet."""
-        there: set[int] = set()
+        """Numbers of the images that are not written yet."""
+        written: set[int] = set()
         for first, stop, _ in self._parts():
-            there.update(range(first, stop))
+            written.update(range(first, stop))
         if not self.array:
             names = {file.name for file in self.folder.glob("seed-*.png")}
             rest = range(self.shown, self.count)
-            there.update(i for i in rest if f"{self._name(i)}.png" in names)
-        return [i for i in range(self.count) if i not in there]
+            written.update(i for i in rest if f"{self._name(i)}.png" in names)
+        return [i for i in range(self.count) if i not in written]
 
     def add(self, first: int, images: np.ndarray, classes: Sequence[str]) -> None:
         """Write a batch of images [N, *S, C] with the names of their classes, if there are any."""
@@ -115,11 +114,11 @@ class Drawn:
 
     def _parts(self) -> list[tuple[int, int, Path]]:
         """First image, end and file of each part, in order."""
-        found = []
+        parts = []
         for file in (self.folder / _PARTS).glob("*.npy"):
             if match := re.fullmatch(r"(\d+)-(\d+)\.npy", file.name):
-                found.append((int(match[1]), int(match[2]), file))
-        return sorted(found)
+                parts.append((int(match[1]), int(match[2]), file))
+        return sorted(parts)
 
     def _collect(self, path: Path, parts: Sequence[tuple[int, int, Path]]) -> None:
         """Write an .npy file of all parts, one after the other."""
@@ -133,17 +132,17 @@ class Drawn:
 
 
 def batches(numbers: Sequence[int], size: int) -> list[range]:
-    """Runs of numbers that follow each other, of at most `size`."""
+    """Ranges of consecutive numbers, of at most `size` each."""
     runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
-    found = []
+    ranges = []
     for _, run in runs:
         run = [number for _, number in run]
-        found += [range(a, min(a + size, run[-1] + 1)) for a in range(run[0], run[-1] + 1, size)]
-    return found
+        ranges += [range(a, min(a + size, run[-1] + 1)) for a in range(run[0], run[-1] + 1, size)]
+    return ranges
 
 
 def check_out(out: Path | None) -> None:
-    """Raise `ValueError` or `OSError` for a folder that cannot be made, or that holds other files.
+    """Raise `ValueError` or `OSError` for a folder that cannot be created, or holds other files.
 
     Nothing is written.
     """
@@ -161,27 +160,27 @@ def check_out(out: Path | None) -> None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise `ValueError` if the disk of a folder, which need not exist, has less free."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if needed > (free := shutil.disk_usage(there).free):
+    """Raise `ValueError` unless a disk has `needed` bytes free; the folder need not exist."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if needed > (free := shutil.disk_usage(existing).free):
         raise ValueError(
-            f"the images take about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free in "
-            f"{there}; use a smaller --count, or another --out"
+            f"the images need about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free in "
+            f"{existing}; use a smaller --count, or another --out"
         )
 
 
 @contextlib.contextmanager
 def claimed(root: Path, out: Path | None, request: Mapping[str, Any]) -> Iterator[Path]:
-    """Hold a folder for the images of a request: `out`, or a new one in `root`.
+    """Context of a locked folder for the images of a request: `out`, or a new one in `root`.
 
-    An unfinished folder of the same request is gone on with. Raises `ValueError` if `out` holds
-    anything else, or if another process draws there.
+    An unfinished folder of the same request is used again. Raises `ValueError` if `out` holds
+    anything else, or if another process writes there.
     """
     with contextlib.ExitStack() as held:
-        made, folder = False, _unfinished(root, request, held) if out is None else None
+        is_new, folder = False, _unfinished(root, request, held) if out is None else None
         if folder is None:
             folder = _new(root) if out is None else out
-            made = out is None or not out.exists()
+            is_new = out is None or not out.exists()
             folder.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock(folder / _LOCK, folder))
         _check_request(folder, request)
@@ -193,25 +192,25 @@ def claimed(root: Path, out: Path | None, request: Mapping[str, Any]) -> Iterato
             if (folder / UNFINISHED).exists() and _is_bare(folder):
                 (folder / UNFINISHED).unlink()
                 shutil.rmtree(folder / _PARTS, ignore_errors=True)
-                if made:
+                if is_new:
                     shutil.rmtree(folder, ignore_errors=True)
                 with contextlib.suppress(OSError):  # unless it holds others
                     root.rmdir()
 
 
 def _others(folder: Path) -> list[str]:
-    """Names in a folder but for those of a process that was killed at once."""
-    own = (_LOCK, f".{UNFINISHED}.")
-    return [file.name for file in folder.iterdir() if not file.name.startswith(own)]
+    """Names in a folder other than those that a killed process may leave."""
+    leftovers = (_LOCK, f".{UNFINISHED}.")
+    return [file.name for file in folder.iterdir() if not file.name.startswith(leftovers)]
 
 
 def _is_bare(folder: Path) -> bool:
-    """Whether nothing has been drawn."""
+    """Whether no image has been written."""
     return set(_others(folder)) <= {UNFINISHED, _PARTS} and not any(folder.glob(f"{_PARTS}/*.npy"))
 
 
 def _unfinished(root: Path, request: Mapping[str, Any], held: contextlib.ExitStack) -> Path | None:
-    """A folder in `root` with the beginning of the same request, which nobody else fills."""
+    """Unfinished folder of the same request in `root` that no other process holds, or None."""
     for mark in sorted(root.glob(f"*/{UNFINISHED}")):
         folder = mark.parent
         with contextlib.suppress(OSError, ValueError):
@@ -223,7 +222,7 @@ def _unfinished(root: Path, request: Mapping[str, Any], held: contextlib.ExitSta
 
 
 def _new(root: Path) -> Path:
-    """Make the first of root/0001, 0002, ... that nobody else has made."""
+    """Create the first of root/0001, 0002, ... that does not exist."""
     root.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):
@@ -236,8 +235,8 @@ def _check_request(folder: Path, request: Mapping[str, Any]) -> None:
     if (folder / UNFINISHED).exists():
         if changed := _differences(folder, request):
             raise ValueError(
-                f"{folder} holds the beginning of other samples ({'; '.join(changed)}); repeat "
-                "their command to go on, or use another --out"
+                f"{folder} holds unfinished samples of another command ({'; '.join(changed)}); "
+                "repeat that command to resume it, or use another --out"
             )
     elif _others(folder):
         raise ValueError(
@@ -246,7 +245,7 @@ def _check_request(folder: Path, request: Mapping[str, Any]) -> None:
 
 
 def _differences(folder: Path, request: Mapping[str, Any]) -> list[str]:
-    stored, wanted = read_json(folder / UNFINISHED), json.loads(json.dumps(dict(request)))
+    stored, current = read_json(folder / UNFINISHED), json.loads(json.dumps(dict(request)))
     stored = stored if isinstance(stored, dict) else {}
-    names = [name for name in wanted | stored if stored.get(name) != wanted.get(name)]
-    return [f"{name}: {stored.get(name)} -> {wanted.get(name)}" for name in names]
+    names = [name for name in current | stored if stored.get(name) != current.get(name)]
+    return [f"{name}: {stored.get(name)} -> {current.get(name)}" for name in names]

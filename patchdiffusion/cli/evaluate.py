@@ -37,20 +37,20 @@ _ANY = 1e6
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureArguments:
-    """What images are compared by."""
+    """Feature extractor for the comparison of images."""
 
     extractor: str = "inception"
-    """inception, inception-legacy, dinov2, module:callable, or none to measure the loss only."""
+    """inception, inception-legacy, dinov2 or module:callable; none measures the loss only."""
     weights: Path | None = None
-    """File or folder with the weights; None fetches published ones once."""
+    """File or folder of the weights; None downloads published ones once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BitsArguments:
-    """The likelihood of held-out images."""
+    """Likelihood of held-out images."""
 
     images: int = 0
-    """Held-out images whose bits per dimension are measured, at most; 0 measures none."""
+    """Largest number of held-out images for bits per dimension; 0 measures none."""
     equation: LikelihoodConfig = field(default_factory=LikelihoodConfig, metadata=flat("bits"))
 
     def __post_init__(self) -> None:
@@ -62,9 +62,9 @@ class BitsArguments:
 class EvaluateArguments:
     """Measure a run or a model, or compare images with images.
 
-    Of a model: its loss on held-out images, how many bits it needs for them (--bits.images), and
-    its samples beside the real images (Frechet, kernel and sliced distance, precision, recall,
-    density, coverage, copies). What cannot be measured is listed, with the reason. The quick
+    For a model: loss on held-out images, bits per dimension (--bits.images), and a comparison of
+    samples with real images (Frechet, kernel and sliced distance, precision, recall, density,
+    coverage, copies). Measures that are not possible are listed, with the reason. The quick
     default shows a trend; --full is the protocol of publications. Also under torchrun.
     """
 
@@ -77,30 +77,30 @@ class EvaluateArguments:
     path: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run or model, or images in a folder or zip."""
     data: str | None = None
-    """Images to compare with; None takes those that the run was trained on."""
+    """Images to compare with; None is the training data of the run."""
     full: bool = False
-    """50,000 samples, all real and all held-out images."""
+    """Use 50,000 samples, all real and all held-out images."""
     resolution: int | tuple[int, int] | None = None
-    """Side, or height and width, at which images are compared with --data; None is their own. A
-    model has its own."""
+    """Side, or height and width, at which images are compared; None is their own. Not for models,
+    which have theirs."""
     weights: Weights = "averaged"
-    """averaged: what one wants; raw: the weights as trained."""
+    """averaged: moving average of the weights; raw: weights as trained."""
     features: FeatureArguments = field(default_factory=FeatureArguments)
     bits: BitsArguments = field(default_factory=BitsArguments)
     save: Path | None = None
     """JSON file to write; None is evaluations/0001.json, 0002.json, ... beside the model, or for
     images in the current folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device to evaluate on; auto is CUDA if available."""
     threads: int | None = None
     """CPU threads of each process; None leaves it to PyTorch (one per core)."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the network that is measured."""
+    """Precision of the network."""
     config: EvaluationConfig = field(default_factory=EvaluationConfig, metadata=flat("measures"))
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, print a table, and write a file."""
+    """Evaluate, print a table, and write a file."""
     given = parse(EvaluateArguments(), arguments, "evaluate")
     path, device = given.path, pick_device(given.device)
     use_threads(given.threads)
@@ -114,7 +114,9 @@ def main(arguments: Sequence[str]) -> None:
     with join() as team:  # which gives each process a device of its own
         pipeline = _model(path, given, device)
         if pipeline is None and given.data is None:
-            raise ValueError(f"{path} holds no model; images are compared with --data PATH")
+            raise ValueError(
+                f"{path} holds no model, only images; give --data PATH to compare them with"
+            )
         if pipeline is None and given.bits.images:
             images = given.bits.images
             raise ValueError(f"{path} holds no model, which --bits.images {images} is about")
@@ -139,7 +141,7 @@ def main(arguments: Sequence[str]) -> None:
             result["bits"], result["card"]["bits"] = measured_bits
         if not result.keys() - {"card", "left_out"}:
             why = [f"{name}: {reason}" for name, reason in result["left_out"].items()]
-            raise ValueError("; ".join(why) or "nothing is to be measured; name an extractor")
+            raise ValueError("; ".join(why) or "nothing is measured; choose --features.extractor")
         if team.is_main:
             print("\n".join(table(result)))
             file = given.save or new_file(folder, ".json")
@@ -148,20 +150,20 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _model(path: Path, given: EvaluateArguments, device: torch.device) -> Pipeline | None:
-    """The model at a path, or None if there are images."""
+    """Load the model at a path; None if there are images."""
     files = ("model.safetensors", "raw.safetensors", "model/config.json")
     holds = is_run(path) or any((path / name).exists() for name in files)
     if path.is_file() or (path.is_dir() and not holds):
         return None
     if given.resolution is not None:
-        raise ValueError(f"--resolution is for images, and {path} is a model, which has its own")
+        raise ValueError(f"--resolution is for images, and {path} is a model; leave it out")
     return load(path, weights=given.weights, device=device, precision=given.precision)
 
 
 def _extractor(
     given: EvaluateArguments, team: Team, device: torch.device, pack: Pack
 ) -> tuple[Extractor | None, str]:
-    """The extractor, or None and why there is none although it is wanted."""
+    """Extractor, or None and the reason why there is none, "" if none was asked for."""
     name, weights = given.features.extractor, given.features.weights
     axes, channels = pack.images.ndim - 2, pack.images.shape[-1]
     if name == "none" or not given.config.samples:
@@ -179,41 +181,41 @@ def _extractor(
 
 @dataclass(frozen=True)
 class Compared:
-    """The data of an evaluation."""
+    """Data of an evaluation."""
 
     pack: Pack
-    """The real images, as the model sees them."""
+    """Real images, in the size, channels and space of the model."""
     colors: Pack | None = None
-    """The same with colors that the model does not have; None if there are no others."""
+    """Real images in color, if those of the model are gray."""
     images: Pack | None = None
-    """The images that are measured in place of samples of a model."""
+    """Images that are measured instead of samples of a model."""
 
     @property
     def richest(self) -> Pack:
-        """The real images with all of their colors."""
+        """Real images with all of their colors."""
         return self.colors or self.pack
 
 
 def _compared(
     path: Path, given: EvaluateArguments, pipeline: Pipeline | None, team: Team
 ) -> Compared:
-    """Decode both sides, in the color space that holds both."""
+    """Prepare real images and images to measure, with the channels that both need."""
 
     def prepared(data: DataConfig) -> Pack:
         return Pack.open(team.on_main(lambda: str(prepare_data(data).path)))
 
     wanted = _trained_on(path) if given.data is None else _like(path, given.data)
     if pipeline is not None:
-        return _of_model(pipeline, wanted, prepared, keep_colors=given.data is not None)
-    resolution = given.resolution or _own_size(path, wanted.path)
-    pack = prepared(replace(wanted, resolution=resolution))
+        return _of_model(pipeline, data, prepared, keep_colors=given.data is not None)
+    resolution = given.resolution or _own_size(path, data.path)
+    pack = prepared(replace(data, resolution=resolution))
     size = (pack.info.shape[1], pack.info.shape[2])
     plain = DataConfig(path=str(path), resolution=size, max_enlarge=_ANY)
     images = prepared(replace(plain, space=pack.space.word))
     channels = max(pack.info.shape[3], images.info.shape[3])
     if pack.space.word == Pixels.word and channels in CHANNELS:
         if pack.info.shape[3] != channels:
-            pack = prepared(replace(wanted, resolution=size, channels=channels))
+            pack = prepared(replace(data, resolution=size, channels=channels))
         if images.info.shape[3] != channels:
             images = prepared(replace(plain, channels=channels, space="pixels"))
     return Compared(pack, images=images)
@@ -226,7 +228,7 @@ def _of_model(
     *,
     keep_colors: bool,
 ) -> Compared:
-    """The data for a model: as the model sees it, and with its colors if the model has none."""
+    """Real images for a model, and in color if its images are gray."""
     model, pack = pipeline.model.config, prepared(wanted)
     shape, channels = (*model.canvas, model.network.channels), model.network.channels
     if pack.space.word == model.space.word and (*pack.info.shape[1:],) == shape:
@@ -251,14 +253,14 @@ def _like(path: Path, data: str) -> DataConfig:
 
 
 def _own_size(images: Path, data: str) -> tuple[int, int] | None:
-    """The size of images, at which they are compared; a pack keeps its own, which is None."""
+    """Common size of images, at which they are compared; None if the data is a pack."""
     if isinstance(open_source(data), Pack):
         return None
     size = common_size(open_source(str(images)))
     if size is None:
-        raise ValueError(f"the images of {images} differ in size; give one with --resolution")
+        raise ValueError(f"the images of {images} differ in size; choose one by --resolution")
     if len(size) != 2:
-        raise ValueError(f"{images} holds data of {len(size)} axes; images of two are compared")
+        raise ValueError(f"{images} holds data of {len(size)} axes; allowed are images of 2")
     return size[-2], size[-1]
 
 
@@ -276,13 +278,13 @@ def _trained_on(path: Path) -> DataConfig:
     return data
 
 
-# ---- What is done ----
+# ---- Measuring ----
 
 
 def _outlook(
     evaluation: Evaluation, pipeline: Pipeline | None, images: Pack | None, bits: BitsArguments
 ) -> str:
-    """How long everything will take, and what it is."""
+    """Estimate of the time of an evaluation, with its parts."""
     count = evaluation.config.samples if images is None else len(images)
     seconds, parts = estimate(evaluation, pipeline, count), []
     if pipeline is not None:

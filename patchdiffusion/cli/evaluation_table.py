@@ -1,9 +1,9 @@
-"""The table of an evaluation: its numbers for people, each with what it depends on."""
+"""The table of an evaluation: results, each with the settings on which it depends."""
 
 from typing import Any
 
 FULL = 50_000
-"""Samples of published Frechet distances."""
+"""Number of samples of published Frechet distances."""
 
 ROWS = {
     "frechet_distance": "Frechet distance",
@@ -18,7 +18,7 @@ ROWS = {
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """The numbers for people, each with what it depends on."""
+    """Lines of results, each with the settings on which it depends."""
     lines, card = [], result["card"]
     for name, label in (("held_out", "held-out loss"), ("loss", "loss on these images")):
         if held := result.get(name):
@@ -28,16 +28,17 @@ def table(result: dict[str, Any]) -> list[str]:
                 f"{held['images']:,} images (by noise: {bands})"
             )
     if bits := result.get("bits"):
-        how = card["bits"]
+        settings = card["bits"]
         lines.append(
             f"{'bits per dimension':<28}{bits['bits_per_dim']:.4f}{_error(bits)} on "
-            f"{bits['images']:,} images (upper bound but for {how['steps']} steps, {how['method']})"
+            f"{bits['images']:,} images (upper bound but for {settings['steps']} steps, "
+            f"{settings['method']})"
         )
     for name, label in ROWS.items():
         if name in result:
             spread = result.get(f"{name}_std")
-            told = "" if not spread else f" +- {spread:.3g}"
-            lines.append(f"{label:<28}{result[name]:.4g}{told}")
+            error = "" if not spread else f" +- {spread:.3g}"
+            lines.append(f"{label:<28}{result[name]:.4g}{error}")
     if "extractor" in card:
         facts = ", ".join(str(v) for v in card["extractor"].values())
         height, width, _ = card["data"]["size"]
@@ -48,17 +49,17 @@ def table(result: dict[str, Any]) -> list[str]:
         )
         if card["samples"] < FULL:
             lines.append(
-                "a Frechet distance of fewer than 50,000 samples is larger; compare like with like"
+                "fewer than 50,000 samples bias the Frechet distance upwards; compare equal numbers"
             )
     if not card["data"].get("of_the_model", True):
         lines.append(
-            f"{card['data']['name']} is not what the model was trained on, or is divided in "
-            "another way: some of these images may have been trained on"
+            f"{card['data']['name']} is not the training data of the model, or its held-out images "
+            "differ: some of these images may have been trained on"
         )
     lines += [f"not measured: {name} ({why})" for name, why in result["left_out"].items()]
     return lines
 
 
-def _error(found: dict[str, Any]) -> str:
-    error = found["standard_error"]
+def _error(measured: dict[str, Any]) -> str:
+    error = measured["standard_error"]
     return "" if error is None else f" +- {error:.4f}"

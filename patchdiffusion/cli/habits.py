@@ -1,17 +1,17 @@
-"""Flags of other programs, and what to type instead; none of them is accepted."""
+"""Flags of other programs, with the flags to use instead; none of them is accepted."""
 
 from typing import NamedTuple
 
 
 class Habit(NamedTuple):
-    """Flags of other programs that mean the same."""
+    """Flags of other programs with the same meaning."""
 
     names: str
-    """Without dashes, divided by spaces."""
+    """Names without dashes, separated by spaces."""
     meant: str
-    """What to use instead; it is said where the first flag in it exists."""
+    """Replacement; applies to commands that have the first flag in it."""
     commands: str = ""
-    """Commands in which it is said, if not in all."""
+    """Commands to which it applies, separated by spaces; empty for all."""
 
 
 HABITS = (
@@ -142,13 +142,13 @@ HABITS = (
     # Runs
     Habit(
         "resume resume-from resume-from-checkpoint auto-resume continue continue-train last",
-        "no flag: the same command again goes on with its run",
+        "no flag: the same command again resumes its run",
         "train",
     ),
     Habit(
         "checkpoint ckpt ckpt-path pretrained weights init init-from finetune fine-tune transfer "
         "load load-from",
-        "--start-from RUN to begin with its weights; the same command again goes on with its run",
+        "--start-from RUN to start from its weights; the same command again resumes its run",
     ),
     Habit("overwrite force restart exist-ok", "--fresh"),
     Habit(
@@ -240,5 +240,5 @@ HABITS = (
     Habit("likelihood nll bpd bits-per-dim", "--bits.images"),
     Habit("width relative-std sigma-rel half-life", "--std"),
     Habit("iterations iters runs", "--repeats"),
-    Habit("verbose v debug quiet q", "nothing: there is one way to be told"),
+    Habit("verbose v debug quiet q", "nothing: the amount of output is fixed"),
 )

@@ -1,4 +1,4 @@
-"""Errors about unknown flags, with the flag that was meant."""
+"""Error messages for unknown flags, with the flag that was probably meant."""
 
 import difflib
 import re
@@ -13,25 +13,25 @@ from patchdiffusion.system import families
 
 
 def unknown_flag(record: Any, name: str, words: Sequence[str], command: str) -> str:
-    """One line about a flag that the record does not have: what to type instead."""
+    """Error message for a flag that the record does not have, with what to type instead."""
     known = list(names(walk(record)))
-    told = f"unknown flag --{name}"
+    text = f"unknown flag --{name}"
     if owner := next(_owners(record, name), None):
         slot, members = owner
-        shown = shlex.join([f"--{slot.name}", members[0], f"--{name}", *words])
-        return f"{told}: it belongs to --{slot.name} {' or '.join(members)}, so type {shown}"
+        command_line = shlex.join([f"--{slot.name}", members[0], f"--{name}", *words])
+        return f"{text}: it belongs to --{slot.name} {' or '.join(members)}, so type {command_line}"
     above, _, last = name.rpartition(".")
     inside = sorted(n for n in known if n.rpartition(".")[0] == above) if above else []
     close = _by_end(last, inside, nearest) or _by_end(last, known, _alike)
     if not inside:
         close = [n for n in known if n.endswith(f".{last}")][:3] or _alike(name, known) or close
     if meant := habit_of(name, known, command) or habit_of(last, known, command):
-        return f"{told}: use {meant}"
+        return f"{text}: use {meant}"
     if close:
-        return f"{told}{question([f'--{n}' for n in close])}"
+        return f"{text}{question([f'--{n}' for n in close])}"
     if inside:
-        return f"{told}, allowed: {', '.join(f'--{n}' for n in inside)}"
-    return f"{told}; patchdiffusion {command} --help lists the flags"
+        return f"{text}, allowed: {', '.join(f'--{n}' for n in inside)}"
+    return f"{text}; patchdiffusion {command} --help lists the flags"
 
 
 def _alike(name: str, names: Iterable[str]) -> list[str]:
@@ -41,27 +41,27 @@ def _alike(name: str, names: Iterable[str]) -> list[str]:
 def _by_end(
     end: str, names: Iterable[str], choose: Callable[[str, Iterable[str]], list[str]]
 ) -> list[str]:
-    """The names whose last part is chosen."""
+    """Names of which `choose` selects the last part for `end`."""
     ends = {name.rpartition(".")[2]: name for name in names}
-    return [ends[chosen] for chosen in choose(end, ends)]
+    return [ends[part] for part in choose(end, ends)]
 
 
 def habit_of(name: str, known: Sequence[str], command: str) -> str:
-    """What to use instead of a flag of another program."""
+    """Replacement for a flag of another program, or ""."""
     if name.startswith("watch."):
         return name.replace("watch.", "--preview.", 1)
     for habit in HABITS:
         first = re.search(r"--([\w.-]*\w)", habit.meant)
-        says = not first or first[1] in known
+        applies = not first or first[1] in known
         if habit.commands:
-            says = command in habit.commands.split()
-        if says and name in habit.names.split():
+            applies = command in habit.commands.split()
+        if applies and name in habit.names.split():
             return habit.meant
     return ""
 
 
 def _owners(record: Any, name: str) -> Iterator[tuple[Slot, list[str]]]:
-    """Families of which members that are not chosen have a flag of this name, with their words."""
+    """Families with members that have a flag of this name, and the words of these members."""
     for slot in walk(record):
         members = [
             families.word(member)

@@ -1,4 +1,4 @@
-"""The arguments of a command, as a record; every error is one line."""
+"""Parse the arguments of a command into a record; every error is one line."""
 
 from collections.abc import Sequence
 from dataclasses import Field, fields, replace
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def parse(default: T, arguments: Sequence[str], command: str, note: str = "") -> T:
-    """A record with what the arguments of a command give; `note` is for its help.
+    """Record `default` changed by the arguments of a command; `note` is for its help.
 
     Raises `ValueError` in one line that names the flag, the value and what is allowed, and
     `HelpShown` after printing the help.
@@ -28,11 +28,11 @@ def parse(default: T, arguments: Sequence[str], command: str, note: str = "") ->
     if help_words is not None:
         print(help_text(record, usage(record, command), help_words, note))
         raise HelpShown
-    return _place(record, words, command)
+    return _set_positionals(record, words, command)
 
 
 def _check_known(record: Any, given: flags.Given, command: str) -> None:
-    """Raise `ValueError` for a flag that no field has, with those it could have been."""
+    """Raise `ValueError` for a flag of no field, with the nearest flags."""
     known = set(flags.names(flags.walk(record)))
     for name in given:
         if name not in known:
@@ -40,34 +40,34 @@ def _check_known(record: Any, given: flags.Given, command: str) -> None:
 
 
 def parse_some(default: T, arguments: Sequence[str]) -> T:
-    """The same from those flags that the record has; all else is left for later."""
+    """Record `default` changed by those flags that it has; other arguments are ignored."""
     _, given = flags.read(arguments)
     given = flags.shortened(default, given)
     return flags.assign(flags.choose(default, given), given)
 
 
 def usage(record: Any, command: str) -> str:
-    """How a command is typed."""
-    places = [f.metadata["positional"] for f in _positionals(record)]
-    return " ".join(["patchdiffusion", command, *places])
+    """Usage line of a command."""
+    names = [f.metadata["positional"] for f in _positionals(record)]
+    return " ".join(["patchdiffusion", command, *names])
 
 
 def _positionals(record: Any) -> list[Field[Any]]:
     return [f for f in fields(record) if "positional" in f.metadata]
 
 
-def _place(record: T, words: Sequence[str], command: str) -> T:
-    """The record with the words before the flags."""
+def _set_positionals(record: T, words: Sequence[str], command: str) -> T:
+    """Record changed by the words before the flags."""
     hints, rest = get_type_hints(type(record)), list(words)
     changes: dict[str, Any] = {}
-    for place in _positionals(record):
-        kind, name = hints[place.name], place.metadata["positional"]
+    for field in _positionals(record):
+        kind, name = hints[field.name], field.metadata["positional"]
         if get_origin(kind) is tuple:
-            changes[place.name], rest = convert(kind, rest), []
+            changes[field.name], rest = convert(kind, rest), []
         elif rest:
-            changes[place.name] = convert(kind, [rest.pop(0)])
-        elif place.metadata["required"]:
-            text = docs(type(record))[place.name].rstrip(".")
+            changes[field.name] = convert(kind, [rest.pop(0)])
+        elif field.metadata["required"]:
+            text = docs(type(record))[field.name].rstrip(".")
             runs = f"; {runs_here()}" if name == "RUN" else ""
             raise ValueError(f"{name} is missing: {text}; type {usage(record, command)}{runs}")
     if rest:

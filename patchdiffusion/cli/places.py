@@ -1,4 +1,4 @@
-"""Errors about what a command is given: URLs, folders without a run, with what there is instead."""
+"""Error messages for wrong subjects of a command: URLs, folders without a run, unknown words."""
 
 import contextlib
 import itertools
@@ -9,29 +9,29 @@ from pathlib import Path
 from patchdiffusion.cli.words import did_you_mean, question
 from patchdiffusion.system.files import check_place, expanded
 
-_MOST = 8  # runs that an error lists
+_MAX_RUNS = 8  # listed in an error
 
 
 def refuse_urls(arguments: Sequence[str]) -> None:
     """Raise `ValueError` if an argument is a URL."""
     for argument in arguments:
-        if found := re.match(r"(?:--[^=]*=)?(([A-Za-z][\w+.-]+)://.*)", argument):
+        if match := re.match(r"(?:--[^=]*=)?(([A-Za-z][\w+.-]+)://.*)", argument):
             raise ValueError(
-                f"{found[1]} is a URL, and URLs are not fetched; download it, and give the folder "
-                "or the file (.zip, .npy, .npz)"
+                f"{match[1]} is a URL, which is not fetched; download it, and give the folder or "
+                "file (.zip, .npy, .npz)"
             )
 
 
 def check_run(path: Path) -> None:
-    """Raise `ValueError` unless a run or model is at a path; it lists the runs that there are."""
+    """Raise `ValueError` that lists existing runs unless a run or model is at a path."""
     if (path / "config.json").exists() or (path / "model").is_dir():
         return
     if path.is_file():
         wrong = "is a file, not the folder of a run or model"
     else:
         wrong = "holds no run and no model" if path.exists() else "does not exist"
-    alike = [run for run in _runs(path.parent) if Path(run).name == path.name]
-    hint = question(alike) or did_you_mean(str(path), _runs(path.parent))
+    same_name = [run for run in _runs(path.parent) if Path(run).name == path.name]
+    hint = question(same_name) or did_you_mean(str(path), _runs(path.parent))
     raise ValueError(f"{path} {wrong}; {runs_here(path.parent)}{hint}")
 
 
@@ -66,11 +66,11 @@ def new_file(folder: Path, suffix: str) -> Path:
 
 
 def runs_here(folder: Path = Path()) -> str:
-    """The runs in a folder, in runs/ and in the current folder, for an error."""
+    """List of the runs in a folder, in runs/ and in the current folder, for an error."""
     runs = _runs(folder)
     if not runs:
-        return "there are no runs here; patchdiffusion train ./photos makes runs/photos"
-    return f"runs here are {', '.join(runs[:_MOST])}{', ...' if len(runs) > _MOST else ''}"
+        return "there are no runs here; patchdiffusion train ./photos starts runs/photos"
+    return f"runs here are {', '.join(runs[:_MAX_RUNS])}{', ...' if len(runs) > _MAX_RUNS else ''}"
 
 
 def _runs(folder: Path) -> list[str]:
@@ -80,10 +80,10 @@ def _runs(folder: Path) -> list[str]:
 
 
 def unknown_subject(word: str, recipes: Sequence[str]) -> str:
-    """One line about a word that is no recipe and no path."""
+    """Error message for a word that is neither a recipe nor a path."""
     folder = expanded(word).parent
-    there = [f.name for f in folder.iterdir()] if folder.is_dir() else []
-    data = [n for n in there if (folder / n).is_dir() or n.endswith((".zip", ".npy", ".npz"))]
+    files = [f.name for f in folder.iterdir()] if folder.is_dir() else []
+    data = [n for n in files if (folder / n).is_dir() or n.endswith((".zip", ".npy", ".npz"))]
     form = "{}" if folder == Path() else f"{folder}/{{}}"
     hint = did_you_mean(word, recipes) or did_you_mean(Path(word).name, data, form)
     names = ", ".join(sorted(recipes))

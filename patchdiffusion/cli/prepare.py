@@ -16,10 +16,10 @@ from patchdiffusion.data.source import open_source
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareArguments:
-    """Decode images once into a pack: one file that training maps into memory.
+    """Decode images once into a pack, which training maps into memory.
 
-    All images get one size. Files that cannot be read are listed with the reason. Training does
-    this by itself; here it can be done ahead.
+    All images get the same size. Files that cannot be read are listed with the reason. Training
+    does this by itself; this command does it in advance.
     """
 
     example: ClassVar[str] = "patchdiffusion prepare ./photos --resolution 64"
@@ -27,14 +27,14 @@ class PrepareArguments:
     path: str = field(default="", metadata=positional("DATA"))
     """Folder, zip or array of images."""
     out: Path | None = None
-    """Folder of the pack; the default lies in the cache, $PATCHDIFFUSION_CACHE or ~/.cache."""
+    """Folder of the pack; the default is in the cache, $PATCHDIFFUSION_CACHE or ~/.cache."""
     resolution: int | tuple[int, int] | None = None
-    """Side, or height and width; None chooses from the images."""
+    """Side, or height and width, in pixels; None infers it from the images."""
     channels: Literal[1, 3, 4] | None = None
-    """1 grey, 3 colour, 4 with alpha; None chooses from the images."""
+    """1 (gray), 3 (color) or 4 (with alpha); None infers it from the images."""
     labels: LabelSource = "auto"
-    """auto: of a table beside the images, else of their folders unless these look like dates or
-    parts; folders: of any folders; off: none."""
+    """Class labels; auto: from a table beside the images, else from folders unless their names
+    look like dates or parts; folders: from any folders; off: none."""
     space: SpaceName = "auto"
     """pixels: 8 bits; values: 16 bits and floats in their own units; auto chooses."""
     range: tuple[float, float] | None = None
@@ -44,9 +44,9 @@ class PrepareArguments:
     max_enlarge: float = 4.0
     """Refuse a resolution that enlarges most images more than this many times."""
     background: str = "white"
-    """Colour under transparent pixels: a name or #rrggbb."""
+    """Color under transparent pixels: a name or #rrggbb."""
     holdout: float = 0.05
-    """Share of the images that is never trained on, at most 1,000."""
+    """Fraction of the images held out from training, at most 1,000."""
     max_bad: float = 0.1
     """Largest share of files that may be unusable."""
     threads: int | None = None

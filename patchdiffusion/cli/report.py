@@ -13,10 +13,10 @@ from patchdiffusion.train.report import write_report
 
 @dataclass(frozen=True, kw_only=True)
 class ReportArguments:
-    """Write RUN/report.html, a page that opens anywhere.
+    """Write RUN/report.html, a self-contained page about a run.
 
-    It shows loss curves, grids of samples, speed and configuration; the run may be running or have
-    crashed.
+    It shows loss curves, grids of samples, speed and configuration, also while the run trains and
+    after a crash.
     """
 
     example: ClassVar[str] = "patchdiffusion report runs/photos"
@@ -28,7 +28,7 @@ class ReportArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write the page."""
+    """Write the report."""
     given = parse(ReportArguments(), arguments, "report")
     check_run(given.run)
     print(write_report(given.run, given.out))

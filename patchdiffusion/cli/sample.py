@@ -35,9 +35,9 @@ MEETING = 2.0
 class SampleArguments:
     """Sample images from a run, also while it trains, or from a model.
 
-    Seeds are SEED, SEED + 1, ...; the same seed gives the same image whatever the batch. Files go
-    to a new folder each time, batch by batch, and hold their seed and the model's digest; an
-    interrupted command goes on where it ended. Also under torchrun.
+    Seeds are SEED, SEED + 1, ...; the same seed gives the same image for any batch size. Files are
+    written to a new folder, batch by batch, with their seed and the digest of the model; the same
+    command resumes one that was interrupted. Also under torchrun.
     """
 
     example: ClassVar[str] = "patchdiffusion sample runs/photos --count 25"
@@ -52,18 +52,17 @@ class SampleArguments:
     seed: int = 0
     """Seed of the first image."""
     classes: tuple[str, ...] = ()
-    """Names or numbers of classes, taken in turn; none is all of them in turn, -1 no class."""
+    """Names or numbers of classes, used in turn; none for all in turn, -1 for no class."""
     weights: Weights = "averaged"
-    """averaged: what one wants; raw: the weights as trained."""
+    """averaged: moving average of the weights; raw: weights as trained."""
     out: Path | None = None
     """Folder for the files; the default is generated/0001, 0002, ... in the folder of the run."""
     singles: bool = True
-    """Write one file per image beside the grid: PNG, animated for clips, or TIFF for floats of one
-    channel."""
+    """Also write one file per image: PNG, animated for clips, or TIFF for floats of one channel."""
     batch: int = 64
-    """Images at a time."""
+    """Batch size: number of images per evaluation of the network."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute."""
+    """Device to sample on; auto is CUDA if available."""
     threads: int | None = None
     """CPU threads of each process; None leaves it to PyTorch (one per core)."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -72,7 +71,7 @@ class SampleArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Sample, and write single files batch by batch and a grid at the end."""
+    """Sample images, and write single files batch by batch and a grid at the end."""
     given = parse(SampleArguments(), arguments, "sample", _classes_of(arguments))
     path = given.path
     check_run(path)
@@ -104,7 +103,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _draw(drawn: Drawn, given: SampleArguments, pipeline: Pipeline, team: Team) -> None:
-    """Draw the images that are missing, each process every so many of the batches."""
+    """Draw the missing images; each process takes every `team.size`-th batch."""
     missing = team.on_main(drawn.missing)
     size = min(given.batch, -(-len(missing) // team.size) or 1)
     parts = batches(missing, size)
@@ -136,8 +135,8 @@ def _draw(drawn: Drawn, given: SampleArguments, pipeline: Pipeline, team: Team) 
         except KeyboardInterrupt as error:
             left = given.count - len(drawn.missing())
             raise Stop(
-                f"interrupted; {left:,} of {given.count:,} images are in {drawn.folder}, and the "
-                "same command goes on",
+                f"interrupted; {left:,} of {given.count:,} images are in {drawn.folder}; the "
+                "same command resumes",
                 code=130,
             ) from error
 
@@ -160,13 +159,13 @@ def _warn_of_size(size: Size, canvas: Size) -> None:
 
 
 def _bytes(given: SampleArguments, pipeline: Pipeline, size: Size) -> int:
-    """About the disk space of the images."""
+    """Approximate disk space of the images."""
     values = given.count * math.prod(size) * pipeline.model.config.network.channels
     return values * (1 if pipeline.model.config.space.word == "pixels" else 8)
 
 
 def _texts(given: SampleArguments, pipeline: Pipeline) -> dict[str, str]:
-    """What all files say of their origin."""
+    """Text entries of all files: model and sampler."""
     texts = {
         "software": f"patchdiffusion {__version__}",
         "model": pipeline.model.digest,
@@ -179,7 +178,7 @@ def _texts(given: SampleArguments, pipeline: Pipeline) -> dict[str, str]:
 
 
 def _request(given: SampleArguments, pipeline: Pipeline) -> dict[str, Any]:
-    """What the images depend on: with all of it equal, a folder is gone on with."""
+    """Settings on which the images depend; a folder with equal ones is resumed."""
     return {
         **_texts(given, pipeline),
         "count": given.count,
@@ -204,7 +203,7 @@ def _drawn(folder: Path, given: SampleArguments, pipeline: Pipeline, size: Size)
 
 
 def _classes_of(arguments: Sequence[str]) -> str:
-    """The classes of the run that is named, for the help."""
+    """Classes of the run named by the arguments, for the help."""
     words, _ = read(arguments)
     files = [Path(word) / name for word in words for name in ("model/config.json", "config.json")]
     for file in files:

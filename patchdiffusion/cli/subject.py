@@ -1,4 +1,4 @@
-"""The subject of a command: a recipe, the images for it, and the run that they make."""
+"""The subject of a command: a recipe, its images, and the name of its run."""
 
 import os
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from patchdiffusion.train.folder import stored_config, trained_on
 
 @dataclass(frozen=True, kw_only=True)
 class Early:
-    """Flags that the defaults of all others depend on."""
+    """Flags on which the defaults of all others depend."""
 
     name: str | None = None
     out: Path | None = None
@@ -33,15 +33,15 @@ class Early:
 
 @dataclass(frozen=True)
 class Subject:
-    """A recipe, images for it, and the name of their run."""
+    """A recipe, its images, and the name of its run."""
 
     recipe: Recipe
     images: str
-    """Where they are; empty if the recipe brings its own."""
+    """Path of the images; empty if the recipe has its own."""
     name: str
     early: Early
     run: Path | None = None
-    """The run that is named itself, to go on with it."""
+    """Run named by its folder, to resume it."""
 
     @classmethod
     def of(
@@ -52,7 +52,7 @@ class Subject:
         required: bool = True,
         run: Path | None = None,
     ) -> "Subject":
-        """What the words before the flags name; for help, the recipe of a folder will do.
+        """Subject named by the words before the flags; for help, by default the recipe of a folder.
 
         One word is data if it exists as a path, else a recipe; two are a recipe and data. Raises
         `ValueError` if nothing is named, and for unknown words.
@@ -70,7 +70,7 @@ class Subject:
 
     @staticmethod
     def _named(words: Sequence[str]) -> tuple[Recipe, str, str]:
-        """The recipe, the images, and the name of their run."""
+        """Recipe, images, and name of their run."""
         if len(words) > 2:
             raise ValueError(f"{words[2]!r} is one argument too many after a recipe and data")
         path = expanded(words[-1])
@@ -93,25 +93,25 @@ class Subject:
 
     @property
     def data(self) -> DataConfig:
-        """How the recipe has its images prepared."""
+        """Preparation of the images by the recipe."""
         data = self.recipe(Facts(path=self.images)).data
         return replace(data, path=self.images) if self.images else data
 
     def generic(self) -> TrainConfig:
-        """A configuration without having seen any images: of the run, or of the recipe."""
-        return self._begun() or self.recipe(Facts(path=self.images))
+        """Configuration before any images are read: that of the run, or of the recipe."""
+        return self._existing() or self.recipe(Facts(path=self.images))
 
     def note(self) -> str:
-        """What the values of `generic` belong to, for the help."""
-        if self._begun() is not None:
+        """Origin of the values of `generic`, for the help."""
+        if self._existing() is not None:
             return f" of the run {RunConfig(out=self.early.out).folder(self.name)}"
         name = recipes.word(self.recipe)
         size = size_name(Facts.canvas)
         return f" of the recipe {name}" + f" for images of {size} on a CPU" * (name == "folder")
 
     def config(self, arguments: Sequence[str]) -> TrainConfig:
-        """The configuration of the run, or what the recipe gives for its images once prepared."""
-        if (stored := self._begun()) is not None:
+        """Configuration of the run, or that of the recipe for its prepared images."""
+        if (stored := self._existing()) is not None:
             return self._same_data(stored)
         config = self.fresh(arguments)
         if place().is_main:
@@ -128,8 +128,8 @@ class Subject:
         chosen = self.recipe(Facts.of(prepare_data(data), data.path, self.early.device))
         return replace(chosen, name=self.name, data=replace(data, flip=chosen.data.flip))
 
-    def _begun(self) -> TrainConfig | None:
-        """The configuration of the run that goes on, if there is one."""
+    def _existing(self) -> TrainConfig | None:
+        """Configuration of the run to resume, or None."""
         folder = RunConfig(out=self.early.out).folder(self.name)
         return stored_config(folder) if not self.early.fresh and is_run(folder) else None
 

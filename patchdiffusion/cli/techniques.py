@@ -1,4 +1,4 @@
-"""Everything that a word of the command line chooses, as a page: one table for each family.
+"""Write docs/techniques.md: one table for each family whose members the command line names.
 
 python -m patchdiffusion.cli.techniques > docs/techniques.md
 """
@@ -16,15 +16,15 @@ from patchdiffusion.system.families import word
 
 _HEAD = (
     "# Techniques\n\n"
-    "What a word chooses, by the flag that takes it; the fields of what is chosen are flags "
-    "below it. This page is written\n"
-    "by `python -m patchdiffusion.cli.techniques > docs/techniques.md` from the classes themselves."
+    "Members of each family, by the flag that chooses one; the fields of a member are flags "
+    "below it. This page is generated\n"
+    "from the classes by `python -m patchdiffusion.cli.techniques > docs/techniques.md`."
     "\n[Extending](extending.md) says how to add one."
 )
 
 
 def reachable(records: Iterable[Any]) -> Iterator[Slot]:
-    """The fields of records, and of all that these can hold, each type of record once."""
+    """Fields of records and of all records that they can hold, each type of record once."""
     seen: set[type] = set()
     for record in records:
         yield from _below(record, (), seen)
@@ -34,25 +34,25 @@ def _below(record: Any, path: tuple[str, ...], seen: set[type]) -> Iterator[Slot
     if type(record) in seen:
         return
     seen.add(type(record))
-    found = slots(record, path)
-    yield from found
-    for slot in found:
-        place = slot.path[:-1] if slot.flat else slot.path
+    fields = slots(record, path)
+    yield from fields
+    for slot in fields:
+        prefix = slot.path[:-1] if slot.flat else slot.path
         for member in slot.members:
             end = (word(member),) if slot.kind == "several" else ()
-            yield from _below(member(), (*place, *end), seen)
+            yield from _below(member(), (*prefix, *end), seen)
 
 
 def page() -> str:
-    """The page in Markdown."""
-    blocks = [_HEAD, "## Recipes", _table(["recipe", "what it is for"], _recipes())]
+    """Page in Markdown."""
+    blocks = [_HEAD, "## Recipes", _table(["recipe", "trains"], _recipes())]
     done: set[tuple[type, ...]] = set()
     for slot in reachable(command.arguments() for command in COMMANDS.values()):
         if slot.kind in ("family", "several") and slot.members not in done:
             done.add(slot.members)
             text = docs(slot.owner).get(slot.field, "")
             rows = [_row(member, slot.members) for member in slot.members]
-            table = _table(["word", "class", "what it is", "source"], rows)
+            table = _table(["word", "class", "description", "source"], rows)
             blocks += [f"## `--{slot.name}`", text, table]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
@@ -67,8 +67,8 @@ def _row(member: type, family: Sequence[type]) -> list[str]:
     papers = next(filter(None, (re.findall(r"\b\d{4}\.\d{5}\b", text) for text in texts)), [])
     unique = dict.fromkeys(papers)
     links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in unique)
-    place = member.__module__.removeprefix("patchdiffusion.")
-    return [f"`{word(member)}`", f"`{place}.{member.__name__}`", first_line(member), links]
+    module = member.__module__.removeprefix("patchdiffusion.")
+    return [f"`{word(member)}`", f"`{module}.{member.__name__}`", first_line(member), links]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

@@ -23,11 +23,10 @@ from patchdiffusion.train.loop import train
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """Train on images.
+    """Train a model on images.
 
-    Images without a recipe get the recipe 'folder', which chooses by resolution, number and
-    hardware. The same command again goes on with the run; flags then change the stored
-    configuration as far as it remains the same run.
+    The default recipe is 'folder', which chooses by resolution, number and hardware. The same
+    command again resumes the run; flags may then change fields that do not make it another run.
     """
 
     example: ClassVar[str] = "patchdiffusion train ./photos --images 100k"
@@ -39,11 +38,11 @@ class TrainArguments:
     subject: tuple[str, ...] = field(
         default=(), metadata=positional("[RECIPE] [DATA]", required=False, listed=recipes.RECIPES)
     )
-    """A recipe, and a folder, zip, array or pack of images; or a run to go on with. Recipes are:"""
+    """A recipe, and a folder, zip, array or pack of images; or a run to resume. Recipes are:"""
     training: TrainConfig = field(default_factory=TrainConfig, metadata=flat("training"))
     run: RunConfig = field(default_factory=RunConfig, metadata=flat("run"))
     config: Path | None = None
-    """File of settings, .json as in the folder of a run, or .toml; flags win."""
+    """File of settings, .json as in the folder of a run, or .toml; flags take precedence."""
     print_config: bool = False
     """Print all settings as JSON, for --config, and stop."""
 
@@ -65,7 +64,7 @@ def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
     arguments = with_config(TrainArguments(), arguments)
     words, given = read(arguments)
     run = Path(words[0]) if len(words) == 1 and is_run(Path(words[0])) else None
-    if run is not None:  # go on with it
+    if run is not None:  # resume it
         arguments = [data_of(run, arguments), *arguments[1:], "--out", words[0]]
     subject = Subject.of(arguments, "train", run=run)
     try:  # wrong flags are found before any data is read
@@ -84,17 +83,17 @@ def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
 
 
 def _check_code(config: TrainConfig, arguments: Sequence[str]) -> None:
-    """Refuse to execute code that only the files of a run name."""
+    """Raise `ValueError` for code that is named by the files of a run only."""
     name = config.preview.extractor
     if ":" in name and not any(name in argument for argument in arguments):
         raise ValueError(
-            f"the stored configuration names {name}, which is code of somebody's own; to have it "
-            f"executed add --preview.extractor {name}, else --preview.extractor inception"
+            f"preview.extractor of the stored configuration is {name}, which is code; to execute "
+            f"it add --preview.extractor {name}, else --preview.extractor inception"
         )
 
 
 def _with_whole_paths(config: TrainConfig) -> TrainConfig:
-    """The same wherever the run goes on."""
+    """Configuration with absolute paths, to resume the run from any folder."""
     data = replace(config.data, path=whole(config.data.path))
     weights = config.preview.extractor_weights
     preview = replace(config.preview, extractor_weights=weights and whole(weights))

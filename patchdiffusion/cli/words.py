@@ -1,4 +1,4 @@
-"""Nearest names, also by what a word is called elsewhere: `dpm++2m`, `euler_a`, `adam`."""
+"""Nearest allowed words, also by names of other programs: `dpm++2m`, `euler_a`, `adam`."""
 
 import difflib
 import re
@@ -39,11 +39,11 @@ WORDS = {
     "dataset": "prepare", "benchmark": "bench", "profile": "bench",
     "check": "doctor", "info": "doctor",
 }  # fmt: skip
-"""What a word is called here, by its letters and digits; only where that may be chosen."""
+"""Words here by names of other programs, reduced to letters and digits."""
 
 
 def nearest(word: str, allowed: Iterable[str], most: int = 3) -> list[str]:
-    """The allowed words that somebody who typed this one may have meant, the likeliest first."""
+    """Allowed words that are closest to `word`, the likeliest first."""
     by_letters = {_letters(name): name for name in allowed}
     letters = _letters(word)
     for spelling in (letters, letters.removeprefix("k"), letters.removesuffix("karras")):
@@ -62,11 +62,11 @@ def _letters(word: str) -> str:
 
 
 def did_you_mean(word: str, allowed: Iterable[str], form: str = "{}") -> str:
-    """The end of an error about a word, empty if it is like none of the allowed ones."""
+    """End of an error message that asks for the nearest allowed words, empty if none is near."""
     return question([form.format(name) for name in nearest(word, allowed)])
 
 
 def question(names: Sequence[str]) -> str:
-    """The end of an error: "; did you mean a, b or c?", empty without names."""
+    """End of an error message: "; did you mean a, b or c?", empty without names."""
     first, last = ", ".join(names[:-1]), "".join(names[-1:])
     return f"; did you mean {' or '.join(filter(None, (first, last)))}?" if last else ""

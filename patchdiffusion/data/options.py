@@ -32,8 +32,8 @@ class DataConfig:
     channels: Literal[1, 3, 4] | None = None
     """1 (gray), 3 (color) or 4 (with alpha, or four bands); None infers it from the images."""
     labels: LabelSource = "auto"
-    """auto: of a table beside the images, else of their folders unless these look like dates or
-    parts; folders: of any folders; off: none."""
+    """Class labels; auto: from a table beside the images, else from folders unless their names
+    look like dates or parts; folders: from any folders; off: none."""
     space: SpaceName = "auto"
     """pixels: 8 bits; values: 16 bits and floats in their own units, never clipped; auto: values
     if most images are floats or wide integers and some of them do not fit into pixels."""
@@ -49,7 +49,7 @@ class DataConfig:
     augment: Augmentation = field(default_factory=Augmentation)
     """Augmentation that the network is conditioned on; needs --network.augment-dim 9."""
     columns: tuple[Column, ...] = ()
-    """Further data of each image; label and caption are always included."""
+    """Further data of each image. Label and caption are always included."""
 
 
 @dataclass(frozen=True, kw_only=True)

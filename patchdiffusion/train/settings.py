@@ -23,7 +23,7 @@ WIDEST = 12**-0.5
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """Protection against losses and gradients that are not finite or explode."""
+    """Protection against gradients that are not finite or explode."""
 
     max_skips: int = 8
     """Stop after this many steps in a row whose loss or gradient is not finite."""
@@ -46,7 +46,7 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """Exponential moving average of the weights, for sampling, and power-function averages."""
+    """Exponential and power-function averages of the weights; samples use the exponential one."""
 
     half_life: float = 500_000
     """Half-life in units of the clock."""
@@ -79,7 +79,7 @@ class PreviewConfig:
     status: int = 200
     """Number of status lines over the whole run."""
     samples: int = 10
-    """Number of sample grids over the whole run, all from the same seeds."""
+    """Number of sample grids over the whole run. All have the same seeds."""
     grid: int = 36
     """Number of images in a grid."""
     sample_steps: int = 18
@@ -116,7 +116,7 @@ class Settings:
     network: Network = field(default_factory=UNetConfig)
     """Network architecture."""
     precond: Parameterisation = field(default_factory=EDM)
-    """Parameterisation: what the network predicts; sets default noise law and loss weight."""
+    """Parameterisation: what the network predicts. Sets the default noise law and loss weight."""
     noise: Law = field(default_factory=LogNormal)
     """Distribution of the noise level in training."""
     objective: ObjectiveUnion = field(default_factory=DenoisingConfig)
@@ -124,7 +124,7 @@ class Settings:
     additions: tuple[AdditionUnion, ...] = ()
     """Additions to the objective, applied in this order."""
     patches: Patches = field(default_factory=Stratified)
-    """Patch plan: sizes and numbers of the crops of a step."""
+    """Patch plan: crop sizes and their numbers in a step."""
     optim: Optimizer = field(default_factory=AdamW)
     """Optimizer of the weights."""
     ema: EMAConfig = field(default_factory=EMAConfig)
@@ -136,11 +136,11 @@ class Settings:
     """Unit of the length of the run, of schedules and averages: full-image equivalents (area of all
     crops), crops (each counts as one image, as in the official code), or steps."""
     batch: int = 64
-    """Batch size: whole images per step, over all processes; see patches for numbers of crops."""
+    """Whole images per step, over all processes. Smaller crops are more, see patches."""
     micro_batch: int | None = None
     """Area of crops per process and forward pass, in whole images; None for no limit."""
     label_dropout: float = 0.1
-    """Probability of training a sample without its label, for classifier-free guidance."""
+    """Probability of dropping the label of a sample, for classifier-free guidance."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the network; auto is bf16 where the hardware supports it natively, else fp32."""
     seed: int = 0
