@@ -204,7 +204,7 @@ def _compared(
     def prepared(data: DataConfig) -> Pack:
         return Pack.open(team.on_main(lambda: str(prepare_data(data).path)))
 
-    wanted = _trained_on(path) if given.data is None else _like(path, given.data)
+    data = _trained_on(path) if given.data is None else _like(path, given.data)
     if pipeline is not None:
         return _of_model(pipeline, data, prepared, keep_colors=given.data is not None)
     resolution = given.resolution or _own_size(path, data.path)
@@ -243,7 +243,7 @@ def _of_model(
 
 
 def _like(path: Path, data: str) -> DataConfig:
-    """Other images, whose values and shapes become what those of the run became."""
+    """Other images, with the range and fit of the training data of a run."""
     plain = DataConfig(path=data, max_enlarge=_ANY)
     try:
         trained = _trained_on(path)
