@@ -14,7 +14,7 @@ import toys
 from commands import Capture, fails, works
 from PIL import Image
 
-from patchdiffusion import TrainConfig, cli, load, load_model
+from patchdiffusion import TrainConfig, cli, load, load_model, recipes
 from patchdiffusion.cli.techniques import reachable
 from patchdiffusion.data.columns import ColumnBase
 from patchdiffusion.data.prepare import prepare_data
@@ -35,6 +35,7 @@ from patchdiffusion.train.task import TaskConfig
 
 for _family, _toy in toys.TOYS:  # which joined when they were imported
     families.remove(_family, _toy)
+del recipes.RECIPES["toy"]
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "tests" / "toys.py"
@@ -59,7 +60,9 @@ def joined() -> Iterator[None]:
     """The toys are members during a test, as after `--import`."""
     for family, toy in toys.TOYS:
         families.add(family, toy)
+    recipes.RECIPES["toy"] = toys.toy
     yield
+    del recipes.RECIPES["toy"]
     for family, toy in toys.TOYS:
         families.remove(family, toy)
 
@@ -110,6 +113,13 @@ def test_a_task(images: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "light meter" in fails(capsys, "train", images, "--out", tmp_path / "x", *plain)
     wrong = fails(capsys, "train", images, "--additions", "toy-addition", *TASK.split())
     assert "additions" in wrong and "toy-addition" in wrong
+
+
+def test_a_recipe(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    works(capsys, "train", "toy", images, "--out", run, *LENGTH.split())
+    stored = read_json(run / "config.json")
+    assert stored["network"]["type"] == "ToyNet" and "toy" in stored["name"]
 
 
 def test_an_extractor(finished: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -18,6 +18,7 @@ from patchdiffusion import (
     objectives,
     parameterisation,
     plans,
+    recipes,
     solvers,
     weighting,
 )
@@ -356,6 +357,17 @@ class ToyFeatures:
         return torch.cat([x.mean(2), x.std(2)], dim=1)
 
 
+# ---- A recipe ----
+
+
+def toy(facts: recipes.Facts) -> config.TrainConfig:
+    """A toy network for any images."""
+    network = ToyNet(channels=facts.channels, num_classes=facts.classes)
+    return replace(recipes.folder(facts), name="toy", network=network)
+
+
+recipes.RECIPES["toy"] = toy
+
 TOYS = (
     (Network, ToyNet),
     (noise.Law, ToyLaw),
@@ -377,5 +389,5 @@ TOYS = (
     (config.Task, ToyTask),
 )
 
-for family, toy in TOYS:
-    families.add(family, toy)
+for _family, _member in TOYS:
+    families.add(_family, _member)
