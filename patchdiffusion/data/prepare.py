@@ -16,6 +16,7 @@ import numpy as np
 from patchdiffusion.data.columns import ColumnBase, Stored
 from patchdiffusion.data.example import MAX_LABEL, BadImage, Source
 from patchdiffusion.data.frame import Fit, Fitted, Plan, Replan
+from patchdiffusion.data.mirror import measured
 from patchdiffusion.data.options import (
     DataConfig,
     Options,
@@ -205,7 +206,9 @@ def _make(
         report.columns = {c.column.name: c.count for c in writer.columns if c.count}
         report.notes += report.findings.notes()
         report.warnings += report.findings.warnings(writer.levels)
-        report.warnings += empty_classes(Pack.open(folder))
+        made = Pack.open(folder)
+        report.warnings += empty_classes(made)
+        report.mirror = measured(made)._asdict()
         later, earlier = repeats(digests)
         report.duplicates = len(later)
         report.duplicate_pairs = _names(folder / "keys.jsonl", later[:_PAIRS], earlier[:_PAIRS])

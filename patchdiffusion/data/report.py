@@ -32,6 +32,8 @@ class Report:
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """Key of an image and reason for data of it that cannot be used."""
     ignored: dict[str, int] = field(default_factory=dict)
+    mirror: dict[str, float] = field(default_factory=dict)
+    """How well images are told from mirrored ones, see `mirror`."""
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     """Lines that `prepare`, `train` and `doctor` print."""
@@ -55,6 +57,7 @@ class Report:
             "heldout": len(info.heldout),
             "sigma_data": info.sigma_data,
             "ignored": self.ignored,
+            "mirror": self.mirror,
             "notes": self.notes,
             "warnings": self.warnings,
         }

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from patchdiffusion.data.mirror import mirror_of
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.nets import transformer, unet
@@ -38,6 +39,8 @@ class Facts:
     """Number of classes, 0 without labels."""
     count: int = 10_000
     """Number of training images."""
+    mirrors: bool = False
+    """Whether mirrored images cannot be told from others, see `data.mirror`."""
     device: str = "cpu"
     """cpu or cuda."""
 
@@ -45,13 +48,15 @@ class Facts:
     def of(cls, pack: Pack, path: str, device: str = "auto") -> "Facts":
         """The facts of prepared data."""
         auto = "cuda" if torch.cuda.is_available() else "cpu"
+        trained = min(sum(map(bool, pack.trained_counts)), len(pack.classes))
         return cls(
             name=pack.name,
             path=path,
             canvas=tuple(pack.images.shape[1:-1]),
             channels=pack.images.shape[-1],
-            classes=len(pack.classes) if sum(map(bool, pack.trained_counts)) > 1 else 0,
+            classes=len(pack.classes) if trained > 1 else 0,
             count=len(pack.train),
+            mirrors=mirror_of(pack).harmless,
             device=auto if device == "auto" else device,
         )
 
@@ -66,8 +71,8 @@ def folder(facts: Facts) -> TrainConfig:
     """Any images, by their resolution, their number and the hardware; what a bare path gets.
 
     A CPU gets a small network, about an hour, and crops from small to large; a GPU the published
-    networks. Few images get more dropout and flips. Labels are used where there are any. Clips and
-    other data that are no images get a transformer.
+    networks. Few images get more dropout, and flips if mirroring is harmless. Labels are used where
+    there are any. Clips and other data that are no images get a transformer.
     """
     resolution = min(facts.canvas[-2:])
     few = facts.count < 20_000
@@ -85,7 +90,7 @@ def folder(facts: Facts) -> TrainConfig:
     dropout = 0.2 if facts.count < 6_000 and facts.device != "cpu" else network.dropout
     return TrainConfig(
         name=facts.name,
-        data=DataConfig(path=facts.path, flip=few),
+        data=DataConfig(path=facts.path, flip=few and facts.mirrors),
         network=replace(
             network, channels=facts.channels, num_classes=facts.classes, dropout=dropout
         ),

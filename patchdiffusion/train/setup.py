@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from patchdiffusion.data.feed import Feed
+from patchdiffusion.data.mirror import mirror_line
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.told import data_lines
 from patchdiffusion.encoders.features import extractor
@@ -159,6 +160,8 @@ class Training:
         sizes = " + ".join(group.name for group in self.plan.groups)
         for line in data_lines(pack, labels=bool(config.task.classes(config, pack))):
             say(line)
+        if config.data.augment.p == 0 and len(self.canvas) > 1:
+            say(mirror_line(pack, config.data.flip))
         say(
             f"network   {self.parameters / 1e6:.2f}M parameters, "
             f"{self.macs / 1e9:.3g} GMAC per image; {self.precision} on "
