@@ -102,7 +102,7 @@ def _instead(key: str, path: tuple[str, ...], record: Any, known: Mapping[str, S
         return hint
     flags = list(names(walk(record, path)))
     if meant := habit_of(key.replace("_", "-"), flags, "train"):
-        return f": use {meant}"
+        return f": {'use ' * meant.startswith('--')}{meant}"
     return f"; allowed are {', '.join(sorted(known))}"
 
 

@@ -31,8 +31,9 @@ HABITS = (
         "--batch, whole images per step over all processes",
     ),
     Habit(
-        "batch-gpu micro-batch-size per-device-train-batch-size gradient-accumulation-steps "
-        "gradient-accumulation grad-accum accumulate accumulation-steps gradient-accumulate-every",
+        "batch-gpu gradient-checkpointing micro-batch-size per-device-train-batch-size "
+        "gradient-accumulation-steps gradient-accumulation grad-accum accumulate "
+        "accumulation-steps gradient-accumulate-every",
         "--micro-batch, whole images per process and forward pass",
     ),
     Habit("max-time time-limit hours", "--max-hours"),
@@ -44,8 +45,8 @@ HABITS = (
     Habit(
         "data data-dir data-path dataset dataset-name dataset-path dataset-dir train-data-dir "
         "train-dir image-dir image-folder images-dir instance-data-dir folder path input root",
-        "no flag: images come first, as in: patchdiffusion train ./photos (or --data.path "
-        "./photos)",
+        "no flag is needed: images come first, as in: patchdiffusion train ./photos (or "
+        "--data.path ./photos)",
         "train bench doctor",
     ),
     Habit(
@@ -56,12 +57,12 @@ HABITS = (
     Habit("center-crop random-crop", "--data.resolution; crops are the subject of --patches"),
     Habit(
         "workers num-workers nw dataloader-num-workers",
-        "nothing: images are decoded once into a pack that is mapped into memory (CPU threads: "
-        "--threads)",
+        "no flag is needed: images are decoded once into a pack that is mapped into memory (CPU "
+        "threads: --threads)",
         "train bench doctor prepare",
     ),
     Habit(
-        "num-classes class-cond class-conditional conditional",
+        "num-classes class-cond cond class-conditional conditional",
         "--network.num-classes, or 0 to ignore classes",
     ),
     Habit("in-channels image-channels", "--data.channels"),
@@ -74,7 +75,7 @@ HABITS = (
         "--optim.betas, such as --optim.betas 0.9 0.999",
     ),
     Habit(
-        "lr-scheduler lr-schedule lr-scheduler-type scheduler schedule cos cosine-lr",
+        "lr-scheduler cos-lr lr-schedule lr-scheduler-type scheduler schedule cos cosine-lr",
         "--optim.schedule",
     ),
     Habit(
@@ -86,7 +87,7 @@ HABITS = (
         "--optim.clip",
     ),
     Habit(
-        "ema-decay ema-rate ema-beta use-ema ema-halflife",
+        "ema-decay ema ema-rate ema-beta use-ema ema-halflife",
         "--ema.half-life; there is always an average",
     ),
     # Model
@@ -96,7 +97,7 @@ HABITS = (
         "--network.base",
     ),
     Habit(
-        "dim-mults channel-mult channel-mults ch-mult channels-mult",
+        "dim-mults cres channel-mult channel-mults ch-mult channels-mult",
         "--network.mult, such as --network.mult 1 2 2",
     ),
     Habit("num-res-blocks layers-per-block num-blocks", "--network.blocks"),
@@ -107,7 +108,8 @@ HABITS = (
         "--precond",
     ),
     Habit(
-        "noise-schedule beta-schedule num-timesteps timesteps diffusion-steps num-diffusion-steps",
+        "noise-schedule beta-schedule ddpm-num-steps ddpm-beta-schedule num-timesteps timesteps "
+        "diffusion-steps num-diffusion-steps",
         "--precond ddpm for discrete steps, or --noise",
     ),
     Habit("p-mean", "--noise.mean"),
@@ -125,9 +127,10 @@ HABITS = (
     ),
     # Machine
     Habit(
-        "gpus num-gpus ngpus n-gpus num-gpu nproc nproc-per-node num-processes devices "
-        "world-size multi-gpu",
-        "torchrun: torchrun --nproc-per-node 2 -m patchdiffusion train ./photos",
+        "gpus num-gpus num-nodes local-rank ngpus n-gpus num-gpu nproc nproc-per-node "
+        "num-processes devices world-size multi-gpu",
+        "torchrun starts a process for each GPU: torchrun --nproc-per-node 2 -m patchdiffusion "
+        "train ./photos",
         "train bench evaluate",
     ),
     Habit("gpu cuda use-gpu use-cuda", "--device cuda"),
@@ -142,7 +145,7 @@ HABITS = (
     # Runs
     Habit(
         "resume resume-from resume-from-checkpoint auto-resume continue continue-train last",
-        "no flag: the same command again resumes its run",
+        "no flag is needed: the same command again resumes its run",
         "train",
     ),
     Habit(
@@ -152,19 +155,20 @@ HABITS = (
     ),
     Habit("overwrite force restart exist-ok", "--fresh"),
     Habit(
-        "output outdir output-dir output-path out-dir save-dir save-path savedir logdir log-dir "
-        "workdir work-dir results-folder results-dir run-dir project exp-dir o",
+        "output outdir logging-dir default-root-dir output-dir output-path out-dir save-dir "
+        "save-path savedir logdir log-dir workdir work-dir results-folder results-dir run-dir "
+        "project exp-dir o",
         "--out",
     ),
     Habit("run-name exp-name exp experiment", "--name"),
     Habit(
-        "save-every save-interval save-steps checkpointing-steps snap save-and-sample-every "
-        "ckpt-every",
+        "save-every save-model-epochs save-period save-interval save-steps checkpointing-steps "
+        "snap save-and-sample-every ckpt-every",
         "--save-minutes, or --keep-every to keep some for good",
     ),
     Habit(
-        "sample-every sample-interval sample-freq validation-steps validation-epochs "
-        "preview-every eval-every",
+        "sample-every save-images-epochs sample-interval sample-freq validation-steps "
+        "validation-epochs preview-every eval-every",
         "--preview.samples, how many grids over the whole run",
     ),
     Habit(
@@ -174,12 +178,29 @@ HABITS = (
     Habit("wandb use-wandb wandb-project wandb-name", "--track wandb"),
     Habit("tensorboard tb", "--track tensorboard"),
     Habit("report-to log-with logger", "--track"),
-    Habit("fid metrics", "--preview.distance during training, or: patchdiffusion evaluate RUN"),
+    Habit(
+        "fid calculate-fid metrics",
+        "--preview.distance during training, or: patchdiffusion evaluate RUN",
+    ),
     Habit(
         "cfg cfg-scale guidance-scale guidance guidance-weight",
         "--preview.guidance for the grids, or: patchdiffusion sample RUN --guidance cfg "
         "--guidance.weight 2",
     ),
+    Habit("num-inference-steps sampling-timesteps sampling-steps", "--preview.sample-steps"),
+    Habit("adam-epsilon adam-eps", "--optim.eps"),
+    Habit(
+        "cache-dir cache",
+        "set the environment variable PATCHDIFFUSION_CACHE to a folder",
+        "train prepare evaluate",
+    ),
+    Habit(
+        "val val-dir validation-data val-split",
+        "no flag is needed: a part of the images is held out; patchdiffusion prepare --holdout "
+        "0.1 sets the share",
+        "train",
+    ),
+    Habit("use-ddim ddim", "--solver ddim"),
     # Sampling
     Habit(
         "n num num-samples n-samples nsamples num-images n-images number samples images "
@@ -228,7 +249,8 @@ HABITS = (
     Habit(
         "model model-path model-dir ckpt ckpt-path checkpoint checkpoint-path network run pkl "
         "load load-from",
-        "no flag: the folder of a run comes first, as in: patchdiffusion sample runs/photos",
+        "no flag is needed: the folder of a run comes first, as in: patchdiffusion sample "
+        "runs/photos",
         "sample evaluate average report",
     ),
     Habit("clip clamp clip-denoised dynamic-thresholding", "--threshold clamp"),

@@ -26,7 +26,7 @@ def unknown_flag(record: Any, name: str, words: Sequence[str], command: str) -> 
     if not inside:
         close = [n for n in known if n.endswith(f".{last}")][:3] or _alike(name, known) or close
     if meant := habit_of(name, known, command) or habit_of(last, known, command):
-        return f"{text}: use {meant}"
+        return f"{text}: {'use ' * meant.startswith('--')}{meant}"
     if close:
         return f"{text}{question([f'--{n}' for n in close])}"
     if inside:
@@ -55,7 +55,7 @@ def habit_of(name: str, known: Sequence[str], command: str) -> str:
         applies = not first or first[1] in known
         if habit.commands:
             applies = command in habit.commands.split()
-        if applies and name in habit.names.split():
+        if applies and name.lower() in habit.names.split():
             return habit.meant
     return ""
 
