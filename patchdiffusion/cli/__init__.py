@@ -58,6 +58,7 @@ COMMANDS = {
         "sample",
         "evaluate",
         "prepare",
+        "packs",
         "report",
         "average",
         "bench",

@@ -16,6 +16,7 @@ import functools
 import math
 import re
 import warnings
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -29,7 +30,7 @@ from torch import Tensor
 from patchdiffusion.data.columns import Caption, Column, Filled, Label, Texts
 from patchdiffusion.data.example import Example
 from patchdiffusion.data.space import Space
-from patchdiffusion.system.files import parse_json, read_json
+from patchdiffusion.system.files import parse_json, read_json, share
 from patchdiffusion.system.serialize import decode
 
 FORMAT = 2
@@ -118,7 +119,7 @@ class Pack:
     def open(cls, path: str | Path) -> "Pack":
         """Map a pack without reading its arrays; `ValueError` unless files are as recorded."""
         path = Path(path)
-        info = _read_info(path / "pack.json")
+        info = read_info(path / "pack.json")
         arrays = {name: _mapped(path / f"{name}.bin", of) for name, of in info.arrays.items()}
         labels = arrays.get(LABELS)
         if labels is not None:
@@ -133,7 +134,10 @@ class Pack:
         held = torch.zeros(count, dtype=torch.bool)
         held[list(info.heldout)] = True
         index = torch.arange(count)
-        return cls(path, info, arrays, labels, index[~held], index[held])
+        pack = cls(path, info, arrays, labels, index[~held], index[held])
+        release = share(path / "pack.json")
+        weakref.finalize(pack, release)  # until then nobody removes it, see `stored`
+        return pack
 
     @property
     def images(self) -> Tensor:
@@ -273,7 +277,8 @@ def _mapped(file: Path, of: ArrayInfo) -> Tensor:
         return torch.from_numpy(mapped)
 
 
-def _read_info(file: Path) -> PackInfo:
+def read_info(file: Path) -> PackInfo:
+    """The content of a pack.json; raises `ValueError` if it is none of this format."""
     if not file.is_file():
         raise ValueError(f"{file.parent} is not a pack: it has no pack.json")
     content = read_json(file)

@@ -31,6 +31,7 @@ from patchdiffusion.data.rows import Rows, as_source
 from patchdiffusion.data.source import open_source
 from patchdiffusion.data.split import division, repeats
 from patchdiffusion.data.store import default_target, find_pack, make_room, shape_of, stamp_of
+from patchdiffusion.data.stored import marked_used
 from patchdiffusion.data.write import PackWriter, pack_writer
 from patchdiffusion.system.files import expanded, folder_atomic, lock
 from patchdiffusion.system.place import place
@@ -94,7 +95,7 @@ def prepare(
     target = None if out is None else expanded(out)
     pack = find_pack(source, options, target)
     if pack is not None:
-        return pack
+        return marked_used(pack)
     if len(source) == 0:
         raise ValueError(f"{source.name} holds no images")
     with warnings.catch_warnings():
@@ -109,7 +110,7 @@ def prepare(
         with lock(guard, target_folder, patience=float("inf"), waiting=waiting):
             pack = find_pack(source, options, target)  # by the process that was waited for
             if pack is not None:
-                return pack
+                return marked_used(pack)
             while True:
                 try:
                     return _make(source, plan, options, target_folder, workers, progress)
@@ -131,7 +132,7 @@ def prepare_data(data: DataConfig) -> Pack:
         fits = fits and data.range is None
         columns = {filled.column for filled in source.columns}
         if fits and columns.issuperset(data.columns) and data.space in ("auto", source.space.word):
-            return source
+            return marked_used(source)
     return prepare(
         source,
         resolution=data.resolution,
@@ -214,7 +215,7 @@ def _make(
         report.duplicate_pairs = _names(folder / "keys.jsonl", later[:_PAIRS], earlier[:_PAIRS])
         report.write(folder, info)
     complaints.unlink(missing_ok=True)
-    return Pack.open(target)
+    return marked_used(Pack.open(target))
 
 
 def _results(

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -307,3 +308,31 @@ def _holder(path: Path) -> str:
 
 def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def share(path: Path) -> Callable[[], None]:
+    """Lock a file together with others until the result is called; does nothing without locks."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return lambda: None
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return functools.partial(os.close, handle)
+
+
+@contextlib.contextmanager
+def exclusively(path: Path) -> Iterator[bool]:
+    """Context of a file that nobody shares; gives False if somebody does, or nobody can know."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        alone = fcntl is not None
+        if fcntl is not None:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                alone = False
+        yield alone
+    finally:
+        os.close(handle)

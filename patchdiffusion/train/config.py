@@ -27,6 +27,7 @@ FREE = (
     "micro_batch",
     "preview",
     "data.path",
+    "data.max_enlarge",
     "objective.teacher",  # identified by its digest
     "guard.max_skips",
     "guard.rollbacks",
