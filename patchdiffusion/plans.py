@@ -15,7 +15,7 @@ batch, and names, sizes and costs follow from its kinds of steps.
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, Protocol, Self
@@ -161,7 +161,7 @@ class Progressive(PatchLaw):
     def kinds(self, on: "PatchPlan", clock: Clock) -> Kinds:
         """A kind for each size: the smaller it is, the more steps go into the same area."""
         steps = [(k.prob, _alone(on, k)) for k in self.sizes(on.canvas, on.divisor, on.noise)]
-        counts = [prob / _advance(groups, on.canvas, clock) for prob, groups in steps]
+        counts = [prob / advance(groups, on.canvas, clock) for prob, groups in steps]
         shares = [count / sum(counts) for count in counts]
         return tuple((s, groups) for s, (_, groups) in zip(shares, steps, strict=True))
 
@@ -253,6 +253,30 @@ class PatchPlan:
         law = self.law
         return law.rounding(self.canvas, self.divisor) if isinstance(law, PatchLaw) else ""
 
+    @cached_property
+    def stages(self) -> tuple[tuple[float, tuple[Group, ...]], ...]:
+        """Progress at which the groups of a step change, and the groups from there on.
+
+        One stage, from 0, unless steps depend on the progress of the run. Changes are found to
+        1e-6; those that are undone within 1/64 of a run are not.
+        """
+
+        def groups(progress: float) -> tuple[Group, ...]:
+            return self.draw(seed=0, step=0, progress=progress)
+
+        def changes(low: float, high: float) -> Iterator[float]:
+            if groups(low) != groups(high):
+                middle = (low + high) / 2
+                if high - low < 1e-6:
+                    yield round(high, 6)
+                else:
+                    yield from (*changes(low, middle), *changes(middle, high))
+
+        edges = itertools.pairwise(i / 64 for i in range(65))
+        starts = [0.0, *(start for low, high in edges for start in changes(low, high))]
+        stages = [(start, groups(start)) for start in starts]
+        return tuple(stages)
+
     def cost(
         self,
         *,
@@ -301,7 +325,7 @@ def equivalents(groups: tuple[Group, ...], canvas: Size) -> float:
     return pixels / math.prod(canvas)
 
 
-def _advance(groups: tuple[Group, ...], canvas: Size, clock: Clock) -> float:
+def advance(groups: tuple[Group, ...], canvas: Size, clock: Clock) -> float:
     """Advance of the clock in a step, in its unit."""
     if clock == "steps":
         return 1.0

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from patchdiffusion.system.files import is_held, parse_json, read_json, write_json
+from patchdiffusion.system.progress import StatusBar
 from patchdiffusion.system.trust import NO_LINK, open_regular
 from patchdiffusion.train.trackers import Trackers
+
+REFERENCE = "real.png"
+"""Picture of some images of the data, in the folder of a run."""
 
 
 def duration(seconds: float) -> str:
@@ -57,6 +61,8 @@ class RunLog:
         self.dry = dry or quiet
         self.stream = stream or sys.stdout
         self.quiet = quiet
+        self.bar: StatusBar | None = None
+        """Bar at the bottom of a terminal, between `open_bar` and `close_bar`."""
         self.trackers = Trackers(self.say)
         self._failed: set[str] = set()
         self._logged_until = -1
@@ -65,10 +71,36 @@ class RunLog:
         """Print one line, unless the stream has been closed."""
         if self.quiet or "stream" in self._failed:
             return
+        if self.bar is not None:
+            self.bar.write(text)
+            return
         try:
             print(text, file=self.stream, flush=True)
         except (OSError, ValueError):  # a pipe or terminal that was closed
             self._failed.add("stream")
+
+    def open_bar(self, total: float, done: float) -> None:
+        """Show a bar below the lines, if they go to a terminal."""
+        with contextlib.suppress(OSError, ValueError):
+            if not self.quiet and self.stream.isatty():
+                self.bar = StatusBar(total, self.stream)
+                self.bar.update(done)
+
+    def close_bar(self) -> None:
+        """Remove the bar; lines are printed as before."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def advance(self, done: float) -> None:
+        """Move the bar, if there is one."""
+        if self.bar is not None:
+            self.bar.update(done)
+
+    def now(self, text: str) -> None:
+        """Replace the text beside the bar; without a bar, nothing is printed."""
+        if self.bar is not None:
+            self.bar.text(text)
 
     def resume(self, step: int, **values: Any) -> None:
         """Record a resume; status records up to the last one before it are marked as replayed."""

@@ -32,6 +32,9 @@ SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 )
 
+REPORT_SECONDS = 60.0
+"""Least time between two reports while a run goes on, which are written after previews."""
+
 
 def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
     """Train until the clock reaches `config.images`; returns the folder of the run.
@@ -82,12 +85,15 @@ def _execute(training: Training, started: float) -> None:
         return
     try:
         with stop_signals() as stop:
+            log.open_bar(training.config.images, training.now)
             _loop(training, stop, started)
     except Exception as error:
         log.status("failed", reason=str(error), **_position(training))
         if out_of_memory(error):
             raise Stop(_too_large(training), code=26) from error
         raise
+    finally:
+        log.close_bar()
     if path := training.team.on_main(lambda: _report(training)):
         log.say(f"report    {path}")
 
@@ -109,13 +115,14 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
     vote = Vote(team, 3)
     pixels = Verification(training.pack, enabled=team.place.local_rank == 0)
     deadline = deadline_of(run, started)
-    saved = time.monotonic()
+    saved = reported = time.monotonic()
     training.log.status("running", **_position(training))
     _catch_up(training, stop.is_set)
     for num_steps in itertools.count(1):
         before = training.now
         _step(training)
         now, last = training.now, training.finished
+        training.log.advance(now)
         late = time.monotonic() > deadline
         due_save = time.monotonic() - saved > run.save_minutes * 60
         with phases("wait"):
@@ -133,7 +140,7 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
             continue
         if order > Order.GO_BACK:
             raise _refusal(training, Order(order), pixels)
-        show = due(preview.samples, training.state.shown, now, config.images) or last
+        show = due(training.num_previews, training.state.shown, now, config.images) or last
         if show or ending or save:
             with status.pause(), phases("save"):
                 saver(final=bool(ending) or last)
@@ -144,7 +151,12 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
         ending = bool(ending) and not last
         if show and not ending:
             with status.pause(), phases("samples"):
+                begun = time.monotonic()
                 ending = not show_samples(training, stop.is_set)
+                status.preview_seconds = time.monotonic() - begun
+                if not last and begun - reported > REPORT_SECONDS:
+                    team.on_main(lambda: _report(training))
+                    reported = begun
         if ending or last:
             vote.forget()
             return _report_end(training, "preempted" if ending else "finished")
@@ -167,7 +179,7 @@ def _report_end(training: Training, how: str) -> None:
 def _catch_up(training: Training, ending: Ending = bool) -> None:
     """Make the preview that is due at this point of the run, if it is missing."""
     state, config = training.state, training.config
-    missed = due(config.preview.samples, state.shown, training.now, config.images)
+    missed = due(training.num_previews, state.shown, training.now, config.images)
     if missed or training.finished:
         if picture_of(training).exists():
             state.shown = training.now

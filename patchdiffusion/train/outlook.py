@@ -55,12 +55,10 @@ def outlook(training: Training, step: Callable[[Training, tuple[Group, ...]], No
         step(training, groups)  # which also prepares kernels and buffers
     seconds = _timed(lambda: step(training, groups), training.device)
     rate = sum(training.flops[group.size] * group.count for group in groups) / seconds
-    cost = training.plan.cost(clock=config.clock).step * config.batch
     left = max(0.0, 1 - training.now / config.images)
-    steps = training.total_steps * cost * training.flops[training.canvas] / rate * left
-    forward = training.flops[training.canvas] / (3 + config.task.passes(config))
-    each = config.task.evaluations(config, training.pack) * forward / rate
-    previews = each * math.ceil(config.preview.samples * left)
+    steps = training.forecast.left(training.now) / rate
+    count = training.num_previews
+    previews = training.forecast.preview / rate * math.ceil(count * left)
     weights = training.parameters * 4 * (4 + 1 + len(config.ema.profiles))
     whole = config.batch / team.size
     micro = min(whole, config.micro_batch or whole)
@@ -68,7 +66,7 @@ def outlook(training: Training, step: Callable[[Training, tuple[Group, ...]], No
     memory = weights + kept.most * micro / (largest / team.size)
     return (
         f"time      about {duration(steps + previews)} at this rate: {duration(steps)} of steps, "
-        f"{duration(previews)} of {config.preview.samples} previews; "
+        f"{duration(previews)} of {count} previews; "
         f"about {memory / 1e9:.2g} GB of memory"
     )
 

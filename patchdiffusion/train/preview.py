@@ -33,6 +33,8 @@ class Shown:
     numbers: Mapping[str, float] = field(default_factory=dict)
     """Values for trackers, by name."""
     warnings: tuple[str, ...] = ()
+    reference: np.ndarray | None = None
+    """Images of the data to look at beside the picture, uint8 [H, W, C]."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Text entries of the picture."""
 

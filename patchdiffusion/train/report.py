@@ -2,20 +2,15 @@
 
 import base64
 import html
-import io
 import json
+import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from patchdiffusion.system.files import parse_json, read_json, write_bytes
 from patchdiffusion.system.trust import check_links, read_regular
-from patchdiffusion.train.log import run_state
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-Record = dict[str, Any]
+from patchdiffusion.train.charts import UNITS, Record, charts
+from patchdiffusion.train.log import REFERENCE, duration, run_state
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 60rem; margin: 2rem auto;
@@ -24,11 +19,18 @@ h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; font-size: 1.2rem; }
 .facts { color: #666; margin-top: .3rem; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { margin: 0; flex: 1 1 14rem; max-width: 28rem; }
+figure.chart { flex-basis: 19rem; }
 figure img, svg { width: 100%; height: auto; image-rendering: pixelated; }
 figcaption { color: #666; font-size: .85rem; }
 table { border-collapse: collapse; } td { padding: .15rem 1.5rem .15rem 0; }
 pre { background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 """
+
+REFRESH = 60
+"""Seconds after which a browser reads the page of a run again that is going on."""
+
+_STATUS = {"preempted": "stopped; the same command resumes it"}
+"""Words for the reader of a report; others are those of `run.json`."""
 
 _NAMED = ("time", "images", "copy_rate", "distance")
 """Numbers of a preview that are shown in words of their own, or elsewhere; others by their names.
@@ -83,33 +85,43 @@ def _page(folder: Path, config: Record, state: Record, records: list[Record]) ->
     status = [r for r in records if r["kind"] == "status"]
     previews = [r for r in records if r["kind"] == "preview"]
     name = html.escape(str(config.get("name", folder.name)))
+    drawn = charts(status, previews, config["clock"])
+    curves = "".join(f'<figure class="chart">{chart}</figure>' for chart in drawn)
     parts = [
         f"<h1>{name}</h1>",
-        f'<p class="facts">{html.escape(_summary(config, state, status))}</p>',
+        f'<p class="facts">{html.escape(_summary(config, state, records))}</p>',
         *_pictures(folder, previews),
-        "<h2>Loss</h2>",
-        _curves(status, previews) if status else "<p>No status line has been written yet.</p>",
+        "<h2>Curves</h2>",
+        f'<div class="row">{curves}</div>' if status else "<p>No status line yet.</p>",
         "<h2>Numbers</h2>",
         _table(_numbers(status, previews)),
+        *_evaluations(folder),
         "<h2>Configuration</h2>",
-        f"<pre>{html.escape(json.dumps(config, indent=1))}</pre>",
+        f"<pre>{html.escape(json.dumps(config, indent=1, ensure_ascii=False))}</pre>",
     ]
     body = "\n".join(parts)
+    again = f'<meta http-equiv="refresh" content="{REFRESH}">'
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>'
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{again if state.get('status') == 'running' else ''}<title>{name}</title>"
         f"<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
     )
 
 
-def _summary(config: Record, state: Record, status: list[Record]) -> str:
-    phase = state.get("status", "not started")
+def _summary(config: Record, state: Record, records: list[Record]) -> str:
+    status = [r for r in records if r["kind"] == "status"]
+    phase = str(state.get("status", "not started"))
+    phase = _STATUS.get(phase, phase)
+    if state.get("reason"):
+        phase += f" ({state['reason']})"
     if not status:
         return phase
     last = status[-1]
-    done = f"{last['images']:,.0f} of {config['images']:,.0f} {config['clock']}"
-    return (
-        f"{phase}; {done}, {last['crops']:,} crops, {last['seconds'] / 60:.1f} minutes of training"
-    )
+    done = f"{last['images']:,.0f} of {config['images']:,.0f} {UNITS[config['clock']]}"
+    text = f"{phase}; {done}, {last['crops']:,} crops, {duration(last['seconds'])} of training"
+    host = f" on {state['host']}" if "host" in state else ""
+    return f"{text}{host}, until {time.strftime('%Y-%m-%d %H:%M', time.localtime(last['time']))}"
 
 
 def _pictures(folder: Path, previews: list[Record]) -> Iterable[str]:
@@ -118,8 +130,10 @@ def _pictures(folder: Path, previews: list[Record]) -> Iterable[str]:
     shown = [r for r in previews if r["picture"] in files]
     if not shown:
         return
+    real = folder / REFERENCE
+    beside = _image(real, "images of the data") if real.exists() else ""
     yield "<h2>Pictures of the averaged weights</h2>"
-    yield f'<div class="row">{_figure(folder, shown[-1])}</div>'
+    yield f'<div class="row">{_figure(folder, shown[-1])}{beside}</div>'
     earlier = shown[:-1]
     if earlier:
         step = -(-len(earlier) // 4)
@@ -128,45 +142,39 @@ def _pictures(folder: Path, previews: list[Record]) -> Iterable[str]:
 
 
 def _figure(folder: Path, record: Record) -> str:
-    data = base64.b64encode(read_regular(folder / "samples" / record["picture"])).decode()
     caption = f"after {record['images']:,.0f}"
+    if "stage" in record:
+        caption += f", {record['stage']}"
+    if "classes" in record:
+        caption += f"; in reading order {', '.join(record['classes'])}, and again"
+    return _image(folder / "samples" / record["picture"], caption)
+
+
+def _image(path: Path, caption: str) -> str:
+    data, text = base64.b64encode(read_regular(path)).decode(), html.escape(caption)
     return (
-        f'<figure><img alt="samples {caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
+        f'<figure><img alt="{text}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{text}</figcaption></figure>"
     )
 
 
-def _curves(status: list[Record], previews: list[Record]) -> str:
-    from matplotlib.figure import Figure  # here: it takes half a second to import
-
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for size in status[-1]["sizes"]:
-        points = [(r["images"], r["sizes"][size]) for r in status if r["sizes"].get(size)]
-        _line(left, points, f"training, {size}", alpha=0.6)
-    held = [r for r in previews if "held_out" in r]
-    _line(left, [(r["images"], r["held_out"]["loss"]) for r in held], "held out", marker="o")
-    left.set_title("loss by crop size")
-    for band in held[-1]["held_out"]["bands"] if held else ():
-        points = [(r["images"], r["held_out"]["bands"].get(band)) for r in held]
-        _line(right, points, f"sigma {band}", marker="o")
-    right.set_title("held-out loss by noise level")
-    for axes in (left, right):
-        axes.set_xlabel("images")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
-        if axes.has_data():
-            axes.legend(fontsize=8)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg")
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
+def _evaluations(folder: Path) -> Iterable[str]:
+    """A table of the newest results of `evaluate`."""
+    files = sorted((folder / "evaluations").glob("*.json"))[-1:]
+    for file in files:
+        result = parse_json(read_regular(file).decode())
+        if isinstance(result, dict):
+            yield f"<h2>Evaluation {html.escape(file.stem)}</h2>"
+            yield _table(list(_flat(result)))
 
 
-def _line(axes: "Axes", points: list[tuple[float, Any]], label: str, **style: Any) -> None:
-    points = [(x, y) for x, y in points if y is not None]
-    if points:
-        axes.plot(*zip(*points, strict=True), label=label, markersize=3, linewidth=1.2, **style)
+def _flat(values: Record, prefix: str = "") -> Iterable[tuple[str, str]]:
+    """Numbers of nested records, named by their path."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key} ") if key != "card" else ()
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}".replace("_", " "), f"{value:.5g}"
 
 
 def _numbers(status: list[Record], previews: list[Record]) -> list[tuple[str, str]]:
@@ -178,8 +186,8 @@ def _numbers(status: list[Record], previews: list[Record]) -> list[tuple[str, st
         ("full-image equivalents", f"{last['equivalents']:,.0f}"),
         ("crops", f"{last['crops']:,}"),
         ("floating-point operations", f"{last['flops']:.3g}"),
-        ("full-image equivalents per second", f"{last['images_per_second']:.1f}"),
-        ("crops per second", f"{last['crops_per_second']:.1f}"),
+        ("full-image equivalents per second", _per_second(last, "equivalents")),
+        ("crops per second", _per_second(last, "crops")),
         ("share of measured peak", f"{last['flops_per_second'] / last['peak']:.0%}"),
     ]
     for record in previews[-1:]:
@@ -198,6 +206,11 @@ def _numbers(status: list[Record], previews: list[Record]) -> list[tuple[str, st
         others = [name for name in record if name not in _NAMED and isinstance(record[name], float)]
         rows += [(name.replace("_", " "), f"{record[name]:.4g}") for name in others]
     return rows
+
+
+def _per_second(record: Record, name: str) -> str:
+    """Mean rate over the run so far, without previews."""
+    return f"{record[name] / record['seconds']:.1f}" if record["seconds"] else "?"
 
 
 def _loss(value: float | None) -> str:

@@ -13,6 +13,7 @@ from patchdiffusion.system.files import check_place, check_writable, is_held, lo
 from patchdiffusion.system.serialize import encode
 from patchdiffusion.system.trust import check_links
 from patchdiffusion.train import checkpoint
+from patchdiffusion.train.describe import describe
 from patchdiffusion.train.engine import SHARED_FACTS
 from patchdiffusion.train.folder import (
     changed_fields,
@@ -119,7 +120,7 @@ def _existing(training: Training, weights: dict[str, Tensor]) -> bool:
     check_place(folder)
     if run.start_from is not None and not exists:
         weights.update(weights_of(run.start_from, training))
-    training.describe()
+    describe(training)
     return exists
 
 

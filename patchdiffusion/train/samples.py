@@ -51,6 +51,8 @@ class SamplePreview:
         """Grid of samples, with measurements."""
         samples = self.draw(model, ending)
         facts = self.measure(model, samples, ending)
+        if self.scene.config.network.num_classes:
+            facts["classes"] = [self.scene.pack.classes[i] for i in self._classes[: len(samples)]]
         (text, numbers), warnings = held_out_text(facts), ()
         if (distance := facts.get("distance")) is not None:
             numbers["Frechet distance"] = distance
@@ -68,16 +70,28 @@ class SamplePreview:
             numbers=numbers,
             warnings=warnings,
             notes={"seeds": f"0-{self.scene.config.preview.grid - 1}"},
+            reference=enlarge(grid(self._real_images())),
         )
+
+    def _real_images(self) -> np.ndarray:
+        """Training images, as many as the grid has, evenly spread over the data."""
+        pack = self.scene.pack
+        count = min(self.scene.config.preview.grid, len(pack.train))
+        index = pack.train[torch.arange(count) * len(pack.train) // count]
+        return pack.space.to_picture(pack.images[index])
+
+    @cached_property
+    def _classes(self) -> list[int]:
+        """The classes that have training images, in the order in which a grid repeats them."""
+        return [label for label, count in enumerate(self.scene.pack.trained_counts) if count]
 
     def draw(self, denoiser: NetDenoiser, ending: Ending = bool) -> Tensor:
         """Samples of the grid: float32 [N, C, *S]."""
         scene = self.scene
         share = scene.team.shard(scene.config.preview.grid)
         labels = None
-        if scene.config.network.num_classes:  # those that have images
-            counts = enumerate(scene.pack.trained_counts)
-            trained = torch.tensor([label for label, count in counts if count] or [-1])
+        if scene.config.network.num_classes:
+            trained = torch.tensor(self._classes or [-1])
             labels = trained[torch.tensor(share) % len(trained)]
         sampler = self._sampler(denoiser, ending)
         return torch.cat(scene.everywhere(lambda: self._sample(sampler, share, labels)))

@@ -78,8 +78,10 @@ class PreviewConfig:
 
     status: int = 200
     """Number of status lines over the whole run."""
-    samples: int = 10
-    """Number of sample grids over the whole run. All have the same seeds."""
+    samples: int | None = None
+    """Number of sample grids over the whole run, all from the same seeds. None is as many as take
+    a tenth of the operations, at most 10.
+    """
     grid: int = 36
     """Number of images in a grid."""
     sample_steps: int = 18
@@ -96,7 +98,9 @@ class PreviewConfig:
     """File or folder of the weights of the extractor; None downloads published ones once."""
 
     def __post_init__(self) -> None:
-        positive(self, "status", "samples", "grid", "sample_steps")
+        positive(self, "status", "grid", "sample_steps")
+        if self.samples is not None:
+            positive(self, "samples")
         if self.distance < 0 or self.distance == 1:
             raise ValueError(f"distance must be 0 or at least 2 samples, not {self.distance}")
         if self.held_out < 0 or not 0 <= self.guidance < math.inf:

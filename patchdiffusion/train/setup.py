@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,7 @@ import torch
 from torch import nn
 
 from patchdiffusion.data.feed import Feed
-from patchdiffusion.data.mirror import mirror_line
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.told import data_lines
 from patchdiffusion.encoders.features import extractor
 from patchdiffusion.losses import AfterStep, Loss
 from patchdiffusion.model import Model, ModelConfig, load_model
@@ -33,9 +32,9 @@ from patchdiffusion.system.files import Lock
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.ema import EMA
 from patchdiffusion.train.engine import compiles, engine_facts, set_globals
-from patchdiffusion.train.folder import check_disk
+from patchdiffusion.train.forecast import Forecast
 from patchdiffusion.train.guard import Guard
-from patchdiffusion.train.log import RunLog, quantity
+from patchdiffusion.train.log import RunLog
 from patchdiffusion.train.parallel import LossModule, replicate, shard
 from patchdiffusion.train.preview import Preview, Scene
 from patchdiffusion.train.state import DataFacts, Meter, TrainState
@@ -147,45 +146,24 @@ class Training:
         }[self.config.clock]
         return max(1, math.ceil(self.config.images / per_step))
 
-    def describe(self) -> None:
-        """Print data, network, plan and cost of the run; `ValueError` if the disk is too full."""
-        config, pack, say = self.config, self.pack, self.log.say
-        needed = check_disk(
-            self.folder,
-            self.parameters,
-            self.run.keep,
-            profiles=len(config.ema.profiles),
-            snapshots=config.ema.snapshots,
-        )
-        sizes = " + ".join(group.name for group in self.plan.groups)
-        for line in data_lines(pack, labels=bool(config.task.classes(config, pack))):
-            say(line)
-        if config.data.augment.p == 0 and len(self.canvas) > 1:
-            say(mirror_line(pack, config.data.flip))
-        say(
-            f"network   {self.parameters / 1e6:.2f}M parameters, "
-            f"{self.macs / 1e9:.3g} GMAC per image; {self.precision} on "
-            f"{self.device}, {torch.get_num_threads()} threads{self._processes()}; "
-            f"{self.engine['kernels']}"
-        )
-        say(
-            f"patches   {families.word(type(config.patches))}, sizes {sizes}; "
-            f"a step of batch {config.batch} "
-            f"costs {self.plan.cost(clock=config.clock).step:.2f} times one of whole images"
-        )
-        if rounding := self.plan.rounding:
-            one = len(self.plan.groups) == 1
-            hint = "; --network.mult with fewer levels allows smaller ones" if one else ""
-            say(f"{'warning: ' if one else '          '}{rounding}{hint}")
-        say(
-            f"length    {quantity(config.images)} {config.clock}, about {self.total_steps:,} "
-            f"steps; up to {needed / 1e9:.2g} GB of disk in {self.folder}"
+    @cached_property
+    def forecast(self) -> Forecast:
+        """Costs of the run, from its configuration alone."""
+        config = self.config
+        passes = config.task.evaluations(config, self.pack)
+        return Forecast(
+            plan=self.plan,
+            clock=config.clock,
+            length=config.images,
+            flops=self.flops,
+            preview=passes * 2 * self.macs,
         )
 
-    def _processes(self) -> str:
-        if self.team.size == 1:
-            return ""
-        return f" each, {self.team.size} processes" + (", sharded" if self.run.shard else "")
+    @property
+    def num_previews(self) -> int:
+        """Number of previews over the whole run."""
+        given = self.config.preview.samples
+        return self.forecast.previews if given is None else given
 
 
 def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None = None) -> Training:

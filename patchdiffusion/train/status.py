@@ -1,17 +1,19 @@
 """Status lines and previews of a run in progress."""
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from patchdiffusion.patches import size_name
 from patchdiffusion.system.device import peak_memory
 from patchdiffusion.system.png import save_png
 from patchdiffusion.train.guard import Event, describe
-from patchdiffusion.train.log import duration, quantity
+from patchdiffusion.train.log import REFERENCE, duration, quantity
 from patchdiffusion.train.preview import Abandoned, Ending
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
@@ -27,6 +29,8 @@ class Status:
         self.training = training
         self.saver = saver
         self.peak = measured_peak(training.device, training.precision)
+        self.preview_seconds: float | None = None
+        """Duration of the last preview."""
         self._mark()
 
     def _mark(self) -> None:
@@ -52,7 +56,7 @@ class Status:
         crops_rate, flops_rate = (state.crops - crops) / seconds, (state.flops - flops) / seconds
         state.seconds += seconds
         state.skipped += round(means.pop("skipped sum", 0.0))
-        left = max(config.images - training.now, 0) / rate if rate else float("inf")
+        left = self._left(flops_rate)
         sizes = {k[5:]: v for k, v in means.items() if k.startswith("loss ")}
         loss = means.get("loss")
         common = {"loss", "grad norm", "skipped", *(f"loss {size}" for size in sizes)}
@@ -84,21 +88,41 @@ class Status:
         shown = {"loss": loss, "grad norm": means.get("grad norm"), "images per second": rate}
         shown |= {f"loss/{size}": value for size, value in sizes.items()}
         training.log.trackers.numbers(shown | others, state.step)
-        each = " ".join(f"{size} {value:.3f}" for size, value in sizes.items())
         share = flops_rate / (self.peak * training.team.size)
-        training.log.say(
+        line = (
             f"{quantity(training.now):>6}/{quantity(config.images)}"
-            f"  loss {'none' if loss is None else f'{loss:.4f}'}  ({each})"
+            f"  loss {'none' if loss is None else f'{loss:.4f}'}{_by_size(sizes)}"
             + "".join(f"  {name} {value:.4f}" for name, value in others.items())
-            + f"  {quantity(rate)}/s  {quantity(crops_rate)} crops/s"
-            f"  {quantity(flops_rate)}FLOP/s ({share:.0%} of peak)"
+            + f"  {quantity(rate)}/s"
+            + (f"  {quantity(crops_rate)} crops/s" if config.clock != "crops" else "")
+            + f"  {share:.0%} of peak"
             + _waiting(phases)
             + (f"  skipped {state.skipped}" if state.skipped else "")
             + (f"  NOT SAVED: {self.saver.problem}" if self.saver.problem else "")
-            + f"  {duration(left)} left"
+            + f"  {duration(left)} left{self._next()}"
         )
+        if training.log.bar is None:
+            training.log.say(line)
+        else:
+            training.log.now(line.strip())
         training.log.status("running", step=state.step, images=training.now, length=config.images)
         self._mark()
+
+    def _left(self, flops_rate: float) -> float:
+        """Seconds until the end of the run, with its previews, at a rate of operations."""
+        training = self.training
+        forecast, count = training.forecast, training.num_previews
+        made = math.floor(training.now / training.config.images * count)
+        each = self.preview_seconds
+        if each is None:
+            each = forecast.preview / flops_rate if flops_rate else 0.0
+        rest = forecast.left(training.now)
+        return (rest / flops_rate if rest and flops_rate else 0.0) + max(count - made, 0) * each
+
+    def _next(self) -> str:
+        """The next change of the crop sizes, if there is one."""
+        stage = self.training.forecast.next_stage(self.training.now)
+        return "" if stage is None else f"; {stage[1]} from {quantity(stage[0])}"
 
     def _report_events(self) -> None:
         """Print and record the events of the guard, with images and noise levels of their steps."""
@@ -127,6 +151,13 @@ class Status:
                 f"slow      step {step.step}{where} took {step.seconds:.1f} s, "
                 f"{step.in_phase:.1f} s of it in {step.phase}"
             )
+
+
+def _by_size(sizes: Mapping[str, float]) -> str:
+    """The loss of each crop size, or the name of the only one."""
+    if len(sizes) == 1:
+        return f" ({next(iter(sizes))})"
+    return f" ({' '.join(f'{size} {value:.3f}' for size, value in sizes.items())})"
 
 
 def _waiting(phases: dict[str, float]) -> str:
@@ -165,6 +196,7 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
     A picture that cannot be written is reported and left out.
     """
     log, path, problem = training.log, picture_of(training), ""
+    log.now(f"drawing samples/{path.name} ...")
     try:
         shown = training.preview.show(training.averaged, ending)
     except Abandoned:
@@ -173,21 +205,40 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
     try:
         if training.team.is_main:  # last: it says that all is done
             save_png(path, shown.picture, {**shown.notes, "software": "patchdiffusion"})
+            if shown.reference is not None:
+                save_png(training.folder / REFERENCE, shown.reference)
     except OSError as error:
         problem = str(error)
     state = training.state
     state.shown = training.now
-    log.record("preview", step=state.step, images=training.now, picture=path.name, **shown.facts)
+    facts = {"stage": stage} if (stage := _stage(training)) else {}
+    log.record(
+        "preview",
+        step=state.step,
+        images=training.now,
+        picture=path.name,
+        **facts,
+        **shown.facts,
+    )
     if problem:
         log.say(f"warning: cannot write samples/{path.name}: {problem}")
     else:
         log.trackers.picture(path, state.step)
     if shown.numbers:
         log.trackers.numbers(shown.numbers, state.step)
-    log.say(f"        samples/{path.name}{shown.text}")
+    log.say(f"        samples/{path.name}{shown.text}" + (f"  ({stage})" if stage else ""))
     for warning in shown.warnings:
         log.say(f"warning: {warning}")
     return True
+
+
+def _stage(training: Training) -> str:
+    """What a preview is of while a run has not trained on whole images yet, else ""."""
+    forecast, now = training.forecast, training.now
+    largest, stage = forecast.largest(now), forecast.next_stage(now)
+    if stage is None or largest == training.canvas:
+        return ""
+    return f"crops up to {size_name(largest)} so far; {stage[1]} from {quantity(stage[0])}"
 
 
 def measured_peak(device: torch.device, precision: str, side: int = 1024) -> float:

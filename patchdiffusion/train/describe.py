@@ -1,0 +1,136 @@
+"""The choices and costs of a run in a few lines, printed before it starts."""
+
+from dataclasses import MISSING, Field, fields, is_dataclass
+from typing import Any
+
+import torch
+
+from patchdiffusion.data.told import data_lines, mirror_line
+from patchdiffusion.system import families
+from patchdiffusion.train.folder import check_disk
+from patchdiffusion.train.log import quantity
+from patchdiffusion.train.setup import Training
+
+
+def describe(training: Training) -> None:
+    """Print data, network, objective, plan and cost of a run.
+
+    Raises `ValueError` if the disk is too full.
+    """
+    disk = check_disk(
+        training.folder,
+        training.parameters,
+        training.run.keep,
+        profiles=len(training.config.ema.profiles),
+        snapshots=training.config.ema.snapshots,
+    )
+    labels = bool(training.config.task.classes(training.config, training.pack))
+    for line in data_lines(training.pack, labels=labels):
+        training.log.say(line)
+    if training.config.data.augment.p == 0 and len(training.canvas) > 1:
+        training.log.say(mirror_line(training.pack, training.config.data.flip))
+    for name, text in (
+        ("network", _network(training)),
+        ("training", _training(training)),
+        ("patches", _patches(training)),
+        ("optimizer", _optimizer(training)),
+        ("previews", _previews(training)),
+        ("length", _length(training, disk)),
+    ):
+        training.log.say(f"{name:<10}{text}")
+    if rounding := training.plan.rounding:
+        one = len(training.plan.groups) == 1
+        hint = "; --network.mult with fewer levels allows smaller ones" if one else ""
+        training.log.say(f"{'warning: ' if one else '          '}{rounding}{hint}")
+
+
+def _network(training: Training) -> str:
+    team, shared = training.team, ""
+    if team.size > 1:
+        shared = f" each, {team.size} processes" + (", sharded" if training.run.shard else "")
+    return (
+        f"{families.word(type(training.config.network))}, "
+        f"{training.parameters / 1e6:.2f}M parameters, {training.macs / 1e9:.3g} GMAC per image; "
+        f"{training.precision} on {training.device}, {torch.get_num_threads()} threads{shared}; "
+        f"{training.engine['kernels']}"
+    )
+
+
+def _training(training: Training) -> str:
+    config = training.config
+    parts = [
+        f"{families.word(type(config.task))} by {in_words(config.objective)}",
+        *(in_words(addition) for addition in config.additions),
+        f"{in_words(config.precond)}, noise {in_words(config.noise)}",
+    ]
+    if config.data.augment.p:
+        parts.append(f"augmented with probability {config.data.augment.p:g}")
+    if config.network.num_classes and config.label_dropout:
+        parts.append(f"{config.label_dropout:.0%} of the labels dropped")
+    return ", ".join(parts)
+
+
+def _patches(training: Training) -> str:
+    config, forecast = training.config, training.forecast
+    word = families.word(type(config.patches))
+    stages = training.plan.stages
+    if len(stages) > 1:
+        parts = []
+        for start, groups in stages:
+            names = " + ".join(forecast.name(group.size) for group in groups)
+            since = f" from {quantity(start * config.images)}" if start else ""
+            parts.append(names + since)
+        sizes = ", then ".join(parts)
+    else:
+        sizes = " + ".join(group.name for group in training.plan.groups)
+    cost = training.plan.cost(clock=config.clock).step
+    return f"{word}: {sizes}; a step costs {cost:.2f} times one of whole images"
+
+
+def _optimizer(training: Training) -> str:
+    config, optim = training.config, training.config.optim
+    return (
+        f"{families.word(type(optim))}, learning rate {optim.lr:g} "
+        f"({families.word(type(optim.schedule))}), batch {config.batch} images"
+    )
+
+
+def _previews(training: Training) -> str:
+    preview, count = training.config.preview, training.num_previews
+    share = f"; {training.forecast.share(count):.0%} of the operations" * bool(
+        training.forecast.preview
+    )
+    held_out = min(preview.held_out, len(training.pack.heldout))
+    return f"{count} of {preview.grid} images, and of {held_out} held-out images{share}"
+
+
+def _length(training: Training, disk: float) -> str:
+    config = training.config
+    operations = training.forecast.left(0.0)
+    return (
+        f"{quantity(config.images)} {config.clock}, about {training.total_steps:,} steps, "
+        f"{operations:.2g} operations; up to {disk / 1e9:.2g} GB of disk in {training.folder}"
+    )
+
+
+def in_words(record: Any) -> str:
+    """Word of a member of a family with the fields that differ from their defaults."""
+    word = families.word(type(record))
+    changed = [
+        f"{field.name.replace('_', ' ')} {_value(getattr(record, field.name))}"
+        for field in fields(record)
+        if getattr(record, field.name) != _default(field)
+    ]
+    return word + (f" ({', '.join(changed)})" if changed else "")
+
+
+def _value(value: Any) -> str:
+    if is_dataclass(value):
+        return in_words(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _default(field: Field[Any]) -> Any:
+    if field.default_factory is not MISSING:
+        return field.default_factory()
+    return field.default

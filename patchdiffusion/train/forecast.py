@@ -1,0 +1,76 @@
+"""Forecasts of a run: the operations and the previews that are still to come."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from patchdiffusion.patches import Size, size_name
+from patchdiffusion.plans import Clock, Group, PatchPlan, advance
+
+PREVIEW_SHARE = 0.1
+"""Largest share of the operations of a run that previews take if their number is not given."""
+MAX_PREVIEWS = 10
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Costs of a run in floating-point operations, before it has begun."""
+
+    plan: PatchPlan
+    clock: Clock
+    length: float
+    """Length of the run in units of its clock."""
+    flops: dict[Size, int]
+    """Operations to train on one crop of each size."""
+    preview: float
+    """Operations of one preview."""
+
+    def left(self, now: float) -> float:
+        """Operations of training from `now` to the end of the run."""
+        starts = [start * self.length for start, _ in self.plan.stages]
+        ends = [*starts[1:], self.length]
+        return sum(
+            max(end - max(start, now), 0.0) * self._per_unit(index)
+            for index, (start, end) in enumerate(zip(starts, ends, strict=True))
+        )
+
+    def _per_unit(self, stage: int) -> float:
+        """Operations while the clock advances by 1, in a stage of the plan."""
+        stages = self.plan.stages
+        steps = ((1.0, stages[stage][1]),) if len(stages) > 1 else self.plan.kinds(self.clock)
+        total = sum(p * self._step(groups) for p, groups in steps)
+        return total / sum(p * advance(groups, self.plan.canvas, self.clock) for p, groups in steps)
+
+    def _step(self, groups: Sequence[Group]) -> float:
+        return sum(self.flops[group.size] * group.count for group in groups)
+
+    @property
+    def previews(self) -> int:
+        """The number of previews that take at most `PREVIEW_SHARE` of the operations of the run."""
+        if not self.preview:
+            return MAX_PREVIEWS
+        most = PREVIEW_SHARE * self.left(0.0) / self.preview
+        return max(1, min(MAX_PREVIEWS, math.floor(most)))
+
+    def share(self, previews: int) -> float:
+        """Operations of some previews relative to those of training."""
+        return previews * self.preview / self.left(0.0)
+
+    def largest(self, now: float) -> Size:
+        """The largest crops of the stages of the plan that have begun."""
+        stages = self.plan.stages if len(self.plan.stages) > 1 else ((0.0, self.plan.groups),)
+        begun = [groups for start, groups in stages if start * self.length <= now]
+        sizes = [group.size for groups in begun for group in groups]
+        return max(sizes, key=math.prod)
+
+    def next_stage(self, now: float) -> tuple[float, str] | None:
+        """When the crops of the plan change next, and the name of their sizes; None if never."""
+        for start, groups in self.plan.stages:
+            if start * self.length > now:
+                names = (self.name(group.size) for group in groups)
+                return start * self.length, " + ".join(dict.fromkeys(names))
+        return None
+
+    def name(self, size: Size) -> str:
+        """Size of crops in words: `whole images` for those of the canvas."""
+        return "whole images" if size == self.plan.canvas else size_name(size)
