@@ -33,7 +33,6 @@ FLAG = re.compile(r"--([A-Za-z][\w.-]*)")
         ("--output-dir x", "--out"),
         ("--resume", "again"),
         ("--wandb", "--track"),
-        ("--watch.grid 4", "--preview.grid"),
         ("--optim.learning-rate 1", "--optim.lr"),
         ("--optim.momentum 0.9", "--optim muon --optim.momentum 0.9"),
         ("--additions.contrast.weight 1", "--additions contrast"),
@@ -57,7 +56,6 @@ def test_training(typed: str, meant: str, capsys: Capture) -> None:
     ("typed", "meant"),
     [
         ("--cfg 3", "--guidance cfg"),
-        ("--guidance 3", "--guidance cfg --guidance.weight 3"),
         ("--guidance.weight 3", "--guidance cfg --guidance.weight 3"),
         ("--solver.churn.amount 3", "--solver.churn"),
         ("--prompt cat", "--classes"),

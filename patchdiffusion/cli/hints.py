@@ -48,8 +48,6 @@ def _by_end(
 
 def habit_of(name: str, known: Sequence[str], command: str) -> str:
     """Replacement for a flag of another program, or ""."""
-    if name.startswith("watch."):
-        return name.replace("watch.", "--preview.", 1)
     for habit in HABITS:
         first = re.search(r"--([\w.-]*\w)", habit.meant)
         applies = not first or first[1] in known

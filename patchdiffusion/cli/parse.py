@@ -1,5 +1,6 @@
 """Parse the arguments of a command into a record; every error is one line."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from typing import Any, TypeVar, get_origin, get_type_hints
@@ -8,6 +9,7 @@ from patchdiffusion.cli import HelpShown, flags
 from patchdiffusion.cli.help import docs, help_text
 from patchdiffusion.cli.hints import unknown_flag
 from patchdiffusion.cli.places import runs_here
+from patchdiffusion.cli.renamed import notes, present
 from patchdiffusion.cli.values import convert
 
 T = TypeVar("T")
@@ -21,7 +23,9 @@ def parse(default: T, arguments: Sequence[str], command: str, note: str = "") ->
     """
     words, given = flags.read(arguments)
     help_words = given.pop("help", None)
-    given = flags.shortened(default, given)
+    for line in notes(given):
+        print(line, file=sys.stderr)
+    given = flags.shortened(default, present(given, set(flags.names(flags.walk(default)))))
     record = flags.choose(default, given)
     _check_known(record, given, command)
     record = flags.assign(record, given)
@@ -42,7 +46,7 @@ def _check_known(record: Any, given: flags.Given, command: str) -> None:
 def parse_some(default: T, arguments: Sequence[str]) -> T:
     """Record `default` changed by those flags that it has; other arguments are ignored."""
     _, given = flags.read(arguments)
-    given = flags.shortened(default, given)
+    given = flags.shortened(default, present(given, set(flags.names(flags.walk(default)))))
     return flags.assign(flags.choose(default, given), given)
 
 

@@ -1,0 +1,61 @@
+"""Flags by their names in earlier versions, and short forms of flags."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+RENAMED = {
+    "patches.mode": "patches",
+    "patches.levels": "patches.percentiles",
+    "weighting": "objective.weighting",
+    "log-variance": "objective.log-variance",
+    "guidance-interval": "guidance.interval",
+    "guidance-rescale": "guidance.rescale",
+    "guidance-channels": "guidance.channels",
+    "autoguide": "guidance.model",
+    "autoguide-weights": "guidance.weights",
+}
+"""Present name of a flag, by the name in version 0.1."""
+REGION = ("size", "corner")
+"""Flags of a region of the canvas, short for `--canvas region --canvas.size`."""
+
+
+def present_name(name: str) -> str:
+    """Name of a flag in this version."""
+    if name.startswith("watch."):
+        return name.replace("watch.", "preview.", 1)
+    return RENAMED.get(name, name)
+
+
+def present(given: Mapping[str, Sequence[str]], known: Collection[str]) -> dict[str, Sequence[str]]:
+    """Flags by their present names, with short forms in full where their family is known.
+
+    `--guidance 3` is classifier-free guidance of that weight, `--size 64 96` a region.
+    """
+    flags = {present_name(name): words for name, words in given.items()}
+    if "canvas" in known and any(name in flags for name in REGION):
+        flags.setdefault("canvas", ["region"])
+        for name in REGION:
+            if name in flags:
+                flags[f"canvas.{name}"] = flags.pop(name)
+    for family in ("guidance", "sampler.guidance"):
+        weight = _number(flags.get(family, ()))
+        if weight is not None:
+            member = "autoguidance" if f"{family}.model" in flags else "cfg"
+            flags[family] = ["none" if weight == 1 else member]
+            if weight != 1:
+                flags[f"{family}.weight"] = [f"{weight:g}"]
+    return flags
+
+
+def notes(given: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line for each flag that has another name now."""
+    pairs = ((name, present_name(name)) for name in given)
+    return [f"note: --{old} is called --{new} now" for old, new in pairs if old != new]
+
+
+def _number(words: Sequence[str]) -> float | None:
+    try:
+        value = float(words[0]) if len(words) == 1 else math.nan
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
