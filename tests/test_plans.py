@@ -256,3 +256,12 @@ def test_sizes_that_are_rounded_are_told(
     law = Stratified(fractions=fractions, probs=(1 / len(fractions),) * len(fractions))
     told = PatchPlan(canvas, 8, law, divisor).rounding
     assert names(told, *parts) if parts else told == ""
+
+
+def test_stages_are_the_changes_of_a_progressive_plan() -> None:
+    law = Progressive(fractions=(1.0, 0.5, 0.25), probs=(0.5, 0.3, 0.2))
+    stages = PatchPlan((64, 64), 8, law, divisor=4).stages
+    assert [groups[0].size for _, groups in stages] == [(16, 16), (32, 32), (64, 64)]
+    assert [start for start, _ in stages] == pytest.approx([0, 0.2, 0.5], abs=1e-5)
+    for still in (Stratified(), Stochastic()):
+        assert len(PatchPlan((64, 64), 8, still, divisor=4).stages) == 1

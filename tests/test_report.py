@@ -10,6 +10,7 @@ import pytest
 from commands import refuses
 
 from patchdiffusion.system.files import read_json, write_json
+from patchdiffusion.train.charts import crop_sizes
 from patchdiffusion.train.report import read_log, write_report
 
 
@@ -33,16 +34,17 @@ def test_the_page_needs_nothing_else(run: Path) -> None:
     for outside in (r'(src|href)\s*=\s*"?(http|//|/|\.)', "<script", "<link", "@import", r"url\(h"):
         assert not re.search(outside, text), outside
     assert text.startswith("<!doctype html>") and text.rstrip().endswith("</html>")
-    (image,) = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
-    (picture,) = (run / "samples").iterdir()
-    assert base64.b64decode(image) == picture.read_bytes()
-    assert text.count("<svg") == 1 and "</svg>" in text
+    images = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    files = [*(run / "samples").iterdir(), run / "real.png"]
+    assert [base64.b64decode(image) for image in images] == [file.read_bytes() for file in files]
+    assert text.count("<svg") == text.count("</svg>") == 5
+    assert '<meta name="viewport"' in text and 'http-equiv="refresh"' not in text
 
 
 def test_the_page_says_what_the_run_did(run: Path) -> None:
     text = page(run)
     for part in (
-        "finished; 12 of 12 equivalents, 24 crops",
+        "finished; 12 of 12 full-image equivalents, 24 crops",
         "full-image equivalents",
         "crops per second",
         "share of measured peak",
@@ -56,6 +58,26 @@ def test_the_page_says_what_the_run_did(run: Path) -> None:
         assert part in text, part
 
 
+def test_all_crop_sizes_of_the_run_have_a_curve(run: Path) -> None:
+    records = read_log(run)
+    status = [r for r in records if r["kind"] == "status"]
+    for record in status[:-1]:  # the last line has one size only, as in a progressive plan
+        record["sizes"] = {"8x8": 1.0}
+    status[-1]["sizes"] = {"16x16": 0.5}
+    assert crop_sizes(status) == ["16x16", "8x8"]
+    edit_log(run, *records)
+    assert "<!-- training, 8x8 -->" in page(run) and "<!-- training, 16x16 -->" in page(run)
+
+
+def test_evaluations_are_shown(run: Path) -> None:
+    (run / "evaluations").mkdir()
+    result = {"frechet_distance": 12.25, "card": {"samples": 7}, "held_out": {"loss": 0.125}}
+    write_json(run / "evaluations" / "0001.json", result)
+    text = page(run)
+    for cells in ("<td>frechet distance</td><td>12.25</td>", "<td>held out loss</td><td>0.125"):
+        assert cells in text
+
+
 def test_another_place(run: Path, tmp_path: Path) -> None:
     assert write_report(run, tmp_path / "deep" / "page.html") == tmp_path / "deep" / "page.html"
     assert (tmp_path / "deep" / "page.html").stat().st_size > 1000
@@ -67,7 +89,7 @@ def test_a_crashed_run(run: Path) -> None:
     text = (run / "log.jsonl").read_text()
     (run / "log.jsonl").write_text(text[: text.index('"kind": "preview"') + 30])
     made = page(run)
-    assert "running; 12 of 12" in made
+    assert "running; 12 of 12" in made and 'http-equiv="refresh"' in made
     assert "data:image/png" not in made
 
 
@@ -75,7 +97,7 @@ def test_a_run_that_has_only_begun(run: Path) -> None:
     for name in ("log.jsonl", "run.json"):
         (run / name).unlink()
     text = page(run)
-    assert "not started" in text and "No status line has been written yet." in text
+    assert "not started" in text and "No status line yet." in text
     edit_log(run, "")
     page(run)
     edit_log(run, '{"kind": "start", "da')
