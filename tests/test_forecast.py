@@ -2,6 +2,7 @@
 
 import pytest
 
+from patchdiffusion.patches import Size
 from patchdiffusion.plans import (
     ConstantPixels,
     PatchPlan,
@@ -13,7 +14,7 @@ from patchdiffusion.plans import (
 from patchdiffusion.train.forecast import Forecast
 
 CANVAS = (32, 32)
-FLOPS = {(32, 32): 1000, (16, 16): 240, (8, 8): 57}
+FLOPS: dict[Size, int] = {(32, 32): 1000, (16, 16): 240, (8, 8): 57}
 
 
 def forecast(law: Plan, *, length: float = 4000.0, preview: float = 0.0) -> Forecast:

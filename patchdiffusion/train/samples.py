@@ -78,7 +78,7 @@ class SamplePreview:
         pack = self.scene.pack
         count = min(self.scene.config.preview.grid, len(pack.train))
         index = pack.train[torch.arange(count) * len(pack.train) // count]
-        return pack.space.to_picture(pack.images[index])
+        return pack.space.to_picture(pack.images[index].numpy())
 
     @cached_property
     def _classes(self) -> list[int]:
