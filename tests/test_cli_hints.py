@@ -62,7 +62,6 @@ def test_training(typed: str, meant: str, capsys: Capture) -> None:
         ("-n 4", "--count"),
         ("--num-samples 4", "--count"),
         ("--num-inference-steps 4", "--steps"),
-        ("--size 64", "--canvas.size"),
         ("--solver euler_a", "--solver ancestral"),
         ("--solver dpm++2m", "--solver dpmpp_2m"),
         ("--solver huen", "--solver heun"),

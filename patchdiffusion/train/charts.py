@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ def _curve(status: Iterable[Record], field: str, name: str) -> Points:
     return [(r["images"], r[field].get(name)) for r in status]
 
 
-def _any(lines: dict[str, Points]) -> bool:
+def _any(lines: Mapping[str, Points]) -> bool:
     return any(y is not None for points in lines.values() for _, y in points)
 
 
-def _chart(title: str, lines: dict[str, Points], clock: str, log: bool) -> str:
+def _chart(title: str, lines: Mapping[str, Points], clock: str, log: bool) -> str:
     from matplotlib import ticker
     from matplotlib.figure import Figure  # here: it takes half a second to import
 
