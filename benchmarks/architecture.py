@@ -1,4 +1,4 @@
-"""Draws the two paths of docs/architecture.md, file by file, from the tables of that page.
+"""Draw the two paths of docs/architecture.md, file by file, from the tables of that page.
 
 python benchmarks/architecture.py    # writes docs/architecture.png
 """
@@ -20,14 +20,14 @@ COLORS = ("#dbe9f6", "#fde5cd")
 
 
 def paths(page: str) -> dict[str, list[tuple[str, str]]]:
-    """The tables under headings that begin with "Path": rows of file and what it does."""
-    found: dict[str, list[tuple[str, str]]] = {}
+    """Tables under headings that begin with "Path": rows of file and description."""
+    tables: dict[str, list[tuple[str, str]]] = {}
     for section in re.split(r"^## ", page, flags=re.M)[1:]:
         title, _, body = section.partition("\n")
         if title.startswith("Path"):
             rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \|$", body, flags=re.M)
-            found[title.partition(": ")[2]] = [(file, text.strip()) for file, text in rows]
-    return found
+            tables[title.partition(": ")[2]] = [(file, text.strip()) for file, text in rows]
+    return tables
 
 
 def draw(axes: Axes, title: str, rows: list[tuple[str, str]], color: str) -> None:

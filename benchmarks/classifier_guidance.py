@@ -1,11 +1,11 @@
-"""How often guided samples of the glyphs are of the class asked for: the table of docs/tasks.md.
+"""Measure the class accuracy of guided samples of the glyphs, for the table of docs/tasks.md.
 
     python benchmarks/classifier_guidance.py WORK
 
-Trains a denoiser, a classifier that guides it and another classifier that judges, in the folder
-WORK (about fifteen minutes on one core; the same command goes on), and samples with classifier
-guidance and with classifier-free guidance of several weights. The judge has seen whole images of
-little noise, with another seed, and has no part in sampling. The numbers go to
+Trains a denoiser, a classifier that guides it and an independent classifier as a judge, in the
+folder WORK (about fifteen minutes on one core; the same command resumes), and samples with
+classifier guidance and classifier-free guidance of several weights. The judge is trained on whole
+images of little noise, with another seed, and is not used in sampling. Results are written to
 benchmarks/results/classifier-guidance.json, the picture to docs/classifier-guidance.png.
 """
 
@@ -48,7 +48,7 @@ WEIGHTS = (1.0, 2.0, 4.0, 8.0)
 STEPS = 12
 COUNT = 600
 SIGMA = 0.02
-"""Noise level at which the judge looks at images."""
+"""Noise level of the images that the judge classifies."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""The figures of the training engine that the project promises, measured in one run.
+"""Measure all claims about the speed and memory of the training engine.
 
     python benchmarks/engine.py --data emoji-128.zip --out benchmarks/results/DATE-engine.json
 
 Every step is timed by `patchdiffusion bench` in a process of its own; ratios are of medians, and
-the processes of a ratio take turns, so that a machine that slows down slows both. Needs two cores
-that are otherwise idle, and about twenty minutes.
+the processes of a ratio take turns, so that a slowdown of the machine affects both. Needs two idle
+cores, and about twenty minutes.
 """
 
 import argparse
@@ -36,7 +36,7 @@ Result = dict[str, Any]
 
 
 class Bench:
-    """Runs `patchdiffusion bench` and keeps everything it says."""
+    """Runs `patchdiffusion bench` and keeps all results."""
 
     def __init__(self, data: str, repeats: int, folder: Path):
         self.common = f"bench {data} --data.resolution 64 --data.channels 3 {NETWORK}".split()
@@ -52,26 +52,30 @@ class Bench:
         kernels: bool = True,
         together: bool = True,
     ) -> Result:
-        """One process for each entry of `cores`, a list for `taskset`; by default one on all.
+        """Result of one process for each entry of `cores`, lists for `taskset`; by default one.
 
-        If they are not `together`, each trains for itself; the result is that of the last one.
+        Unless they train `together`, each trains for itself; the result is that of the last one.
         """
         cores = cores or [",".join(map(str, range(os.cpu_count() or 1)))]
         port = _free_port()
         command = [sys.executable, "-m", "patchdiffusion", *self.common, *options.split()]
         processes = []
         for rank, allowed in enumerate(cores):
-            own = {**os.environ, "PATCHDIFFUSION_KERNELS": str(int(kernels))}
-            own |= {"OMP_NUM_THREADS": str(len(allowed.split(",")))}
+            environment = {**os.environ, "PATCHDIFFUSION_KERNELS": str(int(kernels))}
+            environment |= {"OMP_NUM_THREADS": str(len(allowed.split(",")))}
             if len(cores) > 1 and together:
-                own |= {"RANK": str(rank), "WORLD_SIZE": str(len(cores)), "MASTER_PORT": str(port)}
-                own |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(len(cores))}
-                own |= {"MASTER_ADDR": "127.0.0.1"}
+                environment |= {
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(len(cores)),
+                    "MASTER_PORT": str(port),
+                }
+                environment |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(len(cores))}
+                environment |= {"MASTER_ADDR": "127.0.0.1"}
             save = ["--save", str(self.file)]
             processes.append(
                 subprocess.Popen(
                     ["taskset", "-c", allowed, *command, *save],
-                    env=own,
+                    env=environment,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -83,13 +87,13 @@ class Bench:
                 raise SystemExit(f"{' '.join(command)} failed: {err}")
         result: Result = json.loads(self.file.read_text())
         del result["config"]
-        told = {"options": options, "cores": cores, "kernels": kernels, "together": together}
-        self.raw.append(told | result)
-        print(f"    {options} on {len(cores)} x {cores[0]}: {_told(result)}", flush=True)
+        settings = {"options": options, "cores": cores, "kernels": kernels, "together": together}
+        self.raw.append(settings | result)
+        print(f"    {options} on {len(cores)} x {cores[0]}: {_summary(result)}", flush=True)
         return result
 
 
-def _told(result: Result) -> str:
+def _summary(result: Result) -> str:
     rows = ((name, row["seconds"], row["crops_per_second"]) for name, row in result["rows"].items())
     return ", ".join(f"{name} {s * 1e3:.0f} ms {rate:.1f}/s" for name, s, rate in rows)
 
@@ -112,7 +116,7 @@ def _median(turns: int, measure: Callable[[], float]) -> float:
 
 
 def best_against_eager(bench: Bench, turns: int) -> Result:
-    """Images per second of whole-image steps: our best against our plain fp32."""
+    """Images per second of steps of whole images: fastest settings against fp32 without kernels."""
     whole = "--patches.fractions 1 --patches.probs 1"
     pairs = [
         (
@@ -127,25 +131,25 @@ def best_against_eager(bench: Bench, turns: int) -> Result:
 
 
 def mixture(bench: Bench, turns: int) -> Result:
-    """Images counted as the paper does, against our own whole-image training."""
+    """Crops per second, counted as images like the paper, relative to training on whole images."""
     name = "counted_images_against_whole"
-    found: Result = {}
+    rates: Result = {}
     for label, options in (("constant pixels", CONSTANT), ("paper's growth", PAPER)):
         rows = [bench(options)["rows"]["mixture"] for _ in range(turns)]
-        found[label] = statistics.median(row[name] for row in rows)
-        found[f"{label}, time outside"] = statistics.median(row["outside"] for row in rows)
+        rates[label] = statistics.median(row[name] for row in rows)
+        rates[f"{label}, time outside"] = statistics.median(row["outside"] for row in rows)
     rows = [bench(CONSTANT, cores=["0", "1"])["rows"]["mixture"] for _ in range(turns)]
-    found["constant pixels, 2 processes"] = statistics.median(row[name] for row in rows)
-    found["default plan"] = statistics.median(
+    rates["constant pixels, 2 processes"] = statistics.median(row[name] for row in rows)
+    rates["default plan"] = statistics.median(
         bench("--patches stratified")["rows"]["mixture"][name] for _ in range(turns)
     )
-    return found
+    return rates
 
 
 def scaling(bench: Bench, turns: int) -> Result:
-    """Two processes on one core each against one on one core; the same batch in all.
+    """Two processes on one core each against one process on one core, with the same batch.
 
-    The limit of the machine is two processes that have nothing to do with each other.
+    The limit of the machine is that of two independent processes.
     """
     whole = "--patches.fractions 1 --patches.probs 1 --batch 16 --micro-batch 8"
     rates = [
@@ -167,12 +171,12 @@ def scaling(bench: Bench, turns: int) -> Result:
 
 
 def start(data: str, turns: int, folder: Path) -> Result:
-    """Seconds from the command to the first status line, with the images prepared."""
+    """Seconds from the command to the first status line, with prepared images."""
 
     def once() -> float:
         out = Path(tempfile.mkdtemp(dir=folder)) / "run"
         options = f"train {data} --data.resolution 64 --data.channels 3 {NETWORK}".split()
-        begun = time.monotonic()
+        started = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-u", "-m", "patchdiffusion", *options, "--out", str(out)],
             stdout=subprocess.PIPE,
@@ -183,11 +187,11 @@ def start(data: str, turns: int, folder: Path) -> Result:
         for line in process.stdout:
             if "crops/s" in line:
                 break
-        took = time.monotonic() - begun
+        seconds = time.monotonic() - started
         process.kill()
         process.communicate()
-        print(f"    first step after {took:.1f} s", flush=True)
-        return took
+        print(f"    first step after {seconds:.1f} s", flush=True)
+        return seconds
 
     return {"seconds": _median(turns, once)}
 
@@ -196,7 +200,7 @@ def memory(data: str, folder: Path) -> Result:
     """Anonymous memory of a process that trains on a small pack, and on a sparse one of 10 GB."""
     small = prepare(open_source(data), resolution=64, channels=3, progress=False)
     large = _inflate(small, folder / "large", images=10 * 10**9 // (64 * 64 * 3))
-    found = {}
+    bytes_used = {}
     for name, pack in (("small", small.path), ("10 GB", large)):
         out = folder / f"memory-{name}"
         options = f"train {pack} --batch 8 --network.base 16 --network.blocks 1".split()
@@ -213,15 +217,15 @@ def memory(data: str, folder: Path) -> Result:
             lines += "crops/s" in line
             if lines == 20:
                 break
-        found[name] = _anonymous(process.pid)
+        bytes_used[name] = _anonymous(process.pid)
         process.kill()
         process.communicate()
-        print(f"    {name}: {found[name] / 2**20:.0f} MiB", flush=True)
-    return found
+        print(f"    {name}: {bytes_used[name] / 2**20:.0f} MiB", flush=True)
+    return bytes_used
 
 
 def _inflate(pack: Pack, folder: Path, images: int) -> Path:
-    """The same pack with as many images, most of which are holes in the file."""
+    """Pack with more images, whose files are sparse."""
     folder.mkdir()
     facts = json.loads((pack.path / "pack.json").read_text())
     facts["stamp"] = "inflated"
@@ -248,7 +252,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", required=True, help="images to train on")
     parser.add_argument("--repeats", type=int, default=7, help="steps timed in each process")
-    parser.add_argument("--turns", type=int, default=3, help="processes of which the median counts")
+    parser.add_argument(
+        "--turns", type=int, default=3, help="processes of which the median is reported"
+    )
     parser.add_argument("--only", default="", help="names of claims, separated by commas")
     parser.add_argument("--out", type=Path, default=None, help="JSON file to write")
     options = parser.parse_args()
@@ -262,14 +268,14 @@ def main() -> None:
             "start": lambda: start(options.data, options.turns, folder),
             "memory": lambda: memory(options.data, folder),
         }
-        found = {}
+        results = {}
         for claim, measure in claims.items():
             if not options.only or claim in options.only.split(","):
                 print(claim, flush=True)
-                found[claim] = measure()
-                print(f"  {found[claim]}", flush=True)
+                results[claim] = measure()
+                print(f"  {results[claim]}", flush=True)
     if options.out:
-        options.out.write_text(json.dumps({"claims": found, "raw": bench.raw}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"claims": results, "raw": bench.raw}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Few-step models of a Gaussian mixture in the plane: the table of docs/few-steps.md.
+"""Train few-step models of a Gaussian mixture in the plane, for the table of docs/few-steps.md.
 
     python benchmarks/few_steps.py
 
-Trains the same small network by each objective and tells how far samples of 1, 2, 4 and 20 steps
-are from the data: the sliced Wasserstein distance of 20,000 points, along 64 directions. Two draws
-of the data themselves are the floor. About two minutes on one core; the numbers go to
+Trains the same small network by each objective and measures the distance of samples of 1, 2, 4 and
+20 steps from the data: sliced Wasserstein distance of 20,000 points, along 64 directions. Its lower
+limit is that of two draws of the data. About two minutes on one core; results are written to
 benchmarks/results/few-steps.json.
 """
 
@@ -42,11 +42,11 @@ from patchdiffusion.weighting import EDMWeight, FlowWeight
 
 DATA = GaussianMixture.toy()
 SPREAD = 0.88
-"""Its standard deviation."""
+"""Standard deviation of the data."""
 STRAIGHT = MeanFlowConfig().precond(EDM())
-"""The parameterisation whose network is told the time of the straight path as it is."""
+"""Parameterisation whose network is conditioned on the time of the straight path."""
 LARGEST = 20.0
-"""Noise level at which consistency models begin."""
+"""Noise level at which consistency models start."""
 LAW = LogNormal(mean=0.0, std=1.6)
 BATCH = 256
 COUNT = 20_000
@@ -55,7 +55,7 @@ RESULT = File(__file__).parent / "results" / "few-steps.json"
 
 
 class MLP(nn.Module):
-    """Three layers of 128 for points of the plane, told the noise and the span."""
+    """Three layers of 128 features for points of the plane, conditioned on noise and jump."""
 
     def __init__(self, seed: int = 0, width: int = 128, features: int = 32):
         super().__init__()
@@ -66,9 +66,9 @@ class MLP(nn.Module):
         initialize(self, seed)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
-        span = torch.zeros_like(noise) if cond.jump is None else cond.jump
-        told = [positional(4 * value, self.features) for value in (noise, span)]
-        h = torch.cat([x, *told], dim=1)
+        jump = torch.zeros_like(noise) if cond.jump is None else cond.jump
+        features = [positional(4 * value, self.features) for value in (noise, jump)]
+        h = torch.cat([x, *features], dim=1)
         for layer in self.layers:
             h = torch.nn.functional.silu(layer(h))
         return self.out(h)
@@ -83,10 +83,10 @@ def train(
     lr: float = 2e-3,
     seed: int = 0,
 ) -> NetDenoiser:
-    """Train by an objective, which is told the denoiser of averaged weights, and return that."""
+    """Train by an objective, a function of the averaged denoiser; returns the averaged denoiser."""
     network, average = MLP(seed), MLP(seed).requires_grad_(False)
-    own, smooth = NetDenoiser(network, precond), NetDenoiser(average, precond)
-    loss = objective(smooth)
+    trained, averaged = NetDenoiser(network, precond), NetDenoiser(average, precond)
+    loss = objective(averaged)
     optimizer = torch.optim.Adam(network.parameters(), lr=lr)
     for step in range(steps):
         progress = step / steps
@@ -98,13 +98,13 @@ def train(
         none = torch.zeros(BATCH, 4, dtype=torch.int64)
         batch = Batch(x.float(), Cond(), index, none, none[:, 0].bool(), law, progress)
         optimizer.zero_grad()
-        loss(own, batch, draws).per_sample.mean().backward()
+        loss(trained, batch, draws).per_sample.mean().backward()
         optimizer.step()
         with torch.no_grad():
             decay = min(0.995, (1 + step) / (10 + step))
             for target, weight in zip(average.parameters(), network.parameters(), strict=True):
                 target.lerp_(weight, 1 - decay)
-    return smooth
+    return averaged
 
 
 # ---- The models ----
@@ -112,7 +112,7 @@ def train(
 
 @dataclass(frozen=True)
 class EulerMap:
-    """Steps of Euler's rule on the straight path, what flow matching is usually sampled with."""
+    """Euler steps on the straight path, the usual sampler of flow matching."""
 
     denoiser: NetDenoiser
     path: Path = field(default_factory=Flow)
@@ -129,16 +129,16 @@ class EulerMap:
 
 
 def flow_matching(steps: int) -> FlowMap:
-    """The baseline: an ordinary velocity."""
+    """Baseline: velocity by flow matching."""
     loss, law = DenoisingLoss(FlowWeight()), LogNormal(mean=0.0, std=1.0)
     return EulerMap(train(STRAIGHT, lambda average: loss, steps, law=law))
 
 
 def meanflow(steps: int) -> FlowMap:
-    """Three quarters of the samples with two different times, drawn from almost all of (0, 1).
+    """MeanFlow with different times for 3/4 of the samples, drawn from almost all of (0, 1).
 
-    The loss is not divided by itself: with two numbers instead of thousands, that would not leave
-    its minimum where it is.
+    The loss has no adaptive weight: with two values per sample instead of thousands, that would
+    move its minimum.
     """
     config = MeanFlowConfig(same=0.25, power=0.0)
     loss, law = MeanFlowLoss(config=config), LogNormal(mean=0.0, std=2.0)
@@ -146,7 +146,7 @@ def meanflow(steps: int) -> FlowMap:
 
 
 def consistency(steps: int, teacher: Denoiser | None = None) -> FlowMap:
-    """As in iCT but for the numbers; with a teacher, consistency distillation."""
+    """Consistency training as in iCT, with other numbers; distillation if there is a teacher."""
     first, last = (10, 320) if teacher is None else (40, 160)
     config = ConsistencyConfig(first=first, last=last, huber=0.1, sigma_max=LARGEST)
     precond = config.precond(EDM(sigma_data=SPREAD))
@@ -155,7 +155,7 @@ def consistency(steps: int, teacher: Denoiser | None = None) -> FlowMap:
 
 
 def trajectory(steps: int) -> FlowMap:
-    """A consistency trajectory model of the exact denoiser."""
+    """Consistency trajectory model of the exact denoiser."""
     precond, weighting = EDM(sigma_data=SPREAD), EDMWeight(sigma_data=SPREAD)
     config = CTMConfig(steps=2, denoising=0.01, sigma_max=LARGEST)
     common = TrajectoryLoss(config=config, target=DATA, teacher=DATA, weighting=weighting)
@@ -177,7 +177,7 @@ MODELS: dict[str, Callable[[int], FlowMap]] = {
 
 @torch.no_grad()
 def samples(flow_map: FlowMap, steps: int) -> Tensor:
-    """float32 [COUNT, 2]."""
+    """Samples of a flow map: float32 [COUNT, 2]."""
     keys = rng.keys(0, "samples", 0, torch.arange(COUNT))
     times = flow_map.times(steps)
     z = rng.normal(keys, (2,)) * flow_map.path.s(times[0]).item()
@@ -189,12 +189,12 @@ def samples(flow_map: FlowMap, steps: int) -> Tensor:
 
 
 def data(stream: str = "real") -> Tensor:
-    """As many points of the mixture itself."""
+    """`COUNT` points of the mixture."""
     return DATA.sample(rng.keys(0, stream, 0, torch.arange(COUNT)))[0].float()
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Sliced Wasserstein-2: root mean square over 64 directions of that of projections."""
+    """Sliced Wasserstein-2 distance: root mean square over 64 directions."""
     angle = torch.arange(64) * (math.pi / 64)
     directions = torch.stack([angle.cos(), angle.sin()])
     gap = (a @ directions).sort(dim=0).values - (b @ directions).sort(dim=0).values
@@ -202,7 +202,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def main(steps: int = 4000) -> None:
-    """Train, measure, write the numbers and print them as Markdown."""
+    """Train and measure all models; write the results and print them as Markdown."""
     real = data()
     rows: dict[str, list[float]] = {}
     for name, make in MODELS.items():
@@ -223,7 +223,7 @@ def main(steps: int = 4000) -> None:
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Lines of Markdown."""
+    """Table in Markdown, as lines."""
     head = [f"{n} step{'s' * (n > 1)}" for n in result["sampling steps"]]
     lines = [["model", *head], ["---"] * (len(head) + 1)]
     for name, row in result["sliced Wasserstein-2"].items():

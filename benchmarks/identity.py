@@ -1,4 +1,4 @@
-"""Proves that a change of the code changes no number: losses, weights and samples, to the last bit.
+"""Check that a change of the code changes no loss, weight or sample, to the last bit.
 
 python benchmarks/identity.py record before.json    # on the old code
 python benchmarks/identity.py compare before.json   # on the new code; exits with 1 if they differ
@@ -112,58 +112,59 @@ def images(folder: Path) -> None:
 
 
 def words(text: str, root: Path) -> list[str]:
-    """A command line in which IMAGES and RUNS stand for folders."""
+    """Words of a command line, with IMAGES and RUNS replaced by folders."""
     return text.replace("IMAGES", str(root / "images")).replace("RUNS", str(root / "runs")).split()
 
 
 def quietly(arguments: Sequence[str]) -> None:
     """Run a command; raises `RuntimeError` with what it printed if it fails."""
-    told = io.StringIO()
-    with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         code = cli.main(list(arguments))
     if code:
-        raise RuntimeError(f"patchdiffusion {' '.join(arguments)}: {told.getvalue()[-2000:]}")
+        raise RuntimeError(f"patchdiffusion {' '.join(arguments)}: {output.getvalue()[-2000:]}")
 
 
 def on_two_ranks(arguments: Sequence[str]) -> None:
     """Run a command under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "patchdiffusion", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(arguments)}: {done.stdout[-1000:]}{done.stderr[-2000:]}")
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        output = f"{result.stdout[-1000:]}{result.stderr[-2000:]}"
+        raise RuntimeError(f"{' '.join(arguments)}: {output}")
 
 
-# ---- What is compared ----
+# ---- Records ----
 
 
 def digest(content: bytes) -> str:
-    """Some digits of SHA-256."""
+    """First 16 digits of the SHA-256."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def exact(value: Any) -> Any:
-    """The same with floats as hexadecimal text."""
+    """Copy with floats as hexadecimal text."""
     if isinstance(value, dict):
         return {key: exact(item) for key, item in value.items()}
     return value.hex() if isinstance(value, float) else value
 
 
 def weights(file: Path) -> str:
-    """A digest of all tensors, whatever their names."""
+    """Digest of all tensors of a file, independent of their names."""
     values = load_file(file).values()
     parts = sorted(digest(repr(v.shape).encode() + v.tobytes()) for v in values)
     return digest("".join(parts).encode())
 
 
 def pixels(file: Path) -> str:
-    """A digest of a picture."""
+    """Digest of the pixels of a picture."""
     with Image.open(file) as image:
         return digest(np.asarray(image).tobytes())
 
 
 def of_run(folder: Path) -> Record:
-    """The numbers of a run."""
+    """Record of a run."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     names = ("step", "images", "crops", "flops", "loss", "sizes", "grad_norm", "lr", "scalars")
     shown = [line for line in lines if "held_out" in line]
@@ -180,7 +181,7 @@ def of_run(folder: Path) -> Record:
 
 
 def take(root: Path, only: Sequence[str]) -> Record:
-    """Run every case, or those whose name contains one of some words."""
+    """Run all cases, or those with one of the words `only` in their name."""
     images(root / "images")
     record: Record = {}
 
@@ -211,7 +212,7 @@ def take(root: Path, only: Sequence[str]) -> Record:
 
 
 def differences(before: Any, after: Any, where: str = "") -> list[str]:
-    """The places where two records differ, the first of each list."""
+    """Paths at which two records differ, with both values; of a list only the first."""
     if isinstance(before, dict) and isinstance(after, dict):
         keys = dict.fromkeys([*before, *after])
         pairs = ((before.get(k), after.get(k), f"{where} / {k}" if where else k) for k in keys)
@@ -231,21 +232,21 @@ def main() -> int:
     parser.add_argument("what", choices=["record", "compare"])
     parser.add_argument("file", type=Path, help="JSON")
     parser.add_argument("--only", nargs="*", default=[], help="words in the names of cases")
-    given = parser.parse_args()
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         os.environ.setdefault("PATCHDIFFUSION_CACHE", str(Path(temporary) / "cache"))
         os.environ["OMP_NUM_THREADS"] = "1"
-        record = take(Path(temporary), given.only)
-    if given.what == "record":
-        given.file.write_text(json.dumps(record, indent=1) + "\n")
+        record = take(Path(temporary), options.only)
+    if options.what == "record":
+        options.file.write_text(json.dumps(record, indent=1) + "\n")
         return 0
-    before = json.loads(given.file.read_text())
-    known = {name: case for name, case in record.items() if name in before}
-    wrong = differences({name: before[name] for name in known}, known)
+    before = json.loads(options.file.read_text())
+    common = {name: case for name, case in record.items() if name in before}
+    wrong = differences({name: before[name] for name in common}, common)
     if new := [name for name in record if name not in before]:
-        print(f"{given.file} has no {', '.join(new)}", file=sys.stderr)
-    print("\n".join(wrong) or f"{len(known)} cases are the same to the last bit")
-    return int(bool(wrong) or not known)
+        print(f"{options.file} has no {', '.join(new)}", file=sys.stderr)
+    print("\n".join(wrong) or f"{len(common)} cases are the same to the last bit")
+    return int(bool(wrong) or not common)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""The tables of docs/parameterisations.md, from formulas that a test evaluates.
+"""Print the tables of docs/parameterisations.md, from formulas that a test evaluates.
 
     python benchmarks/parameterisations.py
 
-prints them. The formulas are Python in the symbols of the page; they are written from the papers
-and know nothing of the code of the library, against which the test holds every one of them.
+The formulas are Python in the symbols of the page. They are written from the papers, independent of
+the code of the library, with which the test compares each of them.
 """
 
 SOURCES = {"x0": "x0", "eps": "eps", "S": "score", "v": "v", "u": "velocity"}
@@ -41,7 +41,7 @@ CONVERSIONS: dict[str, dict[str, str]] = {
         "v": "((a**2 + s**2) * u - (a * a_ + s * s_) * z) / W",
     },
 }
-"""What one prediction at z = a x0 + s eps says of another; a_ and s_ are time derivatives."""
+"""Conversions between predictions at z = a x0 + s eps; a_ and s_ are time derivatives."""
 
 # Word, c_skip, c_out, c_in, c_noise, weight on |D - x0|^2 and density of sigma up to a factor.
 BASES: dict[str, tuple[str, str, str, str, str, str]] = {
@@ -96,7 +96,7 @@ BASES: dict[str, tuple[str, str, str, str, str, str]] = {
     ),
 }
 
-# Word, weight on |D - x0|^2 and what it is.
+# Word, weight on |D - x0|^2 and description.
 WEIGHTS: dict[str, tuple[str, str]] = {
     "x0": ("1", "error of the image"),
     "eps": ("1 / sigma**2", "error of eps; SNR"),
@@ -111,7 +111,7 @@ WEIGHTS: dict[str, tuple[str, str]] = {
 
 
 def shown(formula: str) -> str:
-    """A formula for people, as code."""
+    """Formula as code in Markdown."""
     text = formula.replace("a_", "a'").replace("s_", "s'").replace("**", "^").replace(" * ", " ")
     return f"`{text}`"
 
@@ -123,18 +123,18 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def tables() -> list[str]:
-    """Everything on the page that is computed."""
+    """All computed tables of the page."""
     converted = [
         [shown(source), *(shown(row[target]) if target in row else "-" for target in SOURCES)]
         for source, row in CONVERSIONS.items()
     ]
     bases = [[f"`{word}`", *map(shown, row)] for word, row in BASES.items()]
-    weights = [[f"`{word}`", shown(formula), what] for word, (formula, what) in WEIGHTS.items()]
+    weights = [[f"`{word}`", shown(formula), text] for word, (formula, text) in WEIGHTS.items()]
     columns = ["word", "c_skip", "c_out", "c_in", "c_noise", "loss weight", "density of sigma"]
     return [
         table(["from \\ to", *map(shown, SOURCES)], converted),
         table(columns, bases),
-        table(["word", "weight", "what it is"], weights),
+        table(["word", "weight", "description"], weights),
     ]
 
 

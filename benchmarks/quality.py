@@ -1,16 +1,16 @@
-"""Quality against cost: several configurations and seeds, one figure and one table.
+"""Quality against cost: compare configurations over several seeds, in a figure and a table.
 
     python benchmarks/quality.py run emoji --data PACK --jobs 2 --minutes 60
     python benchmarks/quality.py measure emoji --data PACK --extractor inception
     python benchmarks/quality.py show emoji
 
-`benchmarks/quality/NAME.toml` says what is compared. `run` trains everything that has no result
-yet; killed or stopped by --minutes it goes on where it was. Every run leaves one small file in
+`benchmarks/quality/NAME.toml` defines the configurations. `run` trains those that have no result
+yet; after a kill or --minutes the same command resumes. Every run writes one small file to
 `benchmarks/results/quality/NAME`, from which `show` makes a figure and a table. `measure` samples
 from the models of finished runs and adds Frechet and kernel distances to their files.
 
-The held-out loss is that of whole images with fixed noise, from averaged weights, on the way of
-one run per seed: learning rates do not fall, so every point is where a shorter run would end.
+The held-out loss is that of whole images with fixed noise and averaged weights, during one run per
+seed: learning rates are constant, so every point is the end of a shorter run.
 """
 
 import argparse
@@ -45,18 +45,18 @@ class Run:
 
     @property
     def result(self) -> Path:
-        """The file that it leaves."""
+        """File of its result."""
         return RESULTS / self.experiment / f"{self.plan}-{self.seed}.json"
 
     def command(self, data: str, folder: Path, threads: int) -> list[str]:
-        """The same command begins and resumes it."""
+        """Command that starts and resumes it."""
         command = [sys.executable, "-u", "-m", "patchdiffusion", "train", data, *self.flags]
         command += ["--seed", str(self.seed), "--out", str(folder), "--threads", str(threads)]
         return [*command, "--save-minutes", "2"]
 
 
 def experiment(name: str) -> tuple[dict[str, Any], list[Run]]:
-    """What a file describes."""
+    """Settings and runs of an experiment."""
     with open(ROOT / "quality" / f"{name}.toml", "rb") as stream:
         facts = tomllib.load(stream)
     runs = []
@@ -70,19 +70,19 @@ def experiment(name: str) -> tuple[dict[str, Any], list[Run]]:
 # ---- Training ----
 
 
-def run_all(runs: list[Run], given: argparse.Namespace) -> None:
-    """Train what has no result, some at a time, until all is done or the time is over."""
-    end = time.monotonic() + 60 * given.minutes
+def run_all(runs: list[Run], options: argparse.Namespace) -> None:
+    """Train runs that have no result, `jobs` at a time, until all are done or time is up."""
+    end = time.monotonic() + 60 * options.minutes
     waiting = [r for r in runs if not r.result.exists()]
     busy: list[tuple[Run, Path, subprocess.Popen[bytes]]] = []
     failed: list[str] = []
     print(f"{len(runs) - len(waiting)} of {len(runs)} runs are done", flush=True)
     for run in runs:
         if run.result.exists() and json.loads(run.result.read_text())["flags"] != [*run.flags]:
-            print(f"note: {run.result} was made with other flags; without it, it is made again")
+            print(f"note: {run.result} is of other flags; delete it to train again")
     while waiting or busy:
-        while waiting and len(busy) < given.jobs and time.monotonic() < end - 60:
-            busy.append(_begin(waiting.pop(0), given, end))
+        while waiting and len(busy) < options.jobs and time.monotonic() < end - 60:
+            busy.append(_start(waiting.pop(0), options, end))
         for entry in list(busy):
             run, folder, process = entry
             if process.poll() is not None:
@@ -96,22 +96,22 @@ def run_all(runs: list[Run], given: argparse.Namespace) -> None:
         raise SystemExit("failed: " + "; ".join(failed))
 
 
-def _begin(
-    run: Run, given: argparse.Namespace, end: float
+def _start(
+    run: Run, options: argparse.Namespace, end: float
 ) -> tuple[Run, Path, subprocess.Popen[bytes]]:
-    folder = given.work / run.experiment / f"{run.plan}-{run.seed}"
+    folder = options.work / run.experiment / f"{run.plan}-{run.seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = run.command(given.data, folder, given.threads)
+    command = run.command(options.data, folder, options.threads)
     if end < math.inf:
         command += ["--max-hours", str((end - time.monotonic()) / 3600)]
-    print(f"begin  {run.plan}, seed {run.seed}", flush=True)
-    own = {**os.environ, "OMP_NUM_THREADS": str(given.threads)}
+    print(f"start  {run.plan}, seed {run.seed}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
     with open(f"{folder}.txt", "ab") as log:
-        return run, folder, subprocess.Popen(command, stdout=log, stderr=log, env=own)
+        return run, folder, subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
 
 def _finish(run: Run, folder: Path, code: int) -> bool:
-    """Keep the result of a run that has ended; False if it has failed."""
+    """Store the result of a run that has ended; False if it has failed."""
     status = json.loads((folder / "run.json").read_text())["status"] if not code else "failed"
     print(f"{status:<10} {run.plan}, seed {run.seed}", flush=True)
     if status == "finished":
@@ -122,13 +122,13 @@ def _finish(run: Run, folder: Path, code: int) -> bool:
 
 
 def collect(run: Run, folder: Path) -> dict[str, Any]:
-    """The curve of a finished run, and what it is a curve of."""
+    """Result of a finished run: its curve, flags and configuration."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     status = [r for r in records if r["kind"] == "status"]
-    watch = {r["step"]: r for r in records if r["kind"] == "preview" and "held_out" in r}
+    previews = {r["step"]: r for r in records if r["kind"] == "preview" and "held_out" in r}
     start = next(r for r in records if r["kind"] == "start")
     curve = []
-    for step, record in sorted(watch.items()):
+    for step, record in sorted(previews.items()):
         near = min(status, key=lambda r: abs(r["step"] - step))
         scale = step / near["step"]  # steps of a plan cost the same on average
         curve.append(
@@ -144,7 +144,7 @@ def collect(run: Run, folder: Path) -> dict[str, Any]:
             }
         )
     config = json.loads((folder / "config.json").read_text())
-    config["data"]["path"] = Path(config["data"]["path"]).name  # where it lies says nothing
+    config["data"]["path"] = Path(config["data"]["path"]).name  # without its folder
     return {
         "experiment": run.experiment,
         "plan": run.plan,
@@ -160,10 +160,10 @@ def collect(run: Run, folder: Path) -> dict[str, Any]:
 # ---- Samples of finished runs ----
 
 
-def measure_all(runs: list[Run], given: argparse.Namespace) -> None:
-    """Compare samples with the real images, where it has not been done and the model is there."""
+def measure_all(runs: list[Run], options: argparse.Namespace) -> None:
+    """Compare samples with real images for runs that have a model and no such result."""
     for run in runs:
-        folder = given.work / run.experiment / f"{run.plan}-{run.seed}"
+        folder = options.work / run.experiment / f"{run.plan}-{run.seed}"
         if not run.result.exists() or not (folder / "model").exists():
             continue
         result = json.loads(run.result.read_text())
@@ -171,44 +171,44 @@ def measure_all(runs: list[Run], given: argparse.Namespace) -> None:
             continue
         measured = folder / "samples.json"
         command = [sys.executable, "-m", "patchdiffusion", "evaluate", str(folder)]
-        command += ["--data", given.data, "--save", str(measured), "--held-out", "0"]
-        command += ["--features.extractor", given.extractor, "--samples", str(given.samples)]
+        command += ["--data", options.data, "--save", str(measured), "--held-out", "0"]
+        command += ["--features.extractor", options.extractor, "--samples", str(options.samples)]
         command += ["--reference", "5000"]
-        command += ["--solver", "dpmpp_2m", "--steps", str(given.steps)]
+        command += ["--solver", "dpmpp_2m", "--steps", str(options.steps)]
         print(f"measure  {run.plan}, seed {run.seed}", flush=True)
         subprocess.run([*command, "--precision", "bf16"], check=True)
         result["samples"] = json.loads(measured.read_text())
         run.result.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def samples_table(found: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
-    """What `measure` has added."""
+def samples_table(by_plan: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Table of the results of `measure`."""
     names = ("frechet_distance", "kernel_distance", "precision", "recall", "copy_rate")
     yield "| plan | seeds | Frechet distance | kernel distance | precision | recall | copies |"
     yield "|---|---|---|---|---|---|---|"
-    for plan, made in found.items():
-        samples = [r["samples"] for r in made if "samples" in r]
+    for plan, records in by_plan.items():
+        samples = [r["samples"] for r in records if "samples" in r]
         if samples:
             cells = (_spread([s[name] for s in samples if name in s]) for name in names)
             yield f"| {plan} | {len(samples)} | {' | '.join(cells)} |"
 
 
-# ---- Showing ----
+# ---- Figure and table ----
 
 
 def results(runs: list[Run]) -> dict[str, list[dict[str, Any]]]:
-    """What there is, by plan."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Existing results, by plan."""
+    by_plan: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         if run.result.exists():
-            found.setdefault(run.plan, []).append(json.loads(run.result.read_text()))
-    return found
+            by_plan.setdefault(run.plan, []).append(json.loads(run.result.read_text()))
+    return by_plan
 
 
 def cost_to_reach(curve: list[Point], value: float, cost: str) -> float:
-    """Where a curve first falls to a value, between points by logarithms; infinity if never.
+    """Cost at which a curve first falls to a value, interpolated in logarithms; else infinity.
 
-    The first point, if it is there already: that is the most that it can be.
+    If the first point lies below it already, its cost is an upper bound.
     """
     if curve[0]["loss"] <= value:
         return curve[0][cost]
@@ -220,27 +220,27 @@ def cost_to_reach(curve: list[Point], value: float, cost: str) -> float:
 
 
 def best(curve: list[Point]) -> Point:
-    """The point of the lowest loss, after which a run only overfits."""
+    """Point of the lowest loss, after which a run overfits."""
     return min(curve, key=lambda point: point["loss"])
 
 
-def table(found: dict[str, list[dict[str, Any]]], baseline: str) -> Iterator[str]:
-    """Losses at the end, at their best, and what it costs to be as good as the baseline's best."""
-    base = {r["seed"]: r["curve"] for r in found[baseline]}
+def table(by_plan: dict[str, list[dict[str, Any]]], baseline: str) -> Iterator[str]:
+    """Last and lowest losses, and relative cost of reaching the lowest loss of the baseline."""
+    base = {r["seed"]: r["curve"] for r in by_plan[baseline]}
     yield f"| plan | seeds | last loss | best loss | at PFLOP | FLOPs to the best of {baseline} |"
     yield "|---|---|---|---|---|---|"
-    for plan, made in found.items():
-        last = [r["curve"][-1]["loss"] for r in made]
-        lowest = [best(r["curve"]) for r in made]
+    for plan, records in by_plan.items():
+        last = [r["curve"][-1]["loss"] for r in records]
+        lowest = [best(r["curve"]) for r in records]
         shares = []
-        for r in made:
+        for r in records:
             if r["seed"] in base:
                 goal = best(base[r["seed"]])
                 shares.append(cost_to_reach(r["curve"], goal["loss"], "flops") / goal["flops"])
-        told = " ".join("never" if math.isinf(s) else f"{s:.2f}" for s in shares) or "-"
+        costs = " ".join("never" if math.isinf(s) else f"{s:.2f}" for s in shares) or "-"
         yield (
-            f"| {plan} | {len(made)} | {_spread(last)} | {_spread([p['loss'] for p in lowest])} | "
-            f"{statistics.mean(p['flops'] for p in lowest) / 1e15:.3f} | {told} |"
+            f"| {plan} | {len(records)} | {_spread(last)} | {_spread([p['loss'] for p in lowest])} | "
+            f"{statistics.mean(p['flops'] for p in lowest) / 1e15:.3f} | {costs} |"
         )
 
 
@@ -253,7 +253,7 @@ def _spread(values: list[float]) -> str:
     return f"{middle:.4f} +- {(max(values) - min(values)) / 2:.4f}"
 
 
-def figure(found: dict[str, list[dict[str, Any]]], title: str, out: Path) -> None:
+def figure(by_plan: dict[str, list[dict[str, Any]]], title: str, out: Path) -> None:
     """Loss against FLOPs and against images, one line for each run."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
@@ -265,11 +265,13 @@ def figure(found: dict[str, list[dict[str, Any]]], title: str, out: Path) -> Non
         ("floating-point operations of training", "crops seen (the paper's images)"),
         strict=True,
     ):
-        for number, (plan, made) in enumerate(found.items()):
-            for r in made:
+        for number, (plan, records) in enumerate(by_plan.items()):
+            for r in records:
                 points = [(p[cost], p["loss"]) for p in r["curve"]]
                 style = {"color": f"C{number % 10}", "ls": "-" if number < 10 else "--", "lw": 1.1}
-                axes.plot(*zip(*points, strict=True), label=plan if r is made[0] else None, **style)
+                axes.plot(
+                    *zip(*points, strict=True), label=plan if r is records[0] else None, **style
+                )
         axes.set_xlabel(label)
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -294,24 +296,24 @@ def main() -> None:
     parser.add_argument("--extractor", default="inception", help="features of `measure`")
     parser.add_argument("--samples", type=int, default=1000, help="samples of each model")
     parser.add_argument("--steps", type=int, default=10, help="evaluations for a sample")
-    given = parser.parse_args()
-    facts, runs = experiment(given.experiment)
-    if given.action != "show":
-        if given.data is None:
-            parser.error(f"{given.action} needs --data")
-        if unknown := {*given.only} - {r.plan for r in runs}:
-            parser.error(f"{given.experiment} has no plan {', '.join(sorted(unknown))}")
-        runs = [r for r in runs if not given.only or r.plan in given.only]
-        {"run": run_all, "measure": measure_all}[given.action](runs, given)
+    options = parser.parse_args()
+    facts, runs = experiment(options.experiment)
+    if options.action != "show":
+        if options.data is None:
+            parser.error(f"{options.action} needs --data")
+        if unknown := {*options.only} - {r.plan for r in runs}:
+            parser.error(f"{options.experiment} has no plan {', '.join(sorted(unknown))}")
+        runs = [r for r in runs if not options.only or r.plan in options.only]
+        {"run": run_all, "measure": measure_all}[options.action](runs, options)
         return
-    found = results(runs)
-    if facts["baseline"] not in found:
+    by_plan = results(runs)
+    if facts["baseline"] not in by_plan:
         parser.error(f"there are no results of {facts['baseline']} yet")
-    print("\n".join(table(found, facts["baseline"])))
-    if any("samples" in r for made in found.values() for r in made):
-        print("", *samples_table(found), sep="\n")
-    out = ROOT.parent / "docs" / f"quality-{given.experiment}.png"
-    figure(found, facts["title"], out)
+    print("\n".join(table(by_plan, facts["baseline"])))
+    if any("samples" in r for made in by_plan.values() for r in made):
+        print("", *samples_table(by_plan), sep="\n")
+    out = ROOT.parent / "docs" / f"quality-{options.experiment}.png"
+    figure(by_plan, facts["title"], out)
     print(f"\n{out}")
 
 

@@ -1,9 +1,9 @@
-"""How far solvers are from the truth after how many evaluations: a figure, and tables on stdout.
+"""Measure the errors of solvers against the number of evaluations: a figure, and tables.
 
     python benchmarks/solvers.py
 
-Writes docs/solvers-orders.png. All denoisers are exact, so nothing but the solver is measured; on
-one core it takes half a minute.
+Writes docs/solvers-orders.png. All denoisers are exact, so only errors of the solver are measured.
+Half a minute on one core.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def spreads() -> Curves:
 
 
 def order(name: str, errors: dict[int, float]) -> float:
-    """By how many powers of the step the error falls."""
+    """Empirical order of convergence: power of the step size in the error."""
     few, many = 35, 159
     steps = steps_for(name, many) / steps_for(name, few)
     return math.log(errors[few] / errors[many]) / math.log(steps)
@@ -108,8 +108,8 @@ def figure(panels: Mapping[str, Curves], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=OUT, help="where the figure goes")
-    given = parser.parse_args()
+    parser.add_argument("--out", type=Path, default=OUT, help="file of the figure")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     exact, spread = distances(), spreads()
     columns = list(map(str, BUDGETS))
@@ -132,7 +132,7 @@ def main() -> None:
             "Distance from the solution, mixture of Gaussians": exact,
             "Relative error of the standard deviation, one Gaussian": spread,
         },
-        given.out,
+        options.out,
     )
 
 

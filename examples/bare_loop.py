@@ -1,4 +1,4 @@
-"""Patch Diffusion in a training loop of your own: the lines marked with -> are all there is to it.
+"""Patch Diffusion in a training loop of your own: it consists of the lines marked with ->.
 
 python examples/bare_loop.py    # half a minute; letters begin to show with --steps 300
 """

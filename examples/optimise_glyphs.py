@@ -1,10 +1,11 @@
-"""Draw glyphs with more ink, or more symmetric ones, and ask a judge who was not told.
+"""Guide glyphs by a reward, ink or symmetry, and measure them independently of it.
 
 patchdiffusion train glyphs --out runs/glyphs
 python examples/optimise_glyphs.py runs/glyphs --reward symmetry
 
-Rows of the picture are strengths of the guidance. The judge is the distance to the nearest
-training image, compared with that of held-out images of like reward, and how many have as much.
+Rows of the picture are strengths of the guidance. The measure is the distance to the nearest
+training image, compared with that of held-out images of similar reward; the last column is the
+share of held-out images with at least this reward.
 """
 
 import argparse
@@ -21,12 +22,12 @@ from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
 
 
 def ink(x: Tensor) -> Tensor:
-    """Part of the canvas that is white."""
+    """Fraction of the canvas that is white."""
     return (x.mean(dim=(1, 2, 3)) + 1) / 2
 
 
 def symmetry(x: Tensor) -> Tensor:
-    """0 if left is the mirror image of right; else less."""
+    """0 for a symmetric image, negative otherwise: minus the squared error of its mirror image."""
     return -(x - x.flip(-1)).square().mean(dim=(1, 2, 3))
 
 
@@ -46,16 +47,16 @@ def main() -> None:
     canvas, denoiser = pipeline.model.config.canvas, pipeline.model.denoiser
     pack = prepare(open_source("glyphs"), resolution=(canvas[0], canvas[1]))
     real = pack.images.movedim(-1, 1).float() / 127.5 - 1
-    known, held_out = real[pack.train], real[pack.heldout]
+    train, held_out = real[pack.train], real[pack.heldout]
 
     def distance(x: Tensor) -> Tensor:
-        nearest = torch.cdist(x.flatten(1), known.flatten(1)).amin(1)
-        return nearest / known[0].numel() ** 0.5
+        nearest = torch.cdist(x.flatten(1), train.flatten(1)).amin(1)
+        return nearest / train[0].numel() ** 0.5
 
     reward, strengths = REWARDS[options.reward]
     rewards_held_out, distances_held_out = reward(held_out), distance(held_out)
     print(f"strength  {options.reward:>8}  distance  held out: like that  have as much")
-    shown = []
+    rows = []
     for strength in strengths:
         images = sample(
             GradientGuidance(denoiser, Tilt(reward), strength),
@@ -70,8 +71,8 @@ def main() -> None:
         judged = float(distance(images).mean()), float(distances_held_out[peers].mean())
         share = float((rewards_held_out >= mean).float().mean())
         print(f"{strength:8}  {mean:8.3f}  {judged[0]:8.3f}  {judged[1]:19.3f}  {share:12.1%}")
-        shown.append(images)
-    save_png(Path(options.out), enlarge(grid(to_uint8(torch.cat(shown)), options.count), 1024))
+        rows.append(images)
+    save_png(Path(options.out), enlarge(grid(to_uint8(torch.cat(rows)), options.count), 1024))
     print(f"wrote {options.out}")
 
 

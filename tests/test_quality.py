@@ -96,7 +96,7 @@ def test_train_takes_what_a_run_is_begun_with(
     monkeypatch.setattr(quality.subprocess, "Popen", lambda command, **_: begun.append(command))
     given = argparse.Namespace(data="x", work=tmp_path, threads=1, minutes=minutes)
     run = quality.Run("search", "whole", 3, ("--batch", "4"))
-    quality._begin(run, given, time.monotonic() + 60 * minutes)
+    quality._start(run, given, time.monotonic() + 60 * minutes)
     assert begun[0][:6] == [sys.executable, "-u", "-m", "patchdiffusion", "train", "x"]
     plain = train.TrainArguments(training=folder(Facts()))
     made = parse(plain, begun[0][6:], "train")

@@ -25,16 +25,16 @@ from patchdiffusion.train.settings import EMAConfig, PreviewConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What a recipe may depend on."""
+    """Facts about data and hardware on which a recipe depends."""
 
     name: str = "images"
     """Name of the data set."""
     path: str = "glyphs"
-    """Where it is."""
+    """Path or built-in name of the data set."""
     canvas: Size = (32, 32)
     """Height and width of the images, or the length of each axis of other data."""
     channels: int = 3
-    """Their channels."""
+    """Number of channels."""
     classes: int = 0
     """Number of classes, 0 without labels."""
     count: int = 10_000
@@ -46,7 +46,7 @@ class Facts:
 
     @classmethod
     def of(cls, pack: Pack, path: str, device: str = "auto") -> "Facts":
-        """The facts of prepared data."""
+        """Facts about a pack."""
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         trained = min(sum(map(bool, pack.trained_counts)), len(pack.classes))
         return cls(
@@ -64,11 +64,11 @@ class Facts:
 Recipe = Callable[[Facts], TrainConfig]
 
 GROWING = Progressive(loss_norm="mean")
-"""Crops from small to large over the run: of all laws measured it learns most from an operation."""
+"""Small to large crops over the run, the plan with the lowest loss per operation in benchmarks."""
 
 
 def folder(facts: Facts) -> TrainConfig:
-    """Any images, by their resolution, their number and the hardware; what a bare path gets.
+    """Any images: settings by their resolution, number and the hardware. The default for a path.
 
     A CPU gets a small network, about an hour, and crops from small to large; a GPU the published
     networks. Few images get more dropout, and flips if mirroring is harmless. Labels are used where
@@ -122,7 +122,7 @@ def glyphs(facts: Facts) -> TrainConfig:
 
 
 def cifar10(facts: Facts) -> TrainConfig:
-    """DDPM++ as EDM trains it on CIFAR-10, with patches (a GPU; arXiv 2206.00364, table 7)."""
+    """CIFAR-10 with the settings of EDM (arXiv 2206.00364, table 7), with patches, on a GPU."""
     return TrainConfig(
         name="cifar10",
         data=DataConfig(path=facts.path, flip=True),
@@ -134,7 +134,7 @@ def cifar10(facts: Facts) -> TrainConfig:
 
 
 def faces64(facts: Facts) -> TrainConfig:
-    """The paper's setting for CelebA-64 and FFHQ-64: stochastic sizes, p = .5 (arXiv 2304.12526).
+    """CelebA-64 and FFHQ-64 with the settings of Patch Diffusion, p = .5 (arXiv 2304.12526).
 
     200 million crops counted as images are 73.7 million full-image equivalents.
     """
@@ -153,9 +153,9 @@ def faces64(facts: Facts) -> TrainConfig:
 
 
 def meanflow(facts: Facts) -> TrainConfig:
-    """MeanFlow with patches, sampled in one to four evaluations: of the demo, or other images.
+    """MeanFlow with patches, for samples of 1 to 4 evaluations; glyphs, or other images.
 
-    Coordinates do not move along the path, so that patches change nothing in its derivative.
+    Coordinates are constant along the path, so that patches do not change its derivative.
     """
     if facts.path not in ("", "glyphs"):
         return replace(with_objective(folder(facts), "meanflow"), patches=Stratified())
@@ -166,10 +166,10 @@ def meanflow(facts: Facts) -> TrainConfig:
 
 
 def classifier(facts: Facts) -> TrainConfig:
-    """A classifier of noisy images with classes, for `sample --guidance classifier`.
+    """Classifier of noisy images, for `sample --guidance classifier`.
 
-    Network, noise law, crops and length are those of the denoiser of the same images; without a
-    decoder a step costs about a quarter.
+    Network, noise law, crops and length are those of the denoiser of the same images. A step costs
+    about a quarter, as there is no decoder.
     """
     plain = glyphs(facts) if facts.path in ("", "glyphs") else folder(facts)
     return replace(
@@ -182,7 +182,7 @@ def classifier(facts: Facts) -> TrainConfig:
 
 
 def moving_glyphs(facts: Facts) -> TrainConfig:
-    """The built-in clips of moving characters: crops in space and time, a transformer."""
+    """The built-in clips of moving characters: a transformer, on crops in space and time."""
     return TrainConfig(
         name="moving-glyphs",
         data=DataConfig(path="moving-glyphs", channels=1),
@@ -203,16 +203,17 @@ def moving_glyphs(facts: Facts) -> TrainConfig:
 
 
 def with_objective(config: TrainConfig, word: str) -> TrainConfig:
-    """The same for another objective, with the noise law and network that belong to it.
+    """Configuration with another objective, and the noise law and network that belong to it.
 
-    A configuration of that objective stays as it is. Raises `ValueError` for an unknown word.
+    One that has the objective already is returned unchanged. Raises `ValueError` for an unknown
+    word.
     """
-    chosen = families.choose(ObjectiveUnion, word, "objective")
-    return config if type(config.objective) is chosen else chosen().prefers(config)
+    member = families.choose(ObjectiveUnion, word, "objective")
+    return config if type(config.objective) is member else member().prefers(config)
 
 
 def word(recipe: Recipe) -> str:
-    """What the command line calls a recipe."""
+    """Name of a recipe on the command line."""
     return recipe.__name__.replace("_", "-")
 
 
@@ -224,7 +225,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find(name: str) -> Recipe:
-    """A recipe by name; raises `ValueError` that lists them."""
+    """Recipe by name; raises `ValueError` that lists all recipes."""
     if name not in RECIPES:
         raise ValueError(
             f"{name!r} is neither an existing path nor a recipe; recipes are {', '.join(RECIPES)}"
