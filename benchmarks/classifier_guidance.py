@@ -53,7 +53,7 @@ SIGMA = 0.02
 
 @dataclass(frozen=True)
 class Judge:
-    """The share of images that a classifier recognizes, and their variety within a class."""
+    """Measures the accuracy of a classifier on images, and their variety within a class."""
 
     classifier: NoisyClassifier
     scale: float
@@ -61,7 +61,7 @@ class Judge:
 
     @torch.no_grad()
     def right(self, images: Tensor, labels: Tensor) -> Tensor:
-        """uint8 [N, H, W, C] -> bool [N]."""
+        """True for images whose class is recognized: uint8 [N, H, W, C] -> bool [N]."""
         x = images.movedim(-1, 1).float() / 127.5 - 1
         x = x + SIGMA * rng.normal(rng.keys(0, "judge", 0, torch.arange(len(x))), x.shape[1:])
         return torch.cat(
@@ -72,7 +72,7 @@ class Judge:
         )
 
     def measure(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        """Share recognized, its standard error, and variety relative to that of real images."""
+        """Accuracy, its standard error, and variety relative to that of real images."""
         share = self.right(images, labels).double().mean().item()
         return {
             "recognized": round(share, 4),
@@ -92,7 +92,7 @@ def variety(images: Tensor, labels: Tensor) -> float:
 
 
 def settings(guide: Path) -> dict[str, tuple[Guidance, bool]]:
-    """Guidance by name, and whether the denoiser is told the class."""
+    """Guidance by name, and whether the denoiser is conditioned on the class."""
     rows: dict[str, tuple[Guidance, bool]] = {
         "no class": (NoGuidance(), False),
         "class": (NoGuidance(), True),
@@ -106,14 +106,14 @@ def settings(guide: Path) -> dict[str, tuple[Guidance, bool]]:
 
 
 def train(work: Path) -> None:
-    """Train what is not finished."""
+    """Train all runs that are not finished."""
     for name, text in RUNS.items():
         command = [sys.executable, "-m", "patchdiffusion", "train", *text.split()]
         subprocess.run([*command, "--out", str(work / name), "--threads", "1"], check=True)
 
 
 def main() -> None:
-    """Train, sample, judge, write, and print the table."""
+    """Train, sample and measure; write the results and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("work", type=Path, help="folder of the runs")
     given = parser.parse_args()
@@ -149,18 +149,18 @@ def main() -> None:
 
 
 def one_of_each(images: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """The first image of each class, with its label."""
+    """First image of each class, with its label."""
     first = torch.stack([(labels == k).nonzero()[0, 0] for k in range(classes)])
     return images[first], labels[first]
 
 
 def pictured(judge: Judge, images: Tensor, labels: Tensor) -> np.ndarray:
-    """The images, framed in green where the judge recognizes the class and in red elsewhere."""
+    """Images framed in green if the judge recognizes the class, else in red."""
     return framed(images.numpy(), judge.right(images, labels).numpy())
 
 
 def table(rows: dict[str, dict[str, float]]) -> list[str]:
-    """Lines of Markdown."""
+    """Table in Markdown, as lines."""
     lines = ["| sampled with | recognized | variety |", "|---|---|---|"]
     for name, row in rows.items():
         share = f"{row['recognized']:.0%} +- {row['standard error']:.0%}"

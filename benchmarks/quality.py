@@ -239,7 +239,8 @@ def table(by_plan: dict[str, list[dict[str, Any]]], baseline: str) -> Iterator[s
                 shares.append(cost_to_reach(r["curve"], goal["loss"], "flops") / goal["flops"])
         costs = " ".join("never" if math.isinf(s) else f"{s:.2f}" for s in shares) or "-"
         yield (
-            f"| {plan} | {len(records)} | {_spread(last)} | {_spread([p['loss'] for p in lowest])} | "
+            f"| {plan} | {len(records)} | {_spread(last)} | "
+            f"{_spread([point['loss'] for point in lowest])} | "
             f"{statistics.mean(p['flops'] for p in lowest) / 1e15:.3f} | {costs} |"
         )
 
