@@ -68,7 +68,9 @@ def _chart(title: str, lines: Mapping[str, Points], clock: str, log: bool) -> st
     if log:
         axes.set_yscale("log")
         plain: Callable[[float, int], str] = lambda value, _: f"{value:g}"  # noqa: E731
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        low, high = axes.get_ylim()
+        digits = range(1, 10) if high < 10 * low else (1, 2, 5)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=[float(digit) for digit in digits]))
         axes.yaxis.set_major_formatter(ticker.FuncFormatter(plain))
         axes.yaxis.set_minor_formatter(ticker.NullFormatter())
     axes.grid(alpha=0.3)
