@@ -3,9 +3,8 @@
 patchdiffusion train glyphs --out runs/glyphs
 python examples/optimise_glyphs.py runs/glyphs --reward symmetry
 
-Rows of the picture are strengths of the guidance. The measure is the distance to the nearest
-training image, compared with that of held-out images of similar reward; the last column is the
-share of held-out images with at least this reward.
+Rows of the picture are strengths of the guidance. The measure is the distance to the nearest image
+of training, next to that of held-out images of similar reward, and how many have as much reward.
 """
 
 import argparse
