@@ -24,7 +24,14 @@ from patchdiffusion.noise import Law
 from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
 from patchdiffusion.parameterisation import Parameterisation
 from patchdiffusion.patches import Size
-from patchdiffusion.system.files import folder_atomic, read_json, sha256, write_json
+from patchdiffusion.system.files import (
+    folder_atomic,
+    read_json,
+    sealed,
+    sha256,
+    unsealed,
+    write_json,
+)
 from patchdiffusion.system.serialize import decode, encode
 
 
@@ -147,7 +154,7 @@ def save_model(
             save_file(whole, file, metadata={"format": "pt"})
             digests[file.name] = sha256(file)
         facts: dict[str, Any] = {"format": 1, "sha256": digests, **encode(config)}
-        write_json(temporary / "config.json", facts)
+        write_json(temporary / "config.json", sealed(facts))
 
 
 def load_model(
@@ -204,8 +211,9 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
         raise ValueError(
             f"{file} is damaged: its digest is {actual[:12]}, not {str(recorded)[:12]}"
         )
-    fields = {key: value for key, value in facts.items() if key not in ("format", "sha256")}
     try:
+        fields = unsealed(facts)
+        fields = {key: value for key, value in fields.items() if key not in ("format", "sha256")}
         config = decode(ModelConfig, fields)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
@@ -215,6 +223,8 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
         network.load_state_dict(tensors)
         if wrong := [name for name, value in tensors.items() if value.dtype != state[name].dtype]:
             raise RuntimeError(f"{wrong[0]} is of {tensors[wrong[0]].dtype}")
+        if wrong := [name for name, value in tensors.items() if not value.isfinite().all()]:
+            raise RuntimeError(f"{wrong[0]} holds numbers that are not finite")
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} does not fit its configuration: {reason}") from error

@@ -1,10 +1,12 @@
 """Packs on disk: mapped, checked, and sources themselves."""
 
 import json
+import os
 import time
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.data.space import Pixels
 from patchdiffusion.data.split import held_out, repeats
+from patchdiffusion.system.errors import Stop
+from patchdiffusion.system.files import sealed, unsealed, write_json
 
 
 @pytest.fixture
@@ -29,9 +33,42 @@ def pack(tmp_path: Path) -> Pack:
 
 def edit(path: Path, array: str | None = None, **changes: object) -> None:
     """Change entries of pack.json, or of one of its arrays."""
-    content = json.loads((path / "pack.json").read_text())
+    content = unsealed(json.loads((path / "pack.json").read_text()))
     (content if array is None else content["arrays"][array]).update(changes)
-    (path / "pack.json").write_text(json.dumps(content))
+    write_json(path / "pack.json", sealed(content))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"heldout": [1, 2, 3]}, {"heldout": []}, {"classes": ["0", "2", "1"]}, {"sigma_data": 0.1}],
+)
+def test_facts_that_were_changed_are_noticed(pack: Pack, change: dict[str, Any]):
+    file = pack.path / "pack.json"
+    content = json.loads(file.read_text())
+    write_json(file, content | change)
+    with refuses("pack.json"):
+        Pack.open(pack.path)
+    write_json(file, sealed({**unsealed(content), **change}))
+    again = Pack.open(pack.path)
+    if "sigma_data" not in change:  # which changes no image
+        with refuses("fingerprint"):
+            again.verify()
+
+
+def test_a_pack_without_a_digest_of_its_facts_is_one_of_an_older_version(pack: Pack):
+    content = unsealed(json.loads((pack.path / "pack.json").read_text()))
+    write_json(pack.path / "pack.json", content)
+    assert Pack.open(pack.path).info == pack.info
+
+
+def test_a_file_that_was_cut_short(pack: Pack):
+    pack.check_sizes()
+    (pack.path / "labels.bin").unlink()  # what was read or mapped is still there
+    pack.check_sizes()
+    os.truncate(pack.path / "images.bin", 256)
+    with pytest.raises(Stop, match=r"images\.bin") as caught:
+        pack.check_sizes()
+    assert caught.value.code == 23
 
 
 def test_open_gives_what_was_prepared(pack: Pack):
@@ -101,7 +138,8 @@ def test_packs_that_are_refused(pack: Pack, tmp_path: Path):
 
     with refuses(tmp_path, "pack.json"):
         Pack.open(tmp_path)
-    original = (pack.path / "pack.json").read_text()
+    file = pack.path / "pack.json"
+    original = json.dumps(unsealed(json.loads(file.read_text())))
     edit(pack.path, "images", shape=[60, 256, 255, 3])
     refused(r"images\.bin has 11796480 bytes; 11750400 bytes are recorded")
     for array, change in (

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import tiny
 import torch
 from commands import Capture, fails, names, refuses, works
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from patchdiffusion import load_model
+from patchdiffusion.system.files import read_json, sha256, write_json
 from patchdiffusion.train.checkpoint import read_tensors
 from patchdiffusion.train.ema import EMA, power_decay, profile_name
 from patchdiffusion.train.posthoc import (
@@ -170,3 +173,73 @@ def test_a_damaged_snapshot_is_named(run: Path, capsys: Capture) -> None:
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert str(file) in fails(capsys, "average", run, "--std", "0.12")
     file.write_bytes(whole)
+
+
+def hostile(run: Path, folder: Path, **facts: object) -> None:
+    """Change a snapshot, and let its manifest vouch for it."""
+    write_json(folder / "state.json", {**read_json(folder / "state.json"), **facts})
+    files = {
+        f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)}
+        for f in folder.iterdir()
+        if f.name != "manifest.json"
+    }
+    write_json(folder / "manifest.json", {"files": files})
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"images": -6.0},
+        {"images": "6"},
+        {"images": None},
+        {"step": 3},
+        {"profiles": ["power-0.05"]},
+        {"profiles": {"power-0.05": 0.5}},
+        {"profiles": {"power-0.05": 0.2}},
+        {"profiles": {"../../secret": 0.05}},
+        {"profiles": {"power-0.07": 0.07}},
+        {"surprise": 1},
+    ],
+)
+def test_facts_of_a_snapshot_that_are_refused(
+    facts: dict[str, object], run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=lambda *_: {"averages"}))
+    hostile(copy, copy / "snapshots" / "step-0000000002", **facts)
+    assert names(fails(capsys, "average", copy, "--std", "0.12"), "step-0000000002")
+    assert not (copy / "averages").exists()
+
+
+@pytest.mark.parametrize("what", ["one", "every", "shape", "nan", "type", "unlisted", "empty"])
+def test_tensors_of_a_snapshot_that_are_refused(
+    what: str, run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Without a word there would be an average of what is not there."""
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=lambda *_: {"averages"}))
+    folders = sorted((copy / "snapshots").glob("step-*"))
+    for folder in folders if what == "every" else folders[:1]:
+        for file in folder.glob("*.safetensors"):
+            tensors = load_file(file)
+            name = "out_conv.weight"
+            if what in ("one", "every"):
+                del tensors[name]
+            elif what == "shape":
+                tensors[name] = tensors[name][:1].clone()
+            elif what == "nan":
+                tensors[name][0] = math.nan
+            elif what == "type":
+                tensors[name] = tensors[name].double()
+            if what != "unlisted":
+                save_file({} if what == "empty" else tensors, file)
+        hostile(copy, folder)
+        if what == "unlisted":
+            manifest = read_json(folder / "manifest.json")
+            del manifest["files"]["power-0.05.safetensors"]
+            write_json(folder / "manifest.json", manifest)
+    assert str(copy) in fails(capsys, "average", copy, "--std", "0.12")
+    assert not (copy / "averages").exists()
+
+
+@pytest.mark.parametrize("at", ["0", "-1", "nan", "inf"])
+def test_times_that_are_refused(at: str, run: Path, capsys: Capture) -> None:
+    fails(capsys, "average", run, "--at", at, "--std", "0.12")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from commands import refuses
+from commands import Capture, fails, names, refuses
 
 from patchdiffusion import load_model, model
 from patchdiffusion.model import ModelConfig, save_model
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.parameterisation import EDM
-from patchdiffusion.system.files import read_json, write_json
+from patchdiffusion.system.files import SEAL, read_json, sealed, write_json
 
 CONFIG = ModelConfig(
     network=tiny.NETWORK,
@@ -43,7 +44,8 @@ def saved(tmp_path: Path) -> Path:
 
 def edit(folder: Path, **changes: object) -> None:
     facts = read_json(folder / "config.json")
-    write_json(folder / "config.json", {**facts, **changes})
+    del facts[SEAL]
+    write_json(folder / "config.json", sealed({**facts, **changes}))
 
 
 def edit_network(folder: Path, **changes: object) -> None:
@@ -177,6 +179,27 @@ def test_hostile_networks(change: dict[str, object], message: str, saved: Path) 
     with pytest.raises(ValueError, match=message) as caught:
         load_model(saved)
     assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_that_was_changed(saved: Path) -> None:
+    facts = read_json(saved / "config.json")
+    write_json(saved / "config.json", {**facts, "step": facts["step"] + 1})
+    with refuses("config.json"):
+        load_model(saved)
+    del facts[SEAL]  # one of an older version
+    write_json(saved / "config.json", facts)
+    assert load_model(saved).config == CONFIG
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite(value: float, saved: Path, capsys: Capture) -> None:
+    weights = state(1)
+    name = max(weights)
+    weights[name].view(-1)[0] = value
+    save_model(saved, CONFIG, weights, state(2))
+    for command in ("sample", "evaluate"):
+        assert names(fails(capsys, command, saved), "model.safetensors", name)
+    load_model(saved, weights="raw")
 
 
 @pytest.mark.parametrize("content", ["[]", "3", "null", "{", '{"format": 1}'])

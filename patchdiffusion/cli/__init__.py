@@ -8,7 +8,6 @@ import importlib.util
 import io
 import os
 import select
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from patchdiffusion.cli.words import did_you_mean
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 from patchdiffusion.system.files import expanded
 from patchdiffusion.system.place import leave, place
+from patchdiffusion.system.signals import DEFAULT, Interrupted, handling
 
 
 class HelpShown(Exception):
@@ -41,7 +41,7 @@ def _command(name: str) -> Command:
     """Command in the module of its name: `main`, and a record such as `TrainArguments`."""
 
     def main(arguments: Sequence[str]) -> None:
-        with _starting():
+        with _starting(name):
             module = import_module(f"{__name__}.{name}")
         module.main(arguments)
 
@@ -72,13 +72,11 @@ SHARED = ("train", "sample", "evaluate", "bench")
 
 
 @contextmanager
-def _starting() -> Iterator[None]:
-    """Context of the import of PyTorch: shows a message, and ends at once on Ctrl-C.
+def _starting(command: str) -> Iterator[None]:
+    """Context of the import of PyTorch: shows a message, and ends at once on a signal.
 
-    A KeyboardInterrupt during the import can abort the process, since C++ does not expect it.
+    A Python exception during the import can abort the process, since C++ does not expect it.
     """
-    before = signal.getsignal(signal.SIGINT)
-    is_ours = before is signal.default_int_handler
     message = "starting ..." if sys.stderr.isatty() else ""
 
     def clear() -> None:
@@ -87,17 +85,27 @@ def _starting() -> Iterator[None]:
 
     def end(*_: object) -> None:
         clear()
-        os._exit(_fail("interrupted", 130))
+        code = _interrupted(command)
+        sys.stdout.flush()
+        os._exit(code)
 
-    if is_ours:
-        signal.signal(signal.SIGINT, end)
     print(message, end="", file=sys.stderr, flush=True)
-    try:
+    with handling(end, instead_of=(_interrupt,)):
         yield
-    finally:
-        clear()
-        if is_ours:
-            signal.signal(signal.SIGINT, before)
+    clear()
+
+
+def _interrupt(*_: object) -> None:
+    raise Interrupted
+
+
+def _interrupted(command: str) -> int:
+    """Exit code after a signal when there is nothing to save; a run goes on later."""
+    if command != "train":
+        return _fail("interrupted", 130)
+    if place().is_main:
+        print("stopped   the same command goes on")
+    return 0
 
 
 def usage() -> str:
@@ -135,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # no name that it cannot show may end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        code = _run(arguments)
+        with handling(_interrupt, instead_of=DEFAULT):
+            code = _run(arguments)
         sys.stdout.flush()
     except BrokenPipeError as error:
         closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
@@ -173,6 +182,8 @@ def _import(arguments: Sequence[str]) -> Sequence[str]:
 
 def _is_closed(stream: TextIO) -> bool:
     """Whether the reader of an output has closed it; buffered text is discarded then."""
+    if not hasattr(select, "poll"):  # Windows
+        return False
     poll = select.poll()
     try:
         poll.register(stream.fileno(), 0)
@@ -221,6 +232,8 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail("out of memory; use a smaller --batch or a smaller size", 26)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+    except Interrupted:
+        return _interrupted(name)
     return 0
 
 

@@ -1,14 +1,16 @@
 """patchdiffusion average RUN --std 0.1"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
+from torch import Tensor
+
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run
-from patchdiffusion.model import load_model, save_model
+from patchdiffusion.model import Model, load_model, save_model
 from patchdiffusion.train.posthoc import reconstruct
 
 
@@ -43,7 +45,19 @@ def main(arguments: Sequence[str]) -> None:
     out = given.out or run / "averages" / f"std-{given.std:g}{at}"
     if out.exists():
         raise ValueError(f"{out} exists, and nothing is overwritten; use another --out")
+    _check(run, raw, weights)
     state = raw.network.state_dict()
     config = replace(raw.config, step=step)
     save_model(out, config, averaged=state | weights, raw=state)
     print(f"the average of width {given.std:g} is in {out}")
+
+
+def _check(run: Path, raw: Model, weights: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` unless an average has each parameter of a run that was trained."""
+    own = dict(raw.network.named_parameters())
+    wrong = [name for name in weights if name not in own or weights[name].shape != own[name].shape]
+    if missing := sorted(set(own) - set(weights)):  # those that were not trained are no average
+        averaged = load_model(run).network
+        wrong += [name for name in missing if not averaged.get_parameter(name).equal(own[name])]
+    if wrong:
+        raise ValueError(f"the snapshots of {run} do not fit its model: {wrong[0]} differs")

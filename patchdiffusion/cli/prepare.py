@@ -69,6 +69,7 @@ def main(arguments: Sequence[str]) -> None:
         fit=given.fit,
         max_enlarge=given.max_enlarge,
         workers=given.threads,
+        verify=True,
     )
     print((pack.path / "report.txt").read_text(encoding="utf-8"))
     print(f"pack {pack.path}")

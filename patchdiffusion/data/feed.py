@@ -1,6 +1,6 @@
 """Batches of crops from a pack of images; only the pixels of a crop are converted."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -37,8 +37,12 @@ class Feed:
         flip: bool = False,
         augment: Augmentation | None = None,
         device: torch.device | str = "cpu",
+        check: Callable[[], object] = bool,
     ):
-        """`space` None is `Pixels`. The network is conditioned on `augment` unless it is None."""
+        """`space` None is `Pixels`. The network is conditioned on `augment` unless it is None.
+
+        `check` is called before images are read, and may raise an error.
+        """
         if len(indices) == 0:
             raise ValueError("there are no images to train on")
         if augment is not None and images.dim() != 4:
@@ -54,6 +58,7 @@ class Feed:
         self.flip = flip
         self.augment = augment
         self.device = torch.device(device)
+        self.check = check
         self._order = lru_cache(maxsize=2)(
             lambda epoch: rng.permutation(seed, "order", epoch, len(self.indices))
         )
@@ -113,6 +118,7 @@ class Feed:
         self, origin: Origin, draws: rng.Draws, numbers: np.ndarray, prefix: str = ""
     ) -> tuple[Batch, rng.Draws]:
         """Crops at given positions of the endless sequence, and their draws on the device."""
+        self.check()
         index = _move(self.which(numbers), self.images.device)
         if self.flip:
             flip = draws.bernoulli(f"{prefix}flip", 0.5)

@@ -12,13 +12,16 @@
 | report.txt   |                                                                                |
 """
 
+import contextlib
 import functools
+import hashlib
+import json
 import math
 import re
 import warnings
 import weakref
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,14 +30,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchdiffusion.data.columns import Caption, Column, Filled, Label, Texts
+from patchdiffusion.data.columns import Caption, Column, ColumnBase, Filled, Label, Texts
 from patchdiffusion.data.example import Example
-from patchdiffusion.data.space import Space
-from patchdiffusion.system.files import parse_json, read_json, share
-from patchdiffusion.system.serialize import decode
+from patchdiffusion.data.space import Pixels, Space
+from patchdiffusion.system.errors import Stop
+from patchdiffusion.system.files import SEAL, parse_json, read_json, share, unsealed
+from patchdiffusion.system.serialize import decode, encode
+from patchdiffusion.system.trust import open_regular
 
 FORMAT = 2
 BLOCK_BYTES = 2**22
+SMALL = 2**25
+"""Bytes of an array that is read at once instead of mapped."""
+DAMAGED = 23
+"""Exit code."""
 IMAGES = "images"
 LABELS = Label().name
 CAPTIONS = Caption().name
@@ -61,6 +70,11 @@ class ArrayInfo:
     def row(self) -> int:
         """Bytes of one row."""
         return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return self.shape[0] * self.row
 
     def contradicts(self) -> bool:
         """Whether type, shape, block and number of checksums are inconsistent."""
@@ -249,11 +263,18 @@ class Pack:
         )
 
     def verify(self) -> None:
-        """Read all arrays and compare checksums; raises `ValueError` that names the bad block."""
-        for name, of in self.info.arrays.items():
-            with open(self.path / f"{name}.bin", "rb") as stream:
+        """Read all arrays and compare checksums; raises `ValueError` that names the bad block.
+
+        The fingerprint is computed again, too, so that facts of pack.json cannot differ from it.
+        """
+        info, content = self.info, hashlib.sha256()
+        for name in sorted(info.arrays, key=lambda name: name != IMAGES):  # images first
+            of = info.arrays[name]
+            with open_regular(self.path / f"{name}.bin") as stream:
                 for number, expected in enumerate(of.crc32):
-                    if zlib.crc32(stream.read(of.block * of.row)) != expected:
+                    block = stream.read(of.block * of.row)
+                    content.update(block)
+                    if zlib.crc32(block) != expected:
                         first = number * of.block
                         last = min(first + of.block, of.shape[0]) - 1
                         rows = "bytes" if name + ENDS in self.arrays else "images"
@@ -261,16 +282,45 @@ class Pack:
                             f"{self.path}/{name}.bin is damaged: block {number} "
                             f"({rows} {first} to {last}) does not have its recorded checksum"
                         )
+        content.update(header(info.space, info.arrays, info.columns, info.classes, info.heldout))
+        if content.hexdigest() != info.fingerprint:
+            raise ValueError(f"{self.path} is damaged: it does not have its recorded fingerprint")
+
+    def check_sizes(self) -> None:
+        """Raise `Stop` if a file was cut short: reading what is missing would end the process."""
+        for name, of in self.info.arrays.items():
+            file = self.path / f"{name}.bin"
+            with contextlib.suppress(OSError):  # of a file that is deleted nothing is lost
+                if file.stat().st_size < of.bytes:
+                    raise Stop(f"{file} was cut short; prepare the data again", code=DAMAGED)
+
+
+def header(
+    space: Space,
+    arrays: Mapping[str, ArrayInfo],
+    columns: Iterable[ColumnBase],
+    classes: Sequence[str],
+    heldout: Sequence[int],
+) -> bytes:
+    """What the fingerprint of a pack depends on beside the content of its arrays."""
+    parts: list[Any] = [arrays[IMAGES].shape, classes, heldout]
+    others = [encode(column) for column in columns if column != Label()]
+    if space.word != Pixels.word or others:
+        parts.append([encode(space), others])
+    return json.dumps(parts).encode()
 
 
 def _mapped(file: Path, of: ArrayInfo) -> Tensor:
-    """Memory-map an array; raises `ValueError` if its size is not as recorded."""
-    size = of.shape[0] * of.row
+    """Memory-map an array, or read a small one; `ValueError` if its size is not as recorded."""
+    size = of.bytes
     actual = file.stat().st_size if file.is_file() else None
     if actual != size:
         problem = "is missing" if actual is None else f"has {actual} bytes"
         raise ValueError(f"{file} {problem}; {size} bytes are recorded in pack.json")
-    mapped = np.memmap(file, np.dtype(of.dtype).newbyteorder("<"), "r", shape=of.shape)
+    dtype = np.dtype(of.dtype).newbyteorder("<")
+    if size <= SMALL:
+        return torch.from_numpy(np.fromfile(file, dtype).reshape(of.shape))
+    mapped = np.memmap(file, dtype, "r", shape=of.shape)
     with warnings.catch_warnings():
         # Read-only on purpose: a private writable mapping would count as memory in full.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -282,13 +332,12 @@ def read_info(file: Path) -> PackInfo:
     if not file.is_file():
         raise ValueError(f"{file.parent} is not a pack: it has no pack.json")
     content = read_json(file)
-    if isinstance(content, dict):
-        content.pop(SHAPE, None)
     names = {"type", *(f.name for f in fields(PackInfo))}
-    if not isinstance(content, dict) or content.get("format") != FORMAT or set(content) != names:
+    known = isinstance(content, dict) and content.get("format") == FORMAT
+    if not known or content.keys() - {SEAL, SHAPE} != names:
         raise ValueError(f"{file} is not a pack of format {FORMAT}; prepare the data again")
     try:
-        info = decode(PackInfo, content)
+        info = decode(PackInfo, {k: v for k, v in unsealed(content).items() if k != SHAPE})
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
     if _contradicts(info):

@@ -60,6 +60,7 @@ def prepare(
     max_enlarge: float = 4.0,
     workers: int | None = None,
     progress: bool = True,
+    verify: bool = False,
 ) -> Pack:
     """Decode images into a pack at `out`, by default in `cache_dir()`, and open it.
 
@@ -73,9 +74,9 @@ def prepare(
     others are clipped; `fit` is "crop", "pad" or "stretch". `columns` are stored beside labels and
     captions, which are always stored if there are any. A fraction `holdout` of the images (at most
     1,000) is held out from training, unless they are divided already. An existing pack of the same
-    data and options is reused, another one at `out` is replaced. Images that cannot be used are
-    listed in the report; raises `ValueError` if these are all images, or more than the fraction
-    `max_bad` (0.1), and `OSError` if `out` cannot be written.
+    data and options is reused, with `verify` only if all of it is intact; another one at `out` is
+    replaced. Images that cannot be used are listed in the report; raises `ValueError` if these are
+    all images, or more than the fraction `max_bad` (0.1), and `OSError` if `out` cannot be written.
     """
     options = check_options(
         resolution,
@@ -93,7 +94,7 @@ def prepare(
     source = open_source(data) if is_path else as_source(data, name, classes)
     workers = count_workers(workers, source)
     target = None if out is None else expanded(out)
-    pack = find_pack(source, options, target)
+    pack = find_pack(source, options, target, verify=verify)
     if pack is not None:
         return marked_used(pack)
     if len(source) == 0:
@@ -108,7 +109,8 @@ def prepare(
         guard = target_folder.with_name(target_folder.name + ".lock")
         waiting = print if progress else None
         with lock(guard, target_folder, patience=float("inf"), waiting=waiting):
-            pack = find_pack(source, options, target)  # by the process that was waited for
+            # By the process that was waited for.
+            pack = find_pack(source, options, target, verify=verify)
             if pack is not None:
                 return marked_used(pack)
             while True:

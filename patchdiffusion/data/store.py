@@ -57,10 +57,13 @@ def _identity(source: Source, options: Options) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:10]
 
 
-def find_pack(source: Source, options: Options, target: Path | None) -> Pack | None:
+def find_pack(
+    source: Source, options: Options, target: Path | None, *, verify: bool = False
+) -> Pack | None:
     """The pack that was prepared from this source with these options, or None.
 
-    Raises `ValueError` if something else lies at the target.
+    With `verify` all of it must be intact. Raises `ValueError` if something else lies at the
+    target.
     """
     if target is not None:
         if target.exists() and not (target / "pack.json").is_file():
@@ -79,6 +82,8 @@ def find_pack(source: Source, options: Options, target: Path | None) -> Pack | N
             continue
         try:
             pack = Pack.open(path)
+            if verify:
+                pack.verify()
         except (ValueError, OSError):
             continue  # damaged or of another version: made anew
         if pack.info.stamp == stamp_of(source) and pack.info.options == options.identity():

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from patchdiffusion.data.columns import ColumnBase, Label, Stored
+from patchdiffusion.data.columns import ColumnBase, Stored
 from patchdiffusion.data.findings import Levels
 from patchdiffusion.data.pack import (
     BLOCK_BYTES,
@@ -22,10 +22,11 @@ from patchdiffusion.data.pack import (
     SHAPE,
     ArrayInfo,
     PackInfo,
+    header,
 )
-from patchdiffusion.data.space import Pixels, Space, tally
+from patchdiffusion.data.space import Space, tally
 from patchdiffusion.data.split import digest
-from patchdiffusion.system.files import write_json
+from patchdiffusion.system.files import sealed, write_json
 from patchdiffusion.system.serialize import encode
 
 
@@ -207,7 +208,7 @@ class PackWriter:
             options=options,
             fingerprint=fingerprint,
         )
-        write_json(self.folder / "pack.json", {**encode(info), SHAPE: list(info.shape)})
+        write_json(self.folder / "pack.json", sealed({**encode(info), SHAPE: list(info.shape)}))
         return info
 
     def _read(self, name: str, of: ArrayInfo) -> np.ndarray:
@@ -227,11 +228,7 @@ class PackWriter:
                 with open(self.folder / f"{name}.bin", "rb") as stream:
                     while content := stream.read(BLOCK_BYTES):
                         self._sha.update(content)
-        header: list[Any] = [arrays[IMAGES].shape, classes, [int(i) for i in heldout]]
-        others = [encode(column) for column in columns if column != Label()]
-        if space.word != Pixels.word or others:
-            header.append([encode(space), others])
-        self._sha.update(json.dumps(header).encode())
+        self._sha.update(header(space, arrays, columns, classes, heldout.tolist()))
         return self._sha.hexdigest()
 
 

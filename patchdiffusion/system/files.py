@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,38 @@ def read_json(path: Path) -> Any:
         return parse_json(read_regular(path).decode())
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def rename_free(path: Path, name: str) -> Path:
+    """Rename to the first free NAME-1, NAME-2 ... in the same folder, and return the new path."""
+    number = 1
+    while (free := path.with_name(f"{name}-{number}")).exists():
+        number += 1
+    return path.rename(free)
+
+
+SEAL = "seal"
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values with a digest of themselves, so that a change is noticed; see `unsealed`."""
+    text = json.dumps(dict(content), sort_keys=True, allow_nan=False)
+    return {**content, SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
+def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that `sealed` was given; `ValueError` if they have changed since.
+
+    Files of older versions have no seal and are taken as they are.
+    """
+    plain = {key: value for key, value in content.items() if key != SEAL}
+    try:
+        intact = SEAL not in content or sealed(plain) == content
+    except RecursionError:
+        intact = False
+    if not intact:
+        raise ValueError("it was changed after it was written: its digest is another one")
+    return plain
 
 
 def check_writable(folder: Path) -> None:

@@ -16,7 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from patchdiffusion.system.files import folder_atomic, read_json, sha256, write_bytes, write_json
+from patchdiffusion.system.files import (
+    folder_atomic,
+    read_json,
+    rename_free,
+    sha256,
+    write_bytes,
+    write_json,
+)
 
 Tensors = Mapping[str, Mapping[str, Tensor]]
 """Named groups of named tensors; each group becomes one file."""
@@ -96,8 +103,9 @@ def fault(folder: Path, *, content: bool = True) -> str | None:
                 return f"{path} has {path.stat().st_size} bytes instead of {facts['bytes']}"
             if content and sha256(path) != facts["sha256"]:
                 return f"{path} does not have the digest that its manifest gives"
-        if "state.json" not in files:
-            return f"{folder}: the manifest does not list state.json"
+        present = {"state.json", *(f.name for f in folder.glob("*.safetensors"))}
+        if unlisted := sorted(present - set(files)):
+            return f"{folder}: the manifest does not list {unlisted[0]}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{folder}: {type(error).__name__}: {error}"
     return None
@@ -115,10 +123,7 @@ def candidates(root: Path) -> Iterator[tuple[Path, str | None]]:
 
 def set_damaged_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that it is neither used nor counted nor lost."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.damaged-{number}")).exists():
-        number += 1
-    return folder.rename(aside)
+    return rename_free(folder, f"{folder.name}.damaged")
 
 
 # ---- Reading ----

@@ -11,15 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.train.parallel import as_sharded, local, whole
-from patchdiffusion.train.posthoc import exponent
+from patchdiffusion.train.posthoc import exponent, profile_name
 from patchdiffusion.train.settings import EMAConfig
 
 MAIN = "averaged"
-
-
-def profile_name(std: float) -> str:
-    """Name of a profile in checkpoints and snapshots."""
-    return f"power-{std:g}"
 
 
 class EMA:

@@ -13,7 +13,8 @@ from patchdiffusion.system.place import Place
 from patchdiffusion.train.config import RunConfig
 
 _FORKED = [False]
-os.register_at_fork(after_in_child=lambda: _FORKED.__setitem__(0, True))
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=lambda: _FORKED.__setitem__(0, True))
 
 
 def set_globals(run: RunConfig, device: torch.device, where: Place) -> None:

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from patchdiffusion.system.files import read_json, write_json
+from patchdiffusion.system.files import read_json, rename_free, write_json
 from patchdiffusion.system.serialize import decode, differences, encode
 from patchdiffusion.train.config import FREE, TrainConfig
 
@@ -32,10 +32,7 @@ def trained_on(folder: Path) -> str | None:
 
 def set_aside(folder: Path) -> Path:
     """Rename a run to the first free NAME.old-1, NAME.old-2 ...; returns the new path."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
-        number += 1
-    return folder.rename(aside)
+    return rename_free(folder, f"{folder.name}.old")
 
 
 def changed_fields(stored: TrainConfig, config: TrainConfig) -> list[str]:

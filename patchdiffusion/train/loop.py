@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from patchdiffusion.data.prepare import prepare_data
@@ -14,23 +15,22 @@ from patchdiffusion.data.store import packs_aside
 from patchdiffusion.plans import Group
 from patchdiffusion.system.dist import Vote, join
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
+from patchdiffusion.system.signals import STOPPING, handling
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.guard import Order, Verification
 from patchdiffusion.train.log import duration, quantity
 from patchdiffusion.train.outlook import outlook
 from patchdiffusion.train.preview import Ending
 from patchdiffusion.train.report import write_report
-from patchdiffusion.train.resume import opened, rehearse, roll_back
+from patchdiffusion.train.resume import opened, rehearse, roll_back, set_doubtful_aside
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training, assemble
-from patchdiffusion.train.status import Status, picture_of, show_samples
+from patchdiffusion.train.status import Status, is_shown, show_samples
 from patchdiffusion.train.timing import whereabouts
 
 PATIENCE = 6  # times as long until the second step
 
-SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-)
+SIGNALS = STOPPING
 
 REPORT_SECONDS = 60.0
 """Least time between two reports while a run goes on, which are written after previews."""
@@ -87,8 +87,9 @@ def _execute(training: Training, started: float) -> None:
         with stop_signals() as stop:
             log.open_bar(training.config.images, training.now)
             _loop(training, stop, started)
-    except Exception as error:
-        log.status("failed", reason=str(error), **_position(training))
+    except BaseException as error:
+        reason = str(error) or type(error).__name__
+        log.status("failed", reason=reason, **_position(training))
         if out_of_memory(error):
             raise Stop(_too_large(training), code=26) from error
         raise
@@ -116,8 +117,10 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
     pixels = Verification(training.pack, enabled=team.place.local_rank == 0)
     deadline = deadline_of(run, started)
     saved = reported = time.monotonic()
+    began = training.state.step
     training.log.status("running", **_position(training))
-    _catch_up(training, stop.is_set)
+    if not _catch_up(training, stop.is_set):
+        return _report_end(training, "preempted")
     for num_steps in itertools.count(1):
         before = training.now
         _step(training)
@@ -137,17 +140,20 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
             vote.forget()
             with status.pause():
                 roll_back(training, saver)
+            began = min(began, training.state.step)
             continue
+        if order == Order.STOP_DATA:
+            team.on_main(partial(set_doubtful_aside, training, began))
         if order > Order.GO_BACK:
             raise _refusal(training, Order(order), pixels)
         show = due(training.num_previews, training.state.shown, now, config.images) or last
+        if due(config.ema.snapshots, before, now, config.images) or last:
+            with status.pause(), phases("save"):
+                saver.snapshot()  # before the checkpoint, after which nobody would miss it
         if show or ending or save:
             with status.pause(), phases("save"):
                 saver(final=bool(ending) or last)
             saved = time.monotonic()
-        if due(config.ema.snapshots, before, now, config.images) or last:
-            with status.pause(), phases("save"):
-                saver.snapshot()
         ending = bool(ending) and not last
         if show and not ending:
             with status.pause(), phases("samples"):
@@ -176,15 +182,16 @@ def _report_end(training: Training, how: str) -> None:
         training.log.say(f"stopped at {quantity(training.now)}; the same command resumes the run")
 
 
-def _catch_up(training: Training, ending: Ending = bool) -> None:
-    """Make the preview that is due at this point of the run, if it is missing."""
+def _catch_up(training: Training, ending: Ending = bool) -> bool:
+    """Make the preview that is due at this point, if it is missing; False if the run is to end."""
     state, config = training.state, training.config
     missed = due(training.num_previews, state.shown, training.now, config.images)
-    if missed or training.finished:
-        if picture_of(training).exists():
-            state.shown = training.now
-        else:
-            show_samples(training, ending)
+    if not missed and not training.finished:
+        return True
+    if training.team.on_main(lambda: is_shown(training)):
+        state.shown = training.now
+        return True
+    return show_samples(training, ending)
 
 
 def _step(training: Training) -> None:
@@ -269,12 +276,8 @@ def _position(training: Training) -> dict[str, object]:
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Event that SIGINT, SIGTERM and SIGUSR1 set; a second SIGINT ends the program at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event  # only the main thread may handle signals
-        return
-    interrupts = 0
+    """Event that SIGNALS set; a second SIGINT ends the program at once."""
+    event, interrupts = threading.Event(), 0
 
     def handle(number: int, frame: object) -> None:
         nonlocal interrupts
@@ -283,9 +286,5 @@ def stop_signals() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         event.set()
 
-    old = {number: signal.signal(number, handle) for number in SIGNALS}
-    try:
+    with handling(handle, SIGNALS):
         yield event
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

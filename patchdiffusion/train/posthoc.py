@@ -6,6 +6,7 @@ appendix C: the target profile is fitted, in the least-squares sense, by a linea
 stored ones. Time is that of the clock of the run, in any unit.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchdiffusion.system.checks import positive
+from patchdiffusion.system.serialize import decode
+from patchdiffusion.system.trust import check_links
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.settings import WIDEST
 
@@ -66,8 +70,33 @@ class Snapshot:
     step: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class SnapshotFacts:
+    """The file `state.json` of a snapshot."""
+
+    format: int
+    step: int
+    images: float
+    """What the clock of the run showed."""
+    profiles: dict[str, float]
+    """Relative width of each profile, by name."""
+
+    def __post_init__(self) -> None:
+        positive(self, "step", "images")
+        for name, std in self.profiles.items():
+            exponent(std)
+            if name != profile_name(std):
+                raise ValueError(f"the profile of width {std:g} cannot be {name!r}")
+
+
+def profile_name(std: float) -> str:
+    """The name of a profile in checkpoints and snapshots."""
+    return f"power-{std:g}"
+
+
 def snapshots(run: Path | str) -> list[Snapshot]:
     """All stored profiles of a run, oldest first; raises `ValueError` for a damaged one."""
+    check_links(Path(run))
     profiles = []
     for folder in sorted((Path(run) / "snapshots").glob("step-*")):
         if not folder.name[5:].isdigit():
@@ -75,9 +104,14 @@ def snapshots(run: Path | str) -> list[Snapshot]:
         fault = checkpoint.fault(folder)
         if fault is not None:
             raise ValueError(f"a snapshot is damaged: {fault}; delete it to go on without it")
-        state = checkpoint.read_state(folder)
-        for name, std in state["profiles"].items():
-            profiles.append(Snapshot(folder, name, (state["images"], std), state["step"]))
+        try:
+            facts = decode(SnapshotFacts, checkpoint.read_state(folder))
+        except ValueError as error:
+            raise ValueError(f"{folder} is no snapshot: {error}") from error
+        if facts.step != int(folder.name[5:]):
+            raise ValueError(f"{folder} is no snapshot: it is of step {facts.step}")
+        for name, std in facts.profiles.items():
+            profiles.append(Snapshot(folder, name, (facts.images, std), facts.step))
     return profiles
 
 
@@ -96,6 +130,8 @@ def reconstruct(
             "another by patchdiffusion train DATA --ema.profiles 0.05 0.1 --out FOLDER"
         )
     at = max(s.point[0] for s in stored) if at is None else at
+    if not 0 < at < math.inf:
+        raise ValueError(f"the time of an average must be positive and finite, not {at}")
     used = [s for s in stored if s.point[0] <= at]
     if not used:
         first = min(s.point[0] for s in stored)
@@ -104,7 +140,13 @@ def reconstruct(
     total: dict[str, Tensor] = {}
     for weight, snapshot in zip(weights.tolist(), used, strict=True):
         part = checkpoint.read_tensors(snapshot.folder, snapshot.name, torch.device("cpu"))
+        shapes = {name: value.shape for name, value in part.items()}
+        if snapshot is not used[0] and shapes != {n: value.shape for n, value in total.items()}:
+            raise ValueError(f"the tensors of {snapshot.name} in {snapshot.folder} differ")
         for name, value in part.items():
+            if value.dtype != torch.float32 or not value.isfinite().all():
+                file = snapshot.folder / snapshot.name
+                raise ValueError(f"{name} in {file}.safetensors is not finite, or no float32")
             term = value.to(torch.float64) * weight
             total[name] = total[name] + term if name in total else term
     return {name: value.to(torch.float32) for name, value in total.items()}, used[-1].step

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from patchdiffusion.system.errors import Stop
-from patchdiffusion.system.files import check_place, check_writable, is_held, lock
+from patchdiffusion.system.files import cache_dir, check_place, check_writable, is_held, lock
 from patchdiffusion.system.serialize import encode
 from patchdiffusion.system.trust import check_links
 from patchdiffusion.train import checkpoint
@@ -23,6 +23,7 @@ from patchdiffusion.train.folder import (
     set_aside,
     write_config,
 )
+from patchdiffusion.train.log import run_state
 from patchdiffusion.train.restore import SavedRun, load, read_saved, start_from, weights_of
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
@@ -59,6 +60,8 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
         fresh = run.fresh and (folder / "config.json").exists()
         allow = run.allow_config_change
         exists = _existing(training, weights)
+        with contextlib.suppress(OSError, ValueError):
+            run_state(folder)  # of a process that was killed
         _take(training, held)
         if fresh:
             aside = set_aside(folder)
@@ -72,6 +75,7 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
             check_writable(folder / "checkpoints")
             checkpoint.clear_unfinished(folder / "checkpoints")
         newest = _newest(training) if exists else None
+        _forget_since(folder / "snapshots", newest.facts.step if newest else 0)  # made anew
         if newest is None and run.start_from is not None and not weights:  # it died early
             weights.update(weights_of(run.start_from, training))
         return newest
@@ -244,11 +248,32 @@ def roll_back(training: Training, saver: Saver) -> None:
     )
     training.log.record("rollback", step=state.step, since=at, spikes_since=first)
     saver()
-    team.on_main(lambda: _forget_since(training.folder, state.step))
+    for name in ("checkpoints", "snapshots"):
+        team.on_main(lambda name=name: _forget_since(training.folder / name, state.step))
 
 
-def _forget_since(run: Path, step: int) -> None:
-    for root in (run / "checkpoints", run / "snapshots"):
-        for folder in checkpoint.folders(root):
-            if int(folder.name[5:]) > step:
-                shutil.rmtree(folder, ignore_errors=True)
+def set_doubtful_aside(training: Training, since: int) -> None:
+    """Rename what was saved after a step: it was trained on images that are damaged.
+
+    A prepared data set in the cache is renamed, too, so that the same command makes it anew.
+    """
+    folder, say = training.folder, training.log.say
+    doubtful = [
+        saved
+        for root in (folder / "checkpoints", folder / "snapshots")
+        for saved in checkpoint.folders(root)
+        if int(saved.name[5:]) > since
+    ]
+    model, pack = folder / "model", training.pack.path
+    if doubtful and model.exists():
+        doubtful.append(model)
+    if cache_dir() / "packs" in pack.parents:
+        doubtful.append(pack)
+    for path in doubtful:
+        say(f"aside     {checkpoint.set_damaged_aside(path)}, of damaged images")
+
+
+def _forget_since(root: Path, step: int) -> None:
+    for folder in checkpoint.folders(root):
+        if int(folder.name[5:]) > step:
+            shutil.rmtree(folder, ignore_errors=True)

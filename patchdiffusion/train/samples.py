@@ -49,6 +49,7 @@ class SamplePreview:
 
     def show(self, model: NetDenoiser, ending: Ending = bool) -> Shown:
         """Grid of samples, with measurements."""
+        self.scene.pack.check_sizes()
         samples = self.draw(model, ending)
         facts = self.measure(model, samples, ending)
         if self.scene.config.network.num_classes:

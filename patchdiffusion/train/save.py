@@ -95,6 +95,7 @@ class Saver:
         if not stds:
             return
         groups = {name: training.ema.tensors(name) for name in stds}
+        _check_finite(training, groups)
         full = _collect(groups, main=training.team.is_main)
         facts = {"images": training.now, "profiles": stds}
         root = training.folder / "snapshots"
@@ -119,7 +120,7 @@ def _check_lock(training: Training) -> None:
     except OSError:  # the save will meet it, too
         held = True
     if not held:
-        training.log.quiet = True  # the records are those of the other process
+        training.log.dry = True  # the records are those of the other process
         raise Stop(
             f"{training.folder} is in use by another process, since its lock or the folder was "
             "deleted; nothing was saved there",

@@ -200,6 +200,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         flip=config.data.flip,
         augment=config.data.augment if config.data.augment.p else None,
         device=device,
+        check=pack.check_sizes,
     )
     teachers = tuple(_teacher(path, config, pack, device) for path in task.teachers(config))
     materials = Materials(

@@ -102,7 +102,8 @@ class TrainState:
 
     def clock(self, name: Clock) -> float:
         """Counter that a clock is based on."""
-        return {"equivalents": self.equivalents, "crops": self.crops, "steps": self.step}[name]
+        shown = {"equivalents": self.equivalents, "crops": self.crops, "steps": self.step}
+        return float(shown[name])
 
     def advance(self, groups: tuple[Group, ...], canvas: Size, flops: int) -> None:
         """Count one step."""

@@ -15,6 +15,7 @@ from patchdiffusion.system.png import save_png
 from patchdiffusion.train.guard import Event, describe
 from patchdiffusion.train.log import REFERENCE, duration, quantity
 from patchdiffusion.train.preview import Abandoned, Ending
+from patchdiffusion.train.report import read_log
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.timing import COMPUTE, Slow
@@ -189,6 +190,19 @@ def picture_of(training: Training) -> Path:
     return training.folder / "samples" / f"{round(training.now):010d}.png"
 
 
+def is_shown(training: Training) -> bool:
+    """Whether the picture of the current step and its record, which is written last, are there."""
+    return picture_of(training).exists() and _is_recorded(training)
+
+
+def _is_recorded(training: Training) -> bool:
+    try:
+        records = read_log(training.folder)
+    except OSError:
+        return False
+    return any(r["kind"] == "preview" and r["step"] == training.state.step for r in records)
+
+
 def show_samples(training: Training, ending: Ending = bool) -> bool:
     """Make the preview of the task: a picture and measurements of the averaged weights.
 
@@ -211,15 +225,10 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
         problem = str(error)
     state = training.state
     state.shown = training.now
-    facts = {"stage": stage} if (stage := _stage(training)) else {}
-    log.record(
-        "preview",
-        step=state.step,
-        images=training.now,
-        picture=path.name,
-        **facts,
-        **shown.facts,
-    )
+    if not _is_recorded(training):
+        facts = {"stage": stage} if (stage := _stage(training)) else {}
+        facts |= {"images": training.now, "picture": path.name, **shown.facts}
+        log.record("preview", step=state.step, **facts)
     if problem:
         log.say(f"warning: cannot write samples/{path.name}: {problem}")
     else:

@@ -3,6 +3,9 @@
 `log.jsonl` is the complete record. An error of a tracker never stops a run.
 """
 
+import queue
+import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,42 +73,90 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
 }
 
 
+PATIENCE = 300.0  # seconds that one action of a tracker may take
+LAST_PATIENCE = 30.0  # seconds that the end of a run waits for what is under way
+
+
+class Worker:
+    """A tracker in a thread of its own, so that nobody waits for one that hangs."""
+
+    def __init__(self, make: Callable[[], Tracker]):
+        self.problem = ""
+        """Why it has ended before it was closed, or nothing."""
+        self._since: float | None = None
+        self._actions: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, args=(make,), daemon=True)
+        self._thread.start()
+
+    def _work(self, make: Callable[[], Tracker]) -> None:
+        try:
+            self._since = time.monotonic()
+            tracker = make()
+            while (action := self._next()) is not None:
+                action(tracker)
+            tracker.close()
+        except BaseException as error:  # whatever it raises, also SystemExit
+            self.problem = " ".join(str(error).split()) or type(error).__name__
+
+    def _next(self) -> Callable[[Tracker], None] | None:
+        self._since = None
+        action = self._actions.get()
+        self._since = time.monotonic()
+        return action
+
+    def do(self, action: Callable[[Tracker], None] | None) -> None:
+        """Have something done later, in order; None closes the tracker."""
+        self._actions.put(action)
+
+    def hangs(self, patience: float) -> bool:
+        """Whether what it does now has taken longer than so many seconds."""
+        since = self._since
+        return self._thread.is_alive() and since is not None and time.monotonic() - since > patience
+
+    def join(self, seconds: float) -> bool:
+        """Wait until it is closed; whether it is."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+
 class Trackers:
     """Several trackers, each of which is closed after its first error."""
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
-        self._open: dict[str, Tracker] = {}
+        self._open: dict[str, Worker] = {}
 
     def start(self, names: tuple[str, ...], folder: Path, config: Mapping[str, Any]) -> None:
         """Open trackers by name."""
         for name in names:
-            self._try(name, lambda name=name: self._add(name, folder, config))
-
-    def _add(self, name: str, folder: Path, config: Mapping[str, Any]) -> None:
-        self._open[name] = TRACKERS[name](folder, config)
+            self._open[name] = Worker(lambda name=name: TRACKERS[name](folder, config))
 
     def numbers(self, values: Mapping[str, float | None], step: int) -> None:
         """Send numbers of a step; None values are left out."""
         present = {key: value for key, value in values.items() if value is not None}
-        for name, tracker in list(self._open.items()):
-            self._try(name, lambda t=tracker: t.numbers(present, step))
+        self._do(lambda tracker: tracker.numbers(present, step))
 
     def picture(self, path: Path, step: int) -> None:
         """Send a picture of a step."""
-        for name, tracker in list(self._open.items()):
-            self._try(name, lambda t=tracker: t.picture(path, step))
+        self._do(lambda tracker: tracker.picture(path, step))
 
     def close(self) -> None:
-        """Close all trackers at the end of the run."""
-        for name, tracker in list(self._open.items()):
-            self._try(name, tracker.close)
+        """Close all trackers at the end of the run; what is not done in time is left undone."""
+        self._do(None)
+        end = time.monotonic() + LAST_PATIENCE
+        for name, worker in self._open.items():
+            if not worker.join(max(end - time.monotonic(), 0)):
+                self._leave_out(name, f"it has not ended within {LAST_PATIENCE:g} s")
+            elif worker.problem:
+                self._leave_out(name, worker.problem)
         self._open.clear()
 
-    def _try(self, name: str, action: Callable[[], None]) -> None:
-        try:
-            action()
-        except Exception as error:  # whatever a tracker does, training goes on
-            self._open.pop(name, None)
-            reason = " ".join(str(error).split()) or type(error).__name__
-            self._say(f"warning: {name} is left out: {reason}")
+    def _do(self, action: Callable[[Tracker], None] | None) -> None:
+        for name, worker in list(self._open.items()):
+            worker.do(action)
+            if worker.problem or worker.hangs(PATIENCE):
+                del self._open[name]
+                self._leave_out(name, worker.problem or f"it hangs for more than {PATIENCE:g} s")
+
+    def _leave_out(self, name: str, reason: str) -> None:
+        self._say(f"warning: {name} is left out: {reason}")

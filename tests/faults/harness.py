@@ -48,6 +48,12 @@ class Ended:
     err: str
 
     @property
+    def warnings(self) -> list[str]:
+        """Lines that warn, but for that of the few images all these tests have."""
+        lines = [x for x in self.out.splitlines() if x.startswith("warning: ")]
+        return [line for line in lines if "images are few" not in line]
+
+    @property
     def error(self) -> str:
         """The one line of a refusal."""
         lines = [x for x in self.err.splitlines() if x.startswith("patchdiffusion: error: ")]

@@ -283,11 +283,11 @@ images, own, go = map(Path, sys.argv[1:])
 writer = prepare.pack_writer
 
 @contextmanager
-def held(*arguments):
+def held(*arguments, **options):
     own.touch()
     while not go.exists():
         time.sleep(0.01)
-    with writer(*arguments) as made:
+    with writer(*arguments, **options) as made:
         yield made
 
 prepare.pack_writer = held

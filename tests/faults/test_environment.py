@@ -1,7 +1,9 @@
 """O: loggers, clocks, memory, and the folder that a run is started from."""
 
 import io
+import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,9 @@ def test_o1_a_file_that_cannot_be_written(
         fault = {"kind": "forbid", "path": str(folder / name)}
     ended = here(images, folder, faults=[fault])
     assert (ended.code, ended.error) == (0, "")
-    told = [x for x in ended.out.splitlines() if x.startswith("warning: ")]
+    told = ended.warnings
     if name in ("log.jsonl", "run.json"):
-        assert told.pop().startswith("warning: there is no report: ")
+        assert told.pop().startswith("warning: the report cannot be written: ")
     assert len(told) == 1 and name in told[0], told
     assert tiny.weights(folder) == tiny.weights(finished)
     if name != "run.json":
@@ -42,6 +44,7 @@ class Wrong:
 
     calls: list[str]
     broken = ""
+    reason = ""
 
     def __init__(self, folder: Path, config: object):
         self._do("open")
@@ -58,21 +61,65 @@ class Wrong:
     def _do(self, name: str) -> None:
         Wrong.calls.append(name)
         if name == Wrong.broken:
-            raise ConnectionError("the network\nis unreachable")
+            PROBLEMS[Wrong.reason]()
+
+
+def unreachable() -> None:
+    raise ConnectionError("the network\nis unreachable")
+
+
+def interrupted() -> None:
+    raise KeyboardInterrupt
+
+
+PROBLEMS: dict[str, Callable[[], object]] = {
+    "the network is unreachable": unreachable,
+    "3": lambda: sys.exit(3),
+    "KeyboardInterrupt": interrupted,
+    "0.2 s": lambda: threading.Event().wait(600),
+}
+"""Each with what is said about it."""
 
 
 @pytest.mark.parametrize("broken", ["open", "numbers", "picture", "close"])
+@pytest.mark.parametrize("reason", PROBLEMS)
 def test_o1_a_tracker_that_fails(
-    broken: str, images: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reason: str,
+    broken: str,
+    images: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(trackers.TRACKERS, "wandb", Wrong)
-    Wrong.calls, Wrong.broken = [], broken
+    monkeypatch.setattr(trackers, "LAST_PATIENCE", 0.2 if reason == "0.2 s" else 30.0)
+    Wrong.calls, Wrong.broken, Wrong.reason = [], broken, reason
     ended = here(images, tmp_path / "run", run={"track": ("wandb",)})
     assert ended.code == 0
-    told = [x for x in ended.out.splitlines() if x.startswith("warning: ")]
-    assert len(told) == 1 and names(told[0], "wandb", "the network is unreachable")
+    told = ended.warnings
+    assert len(told) == 1 and names(told[0], "wandb", reason)
     assert Wrong.calls.count(broken) == 1
     same_run(tmp_path / "run", finished)
+
+
+def test_o1_a_tracker_that_hangs_is_left_out_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, told = threading.Event(), list[str]()
+
+    class Slow(Wrong):
+        def _do(self, name: str) -> None:
+            go.wait()
+
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Slow)
+    monkeypatch.setattr(trackers, "PATIENCE", 0.0)
+    several = trackers.Trackers(told.append)
+    several.start(("wandb",), Path(), {})
+    (worker,) = several._open.values()
+    while not worker.hangs(0.0):
+        pass
+    several.numbers({}, 1)
+    several.numbers({}, 2)
+    assert len(told) == 1 and not several._open
+    go.set()
 
 
 def test_o1_trackers_that_are_not_installed(
@@ -85,7 +132,7 @@ def test_o1_trackers_that_are_not_installed(
     names = ("tensorboard", "wandb", "trackio")
     ended = here(images, tmp_path / "run", run={"track": names})
     assert ended.code == 0
-    told = [x for x in ended.out.splitlines() if x.startswith("warning: ")]
+    told = ended.warnings
     assert [x.split()[1] for x in told] == list(names)
     assert all("pip install '.[log]'" in x for x in told)
     same_run(tmp_path / "run", finished)

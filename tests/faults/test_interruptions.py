@@ -1,6 +1,7 @@
 """R: a run that is killed, stopped or restarted is the run that was not."""
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, here, same_run
 
 from patchdiffusion import rng
 from patchdiffusion.train import checkpoint
-from patchdiffusion.train.report import read_log
+from patchdiffusion.train.log import RunLog
+from patchdiffusion.train.report import read_log, write_report
 
 EVERY_THIRD = {"kind": "save_every", "steps": 3}
 
@@ -107,16 +109,91 @@ def test_r3_files_are_flushed_before_they_get_their_name(
 def test_r3_kill_before_the_last_model(
     stage: str, images: Path, finished: Path, tmp_path: Path
 ) -> None:
-    """All is done; only the model and the last snapshot of its averages are missing."""
+    """All is done; only the model is missing."""
     folder = tmp_path / "run"
     config = {"ema.profiles": [0.1], "ema.snapshots": 1}
-    fault = {"kind": "die_in_save", "stage": stage, "save": 3}
+    fault = {"kind": "die_in_save", "stage": stage, "save": 4}  # after the snapshot
     ended = alone(images, folder, config=config, run=SAVE_ALWAYS, faults=[fault])
     assert ended.code == -signal.SIGKILL and checkpoints(folder)[-1] == 4
     again = harness.here(images, folder, config=config)
     assert again.code == 0 and "is finished" in again.out
     same_run(folder, finished)
     assert sorted(f.name for f in (folder / "snapshots").iterdir()) == ["latest", "step-0000000004"]
+
+
+def test_r3_kill_between_a_snapshot_and_its_checkpoint(images: Path, tmp_path: Path) -> None:
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    config = {"ema.profiles": [0.1], "ema.snapshots": 2}
+    here(images, straight, config=config)
+    fault = {"kind": "die_in_save", "stage": "pointer", "save": 1}
+    ended = alone(images, folder, config=config, run=SAVE_ALWAYS, faults=[fault])
+    assert ended.code == -signal.SIGKILL
+    assert status_of_report(folder) == "failed"  # who is dead does not run
+    assert checkpoints(folder) == [1]
+    assert (folder / "snapshots" / "step-0000000002").exists()
+    assert here(images, folder, config=config).code == 0
+    for number in (2, 4):
+        name = f"snapshots/step-{number:010d}/power-0.1.safetensors"
+        assert (folder / name).read_bytes() == (straight / name).read_bytes()
+    same_run(folder, straight)
+
+
+def status_of_report(folder: Path) -> str:
+    """What the page of a run says of it, and then its run.json, too."""
+    page = write_report(folder).read_text()
+    (word,) = re.findall('class="facts">([a-z ]+)[;<]', page)
+    assert status(folder) == word
+    return word
+
+
+def test_r3_kill_between_samples_and_their_record(
+    images: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, record = tmp_path / "run", RunLog.record
+
+    def killed(self: RunLog, kind: str, **values: Any) -> None:
+        if kind == "preview":
+            raise KeyboardInterrupt
+        record(self, kind, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "record", killed)
+        assert here(images, folder).code == 130
+    assert status(folder) == "failed"
+    assert (folder / "samples" / "0000000012.png").exists()
+    for _ in range(2):  # recorded once, and not again
+        assert here(images, folder).code == 0
+        same_run(folder, finished)
+        assert [r["images"] for r in read_log(folder) if r["kind"] == "preview"] == [12.0]
+
+
+def test_r8_stopped_while_samples_are_caught_up(images: Path, tmp_path: Path) -> None:
+    """Nothing is trained before the samples of where the run stands are drawn."""
+    folder, straight, config = tmp_path / "run", tmp_path / "straight", {"preview.samples": 2}
+    here(images, straight, config=config)
+    for time in (0, 0):  # first on the way, then while it catches up
+        fault = {"kind": "send_in", "name": "SIGTERM", "where": "samples", "time": time}
+        assert here(images, folder, config=config, faults=[fault]).code == 0
+        assert (status(folder), checkpoints(folder)) == ("preempted", [2])
+    assert here(images, folder, config=config).code == 0
+    same_run(folder, straight)
+    told, expected = (
+        [(r["kind"], r["step"]) for r in read_log(f) if r["kind"] in ("status", "preview")]
+        for f in (folder, straight)
+    )
+    assert told == expected
+
+
+@pytest.mark.parametrize("clock", ["crops", "steps"])
+def test_r1_every_clock(clock: str, images: Path, tmp_path: Path) -> None:
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    length = {"crops": 32.0, "steps": 6.0}[clock]
+    config = {"clock": clock, "images": length, "preview.samples": 3, "ema.half_life": 4.0}
+    here(images, straight, config=config)
+    ended = alone(images, folder, config=config, run=SAVE_ALWAYS, faults=[kill(3)])
+    assert ended.code == -signal.SIGKILL and checkpoints(folder) == [2, 3]
+    assert here(images, folder, config=config).code == 0
+    same_run(folder, straight)
 
 
 def draws(folder: Path) -> dict[int, list[list[Any]]]:
