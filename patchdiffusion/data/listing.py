@@ -159,7 +159,9 @@ def list_zip(path: Path, archive: zipfile.ZipFile) -> Listing:
     for info in archive.infolist():
         name = member_name(info)
         if leads_outside(name):
-            raise ValueError(f"{path} is refused: the name {name!r} leads outside of the zip")
+            raise ValueError(
+                f"{path} is refused: the name {info.filename!r} leads outside of the zip"
+            )
         if name in listing.members:
             raise ValueError(f"{path} is refused: the name {name!r} occurs twice")
         listing.members[name] = info

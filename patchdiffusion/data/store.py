@@ -37,6 +37,11 @@ def packs_aside() -> Iterator[None]:
             _ASIDE.clear()
 
 
+def kept_aside(pack: Pack) -> bool:
+    """Whether a pack lies in a temporary folder, which is deleted soon."""
+    return pack.path.parent in _ASIDE
+
+
 def packs_folder() -> Path:
     """The folder of packs in the cache."""
     return cache_dir() / "packs"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.space import shown
+from patchdiffusion.data.store import kept_aside
 from patchdiffusion.patches import size_name
 from patchdiffusion.system.text import printable
 
@@ -24,7 +25,7 @@ def data_lines(pack: Pack, *, labels: bool = True) -> Iterator[str]:
     classes = _classes(pack) if labels else ""
     yield (
         f"data      {printable(pack.name)}: {len(pack.train):,} images of {size}{_channels(pack)}"
-        f"{classes}, {len(pack.heldout):,} held out; pack {pack.path}"
+        f"{classes}, {len(pack.heldout):,} held out; pack {_place(pack)}"
     )
     report, where = pack.report, pack.path / "report.txt"
     notes = [str(note) for note in report.get("notes", ())]
@@ -33,7 +34,10 @@ def data_lines(pack: Pack, *, labels: bool = True) -> Iterator[str]:
         yield f"{_INDENT}{len(notes) - _NOTES} more lines of this kind are in {where}"
     if bad := len(report.get("bad", ())):
         total = report.get("given", bad)
-        yield f"{_INDENT}refused {bad} of {total:,} files; the list is in {where}"
+        first = report["bad"][0]
+        text = printable(f"{first['key']}: {first['reason']}")
+        listed = "patchdiffusion prepare lists them" if kept_aside(pack) else f"all in {where}"
+        yield f"{_INDENT}refused {bad} of {total:,} files, first {text}; {listed}"
     if ignored := report.get("ignored"):
         kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.items())
         yield f"{_INDENT}passed over: {printable(kinds)}"
@@ -41,6 +45,10 @@ def data_lines(pack: Pack, *, labels: bool = True) -> Iterator[str]:
         yield f"warning: {printable(str(warning))}"
     if len(pack.train) < FEW:
         yield f"warning: {len(pack.train)} images are few; expect copies of them"
+
+
+def _place(pack: Pack) -> str:
+    return "is not kept" if kept_aside(pack) else str(pack.path)
 
 
 def _channels(pack: Pack) -> str:
