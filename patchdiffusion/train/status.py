@@ -226,7 +226,8 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
     state = training.state
     state.shown = training.now
     if not _is_recorded(training):
-        facts = {"stage": stage} if (stage := _stage(training)) else {}
+        stage = _stage(training)
+    facts = {"stage": stage} if stage else {}
         facts |= {"images": training.now, "picture": path.name, **shown.facts}
         log.record("preview", step=state.step, **facts)
     if problem:
