@@ -225,9 +225,9 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
         problem = str(error)
     state = training.state
     state.shown = training.now
+    stage = _stage(training)
     if not _is_recorded(training):
-        stage = _stage(training)
-    facts = {"stage": stage} if stage else {}
+        facts = {"stage": stage} if stage else {}
         facts |= {"images": training.now, "picture": path.name, **shown.facts}
         log.record("preview", step=state.step, **facts)
     if problem:
@@ -243,7 +243,7 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
 
 
 def _stage(training: Training) -> str:
-    """What a preview is of while a run has not trained on whole images yet, else ""."""
+    """Crop sizes so far, while a run has not trained on whole images; else ""."""
     forecast, now = training.forecast, training.now
     largest, stage = forecast.largest(now), forecast.next_stage(now)
     if stage is None or largest == training.canvas:
