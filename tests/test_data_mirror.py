@@ -45,7 +45,7 @@ def test_what_is_mirrored_as_often_as_not_cannot_be_told_apart():
     ("images", "told"),
     [
         (ramps(200), "flip      yes:"),
-        (digits(120), "flip      no: images can be told from mirrored ones"),
+        (digits(120), "flip      no: images differ from mirrored ones"),
         (ramps(FEWEST // 2), "flip      no: 48 images are too few to tell"),
     ],
 )

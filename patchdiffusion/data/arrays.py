@@ -1,4 +1,4 @@
-"""Arrays as a `Source`: those of .npy and .npz files, and arrays in memory."""
+"""Arrays as a `Source`: .npy and .npz files, and arrays in memory."""
 
 import contextlib
 import hashlib
@@ -96,7 +96,7 @@ def array_source(path: Path) -> ArraySource:
 
 
 def memory_source(array: np.ndarray, name: str) -> ArraySource:
-    """An array of images in memory, of the shapes and types that `array_source` takes."""
+    """Source over an array in memory, of the shapes and types that `array_source` takes."""
     array = _layout(name, array)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} is of type {array.dtype}; allowed are bool, integers and floats")
@@ -130,7 +130,7 @@ def _others(loaded: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def channels_last(image: np.ndarray) -> np.ndarray:
-    """An image [C, H, W] as [H, W, C], the channels being the axis below 8; others as they are."""
+    """Image [C, H, W] as [H, W, C], if the first axis is below 8; other images unchanged."""
     if image.ndim == 3 and 0 < image.shape[0] < MIN_SIDE <= min(image.shape[1:]):
         return image.transpose(1, 2, 0)
     return image
@@ -161,7 +161,7 @@ def _span(array: np.ndarray) -> tuple[float, float] | None:
 
 
 def span_of(parts: Iterable[np.ndarray]) -> tuple[float, float] | None:
-    """The values of floats that stand for -1 and 1; None if these are no pixels."""
+    """Span of float pixels: (0, 1) or (-1, 1), whichever holds all values; None if neither does."""
     low, high = np.inf, -np.inf
     for part in parts:
         finite = part[np.isfinite(part)]  # images with other values are refused one by one

@@ -1,4 +1,4 @@
-"""What preparing has changed about the images, in lines for the report, `train` and `doctor`."""
+"""Changes that `prepare` made to images, as lines for the report, `train` and `doctor`."""
 
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -8,7 +8,7 @@ from patchdiffusion.data.decode import DEEP
 from patchdiffusion.data.frame import Fitted, Raw
 
 LEVELS = "levels: "
-"""Begins the warning of a range of values that is not used."""
+"""Prefix of warnings about values that use few of the 256 levels."""
 
 _FEW_LEVELS = 128
 _NARROW = 64
@@ -17,7 +17,7 @@ _MUCH = 0.5
 
 
 class Levels(NamedTuple):
-    """Use of the 256 values of pixels."""
+    """Lowest, highest and number of used values of pixels, out of 256."""
 
     lowest: int
     highest: int
@@ -26,19 +26,19 @@ class Levels(NamedTuple):
 
 @dataclass
 class Findings:
-    """Counts of what was done to images while they were fitted."""
+    """Counts of the changes that fitting made to images."""
 
     images: int = 0
     cropped: int = 0
     lost: float = 0.0
-    """Sum of the parts that were cut off."""
+    """Sum of the fractions of area that were cut off."""
     most_lost: float = 0.0
     enlarged: int = 0
     clipped: int = 0
     composed: int = 0
     modes: Counter[str] = field(default_factory=Counter)
     raw: Raw | None = None
-    """Values of images of more than 8 bits, together."""
+    """Range of the values of all images of more than 8 bits."""
 
     def add(self, fitted: Fitted, mode: str) -> None:
         """Count an image."""
@@ -54,7 +54,7 @@ class Findings:
             self.raw = fitted.raw if self.raw is None else _together(self.raw, fitted.raw)
 
     def notes(self) -> list[str]:
-        """What was done, as it is usual."""
+        """Lines about usual changes."""
         counts = {
             "files have several frames or pages, of which the first is taken": self._of(
                 " animated"
@@ -68,7 +68,7 @@ class Findings:
         return lines + ([] if self._cut_much else self._cuts())
 
     def warnings(self, levels: Levels | None) -> list[str]:
-        """What may not be wanted."""
+        """Lines about changes that may not be intended."""
         lines = self._cuts() if self._cut_much else []
         if self.clipped:
             lines.append(f"{self.clipped} of {self.images} images have values outside of the range")
@@ -93,24 +93,24 @@ class Findings:
         ]
 
     def _of_levels(self, levels: Levels) -> list[str]:
-        """A warning if values were lost, or lie in a small part of the range."""
+        """Warning if values were lost, or lie in a small part of the range."""
         raw, width = self.raw, levels.highest - levels.lowest
-        told = f"pixels use {levels.used} of 256 levels, from {levels.lowest} to {levels.highest}"
+        usage = f"pixels use {levels.used} of 256 levels, from {levels.lowest} to {levels.highest}"
         if raw is not None and levels.used <= _FEW_LEVELS and raw.levels > 2 * levels.used:
             top = _top(raw)
             return [
-                f"{LEVELS}{told}; the values run from {raw.low:g} to {raw.high:g}: say which are "
+                f"{LEVELS}{usage}; the values run from {raw.low:g} to {raw.high:g}: say which are "
                 f"black and white, such as --data.range {min(raw.low, 0):g} {top:g}, or keep the "
                 "values themselves: --data.space values"
             ]
         if 0 < width < _NARROW and raw is None:
             near = f"--data.range {levels.lowest} {levels.highest}"
-            return [f"{LEVELS}{told}; if that is not how they should look, {near} stretches them"]
+            return [f"{LEVELS}{usage}; if that is not how they should look, {near} stretches them"]
         return []
 
 
 def _top(raw: Raw) -> float:
-    """White, for a suggestion: the last value of so many bits, or nearly the largest float."""
+    """Suggested value of white: the largest of as many bits, or about the largest float."""
     most = raw.most if raw.most > 0 else raw.high
     if not raw.whole:
         return float(f"{raw.high:.3g}")

@@ -44,7 +44,7 @@ _FOLDERS = {
 
 
 def kind_of_junk(name: str, *, folder: bool) -> str | None:
-    """Why a file or folder of this name holds no data, or None."""
+    """Kind of a file or folder that holds no data, by its name, or None."""
     low = name.casefold()
     if name.startswith("."):
         return HIDDEN
@@ -56,7 +56,7 @@ def kind_of_junk(name: str, *, folder: bool) -> str | None:
 
 
 def junk_in(path: str) -> tuple[str, str] | None:
-    """The outermost part of a path `a/b/c.png` that is no data, as a path, and why; or None."""
+    """Outermost part of a path `a/b/c.png` that holds no data, and its kind; or None."""
     parts = path.split("/")
     for depth, name in enumerate(parts, start=1):
         if kind := kind_of_junk(name, folder=depth < len(parts)):
@@ -65,7 +65,7 @@ def junk_in(path: str) -> tuple[str, str] | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run; other folders may hold a `config.json`, too."""
+    """Whether a folder belongs to a run; others may hold a `config.json`, too."""
     if (folder / "config.json").exists() and (folder / "log.jsonl").exists():
         return True  # even if it is damaged: its samples are not a data set
     if not (folder / "config.json").is_file():
@@ -77,7 +77,7 @@ def is_run(folder: Path) -> bool:
 
 
 def is_run_config(content: bytes) -> bool:
-    """Whether this is the configuration of a run."""
+    """Whether the content of a file is the configuration of a run."""
     try:
         return parse_json(content).get("type") == "TrainConfig"
     except (ValueError, AttributeError):

@@ -1,7 +1,7 @@
 """Labels and splits of image files: from tables beside them, else from the folders they lie in.
 
-Folders called train and val or test are splits, and the folders below them classes. Folders that
-look like dates, numbered parts or cameras are no classes unless they are asked for.
+Folders called train and val or test are splits, and the folders below them classes. Folders whose
+names look like dates, numbered parts or cameras are classes only if `source` is "folders".
 """
 
 import re
@@ -23,15 +23,15 @@ _NAMED = 6  # classes, or folders, that a line names
 
 @dataclass(frozen=True)
 class Labels:
-    """Label and split of each image, names of the classes, lines for the report."""
+    """Label and split of each image, class names, and lines for the report."""
 
     labels: tuple[int | None, ...] | None = None
     classes: tuple[str, ...] = ()
     splits: tuple[str, ...] | None = None
-    """train, val or test; None if nothing divides the images."""
+    """train, val or test; None without splits."""
     notes: tuple[str, ...] = ()
     used: frozenset[str] = frozenset()
-    """Tables that are used."""
+    """Names of the tables that are used."""
 
 
 def natural(text: str) -> tuple[list[str | tuple[int, str]], str]:
@@ -41,13 +41,13 @@ def natural(text: str) -> tuple[list[str | tuple[int, str]], str]:
 
 
 def _number(digits: str) -> tuple[int, str]:
-    """A key of whole numbers of any length."""
+    """Sort key of a whole number of any length."""
     short = digits.lstrip("0")
     return len(short), short
 
 
 def some(names: Sequence[str]) -> str:
-    """A few of the names, for people."""
+    """Text that lists a few of the names."""
     listed = ", ".join(printable(name) for name in names[:_NAMED])
     return f"{listed}, ..." if len(names) > _NAMED else listed
 
@@ -58,17 +58,17 @@ def some(names: Sequence[str]) -> str:
 def folder_labels(keys: Sequence[str], source: LabelSource = "auto") -> Labels:
     """Labels by the first folder that differs, if every image lies in such a folder.
 
-    Of divided sets the training images decide which classes there are; "folders" takes folders of
-    any name, and divides nothing.
+    With splits, the classes are those of the training images. `source` "folders" takes folders of
+    any name as classes, and ignores splits.
     """
     folders = [same_form(key).split("/")[:-1] for key in keys]
     splits, note = (None, ()) if source == "folders" else _take_splits(folders)
-    labelled = Labels() if source == "off" else _by_folder(folders, keys, splits, source)
-    return replace(labelled, splits=splits, notes=(*note, *labelled.notes))
+    labeled = Labels() if source == "off" else _by_folder(folders, keys, splits, source)
+    return replace(labeled, splits=splits, notes=(*note, *labeled.notes))
 
 
 def _take_splits(folders: list[list[str]]) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """The split of each image by a folder train, val or test, which is taken out of its path."""
+    """Split of each image by a folder train, val or test, which is removed from its path."""
     start = _common(folders)
     for depth in (start, start + 1):
         names = sorted({parts[depth] for parts in folders if len(parts) > depth})
@@ -90,7 +90,7 @@ def _take_splits(folders: list[list[str]]) -> tuple[tuple[str, ...] | None, tupl
 
 
 def _common(folders: Sequence[list[str]]) -> int:
-    """How many folders, from the outside, all images have in common."""
+    """Number of outer folders that all images have in common."""
     levels = zip(*folders, strict=False)
     return sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
 
@@ -101,14 +101,14 @@ def _by_folder(
     splits: Sequence[str] | None,
     source: LabelSource,
 ) -> Labels:
-    own = [parts for i, parts in enumerate(folders) if splits is None or splits[i] == TRAIN]
-    depth = _common(own)
-    loose = sum(len(parts) == depth for parts in own)
+    training = [parts for i, parts in enumerate(folders) if splits is None or splits[i] == TRAIN]
+    depth = _common(training)
+    loose = sum(len(parts) == depth for parts in training)
     if loose:
-        mixed = f"no labels: {loose} of {len(own)} images lie outside of the sub-folders"
-        return Labels(notes=(mixed,) if loose < len(own) else ())
-    classes = tuple(sorted({parts[depth] for parts in own}, key=natural))
-    above = own[0][depth - 1] if depth else ""
+        mixed = f"no labels: {loose} of {len(training)} images lie outside of the sub-folders"
+        return Labels(notes=(mixed,) if loose < len(training) else ())
+    classes = tuple(sorted({parts[depth] for parts in training}, key=natural))
+    above = training[0][depth - 1] if depth else ""
     if source == "auto" and (kind := _no_classes(classes, above, keys)):
         look = f"no labels: the folders {some(classes)} look like {kind}"
         return Labels(notes=(f"{look}; --data.labels folders makes them classes",))
@@ -127,7 +127,7 @@ _CAMERA = r"\d{3}[a-z0-9_]{5}"
 
 
 def _no_classes(names: Sequence[str], above: str, keys: Sequence[str]) -> str:
-    """What folders of these names hold if no classes: dates, parts, pictures of cameras."""
+    """Kind of folders whose names are no classes (dates, parts, cameras), else ""."""
     low = [name.casefold() for name in names]
 
     def all_are(pattern: str) -> bool:
@@ -159,101 +159,105 @@ def find_labels(
     """
     if source != "auto":
         return folder_labels(keys, source)
-    names, found, notes = Names(keys), [], []
+    names, readable, notes = Names(keys), [], []
     for name in sorted(tables, key=lambda name: (not name.endswith(LABEL_FILE), name)):
         try:
             table = read_table(name, read, names)
         except ValueError as error:
             if name == LABEL_FILE:
                 raise
-            notes.append(f"{error}; it is passed over")
+            notes.append(f"{error}; it is ignored")
             continue
         if table is not None:
-            found.append(table)
+            readable.append(table)
     by_folder = folder_labels(keys)
-    exact = [table for table in found if table.exact]
+    exact = [table for table in readable if table.exact]
     for table in exact:
         _refuse_gaps(table, keys)
-    chosen = exact or [table for table in found if table.labels and table.column is not None]
-    labelled = _by_tables(chosen, keys)
-    if labelled is None:
-        notes += [_unused(table) for table in found]
-        labelled = by_folder
+    chosen = exact or [table for table in readable if table.labels and table.column is not None]
+    labeled = _by_tables(chosen, keys)
+    if labeled is None:
+        notes += [_unused(table) for table in readable]
+        labeled = by_folder
     else:
         splits = [note for note in by_folder.notes if note.startswith("splits")]
-        labelled = replace(labelled, splits=by_folder.splits, notes=(*splits, *labelled.notes))
-    if rows := {key: kind for table in found for key, kind in table.splits.items()}:
+        labeled = replace(labeled, splits=by_folder.splits, notes=(*splits, *labeled.notes))
+    if rows := {key: kind for table in readable for key, kind in table.splits.items()}:
         splits = tuple(rows.get(key, TRAIN) for key in keys)
         if TRAIN in splits and {HELD_OUT, TEST} & set(splits):
-            where = ", ".join(printable(table.name) for table in found if table.splits)
-            labelled = replace(
-                labelled, splits=splits, notes=(*labelled.notes, f"splits: those of {where}")
+            where = ", ".join(printable(table.name) for table in readable if table.splits)
+            labeled = replace(
+                labeled, splits=splits, notes=(*labeled.notes, f"splits: those of {where}")
             )
-    return replace(labelled, notes=(*notes, *labelled.notes))
+    return replace(labeled, notes=(*notes, *labeled.notes))
 
 
 def _refuse_gaps(table: Table, keys: Sequence[str]) -> None:
-    """Raise `ValueError` if a `dataset.json` with labels misses images of its folder."""
+    """Raise `ValueError` if a `dataset.json` with labels lacks images of its folder."""
     folder = table.name.rpartition("/")[0]
     below = [key for key in keys if not folder or key.startswith(f"{folder}/")]
     missing = [key for key in below if key not in table.labels]
     if missing and (table.labels or table.unknown):
         raise ValueError(
             f"{printable(table.name)} gives no label for {len(missing)} of {len(below)} images, "
-            f"the first is {missing[0]!r}; --data.labels off goes without"
+            f"the first is {missing[0]!r}; use --data.labels off to ignore labels"
         )
 
 
 def _by_tables(tables: Sequence[Table], keys: Sequence[str]) -> Labels | None:
-    """The labels of tables, or None if they give too few images one."""
+    """Labels from tables, or None if too few images have one."""
     if not tables:
         return None
     cells: dict[str, Cell] = {}
     for table in reversed(tables):  # the first counts
         cells |= table.labels
-    given = {key: cell for key, cell in cells.items() if cell is not None}
+    labeled_cells = {key: cell for key, cell in cells.items() if cell is not None}
     exact = tables[0].exact
-    if not exact and 2 * len(given) < len(keys):
+    if not exact and 2 * len(labeled_cells) < len(keys):
         return None
     where = ", ".join(printable(table.name) for table in tables)
     used = frozenset(table.name for table in tables)
-    if not given:
+    if not labeled_cells:
         return Labels(notes=(f"no labels: {where} gives none",), used=used)
-    classes, number = _classes([given[key] for key in keys if key in given], tables[0])
+    classes, number = _classes(
+        [labeled_cells[key] for key in keys if key in labeled_cells], tables[0]
+    )
     if classes is None:
         return None
-    labels = tuple(number[cell] if (cell := given.get(key)) is not None else None for key in keys)
+    labels = tuple(
+        number[cell] if (cell := labeled_cells.get(key)) is not None else None for key in keys
+    )
     notes = [f"labels: those of {where}"]
     if not exact and tables[0].column is not None:
         notes = [f"labels: column {printable(tables[0].column)} of {where}"]
-    if len(given) < len(keys):
-        notes.append(f"{len(keys) - len(given)} of {len(keys)} images have no label there")
+    if len(labeled_cells) < len(keys):
+        notes.append(f"{len(keys) - len(labeled_cells)} of {len(keys)} images have no label there")
     for table in tables:
         if table.unknown:
             count, first = len(table.unknown), table.unknown[0]
-            told = f"{count} images that do not exist, the first is {first!r}"
-            notes.append(f"{printable(table.name)} names {told}")
+            missing = f"{count} images that do not exist, the first is {first!r}"
+            notes.append(f"{printable(table.name)} names {missing}")
     return Labels(labels, classes, None, tuple(notes), used)
 
 
 def _classes(cells: Sequence[Cell], table: Table) -> tuple[tuple[str, ...] | None, dict[Cell, int]]:
-    """Names of the classes and the number of each label, or None if these cannot be classes.
+    """Class names and the index of each label, or None if the labels cannot be classes.
 
-    Numbers are numbers of classes; those of other tables only where they leave few gaps.
+    Numbers are class indices, in tables other than `dataset.json` only if they leave few gaps.
     """
-    found, exact = set(cells), table.exact
-    if not table.named and len(found) == len(cells):  # names or numbers of images
+    distinct, exact = set(cells), table.exact
+    if not table.named and len(distinct) == len(cells):  # names or numbers of images
         return None, {}
-    if all(isinstance(c, int) or re.fullmatch(r"\d{1,9}(\.0+)?", str(c)) for c in found):
-        numbers: dict[Cell, int] = {c: int(float(c)) for c in found if c is not None}
+    if all(isinstance(c, int) or re.fullmatch(r"\d{1,9}(\.0+)?", str(c)) for c in distinct):
+        numbers: dict[Cell, int] = {c: int(float(c)) for c in distinct if c is not None}
         largest = max(numbers.values())
         if exact and largest > MAX_LABEL:
             raise ValueError(f"{LABEL_FILE} has the label {largest} > {MAX_LABEL}")
-        if exact or 0 <= min(numbers.values()) <= largest <= 2 * len(found) + 8:
+        if exact or 0 <= min(numbers.values()) <= largest <= 2 * len(distinct) + 8:
             return tuple(str(i) for i in range(largest + 1)), numbers
-    texts = {c: str(c) for c in found}
+    texts = {c: str(c) for c in distinct}
     measured = all(re.fullmatch(r"-?\d*\.\d+(e[-+]?\d+)?", t.lower()) for t in texts.values())
-    many = len(found) > 20 and 2 * len(found) > len(cells)
+    many = len(distinct) > 20 and 2 * len(distinct) > len(cells)
     if not exact and (measured or many):
         return None, {}
     classes = tuple(sorted(set(texts.values()), key=natural))
@@ -262,7 +266,7 @@ def _classes(cells: Sequence[Cell], table: Table) -> tuple[tuple[str, ...] | Non
 
 
 def _unused(table: Table) -> str:
-    """Why a table that names images gives them no labels."""
+    """Reason why a table that names images gives no labels."""
     name = printable(table.name)
     if table.column is None:
         return f"{name} names images, but none of its columns is called label or class"

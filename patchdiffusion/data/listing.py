@@ -1,4 +1,4 @@
-"""Lists the files of a folder or zip: images, texts and tables beside them, others by kind."""
+"""List the files of a folder or zip: images, texts and tables, and counts of others by kind."""
 
 import os
 import re
@@ -16,13 +16,13 @@ from patchdiffusion.data.junk import RUNS, is_run, is_run_config, junk_in, kind_
 from patchdiffusion.data.tables import is_table
 from patchdiffusion.system.text import printable
 
-_DEEPEST = 64
-"""Folders within each other; deeper ones are listed as unreadable."""
+_MAX_DEPTH = 64
+"""Number of nested folders; deeper ones are reported as not read."""
 _LARGEST_CONFIG = 2**20
 
 
 class Entry(NamedTuple):
-    """A file: its name below the folder, its size, and a mark that changes with its content."""
+    """A file: its path below the folder, its size, and a mark that changes with its content."""
 
     key: str
     size: int
@@ -31,21 +31,21 @@ class Entry(NamedTuple):
 
 @dataclass
 class Listing:
-    """Files by what they may be."""
+    """Files of a folder or zip by kind."""
 
     images: list[Entry] = field(default_factory=list)
     texts: list[Entry] = field(default_factory=list)
-    """Captions of images, perhaps."""
+    """Text files, which may hold captions."""
     tables: list[Entry] = field(default_factory=list)
-    """Labels or captions of images, perhaps."""
+    """Tables, which may hold labels or captions."""
     ignored: Counter[str] = field(default_factory=Counter)
-    """Number of files, and of whole folders, that are passed over, by kind."""
+    """Number of ignored files and folders, by kind."""
     notes: list[str] = field(default_factory=list)
     members: dict[str, zipfile.ZipInfo] = field(default_factory=dict)
-    """Of a zip, by the name under which they are listed."""
+    """Members of a zip, by the name under which they are listed."""
 
     def add(self, entry: Entry) -> None:
-        """Sort a file in by its name."""
+        """Add a file to the list of its kind, by its name."""
         if is_table(entry.key):
             self.tables.append(entry)
         elif suffix(entry.key) == TEXT:
@@ -57,7 +57,7 @@ class Listing:
 
 
 def suffix(name: str) -> str:
-    """The extension of a name, in small letters."""
+    """Extension of a name in lower case."""
     return PurePosixPath(name).suffix.lower() or "no extension"
 
 
@@ -65,7 +65,7 @@ def suffix(name: str) -> str:
 
 
 def list_folder(root: Path) -> Listing:
-    """All files below a folder; symbolic links are followed, each real folder once.
+    """List all files below a folder; symbolic links are followed, each real folder once.
 
     Real folders first, so that a link to a folder of the same tree adds nothing.
     """
@@ -96,8 +96,8 @@ def list_folder(root: Path) -> Listing:
 def _children(
     root: Path, prefix: str, seen: set[tuple[int, int]], listing: Listing
 ) -> list[os.DirEntry[str]]:
-    """The entries of a folder that has not been read, in the order of their names."""
-    if prefix.count("/") >= _DEEPEST:
+    """Entries of a folder in the order of their names; empty if it has been read already."""
+    if prefix.count("/") >= _MAX_DEPTH:
         listing.notes.append(f"folder not read: {printable(prefix[:80])}... is too deep")
         return []
     try:
@@ -138,10 +138,10 @@ def leads_outside(name: str) -> bool:
 
 
 def member_name(info: zipfile.ZipInfo) -> str:
-    """The name of a member as it was meant.
+    """Intended name of a member of a zip.
 
-    Backslashes are separators, as PowerShell and .NET wrote them. Names that are not marked as
-    UTF-8 and yet are UTF-8, as macOS writes them, are read so, else as code page 437.
+    Backslashes are separators, as written by PowerShell and .NET. Names that are valid UTF-8 but
+    not marked as such, as written by macOS, are read as UTF-8, others as code page 437.
     """
     name = info.filename
     if not info.flag_bits & 0x800:
@@ -153,7 +153,7 @@ def member_name(info: zipfile.ZipInfo) -> str:
 
 
 def list_zip(path: Path, archive: zipfile.ZipFile) -> Listing:
-    """All members of a zip; raises `ValueError` if names are repeated or lead outside."""
+    """List all members of a zip; raises `ValueError` if names are repeated or lead outside."""
     listing = Listing()
     entries: list[Entry] = []
     for info in archive.infolist():
@@ -168,18 +168,18 @@ def list_zip(path: Path, archive: zipfile.ZipFile) -> Listing:
         if not name.endswith("/"):
             entries.append(Entry(name, info.file_size, info.CRC))
     runs = _runs(archive, listing.members)
-    passed_over: dict[str, str] = {}
+    ignored: dict[str, str] = {}
     for entry in entries:
-        if found := _within(entry.key, runs) or junk_in(entry.key):
-            passed_over[found[0]] = found[1]
+        if junk := _within(entry.key, runs) or junk_in(entry.key):
+            ignored[junk[0]] = junk[1]
         else:
             listing.add(entry)
-    listing.ignored.update(Counter(passed_over.values()))
+    listing.ignored.update(Counter(ignored.values()))
     return listing
 
 
 def _runs(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> set[str]:
-    """Folders of runs among the members of a zip; at its top they are no part of it."""
+    """Folders of runs among the members of a zip, without its top."""
     folders = set()
     for name, info in members.items():
         folder, _, file = name.rpartition("/")

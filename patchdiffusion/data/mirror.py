@@ -1,12 +1,11 @@
-"""Whether images may be mirrored: a linear test of whether mirrored ones can be told apart.
+"""Test of mirror symmetry: whether a linear classifier can tell images from mirrored ones.
 
-A mirrored photo is a photo; a mirrored 7, a line of text or a chest is none. What differs between
-an image and its mirror image are features f(x) - f(mirrored x) of brightness and of the directions
-of edges, place by place. If mirroring changes nothing their mean is zero, and a direction in which
-half of the images have a mean other than zero says nothing about the other half.
+A mirrored photo is a photo, but mirrored digits, text or X-rays are not. The test uses differences
+f(x) - f(mirrored x) of features: brightness and directions of edges in cells of the image. For a
+symmetric distribution their mean is zero, so a direction with a nonzero mean on one half of the
+images predicts nothing about the other half.
 
-Measured on 1,000 images: .51 of CIFAR-10, .69 of emoji, .89 of printed digits and .91 of lines of
-text are told apart.
+Accuracy on 1,000 images: .51 of CIFAR-10, .69 of emoji, .89 of printed digits, .91 of text lines.
 """
 
 from typing import NamedTuple
@@ -21,37 +20,37 @@ MIRROR = "mirror"
 """Entry of report.json."""
 
 FEWEST = 100
-"""Images below which nothing can be told."""
+"""Number of images below which the test is not done."""
 MOST = 1000
 _SIDE = 32
 _CELLS = 4
 _DIRECTIONS = 8
 LIMIT = 0.55
-"""Share of images that are told from their mirror images, above which they are not mirrored."""
+"""Accuracy of the test above which images are not mirrored by default."""
 _SIGMAS = 3.0
 
 
 class Handedness(NamedTuple):
-    """How well images are told from their mirror images."""
+    """Result of the test."""
 
     share: float
-    """Of images that a linear test gets right; .5 is chance."""
+    """Accuracy on images; .5 is chance."""
     images: int
 
     @property
     def harmless(self) -> bool:
-        """Whether mirroring changes nothing that can be seen; unknown of few images."""
+        """Whether the images can be mirrored; False for few images, where it is unknown."""
         return self.images > 0 and not self.told_apart
 
     @property
     def told_apart(self) -> bool:
-        """Whether that is more than chance, and enough to matter."""
+        """Whether the accuracy is significantly above chance, and above `LIMIT`."""
         error = 0.5 / max(self.images, 1) ** 0.5
         return self.share > max(LIMIT, 0.5 + _SIGMAS * error)
 
 
 def mirror_of(pack: Pack) -> Handedness:
-    """Of the images of a pack, as `prepare` has measured it or else now."""
+    """Result for a pack, from its report or else measured."""
     stored = pack.report.get(MIRROR)
     if isinstance(stored, dict):
         return Handedness(float(stored["share"]), int(stored["images"]))
@@ -59,7 +58,7 @@ def mirror_of(pack: Pack) -> Handedness:
 
 
 def measured(pack: Pack) -> Handedness:
-    """Of the training images of a pack; of clips the frame in the middle counts."""
+    """Measure the training images of a pack, of clips their middle frames."""
     index = pack.train[torch.arange(min(len(pack.train), MOST)) * len(pack.train) // MOST]
     if len(pack.train) <= MOST:
         index = pack.train
@@ -72,22 +71,22 @@ def measured(pack: Pack) -> Handedness:
 
 
 def mirror_line(pack: Pack, flip: bool) -> str:
-    """Whether images are mirrored, and why, in one line."""
-    found = mirror_of(pack)
-    chance = f"{found.share:.0%} right of {found.images:,}, 50% is chance"
+    """Line that says whether images are mirrored, and why."""
+    result = mirror_of(pack)
+    chance = f"accuracy {result.share:.0%} on {result.images:,}, 50% is chance"
     undo = "--data.no-flip leaves that out" if flip else "--data.flip mirrors them"
-    if not found.images:
+    if not result.images:
         few = f"{len(pack.train)} images are too few to tell whether that is harmless"
         return f"flip      {'yes' if flip else 'no'}: {few}; {undo}"
-    if found.told_apart:
-        told = f"images can be told from mirrored ones ({chance}), as text, digits and scans can"
-        return f"flip      {'yes, although' if flip else 'no:'} {told}; {undo}"
-    told = f"images cannot be told from mirrored ones ({chance})"
-    return f"flip      {'yes:' if flip else 'no, although'} {told}; {undo}"
+    if result.told_apart:
+        text = f"images differ from mirrored ones ({chance}), as text, digits and scans do"
+        return f"flip      {'yes, although' if flip else 'no:'} {text}; {undo}"
+    text = f"images cannot be told from mirrored ones ({chance})"
+    return f"flip      {'yes:' if flip else 'no, although'} {text}; {undo}"
 
 
 def handedness(pictures: np.ndarray) -> Handedness:
-    """Of pictures uint8 [N, H, W, C], of which at most `MOST` are looked at."""
+    """Test pictures uint8 [N, H, W, C], at most `MOST` of them."""
     count = len(pictures)
     chosen = np.linspace(0, count - 1, min(count, MOST)).astype(int)
     small = np.stack([_gray(pictures[i]) for i in chosen])
@@ -105,7 +104,7 @@ def handedness(pictures: np.ndarray) -> Handedness:
 
 
 def _gray(picture: np.ndarray) -> np.ndarray:
-    """float32 [32, 32] in [-.5, .5]."""
+    """Gray picture at a small size: float32 [32, 32] in [-.5, .5]."""
     channels = picture.shape[-1]
     plane = picture[..., 0] if channels < 3 else picture[..., :3].mean(-1)
     image = Image.fromarray(plane.astype(np.uint8)).resize((_SIDE, _SIDE), Image.Resampling.BOX)
@@ -114,16 +113,16 @@ def _gray(picture: np.ndarray) -> np.ndarray:
 
 def _features(images: np.ndarray) -> np.ndarray:
     """Mean brightness and strength of edges by direction, in 4 x 4 cells: [N, H, W] -> [N, F]."""
-    down, across = np.gradient(images, axis=(1, 2))
-    strength = np.hypot(down, across)
-    turn = np.mod(np.arctan2(down, across), np.pi) / np.pi * _DIRECTIONS
+    vertical, horizontal = np.gradient(images, axis=(1, 2))
+    strength = np.hypot(vertical, horizontal)
+    turn = np.mod(np.arctan2(vertical, horizontal), np.pi) / np.pi * _DIRECTIONS
     low = np.floor(turn).astype(int)
     weight = turn - low
     planes = [images * 0.25]
     for direction in range(_DIRECTIONS):
-        here = (low % _DIRECTIONS == direction) * (1 - weight)
-        here = here + ((low + 1) % _DIRECTIONS == direction) * weight
-        planes.append(strength * here)
+        share = (low % _DIRECTIONS == direction) * (1 - weight)
+        share = share + ((low + 1) % _DIRECTIONS == direction) * weight
+        planes.append(strength * share)
     stacked = np.stack(planes, axis=1)
     step = _SIDE // _CELLS
     count, kinds = stacked.shape[:2]

@@ -15,7 +15,7 @@ from patchdiffusion.data.labels import LabelSource
 from patchdiffusion.data.pixels import background_color
 from patchdiffusion.system.serialize import encode
 
-_POLICY = 2  # raise it when the same files would give other pixels; packs are then made anew
+_POLICY = 2  # raise it when the same files would give other pixels; packs are then prepared again
 _MAX_WORKERS = 16
 
 SpaceName = Literal["auto", "pixels", "values"]
@@ -38,10 +38,10 @@ class DataConfig:
     """pixels: 8 bits; values: 16 bits and floats in their own units, never clipped; auto: values
     if most images are floats or wide integers and some of them do not fit into pixels."""
     range: tuple[float, float] | None = None
-    """Values that are black and white as pixels, such as 0 4095 for scans of 12 bits; others are
-    clipped and counted. None takes what the files say, else the full range of their type."""
+    """Values that become black and white pixels, such as 0 4095 for 12-bit scans; others are
+    clipped and counted. None is the range stated by the files, else that of their type."""
     fit: Fit = "crop"
-    """crop: the middle of images of another shape; pad: all of them, on the background; stretch."""
+    """Images of another aspect ratio; crop: take the center; pad: pad with background; stretch."""
     max_enlarge: float = 4.0
     """Refuse a resolution that enlarges most images more than this many times."""
     flip: bool = False

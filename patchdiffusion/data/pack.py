@@ -41,14 +41,14 @@ from patchdiffusion.system.trust import open_regular
 FORMAT = 2
 BLOCK_BYTES = 2**22
 SMALL = 2**25
-"""Bytes of an array that is read at once instead of mapped."""
+"""Size in bytes up to which an array is read instead of mapped."""
 DAMAGED = 23
 """Exit code."""
 IMAGES = "images"
 LABELS = Label().name
 CAPTIONS = Caption().name
 SHAPE = "shape"
-"""Entry of pack.json for other programs: N, *S, C, which the array of the images says, too."""
+"""Entry of pack.json for other programs: shape N, *S, C of the images."""
 ENDS = "_ends"
 """Suffix of the array that holds the end of each entry of another one, of any length."""
 TYPES = ("uint8", "uint16", "int32", "int64", "float32")
@@ -217,7 +217,7 @@ class Pack:
 
     @functools.cached_property
     def report(self) -> dict[str, Any]:
-        """What `prepare` reported, see `Report.as_json`; empty if that is not there."""
+        """Report of `prepare`, see `Report.as_json`; empty if it is missing."""
         try:
             report = read_json(self.path / "report.json")
         except (OSError, ValueError):
@@ -265,7 +265,7 @@ class Pack:
     def verify(self) -> None:
         """Read all arrays and compare checksums; raises `ValueError` that names the bad block.
 
-        The fingerprint is computed again, too, so that facts of pack.json cannot differ from it.
+        The fingerprint is computed again, too, so that pack.json must agree with it.
         """
         info, content = self.info, hashlib.sha256()
         for name in sorted(info.arrays, key=lambda name: name != IMAGES):  # images first
@@ -287,7 +287,7 @@ class Pack:
             raise ValueError(f"{self.path} is damaged: it does not have its recorded fingerprint")
 
     def check_sizes(self) -> None:
-        """Raise `Stop` if a file was cut short: reading what is missing would end the process."""
+        """Raise `Stop` if a file was cut short, as reading past its end would crash the process."""
         for name, of in self.info.arrays.items():
             file = self.path / f"{name}.bin"
             with contextlib.suppress(OSError):  # of a file that is deleted nothing is lost
@@ -302,7 +302,7 @@ def header(
     classes: Sequence[str],
     heldout: Sequence[int],
 ) -> bytes:
-    """What the fingerprint of a pack depends on beside the content of its arrays."""
+    """Bytes on which the fingerprint of a pack depends beside the content of its arrays."""
     parts: list[Any] = [arrays[IMAGES].shape, classes, heldout]
     others = [encode(column) for column in columns if column != Label()]
     if space.word != Pixels.word or others:
@@ -328,7 +328,7 @@ def _mapped(file: Path, of: ArrayInfo) -> Tensor:
 
 
 def read_info(file: Path) -> PackInfo:
-    """The content of a pack.json; raises `ValueError` if it is none of this format."""
+    """Content of a pack.json; raises `ValueError` if it has another format."""
     if not file.is_file():
         raise ValueError(f"{file.parent} is not a pack: it has no pack.json")
     content = read_json(file)

@@ -62,7 +62,7 @@ def _scaled(image: np.ndarray) -> np.ndarray:
 
 
 def _quantize(values: np.ndarray, span: tuple[float, float], key: str, clip: bool) -> np.ndarray:
-    """Values from the first of the span, which becomes 0, to the second, which becomes 255."""
+    """Map the values of the span linearly to 0 ... 255."""
     first, last = span
     if not np.isfinite(values).all():
         raise BadImage(key, "NaN or infinite values")
@@ -146,13 +146,13 @@ class PixelPlan:
     background: Color
     """Color under transparent pixels."""
     alpha: bool = False
-    """Whether the last of four channels is alpha."""
+    """True if the last of four channels is alpha."""
     range: tuple[float, float] | None = None
-    """Values that become 0 and 255; None for what the images say."""
+    """Values that become 0 and 255; None for those of the images."""
     refuse_color: bool = False
     """True if gray was inferred from some of the images, so that one in color changes the plan."""
     otherwise: Plan | None = None
-    """The plan if an image has values that cannot be pixels; None refuses it."""
+    """Plan to use if an image has values that cannot be pixels; None refuses such images."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -204,8 +204,8 @@ class PixelPlan:
         """Raise `BadImage` unless an image has the bands that all others have."""
         if picture or is_picture(self.channels, self.alpha) or planes != self.channels:
             kind = "color and alpha" if example.alpha else f"{planes} bands"
-            wanted = "color and alpha" if self.alpha else f"{self.channels} channels"
-            reason = f"{kind} cannot become {wanted}"
+            allowed = "color and alpha" if self.alpha else f"{self.channels} channels"
+            reason = f"{kind} cannot become {allowed}"
             if planes == 4 and not example.alpha:
                 reason += ": nothing says that the fourth is alpha"
             raise BadImage(example.key, reason)

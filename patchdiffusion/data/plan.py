@@ -64,7 +64,7 @@ def _refuse_enlarging(source: Source, options: Options) -> None:
 
 
 def _kind(example: Example) -> str:
-    """Whether an image fits into pixels: short ones do, and long ones unless they are beyond."""
+    """Kind of values: short and long ones can be pixels, those beyond and useless ones cannot."""
     image = example.image
     if image.dtype in (np.bool_, np.uint8):
         return "short"
@@ -99,7 +99,7 @@ def _pixel_plan(source: Source, options: Options) -> PixelPlan:
     size, channels = options.resolution, options.channels
     sizes, gray = Sizes(), True
     kinds: Counter[tuple[int, bool]] = Counter()
-    """Number of bands, 1 for all pictures, and whether there is alpha."""
+    """Counts by number of bands, 1 for all pictures, and alpha."""
     most = _PROBED if size is None or channels is None else _PROBED_FOR_SPACE
     for example in _probed(source, most):
         try:

@@ -101,15 +101,15 @@ def _column(row: object, name: str | int) -> object:
 
 
 def is_source(data: object) -> TypeGuard[Source]:
-    """Whether data are a `Source` already."""
+    """Whether an object is a `Source`."""
     return hasattr(data, "name") and hasattr(data, "classes") and hasattr(data, "__getitem__")
 
 
 def as_source(data: Any, name: str = "images", classes: Sequence[str] = ()) -> Source:
-    """A `Source` of anything that holds images.
+    """Convert a collection of images to a `Source`.
 
-    An array [N, ...] as `array_source` takes them, or anything with `len` and `[i]`: images, as
-    Pillow's or arrays [H, W], [H, W, C] or [C, H, W]; tuples of an image and a label or a text; or
+    An array [N, ...] as for `array_source`, or anything with `len` and `[i]`: images, of Pillow
+    or arrays [H, W], [H, W, C] or [C, H, W]; tuples of an image and a label or a text; or
     mappings with image, label, caption (or img, text ...). Floats are [0, 1], or [-1, 1] if some
     are below 0. Labels are named by `classes`, the names that the data set has, or their numbers.
     Raises `ValueError` for other data.
@@ -127,7 +127,7 @@ def as_source(data: Any, name: str = "images", classes: Sequence[str] = ()) -> S
         )
     if len(data) == 0:
         raise ValueError(f"{name} holds no images")
-    image, label, caption = _places(data[0])
+    image, label, caption = _columns_of(data[0])
     floats, names = _floats(data, image), tuple(classes)
     if label is not None:
         names = names or _classes(data, label)
@@ -146,20 +146,20 @@ def as_source(data: Any, name: str = "images", classes: Sequence[str] = ()) -> S
     )
 
 
-Place = str | int | None
+Column = str | int | None
 
 
-def _places(row: object) -> tuple[Place, Place, Place]:
-    """Where image, label and caption are in a row."""
+def _columns_of(row: object) -> tuple[Column, Column, Column]:
+    """Names or positions of image, label and caption in a row."""
     if isinstance(row, Mapping):
-        found = [next((n for n in names if n in row), None) for names in (_IMAGES, _LABELS)]
+        columns = [next((n for n in names if n in row), None) for names in (_IMAGES, _LABELS)]
         text = next((n for n in _CAPTIONS if isinstance(row.get(n), str)), None)
-        if found[0] is None:
+        if columns[0] is None:
             raise ValueError(
-                f"a row has the columns {', '.join(map(str, row))}; one of {', '.join(_IMAGES)} is "
-                "needed, or RowSource(rows, name, image=...) says which"
+                f"a row has the columns {', '.join(map(str, row))}; allowed for the image are "
+                f"{', '.join(_IMAGES)}; name others by RowSource(rows, name, image=...)"
             )
-        return found[0], found[1], text
+        return columns[0], columns[1], text
     if isinstance(row, tuple | list):
         labels = [i for i, value in enumerate(row) if i and _is_number(value)]
         texts = [i for i, value in enumerate(row) if i and isinstance(value, str)]
@@ -168,17 +168,17 @@ def _places(row: object) -> tuple[Place, Place, Place]:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is one integer; arrays have an index, too."""
+    """Whether a value is a single integer, not an array."""
     return isinstance(value, SupportsIndex) and getattr(value, "ndim", 0) == 0
 
 
 def _probed(rows: Rows, count: int = _PROBED) -> Sequence[int]:
-    """Numbers of some rows, evenly spaced."""
+    """Indices of some rows, evenly spaced."""
     return range(0, len(rows), max(len(rows) // count, 1))
 
 
-def _floats(rows: Rows, image: Place) -> list[np.ndarray]:
-    """The float images among some rows, or among all of a list."""
+def _floats(rows: Rows, image: Column) -> list[np.ndarray]:
+    """Float images among some rows, or among all of a list."""
     numbers = range(len(rows)) if isinstance(rows, list | tuple) else _probed(rows)
     pictures = (rows[i] if image is None else _column(rows[i], image) for i in numbers)
     arrays = (np.asarray(p) for p in pictures if isinstance(p, np.ndarray | Tensor))
@@ -186,7 +186,7 @@ def _floats(rows: Rows, image: Place) -> list[np.ndarray]:
 
 
 def _classes(rows: Any, label: str | int) -> tuple[str, ...]:
-    """Names of the labels: those that the data set has, or their numbers."""
+    """Class names of the data set, or else numbers."""
     names = getattr(rows, "classes", None)  # torchvision
     feature = (getattr(rows, "features", None) or {}).get(label)  # Hugging Face
     names = names or getattr(feature, "names", None)
@@ -197,7 +197,7 @@ def _classes(rows: Any, label: str | int) -> tuple[str, ...]:
     return tuple(map(str, range(highest + 1)))
 
 
-def _digest(rows: Sequence[Any], image: Place, label: Place, caption: Place) -> str:
+def _digest(rows: Sequence[Any], image: Column, label: Column, caption: Column) -> str:
     """SHA-256 of images, labels and captions in memory."""
     total = hashlib.sha256()
     for row in rows:

@@ -21,7 +21,7 @@ SAMPLES = "samples.npy"
 """Array that `patchdiffusion sample` writes beside pictures that cannot hold its exact values."""
 
 UNFINISHED = "unfinished.json"
-"""Mark of a folder that `patchdiffusion sample` has not filled yet."""
+"""File in a folder that `patchdiffusion sample` has not completed."""
 
 BUILT_IN: dict[str, Callable[[], Source]] = {c.name: c for c in (Glyphs, MovingGlyphs)}
 """Data sets that need no files, by name."""
@@ -37,7 +37,7 @@ class Unlabeled:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """None."""
+        """No classes."""
         return ()
 
     @property
@@ -47,7 +47,7 @@ class Unlabeled:
 
     @property
     def stamp(self) -> str:
-        """Changes when the data change."""
+        """Text that changes when the data change."""
         stamp = getattr(self.source, "stamp", "")
         return f"{stamp} without labels" if stamp else ""
 
@@ -59,12 +59,12 @@ class Unlabeled:
 
 
 def is_there(spec: str) -> bool:
-    """Whether data is at a path, or built in."""
+    """Whether a path exists, or names a built-in data set."""
     return spec in BUILT_IN or expanded(spec).exists()
 
 
 def whole(spec: str) -> str:
-    """The absolute path of data that is at a path, from where it can be opened anywhere."""
+    """Absolute path of data, which can be opened from any folder; other names unchanged."""
     path = expanded(spec)
     built_in = spec in BUILT_IN and (not path.exists() or is_run(path))
     return str(path.resolve()) if spec and path.exists() and not built_in else spec
@@ -77,8 +77,8 @@ def open_source(spec: str | Path, labels: LabelSource = "auto") -> Source:
     data that cannot be read.
     """
     source = _opened(spec, labels)
-    known = isinstance(source, FileSource) or not source.classes
-    return Unlabeled(source) if labels == "off" and not known else source
+    is_done = isinstance(source, FileSource) or not source.classes
+    return Unlabeled(source) if labels == "off" and not is_done else source
 
 
 def _opened(spec: str | Path, labels: LabelSource) -> Source:
@@ -88,8 +88,8 @@ def _opened(spec: str | Path, labels: LabelSource) -> Source:
         raise ValueError(f"{spec} is the folder of a run, not of images; {_ALLOWED}")
     if (path / UNFINISHED).is_file():
         raise ValueError(
-            f"{spec} holds samples that are not complete: repeat the command that began them, with "
-            f"--out {spec}, or delete {UNFINISHED} to use those that are there"
+            f"{spec} holds unfinished samples; repeat their command with --out {spec} to finish "
+            f"them, or delete {UNFINISHED} to use those that exist"
         )
     if path.is_dir() and not run:
         if (path / "pack.json").is_file() and (path / "images.bin").is_file():
@@ -105,7 +105,7 @@ def _opened(spec: str | Path, labels: LabelSource) -> Source:
             return array_source(path)
         if suffix in (".json", ".csv", ".tsv", *JSON_LINES):
             raise ValueError(
-                f"{path} is a table, not images; give the folder of the images, where it is found"
+                f"{path} is a table, not images; give the folder of the images, where it is read"
             )
         raise ValueError(f"{path} is a file of another kind; {_ALLOWED}")
     if str(spec) in BUILT_IN:

@@ -26,7 +26,7 @@ class Pixels:
     """8-bit pixels: 0 and 255 are -1 and 1 to the network."""
 
     alpha: bool = False
-    """Whether the last of four channels is alpha; else they are bands."""
+    """True if the last of four channels is alpha; else they are bands."""
 
     word: ClassVar[Literal["pixels"]] = "pixels"
     dtype: ClassVar[str] = "uint8"
@@ -100,7 +100,7 @@ class Values:
 
 
 def shown(channels: int, *, alpha: bool) -> int:
-    """How many channels, the first ones, a picture shows: 1, 3, or 4 of which the last is alpha."""
+    """Number of leading channels that a picture shows: 1, 3, or 4 with alpha."""
     return 4 if channels == 4 and alpha else 3 if channels >= 3 else 1
 
 

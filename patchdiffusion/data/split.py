@@ -64,18 +64,19 @@ def held_out(digests: np.ndarray, groups: np.ndarray, fraction: float) -> np.nda
 
 
 def division(
-    digests: np.ndarray, groups: np.ndarray, fraction: float, given: Sequence[bool | None]
+    digests: np.ndarray, groups: np.ndarray, fraction: float, held_by_source: Sequence[bool | None]
 ) -> tuple[np.ndarray, int]:
-    """The held-out images: those that the source gives, or else those of `held_out`.
+    """Indices of held-out images: those held out by the source, else those of `held_out`.
 
-    Of given ones those are trained on, and counted, that repeat an image of training or share its
-    group: a group or a set of exact duplicates is never divided. A fraction of 0 holds out none.
+    Images of the source's that repeat a training image or share its group are trained on instead,
+    and counted, as a group or a set of exact duplicates is never divided. With a fraction of 0 no
+    image is held out.
     """
-    wanted = np.array([bool(held) for held in given])
-    if fraction == 0 or not wanted.any() or wanted.all():
+    marked = np.array([bool(held) for held in held_by_source])
+    if fraction == 0 or not marked.any() or marked.all():
         return held_out(digests, groups, fraction), 0
     cluster = _clusters(digests, groups)
     trained = np.zeros(cluster.max() + 1, dtype=bool)
-    trained[cluster[~wanted]] = True
-    held = wanted & ~trained[cluster]
-    return np.flatnonzero(held), int(wanted.sum() - held.sum())
+    trained[cluster[~marked]] = True
+    held = marked & ~trained[cluster]
+    return np.flatnonzero(held), int(marked.sum() - held.sum())

@@ -1,4 +1,4 @@
-"""Folders and columns that divide a data set: train, val and test, by their usual names."""
+"""Splits of a data set (train, val, test) by the usual names of folders and columns."""
 
 import re
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ _DOMAIN = re.compile("(train|val|test)([ABab])")
 
 
 def split_of(name: str) -> str | None:
-    """The split that a name such as `train`, `val2017` or `Test_Images` stands for, or None."""
+    """Split named by a folder such as `train`, `val2017` or `Test_Images`, or None."""
     low = name.strip().casefold().replace("hold-out", "holdout").replace("held-out", "heldout")
     low = low.replace("hold_out", "holdout").replace("held_out", "heldout")
     if domain := _DOMAIN.fullmatch(name):
@@ -25,12 +25,12 @@ def split_of(name: str) -> str | None:
 
 
 def domain_of(name: str) -> str | None:
-    """The A of `trainA`, as sets of two domains (CycleGAN) have it, or None."""
+    """Domain of a folder such as `trainA` of data sets of two domains (CycleGAN): A, or None."""
     found = _DOMAIN.fullmatch(name)
     return found and found[2].upper()
 
 
 def are_splits(names: Iterable[str]) -> bool:
-    """Whether these folders beside each other divide a data set: train, and val or test."""
+    """Whether sibling folders are splits of a data set: train, and val or test."""
     kinds = {split_of(name) for name in names}
     return TRAIN in kinds and bool(kinds & {HELD_OUT, TEST})

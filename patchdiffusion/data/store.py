@@ -1,4 +1,4 @@
-"""Where packs lie: the default place in the cache, and the pack that was prepared before."""
+"""Folders of packs: the default one in the cache, and that of an earlier preparation."""
 
 import contextlib
 import hashlib
@@ -17,14 +17,14 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.system.files import cache_dir
 
 _ASIDE: list[Path] = []
-"""The folder of new packs, if they are not kept."""
+"""Temporary folder of new packs, in the context of `packs_aside`."""
 
 
 @contextlib.contextmanager
 def packs_aside() -> Iterator[None]:
-    """Context in which new packs go to a temporary folder, deleted at the end.
+    """Context in which new packs are written to a temporary folder, deleted at the end.
 
-    Those in the cache are used.
+    Packs in the cache are used.
     """
     if _ASIDE:
         yield
@@ -43,7 +43,7 @@ def kept_aside(pack: Pack) -> bool:
 
 
 def packs_folder() -> Path:
-    """The folder of packs in the cache."""
+    """Folder of packs in the cache."""
     return cache_dir() / "packs"
 
 
@@ -53,7 +53,7 @@ def shape_of(plan: Plan) -> tuple[int, ...]:
 
 
 def stamp_of(source: Source) -> str:
-    """The text that changes when the source changes; empty if it cannot tell."""
+    """Text that changes when the source changes; empty if the source has none."""
     return str(getattr(source, "stamp", ""))
 
 
@@ -97,7 +97,7 @@ def find_pack(
 
 
 def default_target(source: Source, plan: Plan, options: Options) -> Path:
-    """The place of a pack in the cache, by its name, shape, source and options."""
+    """Folder of a pack in the cache, by its name, shape, source and options."""
     name = re.sub(r"[^\w.-]+", "-", source.name, flags=re.ASCII).strip("-.")[:40] or "data"
     shape = "x".join(map(str, shape_of(plan)))
     folder = f"{name}-{shape}-{_identity(source, options)}"

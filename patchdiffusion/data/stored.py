@@ -1,4 +1,4 @@
-"""The packs in the cache: how large they are, when they were used, and their removal."""
+"""Packs in the cache: their sizes, the times of their last use, and their removal."""
 
 import contextlib
 import os
@@ -13,37 +13,37 @@ from patchdiffusion.data.store import packs_folder
 from patchdiffusion.system.files import exclusively, lock
 
 USED = "last-used"
-"""File of a pack whose time says when it was opened last."""
+"""File of a pack whose modification time is that of its last use."""
 
 _DAY = 86_400
 
 
 @dataclass(frozen=True)
 class StoredPack:
-    """A pack in the cache, or what is left of one that was never finished."""
+    """Pack in the cache, or the remains of an unfinished one."""
 
     path: Path
     bytes: int
     shape: tuple[int, ...] | None
-    """Of its images; None if it is unfinished or of another format."""
+    """Shape of its images; None if it is unfinished or of another format."""
     used: float
-    """When it was opened last, in seconds since 1970."""
+    """Time of its last use, in seconds since 1970."""
 
     @property
     def days(self) -> float:
-        """Days since it was used."""
+        """Days since its last use."""
         return max(time.time() - self.used, 0) / _DAY
 
 
 def stored_packs() -> list[StoredPack]:
-    """All packs in the cache, the one that was used last first."""
+    """All packs in the cache, the most recently used first."""
     root = packs_folder()
     folders = [p for p in root.iterdir() if _is_own(p)] if root.is_dir() else []
     return sorted(map(_stored, folders), key=lambda pack: -pack.used)
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a folder in the cache is a pack, or the rest of one."""
+    """Whether a folder in the cache is a pack, or the remains of one."""
     if path.is_symlink() or not path.is_dir():
         return False
     return (path / "pack.json").is_file() or path.suffix in (".tmp", ".old", ".removed")
@@ -60,7 +60,7 @@ def _stored(path: Path) -> StoredPack:
 
 
 def marked_used(pack: Pack) -> Pack:
-    """The same pack, of which it is noted that it has been opened if it lies in the cache."""
+    """Record the use of a pack in the cache; returns the pack."""
     if pack.path.parent == packs_folder():
         with contextlib.suppress(OSError):  # a cache that others have made
             (pack.path / USED).touch()
@@ -78,7 +78,7 @@ def in_use(path: Path) -> bool:
 
 @contextlib.contextmanager
 def _held(path: Path) -> Iterator[None]:
-    """Context in which nobody else can open or prepare a pack; `ValueError` if somebody has."""
+    """Context in which no other process can use a pack; raises `ValueError` if one does."""
     name = path.name.removesuffix(".tmp").removesuffix(".old").removesuffix(".removed")
     with lock(path.with_name(f"{name}.lock"), path):
         file = path / "pack.json"
@@ -92,25 +92,25 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def find_packs(names: Sequence[str]) -> list[StoredPack]:
-    """The packs of these names, or of the one whose name begins so.
+    """Packs by their names, or by the beginnings of their names.
 
-    Raises `ValueError` for a name that no pack has, and for one that several have.
+    Raises `ValueError` for a name of no pack, or of several.
     """
-    packs, found = stored_packs(), []
+    packs, selected = stored_packs(), []
     for name in names:
         named = Path(name).name if Path(name).parent == packs_folder() else name
         exact = [pack for pack in packs if pack.path.name == named]
         chosen = exact or [pack for pack in packs if named and pack.path.name.startswith(named)]
         if len(chosen) != 1:
             listed = ", ".join(pack.path.name for pack in chosen or packs) or "none"
-            what = "several packs have" if chosen else "no pack has"
-            raise ValueError(f"{what} the name {name!r}; packs are {listed}")
-        found += [pack for pack in chosen if pack not in found]
-    return found
+            number = "several packs have" if chosen else "no pack has"
+            raise ValueError(f"{number} the name {name!r}; packs are {listed}")
+        selected += [pack for pack in chosen if pack not in selected]
+    return selected
 
 
 def remove_pack(pack: StoredPack) -> None:
-    """Delete a pack. Raises `ValueError` if it is in use: nothing is deleted then."""
+    """Delete a pack; raises `ValueError`, and deletes nothing, if it is in use."""
     with _held(pack.path):
         aside = pack.path
         if pack.path.suffix != ".removed":

@@ -21,30 +21,30 @@ LABEL_COLUMNS = (
     *("label", "labels", "class", "class_name", "classname", "category", "target", "class_id"),
     *("label_id", "category_id", "species", "breed", "diagnosis", "y"),
 )
-"""Names of columns that hold classes, the first of them counts."""
+"""Names of columns that hold classes; the first one found is used."""
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 """Names of columns that hold train, val or test."""
 _LOOKED_AT = 200
 
 Cell = str | int | None
-"""A label, or the name of an image, as a table has it."""
+"""Value of a cell: a label, or the name of an image."""
 
 
 @dataclass
 class Table:
-    """Rows of a file that name images: label and split of each image, by its key."""
+    """Content of a table that names images: label and split of each image, by its key."""
 
     name: str
     labels: dict[str, Cell] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
-    """Names of images that are not there."""
+    """Names of images that do not exist."""
     column: str | None = None
-    """The column that holds the labels; None if there is none."""
+    """Column of the labels; None if there is none."""
     named: bool = True
-    """The column has one of the names in `LABEL_COLUMNS`."""
+    """True if the column has one of the names in `LABEL_COLUMNS`."""
     exact: bool = False
-    """Written for this purpose: numbers are numbers of classes, and no image may be left out."""
+    """True for `dataset.json`: numbers are class indices, and no image may be left out."""
 
 
 def is_table(name: str) -> bool:
@@ -54,7 +54,7 @@ def is_table(name: str) -> bool:
 
 
 class Names:
-    """Finds images by what tables call them."""
+    """Index of images by the names that tables use."""
 
     def __init__(self, keys: Sequence[str]):
         self._whole = {same_form(key): key for key in keys}
@@ -65,16 +65,16 @@ class Names:
                 self._short[short] = None if short in self._short else key
 
     def find(self, name: str, folder: str) -> str | None:
-        """The key of an image that a table in this folder names, or None."""
+        """Key of the image with a name in a table in `folder`, or None."""
         name = same_form(name.strip().replace("\\", "/"))
         parts = [part for part in name.split("/") if part not in ("", ".")]
         relative = "/".join(parts)
         whole = f"{same_form(folder)}/{relative}" if folder else relative
-        found = self._whole.get(whole) or self._whole.get(relative) or self._short.get(whole)
-        if found is None and parts and ".." not in parts:
-            found = self._short.get(relative) or self._short.get(parts[-1])
-            found = found or self._whole.get(parts[-1])
-        return found if found and _below(found, folder) else None
+        key = self._whole.get(whole) or self._whole.get(relative) or self._short.get(whole)
+        if key is None and parts and ".." not in parts:
+            key = self._short.get(relative) or self._short.get(parts[-1])
+            key = key or self._whole.get(parts[-1])
+        return key if key and _below(key, folder) else None
 
 
 def _below(key: str, folder: str) -> bool:
@@ -82,7 +82,7 @@ def _below(key: str, folder: str) -> bool:
 
 
 def read_table(name: str, read: Callable[[str], bytes], names: Names) -> Table | None:
-    """What a file says of the images, or None if it speaks of something else.
+    """Read labels and splits of images from a file; None if it names no images.
 
     Raises `ValueError` if it cannot be read, or is a `dataset.json` of another form.
     """
@@ -128,7 +128,7 @@ def _edm(name: str, content: bytes, names: Names) -> Table:
 
 
 def _csv_rows(name: str, content: bytes, names: Names) -> list[Mapping[str, Cell]]:
-    """Rows by the names of their columns; of a file without a line of names by their numbers."""
+    """Rows by column names, or by column numbers in a file without a header."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -43,7 +43,7 @@ _ALPHA = (1, 2, 999)  # premultiplied, straight, and what Photoshop wrote
 
 
 class TiffImage(NamedTuple):
-    """Content of a TIFF file, with its first page."""
+    """First page of a TIFF file."""
 
     image: np.ndarray
     """[H, W, C]"""
@@ -51,12 +51,12 @@ class TiffImage(NamedTuple):
     alpha: bool
     """Whether the last of two or four bands is straight alpha."""
     span: tuple[float, float] | None
-    """Values that stand for black and white, if the file says so."""
+    """Values of black and white, if the file states them."""
     orientation: int
 
 
 def is_tiff(data: bytes) -> bool:
-    """Whether a file begins as TIFF and BigTIFF do."""
+    """Whether data begins like a TIFF or BigTIFF file."""
     return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -97,12 +97,12 @@ class _Header:
 
     @property
     def colors(self) -> int:
-        """Bands that the photometric interpretation is about."""
+        """Number of bands of the photometric interpretation."""
         return 3 if self.photometric == 2 and self.bands >= 3 else 1
 
     @property
     def extra(self) -> tuple[int, ...]:
-        """What the file says of further bands; 0 is nothing."""
+        """Meaning of further bands, as in the tag ExtraSamples; 0 is unspecified."""
         count = self.bands - self.colors
         return (*self.numbers(338), *(0,) * count)[:count]
 
@@ -111,7 +111,7 @@ class _Header:
         return len(self.extra) == 1 and self.extra[0] in _ALPHA
 
     def describe(self) -> str:
-        """Bands, bits and compression, for people."""
+        """Text with bands, bits and compression."""
         bits = "/".join(map(str, dict.fromkeys(self.bits)))
         name = _PHOTOMETRIC.get(self.photometric, f"photometric {self.photometric}")
         compression = self.number(259, 1)
@@ -122,7 +122,7 @@ class _Header:
 
     @property
     def plain(self) -> bool:
-        """Whether Pillow reads the file and loses nothing."""
+        """Whether Pillow reads the file without loss."""
         if self.photometric not in (0, 1, 2):
             return True  # palettes, CMYK, YCbCr, LAB: read or refused there
         eight = max(self.bits) <= 8 and self.format in (1, 4)
@@ -147,7 +147,7 @@ def header_of(data: bytes) -> _Header | None:
 
 
 def describe_tiff(data: bytes) -> str | None:
-    """Bands and bits of a TIFF file that nothing reads, for its refusal."""
+    """Bands and bits of a TIFF file, for the error message of one that cannot be read."""
     header = header_of(data)
     return header and header.describe()
 
@@ -178,7 +178,7 @@ def read_tiff(data: bytes, key: str) -> TiffImage | None:
 def _black_is_zero(
     image: np.ndarray, header: _Header
 ) -> tuple[np.ndarray, tuple[float, float] | None]:
-    """Whole numbers with 0 as black, and the values of black and white if not those of the type."""
+    """Integers with 0 as black, and the values of black and white if not those of the type."""
     bits, white_is_zero = header.bits[0], header.photometric == 0
     if image.dtype.kind == "f":
         return image, ((1.0, 0.0) if white_is_zero else None)
@@ -190,7 +190,7 @@ def _black_is_zero(
 
 
 def _straight(image: np.ndarray) -> np.ndarray:
-    """Bands that were multiplied by the alpha behind them, divided by it."""
+    """Divide premultiplied bands by their alpha."""
     top = 1.0 if image.dtype.kind == "f" else float(np.iinfo(image.dtype).max)
     alpha = image[..., -1:].astype(np.float64) / top
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -203,7 +203,7 @@ def _straight(image: np.ndarray) -> np.ndarray:
 
 
 def _samples(data: bytes, header: _Header, key: str) -> np.ndarray:
-    """All samples [H, W, C] as they are stored."""
+    """All samples [H, W, C] as stored."""
     width, height, bands = header.number(256, 0), header.number(257, 0), header.bands
     bits, compression = header.bits[0], header.number(259, 1)
     kind = _KINDS.get(header.format)
@@ -283,7 +283,7 @@ class _Part:
             return image.tobytes()
 
     def _predicted(self, table: np.ndarray, rows: int) -> np.ndarray:
-        """Samples of rows of bytes, of which a predictor may have stored differences."""
+        """Samples of rows of bytes, after undoing the predictor."""
         coded = self.header.number(259, 1) not in (*_RAW, 32773)
         predictor = self.header.number(317, 1) if coded else 1
         size = self.bits // 8
@@ -302,7 +302,7 @@ class _Part:
 
 
 def _as_gray(content: bytes, compression: int, rows: int, width: int) -> bytes:
-    """A TIFF file of one gray strip, whose 8-bit pixels are the bytes that were compressed."""
+    """TIFF file of one gray strip, whose 8-bit pixels are the decompressed bytes."""
     tags = ((256, width), (257, rows), (258, 8), (259, compression), (262, 1), (273, None),
             (277, 1), (278, rows), (279, len(content)))  # fmt: skip
     start = 8 + 2 + 12 * len(tags) + 4

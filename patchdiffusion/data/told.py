@@ -1,4 +1,4 @@
-"""Lines that say what a run is trained on, and what has become of the files: train and doctor."""
+"""Lines of `train` and `doctor` about the data: images, classes, refused files, warnings."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from patchdiffusion.patches import size_name
 from patchdiffusion.system.text import printable
 
 FEW = 1000
-"""Images below which a model is likely to make copies of them."""
+"""Number of training images below which a model is likely to copy them."""
 
 _CLASSES = 8  # that are named
 _NOTES = 8
@@ -17,9 +17,9 @@ _INDENT = " " * 10
 
 
 def data_lines(pack: Pack, *, labels: bool = True) -> Iterator[str]:
-    """The images of a pack, its classes, what was refused or left out, and warnings.
+    """Lines about the images of a pack, its classes, refused and ignored files, and warnings.
 
-    `labels` says whether they are used.
+    `labels` is False if they are not used.
     """
     size = size_name(tuple(pack.images.shape[1:-1]))
     classes = _classes(pack) if labels else ""
@@ -40,7 +40,7 @@ def data_lines(pack: Pack, *, labels: bool = True) -> Iterator[str]:
         yield f"{_INDENT}refused {bad} of {total:,} files, first {text}; {listed}"
     if ignored := report.get("ignored"):
         kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.items())
-        yield f"{_INDENT}passed over: {printable(kinds)}"
+        yield f"{_INDENT}ignored: {printable(kinds)}"
     for warning in report.get("warnings", ()):
         yield f"warning: {printable(str(warning))}"
     if len(pack.train) < FEW:

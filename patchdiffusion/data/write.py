@@ -136,7 +136,7 @@ class PackWriter:
     ):
         self.folder = folder
         self.levels: Levels | None = None
-        """Use of the values of pixels, known at the end."""
+        """Use of the 256 values of pixels; set by `finish`."""
         self.digests = array("Q")
         self.groups = array("Q")
         self.columns = [ColumnWriter(folder, column, stack) for column in columns]

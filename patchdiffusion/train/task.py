@@ -108,7 +108,7 @@ def check_images(config: Settings, pack: Pack) -> None:
     channels, axes = pack.images.shape[-1], pack.images.ndim - 2
     if axes != config.network.axes:
         raise ValueError(
-            f"the network has {config.network.axes} axes, and the images have {axes}; "
+            f"the network has {config.network.axes} axes, and the images have {axes} axes; "
             f"use one such as --network transformer --network.patch{' 2' * axes}"
         )
     if channels != config.network.channels:
