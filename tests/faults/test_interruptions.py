@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import harness
 import pytest
 import tiny
 import torch
-from commands import names
+from commands import Capture, names
 from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, here, same_run, status, torchrun
 
-from patchdiffusion import rng
-from patchdiffusion.train import checkpoint
+from patchdiffusion import cli, rng
+from patchdiffusion.data import prepare
+from patchdiffusion.train import checkpoint, loop
 from patchdiffusion.train.log import RunLog
 from patchdiffusion.train.report import read_log, write_report
 
@@ -171,8 +174,8 @@ def test_r8_stopped_while_samples_are_caught_up(images: Path, tmp_path: Path) ->
     """Nothing is trained before the samples of where the run stands are drawn."""
     folder, straight, config = tmp_path / "run", tmp_path / "straight", {"preview.samples": 2}
     here(images, straight, config=config)
-    for time in (0, 0):  # first on the way, then while it catches up
-        fault = {"kind": "send_in", "name": "SIGTERM", "where": "samples", "time": time}
+    for _ in range(2):  # first on the way, then while it catches up
+        fault = {"kind": "send_in", "name": "SIGTERM", "where": "samples", "time": 0}
         assert here(images, folder, config=config, faults=[fault]).code == 0
         assert (status(folder), checkpoints(folder)) == ("preempted", [2])
     assert here(images, folder, config=config).code == 0
@@ -285,6 +288,81 @@ def test_r7_two_interrupts(images: Path, steady: Path, tmp_path: Path) -> None:
     assert checkpoints(folder) == [3, 4]
     assert alone(images, folder, **LONG).code == 0
     same_run(folder, steady)
+
+
+STOPS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")
+
+
+def raising(name: str) -> Callable[..., Any]:
+    """A function that only sends this process a signal."""
+
+    def send(*given: Any, **options: Any) -> None:
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(10)  # the handler raises in here
+
+    return send
+
+
+@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("command", ["train", "prepare"])
+def test_r7_a_signal_while_images_are_prepared(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """There is nothing to save: the same command begins again."""
+    data = tmp_path / "data"
+    handlers = [signal.getsignal(getattr(signal, n)) for n in STOPS]
+    monkeypatch.setattr(prepare, "_ready", raising(name))
+    more = ("--out", tmp_path / "out")
+    given = [str(a) for a in (command, tiny.write_images(data, count=8), *more)]
+    assert cli.main(given) == (0 if command == "train" else 130)
+    assert not (tmp_path / "out").exists()
+    assert "Traceback" not in capsys.readouterr().err
+    assert handlers == [signal.getsignal(getattr(signal, n)) for n in STOPS]
+
+
+@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_r7_a_signal_while_the_program_starts(
+    command: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """It must end there and then: an exception can abort an import of C++."""
+
+    def ended(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(cli, "import_module", raising(name))
+    monkeypatch.setattr(os, "_exit", ended)
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command])
+    assert caught.value.code == (0 if command == "train" else 130)
+    told = capsys.readouterr()
+    assert len((told.out + told.err).splitlines()) == 1
+
+
+def test_r7_a_signal_while_the_report_is_written(
+    images: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_report: None
+) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setattr(loop, "write_report", raising("SIGTERM"))
+    assert here(images, folder).code == 0
+    assert status(folder) == "finished" and not (folder / "lock").exists()
+    same_run(folder, finished)
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_r7_the_terminal_is_closed(
+    ignored: bool, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Ctrl-C, unless `nohup` has had SIGHUP ignored."""
+    folder, before = tmp_path / "run", signal.getsignal(signal.SIGHUP)
+    fault = {"kind": "send", "name": "SIGHUP", "phase": "forward", "step": 1}
+    if ignored:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        ended = here(images, folder, faults=[fault])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (ended.code, status(folder)) == (0, "finished" if ignored else "preempted")
 
 
 @pytest.mark.parametrize("phase", ["samples", "evaluation", "save"])
