@@ -21,7 +21,7 @@ from patchdiffusion.cli.words import did_you_mean
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 from patchdiffusion.system.files import expanded
 from patchdiffusion.system.place import leave, place
-from patchdiffusion.system.signals import DEFAULT, Interrupted, handling
+from patchdiffusion.system.signals import DEFAULT, Interrupted, exit_on, handling
 
 
 class HelpShown(Exception):
@@ -134,7 +134,9 @@ def _summary(name: str) -> str:
 
 def program() -> NoReturn:
     """The command `patchdiffusion`."""
-    leave(main())
+    code = main()
+    exit_on(code)
+    leave(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -67,6 +67,12 @@ def add(family: Any, member: type[T]) -> type[T]:
     return member
 
 
+def added() -> tuple[type, ...]:
+    """All types from outside the package, by name."""
+    types = {member for members in _ADDED.values() for member in members}
+    return tuple(sorted(types, key=lambda member: (member.__module__, member.__name__)))
+
+
 def remove(family: Any, member: type) -> None:
     """Undo `add`."""
     _ADDED[frozenset(_declared(family))].remove(member)

@@ -1,13 +1,18 @@
 """Hardware settings of a run: threads, kernels, compilation, and a record of them."""
 
+import contextlib
+import hashlib
 import os
 import platform
+import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from patchdiffusion.nets import fused
+from patchdiffusion.system import families
 from patchdiffusion.system.memory import keep_freed
 from patchdiffusion.system.place import Place
 from patchdiffusion.train.config import RunConfig
@@ -40,6 +45,23 @@ def compiles(run: RunConfig, device: torch.device) -> bool:
     return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
 
 
+def code_digest() -> str:
+    """Digest of the sources of the package and of the types that were added to its families.
+
+    The same version may have other sources: a checkout, or one that was edited.
+    """
+    package, content = Path(__file__).parents[1], hashlib.sha256()
+    files = sorted(f for f in package.rglob("*") if f.suffix in (".py", ".c"))
+    modules = {member.__module__ for member in families.added()}
+    others = (getattr(sys.modules.get(name), "__file__", None) for name in sorted(modules))
+    files += [Path(file) for file in others if file and package not in Path(file).parents]
+    for file in files:
+        content.update(file.name.encode())
+        with contextlib.suppress(OSError):  # a file that is gone, and still in memory
+            content.update(file.read_bytes())
+    return content.hexdigest()[:16]
+
+
 def engine_facts(
     run: RunConfig, device: torch.device, where: Place, precision: str
 ) -> dict[str, Any]:
@@ -47,6 +69,7 @@ def engine_facts(
     cuda = device.type == "cuda"
     return {
         "version": version("patchdiffusion"),
+        "code": code_digest(),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if cuda else torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
@@ -66,5 +89,5 @@ def _kernels(run: RunConfig, device: torch.device, precision: str) -> str:
     return "operators" if device.type == "cuda" or precision == "fp16" else fused.status()
 
 
-SHARED_FACTS = ("version", "torch", "precision", "sharded", "compiled")
+SHARED_FACTS = ("version", "code", "torch", "precision", "sharded", "compiled")
 """Names of the `engine_facts` that all processes of a run must have in common."""

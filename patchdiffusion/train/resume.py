@@ -52,7 +52,7 @@ def opened(training: Training) -> Iterator[None]:
 def begin(training: Training, held: contextlib.ExitStack) -> None:
     """Load a checkpoint, or start a run, perhaps from other weights; `held` gets the lock."""
     team, run, folder = training.team, training.run, training.folder
-    team.agree("the processes disagree", _identity(training), code=2)
+    _agree(training)
 
     weights: dict[str, Tensor] = {}
 
@@ -94,7 +94,7 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
 def rehearse(training: Training) -> None:
     """Raise whatever `begin` would raise, and load what it would load; writes nothing."""
     team, run, folder = training.team, training.run, training.folder
-    team.agree("the processes disagree", _identity(training), code=2)
+    _agree(training)
     weights: dict[str, Tensor] = {}
 
     def choose() -> SavedRun | None:
@@ -126,6 +126,18 @@ def _existing(training: Training, weights: dict[str, Tensor]) -> bool:
         weights.update(weights_of(run.start_from, training))
     describe(training)
     return exists
+
+
+def _agree(training: Training) -> None:
+    """Refuse processes that are not of one run; what only changes last bits is reported."""
+    training.team.agree("the processes disagree", _identity(training), code=2)
+    kernels = training.team.gather(training.engine["kernels"])
+    for rank, other in enumerate(kernels):
+        if other != kernels[0]:
+            training.log.say(
+                f"warning: rank {rank} computes with {other} and rank 0 with {kernels[0]}: not "
+                "bit-identical to a run of equal processes"
+            )
 
 
 def _identity(training: Training) -> dict[str, Any]:
@@ -208,7 +220,7 @@ def _report_resumed(training: Training, saved: SavedRun) -> None:
     log.say(f"resume    at step {state.step:,} from {saved.folder}")
     log.resume(state.step, data=training.pack.fingerprint, **training.engine)
     now = training.engine
-    changed = [f"{k} {before.get(k)} -> {v}" for k, v in now.items() if before.get(k) != v]
+    changed = [f"{k} {before[k]} -> {v}" for k, v in now.items() if before.get(k, v) != v]
     if changed:
         log.say(f"note      not bit-identical to the run so far: {', '.join(changed)}")
 

@@ -192,7 +192,7 @@ def _check_same(training: Training, groups: Groups) -> None:
     """Raise `Stop` unless replicas have the same bits."""
     if training.team.size == 1 or training.run.shard:
         return
-    alike = [group for group in ("weights", MAIN, "objective") if group in groups]
+    alike = [group for group in groups if group != "optimizer"]
     names = [f"{group}/{name}" for group in alike for name in groups[group]]
     tensors = [x for group in alike for x in groups[group].values()]
     sums = [x.detach().view(torch.int32).sum(dtype=torch.int64) for x in tensors]
