@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
     from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
     from patchdiffusion.model import load_model
+    from patchdiffusion.nets.own import allow
     from patchdiffusion.nets.transformer import TransformerConfig
     from patchdiffusion.nets.unet import SongUNet, UNetConfig
     from patchdiffusion.noise import LogNormal
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from patchdiffusion.solvers import euler, heun
     from patchdiffusion.solvers.schedules import karras
     from patchdiffusion.system.png import enlarge, grid, save_png, to_uint8
+    from patchdiffusion.train.callbacks import Event
     from patchdiffusion.train.config import RunConfig, TrainConfig
 
     __version__: str
@@ -48,6 +50,8 @@ __all__ = [
     "train",
     "edit",
     "Run",
+    "Event",
+    "allow",
     "load",
     "prepare",
     "sample",
@@ -98,6 +102,7 @@ _FILES = {
     "denoiser": "Denoiser NetDenoiser PatchDenoiser as_denoiser",
     "losses": "Batch DenoisingLoss LossOut",
     "model": "load_model",
+    "nets.own": "allow",
     "nets.transformer": "TransformerConfig",
     "nets.unet": "SongUNet UNetConfig",
     "noise": "LogNormal",
@@ -110,6 +115,7 @@ _FILES = {
     "solvers": "euler heun",
     "solvers.schedules": "karras",
     "system.png": "enlarge grid save_png to_uint8",
+    "train.callbacks": "Event",
     "train.config": "RunConfig TrainConfig",
 }
 _FILE_OF = {name: file for file, names in _FILES.items() for name in names.split()}

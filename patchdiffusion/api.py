@@ -1,6 +1,7 @@
 """The command line as functions: `train`, `auto`, and a run that can be sampled."""
 
 import os
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ from patchdiffusion.cli.subject import Subject
 from patchdiffusion.cli.train import TrainArguments, chosen
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.model import Weights
+from patchdiffusion.nets import own
 from patchdiffusion.sampling.pipeline import Pipeline, load
 from patchdiffusion.train import loop
+from patchdiffusion.train.callbacks import Callback
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.report import read_log
 
@@ -49,25 +52,29 @@ class Run:
 def train(
     what: TrainConfig | Pack | str | os.PathLike[str],
     run: RunConfig | None = None,
+    *,
+    callbacks: Sequence[Callback] = (),
     **fields: Any,
 ) -> Run:
     """Train on images at a path, by a recipe, or with a full configuration; returns the run.
 
     `fields` are those of `TrainConfig` and `RunConfig`, as on the command line: `images=5000`,
     `batch=16`, `out="runs/a"`, `network="transformer"`, `optim={"lr": 1e-3}`, `network=UNetConfig(
-    base=16)`. The same call again goes on with the run. Raises `ValueError` for what cannot work,
+    base=16)`. A network of your own may be any module `F(x, noise, cond)`. `callbacks` are called
+    with every `Event`; one that returns True, or raises, ends the run, which is saved before. The
+    same call again goes on with the run. Raises `ValueError` for what cannot work,
     before anything is written, and `Stop` when a run cannot go on.
     """
     with ExitStack() as held:
         with as_keywords():
-            flags = arguments_of(TrainArguments(), fields)
+            flags = arguments_of(TrainArguments(), _named(fields))
             if isinstance(what, TrainConfig):
                 arguments = TrainArguments(training=what, run=run or RunConfig())
                 arguments = parse(arguments, flags, "train")
             else:
                 given = arguments_of(TrainArguments(), changed_fields(run or RunConfig()))
                 arguments = held.enter_context(chosen([_path(what), *given, *flags]))
-        return Run(loop.train(arguments.training, arguments.run))
+        return Run(loop.train(arguments.training, arguments.run, callbacks))
 
 
 def auto(
@@ -78,7 +85,7 @@ def auto(
     `fields` are those of `TrainConfig`, see `train`.
     """
     with as_keywords():
-        flags = arguments_of(TrainArguments(), fields)
+        flags = arguments_of(TrainArguments(), _named(fields))
         config = Subject.of([_path(what), "--device", device, *flags], "train").fresh(flags)
         return parse(TrainArguments(training=config), flags, "train").training
 
@@ -86,8 +93,17 @@ def auto(
 def edit(config: TrainConfig, **fields: Any) -> TrainConfig:
     """A configuration with other values, by the names of the command line; see `train`."""
     with as_keywords():
-        flags = arguments_of(TrainArguments(), fields)
+        flags = arguments_of(TrainArguments(), _named(fields))
         return parse(TrainArguments(training=config), flags, "train").training
+
+
+def _named(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with the record of a network that is none of ours, which is made known."""
+    network = fields.get("network")
+    if own.is_network(network):
+        own.allow(network)
+        return {**fields, "network": own.OwnNetworkConfig.of(network).changes()}
+    return dict(fields)
 
 
 def _path(what: Pack | str | os.PathLike[str]) -> str:

@@ -17,7 +17,7 @@ from patchdiffusion.classifier import NoisyClassifier
 from patchdiffusion.data.space import Pixels, Space
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.flowmap import FlowMap
-from patchdiffusion.nets import Network, base
+from patchdiffusion.nets import Network, base, own
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.nets.heads import Head, OwnHead
 from patchdiffusion.noise import Law
@@ -162,11 +162,15 @@ def load_model(
     *,
     weights: Weights = "averaged",
     device: torch.device | str = "cpu",
+    allow: Sequence[own.Allowed] = (),
 ) -> Model:
     """Load a model from its folder or from that of a run, which may still be training.
 
-    Raises `ValueError` in one line if there is none or if a file is damaged.
+    A network that is none of ours is stored by the path of its class: `allow` has the class, or
+    such a network. Raises `ValueError` in one line if there is none or if a file is damaged.
     """
+    if allow:
+        own.allow(*allow)
     folder = Path(path)
     if (folder / "model").is_dir() or (folder / "log.jsonl").exists():
         folder = folder / "model"
@@ -214,6 +218,8 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
     try:
         fields = unsealed(facts)
         fields = {key: value for key, value in fields.items() if key not in ("format", "sha256")}
+        if own.names_own(fields):
+            own.join()
         config = decode(ModelConfig, fields)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error

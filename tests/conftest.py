@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 
+from patchdiffusion.nets import own
 from patchdiffusion.train import loop, status
 from patchdiffusion.train.report import write_report
 
@@ -22,6 +23,13 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(status, "measured_peak", lambda device, precision: 1e9)
         patch.setattr(loop, "write_report", lambda folder: folder / "report.html")
         yield
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    """Networks that a test allows are known to it alone."""
+    yield
+    own.forget()
 
 
 @pytest.fixture

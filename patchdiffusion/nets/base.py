@@ -158,7 +158,7 @@ class Network(nn.Module, ABC, Generic[Config]):
     def roles(self) -> dict[str, Role]:
         """The role of every parameter, by name; `ValueError` for one that has none."""
         roles = {}
-        for name, role in _roles(self):
+        for name, role in roles_of(self):
             if role is None:
                 raise ValueError(f"the parameter {name} of {type(self).__name__} has no role")
             roles[name] = role
@@ -184,7 +184,7 @@ class Network(nn.Module, ABC, Generic[Config]):
         )
 
 
-def _roles(
+def roles_of(
     module: nn.Module, prefix: str = "", role: Role | None = None
 ) -> Iterator[tuple[str, Role | None]]:
     """Every parameter with the role that the innermost module around it declares."""
@@ -192,7 +192,7 @@ def _roles(
     for name, _ in module.named_parameters(recurse=False):
         yield prefix + name, role
     for name, child in module.named_children():
-        yield from _roles(child, f"{prefix}{name}.", role)
+        yield from roles_of(child, f"{prefix}{name}.", role)
 
 
 def put(tape: Tape | None, name: str, activation: Tensor) -> Tensor:

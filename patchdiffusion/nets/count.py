@@ -33,10 +33,15 @@ def count(network: Network, size: int | tuple[int, ...], cond: Cond | None = Non
     params = sum(p.numel() for p in network.parameters())
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     shells = {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
-    x = torch.empty(1, network.config.channels, *sides, device="meta")
-    noise = torch.empty(1, device="meta")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(network, shells, (x, noise, cond or Cond()))
+    shape = (1, network.config.channels, *sides)
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            x, noise = torch.empty(shape, device="meta"), torch.empty(1, device="meta")
+            functional_call(network, shells, (x, noise, cond or Cond()))
+    except (RuntimeError, NotImplementedError):  # a network of somebody's own may have to compute
+        device = next(network.parameters()).device
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(torch.zeros(shape, device=device), torch.zeros(1, device=device), Cond())
     return Count(macs=counter.get_total_flops() // 2, params=params)
 
 

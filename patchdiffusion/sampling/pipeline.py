@@ -16,6 +16,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.guidance import Guidance
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Weights
+from patchdiffusion.nets.own import Allowed
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
@@ -185,8 +186,9 @@ def load(
     weights: Weights = "averaged",
     device: torch.device | str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
+    allow: Sequence[Allowed] = (),
 ) -> Pipeline:
-    """Load a run or model folder, ready to sample; see `load_model` for errors."""
-    model = load_model(path, weights=weights, device=pick_device(device))
+    """Load a run or model folder, ready to sample; see `load_model` for `allow` and errors."""
+    model = load_model(path, weights=weights, device=pick_device(device), allow=allow)
     model.require("denoiser")
     return Pipeline(model, precision)

@@ -42,9 +42,14 @@ def size_of(tensors: Tensors) -> int:
     return content + content // 50 + 2**20
 
 
+def name_of(step: int) -> str:
+    """Name of the folder of a checkpoint."""
+    return f"step-{step:010d}"
+
+
 def save(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Path:
     """Write `root/step-.../NAME.safetensors` for each group, and `state` as JSON."""
-    folder = root / f"step-{step:010d}"
+    folder = root / name_of(step)
     with folder_atomic(folder) as temporary:
         for name, group in tensors.items():
             whole = {key: value.detach().cpu().contiguous() for key, value in group.items()}

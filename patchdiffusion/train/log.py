@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,6 +58,8 @@ class RunLog:
         dry: bool = False,
     ):
         """A dry log prints, but writes no files."""
+        self.listener: Callable[[str, dict[str, Any]], None] | None = None
+        """Is called with what is recorded."""
         self.folder = folder
         self.dry = dry or quiet
         self.stream = stream or sys.stdout
@@ -119,6 +122,13 @@ class RunLog:
             _append(self.folder / "log.jsonl", json.dumps(facts, allow_nan=False))
         except OSError as error:
             self._warn("log.jsonl", error)
+        if self.listener is not None:
+            self.listener(kind, facts)
+
+    def tell(self, kind: str, **values: Any) -> None:
+        """Let the listener know, if there is one."""
+        if self.listener is not None:
+            self.listener(kind, values)
 
     def status(self, status: str, **values: Any) -> None:
         """Replace `run.json`: running, finished, preempted or failed, with the progress."""

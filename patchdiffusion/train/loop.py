@@ -5,7 +5,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from patchdiffusion.plans import Group
 from patchdiffusion.system.dist import Vote, join
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 from patchdiffusion.system.signals import STOPPING, handling
+from patchdiffusion.train.callbacks import Callback, Callbacks
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.guard import Order, Verification
 from patchdiffusion.train.log import duration, quantity
@@ -36,12 +37,15 @@ REPORT_SECONDS = 60.0
 """Least time between two reports while a run goes on, which are written after previews."""
 
 
-def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
+def train(
+    config: TrainConfig, run: RunConfig | None = None, callbacks: Sequence[Callback] = ()
+) -> Path:
     """Train until the clock reaches `config.images`; returns the folder of the run.
 
-    The same call resumes a run that ended early. Every process of a run must make it. Raises
-    `ValueError` for an impossible configuration or data, before anything is written, and `Stop` if
-    a run cannot go on.
+    The same call resumes a run that ended early. Every process of a run must make it. `callbacks`
+    are called with every `callbacks.Event`; one that returns True or raises ends the run, which is
+    saved before. Raises `ValueError` for an impossible configuration or data, before anything is
+    written, and `Stop` if a run cannot go on.
     """
     run = run or RunConfig()
     started = time.monotonic()
@@ -50,9 +54,10 @@ def train(config: TrainConfig, run: RunConfig | None = None) -> Path:
     pack = prepare_data(config.data)  # takes long, so before other processes wait for this one
     with join(PATIENCE * run.timeout_minutes) as team:
         training = assemble(config, run, pack, team)
+        heard = Callbacks(callbacks, training)
         try:
             with opened(training):
-                _execute(training, started)
+                _execute(training, started, heard)
         except Exception as error:
             if peer_lost(error):
                 raise Stop(_lost(training, error), code=24) from error
@@ -74,7 +79,7 @@ def _rehearse(config: TrainConfig, run: RunConfig) -> Path:
             return training.folder
 
 
-def _execute(training: Training, started: float) -> None:
+def _execute(training: Training, started: float, heard: Callbacks) -> None:
     log = training.log
     if training.finished:
         Saver(training).catch_up()  # it may have been killed after its last checkpoint
@@ -82,11 +87,14 @@ def _execute(training: Training, started: float) -> None:
         log.status("finished", **_position(training))
         log.say(f"{training.folder} is finished; a larger --images extends it")
         training.team.on_main(lambda: _report(training))
+        heard.check()
         return
     try:
         with stop_signals() as stop:
+            heard.attach(stop)
             log.open_bar(training.config.images, training.now)
             _loop(training, stop, started)
+        heard.check()
     except BaseException as error:
         reason = str(error) or type(error).__name__
         log.status("failed", reason=reason, **_position(training))
@@ -124,6 +132,7 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
     for num_steps in itertools.count(1):
         before = training.now
         _step(training)
+        training.log.tell("step")
         now, last = training.now, training.finished
         training.log.advance(now)
         late = time.monotonic() > deadline
@@ -176,6 +185,7 @@ def deadline_of(run: RunConfig, started: float) -> float:
 def _report_end(training: Training, how: str) -> None:
     """Record and print that a run has ended, after its last save."""
     training.log.status(how, **_position(training))
+    training.log.tell("end", status=how)
     if how == "finished":
         training.log.say(f"finished in {duration(training.state.seconds)} of training")
     else:

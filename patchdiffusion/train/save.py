@@ -59,6 +59,8 @@ class Saver:
             )
         if problem:
             training.log.say(f"warning: cannot save: {problem}; training goes on")
+        else:
+            training.log.tell("save", checkpoint=checkpoint.name_of(facts.step))
         self.problem = problem
 
     def catch_up(self) -> None:
