@@ -104,6 +104,8 @@ def test_train_on_a_folder(images: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_train_by_a_recipe_and_a_run_config(images: Path, tmp_path: Path) -> None:
     given = pd.RunConfig(out=tmp_path / "run", dry_run=True)
     assert pd.train(images, given, **SHORT).folder == given.out
+    text: Any = str(tmp_path / "text")
+    assert pd.train(tiny.config(images), pd.RunConfig(out=text, dry_run=True)).folder == Path(text)
     with refuses("photoes"):
         pd.train("photoes")
 

@@ -92,4 +92,4 @@ class RunConfig:
 
     def folder(self, name: str) -> Path:
         """Folder of the run."""
-        return self.out or Path("runs") / name
+        return Path(self.out or Path("runs") / name)  # which may be a text, from Python
