@@ -286,7 +286,6 @@ def test_no_large_pack_of_small_images_that_are_enlarged(
 ) -> None:
     sources = [Listed(noise(40, (16, 24, 3))), Listed(noise(40, (16, 17, 3)))]
     assert len(prepare(sources[0], tmp_path / "few", resolution=64)) == 40  # few bytes
-    monkeypatch.setattr("patchdiffusion.data.plan._LARGE", 40 * 32 * 32 * 3)
     with refuses("64", "16 pixels", "4.0 times", "63"):
         prepare(sources[1], tmp_path / "pack", resolution=64)
     assert not (tmp_path / "pack").exists()

@@ -100,7 +100,7 @@ def _interrupt(*_: object) -> None:
 
 
 def _interrupted(command: str) -> int:
-    """Exit code after a signal when there is nothing to save; a run goes on later."""
+    """Exit code after a signal when there is nothing to save."""
     if command != "train":
         return _fail("interrupted", 130)
     if place().is_main:

@@ -40,7 +40,7 @@ class BenchArguments:
     subject: tuple[str, ...] = field(
         default=(), metadata=positional("[RECIPE] [DATA]", required=False, listed=recipes.RECIPES)
     )
-    """As for train: a recipe, and images. Recipes are:"""
+    """A recipe, and images, like those of train. Recipes are:"""
     repeats: int = 9
     """Number of timed steps of each kind, of which the median is reported."""
     save: Path | None = None
@@ -54,7 +54,7 @@ class BenchArguments:
     shard: bool = False
     """Shard the weights over the processes (FSDP2)."""
     config: Path | None = None
-    """File of settings, .json as in the folder of a run, or .toml; flags win."""
+    """File of settings, .json as in the folder of a run, or .toml; flags take precedence."""
     training: TrainConfig = field(default_factory=TrainConfig, metadata=flat("training"))
 
     def __post_init__(self) -> None:

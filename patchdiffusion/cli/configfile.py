@@ -40,7 +40,7 @@ def with_config(record: Any, arguments: Sequence[str]) -> list[str]:
 
 
 def flags_of(record: Any, table: Mapping[str, Any], source: str) -> list[str]:
-    """The flags that stand for a table of fields; errors begin with its `source`."""
+    """Flags for a table of fields; errors begin with its `source`."""
     return list(_typed(dict(_of_record(record, (), table, source))))
 
 

@@ -48,7 +48,7 @@ class DoctorArguments:
     subject: tuple[str, ...] = field(
         default=(), metadata=positional("[RECIPE] [DATA]", required=False, listed=recipes.RECIPES)
     )
-    """As for train: a recipe, and images. Recipes are:"""
+    """A recipe, and images, like those of train. Recipes are:"""
     data: DataConfig = field(default_factory=DataConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to check; auto is CUDA if available."""

@@ -42,18 +42,18 @@ class Drawn:
     singles: bool
     """True if there is a file for each image."""
     shape: tuple[int, ...]
-    """[*S, C] of an image."""
+    """Shape of an image: [*S, C]."""
     space: Space
-    """What their values mean."""
+    """Meaning of the values of the images."""
 
     @property
     def channels(self) -> int:
-        """How many channels pictures show."""
+        """Number of channels that pictures show."""
         return shown(self.shape[-1], alpha=self.space.alpha)
 
     @property
     def preview(self) -> str:
-        """Which channels pictures show, if that is not all of them."""
+        """Text about the channels that pictures show, "" if these are all."""
         count, channels = self.channels, self.shape[-1]
         return "" if count == channels else f"the first {count} of {channels}; all in {SAMPLES}"
 
@@ -65,7 +65,7 @@ class Drawn:
 
     @property
     def array(self) -> bool:
-        """Whether all images are stored as an array: single files would not hold them."""
+        """Whether all images are stored as an array, as single files cannot store them exactly."""
         exact = self.space.word == Pixels.word and len(self.shape) == 3 and not self.preview
         return not exact or not (self.singles or self.shown == self.count)
 
@@ -95,7 +95,7 @@ class Drawn:
             write(self.folder / _PARTS / f"{first}-{first + len(images)}.npy", npy(images))
 
     def finish(self) -> None:
-        """Write the grid and the array of all images, and take the mark away."""
+        """Write the grid and the array of all images, and delete the mark."""
         seeds = {"seeds": f"{self.seed}-{self.seed + self.count - 1}"}
         parts = list(self._parts())
         first = [np.load(file) for begin, _, file in parts if begin < self.shown]

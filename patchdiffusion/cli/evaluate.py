@@ -265,7 +265,7 @@ def _own_size(images: Path, data: str) -> tuple[int, int] | None:
 
 
 def _trained_on(path: Path) -> DataConfig:
-    """What a run was trained on, by its configuration."""
+    """Training data of a run, from its configuration."""
     try:
         data = decode(TrainConfig, read_json(run_of(path) / "config.json")).data
     except (OSError, ValueError) as error:

@@ -18,24 +18,24 @@ from patchdiffusion.system import families
 
 T = TypeVar("T")
 Given = Mapping[str, Sequence[str]]
-"""Flags without their dashes, and the words that follow each."""
+"""Flags of a command line without their dashes, and the words that follow each."""
 Kind = Literal["leaf", "record", "family", "several"]
 
 
 def flat(title: str) -> dict[str, str]:
-    """Metadata of a field whose own fields are flags without a prefix; the help calls them so."""
+    """Metadata of a field whose fields are flags without a prefix; `title` is their heading."""
     return {"flat": title}
 
 
 def positional(
     usage: str, *, required: bool = True, listed: Mapping[str, object] | None = None
 ) -> dict[str, object]:
-    """Metadata of a field that is given before all flags; the help lists what has a docstring."""
+    """Metadata of a field that is typed before all flags; the help shows docstrings of `listed`."""
     return {"positional": usage, "required": required, "listed": listed}
 
 
 def read(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The words before the first flag, and the flags, each with the words behind it."""
+    """Words before the first flag, and flags with the words after each."""
     given: dict[str, list[str]] = {}
     words: list[str] = []
     last = words
@@ -81,7 +81,7 @@ class Slot(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        """How the field becomes flags."""
+        """Kind of flags for the field."""
         if not self.members:
             return "leaf"
         if _entry(self.hint) is not None:
@@ -90,12 +90,12 @@ class Slot(NamedTuple):
 
     @property
     def others(self) -> tuple[Any, ...]:
-        """What the field of a family may hold beside records."""
+        """Types other than records that the field of a family may hold."""
         return tuple(o for o in options(self.hint) if not is_dataclass(o))
 
     @property
     def words(self) -> list[str]:
-        """What may be chosen."""
+        """Words that the flag of a family accepts."""
         literals = [str(v) for o in self.others for v in get_args(o) if get_origin(o) is Literal]
         none = [NONE] if type(None) in self.others else []
         return [*none, *literals, *(families.word(member) for member in self.members)]
@@ -160,7 +160,7 @@ def names(slots: Iterable[Slot]) -> Iterator[str]:
 
 
 def shortened(record: Any, given: Given) -> dict[str, Sequence[str]]:
-    """The same flags, without the names of flat fields in front of them.
+    """Flags without the names of flat fields as prefixes.
 
     So the path of a field in a configuration is a flag everywhere: `--sampler.steps` is `--steps`.
     """
@@ -178,7 +178,7 @@ def shortened(record: Any, given: Given) -> dict[str, Sequence[str]]:
 
 
 def choose(record: T, given: Given, path: tuple[str, ...] = ()) -> T:
-    """A configuration with the members of families that the flags name.
+    """Configuration with the members of families that the flags name.
 
     A word for the type that is there changes nothing, so that a command can be repeated. A new
     member may take over fields of the one that it replaces (`inherit`) and bring with it what
@@ -208,7 +208,7 @@ def choose(record: T, given: Given, path: tuple[str, ...] = ()) -> T:
 
 
 def _inside(record: Any, path: tuple[str, ...]) -> Iterator[Slot]:
-    """Like `walk`, without what is in flat fields."""
+    """Fields like `walk`, without those inside flat fields."""
     for slot in slots(record, path):
         yield slot
         for place, inner in () if slot.flat else slot.below():
@@ -216,7 +216,7 @@ def _inside(record: Any, path: tuple[str, ...]) -> Iterator[Slot]:
 
 
 def _chosen(config: Any, first: Any, slot: Slot, route: Sequence[str], words: Sequence[str]) -> Any:
-    """The configuration with what the words of one flag name."""
+    """Configuration with the members that the words of one flag name."""
     now = _get(config, route)
     if slot.kind == "several":
         there = {families.word(type(v)): v for v in (*(_get(first, route) or ()), *(now or ()))}
@@ -250,7 +250,7 @@ def _member(slot: Slot, word: str) -> Any:
 
 
 def _number(slot: Slot, word: str) -> str:
-    """The hint for `--guidance 2`, where a member has a weight."""
+    """Hint for a number in the place of a word, as in `--guidance 2`."""
     for member in slot.members:
         if word.replace(".", "", 1).isdigit() and "weight" in _hints(member):
             return f"; type --{slot.name} {families.word(member)} --{slot.name}.weight {word}"
@@ -258,7 +258,7 @@ def _number(slot: Slot, word: str) -> str:
 
 
 def _other(slot: Slot, word: str) -> Any:
-    """A value that is no record: None, a literal, a number."""
+    """Value that is not a record: None, a literal, a number."""
     for hint in slot.others:
         try:
             return convert(hint, [word])
@@ -268,7 +268,7 @@ def _other(slot: Slot, word: str) -> Any:
 
 
 def _get(record: Any, route: Sequence[str]) -> Any:
-    """What lies on a route of fields, or None."""
+    """Value at a route of fields, or None."""
     for part in route:
         if isinstance(record, tuple):
             record = next((v for v in record if families.word(type(v)) == part), None)
@@ -290,7 +290,7 @@ def _put(record: Any, route: Sequence[str], value: Any) -> Any:
 
 
 def assign(record: T, given: Given, path: tuple[str, ...] = ()) -> T:
-    """The record with the values that the flags give; `ValueError` names field and value."""
+    """Record with the values of the flags; `ValueError` names field and value."""
     changes: dict[str, Any] = {}
     for slot in slots(record, path):
         value: Any = slot.value

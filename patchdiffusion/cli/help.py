@@ -1,4 +1,4 @@
-"""The help of a command: what is set most, the groups of all flags, and each group in full.
+"""The help of a command: common flags, groups of all flags, and each group in full.
 
 `--help` shows the flags in the record's `common`, and a line for each group; `--help network` shows
 the flags of a group, or one flag, and `--help all` everything. A record says by class attributes
@@ -34,7 +34,7 @@ class Group(NamedTuple):
 
 
 def help_text(record: Any, usage: str, words: Sequence[str] = (), note: str = "") -> str:
-    """What `--help` prints, in short, or for the groups and flags that are named.
+    """Text of `--help`: an overview, or the groups and flags that are named.
 
     `note` goes on after "Values in [ ] are the defaults". Raises `ValueError` for a word that names
     neither a group nor a flag.
@@ -59,7 +59,7 @@ def help_text(record: Any, usage: str, words: Sequence[str] = (), note: str = ""
 
 
 def _overview(record: Any, found: Sequence[Group], common: Sequence[str], width: int) -> list[str]:
-    """What is set most, and a line about each group."""
+    """Common flags, and a line about each group."""
     known = {slot.name: slot for slot in walk(record)}
     first = [known[name] for name in common if name in known]
     lines = ["", "set most"]
@@ -115,7 +115,7 @@ def _groups(record: Any, path: tuple[str, ...], title: str) -> tuple[list[Group]
 
 
 def _family(slot: Slot) -> list[Group]:
-    """The choice of members and the fields of the chosen, and groups of what these hold."""
+    """Groups of a family: its word and the fields of the member, then records in these."""
     below = [group for place, value in slot.below() for group in groups(value, place, slot.name)]
     own = [s for group in below if group.title == slot.name for s in group.slots]
     text = docs(slot.owner).get(slot.field, "")
@@ -171,7 +171,7 @@ def _flag(slot: Slot, width: int, *, short: bool = False) -> Iterator[str]:
 
 
 def _value(slot: Slot) -> str:
-    """What a flag is now, as it would be typed."""
+    """Present value of a flag, as it would be typed."""
     if slot.hint is bool:
         return "yes" if slot.value else "no"
     if slot.kind == "leaf":
@@ -188,7 +188,7 @@ def _wrap(text: str, width: int, pad: str = "") -> list[str]:
 
 
 def _columns(left: str, text: str, width: int, start: int) -> list[str]:
-    """A name, and beside it a text in as many lines as it takes."""
+    """Lines of a name with a wrapped text beside it."""
     pad = " " * start
     lines = _wrap(text, width, pad)
     if len(left) + 2 > start:
@@ -202,7 +202,7 @@ def _paragraphs(text: str, width: int) -> list[str]:
 
 
 def _listed(record: Any, field: str, listed: Mapping[str, object], width: int) -> list[str]:
-    """What may stand before the flags."""
+    """Lines about the values of a positional argument."""
     lines = _wrap(docs(type(record))[field], width)
     for name, value in listed.items():
         lines += _columns(f"  {name}", _plain(first_line(value)), width, _TITLES)
@@ -213,7 +213,7 @@ def _listed(record: Any, field: str, listed: Mapping[str, object], width: int) -
 
 
 def _plain(text: str, members: Iterable[type] = ()) -> str:
-    """A text of the code for the command line: words instead of class names and None."""
+    """Docstring for the command line, with words instead of class names and None."""
     words = {member.__name__: families.word(member) for member in members}
     text = re.sub(r"`(\w+)`", lambda m: words.get(m[1], m[1]), text)
     return re.sub(r"\bNone\b", NONE, text)

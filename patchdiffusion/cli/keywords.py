@@ -1,4 +1,4 @@
-"""Keywords of Python as flags: the same names, words and checks as on the command line."""
+"""Keyword arguments of Python as flags, with the names, words and checks of the command line."""
 
 import os
 import re
@@ -15,7 +15,7 @@ Table = dict[str, Any]
 
 
 def arguments_of(record: Any, keywords: Mapping[str, Any]) -> list[str]:
-    """The flags that stand for keywords, for a command whose arguments are like `record`.
+    """Flags for keywords, for a command whose arguments are like `record`.
 
     Names may have dots, `**{"optim.lr": 1e-3}`; what lies below a name may be a mapping,
     `optim={"lr": 1e-3}`, and a record stands for its type and all of its fields. Raises
@@ -34,7 +34,7 @@ def arguments_of(record: Any, keywords: Mapping[str, Any]) -> list[str]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as a file of settings would hold it."""
+    """Value in the form of a configuration file."""
     if isinstance(value, DataConfig):  # but for the path, which is named before
         return _plain(changed_fields(value))
     if is_dataclass(value) and not isinstance(value, type):
@@ -47,7 +47,7 @@ def _plain(value: Any) -> Any:
 
 
 def changed_fields(record: Any) -> Table:
-    """The fields of a record that differ from their defaults."""
+    """Fields of a record that differ from their defaults."""
     plain = type(record)()
     pairs = ((f.name, getattr(record, f.name), getattr(plain, f.name)) for f in fields(record))
     return {name: value for name, value, default in pairs if value != default}
@@ -55,7 +55,7 @@ def changed_fields(record: Any) -> Table:
 
 @contextmanager
 def as_keywords() -> Iterator[None]:
-    """Name the keywords, not the flags, in the errors of what is inside."""
+    """Context that replaces flags by keywords in error messages."""
     try:
         yield
     except ValueError as error:

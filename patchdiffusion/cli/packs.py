@@ -24,7 +24,7 @@ class PacksArguments:
     remove: tuple[str, ...] = ()
     """Names of packs to remove, or their beginnings."""
     unused_days: float | None = None
-    """Remove the packs, of those named if there are any, that nobody has used for so many days."""
+    """Remove packs that were not used for this many days, of those named if there are any."""
 
     def __post_init__(self) -> None:
         if self.unused_days is not None and not self.unused_days >= 0:
@@ -32,7 +32,7 @@ class PacksArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """List packs, or remove those that are asked for and not in use."""
+    """List packs, or remove selected ones that are not in use."""
     given = parse(PacksArguments(), arguments, "packs")
     if not given.remove and given.unused_days is None:
         _show(stored_packs())

@@ -36,13 +36,13 @@ def check_run(path: Path) -> None:
 
 
 def home(path: Path) -> Path:
-    """The folder for what is made with a run or model: of RUN/model the run, else itself."""
+    """Folder for samples and evaluations of a run or model: the run of RUN/model, else itself."""
     of_run = path.name == "model" and (path.parent / "config.json").exists()
     return path.parent if of_run else path
 
 
 def run_of(path: Path) -> Path:
-    """The run that a model belongs to, such as an average in one of its folders, or itself."""
+    """Run of a model, such as one of its averages, or the model itself."""
     above = (path, *path.absolute().parents[:2])
     return next((folder for folder in above if (folder / "log.jsonl").exists()), home(path))
 
@@ -55,7 +55,7 @@ def check_file(file: Path) -> None:
 
 
 def new_file(folder: Path, suffix: str) -> Path:
-    """Make the first of folder/0001, 0002, ... that nobody else has made, empty."""
+    """Create the first of folder/0001, 0002, ... that does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         with contextlib.suppress(FileExistsError):

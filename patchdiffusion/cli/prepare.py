@@ -36,11 +36,11 @@ class PrepareArguments:
     """Class labels; auto: from a table beside the images, else from folders unless their names
     look like dates or parts; folders: from any folders; off: none."""
     space: SpaceName = "auto"
-    """pixels: 8 bits; values: 16 bits and floats in their own units; auto chooses."""
+    """pixels: 8 bits; values: 16 bits and floats in their own units; auto: inferred."""
     range: tuple[float, float] | None = None
-    """Values that are black and white as pixels, such as 0 4095; others are clipped and counted."""
+    """Values that become black and white pixels, such as 0 4095; others are clipped and counted."""
     fit: Fit = "crop"
-    """crop: the middle of images of another shape; pad: all of them, on the background; stretch."""
+    """Images of another aspect ratio; crop: take the center; pad: pad with background; stretch."""
     max_enlarge: float = 4.0
     """Refuse a resolution that enlarges most images more than this many times."""
     background: str = "white"
@@ -48,9 +48,9 @@ class PrepareArguments:
     holdout: float = 0.05
     """Fraction of the images held out from training, at most 1,000."""
     max_bad: float = 0.1
-    """Largest share of files that may be unusable."""
+    """Largest fraction of unusable files."""
     threads: int | None = None
-    """Threads that decode; None is one per core, at most 16."""
+    """Number of decoding threads; None is one per core, at most 16."""
 
 
 def main(arguments: Sequence[str]) -> None:

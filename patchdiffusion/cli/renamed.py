@@ -48,7 +48,7 @@ def present(given: Mapping[str, Sequence[str]], known: Collection[str]) -> dict[
 
 
 def notes(given: Mapping[str, Sequence[str]]) -> list[str]:
-    """A line for each flag that has another name now."""
+    """Line for each flag that has been renamed."""
     pairs = ((name, present_name(name)) for name in given)
     return [f"note: --{old} is called --{new} now" for old, new in pairs if old != new]
 

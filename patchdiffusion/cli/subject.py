@@ -120,7 +120,7 @@ class Subject:
         return config
 
     def fresh(self, arguments: Sequence[str]) -> TrainConfig:
-        """What the recipe gives for its images once they are prepared."""
+        """Configuration by the recipe for its prepared images."""
         name = recipes.word(self.recipe)
         data = parse_some(Early(data=self.data), arguments).data
         if not data.path:

@@ -48,7 +48,7 @@ class TrainArguments:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Choose the defaults, let the flags change them, train."""
+    """Build the configuration from recipe and flags, and train."""
     with chosen(arguments) as given:
         if given.print_config:
             stored = decode(TrainConfig, encode(given.training))  # with numbers as they are read

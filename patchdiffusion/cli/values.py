@@ -1,4 +1,4 @@
-"""Values of flags: from the words of a command line to the type of a field, and types in words."""
+"""Conversion of the words of flags to values of a type, and descriptions of types."""
 
 import re
 import types
@@ -25,7 +25,7 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 
 def convert(hint: Any, words: Sequence[str]) -> Any:
-    """A value of a type from words, all of which it takes; `ValueError` if they make none."""
+    """Convert all words to one value of a type; raises `ValueError` if that is not possible."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return _first_that_fits(options(hint), words)
@@ -104,13 +104,13 @@ def _leaves(hints: Sequence[Any]) -> Iterator[Any]:
 
 
 def _length(hint: Any) -> int:
-    """How many words an entry of a tuple takes."""
+    """Number of words of an entry of a tuple."""
     items = get_args(hint) if get_origin(hint) is tuple else ()
     return sum(_length(item) for item in items) if items and items[-1] is not Ellipsis else 1
 
 
 def metavar(hint: Any) -> str:
-    """What the help writes behind a flag: INT, {a,b}, INT INT, [NUMBER ...]."""
+    """Placeholder of a value in the help: INT, {a,b}, INT INT, [NUMBER ...]."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         literals = [str(v) for o in options(hint) for v in get_args(o) if get_origin(o) is Literal]
@@ -136,7 +136,7 @@ def choices(hint: Any) -> list[str]:
 
 
 def wanted(hint: Any) -> str:
-    """What a field takes, for an error message."""
+    """Description of the values of a type, for an error message."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         *first, last = (wanted(option) for option in options(hint))
@@ -158,7 +158,7 @@ def wanted(hint: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as the command line takes it."""
+    """Value in the form of the command line."""
     if isinstance(value, tuple):
         return " ".join(shown(item) for item in value)
     if isinstance(value, float):

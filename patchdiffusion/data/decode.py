@@ -73,9 +73,9 @@ class Decoded(NamedTuple):
     image: np.ndarray
     """[H, W, C], of type uint8, uint16, wider integers if that does not hold them, or floats."""
     mode: str
-    """How it is stored."""
+    """Stored format, such as RGB or I;16."""
     alpha: bool = False
-    """Whether the file says that the last of four channels is alpha, which is straight."""
+    """True if the last of four channels is straight alpha, as stated by the file."""
     span: tuple[float, float] | None = None
     """Values that stand for black and white; None for the full range of an integer type."""
 

@@ -34,9 +34,9 @@ class Example:
     group: str | None = None
     """Images of one group are never divided between training and held-out images."""
     held_out: bool | None = None
-    """Whether the source keeps it from training; None leaves that to `prepare`."""
+    """True if the source holds it out from training; None leaves that to `prepare`."""
     alpha: bool = False
-    """Whether the source says that the last of four channels is alpha; else they are bands."""
+    """True if the last of four channels is alpha; else they are bands."""
     span: tuple[float, float] | None = None
     """Values that become -1 and 1; None for the full range of an integer type."""
     mode: str = ""

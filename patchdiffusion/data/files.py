@@ -27,7 +27,7 @@ class FileSource:
     labels: tuple[int | None, ...] | None = None
     classes: tuple[str, ...] = ()
     held_out: tuple[bool, ...] | None = None
-    """Whether each image is kept from training; None leaves that open."""
+    """True for each image that is held out from training; None without splits."""
     stamp: str = ""
     notes: tuple[str, ...] = ()
     ignored: dict[str, int] = field(default_factory=dict)

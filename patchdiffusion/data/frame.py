@@ -32,13 +32,13 @@ class Fitted:
     """Size before fitting, without channels."""
     enlarged: bool
     lost: float = 0.0
-    """Part of its area that was cut off."""
+    """Fraction of its area that was cut off."""
     raw: "Raw | None" = None
-    """Its values before they became pixels, if that changed them."""
+    """Statistics of its values before conversion to pixels, if that changed them."""
     clipped: bool = False
-    """Whether values outside of the given range were clipped."""
+    """True if values outside of the range were clipped."""
     composed: bool = False
-    """Whether transparent pixels were laid over a background."""
+    """True if transparent pixels were composed over a background."""
 
 
 class Plan(Protocol):
@@ -71,7 +71,7 @@ class Plan(Protocol):
 
     @property
     def frame(self) -> "Frame":
-        """Height and width, and how images come to have them."""
+        """Size, and the way in which images of another shape are fitted to it."""
         ...
 
     def fitted(self, example: Example) -> Fitted:
@@ -137,7 +137,7 @@ def with_channels(example: Example) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Frame:
-    """Size that images come to have, and what is done to those of another shape."""
+    """Size of a pack, and the way in which images of another shape are fitted to it."""
 
     size: Size
     """Height and width, after other axes if there are any."""
@@ -149,7 +149,7 @@ class Frame:
         return central_box(width, height, size) if self.fit == "crop" else (0, 0, width, height)
 
     def inner(self, width: int, height: int) -> Size:
-        """Height and width that the part comes to have; the rest of the frame is padding."""
+        """Height and width of the scaled part; the rest of the frame is padding."""
         size = self.size[-2:]
         if self.fit != "pad":
             return size
@@ -157,7 +157,7 @@ class Frame:
         return max(1, round(height * scale)), max(1, round(width * scale))
 
     def lost(self, width: int, height: int) -> float:
-        """Part of the area of an image that is cut off."""
+        """Fraction of the area of an image that is cut off."""
         left, upper, right, lower = self.box(width, height)
         return 1 - (right - left) * (lower - upper) / (width * height)
 
@@ -181,20 +181,20 @@ class Frame:
 
 @dataclass(frozen=True)
 class Raw:
-    """Values of an image before they became pixels."""
+    """Statistics of the values of an image before conversion to pixels."""
 
     low: float
     high: float
     most: float
-    """Above 99.5 % of them, without the few brightest."""
+    """99.5th percentile."""
     levels: int
-    """How many different ones there are, among those that were looked at."""
+    """Number of distinct values in a sample."""
     whole: bool
-    """Whether they are whole numbers."""
+    """True if they are whole numbers."""
 
     @classmethod
     def of(cls, image: np.ndarray) -> "Raw":
-        """Of any image; a part of large ones is looked at for levels."""
+        """Statistics of an image; `levels` from a sample of large ones."""
         flat = image.reshape(-1)
         some = flat[:: max(1, flat.size // _LOOKED_AT)]
         levels = len(np.unique(some))

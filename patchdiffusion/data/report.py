@@ -33,7 +33,7 @@ class Report:
     """Key of an image and reason for data of it that cannot be used."""
     ignored: dict[str, int] = field(default_factory=dict)
     mirror: dict[str, float] = field(default_factory=dict)
-    """How well images are told from mirrored ones, see `mirror`."""
+    """Result of the test of mirror symmetry, see `mirror`."""
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     """Lines that `prepare`, `train` and `doctor` print."""
@@ -93,7 +93,7 @@ class Report:
 
 
 def empty_classes(pack: Pack) -> list[str]:
-    """A warning of classes without an image to train on, if there are any."""
+    """Warning about classes without training images, if there are any."""
     pairs = zip(pack.classes, pack.trained_counts, strict=bool(pack.labels is not None))
     empty = [name for name, count in pairs if not count]
     if not empty:
@@ -102,7 +102,7 @@ def empty_classes(pack: Pack) -> list[str]:
 
 
 def some(names: Sequence[str], one: str, many: str) -> str:
-    """A few of the names, with the word for them."""
+    """Text that lists a few of the names, after the word for them."""
     more = ", ..." if len(names) > _NAMED else ""
     return f"{one if len(names) == 1 else many} {', '.join(names[:_NAMED])}{more}"
 

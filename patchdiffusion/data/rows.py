@@ -46,7 +46,7 @@ class RowSource:
     columns: tuple[str, ...] = ()
     span: tuple[float, float] | None = None
     stamp: str = ""
-    """Changes with the content, so that a pack can be reused; empty if nobody knows."""
+    """Changes with the content, so that a pack can be reused; empty if unknown."""
 
     def __len__(self) -> int:
         return len(self.rows)

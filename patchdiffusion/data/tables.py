@@ -163,7 +163,7 @@ def _json_rows(content: bytes) -> list[Mapping[str, Cell]]:
 
 
 def _from_rows(name: str, rows: list[Mapping[str, Cell]], names: Names) -> Table | None:
-    """The table of rows, or None if no column names images."""
+    """Table from rows, or None if no column names images."""
     folder = name.rpartition("/")[0]
     head = list(dict.fromkeys(column for row in rows[:_LOOKED_AT] for column in row))
 

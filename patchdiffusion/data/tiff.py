@@ -49,7 +49,7 @@ class TiffImage(NamedTuple):
     """[H, W, C]"""
     mode: str
     alpha: bool
-    """Whether the last of two or four bands is straight alpha."""
+    """True if the last of two or four bands is straight alpha."""
     span: tuple[float, float] | None
     """Values of black and white, if the file states them."""
     orientation: int

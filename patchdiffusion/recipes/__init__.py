@@ -40,7 +40,7 @@ class Facts:
     count: int = 10_000
     """Number of training images."""
     mirrors: bool = False
-    """Whether mirrored images cannot be told from others, see `data.mirror`."""
+    """True if images are known to be mirror symmetric, see `data.mirror`."""
     device: str = "cpu"
     """cpu or cuda."""
 

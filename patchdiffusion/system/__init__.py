@@ -1,1 +1,1 @@
-"""What every program needs and nothing that knows diffusion: files, processes, devices, errors."""
+"""General tools, independent of diffusion: files, processes, devices, errors, serialization."""

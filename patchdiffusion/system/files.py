@@ -26,7 +26,7 @@ except ImportError:  # not on Windows, where nothing is locked
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 _UNKNOWN = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-"""What file systems answer that cannot flush a folder, or a file."""
+"""Errors of file systems that cannot flush a folder or a file."""
 _TOLD: set[str] = set()
 
 
@@ -48,7 +48,7 @@ def cache_dir() -> Path:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path without `~`; `ValueError` for the home of nobody."""
+    """Path with `~` replaced; raises `ValueError` for an unknown user."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -158,7 +158,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that `sealed` was given; `ValueError` if they have changed since.
+    """JSON values without the digest of `sealed`; raises `ValueError` if they have changed.
 
     Files of older versions have no seal and are taken as they are.
     """
@@ -168,7 +168,7 @@ def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
     except RecursionError:
         intact = False
     if not intact:
-        raise ValueError("it was changed after it was written: its digest is another one")
+        raise ValueError("it was changed after it was written: its digest differs")
     return plain
 
 
@@ -224,7 +224,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
 
 @dataclass
 class Lock:
-    """The right to write something, as a file that this process has locked."""
+    """Right to write something, held as a lock on a file."""
 
     path: Path
     handle: int
@@ -232,7 +232,7 @@ class Lock:
     """False where files cannot be locked."""
 
     def keep(self) -> bool:
-        """Whether the right still stands: a file that was deleted is made anew, if nobody has."""
+        """Whether the lock is still held; a deleted file is created again if it is free."""
         if not _is(self.path, self.handle):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             taken = _take(self.path) if self.locked or not self.path.exists() else None
@@ -244,7 +244,7 @@ class Lock:
         return True
 
     def sign(self) -> None:
-        """Write who holds it, for people and for `lock`."""
+        """Write the holder to the file."""
         facts = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
         os.ftruncate(self.handle, 0)
         os.lseek(self.handle, 0, os.SEEK_SET)
@@ -287,7 +287,7 @@ def lock(
 
 
 def is_held(path: Path) -> bool | None:
-    """Whether a process holds a lock; None if that cannot be told."""
+    """Whether a process holds a lock; None if unknown."""
     if fcntl is None:
         return None
     try:
@@ -343,7 +343,7 @@ def _now() -> str:
 
 
 def share(path: Path) -> Callable[[], None]:
-    """Lock a file together with others until the result is called; does nothing without locks."""
+    """Take a shared lock on a file, which is released by calling the result."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -356,7 +356,7 @@ def share(path: Path) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def exclusively(path: Path) -> Iterator[bool]:
-    """Context of a file that nobody shares; gives False if somebody does, or nobody can know."""
+    """Context of an exclusive lock on a file; yields False if it is shared or cannot be locked."""
     handle = os.open(path, os.O_RDONLY)
     try:
         alone = fcntl is not None

@@ -63,7 +63,7 @@ def _short(content: bytes) -> str:
 
 
 def _kept(name: str) -> bytes | None:
-    """The library that was compiled before, if it is whole and this user's own."""
+    """Content of a library compiled before, if it is complete and owned by this user."""
     with contextlib.suppress(OSError):
         for file in sorted((cache_dir() / "kernels").glob(f"{name}-*.so")):
             content = own_content(file)
@@ -73,7 +73,7 @@ def _kept(name: str) -> bytes | None:
 
 
 def _keep(name: str, library: bytes) -> None:
-    """Store a library for the next process, if that can be."""
+    """Store a library for the next process, if possible."""
     with contextlib.suppress(OSError):
         folder = cache_dir() / "kernels"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def _keep(name: str, library: bytes) -> None:
 
 
 def _loaded(name: str, library: bytes, own: Path) -> ctypes.CDLL:
-    """Load these very bytes, which nobody can exchange on the way, from memory if that can be."""
+    """Load a library from these bytes, if possible from memory, so that no file is exchanged."""
     if hasattr(os, "memfd_create"):
         handle = os.memfd_create(name)  # stays open: the loader knows a library by this number
         os.write(handle, library)

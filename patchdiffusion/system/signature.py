@@ -1,4 +1,4 @@
-"""Which keywords a callable takes, so that functions and networks of others need not know ours."""
+"""Optional keywords of callables, which functions and networks of users need not have."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""Texts from outside, such as file names: equal in any Unicode form, safe to print and store."""
+"""Normalization and escaping of texts from outside, such as file names."""
 
 import unicodedata
 

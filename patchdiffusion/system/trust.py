@@ -1,4 +1,4 @@
-"""What others may have put where this program looks: pipes, links, files that are not its own."""
+"""Protection against pipes, links and files of other users in the folders of this program."""
 
 import os
 import stat
@@ -30,7 +30,7 @@ def read_regular(path: Path) -> bytes:
 
 
 def own_content(path: Path) -> bytes | None:
-    """The content of a file if nobody but this user can have written it, else None.
+    """Content of a file that only this user can have written, else None.
 
     File and folder must belong to this user, let nobody else write, and be no links. Where files
     have no owners, as on Windows, nothing can be said of them.
@@ -54,7 +54,7 @@ def own_content(path: Path) -> bytes | None:
 
 
 def make_private(folder: Path) -> None:
-    """Let nobody else write a folder; `OSError` if it is a link or belongs to another user."""
+    """Make a folder private; raises `OSError` if it is a link or belongs to another user."""
     handle = os.open(folder, os.O_RDONLY | NO_LINK)
     try:
         os.fchmod(handle, 0o700)
@@ -78,5 +78,5 @@ def check_links(folder: Path) -> None:
 
 
 def printable(text: str) -> str:
-    """A text in which line breaks, and sequences that terminals obey, are escaped."""
+    """Text with line breaks and terminal codes escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

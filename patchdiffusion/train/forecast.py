@@ -1,4 +1,4 @@
-"""Forecasts of a run: the operations and the previews that are still to come."""
+"""Forecasts of a run: operations and previews until its end."""
 
 import math
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ MAX_PREVIEWS = 10
 
 @dataclass(frozen=True)
 class Forecast:
-    """Costs of a run in floating-point operations, before it has begun."""
+    """Costs of a run in floating-point operations."""
 
     plan: PatchPlan
     clock: Clock
@@ -64,7 +64,7 @@ class Forecast:
         return max(sizes, key=math.prod)
 
     def next_stage(self, now: float) -> tuple[float, str] | None:
-        """When the crops of the plan change next, and the name of their sizes; None if never."""
+        """Clock time of the next change of crop sizes, and their names; None if never."""
         for start, groups in self.plan.stages:
             if start * self.length > now:
                 names = (self.name(group.size) for group in groups)

@@ -147,7 +147,7 @@ class RunLog:
 
 
 def run_state(folder: Path) -> dict[str, Any]:
-    """What `run.json` says, nothing if there is none; a process that is dead runs no more.
+    """Content of `run.json`, empty if there is none; failed instead of running for a dead process.
 
     If this host can tell, the file is corrected, too.
     """

@@ -34,7 +34,7 @@ PATIENCE = 6  # times as long until the second step
 SIGNALS = STOPPING
 
 REPORT_SECONDS = 60.0
-"""Least time between two reports while a run goes on, which are written after previews."""
+"""Minimum time between two reports during a run, which are written after previews."""
 
 
 def train(
@@ -66,7 +66,7 @@ def train(
 
 
 def _rehearse(config: TrainConfig, run: RunConfig) -> Path:
-    """Refuse what the run would refuse, and print what it would take; writes nothing."""
+    """Check a run like a real one, and print its duration and memory; writes nothing."""
     with packs_aside():
         pack = prepare_data(config.data)
         with join(PATIENCE * run.timeout_minutes) as team:

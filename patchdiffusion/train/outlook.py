@@ -13,12 +13,12 @@ from patchdiffusion.train.log import duration
 from patchdiffusion.train.setup import Training
 
 TRIAL = 2e10
-"""Most floating-point operations of a step that is timed on a CPU, if one crop takes no more."""
+"""Limit of the floating-point operations of a timed step on a CPU, unless one crop has more."""
 
 
 @dataclass
 class Activations:
-    """Bytes that forward passes keep for the backward pass, at most at a time."""
+    """Counts the peak memory of tensors saved for backward passes."""
 
     most: int = 0
     _now: int = 0
@@ -26,7 +26,7 @@ class Activations:
     _kept: set[int] = field(default_factory=set)
 
     def pack(self, kept: Tensor) -> Tensor:
-        """Count a tensor that is kept."""
+        """Count a saved tensor."""
         if self._backward:
             self._now, self._backward = 0, False
             self._kept.clear()
@@ -38,13 +38,13 @@ class Activations:
         return kept
 
     def unpack(self, kept: Tensor) -> Tensor:
-        """Note that the backward pass has begun."""
+        """Record the start of a backward pass."""
         self._backward = True
         return kept
 
 
 def outlook(training: Training, step: Callable[[Training, tuple[Group, ...]], None]) -> str:
-    """How long the rest of a run takes, previews included, and its memory on each device.
+    """Estimated duration of the rest of a run, with previews, and memory on each device, as text.
 
     `step` trains on some groups, twice, in memory.
     """

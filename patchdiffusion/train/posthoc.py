@@ -77,7 +77,7 @@ class SnapshotFacts:
     format: int
     step: int
     images: float
-    """What the clock of the run showed."""
+    """Value of the clock of the run."""
     profiles: dict[str, float]
     """Relative width of each profile, by name."""
 

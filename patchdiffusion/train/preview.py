@@ -34,7 +34,7 @@ class Shown:
     """Values for trackers, by name."""
     warnings: tuple[str, ...] = ()
     reference: np.ndarray | None = None
-    """Images of the data to look at beside the picture, uint8 [H, W, C]."""
+    """Training images for comparison with the picture, uint8 [H, W, C]."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Text entries of the picture."""
 

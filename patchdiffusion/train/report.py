@@ -27,10 +27,10 @@ pre { background: #f6f6f4; padding: 1rem; overflow-x: auto; font-size: .8rem; }
 """
 
 REFRESH = 60
-"""Seconds after which a browser reads the page of a run again that is going on."""
+"""Interval in seconds at which a browser reloads the page of a running run."""
 
 _STATUS = {"preempted": "stopped; the same command resumes it"}
-"""Words for the reader of a report; others are those of `run.json`."""
+"""Words of the report for states; others are those of `run.json`."""
 
 _NAMED = ("time", "images", "copy_rate", "distance")
 """Numbers of a preview that are shown in words of their own, or elsewhere; others by their names.

@@ -92,7 +92,7 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
 
 
 def rehearse(training: Training) -> None:
-    """Raise whatever `begin` would raise, and load what it would load; writes nothing."""
+    """Check and load a run like `begin`, without writing anything."""
     team, run, folder = training.team, training.run, training.folder
     _agree(training)
     weights: dict[str, Tensor] = {}
@@ -115,7 +115,7 @@ def rehearse(training: Training) -> None:
 
 
 def _existing(training: Training, weights: dict[str, Tensor]) -> bool:
-    """Whether the run goes on; a new one gets the `weights` it starts from."""
+    """Whether a run is resumed; a new one gets the `weights` from which it starts."""
     run, folder = training.run, training.folder
     check_links(folder)
     fresh = run.fresh and (folder / "config.json").exists()

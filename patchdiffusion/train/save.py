@@ -75,7 +75,7 @@ class Saver:
         self.snapshot()
 
     def _on_main(self, work: Callable[[], T]) -> T:
-        """Let the leading process write, if the folder is still that of this run."""
+        """Let rank 0 write, if the folder is still held by this run."""
 
         def write() -> T:
             _check_lock(self.training)

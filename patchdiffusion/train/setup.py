@@ -83,7 +83,7 @@ class Training:
     meter: Meter
     """Sums for the next status line."""
     lock: Lock | None = None
-    """The right to write the folder; only the leading process has it."""
+    """Lock of the folder; held by rank 0 only."""
 
     @property
     def now(self) -> float:

@@ -66,7 +66,7 @@ class TaskConfig(ABC):
         return 0.0
 
     def unconditional(self, config: Settings, pack: Pack) -> bool:
-        """Whether the network also learns what there is without a class."""
+        """Whether the network also learns to denoise without a class."""
         if not config.network.num_classes or self.dropout(config) > 0:
             return True
         return pack.labels is not None and bool((pack.labels[pack.train] < 0).any())
@@ -76,7 +76,7 @@ class TaskConfig(ABC):
         return 0.0
 
     def evaluations(self, config: Settings, pack: Pack) -> float:
-        """Evaluations of the network on whole images in one preview, about."""
+        """Approximate number of evaluations of the network on whole images in one preview."""
         return float(min(config.preview.held_out, len(pack.heldout)) + config.preview.grid)
 
     def teachers(self, config: Settings) -> tuple[Path, ...]:
@@ -92,8 +92,8 @@ def check_own_objective(config: Settings, name: str) -> None:
     """Raise `ValueError` for an objective or additions, which belong to denoisers."""
     if config.objective != DenoisingConfig():
         raise ValueError(
-            f"{name} has its own objective, not {config.objective}: leave --objective and its "
-            "fields alone"
+            f"objective is {config.objective}, and {name} has its own; leave out --objective and "
+            "its fields"
         )
     if config.additions:
         words = " ".join(families.word(type(addition)) for addition in config.additions)

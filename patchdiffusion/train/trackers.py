@@ -78,11 +78,11 @@ LAST_PATIENCE = 30.0  # seconds that the end of a run waits for what is under wa
 
 
 class Worker:
-    """A tracker in a thread of its own, so that nobody waits for one that hangs."""
+    """Tracker in a thread of its own, so that the run does not wait for one that hangs."""
 
     def __init__(self, make: Callable[[], Tracker]):
         self.problem = ""
-        """Why it has ended before it was closed, or nothing."""
+        """Reason why it ended before it was closed, or ""."""
         self._since: float | None = None
         self._actions: queue.SimpleQueue[Callable[[Tracker], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, args=(make,), daemon=True)
@@ -105,16 +105,16 @@ class Worker:
         return action
 
     def do(self, action: Callable[[Tracker], None] | None) -> None:
-        """Have something done later, in order; None closes the tracker."""
+        """Queue an action; None closes the tracker."""
         self._actions.put(action)
 
     def hangs(self, patience: float) -> bool:
-        """Whether what it does now has taken longer than so many seconds."""
+        """Whether the current action has taken more than `patience` seconds."""
         since = self._since
         return self._thread.is_alive() and since is not None and time.monotonic() - since > patience
 
     def join(self, seconds: float) -> bool:
-        """Wait until it is closed; whether it is."""
+        """Wait until it is closed, at most `seconds`; returns whether it is."""
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
@@ -141,7 +141,7 @@ class Trackers:
         self._do(lambda tracker: tracker.picture(path, step))
 
     def close(self) -> None:
-        """Close all trackers at the end of the run; what is not done in time is left undone."""
+        """Close all trackers at the end of the run; unfinished ones are dropped after a while."""
         self._do(None)
         end = time.monotonic() + LAST_PATIENCE
         for name, worker in self._open.items():
