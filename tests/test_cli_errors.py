@@ -87,7 +87,7 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("sample trained --steps many", ["--steps"]),
         ("sample trained --count 0", ["count", "1"]),
         ("sample trained --classes zebra", ["zebra", "a", "b"]),
-        ("sample trained --guidance 2", ["2", "cfg", "autoguidance"]),
+        ("sample trained --guidance two", ["two", "cfg", "autoguidance"]),
         (f"{CFG}.weight -1", ["guidance", "weight", "0", "-1.0"]),
         (f"{CFG}.weight nan", ["guidance", "weight", "0", "nan"]),
         ("sample trained --guidance.weight 2", ["--guidance.weight"]),

@@ -133,7 +133,7 @@ def test_a_run_on_clips_resumes_and_samples(clips: Path, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--network unet", "3 axes"),
+        ("--network unet", "2 axes"),
         ("--data.augment.p 0.5 --network.augment-dim 9", "data.augment"),
         ("--preview.distance 10", "preview.distance"),
     ],

@@ -281,17 +281,6 @@ def test_not_enough_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not (tmp_path / "p").exists()
 
 
-def test_no_large_pack_of_small_images_that_are_enlarged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sources = [Listed(noise(40, (16, 24, 3))), Listed(noise(40, (16, 17, 3)))]
-    assert len(prepare(sources[0], tmp_path / "few", resolution=64)) == 40  # few bytes
-    with refuses("64", "16 pixels", "4.0 times", "63"):
-        prepare(sources[1], tmp_path / "pack", resolution=64)
-    assert not (tmp_path / "pack").exists()
-    assert len(prepare(sources[1], tmp_path / "pack", resolution=63)) == 40
-
-
 def test_threads_change_nothing(tmp_path: Path):
     root = photos(tmp_path / "in", 150)
     packs = [

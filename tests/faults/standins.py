@@ -160,10 +160,6 @@ def named_by_latest(original: Any) -> Any:
     return folders
 
 
-def only_acting(original: Any) -> Any:
-    return lambda self, name, action: action()
-
-
 def raising(original: Any) -> Any:
     def warn(self: Any, name: str, error: OSError) -> None:
         raise error
