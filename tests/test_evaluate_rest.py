@@ -177,7 +177,7 @@ def _rgb(file: Path) -> torch.Tensor:
     image = Image.open(file)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return torch.from_numpy(np.asarray(image.convert("RGB"))).movedim(-1, 0)
+    return torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
 
 
 def test_a_gray_model_beside_data_in_color(tmp_path: Path, capsys: Capture) -> None:

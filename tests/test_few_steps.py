@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_refused(
         ),
         (few, {"shard": True}, "--shard is supported by --objective denoising only"),
         (taught_by(tmp_path), {}, "holds no model"),
-        (taught_by(runs["consistency"]), {}, "is no denoiser"),
+        (taught_by(runs["consistency"]), {}, "is a few-step model"),
         (taught_by(finished, network=other), {}, r"are \(16, 16, 3, 2\) instead of \(16, 16, 3, 0"),
     ]
     for changed, run, message in refused:
@@ -352,7 +352,7 @@ def test_an_objective_is_chosen_by_a_word(
     assert "objective.same: 0.5 -> 0.25" in fails(capsys, "train", run, "--objective.same", "0.25")
     for arguments, message in (
         (["--objective", "magic"], "--objective must be one of consistency, ctm, denoising"),
-        (["--objective"], "--objective needs one word of denoising"),
+        (["--objective"], "--objective needs one word of consistency"),
         (["--objective.same", "0.5"], "unknown flag --objective.same"),
         (["--objective", "meanflow", "--objective.same", "7"], "same"),
         (["--objective=meanflow", "--network.no-jump"], "set --network.jump"),
