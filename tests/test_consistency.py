@@ -112,7 +112,7 @@ def test_pseudo_huber_is_that_of_the_paper() -> None:
     torch.testing.assert_close(math.sqrt(192) * ours, paper, rtol=1e-12, atol=0)
 
 
-# ---- Neighbouring levels ----
+# ---- Neighboring levels ----
 
 
 def levels(config: ConsistencyConfig, count: int, progress: float = 0.0) -> tuple[Tensor, Tensor]:

@@ -51,7 +51,7 @@ def refusal(data: bytes) -> str:
     return caught.value.reason
 
 
-def test_grey_and_color_are_untouched():
+def test_gray_and_color_are_untouched():
     color = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     for array in (RAMP, color):
         out, mode = decode(encoded(Image.fromarray(array), "PNG"), "k")
@@ -112,7 +112,7 @@ def test_alpha_is_composed_exactly():
     np.testing.assert_array_equal(fit(stored, (16, 16), 4, background)[0], image)
 
 
-def test_grey_with_alpha():
+def test_gray_with_alpha():
     image = Image.merge("LA", [Image.fromarray(RAMP), Image.new("L", (8, 8), 0)])
     out, mode = decode(encoded(image, "PNG"), "k")
     assert mode == "LA" and out.shape == (8, 8, 4)
@@ -132,7 +132,7 @@ def test_palettes():
     assert composed[0, 0].tolist() == [255, 0, 0] and composed[1, 1].tolist() == [1, 2, 3]
 
 
-def test_transparent_grey_value():
+def test_transparent_gray_value():
     data = encoded(Image.fromarray(RAMP), "PNG", transparency=252)
     out, _ = decode(data, "k")
     assert out.shape == (8, 8, 4) and out[7, 7, 3] == 0 and (out[:7, :, 3] == 255).all()

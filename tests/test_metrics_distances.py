@@ -200,7 +200,7 @@ def test_a_collapsed_model_is_precise_and_recalls_nothing() -> None:
 
 
 def test_a_sample_at_just_the_radius_counts() -> None:
-    """Of points 0, 1, 2 and 3 with one neighbour every ball has radius 1, and holds its ends."""
+    """Of points 0, 1, 2 and 3 with one neighbor every ball has radius 1, and holds its ends."""
     real = torch.arange(4.0)[:, None]
     found = prdc(real, torch.tensor([[-1.0], [4.0]]), nearest=1)
     assert (found.precision, found.density, found.coverage) == (1, 1, 0.5)

@@ -148,7 +148,7 @@ def bits_per_dim(
     config = config or LikelihoodConfig()
     index = torch.arange(len(images), device=images.device) if index is None else index
     n = images[0].numel()
-    offset = rng.uniform(rng.keys(config.seed, "dequantisation", 0, index), n) - 0.5
+    offset = rng.uniform(rng.keys(config.seed, "dequantization", 0, index), n) - 0.5
     x0 = ((images + offset.reshape(images.shape)) / HALF_RANGE - 1).float().movedim(-1, 1)
     nats = log_likelihood(denoiser, x0, cond=cond, config=config, index=index)
     return math.log2(HALF_RANGE) - nats / (n * math.log(2))

@@ -115,25 +115,25 @@ def _source(
     keys = [entry.key for entry in entries]
     tables = sorted(entry.key for entry in listing.tables)
     try:
-        labelled = find_labels(keys, tables, read, source)
+        labeled = find_labels(keys, tables, read, source)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    splits = labelled.splits or (None,) * len(keys)
+    splits = labeled.splits or (None,) * len(keys)
     left_out = HELD_OUT in splits  # else the test images are those that are held out
     kept = [i for i, split in enumerate(splits) if not (left_out and split == TEST)]
     keys = tuple(keys[i] for i in kept)
-    captions, texts = _captions(listing, keys, read, labelled.used)
-    notes = (*listing.notes, *captions.notes, *labelled.notes)
+    captions, texts = _captions(listing, keys, read, labeled.used)
+    notes = (*listing.notes, *captions.notes, *labeled.notes)
     if gone := len(splits) - len(kept):
         notes += (f"splits: {gone} test images are left out: neither trained on nor held out",)
-    labels = None if labelled.labels is None else tuple(labelled.labels[i] for i in kept)
-    held = None if labelled.splits is None else tuple(splits[i] != TRAIN for i in kept)
+    labels = None if labeled.labels is None else tuple(labeled.labels[i] for i in kept)
+    held = None if labeled.splits is None else tuple(splits[i] != TRAIN for i in kept)
     digest = hashlib.sha256()
     for i in kept:
         digest.update(repr(tuple(entries[i])).encode())
     # What is usual has the stamp that it had before there was anything else.
     extra = () if held is None else (held,)
-    digest.update(repr((labels, labelled.classes, *extra)).encode())
+    digest.update(repr((labels, labeled.classes, *extra)).encode())
     for entry in texts:
         digest.update(repr(tuple(entry)).encode())
     ignored = dict(listing.ignored.most_common())
@@ -142,7 +142,7 @@ def _source(
         keys,
         read,
         labels,
-        labelled.classes,
+        labeled.classes,
         held,
         digest.hexdigest(),
         notes,
