@@ -142,7 +142,12 @@ def edges() -> np.ndarray:
 
 @pytest.mark.parametrize(
     "image",
-    [edges(), Glyphs()[3].image, IMAGES[0].repeat(12, 9, 1)[:430, :460].numpy(), tiny.picture(5)],
+    [
+        edges(),
+        Glyphs()[3].image.copy(),
+        IMAGES[0].repeat(12, 9, 1)[:430, :460].numpy(),
+        tiny.picture(5),
+    ],
     ids=["a step", "a glyph", "larger than 299", "smaller"],
 )
 def test_antialiased_resize_is_that_of_clean_fid(image: np.ndarray) -> None:

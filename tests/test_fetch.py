@@ -59,7 +59,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
 
 def ask(server: Server) -> Path:
     url = f"http://127.0.0.1:{server.server_port}/folder/net.pth"
-    return fetch(url, digest=DIGEST[:8], hint="give the file with --weights")
+    return fetch(url, digest=DIGEST, hint="give the file with --weights")
 
 
 def nothing_left(folder: Path) -> bool:
@@ -74,6 +74,12 @@ def test_fetched_once(server: Server, tmp_path: Path) -> None:
     assert server.asked == 1
 
 
+def test_the_whole_digest_counts(server: Server) -> None:
+    url = f"http://127.0.0.1:{server.server_port}/folder/net.pth"
+    with refuses("SHA-256", error=OSError):
+        fetch(url, digest=DIGEST[:-1] + ("0" if DIGEST[-1] != "0" else "1"), hint="")
+
+
 @pytest.mark.parametrize("fault", ["cut", "wrong", "absent"])
 def test_s3_second_and_third_try(fault: str, server: Server) -> None:
     setattr(server, fault, 2)
@@ -83,7 +89,7 @@ def test_s3_second_and_third_try(fault: str, server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("fault", "said"),
-    [("cut", "100 of 7,000 bytes"), ("wrong", "SHA-256 begins with"), ("absent", "503")],
+    [("cut", "100 of 7,000 bytes"), ("wrong", "SHA-256 is"), ("absent", "503")],
 )
 def test_s3_nothing_is_left(fault: str, said: str, server: Server, tmp_path: Path) -> None:
     setattr(server, fault, 99)

@@ -12,6 +12,7 @@ import numpy as np
 
 from patchdiffusion.data.example import MAX_LABEL, Example
 from patchdiffusion.data.frame import MIN_SIDE
+from patchdiffusion.data.limits import check_members
 
 _IMAGE_KEYS = ("images", "x", "arr_0")
 _LABEL_KEYS = ("labels", "y")
@@ -73,12 +74,13 @@ def array_source(path: Path) -> ArraySource:
             array, labels, others = loaded, None, {}
         else:
             with loaded:
+                check_members(loaded.zip.infolist())
                 others = _others(loaded)
                 array = _pick(path, loaded, _IMAGE_KEYS)
                 labels = _pick(path, loaded, _LABEL_KEYS) if _has(loaded, _LABEL_KEYS) else None
     except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    except ValueError as error:
+    except (ValueError, MemoryError) as error:
         raise ValueError(f"{path} is refused: {error}") from error
     array = _layout(path, array)
     if array.dtype.kind not in "biuf":

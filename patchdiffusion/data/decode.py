@@ -35,6 +35,7 @@ import numpy as np
 from PIL import Image
 
 from patchdiffusion.data.example import BadImage
+from patchdiffusion.data.limits import bomb
 from patchdiffusion.data.tiff import TiffImage, describe_tiff, is_tiff, read_tiff
 
 EXTENSIONS = frozenset(
@@ -98,6 +99,8 @@ def decoded(data: bytes, key: str) -> Decoded:
             return _of_tiff(tiff)
         try:
             return _opened(data, key)
+        except BadImage:
+            raise
         except Exception:
             plain = without_metadata(data)
             if plain is None:
@@ -107,6 +110,8 @@ def decoded(data: bytes, key: str) -> Decoded:
 
 def _opened(data: bytes, key: str) -> Decoded:
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
+        if reason := bomb(4 * image.width * image.height, len(data)):
+            raise BadImage(key, f"too many pixels: {reason}")
         return _pixels(image, key)
 
 

@@ -11,10 +11,10 @@ from patchdiffusion.data.captions import TABLES, TEXT, Captions, find_captions
 from patchdiffusion.data.decode import EXTENSIONS, decoded
 from patchdiffusion.data.example import BadImage, Example
 from patchdiffusion.data.labels import LabelSource, find_labels, natural
+from patchdiffusion.data.limits import MAX_BYTES, member_content
 from patchdiffusion.data.listing import Entry, Listing, list_folder, list_zip, suffix
 from patchdiffusion.data.splits import HELD_OUT, TEST, TRAIN
-
-_MAX_BYTES = 2**30
+from patchdiffusion.system.trust import read_regular
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def folder_source(path: Path, labels: LabelSource = "auto") -> FileSource:
     def read(key: str) -> bytes:
         try:
             file = path / key
-            if file.stat().st_size > _MAX_BYTES:
-                raise BadImage(key, f"larger than {_MAX_BYTES} bytes")
-            return file.read_bytes()
+            if file.stat().st_size > MAX_BYTES:
+                raise BadImage(key, f"larger than {MAX_BYTES} bytes")
+            return read_regular(file)
         except OSError as error:
             raise BadImage(key, error.strerror or type(error).__name__) from error
 
@@ -83,12 +83,7 @@ def zip_source(path: Path, labels: LabelSource = "auto") -> FileSource:
 
     def read(key: str) -> bytes:
         try:
-            info = listing.members[key]
-            if info.file_size > _MAX_BYTES:
-                raise BadImage(key, f"larger than {_MAX_BYTES} bytes")
-            return archive.read(info)
-        except BadImage:
-            raise
+            return member_content(archive, listing.members[key])
         except Exception as error:  # CRC, truncation, encryption and each compression's own
             raise BadImage(key, f"cannot be read from the zip: {error}") from error
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from patchdiffusion.data.captions import TEXT
 from patchdiffusion.data.decode import EXTENSIONS
 from patchdiffusion.data.junk import RUNS, is_run, is_run_config, junk_in, kind_of_junk
+from patchdiffusion.data.limits import member_content
 from patchdiffusion.data.tables import is_table
 from patchdiffusion.system.text import printable
 
@@ -192,7 +193,7 @@ def _runs(archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> s
 
 def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     try:
-        return archive.read(info)
+        return member_content(archive, info)
     except Exception:  # CRC, truncation, encryption and each compression's own
         return b""
 

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from patchdiffusion.data.example import BadImage
+from patchdiffusion.data.limits import bomb
 
 _MOST_BYTES = 2**31
 _MOST_PIXELS = 2 * 89_478_485  # as Pillow has it
@@ -214,6 +215,8 @@ def _samples(data: bytes, header: _Header, key: str) -> np.ndarray:
         raise BadImage(key, f"{header.describe()}, which is not read; convert it to .npy")
     if not 0 < width * height <= _MOST_PIXELS or width * height * bands * bits // 8 > _MOST_BYTES:
         raise BadImage(key, f"too many pixels: {width}x{height} in {bands} bands")
+    if reason := bomb(width * height * bands * bits // 8, len(data)):
+        raise BadImage(key, f"too many pixels: {reason}")
     planes = bands if header.number(284, 1) == 2 else 1
     together = bands // planes
     tiled = 324 in header.tags

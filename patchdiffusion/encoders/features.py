@@ -22,10 +22,10 @@ from patchdiffusion.system.fetch import fetch
 from patchdiffusion.system.files import sha256
 from patchdiffusion.system.optional import require
 
-INCEPTION_DIGEST = "6726825d"
+INCEPTION_DIGEST = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-    f"pt_inception-2015-12-05-{INCEPTION_DIGEST}.pth"
+    f"pt_inception-2015-12-05-{INCEPTION_DIGEST[:8]}.pth"
 )
 DINOV2 = "facebook/dinov2-large"
 DINOV2_REVISION = "47b73eefe95e8d44ec3623f8890bd894b6ea2d6c"
@@ -184,8 +184,9 @@ def _inception(name: str, path: Path | None, device: torch.device, flag: str) ->
         return net((x - 128) / 128)
 
     facts = {"resize": f"{_RESIZES[name]} to 299 x 299", "values": "(x - 128) / 128"}
-    facts["weights"] = sha256(path)[:16]
-    if not facts["weights"].startswith(INCEPTION_DIGEST):
+    digest = sha256(path)
+    facts["weights"] = digest[:16]
+    if digest != INCEPTION_DIGEST:
         facts["origin"] = "not the published weights"
     return Extractor(name, function, device, facts)
 

@@ -1,8 +1,9 @@
 """Features of the real images that samples are compared with."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from patchdiffusion.metrics.compare import Gathered, crops
 from patchdiffusion.metrics.frechet import Moments
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.files import cache_dir, write_atomic
+from patchdiffusion.system.trust import is_own_file
+
+DIGEST = "digest"
+"""Name of the tensor that holds the digest of the others."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,9 @@ class Reference:
         gathered = Gathered.together(self.team.gather(Gathered.of(features())))
         if file is not None and self.team.is_main:
             tensors = {**gathered.moments.to_tensors(), "kept": gathered.kept}
-            write_atomic(file, lambda temporary: save_file(tensors, temporary))
+            tensors[DIGEST] = _digest(tensors)
+            with contextlib.suppress(OSError):  # a cache in which others write, or nobody
+                write_atomic(file, lambda temporary: save_file(tensors, temporary))
         return gathered
 
     @property
@@ -91,12 +98,23 @@ class Reference:
         return cache_dir() / "features" / f"{name}.safetensors"
 
 
+def _digest(tensors: Mapping[str, Tensor]) -> Tensor:
+    """SHA-256 of named tensors: uint8 [32]."""
+    content = hashlib.sha256()
+    for name in sorted(tensors):
+        content.update(name.encode())
+        content.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return torch.frombuffer(bytearray(content.digest()), dtype=torch.uint8)
+
+
 def _read(file: Path | None) -> Gathered | None:
-    """Cached features; None without a file or for a damaged one."""
-    if file is None or not file.exists():
+    """Cached features; None without a file, and for one that is damaged or another user's."""
+    if file is None or not is_own_file(file):
         return None
     try:
         tensors = load_file(file)
+        if not tensors.pop(DIGEST).equal(_digest(tensors)):
+            return None
         return Gathered(Moments.from_tensors(tensors), tensors["kept"])
     except (SafetensorError, KeyError):
         return None  # computed again

@@ -17,10 +17,10 @@ _CHUNK = 2**20
 def fetch(url: str, *, digest: str, hint: str) -> Path:
     """Download a file, or return it from the cache.
 
-    `digest` is the beginning of its SHA-256. Raises `OSError` after three failures, with the reason
+    `digest` is its SHA-256. Raises `OSError` after three failures, with the reason
     and the `hint` how to do without a network.
     """
-    path = cache_dir() / "downloads" / f"{digest}-{url.rsplit('/', 1)[1]}"
+    path = cache_dir() / "downloads" / f"{digest[:8]}-{url.rsplit('/', 1)[1]}"
     if path.exists():
         _check(path, digest)
         return path
@@ -50,5 +50,8 @@ def _download(url: str, path: Path, digest: str) -> None:
 
 def _check(path: Path, digest: str) -> None:
     actual = sha256(path)
-    if not actual.startswith(digest):
-        raise ValueError(f"{path.name}: SHA-256 begins with {actual[: len(digest)]}, not {digest}")
+    if actual != digest:
+        raise ValueError(
+            f"{path} is damaged or another file: its SHA-256 is {actual}, not {digest}; delete it "
+            "to have it fetched again"
+        )

@@ -8,7 +8,8 @@ from pathlib import Path
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 """Flag of `os.open` that refuses a link; 0 where there is none."""
 _NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_ALL_WRITE = stat.S_IWOTH
+_OTHERS_WRITE = stat.S_IWGRP | _ALL_WRITE
 
 
 def open_regular(path: Path, flags: int = 0) -> BufferedReader:
@@ -35,22 +36,31 @@ def own_content(path: Path) -> bytes | None:
     File and folder must belong to this user, let nobody else write, and be no links. Where files
     have no owners, as on Windows, nothing can be said of them.
     """
-    user = getattr(os, "getuid", None)
-    if user is None:
+    if not hasattr(os, "getuid"):
         return None
-
-    def is_own(status: os.stat_result) -> bool:
-        return status.st_uid == user() and not status.st_mode & _OTHERS_WRITE
-
     try:
         folder = os.lstat(path.parent)
         with open_regular(path, NO_LINK) as stream:
             file = os.fstat(stream.fileno())
-            if stat.S_ISDIR(folder.st_mode) and is_own(folder) and is_own(file):
+            if stat.S_ISDIR(folder.st_mode) and _is_own(folder) and _is_own(file):
                 return stream.read() if file.st_nlink == 1 else None
     except OSError:
         pass
     return None
+
+
+def is_own_file(path: Path) -> bool:
+    """Whether there is a file of this user, which is enough for numbers that are cached."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(status.st_mode) and _is_own(status, _ALL_WRITE)
+
+
+def _is_own(status: os.stat_result, writers: int = _OTHERS_WRITE) -> bool:
+    known = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+    return known and not status.st_mode & writers
 
 
 def make_private(folder: Path) -> None:

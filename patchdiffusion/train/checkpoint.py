@@ -64,8 +64,11 @@ def save(root: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Path
     return folder
 
 
-def prune(root: Path, keep: int, every: float | None = None) -> None:
-    """Delete all but the newest `keep` valid ones, and the first after each multiple of `every`."""
+def prune(root: Path, keep: int, every: float | None = None, spare: int | None = None) -> None:
+    """Delete all but the newest `keep` valid ones, and the first after each multiple of `every`.
+
+    The one of step `spare` is kept, too.
+    """
     newest, spared, marks = 0, set(), {}
     for folder in folders(root):
         if newest < keep:
@@ -75,7 +78,7 @@ def prune(root: Path, keep: int, every: float | None = None) -> None:
             marks[math.floor(read_state(folder)["images"] / every)] = folder  # the oldest wins
     spared.update(folder for mark, folder in marks.items() if mark > 0)
     for folder in folders(root):
-        if folder not in spared:
+        if folder not in spared and int(folder.name[5:]) != spare:
             shutil.rmtree(folder, ignore_errors=True)
 
 

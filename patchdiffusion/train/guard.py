@@ -237,6 +237,8 @@ class Verification:
     def __init__(self, pack: Pack, *, enabled: bool = True):
         self.problem = ""
         """Description of the damage, or ""."""
+        self.intact = False
+        """Whether all has been read and nothing is damaged."""
         self._pack = pack
         if enabled:
             threading.Thread(target=self._read, name="verification", daemon=True).start()
@@ -244,6 +246,7 @@ class Verification:
     def _read(self) -> None:
         try:
             self._pack.verify()
+            self.intact = True
         except (ValueError, OSError) as error:
             self.problem = str(error)
 

@@ -125,7 +125,7 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
     pixels = Verification(training.pack, enabled=team.place.local_rank == 0)
     deadline = deadline_of(run, started)
     saved = reported = time.monotonic()
-    began = training.state.step
+    began = training.spare = training.state.step
     training.log.status("running", **_position(training))
     if not _catch_up(training, stop.is_set):
         return _report_end(training, "preempted")
@@ -149,8 +149,10 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
             vote.forget()
             with status.pause():
                 roll_back(training, saver)
-            began = min(began, training.state.step)
+            began = training.spare = min(began, training.state.step)
             continue
+        if pixels.intact:
+            training.spare = None
         if order == Order.STOP_DATA:
             team.on_main(partial(set_doubtful_aside, training, began))
         if order > Order.GO_BACK:

@@ -222,7 +222,7 @@ def _write(training: Training, full: Groups, record: RunFacts) -> str:
             checkpoint.prune(root, 1, run.keep_every)
             _check_space(root, checkpoint.size_of(full))
             checkpoint.save(root, step, full, facts)
-        checkpoint.prune(root, run.keep, run.keep_every)
+        checkpoint.prune(root, run.keep, run.keep_every, training.spare)
         _write_model(training, full)
     except (OSError, SafetensorError) as error:
         return str(error)

@@ -82,6 +82,8 @@ class Training:
     state: TrainState
     meter: Meter
     """Sums for the next status line."""
+    spare: int | None = None
+    """Step of a checkpoint that is kept until the images are known to be intact."""
     lock: Lock | None = None
     """Lock of the folder; held by rank 0 only."""
 

@@ -114,6 +114,11 @@ def fill_disk(free: int, saves: list[int] | None = None) -> None:
         during_saves(saves, fill, empty)
 
 
+def cut(path: str, phase: str, step: int) -> None:
+    """A file loses its second half."""
+    at(phase, step, lambda: os.truncate(path, os.path.getsize(path) // 2))
+
+
 def damage_pack(file: str, position: int, phase: str, step: int) -> None:
     """A byte of a pack changes while it is trained on, before its background check begins."""
     begin, verify = threading.Event(), Pack.verify

@@ -15,6 +15,7 @@ import tiny
 import torch
 from environment import (
     block,
+    cut,
     damage_pack,
     fill_disk,
     forbid,
@@ -252,6 +253,7 @@ FAULTS: dict[str, Callable[..., None]] = {
         forbid,
         limit_file_size,
         fill_disk,
+        cut,
         damage_pack,
         change_config,
         other_data,

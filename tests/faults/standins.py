@@ -109,6 +109,32 @@ def own_draws(original: Any) -> Any:
     return draws
 
 
+def newest_only(original: Any) -> Any:
+    """Pruning that keeps nothing for good."""
+    return lambda root, keep, every=None: original(root, keep)
+
+
+class _Impatient:
+    """A tracker that is used in the thread of the training."""
+
+    problem = ""
+
+    def __init__(self, make: Callable[[], Any]):
+        self.tracker = make()
+
+    def do(self, action: Callable[[Any], None] | None) -> None:
+        (action or (lambda tracker: tracker.close()))(self.tracker)
+
+    def hangs(self, patience: float) -> bool:
+        return False
+
+    def join(self, seconds: float) -> bool:
+        return True
+
+
+same_thread = constant(_Impatient)
+
+
 def by_loss(original: Any) -> Any:
     return lambda self, kind, loss, norm, **options: original(self, kind, loss, loss, **options)
 

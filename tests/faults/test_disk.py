@@ -199,6 +199,14 @@ def test_d3_folder_removed_in_mid_run(images: Path, finished: Path, tmp_path: Pa
     assert "is finished" in here(images, folder).out  # it is a run like any other
 
 
+def test_d1_one_checkpoint_for_good_each_time(images: Path, tmp_path: Path) -> None:
+    """The first after each 6 images; steps are of 3."""
+    folder = tmp_path / "run"
+    more = {**SAVE_ALWAYS, "keep_every": 6.0}
+    assert here(images, folder, config={"images": 24.0}, run=more).code == 0
+    assert checkpoints(folder) == [2, 4, 6, 7, 8]
+
+
 # ---- D7, D8: others who use the same disk ----
 
 

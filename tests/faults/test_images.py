@@ -6,6 +6,8 @@ are no such processes. Images are mapped into memory, and crops cut out where th
 
 import io
 import re
+import struct
+import tracemalloc
 import warnings
 import zipfile
 import zlib
@@ -18,10 +20,11 @@ import numpy as np
 import pytest
 import tiny
 from commands import Capture, fails, names, works
-from harness import LONG, here, same_run
+from harness import LONG, SAVE_ALWAYS, here, same_run
 from PIL import Image
 
-from patchdiffusion.data import write
+from patchdiffusion.data import limits, write
+from patchdiffusion.data import pack as pack_module
 from patchdiffusion.data.decode import decode
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
@@ -130,6 +133,84 @@ def test_i4_decompression_bomb(tmp_path: Path) -> None:
     assert int(ended.out.split("grew by ")[1]) < 300e6
 
 
+@pytest.fixture
+def low_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be compressed as much as it likes is 64 KiB instead of 256 MiB."""
+    monkeypatch.setattr(limits, "PLAIN_BYTES", 2**16)
+
+
+def test_i4_small_images_of_many_pixels(low_limits: None, tmp_path: Path) -> None:
+    """Fewer than the limit of pixels, but far more than such a file can have of use."""
+    images = tiny.write_images(tmp_path / "images", 20)
+    (images / "a" / "bomb.png").write_bytes(encoded(np.zeros((300, 300, 3), np.uint8)))
+    (images / "a" / "bomb.tiff").write_bytes(
+        encoded(np.zeros((300, 300), np.uint16), "TIFF", compression="tiff_adobe_deflate")
+    )
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    (images / "a" / "large.png").write_bytes(encoded(noise))
+    report = read_json(prepare(open_source(images), tmp_path / "pack").path / "report.json")
+    told = {entry["key"]: entry["reason"] for entry in report["bad"]}
+    assert list(told) == ["a/bomb.png", "a/bomb.tiff"] and report["read"] == 21
+    assert all(reason.startswith("too many pixels: ") for reason in told.values())
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_i4_small_members_that_unpack_to_much(
+    method: int, low_limits: None, tmp_path: Path
+) -> None:
+    file = tmp_path / "images.zip"
+    with zipfile.ZipFile(file, "w") as archive:
+        for number in range(20):
+            archive.writestr(f"{number}.png", encoded(tiny.picture(number)))
+        archive.writestr("bomb.png", bytes(2**17), compress_type=method)
+    report = read_json(prepare(open_source(file), tmp_path / "pack").path / "report.json")
+    assert [entry["key"] for entry in report["bad"]] == ["bomb.png"] and report["read"] == 20
+
+
+def test_i4_a_member_that_lies_about_its_size(tmp_path: Path) -> None:
+    """No more is unpacked than it is said to hold."""
+    file, size = tmp_path / "images.zip", 2**25
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.png", bytes(size))
+    content = file.read_bytes()
+    file.write_bytes(content.replace(struct.pack("<I", size), struct.pack("<I", 100)))
+    with zipfile.ZipFile(file) as archive:
+        (info,) = archive.infolist()
+        assert info.file_size == 100
+        tracemalloc.start()
+        with pytest.raises(zipfile.BadZipFile):
+            limits.member_content(archive, info)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+        tracemalloc.stop()
+
+
+def test_i4_small_arrays_that_unpack_to_much(
+    low_limits: None, tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "bomb.npz"
+    np.savez_compressed(file, images=np.zeros((100, 32, 32, 3), np.uint8))
+    assert names(fails(capsys, "prepare", file), file)
+    np.savez(file, images=np.zeros((100, 32, 32, 3), np.uint8))  # not compressed
+    assert len(open_source(file)) == 100
+
+
+def test_i4_files_that_are_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = tiny.write_images(tmp_path / "images", 20)
+    with open(images / "a" / "large.png", "wb") as stream:
+        stream.truncate(limits.MAX_BYTES + 1)  # takes no place on the disk
+    report = read_json(prepare(open_source(images), tmp_path / "pack").path / "report.json")
+    assert [entry["key"] for entry in report["bad"]] == ["a/large.png"]
+    assert str(limits.MAX_BYTES) in report["bad"][0]["reason"]
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        for number in range(20):
+            archive.writestr(f"{number}.png", encoded(tiny.picture(number)))
+        archive.writestr("large.png", bytes(10_000))
+    monkeypatch.setattr(limits, "MAX_BYTES", 9_999)
+    source = open_source(tmp_path / "images.zip")
+    report = read_json(prepare(source, tmp_path / "other").path / "report.json")
+    assert [entry["key"] for entry in report["bad"]] == ["large.png"]
+
+
 # ---- I2: bytes that change ----
 
 
@@ -160,6 +241,56 @@ def test_i2_flipped_byte_in_a_pack(
     assert names(ended.error, data, "block 3", 24, 31)
     assert harness.status(folder) == "failed"
     assert len(tiny.history(folder)) == 3
+
+
+def test_i2_what_was_trained_on_damaged_images_is_set_aside(
+    images: Path, steady: Path, tmp_path: Path
+) -> None:
+    """What was saved by processes before that stands, and the run goes on from there."""
+    pack = prepare(open_source(images), tmp_path / "pack", progress=False).path
+    folder, data = tmp_path / "run", pack / "images.bin"
+    stop = {"kind": "send", "name": "SIGTERM", "phase": "after", "step": 1}
+    assert here(pack, folder, **LONG, faults=[stop]).code == 0
+    whole = data.read_bytes()
+    fault = {"kind": "damage_pack", "file": str(data), "position": 5000, "phase": "data"}
+    ended = here(pack, folder, **LONG, run=SAVE_ALWAYS, faults=[{**fault, "step": 4}])
+    assert ended.code == 23 and harness.checkpoints(folder) == [2]
+    aside = sorted(f.name for f in (folder / "checkpoints").glob("*.damaged-1"))
+    assert aside == ["step-0000000003.damaged-1", "step-0000000004.damaged-1"]
+    assert not (folder / "model").exists()
+    data.write_bytes(whole)
+    assert here(pack, folder, **LONG).code == 0
+    same_run(folder, steady)
+
+
+def test_i2_a_damaged_pack_of_the_cache_is_made_anew(
+    images: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("PATCHDIFFUSION_CACHE", str(tmp_path / "cache"))
+    data = prepare(open_source(images), progress=False).path / "images.bin"
+    fault = {"kind": "damage_pack", "file": str(data), "position": 5000, "phase": "data"}
+    assert here(images, tmp_path / "run", faults=[{**fault, "step": 2}]).code == 23
+    assert not data.exists()  # with its folder it has another name
+    assert here(images, tmp_path / "run").code == 0
+    same_run(tmp_path / "run", finished)
+    whole = data.read_bytes()
+    data.write_bytes(whole[:5000] + b"?" + whole[5001:])
+    works(capsys, "prepare", images)
+    assert data.read_bytes() == whole
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_i2_a_pack_that_is_cut_short(
+    mapped: bool, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a mapped file beyond its end would kill the process."""
+    monkeypatch.setattr(pack_module, "SMALL", 0 if mapped else 2**20)
+    pack = prepare(open_source(images), tmp_path / "pack", progress=False)
+    data = pack.path / "images.bin"
+    fault = {"kind": "cut", "path": str(data), "phase": "data", "step": 2}
+    ended = here(pack.path, tmp_path / "run", faults=[fault])
+    assert ended.code == 23 and str(data) in ended.error
+    assert harness.status(tmp_path / "run") == "failed"
 
 
 # ---- I3: kinds of images ----
