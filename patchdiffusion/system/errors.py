@@ -2,16 +2,16 @@
 
 | code | meaning |
 |---|---|
-| 0 | finished, or stopped after a checkpoint |
+| 0 | finished, or stopped after a checkpoint or before the first step |
 | 2 | bad configuration or data; nothing was started |
 | 20 | two saves in a row failed: the disk is full or cannot be written |
 | 21 | too many steps in a row, or the weights, are not finite |
 | 22 | the gradient exploded again after a rollback |
 | 23 | the prepared images are damaged |
-| 24 | another process of the run is lost, hangs, or holds other weights |
+| 24 | another process is lost, hangs, holds other weights, or has taken the folder of the run |
 | 25 | no checkpoint is valid |
 | 26 | out of memory |
-| 130 | interrupted twice |
+| 130 | interrupted twice; in other commands than `train` by any signal |
 | 141 | the program that read the output has ended, as `head` does |
 """
 

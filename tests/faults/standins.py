@@ -109,6 +109,13 @@ def own_draws(original: Any) -> Any:
     return draws
 
 
+def by_picture(original: Any) -> Any:
+    """Samples count as shown when there is their picture."""
+    from patchdiffusion.train.status import picture_of
+
+    return lambda training: picture_of(training).exists()
+
+
 def newest_only(original: Any) -> Any:
     """Pruning that keeps nothing for good."""
     return lambda root, keep, every=None: original(root, keep)
