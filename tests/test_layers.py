@@ -1,6 +1,7 @@
 """Rules that can be read off the source: who may import whom, sizes, randomness."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -214,3 +215,17 @@ def test_a_global_draw_is_seen(text: str) -> None:
 )  # fmt: skip
 def test_a_keyed_draw_passes(text: str) -> None:
     assert complaints_about_randomness(parse(text)) == []
+
+
+def test_first_lines_of_docstrings_name_things() -> None:
+    """A noun phrase or an imperative says more than "What it does"."""
+    riddles = re.compile(r"(What|Where|How|Which|Who|Why|The same) ")
+    found = [
+        f"{file.relative_to(ROOT)}: {text.splitlines()[0]}"
+        for file in sorted((ROOT / "patchdiffusion").rglob("*.py"))
+        for node in ast.walk(parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for text in [node.value.value]
+        if isinstance(text, str) and riddles.match(text)
+    ]
+    assert found == []

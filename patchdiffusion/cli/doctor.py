@@ -22,7 +22,7 @@ from patchdiffusion.data.findings import LEVELS
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare_data
-from patchdiffusion.data.told import data_lines
+from patchdiffusion.data.summary import data_lines
 from patchdiffusion.nets import fused
 from patchdiffusion.parameterisation import Parameterisation
 from patchdiffusion.recipes import Facts

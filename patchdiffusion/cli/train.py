@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> None:
 
 @contextmanager
 def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
-    """What the arguments make of the defaults, or of a run; its packs are there inside."""
+    """Context with the configuration that the arguments make of the defaults, or of a run."""
     typed = arguments
     arguments = with_config(TrainArguments(), arguments)
     words, given = read(arguments)

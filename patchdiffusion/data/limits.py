@@ -5,12 +5,12 @@ import zipfile
 MAX_BYTES = 2**30
 """Of one image file."""
 PLAIN_BYTES = 2**28
-"""What is not larger than this may be compressed as much as it likes."""
+"""Bytes up to which the ratio of compression is not limited."""
 MOST_TIMES = 100
 
 
 def bomb(size: int, packed: int) -> str:
-    """Why so many bytes must not be unpacked from so few, or ""."""
+    """Reason why so many bytes must not be unpacked from so few, or ""."""
     if size > PLAIN_BYTES and size > MOST_TIMES * packed:
         return f"{packed:,} bytes would unpack to {size:,}; allowed are {MOST_TIMES} times as many"
     return ""

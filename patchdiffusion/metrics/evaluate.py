@@ -50,7 +50,7 @@ class EvaluationConfig:
     """Classes of the samples. data: as frequent as in the data; equal: all equally often; random:
     drawn at random, all with the same probability."""
     swept: tuple[Swept, ...] = ()
-    """What was chosen by the metrics that are reported, for the card: the length of the EMA, the
+    """Settings chosen by the metrics that are reported, for the card: the length of the EMA, the
     guidance."""
     batch: int = 64
     """Images at a time."""
@@ -76,9 +76,9 @@ class Evaluation:
     progress: Callable[[int], object] = bool
     """Called with the number of images of each batch that is done."""
     missing: str = ""
-    """Why there is no extractor although metrics by features are wanted."""
+    """Reason why there is no extractor although metrics by features are requested, or ""."""
     compared: Pack | None = None
-    """The same images with the colors that `pack` has lost for the sake of the model."""
+    """These images in color, if `pack` has them in gray for a gray model."""
 
     def __post_init__(self) -> None:
         if self.extract is not None and len(self.pack) < 2:
@@ -322,7 +322,7 @@ def sample_labels(labels: Tensor, count: int) -> Tensor:
 
 
 def _no_copies(images: Tensor | None) -> str:
-    """Why copies of images with these indices are not counted, or nothing."""
+    """Reason why copies of images with these indices are not counted, or ""."""
     if images is None:
         return "the data is not the model's"
     if 2 <= len(images) <= COPY_LIMIT:

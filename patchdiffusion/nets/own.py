@@ -60,7 +60,7 @@ class OwnNetworkConfig(NetworkConfig):
         return {"type": "own", **{name: value for name, value in values.items() if value}}
 
     def inherit(self, old: NetworkConfig, config: object) -> Self:
-        """The same with channels and classes of the network it replaces; dropout is its own."""
+        """Copy with the channels and classes of the network it replaces; dropout is its own."""
         new = super().inherit(old, config)
         total = self.total or old.divisor
         return replace(new, dropout=0.0, total=total, dimensions=old.axes)

@@ -11,20 +11,20 @@ from patchdiffusion.train.setup import Training
 
 @dataclass(frozen=True)
 class Event:
-    """What has happened: a step, a save, the end, or a line of `log.jsonl`."""
+    """Event of a run: a step, a save, the end, or a line of `log.jsonl`."""
 
     kind: str
     """step, save, end; or that of the line: start, resume, status, preview, guard ..."""
     step: int
     """Optimizer steps done."""
     images: float
-    """What the clock of the run shows."""
+    """Clock of the run."""
     length: float
-    """What it shows at the end."""
+    """Clock at the end of the run."""
     folder: Path
     """Folder of the run."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the line says, such as loss; of a save the checkpoint, of the end the status."""
+    """Values of the line, such as loss; for a save the checkpoint, for the end the status."""
 
 
 Callback = Callable[[Event], object]

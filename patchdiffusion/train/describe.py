@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from patchdiffusion.data.mirror import mirror_line
-from patchdiffusion.data.told import data_lines
+from patchdiffusion.data.summary import data_lines
 from patchdiffusion.system import families
 from patchdiffusion.train.folder import check_disk
 from patchdiffusion.train.log import quantity
