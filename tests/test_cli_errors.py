@@ -168,3 +168,7 @@ def test_from_the_shell(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("patchdiffusion: error: 'fly' is neither")
     assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_names_cannot_give_orders_to_a_terminal(capsys: Capture) -> None:
+    assert r"run\x1b[31m\u202e " in fails(capsys, "report", "run\x1b[31m\u202e")

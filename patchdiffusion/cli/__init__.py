@@ -22,6 +22,7 @@ from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 from patchdiffusion.system.files import expanded
 from patchdiffusion.system.place import leave, place
 from patchdiffusion.system.signals import DEFAULT, Interrupted, exit_on, handling
+from patchdiffusion.system.text import printable
 
 
 class HelpShown(Exception):
@@ -261,5 +262,11 @@ def _fail(message: str, code: int) -> int:
     if message:  # else another process of the run has reported it
         rank = place().rank
         who = f"rank {rank}: " if rank else ""
-        print(f"patchdiffusion: error: {who}{' '.join(message.split())}", file=sys.stderr)
+        line = printable(" ".join(message.split()))
+        try:
+            print(f"patchdiffusion: error: {who}{line}", file=sys.stderr)
+        except BrokenPipeError:
+            raise
+        except OSError:
+            pass  # a terminal that was closed
     return code

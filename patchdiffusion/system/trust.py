@@ -85,8 +85,3 @@ def check_links(folder: Path) -> None:
                         f"{path} is a link to {target}, out of the run: nothing is read or written "
                         "through it; remove it"
                     )
-
-
-def printable(text: str) -> str:
-    """Text with line breaks and terminal codes escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from patchdiffusion.system.files import is_held, parse_json, read_json, write_json
 from patchdiffusion.system.progress import StatusBar
+from patchdiffusion.system.text import printable
 from patchdiffusion.system.trust import NO_LINK, open_regular
 from patchdiffusion.train.trackers import Trackers
 
@@ -72,6 +73,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print one line, unless the stream has been closed."""
+        text = printable(text)  # names may be anything
         if self.quiet or "stream" in self._failed:
             return
         if self.bar is not None:
