@@ -144,7 +144,7 @@ def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("patchdiffusion.data.files.read_regular", refuse)
     with refuses("1.png", "Permission denied", error=BadImage):
         source[0]
 

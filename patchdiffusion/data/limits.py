@@ -4,7 +4,7 @@ import zipfile
 
 MAX_BYTES = 2**30
 """Of one image file."""
-PLAIN_BYTES = 2**28
+PLAIN_BYTES = 2**29
 """Bytes up to which the ratio of compression is not limited."""
 MOST_TIMES = 100
 
