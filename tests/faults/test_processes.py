@@ -92,7 +92,7 @@ def test_c3_rank_0_dies_while_saving(images: Path, steady_pair: Path, tmp_path: 
 def test_c4_a_batch_that_cannot_be_divided(images: Path, tmp_path: Path) -> None:
     ended = drive(images, tmp_path / "run", size=3, **LONG)
     assert [e.code for e in ended] == [2, 2, 2], ended
-    assert names(ended[0].error, "batch of 4", "3 processes", "1, 2, 4")
+    assert names(ended[0].error, "batch is 4", "3 processes", "1, 2, 4")
     assert not (tmp_path / "run").exists()
 
 
