@@ -200,7 +200,7 @@ def _is_recorded(training: Training) -> bool:
         records = read_log(training.folder)
     except OSError:
         return False
-    return any(r["kind"] == "preview" and r["step"] == training.state.step for r in records)
+    return any(r["kind"] == "preview" and r.get("step") == training.state.step for r in records)
 
 
 def show_samples(training: Training, ending: Ending = bool) -> bool:
