@@ -107,7 +107,7 @@ def test_d6_missing_file(name: str, images: Path, run: Path, capsys: Capture) ->
 def test_d6_additional_file(images: Path, run: Path) -> None:
     (run / "checkpoints" / NEWEST / "notes.txt").write_text("the good one")
     ended = here(images, run)
-    assert ended.code == 0 and "is finished" in ended.out and "warning" not in ended.out
+    assert ended.code == 0 and "is finished" in ended.out and not ended.warnings
 
 
 def test_d6_configuration_edited_by_hand(images: Path, run: Path, capsys: Capture) -> None:

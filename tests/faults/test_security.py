@@ -366,15 +366,17 @@ def test_s1_pipes_in_a_run(name: str, run: Path, tmp_path: Path, capsys: Capture
 def test_s1_code_that_only_a_run_names(
     more: tuple[str, ...],
     run: Path,
-    outside: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
-    (tmp_path / "hostile.py").write_text(f"open({str(outside / 'canary')!r}, 'w')")
+    canary = tmp_path / "canary"
+    code = f"import pathlib\npathlib.Path({str(canary)!r}).touch()\n"
+    (tmp_path / "hostile.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     stored = read_json(run / "config.json")
     stored["preview"] |= {"extractor": "hostile:make", "distance": 2}
     write_json(run / "config.json", stored)
     told = fails(capsys, "train", run, "--images", 15, *more)
     assert names(told, "hostile:make", "--preview.extractor")
+    assert not canary.exists()
