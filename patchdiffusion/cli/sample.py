@@ -208,6 +208,7 @@ def _classes_of(arguments: Sequence[str]) -> str:
     files = [Path(word) / name for word in words for name in ("model/config.json", "config.json")]
     for file in files:
         facts = read_json(file) if file.is_file() else {}
-        if isinstance(facts, dict) and facts.get("classes"):
-            return f"; classes of {words[0]} are {', '.join(map(str, facts['classes']))}"
+        classes = facts.get("classes") if isinstance(facts, dict) else None
+        if classes and isinstance(classes, list):
+            return f"; classes of {words[0]} are {', '.join(map(str, classes))}"
     return ""
