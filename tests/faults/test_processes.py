@@ -325,6 +325,6 @@ def test_the_command_line_under_torchrun(images: Path, tmp_path: Path) -> None:
     assert done.stdout.count("recipe    folder") == 1
     assert status(tmp_path / "runs" / "images") == "finished"
     report = (tmp_path / "runs" / "images" / "report.html").read_text()
-    assert report.count("<figure>") == 1
+    assert report.count("<figure>") == 2
     assert not (tmp_path / "runs" / "images" / "ranks").exists()
     shutil.rmtree(tmp_path / "runs")
