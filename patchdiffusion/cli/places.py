@@ -22,8 +22,11 @@ def refuse_urls(arguments: Sequence[str]) -> None:
             )
 
 
-def check_run(path: Path) -> None:
-    """Raise `ValueError` that lists existing runs unless a run or model is at a path."""
+def check_run(path: Path, option: str = "") -> None:
+    """Raise `ValueError` that lists existing runs unless a run or model is at a path.
+
+    The message names the option that the path belongs to, if there is one.
+    """
     if (path / "config.json").exists() or (path / "model").is_dir():
         return
     if path.is_file():
@@ -32,7 +35,8 @@ def check_run(path: Path) -> None:
         wrong = "holds no run and no model" if path.exists() else "does not exist"
     same_name = [run for run in _runs(path.parent) if Path(run).name == path.name]
     hint = question(same_name) or did_you_mean(str(path), _runs(path.parent))
-    raise ValueError(f"{path} {wrong}; {runs_here(path.parent)}{hint}")
+    subject = f"{option} is {path}, which" if option else str(path)
+    raise ValueError(f"{subject} {wrong}; {runs_here(path.parent)}{hint}")
 
 
 def home(path: Path) -> Path:

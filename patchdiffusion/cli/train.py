@@ -76,7 +76,7 @@ def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
         with redirect_stdout(sys.stderr if "print-config" in given else sys.stdout):
             parsed = _parse(arguments, subject.config(arguments))
         if parsed.run.start_from is not None:
-            check_run(parsed.run.start_from)
+            check_run(parsed.run.start_from, "start_from")
         if not parsed.print_config:
             _check_code(parsed.training, typed)
         yield replace(parsed, training=_with_whole_paths(parsed.training))

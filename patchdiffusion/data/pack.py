@@ -340,7 +340,7 @@ def read_info(file: Path) -> PackInfo:
         info = decode(PackInfo, {k: v for k, v in unsealed(content).items() if k != SHAPE})
     except ValueError as error:
         raise ValueError(f"{file} is damaged: {error}") from error
-    if _contradicts(info):
+    if _contradicts(info) or content.get(SHAPE, list(info.shape)) != list(info.shape):
         raise ValueError(f"{file} contradicts itself (arrays, space or held-out images)")
     return info
 
