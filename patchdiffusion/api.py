@@ -72,8 +72,8 @@ def train(
                 arguments = TrainArguments(training=what, run=run or RunConfig())
                 arguments = parse(arguments, flags, "train")
             else:
-                given = arguments_of(TrainArguments(), changed_fields(run or RunConfig()))
-                arguments = held.enter_context(chosen([_path(what), *given, *flags]))
+                flag_words = arguments_of(TrainArguments(), changed_fields(run or RunConfig()))
+                arguments = held.enter_context(chosen([_path(what), *flag_words, *flags]))
         return Run(loop.train(arguments.training, arguments.run, callbacks))
 
 

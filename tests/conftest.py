@@ -8,7 +8,7 @@ import tiny
 import torch
 
 from patchdiffusion.nets import own
-from patchdiffusion.train import loop, status
+from patchdiffusion.train import status
 from patchdiffusion.train.report import write_report
 
 
@@ -21,7 +21,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("OMP_NUM_THREADS", "1")  # of subprocesses
         # The yardstick of the status lines and the report take longer than these runs.
         patch.setattr(status, "measured_peak", lambda device, precision: 1e9)
-        patch.setattr(loop, "write_report", lambda folder: folder / "report.html")
+        patch.setattr(status, "write_report", lambda folder: folder / "report.html")
         yield
 
 
@@ -35,7 +35,7 @@ def forgotten() -> Iterator[None]:
 @pytest.fixture
 def with_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs write their report, which takes half a second."""
-    monkeypatch.setattr(loop, "write_report", write_report)
+    monkeypatch.setattr(status, "write_report", write_report)
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,19 @@ import base64
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 from commands import refuses
 
 from patchdiffusion.system.files import read_json, write_json
+from patchdiffusion.train import status
+from patchdiffusion.train.callbacks import Event
 from patchdiffusion.train.charts import crop_sizes
+from patchdiffusion.train.config import RunConfig
+from patchdiffusion.train.loop import train
 from patchdiffusion.train.report import read_log, write_report
 
 
@@ -60,11 +66,11 @@ def test_the_page_says_what_the_run_did(run: Path) -> None:
 
 def test_all_crop_sizes_of_the_run_have_a_curve(run: Path) -> None:
     records = read_log(run)
-    status = [r for r in records if r["kind"] == "status"]
-    for record in status[:-1]:  # the last line has one size only, as in a progressive plan
+    lines = [r for r in records if r["kind"] == "status"]
+    for record in lines[:-1]:  # the last line has one size only, as in a progressive plan
         record["sizes"] = {"8x8": 1.0}
-    status[-1]["sizes"] = {"16x16": 0.5}
-    assert crop_sizes(status) == ["16x16", "8x8"]
+    lines[-1]["sizes"] = {"16x16": 0.5}
+    assert crop_sizes(lines) == ["16x16", "8x8"]
     edit_log(run, *records)
     assert "<!-- training, 8x8 -->" in page(run) and "<!-- training, 16x16 -->" in page(run)
 
@@ -76,6 +82,23 @@ def test_evaluations_are_shown(run: Path) -> None:
     text = page(run)
     for cells in ("<td>frechet distance</td><td>12.25</td>", "<td>held out loss</td><td>0.125"):
         assert cells in text
+
+
+def test_the_page_is_rewritten_during_a_long_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_report: None
+) -> None:
+    monkeypatch.setattr(status, "REPORT_SECONDS", 0.0)
+    folder, pages = tmp_path / "run", {}
+
+    def look(event: Event) -> None:
+        if event.kind == "step" and (folder / "report.html").exists():
+            pages[event.step] = (folder / "report.html").read_text(encoding="utf-8")
+
+    config = tiny.config(images, steps=4)
+    config = replace(config, preview=replace(config.preview, samples=4))
+    train(config, RunConfig(out=folder, device="cpu"), [look])
+    assert sorted(pages) == [2, 3, 4]  # after the previews of the steps before
+    assert "running; 3 of 12" in pages[2] and "http-equiv" in pages[2]
 
 
 def test_another_place(run: Path, tmp_path: Path) -> None:

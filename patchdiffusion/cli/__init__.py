@@ -184,7 +184,7 @@ def _import(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Whether the reader of an output has closed it; buffered text is discarded then."""
+    """True if the reader of an output has closed it; discards the buffered text then."""
     if not hasattr(select, "poll"):  # Windows
         return False
     poll = select.poll()

@@ -36,20 +36,20 @@ class AverageArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Reconstruct an average and write it as a model."""
-    given = parse(AverageArguments(), arguments, "average")
-    run = given.run
+    options = parse(AverageArguments(), arguments, "average")
+    run = options.run
     check_run(run)
-    weights, step = reconstruct(run, given.std, given.at)
+    weights, step = reconstruct(run, options.std, options.at)
     raw = load_model(run, weights="raw")
-    at = "" if given.at is None else f"-at-{given.at:g}"
-    out = given.out or run / "averages" / f"std-{given.std:g}{at}"
+    at = "" if options.at is None else f"-at-{options.at:g}"
+    out = options.out or run / "averages" / f"std-{options.std:g}{at}"
     if out.exists():
         raise ValueError(f"{out} exists, and nothing is overwritten; use another --out")
     _check(run, raw, weights)
     state = raw.network.state_dict()
     config = replace(raw.config, step=step)
     save_model(out, config, averaged=state | weights, raw=state)
-    print(f"the average of width {given.std:g} is in {out}")
+    print(f"the average of width {options.std:g} is in {out}")
 
 
 def _check(run: Path, raw: Model, weights: Mapping[str, Tensor]) -> None:

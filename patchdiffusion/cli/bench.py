@@ -68,21 +68,21 @@ def main(arguments: Sequence[str]) -> None:
     subject = Subject.of(arguments, "bench")
     # Wrong flags are found before any data is read.
     _parse(arguments, subject.generic(), subject.note())
-    given = _parse(arguments, subject.config(arguments))
+    options = _parse(arguments, subject.config(arguments))
     with tempfile.TemporaryDirectory() as folder, join() as team:
         run = RunConfig(
             out=Path(folder) / "none",
-            device=given.device,
-            threads=given.threads,
-            compile=given.compile,
-            shard=given.shard,
+            device=options.device,
+            threads=options.threads,
+            compile=options.compile,
+            shard=options.shard,
         )
-        training = assemble(given.training, run, prepare_data(given.training.data), team)
-        result = bench(training, given.repeats)
+        training = assemble(options.training, run, prepare_data(options.training.data), team)
+        result = bench(training, options.repeats)
     if team.is_main:
         print("\n".join(table(result)))
-        if given.save is not None:
-            write_json(given.save, result)
+        if options.save is not None:
+            write_json(options.save, result)
 
 
 def _parse(arguments: Sequence[str], config: TrainConfig, note: str = "") -> BenchArguments:

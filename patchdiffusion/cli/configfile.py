@@ -25,18 +25,20 @@ def with_config(record: Any, arguments: Sequence[str]) -> list[str]:
     Images that are named before the flags replace those of the file. Raises `ValueError` in one
     line for fields that the record does not have, and for an invalid file.
     """
-    words, given = read(arguments)
-    if "config" not in given:
+    words, flag_words = read(arguments)
+    if "config" not in flag_words:
         return list(arguments)
-    files = given.pop("config")
+    files = flag_words.pop("config")
     if len(files) != 1:
         raise ValueError(f"--config needs one file, not {' '.join(files) or 'nothing'}")
     table = _load(expanded(files[0]))
     flags = dict(_of_record(record, (), table, files[0]))
     if any(expanded(word).exists() for word in words):
         flags.pop("data.path", None)
-    chosen = {name: values for name, values in flags.items() if not _replaced(name, flags, given)}
-    return [*words, *_typed(chosen), *_typed(given)]
+    chosen = {
+        name: values for name, values in flags.items() if not _replaced(name, flags, flag_words)
+    }
+    return [*words, *_typed(chosen), *_typed(flag_words)]
 
 
 def flags_of(record: Any, table: Mapping[str, Any], source: str) -> list[str]:
@@ -61,14 +63,14 @@ def _load(path: Path) -> Mapping[str, Any]:
     return table
 
 
-def _replaced(name: str, flags: Flags, given: Mapping[str, Sequence[str]]) -> bool:
-    """Whether the command line has this flag, or chooses a member that may not have it."""
+def _replaced(name: str, flags: Flags, flag_words: Mapping[str, Sequence[str]]) -> bool:
+    """True if the command line has this flag, or chooses a member that may not have it."""
     above, _, last = name.rpartition(".")
-    if name in given or f"{above}.no-{last}".lstrip(".") in given:
+    if name in flag_words or f"{above}.no-{last}".lstrip(".") in flag_words:
         return True
     parts = name.split(".")
     families_above = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return any(f in given and f in flags and given[f] != flags[f] for f in families_above)
+    return any(f in flag_words and f in flags and flag_words[f] != flags[f] for f in families_above)
 
 
 def _typed(flags: Mapping[str, Sequence[str]]) -> Iterator[str]:
@@ -86,24 +88,24 @@ def _of_record(
     record: Any, path: tuple[str, ...], table: Mapping[str, Any], file: str
 ) -> Iterator[tuple[str, list[str]]]:
     """Flags of a table of fields."""
-    known = {slot.field: slot for slot in _fields(record, path)}
+    slots = {slot.field: slot for slot in _fields(record, path)}
     for key, value in table.items():
-        slot = known.get(key.replace("-", "_"))
+        slot = slots.get(key.replace("-", "_"))
         if slot is not None:
             yield from _of_field(slot, value, file)
         elif key != "type":
             where = ".".join([*path, key])
-            raise ValueError(f"{file}: unknown field {where}{_instead(key, path, record, known)}")
+            raise ValueError(f"{file}: unknown field {where}{_instead(key, path, record, slots)}")
 
 
-def _instead(key: str, path: tuple[str, ...], record: Any, known: Mapping[str, Slot]) -> str:
+def _instead(key: str, path: tuple[str, ...], record: Any, slots: Mapping[str, Slot]) -> str:
     """End of the error message for an unknown field: what to type instead."""
-    if hint := did_you_mean(key, known):
+    if hint := did_you_mean(key, slots):
         return hint
     flags = list(names(walk(record, path)))
     if meant := habit_of(key.replace("_", "-"), flags, "train"):
         return f": {'use ' * meant.startswith('--')}{meant}"
-    return f"; allowed are {', '.join(sorted(known))}"
+    return f"; allowed are {', '.join(sorted(slots))}"
 
 
 def _fields(record: Any, path: tuple[str, ...]) -> Iterator[Slot]:

@@ -66,16 +66,16 @@ def main(arguments: Sequence[str]) -> None:
     """Run the checks and print their results; problems begin with 'warning'."""
     subject = Subject.of(arguments, "doctor", required=False)
     data = subject.data if read(arguments)[0] else DataConfig(path="")
-    given = parse(DoctorArguments(data=data), arguments, "doctor")
-    device = pick_device(given.device)
-    use_threads(given.threads)
+    options = parse(DoctorArguments(data=data), arguments, "doctor")
+    device = pick_device(options.device)
+    use_threads(options.threads)
     _installation()
     _hardware(device)
-    if given.data.path:
-        pack = prepare_data(given.data)
-        chosen = subject.recipe(Facts.of(pack, given.data.path, device.type))
+    if options.data.path:
+        pack = prepare_data(options.data)
+        chosen = subject.recipe(Facts.of(pack, options.data.path, device.type))
         _images(pack, chosen.precond)
-        _time(replace(chosen, data=given.data), pack, given)
+        _time(replace(chosen, data=options.data), pack, options)
 
 
 def _installation() -> None:
@@ -125,10 +125,10 @@ def _images(pack: Pack, precond: Parameterisation) -> None:
     pack.verify()  # raises an error that names a damaged block
 
 
-def _time(config: TrainConfig, pack: Pack, given: DoctorArguments) -> None:
-    training = assemble(config, RunConfig(device=given.device), pack)
+def _time(config: TrainConfig, pack: Pack, options: DoctorArguments) -> None:
+    training = assemble(config, RunConfig(device=options.device), pack)
     shares, kinds = zip(*training.plan.kinds(config.clock), strict=True)
-    costs = measure(training, kinds, given.steps)
+    costs = measure(training, kinds, options.steps)
     seconds = sum(share * cost.seconds for share, cost in zip(shares, costs, strict=True))
     total = duration(seconds * training.total_steps)
     print(

@@ -65,7 +65,7 @@ class Drawn:
 
     @property
     def array(self) -> bool:
-        """Whether all images are stored as an array, as single files cannot store them exactly."""
+        """True if all images are stored as one array, as single files cannot hold them exactly."""
         exact = self.space.word == Pixels.word and len(self.shape) == 3 and not self.preview
         return not exact or not (self.singles or self.shown == self.count)
 

@@ -101,29 +101,29 @@ class EvaluateArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Evaluate, print a table, and write a file."""
-    given = parse(EvaluateArguments(), arguments, "evaluate")
-    path, device = given.path, pick_device(given.device)
-    use_threads(given.threads)
+    options = parse(EvaluateArguments(), arguments, "evaluate")
+    path, device = options.path, pick_device(options.device)
+    use_threads(options.threads)
     if not path.exists():
         check_run(path)
-    config = given.config
-    if given.full:
+    config = options.config
+    if options.full:
         if config.samples != EvaluationConfig.samples:
             raise ValueError(f"--full takes {FULL:,} samples; leave out --samples {config.samples}")
         config = replace(config, samples=FULL, held_out=_ALL, reference=_ALL)
     with join() as team:  # which gives each process a device of its own
-        pipeline = _model(path, given, device)
-        if pipeline is None and given.data is None:
+        pipeline = _model(path, options, device)
+        if pipeline is None and options.data is None:
             raise ValueError(
                 f"{path} holds no model, only images; give --data PATH to compare them with"
             )
-        if pipeline is None and given.bits.images:
-            images = given.bits.images
+        if pipeline is None and options.bits.images:
+            images = options.bits.images
             raise ValueError(f"{path} holds no model, which --bits.images {images} is about")
         folder = Path("evaluations") if pipeline is None else home(path) / "evaluations"
-        check_file(given.save or folder / "0001.json")
-        compared = _compared(path, given, pipeline, team)
-        extract, missing = _extractor(given, team, device, compared.richest)
+        check_file(options.save or folder / "0001.json")
+        compared = _compared(path, options, pipeline, team)
+        extract, missing = _extractor(options, team, device, compared.richest)
         evaluation = Evaluation(
             pack=compared.pack,
             config=config,
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str]) -> None:
             missing=missing,
             compared=compared.colors,
         )
-        bits = given.bits if pipeline is not None else BitsArguments()
+        bits = options.bits if pipeline is not None else BitsArguments()
         if team.is_main:
             print(_outlook(evaluation, pipeline, compared.images, bits))
         measured_bits = None if pipeline is None else _bits(evaluation, pipeline, bits)
@@ -144,29 +144,29 @@ def main(arguments: Sequence[str]) -> None:
             raise ValueError("; ".join(why) or "nothing is measured; choose --features.extractor")
         if team.is_main:
             print("\n".join(table(result)))
-            file = given.save or new_file(folder, ".json")
+            file = options.save or new_file(folder, ".json")
             write_json(file, result)
             print(f"written to {file}")
 
 
-def _model(path: Path, given: EvaluateArguments, device: torch.device) -> Pipeline | None:
+def _model(path: Path, options: EvaluateArguments, device: torch.device) -> Pipeline | None:
     """Load the model at a path; None if there are images."""
     files = ("model.safetensors", "raw.safetensors", "model/config.json")
     holds = is_run(path) or any((path / name).exists() for name in files)
     if path.is_file() or (path.is_dir() and not holds):
         return None
-    if given.resolution is not None:
+    if options.resolution is not None:
         raise ValueError(f"--resolution is for images, and {path} is a model; leave it out")
-    return load(path, weights=given.weights, device=device, precision=given.precision)
+    return load(path, weights=options.weights, device=device, precision=options.precision)
 
 
 def _extractor(
-    given: EvaluateArguments, team: Team, device: torch.device, pack: Pack
+    options: EvaluateArguments, team: Team, device: torch.device, pack: Pack
 ) -> tuple[Extractor | None, str]:
     """Extractor, or None and the reason why there is none, "" if none was asked for."""
-    name, weights = given.features.extractor, given.features.weights
+    name, weights = options.features.extractor, options.features.weights
     axes, channels = pack.images.ndim - 2, pack.images.shape[-1]
-    if name == "none" or not given.config.samples:
+    if name == "none" or not options.config.samples:
         return None, ""
     if axes != 2:
         return None, f"features are of images of two axes, and these have {axes}"
@@ -197,17 +197,17 @@ class Compared:
 
 
 def _compared(
-    path: Path, given: EvaluateArguments, pipeline: Pipeline | None, team: Team
+    path: Path, options: EvaluateArguments, pipeline: Pipeline | None, team: Team
 ) -> Compared:
     """Prepare real images and images to measure, with the channels that both need."""
 
     def prepared(data: DataConfig) -> Pack:
         return Pack.open(team.on_main(lambda: str(prepare_data(data).path)))
 
-    data = _trained_on(path) if given.data is None else _like(path, given.data)
+    data = _trained_on(path) if options.data is None else _like(path, options.data)
     if pipeline is not None:
-        return _of_model(pipeline, data, prepared, keep_colors=given.data is not None)
-    resolution = given.resolution or _own_size(path, data.path)
+        return _of_model(pipeline, data, prepared, keep_colors=options.data is not None)
+    resolution = options.resolution or _own_size(path, data.path)
     pack = prepared(replace(data, resolution=resolution))
     size = (pack.info.shape[1], pack.info.shape[2])
     plain = DataConfig(path=str(path), resolution=size, max_enlarge=_ANY)

@@ -17,7 +17,7 @@ from patchdiffusion.cli.words import did_you_mean
 from patchdiffusion.system import families
 
 T = TypeVar("T")
-Given = Mapping[str, Sequence[str]]
+FlagWords = Mapping[str, Sequence[str]]
 """Flags of a command line without their dashes, and the words that follow each."""
 Kind = Literal["leaf", "record", "family", "several"]
 
@@ -36,7 +36,7 @@ def positional(
 
 def read(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """Words before the first flag, and flags with the words after each."""
-    given: dict[str, list[str]] = {}
+    flag_words: dict[str, list[str]] = {}
     words: list[str] = []
     last = words
     for argument in arguments:
@@ -45,8 +45,8 @@ def read(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
             continue
         name, equals, value = argument.lstrip("-").partition("=")
         name = "help" if name == "h" else name.replace("_", "-")
-        last = given[name] = [value] if equals else []
-    return words, given
+        last = flag_words[name] = [value] if equals else []
+    return words, flag_words
 
 
 # ---- Fields as flags ----
@@ -159,14 +159,14 @@ def names(slots: Iterable[Slot]) -> Iterator[str]:
             yield slot.negative
 
 
-def shortened(record: Any, given: Given) -> dict[str, Sequence[str]]:
+def shortened(record: Any, flag_words: FlagWords) -> dict[str, Sequence[str]]:
     """Flags without the names of flat fields as prefixes.
 
     So the path of a field in a configuration is a flag everywhere: `--sampler.steps` is `--steps`.
     """
     prefixes = {f"{slot.name}.": slot.path[:-1] for slot in walk(record) if slot.flat}
     short: dict[str, Sequence[str]] = {}
-    for name, words in given.items():
+    for name, words in flag_words.items():
         for prefix, above in prefixes.items():
             if name.startswith(prefix):
                 name = ".".join([*above, name.removeprefix(prefix)]).replace("_", "-")
@@ -177,7 +177,7 @@ def shortened(record: Any, given: Given) -> dict[str, Sequence[str]]:
 # ---- Words choose types ----
 
 
-def choose(record: T, given: Given, path: tuple[str, ...] = ()) -> T:
+def choose(record: T, flag_words: FlagWords, path: tuple[str, ...] = ()) -> T:
     """Configuration with the members of families that the flags name.
 
     A word for the type that is there changes nothing, so that a command can be repeated. A new
@@ -186,12 +186,12 @@ def choose(record: T, given: Given, path: tuple[str, ...] = ()) -> T:
     """
     config: Any = record
     errors: dict[str, ValueError] = {}
-    for _ in given:  # a word may be undone, or made possible, by a later one
+    for _ in flag_words:  # a word may be undone, or made possible, by a later one
         before, errors = config, {}
         for slot in _inside(config, path):
-            if slot.name not in given or slot.kind not in ("family", "several"):
+            if slot.name not in flag_words or slot.kind not in ("family", "several"):
                 continue
-            words = given[slot.name]
+            words = flag_words[slot.name]
             try:
                 config = _chosen(config, record, slot, slot.path[len(path) :], words)
             except ValueError as error:
@@ -202,7 +202,7 @@ def choose(record: T, given: Given, path: tuple[str, ...] = ()) -> T:
         raise error
     for slot in list(_inside(config, path)):
         if slot.flat:  # a configuration by itself
-            inner = choose(slot.value, given, slot.path[:-1])
+            inner = choose(slot.value, flag_words, slot.path[:-1])
             config = _put(config, slot.path[len(path) :], inner)
     return config
 
@@ -289,18 +289,18 @@ def _put(record: Any, route: Sequence[str], value: Any) -> Any:
 # ---- Values ----
 
 
-def assign(record: T, given: Given, path: tuple[str, ...] = ()) -> T:
+def assign(record: T, flag_words: FlagWords, path: tuple[str, ...] = ()) -> T:
     """Record with the values of the flags; `ValueError` names field and value."""
     changes: dict[str, Any] = {}
     for slot in slots(record, path):
         value: Any = slot.value
         if slot.kind == "leaf":
-            value = _leaf(slot, given)
+            value = _leaf(slot, flag_words)
         elif slot.kind == "several":
-            value = tuple(assign(inner, given, place) for place, inner in slot.below())
+            value = tuple(assign(inner, flag_words, place) for place, inner in slot.below())
         else:
             for place, inner in slot.below():
-                value = assign(inner, given, place)
+                value = assign(inner, flag_words, place)
         if value is not slot.value and (type(value) is not type(slot.value) or value != slot.value):
             changes[slot.field] = value
     try:
@@ -309,14 +309,14 @@ def assign(record: T, given: Given, path: tuple[str, ...] = ()) -> T:
         raise ValueError(f"{'.'.join(path)}: {error}" if path else str(error)) from None
 
 
-def _leaf(slot: Slot, given: Given) -> Any:
-    if slot.hint is bool and slot.negative in given:
-        if given[slot.negative] or slot.name in given:
+def _leaf(slot: Slot, flag_words: FlagWords) -> Any:
+    if slot.hint is bool and slot.negative in flag_words:
+        if flag_words[slot.negative] or slot.name in flag_words:
             raise ValueError(f"--{slot.negative} takes no value, and not --{slot.name} beside it")
         return False
-    if slot.name not in given:
+    if slot.name not in flag_words:
         return slot.value
-    words = given[slot.name]
+    words = flag_words[slot.name]
     try:
         return convert(slot.hint, words)
     except ValueError:

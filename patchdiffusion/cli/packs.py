@@ -33,13 +33,13 @@ class PacksArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """List packs, or remove selected ones that are not in use."""
-    given = parse(PacksArguments(), arguments, "packs")
-    if not given.remove and given.unused_days is None:
+    options = parse(PacksArguments(), arguments, "packs")
+    if not options.remove and options.unused_days is None:
         _show(stored_packs())
         return
-    chosen = find_packs(given.remove) if given.remove else stored_packs()
-    if given.unused_days is not None:
-        chosen = [pack for pack in chosen if pack.days >= given.unused_days]
+    chosen = find_packs(options.remove) if options.remove else stored_packs()
+    if options.unused_days is not None:
+        chosen = [pack for pack in chosen if pack.days >= options.unused_days]
     freed, removed = 0, 0
     for pack in chosen:
         try:

@@ -21,33 +21,37 @@ def parse(default: T, arguments: Sequence[str], command: str, note: str = "") ->
     Raises `ValueError` in one line that names the flag, the value and what is allowed, and
     `HelpShown` after printing the help.
     """
-    words, given = flags.read(arguments)
-    help_words = given.pop("help", None)
-    for line in notes(given):
+    words, flag_words = flags.read(arguments)
+    help_words = flag_words.pop("help", None)
+    for line in notes(flag_words):
         print(line, file=sys.stderr)
-    given = flags.shortened(default, present(given, set(flags.names(flags.walk(default)))))
-    record = flags.choose(default, given)
-    _check_known(record, given, command)
-    record = flags.assign(record, given)
+    flag_words = flags.shortened(
+        default, present(flag_words, set(flags.names(flags.walk(default))))
+    )
+    record = flags.choose(default, flag_words)
+    _check_known(record, flag_words, command)
+    record = flags.assign(record, flag_words)
     if help_words is not None:
         print(help_text(record, usage(record, command), help_words, note))
         raise HelpShown
     return _set_positionals(record, words, command)
 
 
-def _check_known(record: Any, given: flags.Given, command: str) -> None:
+def _check_known(record: Any, flag_words: flags.FlagWords, command: str) -> None:
     """Raise `ValueError` for a flag of no field, with the nearest flags."""
     known = set(flags.names(flags.walk(record)))
-    for name in given:
+    for name in flag_words:
         if name not in known:
-            raise ValueError(unknown_flag(record, name, given[name], command))
+            raise ValueError(unknown_flag(record, name, flag_words[name], command))
 
 
 def parse_some(default: T, arguments: Sequence[str]) -> T:
     """Record `default` changed by those flags that it has; other arguments are ignored."""
-    _, given = flags.read(arguments)
-    given = flags.shortened(default, present(given, set(flags.names(flags.walk(default)))))
-    return flags.assign(flags.choose(default, given), given)
+    _, flag_words = flags.read(arguments)
+    flag_words = flags.shortened(
+        default, present(flag_words, set(flags.names(flags.walk(default))))
+    )
+    return flags.assign(flags.choose(default, flag_words), flag_words)
 
 
 def usage(record: Any, command: str) -> str:

@@ -55,20 +55,20 @@ class PrepareArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Prepare, and print the report."""
-    given = parse(PrepareArguments(), arguments, "prepare")
+    options = parse(PrepareArguments(), arguments, "prepare")
     pack = prepare(
-        open_source(given.path, given.labels),
-        given.out,
-        resolution=given.resolution,
-        channels=given.channels,
-        space=given.space,
-        background=given.background,
-        holdout=given.holdout,
-        max_bad=given.max_bad,
-        range=given.range,
-        fit=given.fit,
-        max_enlarge=given.max_enlarge,
-        workers=given.threads,
+        open_source(options.path, options.labels),
+        options.out,
+        resolution=options.resolution,
+        channels=options.channels,
+        space=options.space,
+        background=options.background,
+        holdout=options.holdout,
+        max_bad=options.max_bad,
+        range=options.range,
+        fit=options.fit,
+        max_enlarge=options.max_enlarge,
+        workers=options.threads,
         verify=True,
     )
     print((pack.path / "report.txt").read_text(encoding="utf-8"))

@@ -26,12 +26,14 @@ def present_name(name: str) -> str:
     return RENAMED.get(name, name)
 
 
-def present(given: Mapping[str, Sequence[str]], known: Collection[str]) -> dict[str, Sequence[str]]:
+def present(
+    flag_words: Mapping[str, Sequence[str]], known: Collection[str]
+) -> dict[str, Sequence[str]]:
     """Flags by their present names, with short forms in full where their family is known.
 
     `--guidance 3` is classifier-free guidance of that weight, `--size 64 96` a region.
     """
-    flags = {present_name(name): words for name, words in given.items()}
+    flags = {present_name(name): words for name, words in flag_words.items()}
     if "canvas" in known and any(name in flags for name in REGION):
         flags.setdefault("canvas", ["region"])
         for name in REGION:
@@ -47,9 +49,9 @@ def present(given: Mapping[str, Sequence[str]], known: Collection[str]) -> dict[
     return flags
 
 
-def notes(given: Mapping[str, Sequence[str]]) -> list[str]:
+def notes(flag_words: Mapping[str, Sequence[str]]) -> list[str]:
     """Line for each flag that has been renamed."""
-    pairs = ((name, present_name(name)) for name in given)
+    pairs = ((name, present_name(name)) for name in flag_words)
     return [f"note: --{old} is called --{new} now" for old, new in pairs if old != new]
 
 

@@ -29,6 +29,6 @@ class ReportArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Write the report."""
-    given = parse(ReportArguments(), arguments, "report")
-    check_run(given.run)
-    print(write_report(given.run, given.out))
+    options = parse(ReportArguments(), arguments, "report")
+    check_run(options.run)
+    print(write_report(options.run, options.out))

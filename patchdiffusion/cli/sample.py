@@ -72,45 +72,49 @@ class SampleArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Sample images, and write single files batch by batch and a grid at the end."""
-    given = parse(SampleArguments(), arguments, "sample", _classes_of(arguments))
-    path = given.path
+    options = parse(SampleArguments(), arguments, "sample", _classes_of(arguments))
+    path = options.path
     check_run(path)
-    check_out(given.out)
-    use_threads(given.threads)
+    check_out(options.out)
+    use_threads(options.threads)
     with join(MEETING) as team:  # which gives each process a device of its own
         team.patience(LONGEST_WORK)
-        pipeline = load(path, weights=given.weights, device=given.device, precision=given.precision)
+        pipeline = load(
+            path, weights=options.weights, device=options.device, precision=options.precision
+        )
         team.agree("the processes disagree", {"model": pipeline.model.digest}, code=2)
-        batch = min(given.batch, given.count)
-        size = pipeline.check(given.count, seed=given.seed, batch=batch, config=given.sampler)
-        pipeline.labels(1, given.classes or None)  # raises for unknown classes
+        batch = min(options.batch, options.count)
+        size = pipeline.check(options.count, seed=options.seed, batch=batch, config=options.sampler)
+        pipeline.labels(1, options.classes or None)  # raises for unknown classes
         root = home(path) / "generated"
         if team.is_main:
             _warn_of_size(size, pipeline.model.config.canvas)
         with contextlib.ExitStack() as held:
 
             def claim() -> str:
-                check_space(given.out or root, _bytes(given, pipeline, size))
-                return str(held.enter_context(claimed(root, given.out, _request(given, pipeline))))
+                check_space(options.out or root, _bytes(options, pipeline, size))
+                return str(
+                    held.enter_context(claimed(root, options.out, _request(options, pipeline)))
+                )
 
-            drawn = _drawn(Path(team.on_main(claim)), given, pipeline, size)
-            _draw(drawn, given, pipeline, team)
+            drawn = _drawn(Path(team.on_main(claim)), options, pipeline, size)
+            _draw(drawn, options, pipeline, team)
             if team.is_main:
                 drawn.finish()
                 if drawn.preview:
                     print(f"pictures show the channels {drawn.preview}")
-                print(f"{given.count} images in {drawn.folder}")
+                print(f"{options.count} images in {drawn.folder}")
 
 
-def _draw(drawn: Drawn, given: SampleArguments, pipeline: Pipeline, team: Team) -> None:
+def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team) -> None:
     """Draw the missing images; each process takes every `team.size`-th batch."""
     missing = team.on_main(drawn.missing)
-    size = min(given.batch, -(-len(missing) // team.size) or 1)
+    size = min(options.batch, -(-len(missing) // team.size) or 1)
     parts = batches(missing, size)
-    done, steps = given.count - len(missing), pipeline.sampler(given.sampler).count
+    done, steps = options.count - len(missing), pipeline.sampler(options.sampler).count
     if done and team.is_main:
-        print(f"resume    {done:,} of {given.count:,} images are in {drawn.folder}")
-    with progress_bar(given.count, "image", disable=not team.is_main) as bar:
+        print(f"resume    {done:,} of {options.count:,} images are in {drawn.folder}")
+    with progress_bar(options.count, "image", disable=not team.is_main) as bar:
 
         def watch(step: int) -> None:
             bar.set_postfix_str(f"step {step} of {steps}", refresh=False)
@@ -120,12 +124,12 @@ def _draw(drawn: Drawn, given: SampleArguments, pipeline: Pipeline, team: Team) 
         try:
             for turn in range(0, len(parts), team.size):
                 for part in parts[turn : turn + team.size][team.place.rank :][:1]:
-                    labels = pipeline.labels(len(part), given.classes or None, part.start)
+                    labels = pipeline.labels(len(part), options.classes or None, part.start)
                     images = pipeline.sample(
                         len(part),
-                        seed=given.seed + part.start,
+                        seed=options.seed + part.start,
                         cond=Cond(labels=labels),
-                        config=given.sampler,
+                        config=options.sampler,
                         batch=len(part),
                         watch=watch,
                     )
@@ -133,9 +137,9 @@ def _draw(drawn: Drawn, given: SampleArguments, pipeline: Pipeline, team: Team) 
                 team.gather(turn)
                 bar.update(sum(map(len, parts[turn : turn + team.size])))
         except KeyboardInterrupt as error:
-            left = given.count - len(drawn.missing())
+            left = options.count - len(drawn.missing())
             raise Stop(
-                f"interrupted; {left:,} of {given.count:,} images are in {drawn.folder}; the "
+                f"interrupted; {left:,} of {options.count:,} images are in {drawn.folder}; the "
                 "same command resumes",
                 code=130,
             ) from error
@@ -158,45 +162,45 @@ def _warn_of_size(size: Size, canvas: Size) -> None:
         )
 
 
-def _bytes(given: SampleArguments, pipeline: Pipeline, size: Size) -> int:
+def _bytes(options: SampleArguments, pipeline: Pipeline, size: Size) -> int:
     """Approximate disk space of the images."""
-    values = given.count * math.prod(size) * pipeline.model.config.network.channels
+    values = options.count * math.prod(size) * pipeline.model.config.network.channels
     return values * (1 if pipeline.model.config.space.word == "pixels" else 8)
 
 
-def _texts(given: SampleArguments, pipeline: Pipeline) -> dict[str, str]:
+def _texts(options: SampleArguments, pipeline: Pipeline) -> dict[str, str]:
     """Text entries of all files: model and sampler."""
     texts = {
         "software": f"patchdiffusion {__version__}",
         "model": pipeline.model.digest,
-        "weights": given.weights,
-        "sampler": json.dumps(encode(pipeline.sampler(given.sampler))),
+        "weights": options.weights,
+        "sampler": json.dumps(encode(pipeline.sampler(options.sampler))),
     }
     if pipeline.companions.digests:
         texts["guides"] = json.dumps(pipeline.companions.digests)
     return texts
 
 
-def _request(given: SampleArguments, pipeline: Pipeline) -> dict[str, Any]:
+def _request(options: SampleArguments, pipeline: Pipeline) -> dict[str, Any]:
     """Settings on which the images depend; a folder with equal ones is resumed."""
     return {
-        **_texts(given, pipeline),
-        "count": given.count,
-        "seed": given.seed,
-        "classes": list(given.classes),
-        "singles": given.singles,
-        "precision": given.precision,
+        **_texts(options, pipeline),
+        "count": options.count,
+        "seed": options.seed,
+        "classes": list(options.classes),
+        "singles": options.singles,
+        "precision": options.precision,
     }
 
 
-def _drawn(folder: Path, given: SampleArguments, pipeline: Pipeline, size: Size) -> Drawn:
+def _drawn(folder: Path, options: SampleArguments, pipeline: Pipeline, size: Size) -> Drawn:
     config = pipeline.model.config
     return Drawn(
         folder,
-        count=given.count,
-        seed=given.seed,
-        texts=_texts(given, pipeline),
-        singles=given.singles,
+        count=options.count,
+        seed=options.seed,
+        texts=_texts(options, pipeline),
+        singles=options.singles,
         shape=(*size, config.network.channels),
         space=config.space,
     )

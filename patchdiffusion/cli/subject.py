@@ -57,10 +57,10 @@ class Subject:
         One word is data if it exists as a path, else a recipe; two are a recipe and data. Raises
         `ValueError` if nothing is named, and for unknown words.
         """
-        words, given = read(arguments)
+        words, flag_words = read(arguments)
         early = parse_some(Early(), arguments)
         words = words or [early.data.path] * bool(early.data.path)
-        if not words and required and "help" not in given:
+        if not words and required and "help" not in flag_words:
             raise ValueError(
                 f"nothing is given to {command}: type patchdiffusion {command} ./photos (a folder, "
                 f".zip, .npy, .npz or pack), or a recipe: {', '.join(sorted(recipes.RECIPES))}"
@@ -138,12 +138,12 @@ class Subject:
 
         Raises `ValueError` if a run of that name was trained on others.
         """
-        given = self.images
-        if not given or whole(given) == whole(stored.data.path):
+        images = self.images
+        if not images or whole(images) == whole(stored.data.path):
             return stored
         folder = RunConfig(out=self.early.out).folder(self.name)
-        moved = replace(stored, data=replace(stored.data, path=whole(given)))
-        is_gone = not is_there(stored.data.path) and is_there(given)
+        moved = replace(stored, data=replace(stored.data, path=whole(images)))
+        is_gone = not is_there(stored.data.path) and is_there(images)
         if self.run is not None:  # which the images are compared with before it goes on
             return moved
         if is_gone and prepare_data(moved.data).fingerprint == trained_on(folder):
@@ -151,7 +151,7 @@ class Subject:
         raise ValueError(
             f"there is a run of that name already, on {stored.data.path}; use --name or --out "
             "for another one, --fresh to set it aside, or go on with it: patchdiffusion train "
-            f"{folder}" + f" --data.path {given}" * is_gone
+            f"{folder}" + f" --data.path {images}" * is_gone
         )
 
 
@@ -162,8 +162,8 @@ def data_of(run: Path, arguments: Sequence[str]) -> str:
     """
     stored = stored_config(run)
     assert stored is not None
-    given = parse_some(Early(), arguments).data.path
-    path = given or stored.data.path
+    images = parse_some(Early(), arguments).data.path
+    path = images or stored.data.path
     if not is_there(path):
         raise ValueError(
             f"the images of {run} are not at {path}; if they have been moved, type patchdiffusion "

@@ -49,12 +49,14 @@ class TrainArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Build the configuration from recipe and flags, and train."""
-    with chosen(arguments) as given:
-        if given.print_config:
-            stored = decode(TrainConfig, encode(given.training))  # with numbers as they are read
+    with chosen(arguments) as flag_words:
+        if flag_words.print_config:
+            stored = decode(
+                TrainConfig, encode(flag_words.training)
+            )  # with numbers as they are read
             print(json.dumps(encode(stored), indent=2))
         else:
-            train(given.training, given.run)
+            train(flag_words.training, flag_words.run)
 
 
 @contextmanager
@@ -62,7 +64,7 @@ def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
     """Context with the configuration that the arguments make of the defaults, or of a run."""
     typed = arguments
     arguments = with_config(TrainArguments(), arguments)
-    words, given = read(arguments)
+    words, flag_words = read(arguments)
     run = Path(words[0]) if len(words) == 1 and is_run(Path(words[0])) else None
     if run is not None:  # resume it
         arguments = [data_of(run, arguments), *arguments[1:], "--out", words[0]]
@@ -72,8 +74,8 @@ def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
     except ValueError as error:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
-    with packs_aside() if "dry-run" in given else nullcontext():
-        with redirect_stdout(sys.stderr if "print-config" in given else sys.stdout):
+    with packs_aside() if "dry-run" in flag_words else nullcontext():
+        with redirect_stdout(sys.stderr if "print-config" in flag_words else sys.stdout):
             parsed = _parse(arguments, subject.config(arguments))
         if parsed.run.start_from is not None:
             check_run(parsed.run.start_from, "start_from")

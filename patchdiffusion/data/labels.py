@@ -249,7 +249,9 @@ def _classes(cells: Sequence[Cell], table: Table) -> tuple[tuple[str, ...] | Non
     if not table.named and len(distinct) == len(cells):  # names or numbers of images
         return None, {}
     if all(isinstance(c, int) or re.fullmatch(r"\d{1,9}(\.0+)?", str(c)) for c in distinct):
-        numbers: dict[Cell, int] = {c: int(float(c)) for c in distinct if c is not None}
+        numbers: dict[Cell, int] = {
+            c: int(str(c).partition(".")[0]) for c in distinct if c is not None
+        }
         largest = max(numbers.values())
         if exact and largest > MAX_LABEL:
             raise ValueError(f"{LABEL_FILE} has the label {largest} > {MAX_LABEL}")

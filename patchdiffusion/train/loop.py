@@ -22,19 +22,15 @@ from patchdiffusion.train.guard import Order, Verification
 from patchdiffusion.train.log import duration, quantity
 from patchdiffusion.train.outlook import outlook
 from patchdiffusion.train.preview import Ending
-from patchdiffusion.train.report import write_report
 from patchdiffusion.train.resume import opened, rehearse, roll_back, set_doubtful_aside
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training, assemble
-from patchdiffusion.train.status import Status, is_shown, show_samples
+from patchdiffusion.train.status import Status, is_shown, refresh_report, show_samples
 from patchdiffusion.train.timing import whereabouts
 
 PATIENCE = 6  # times as long until the second step
 
 SIGNALS = STOPPING
-
-REPORT_SECONDS = 60.0
-"""Minimum time between two reports during a run, which are written after previews."""
 
 
 def train(
@@ -86,7 +82,7 @@ def _execute(training: Training, started: float, heard: Callbacks) -> None:
         _catch_up(training)
         log.status("finished", **_position(training))
         log.say(f"{training.folder} is finished; a larger --images extends it")
-        training.team.on_main(lambda: _report(training))
+        training.team.on_main(lambda: refresh_report(training))
         heard.check()
         return
     try:
@@ -103,17 +99,8 @@ def _execute(training: Training, started: float, heard: Callbacks) -> None:
         raise
     finally:
         log.close_bar()
-    if path := training.team.on_main(lambda: _report(training)):
+    if path := training.team.on_main(lambda: refresh_report(training)):
         log.say(f"report    {path}")
-
-
-def _report(training: Training) -> str:
-    """Write the report; returns its path, or "" if it cannot be written."""
-    try:
-        return str(write_report(training.folder))
-    except (OSError, ValueError) as error:
-        training.log.say(f"warning: the report cannot be written: {error}")
-        return ""
 
 
 def _loop(training: Training, stop: threading.Event, started: float) -> None:
@@ -124,7 +111,7 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
     vote = Vote(team, 3)
     pixels = Verification(training.pack, enabled=team.place.local_rank == 0)
     deadline = deadline_of(run, started)
-    saved = reported = time.monotonic()
+    saved = time.monotonic()
     began = training.spare = training.state.step
     training.log.status("running", **_position(training))
     if not _catch_up(training, stop.is_set):
@@ -167,13 +154,7 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
             saved = time.monotonic()
         ending = bool(ending) and not last
         if show and not ending:
-            with status.pause(), phases("samples"):
-                begun = time.monotonic()
-                ending = not show_samples(training, stop.is_set)
-                status.preview_seconds = time.monotonic() - begun
-                if not last and begun - reported > REPORT_SECONDS:
-                    team.on_main(lambda: _report(training))
-                    reported = begun
+            ending = not status.preview(stop.is_set)
         if ending or last:
             vote.forget()
             return _report_end(training, "preempted" if ending else "finished")

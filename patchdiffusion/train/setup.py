@@ -164,8 +164,8 @@ class Training:
     @property
     def num_previews(self) -> int:
         """Number of previews over the whole run."""
-        given = self.config.preview.samples
-        return self.forecast.previews if given is None else given
+        count = self.config.preview.samples
+        return self.forecast.previews if count is None else count
 
 
 def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None = None) -> Training:

@@ -15,11 +15,13 @@ from patchdiffusion.system.png import save_png
 from patchdiffusion.train.guard import Event, describe
 from patchdiffusion.train.log import REFERENCE, duration, quantity
 from patchdiffusion.train.preview import Abandoned, Ending
-from patchdiffusion.train.report import read_log
+from patchdiffusion.train.report import read_log, write_report
 from patchdiffusion.train.save import Saver
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.timing import COMPUTE, Slow
 
+REPORT_SECONDS = 60.0
+"""Least time between two reports that are written during a run."""
 MAX_EVENTS = 8  # printed per status line
 
 
@@ -32,6 +34,7 @@ class Status:
         self.peak = measured_peak(training.device, training.precision)
         self.preview_seconds: float | None = None
         """Duration of the last preview."""
+        self._reported = time.monotonic()
         self._mark()
 
     def _mark(self) -> None:
@@ -46,6 +49,19 @@ class Status:
         start = time.monotonic()
         yield
         self._since += time.monotonic() - start
+
+    def preview(self, ending: Ending) -> bool:
+        """Make the preview and, on long runs, rewrite the report; False if it was abandoned."""
+        training = self.training
+        with self.pause(), training.phases("samples"):
+            start = time.monotonic()
+            complete = show_samples(training, ending)
+            self.preview_seconds = time.monotonic() - start
+            # By rank 0 alone: nobody else may wait for it, since the clocks of ranks differ.
+            if training.team.is_main and start - self._reported > REPORT_SECONDS:
+                refresh_report(training)
+                self._reported = start
+        return complete
 
     def report(self) -> None:
         """Print and record a status line; all processes must call it."""
@@ -113,12 +129,12 @@ class Status:
         """Seconds until the end of the run, with its previews, at a rate of operations."""
         training = self.training
         forecast, count = training.forecast, training.num_previews
-        made = math.floor(training.now / training.config.images * count)
+        shown = math.floor(training.now / training.config.images * count)
         each = self.preview_seconds
         if each is None:
             each = forecast.preview / flops_rate if flops_rate else 0.0
         rest = forecast.left(training.now)
-        return (rest / flops_rate if rest and flops_rate else 0.0) + max(count - made, 0) * each
+        return (rest / flops_rate if rest and flops_rate else 0.0) + max(count - shown, 0) * each
 
     def _next(self) -> str:
         """The next change of the crop sizes, if there is one."""
@@ -183,6 +199,15 @@ def _draws_of(training: Training, event: Event) -> list[dict[str, object]]:
         draws_of_groups.append(facts)
         first += group.count
     return draws_of_groups
+
+
+def refresh_report(training: Training) -> str:
+    """Write the report; returns its path, or "" if it cannot be written."""
+    try:
+        return str(write_report(training.folder))
+    except (OSError, ValueError) as error:
+        training.log.say(f"warning: the report cannot be written: {error}")
+        return ""
 
 
 def picture_of(training: Training) -> Path:

@@ -20,7 +20,7 @@ import torch
 from patchdiffusion import cli, recipes
 from patchdiffusion.system import families
 from patchdiffusion.system.place import leave, place
-from patchdiffusion.train import loop, status
+from patchdiffusion.train import status
 from patchdiffusion.train.config import Task
 
 
@@ -48,7 +48,7 @@ def main() -> int:
     torch.set_num_threads(1)
     # The yardstick of the status lines and the report take longer than these runs.
     status.measured_peak = lambda device, precision: 1e9
-    loop.write_report = lambda folder: folder
+    status.write_report = lambda folder: folder
     return carry_out(json.loads(sys.argv[1]))
 
 

@@ -254,7 +254,7 @@ sys.path[:0] = sys.argv[3:]
 import torch, tiny
 from patchdiffusion.train import loop, status
 status.measured_peak = lambda device, precision: 1e9
-loop.write_report = lambda folder: folder
+status.write_report = lambda folder: folder
 images, out = map(Path, sys.argv[1:3])
 """
 

@@ -16,7 +16,8 @@ from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, here, same_run
 
 from patchdiffusion import cli, rng
 from patchdiffusion.data import prepare
-from patchdiffusion.train import checkpoint, loop
+from patchdiffusion.train import checkpoint
+from patchdiffusion.train import status as status_lines
 from patchdiffusion.train.log import RunLog
 from patchdiffusion.train.report import read_log, write_report
 
@@ -336,7 +337,7 @@ def test_r7_a_signal_while_the_report_is_written(
     images: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_report: None
 ) -> None:
     folder = tmp_path / "run"
-    monkeypatch.setattr(loop, "write_report", raising("SIGTERM"))
+    monkeypatch.setattr(status_lines, "write_report", raising("SIGTERM"))
     assert here(images, folder).code == 0
     assert status(folder) == "finished" and not (folder / "lock").exists()
     same_run(folder, finished)
