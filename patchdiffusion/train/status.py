@@ -35,6 +35,7 @@ class Status:
         self.preview_seconds: float | None = None
         """Duration of the last preview."""
         self._reported = time.monotonic()
+        self._bar_text = ""
         self._mark()
 
     def _mark(self) -> None:
@@ -57,6 +58,7 @@ class Status:
             start = time.monotonic()
             complete = show_samples(training, ending)
             self.preview_seconds = time.monotonic() - start
+            training.log.now(self._bar_text)
             # By rank 0 alone: nobody else may wait for it, since the clocks of ranks differ.
             if training.team.is_main and start - self._reported > REPORT_SECONDS:
                 refresh_report(training)
@@ -73,7 +75,7 @@ class Status:
         crops_rate, flops_rate = (state.crops - crops) / seconds, (state.flops - flops) / seconds
         state.seconds += seconds
         state.skipped += round(means.pop("skipped sum", 0.0))
-        left = self._left(flops_rate)
+        left = self.seconds_left(flops_rate)
         sizes = {k[5:]: v for k, v in means.items() if k.startswith("loss ")}
         loss = means.get("loss")
         common = {"loss", "grad norm", "skipped", *(f"loss {size}" for size in sizes)}
@@ -106,26 +108,28 @@ class Status:
         shown |= {f"loss/{size}": value for size, value in sizes.items()}
         training.log.trackers.numbers(shown | others, state.step)
         share = flops_rate / (self.peak * training.team.size)
-        line = (
-            f"{quantity(training.now):>6}/{quantity(config.images)}"
-            f"  loss {'none' if loss is None else f'{loss:.4f}'}{_by_size(sizes)}"
-            + "".join(f"  {name} {value:.4f}" for name, value in others.items())
-            + f"  {quantity(rate)}/s"
-            + (f"  {quantity(crops_rate)} crops/s" if config.clock != "crops" else "")
-            + f"  {share:.0%} of peak"
-            + _waiting(phases)
-            + (f"  skipped {state.skipped}" if state.skipped else "")
-            + (f"  NOT SAVED: {self.saver.problem}" if self.saver.problem else "")
-            + f"  {duration(left)} left{self._next()}"
-        )
+        done = f"{quantity(training.now)}/{quantity(config.images)}"
+        error = "none" if loss is None else f"{loss:.4f}"
+        problem = f"  NOT SAVED: {self.saver.problem}" if self.saver.problem else ""
+        rest = f"{duration(left)} left{self._next()}"
         if training.log.bar is None:
-            training.log.say(line)
-        else:
-            training.log.now(line.strip())
+            training.log.say(
+                f"{done:>11}  loss {error}{_by_size(sizes)}"
+                + "".join(f"  {name} {value:.4f}" for name, value in others.items())
+                + f"  {quantity(rate)}/s"
+                + (f"  {quantity(crops_rate)} crops/s" if config.clock != "crops" else "")
+                + f"  {share:.0%} of peak"
+                + _waiting(phases)
+                + (f"  skipped {state.skipped}" if state.skipped else "")
+                + f"{problem}  {rest}"
+            )
+        else:  # what a person waits for, on one line of a terminal
+            self._bar_text = f"{done}  loss {error}{problem}  {rest}"
+            training.log.now(self._bar_text)
         training.log.status("running", step=state.step, images=training.now, length=config.images)
         self._mark()
 
-    def _left(self, flops_rate: float) -> float:
+    def seconds_left(self, flops_rate: float) -> float:
         """Seconds until the end of the run, with its previews, at a rate of operations."""
         training = self.training
         forecast, count = training.forecast, training.num_previews
