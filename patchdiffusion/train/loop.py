@@ -15,6 +15,7 @@ from patchdiffusion.data.store import packs_aside
 from patchdiffusion.plans import Group
 from patchdiffusion.system.dist import Vote, join
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
+from patchdiffusion.system.place import place
 from patchdiffusion.system.signals import STOPPING, handling
 from patchdiffusion.train.callbacks import Callback, Callbacks
 from patchdiffusion.train.config import RunConfig, TrainConfig
@@ -24,7 +25,7 @@ from patchdiffusion.train.outlook import outlook
 from patchdiffusion.train.preview import Ending
 from patchdiffusion.train.resume import opened, rehearse, roll_back, set_doubtful_aside
 from patchdiffusion.train.save import Saver
-from patchdiffusion.train.setup import Training, assemble
+from patchdiffusion.train.setup import Training, assemble, check_team
 from patchdiffusion.train.status import Status, is_shown, refresh_report, show_samples
 from patchdiffusion.train.timing import whereabouts
 
@@ -45,6 +46,7 @@ def train(
     """
     run = run or RunConfig()
     started = time.monotonic()
+    check_team(config, place().size)  # before they meet: who leaves at once would look lost
     if run.dry_run:
         return _rehearse(config, run)
     pack = prepare_data(config.data)  # takes long, so before other processes wait for this one

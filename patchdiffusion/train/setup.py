@@ -42,12 +42,12 @@ from patchdiffusion.train.step import Stepper
 from patchdiffusion.train.timing import Phases
 
 
-def check_team(config: TrainConfig, team: Team) -> None:
-    """Raise `ValueError` unless the batch can be divided evenly among the processes."""
-    if config.batch % team.size:
+def check_team(config: TrainConfig, size: int) -> None:
+    """Raise `ValueError` unless the batch can be divided evenly among `size` processes."""
+    if config.batch % size:
         allowed = [n for n in range(1, min(config.batch, 64) + 1) if config.batch % n == 0]
         raise ValueError(
-            f"batch is {config.batch}, which cannot be divided among {team.size} processes; "
+            f"batch is {config.batch}, which cannot be divided among {size} processes; "
             f"allowed are {', '.join(map(str, allowed))} processes"
         )
 
@@ -173,7 +173,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     team = team or Team()
     task = config.task
     task.check(config, pack)
-    check_team(config, team)
+    check_team(config, team.size)
     if run.shard and not task.shards(config):
         raise ValueError("--shard is supported by --objective denoising only; leave out --shard")
     if run.shard and not config.optim.shardable:
