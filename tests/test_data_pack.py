@@ -105,7 +105,7 @@ def test_opening_reads_nothing(tmp_path: Path, pack: Pack):
     labels.astype("<i4").tofile(pack.path / "labels.bin")
     edit(pack.path, "images", shape=[count, *shape], block=64, crc32=[0] * (count // 64))
     edit(pack.path, "labels", shape=[count], block=count, crc32=[0])
-    edit(pack.path, shape=shape)
+    edit(pack.path, shape=[count, *shape])
     before, start = anonymous_kib(), time.monotonic()
     large = Pack.open(pack.path)
     assert large.images[count - 1].sum() == 0

@@ -40,7 +40,8 @@ class PrepareArguments:
     range: tuple[float, float] | None = None
     """Values that become black and white pixels, such as 0 4095; others are clipped and counted."""
     fit: Fit = "crop"
-    """Images of another aspect ratio; crop: take the center; pad: pad with background; stretch."""
+    """Images of another aspect ratio; crop: take the center; pad: pad with background; stretch;
+    windows: several images of each that together cover it, for panoramas and tall pages."""
     max_enlarge: float = 4.0
     """Refuse a resolution that enlarges most images more than this many times."""
     background: str = "white"

@@ -1,6 +1,6 @@
 """The contract of a data set: a `Source` of `Example`s, and `BadImage` for one that fails."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -52,9 +52,10 @@ class Example:
 class Source(Protocol):
     """A data set: anything with a length, examples by index, class names and a name.
 
-    Three more attributes are used if they are there: `stamp`, a string that changes when the
-    data change, so that a pack can be reused; `notes`, lines for the report; and `ignored`, the
-    number of files passed over by kind. `source[i]` raises `BadImage` if image i is unusable.
+    More attributes are used if they are there: `stamp`, a string that changes when the data
+    change, so that a pack can be reused; `notes`, lines for the report; `ignored`, the number of
+    files ignored by kind; and `examples(i)`, all images of file i if it may hold several, of which
+    `source[i]` is the first. `source[i]` raises `BadImage` if image i is unusable.
     """
 
     @property
@@ -70,3 +71,9 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Example: ...
+
+
+def examples_of(source: Source, index: int) -> Iterable[Example | BadImage]:
+    """All examples of one entry of a source: the pages of a file, usually one."""
+    several = getattr(source, "examples", None)
+    return (source[index],) if several is None else several(index)

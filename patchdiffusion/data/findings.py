@@ -88,8 +88,8 @@ class Findings:
         most = "" if self.most_lost < mean + 0.01 else f", {self.most_lost:.0%} at most"
         return [
             f"{self.cropped} of {self.images} images are cropped and lose {mean:.0%} of their area "
-            f"on average{most}; --data.fit pad or stretch keeps all of it, --data.resolution "
-            "HEIGHT WIDTH takes another shape"
+            f"on average{most}; --data.fit windows takes all of it in several images, "
+            "--data.fit pad or stretch in one, --data.resolution HEIGHT WIDTH takes another shape"
         ]
 
     def _of_levels(self, levels: Levels) -> list[str]:

@@ -1,7 +1,8 @@
-"""Fit images of any size to the size of a pack: cropped, padded or stretched, and scaled."""
+"""Fit images of any size to the size of a pack: cropped, padded, stretched or cut, and scaled."""
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Literal, Protocol
 
@@ -15,11 +16,12 @@ MAX_SIDE = 4096
 
 _SAME_SIZE = 128
 _LARGEST_INFERRED = 64
+_MOST_WINDOWS = 1000
 _LOOKED_AT = 2**14  # values of an image, for its levels
 
 Size = tuple[int, ...]
 Box = tuple[float, float, float, float]
-Fit = Literal["crop", "pad", "stretch"]
+Fit = Literal["crop", "pad", "stretch", "windows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +76,11 @@ class Plan(Protocol):
         """Size, and the way in which images of another shape are fitted to it."""
         ...
 
-    def fitted(self, example: Example) -> Fitted:
-        """Fit one image. Raises `BadImage` for one that cannot be used, and `Replan`."""
+    def fitted(self, example: Example, window: "Frame | None" = None) -> Fitted:
+        """Fit one image, or the window of it that one of `frame.windows` takes.
+
+        Raises `BadImage` for one that cannot be used, and `Replan`.
+        """
         ...
 
 
@@ -142,11 +147,41 @@ class Frame:
     size: Size
     """Height and width, after other axes if there are any."""
     fit: Fit = "crop"
+    window: int = 0
+    """Number of the part that is taken, if `fit` is "windows"."""
+
+    def windows(self, key: str, width: int, height: int) -> "tuple[Frame, ...]":
+        """Frames that together take all of an image; more than one only if `fit` is "windows".
+
+        Raises `BadImage` for a strip that would be cut into more than 1,000.
+        """
+        if self.fit != "windows":
+            return (self,)
+        count = len(_window_boxes(width, height, self.size[-2:]))
+        if count > _MOST_WINDOWS:
+            shape = f"{width}x{height} pixels would be cut into {count:,} windows"
+            raise BadImage(key, f"{shape}; allowed are {_MOST_WINDOWS:,}")
+        return tuple(replace(self, window=number) for number in range(count))
 
     def box(self, width: int, height: int) -> Box:
         """Part of an image that is kept: left, upper, right, lower."""
         size = self.size[-2:]
+        if self.fit == "windows":
+            return _window_boxes(width, height, size)[self.window]
         return central_box(width, height, size) if self.fit == "crop" else (0, 0, width, height)
+
+    def cut(self, image: np.ndarray) -> tuple[np.ndarray, Box]:
+        """The pixels [H, W, C] that are scaled, and the box of them that is kept.
+
+        Of a window only its own, as if it were a picture: filters see nothing beyond its border.
+        """
+        height, width = image.shape[:2]
+        left, upper, right, lower = box = self.box(width, height)
+        if self.fit != "windows" or self.lost(width, height):
+            return image, box
+        x, y = int(left), int(upper)
+        part = image[y : math.ceil(lower), x : math.ceil(right)]
+        return part, (left - x, upper - y, right - x, lower - y)
 
     def inner(self, width: int, height: int) -> Size:
         """Height and width of the scaled part; the rest of the frame is padding."""
@@ -158,6 +193,8 @@ class Frame:
 
     def lost(self, width: int, height: int) -> float:
         """Fraction of the area of an image that is cut off."""
+        if self.fit == "windows" and len(_window_boxes(width, height, self.size[-2:])) > 1:
+            return 0.0
         left, upper, right, lower = self.box(width, height)
         return 1 - (right - left) * (lower - upper) / (width * height)
 
@@ -228,6 +265,26 @@ def central_box(width: int, height: int, size: Size) -> Box:
     if inner == size[1]:  # a crop without a change of scale stays on the pixel grid
         left, upper = left // 1, upper // 1
     return left, upper, left + inner, upper + outer
+
+
+def _window_boxes(width: int, height: int, size: Size) -> list[Box]:
+    """The fewest boxes of the aspect of `size` (H, W) that cover an image, evenly spaced.
+
+    One, the central box, leaves out less than half a pixel of the scaled image.
+    """
+    box = central_box(width, height, size)
+    is_wide = width * size[0] > height * size[1]
+    long, inner = (width, box[2] - box[0]) if is_wide else (height, box[3] - box[1])
+    count = math.ceil(long / inner - 1e-9)
+    if count == 1 or (long - inner) / inner * size[is_wide] < 0.5:
+        return [box]
+    starts = [number * (long - inner) / (count - 1) for number in range(count)]
+    if inner == int(inner):  # stays on the pixel grid
+        starts = [math.floor(start + 0.5) for start in starts]
+    spans = [(start, min(start + inner, long)) for start in starts]
+    if is_wide:
+        return [(left, box[1], right, box[3]) for left, right in spans]
+    return [(box[0], upper, box[2], lower) for upper, lower in spans]
 
 
 def resized(picture: Image.Image, size: Size, box: Box) -> np.ndarray:

@@ -41,7 +41,8 @@ class DataConfig:
     """Values that become black and white pixels, such as 0 4095 for 12-bit scans; others are
     clipped and counted. None is the range stated by the files, else that of their type."""
     fit: Fit = "crop"
-    """Images of another aspect ratio; crop: take the center; pad: pad with background; stretch."""
+    """Images of another aspect ratio; crop: take the center; pad: pad with background; stretch;
+    windows: several images of each that together cover it, for panoramas and tall pages."""
     max_enlarge: float = 4.0
     """Refuse a resolution that enlarges most images more than this many times."""
     flip: bool = False

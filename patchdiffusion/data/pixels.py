@@ -100,7 +100,8 @@ def fit(
     of each. Raises `ValueError` if the number of channels cannot be converted.
     """
     height, width, stored = image.shape
-    box, inner = frame.box(width, height), frame.inner(width, height)
+    inner = frame.inner(width, height)
+    image, box = frame.cut(image)
     pictures = (1, 3, 4) if alpha else (1, 3)
     if stored in pictures and channels in pictures:
         picture = _picture(image, channels, background)
@@ -165,8 +166,9 @@ class PixelPlan:
         """Type of the stored values."""
         return Pixels.dtype
 
-    def fitted(self, example: Example) -> Fitted:
+    def fitted(self, example: Example, window: Frame | None = None) -> Fitted:
         """Fit one image. Raises `BadImage` if it cannot be used, `Replan` for unexpected color."""
+        place = window or self.frame
         ranged = example if self.range is None else replace(example, span=self.range)
         try:
             image = usable(example.key, to_uint8(ranged, clip=self.range is not None))
@@ -185,9 +187,9 @@ class PixelPlan:
 
         def fit_frame(frame: np.ndarray) -> np.ndarray:
             alpha = example.alpha or (picture and self.alpha)
-            return fit(frame, self.frame, channels, self.background, alpha=alpha)
+            return fit(frame, place, channels, self.background, alpha=alpha)
 
-        fitted = frame_by_frame(fit_frame, example.key, image, self.frame)
+        fitted = frame_by_frame(fit_frame, example.key, image, place)
         fitted = replace(
             fitted,
             raw=None if example.image.dtype in (np.uint8, np.bool_) else Raw.of(example.image),

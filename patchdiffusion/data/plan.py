@@ -1,5 +1,6 @@
 """Plan of a pack: space, size, channels and type, inferred from a sample of the images."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -143,6 +144,18 @@ def _small_gray(part: np.ndarray, alpha: bool) -> bool:
     """Whether an image is gray, judged at a small size on white."""
     small = Frame((min(part.shape[0], 64), min(part.shape[1], 64)))
     return is_gray(fit(part, small, 3, WHITE, alpha=alpha))
+
+
+def windows_each(source: Source, frame: Frame) -> float:
+    """Number of windows of an image, the mean of some of them."""
+    if frame.fit != "windows":
+        return 1.0
+    counts = []
+    for image in _images(source, with_channels, _PROBED_FOR_SPACE):
+        height, width = image.shape[-3:-1]
+        with contextlib.suppress(BadImage):  # a strip that is refused
+            counts.append(len(frame.windows("", width, height)))
+    return sum(counts) / max(len(counts), 1)
 
 
 def common_size(source: Source) -> Size | None:

@@ -3,19 +3,15 @@
 import json
 import math
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from patchdiffusion.data.columns import ColumnBase, Stored
-from patchdiffusion.data.example import MAX_LABEL, BadImage, Source
-from patchdiffusion.data.frame import Fit, Fitted, Plan, Replan
+from patchdiffusion.data.columns import ColumnBase
+from patchdiffusion.data.example import BadImage, Source
+from patchdiffusion.data.frame import Fit, Plan, Replan
 from patchdiffusion.data.mirror import measured
 from patchdiffusion.data.options import (
     DataConfig,
@@ -25,7 +21,8 @@ from patchdiffusion.data.options import (
     count_workers,
 )
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.plan import make_plan
+from patchdiffusion.data.plan import make_plan, windows_each
+from patchdiffusion.data.ready import Ready, results
 from patchdiffusion.data.report import Report, bad_lines, empty_classes, write_text
 from patchdiffusion.data.rows import Rows, as_source
 from patchdiffusion.data.source import open_source
@@ -37,7 +34,6 @@ from patchdiffusion.system.files import expanded, folder_atomic, lock
 from patchdiffusion.system.place import place
 from patchdiffusion.system.progress import progress_bar
 
-_TASK = 32
 _PAIRS = 50
 _BYTES_PER_IMAGE = 256  # names, labels and checksums, generously
 
@@ -71,8 +67,8 @@ def prepare(
     is gray, else 3; 4 keeps alpha. `space` "pixels" converts everything to 8 bits, "values" keeps
     16 bits and floats in their own units, and "auto" is "values" if most images are floats or wide
     integers and some of them cannot be pixels. `range` are the values that become 0 and 255,
-    others are clipped; `fit` is "crop", "pad" or "stretch". `columns` are stored beside labels and
-    captions, which are always stored if there are any. A fraction `holdout` of the images (at most
+    others are clipped; `fit` is "crop", "pad", "stretch" or "windows". `columns` are stored
+    beside labels and captions, which are always stored if there are any. A fraction `holdout` of the images (at most
     1,000) is held out from training, unless they are divided already. An existing pack of the same
     data and options is reused, with `verify` only if all of it is intact; another one at `out` is
     replaced. Images that cannot be used are listed in the report; raises `ValueError` if these are
@@ -105,7 +101,8 @@ def prepare(
         plan = make_plan(source, options)
         target_folder = target or default_target(source, plan, options)
         bytes_each = math.prod(shape_of(plan)) * np.dtype(plan.dtype).itemsize + _BYTES_PER_IMAGE
-        make_room(target_folder, len(source) * bytes_each)
+        count = math.ceil(len(source) * windows_each(source, plan.frame))
+        make_room(target_folder, count * bytes_each)
         guard = target_folder.with_name(target_folder.name + ".lock")
         waiting = print if progress else None
         with lock(guard, target_folder, patience=float("inf"), waiting=waiting):
@@ -148,18 +145,6 @@ def prepare_data(data: DataConfig) -> Pack:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Ready:
-    fitted: Fitted
-    values: list[Stored | None]
-    """One for each column."""
-    key: str
-    group: str | None
-    held_out: bool | None
-    mode: str
-    complaints: tuple[str, ...]
-
-
 def _writer(
     folder: Path, plan: Plan, columns: Sequence[ColumnBase]
 ) -> AbstractContextManager[PackWriter]:
@@ -174,23 +159,25 @@ def _make(
     workers: int,
     progress: bool,
 ) -> Pack:
-    report = Report(len(source), ignored=dict(getattr(source, "ignored", {})))
+    report = Report(ignored=dict(getattr(source, "ignored", {})))
     report.notes = [*plan.notes, *getattr(source, "notes", ())]
     complaints = target.with_name(target.name + ".bad.txt")
     bar = progress_bar(len(source), "image", name=source.name, disable=not progress)
     with bar, folder_atomic(target) as folder:
         given: list[bool | None] = []
         with _writer(folder, plan, options.columns) as writer:
-            for result in _results(source, plan, options.columns, workers):
+            for several in results(source, plan, options.columns, workers):
                 bar.update()
-                if isinstance(result, BadImage):
-                    report.bad.append((result.key, result.reason))
-                elif why := writer.misfit(result.values):
-                    report.bad.append((result.key, why))
-                else:
-                    _count(report, result)
-                    given.append(result.held_out)
-                    writer.add(result.fitted.image, result.values, result.key, result.group)
+                report.count_file(sum(isinstance(r, BadImage) or r.first for r in several))
+                for result in several:
+                    if isinstance(result, BadImage):
+                        report.bad.append((result.key, result.reason))
+                    elif why := writer.misfit(result.values):
+                        report.bad += [(result.picture, why)] * result.first
+                    else:
+                        _count(report, result)
+                        given.append(result.held_out)
+                        writer.add(result.fitted.image, result.values, result.key, result.group)
         _check_bad(report, options.max_bad, complaints, source.name)
         digests = np.array(writer.digests, dtype=np.uint64)
         groups = np.array(writer.groups, dtype=np.uint64)
@@ -208,6 +195,7 @@ def _make(
         )
         report.columns = {c.column.name: c.count for c in writer.columns if c.count}
         report.notes += report.findings.notes()
+        report.notes[:0] = report.counts(plan.frame.fit)
         report.warnings += report.findings.warnings(writer.levels)
         made = Pack.open(folder)
         report.warnings += empty_classes(made)
@@ -220,59 +208,12 @@ def _make(
     return marked_used(Pack.open(target))
 
 
-def _results(
-    source: Source, plan: Plan, columns: Sequence[ColumnBase], workers: int
-) -> Iterator[_Ready | BadImage]:
-    """All images in order; a few tasks are in flight, so memory does not grow with the data."""
-
-    def task(indices: Iterable[int]) -> list[_Ready | BadImage]:
-        return [_ready(source, index, plan, columns) for index in indices]
-
-    if workers == 1:
-        for index in range(len(source)):
-            yield _ready(source, index, plan, columns)
-        return
-    starts = iter(range(0, len(source), _TASK))
-    flying: deque[Future[list[_Ready | BadImage]]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        while True:
-            for start in islice(starts, 2 * workers - len(flying)):
-                stop = min(start + _TASK, len(source))
-                flying.append(pool.submit(task, range(start, stop)))
-            if not flying:
-                return
-            yield from flying.popleft().result()
-
-
-def _ready(
-    source: Source, index: int, plan: Plan, columns: Sequence[ColumnBase]
-) -> _Ready | BadImage:
-    try:
-        example = source[index]
-        fitted = plan.fitted(example)
-        values = [column.value(example, plan.frame) for column in columns]
-    except BadImage as error:
-        return error
-    label, limit = example.label, len(source.classes) or MAX_LABEL + 1
-    if label is not None and not 0 <= label < limit:
-        raise ValueError(
-            f"{source.name}: {example.key} has the label {label}; allowed are 0 to {limit - 1}"
-        )
-    return _Ready(
-        fitted=fitted,
-        values=values,
-        key=example.key,
-        group=example.group,
-        held_out=example.held_out,
-        mode=example.mode,
-        complaints=example.complaints,
-    )
-
-
-def _count(report: Report, result: _Ready) -> None:
-    report.sizes[result.fitted.size] += 1
-    report.findings.add(result.fitted, result.mode)
-    report.left_out += [(result.key, why) for why in result.complaints]
+def _count(report: Report, result: Ready) -> None:
+    report.windows += 1
+    if result.first:
+        report.sizes[result.fitted.size] += 1
+        report.findings.add(result.fitted, result.mode)
+        report.left_out += [(result.picture, why) for why in result.complaints]
 
 
 def _check_bad(report: Report, max_bad: float, complaints: Path, name: str) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from patchdiffusion.data.findings import Findings
-from patchdiffusion.data.frame import size_text
+from patchdiffusion.data.frame import Fit, size_text
 from patchdiffusion.data.pack import Pack, PackInfo
 from patchdiffusion.system.files import write_bytes, write_json
-from patchdiffusion.system.text import printable
+from patchdiffusion.system.text import counted, printable
 
 _SHOWN = 20
 _NAMED = 6  # in one line
@@ -20,7 +20,14 @@ _NAMED = 6  # in one line
 class Report:
     """Counts of images while they are read; `write` stores them beside the pack."""
 
-    total: int
+    total: int = 0
+    """Images that were given, each page of a file one."""
+    windows: int = 0
+    """Images of the pack: those read, or windows of them."""
+    stacks: int = 0
+    """Files of several pages."""
+    pages: int = 0
+    """Images in those files."""
     bad: list[tuple[str, str]] = field(default_factory=list)
     sizes: Counter[tuple[int, ...]] = field(default_factory=Counter)
     """Height, width."""
@@ -37,6 +44,26 @@ class Report:
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     """Lines that `prepare`, `train` and `doctor` print."""
+
+    def count_file(self, images: int) -> None:
+        """Count a file that holds so many images."""
+        self.total += images
+        if images > 1:
+            self.stacks += 1
+            self.pages += images
+
+    def counts(self, fit: Fit) -> list[str]:
+        """Lines that say how many images files have given, and how many windows images."""
+        lines = []
+        if self.stacks:
+            files = counted(
+                self.stacks, "file of several pages gives", "files of several pages give"
+            )
+            lines.append(f"{files} {counted(self.pages, 'image')}")
+        if fit == "windows":
+            images = counted(self.findings.images, "image gives", "images give")
+            lines.append(f"{images} {counted(self.windows, 'window')}")
+        return lines
 
     def as_json(self, info: PackInfo) -> dict[str, Any]:
         """Full report, for programs."""

@@ -48,12 +48,13 @@ def to_values(example: Example) -> np.ndarray:
 def fit(image: np.ndarray, frame: Frame) -> np.ndarray:
     """Bring [H, W, C] to [*size, C]; padding is the median of each channel."""
     height, width, _ = image.shape
-    box, inner = frame.box(width, height), frame.inner(width, height)
+    inner = frame.inner(width, height)
     if (height, width) == inner:
         return frame.paste(image, np.median(image, axis=(0, 1)).astype(image.dtype))
+    part, box = frame.cut(image)
     planes = [
         resized(Image.fromarray(plane), inner, box)
-        for plane in np.ascontiguousarray(image.transpose(2, 0, 1), dtype=FLOAT)
+        for plane in np.ascontiguousarray(part.transpose(2, 0, 1), dtype=FLOAT)
     ]
     whole = np.stack(planes, axis=2)
     if image.dtype == WHOLE:
@@ -81,8 +82,9 @@ class ValuePlan:
         """Height and width, after other axes if there are any."""
         return self.frame.size
 
-    def fitted(self, example: Example) -> Fitted:
+    def fitted(self, example: Example, window: Frame | None = None) -> Fitted:
         """Fit one image. Raises `BadImage` if it cannot be used, `Replan` for unexpected floats."""
+        place = window or self.frame
         image = usable(example.key, to_values(example))
         planes = image.shape[-1]
         if planes != self.channels:
@@ -90,4 +92,4 @@ class ValuePlan:
         if image.dtype == FLOAT and self.dtype == WHOLE:
             raise Replan(replace(self, dtype=FLOAT))
         values = image.astype(self.dtype)
-        return frame_by_frame(lambda x: fit(x, self.frame), example.key, values, self.frame)
+        return frame_by_frame(lambda x: fit(x, place), example.key, values, place)

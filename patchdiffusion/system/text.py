@@ -20,3 +20,8 @@ def printable(text: str) -> str:
 def storable(text: str) -> str:
     """The text with bytes of another encoding escaped, so that any file can hold it as UTF-8."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def counted(number: int, one: str, many: str = "") -> str:
+    """A number with its noun: 1 image, 2 images, 1,000 images; `many` if it does not end in s."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

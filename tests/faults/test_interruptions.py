@@ -15,7 +15,7 @@ from commands import Capture, names
 from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, here, same_run, status, torchrun
 
 from patchdiffusion import cli, rng
-from patchdiffusion.data import prepare
+from patchdiffusion.data import ready
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train import status as status_lines
 from patchdiffusion.train.log import RunLog
@@ -305,7 +305,7 @@ def test_r7_a_signal_while_images_are_prepared(
     """There is nothing to save: the same command begins again."""
     data = tmp_path / "data"
     handlers = [signal.getsignal(getattr(signal, n)) for n in STOPS]
-    monkeypatch.setattr(prepare, "_ready", raising(name))
+    monkeypatch.setattr(ready, "ready", raising(name))
     more = ("--out", tmp_path / "out")
     given = [str(a) for a in (command, tiny.write_images(data, count=8), *more)]
     assert cli.main(given) == (0 if command == "train" else 130)
