@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from itertools import groupby
 from pathlib import Path
 
 STEPS = (
@@ -22,6 +23,8 @@ STEPS = (
     ("Which prepared data lie on the disk?", "packs"),
 )
 WIDTH = 100
+PROGRESS = re.compile(r"loss [\d.]+ (\(.*?\))")
+FEW = 3
 
 
 def main() -> None:
@@ -60,7 +63,19 @@ def _output(arguments: list[str], work: Path) -> str:
     )
     lines = [line.rpartition("\r")[2] for line in (done.stdout + done.stderr).split("\n")]
     lines = [line.replace(str(work), "~") for line in lines if not re.search(r"\d+%\|", line)]
-    return "\n".join(line if len(line) <= WIDTH else f"{line[: WIDTH - 4]} ..." for line in lines)
+    cut = [line if len(line) <= WIDTH else f"{line[: WIDTH - 4]} ..." for line in lines]
+    return "\n".join(_shortened(cut)).rstrip()
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    """The lines with few of those that tell the progress on one crop size."""
+    kept = []
+    for size, group in groupby(lines, lambda line: "".join(PROGRESS.findall(line))):
+        block = list(group)
+        if size and len(block) > 2 * FEW:
+            block = [*block[:FEW], f"     ... {len(block) - 2 * FEW} more lines", *block[-FEW:]]
+        kept += block
+    return kept
 
 
 if __name__ == "__main__":
