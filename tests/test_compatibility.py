@@ -18,7 +18,8 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.guidance.threshold import Clamp, Dynamic, NoThreshold
-from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
+from patchdiffusion.metrics.evaluate import Evaluation
+from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.model import Model
 from patchdiffusion.noise import LogNormal, LogUniform
 from patchdiffusion.objectives import (

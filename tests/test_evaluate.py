@@ -25,8 +25,9 @@ from patchdiffusion.data.source import open_source
 from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.metrics.compare import Gathered, compare
 from patchdiffusion.metrics.estimate import estimate
-from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
+from patchdiffusion.metrics.evaluate import Evaluation
 from patchdiffusion.metrics.heldout import held_out_losses
+from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.solvers import AutoSolver, DPMpp2M, DPMpp2S, Midpoint, Solver
 from patchdiffusion.system.dist import Place, Team

@@ -19,7 +19,8 @@ from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.encoders import features
 from patchdiffusion.encoders.features import Extractor, extractor, over_white
 from patchdiffusion.metrics.compare import Gathered, compare
-from patchdiffusion.metrics.evaluate import BY_FEATURES, Evaluation, EvaluationConfig, LabelLaw
+from patchdiffusion.metrics.evaluate import BY_FEATURES, Evaluation
+from patchdiffusion.metrics.options import EvaluationConfig, LabelLaw
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.sampling.pipeline import SamplerConfig
 

@@ -177,12 +177,8 @@ def test_copies_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("patchdiffusion.metrics.memorise.CHUNK", 5 * IMAGES[0].numel())
     samples = IMAGES[[0, 41, 3, 42, 5, 7, 43]]
     counter = CopyCounter(IMAGES, TRAIN, Pixels())
-    for part in samples.split(2):
-        counter.add(part)
-    assert (counter.copies, counter.samples) == (4, 6)  # the last one waits
-    counter.finish()
-    counter.finish()
-    assert (counter.copies, counter.samples) == (4, 7)
+    assert counter.at_once == 5
+    assert [counter(part) for part in samples.split(4)] == [2, 2] and counter(samples) == 4
 
 
 def test_one_image_is_too_few() -> None:

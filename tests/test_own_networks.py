@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import patchdiffusion as pd
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
+from patchdiffusion.metrics.evaluate import Evaluation
+from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.nets import own
 from patchdiffusion.nets.count import count
 from patchdiffusion.nets.own import OwnNetwork, OwnNetworkConfig, path_of

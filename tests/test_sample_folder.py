@@ -11,7 +11,8 @@ import pytest
 from commands import Capture, fails, names, works
 from PIL import Image
 
-from patchdiffusion.cli.drawn import Drawn, batches, claimed
+from patchdiffusion.cli.claimed import claimed
+from patchdiffusion.cli.drawn import Drawn, batches
 from patchdiffusion.data.source import UNFINISHED, open_source
 from patchdiffusion.data.space import Pixels, Values
 from patchdiffusion.sampling.pipeline import Pipeline

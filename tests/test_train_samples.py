@@ -17,7 +17,8 @@ from patchdiffusion.data.space import Pixels, Values
 from patchdiffusion.encoders.features import extractor
 from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.guidance.threshold import Clamp, NoThreshold
-from patchdiffusion.metrics.evaluate import Evaluation, EvaluationConfig
+from patchdiffusion.metrics.evaluate import Evaluation
+from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
 from patchdiffusion.parameterisation import EDM, EpsDDPM, EpsVP, Parameterisation
 from patchdiffusion.sampling.config import Kind

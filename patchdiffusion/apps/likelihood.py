@@ -33,6 +33,7 @@ from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.sampling.pipeline import Pipeline
 from patchdiffusion.solvers.schedules import ends, karras
 from patchdiffusion.system.dist import Team
+from patchdiffusion.system.parts import Parts, in_batches
 from patchdiffusion.system.serialize import encode
 
 TIMED = 8  # images that are timed for the estimate of the duration
@@ -163,22 +164,27 @@ def held_out_bits(
     batch: int = 64,
     team: Team | None = None,
     progress: Callable[[int], object] = bool,
+    kept: Parts | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Mean bits per dimension of held-out images, and their settings; equal on all processes.
 
-    Of whole images, without guidance, conditioned on their classes if the model has any. Raises
+    Of whole images, without guidance, conditioned on their classes if the model has any. Batches
+    that are `kept` from an interrupted call are not computed again. Raises
     `ValueError` if the pack has no held-out images or no pixels, for other classes and for a
     consistency model.
     """
     chosen = pack.some_held_out(images)
     _check_pixels(pipeline, pack, chosen)
     config, team = config.within(pipeline.model.config.noise), team or Team()
-    share, values = team.shard(len(chosen)), []
-    for start in range(share.start, share.stop, batch):
-        part = chosen[start : min(start + batch, share.stop)]
-        values.append(_bits_of(pipeline, pack, config, part))
+    kept, values = kept or Parts(), [torch.empty(0).double()]
+
+    def bits_of(part: range) -> Tensor:
+        return _bits_of(pipeline, pack, config, chosen[part.start : part.stop])
+
+    for part in in_batches(team.shard(len(chosen)), batch):
+        values.append(kept.once(part, bits_of))
         progress(len(part))
-    bits = torch.cat(team.gather(torch.cat(values) if values else torch.empty(0).double()))
+    bits = torch.cat(team.gather(torch.cat(values)))
     numbers = {
         "bits_per_dim": float(bits.mean()),
         "standard_error": standard_error(bits),

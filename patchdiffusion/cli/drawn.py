@@ -1,26 +1,22 @@
-"""The folder of samples: written batch by batch, locked, and marked until it is complete."""
+"""The images of `sample` as files: written batch by batch, a grid and an array at the end."""
 
-import contextlib
 import itertools
-import json
 import math
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from patchdiffusion.cli.claimed import PARTS
 from patchdiffusion.data.source import SAMPLES, UNFINISHED
 from patchdiffusion.data.space import Pixels, Space, shown
-from patchdiffusion.system.files import check_place, lock, read_json, write_atomic, write_json
+from patchdiffusion.system.files import write_atomic, write_json
 from patchdiffusion.system.files import write_bytes as write
-from patchdiffusion.system.png import grid, image_file, npy, save_png
+from patchdiffusion.system.parts import Parts
+from patchdiffusion.system.png import grid, image_file, save_png
 
-_PARTS = ".parts"
-_LOCK = "lock"
 _GRID = 1024
 """Largest number of images in a grid."""
 _GRID_PIXELS = 2**26
@@ -71,9 +67,7 @@ class Drawn:
 
     def missing(self) -> list[int]:
         """Numbers of the images that are not written yet."""
-        written: set[int] = set()
-        for first, stop, _ in self._parts():
-            written.update(range(first, stop))
+        written = {number for numbers, _ in self._parts.written() for number in numbers}
         if not self.array:
             names = {file.name for file in self.folder.glob("seed-*.png")}
             rest = range(self.shown, self.count)
@@ -92,42 +86,39 @@ class Drawn:
             if (file := image_file(image, facts)) is not None:
                 write(self.folder / f"{self._name(first + i)}{file.suffix}", file.content)
         if self.array or first < self.shown:
-            write(self.folder / _PARTS / f"{first}-{first + len(images)}.npy", npy(images))
+            self._parts.write(range(first, first + len(images)), images)
 
     def finish(self) -> None:
         """Write the grid and the array of all images, and delete the mark."""
         seeds = {"seeds": f"{self.seed}-{self.seed + self.count - 1}"}
-        parts = list(self._parts())
-        first = [np.load(file) for begin, _, file in parts if begin < self.shown]
+        parts = self._parts.written()
+        files = [file for _, file in parts]
+        first = [np.load(file) for numbers, file in parts if numbers.start < self.shown]
         images = np.concatenate(first)[: self.shown]
         save_png(
             self.folder / "grid.png", grid(self.space.to_picture(images)), {**self.texts, **seeds}
         )
         if self.array:
-            write_atomic(self.folder / SAMPLES, lambda path: self._collect(path, parts))
+            write_atomic(self.folder / SAMPLES, lambda path: self._collect(path, files))
             write_json(self.folder / "samples.json", {**self.texts, **seeds})
         (self.folder / UNFINISHED).unlink()
-        shutil.rmtree(self.folder / _PARTS, ignore_errors=True)
+        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
 
     def _name(self, number: int) -> str:
         return f"seed-{self.seed + number:08d}"
 
-    def _parts(self) -> list[tuple[int, int, Path]]:
-        """First image, end and file of each part, in order."""
-        parts = []
-        for file in (self.folder / _PARTS).glob("*.npy"):
-            if match := re.fullmatch(r"(\d+)-(\d+)\.npy", file.name):
-                parts.append((int(match[1]), int(match[2]), file))
-        return sorted(parts)
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self.folder / PARTS)
 
-    def _collect(self, path: Path, parts: Sequence[tuple[int, int, Path]]) -> None:
+    def _collect(self, path: Path, files: Sequence[Path]) -> None:
         """Write an .npy file of all parts, one after the other."""
-        dtype = np.load(parts[0][2], mmap_mode="r").dtype
+        dtype = np.load(files[0], mmap_mode="r").dtype
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
         with path.open("wb") as stream:
             shape = (self.count, *self.shape)
             np.lib.format.write_array_header_1_0(stream, {**header, "shape": shape})
-            for _, _, file in parts:
+            for file in files:
                 stream.write(np.ascontiguousarray(np.load(file)).tobytes())
 
 
@@ -141,24 +132,6 @@ def batches(numbers: Sequence[int], size: int) -> list[range]:
     return ranges
 
 
-def check_out(out: Path | None) -> None:
-    """Raise `ValueError` or `OSError` for a folder that cannot be created, or holds other files.
-
-    Nothing is written.
-    """
-    if out is None:
-        return
-    if out.exists() and not out.is_dir():
-        raise ValueError(
-            f"{out} exists and is no folder; nothing is overwritten, use another --out"
-        )
-    if out.exists() and not (out / UNFINISHED).is_file() and _others(out):
-        raise ValueError(
-            f"{out} exists and is not empty; nothing is overwritten, use another --out"
-        )
-    check_place(out)
-
-
 def check_space(folder: Path, needed: int) -> None:
     """Raise `ValueError` unless a disk has `needed` bytes free; the folder need not exist."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -167,85 +140,3 @@ def check_space(folder: Path, needed: int) -> None:
             f"the images need about {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free in "
             f"{existing}; use a smaller --count, or another --out"
         )
-
-
-@contextlib.contextmanager
-def claimed(root: Path, out: Path | None, request: Mapping[str, Any]) -> Iterator[Path]:
-    """Context of a locked folder for the images of a request: `out`, or a new one in `root`.
-
-    An unfinished folder of the same request is used again. Raises `ValueError` if `out` holds
-    anything else, or if another process writes there.
-    """
-    with contextlib.ExitStack() as held:
-        is_new, folder = False, _unfinished(root, request, held) if out is None else None
-        if folder is None:
-            folder = _new(root) if out is None else out
-            is_new = out is None or not out.exists()
-            folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(lock(folder / _LOCK, folder))
-        _check_request(folder, request)
-        if not (folder / UNFINISHED).exists():
-            write_json(folder / UNFINISHED, dict(request))
-        try:
-            yield folder
-        finally:
-            if (folder / UNFINISHED).exists() and _is_bare(folder):
-                (folder / UNFINISHED).unlink()
-                shutil.rmtree(folder / _PARTS, ignore_errors=True)
-                if is_new:
-                    shutil.rmtree(folder, ignore_errors=True)
-                with contextlib.suppress(OSError):  # unless it holds others
-                    root.rmdir()
-
-
-def _others(folder: Path) -> list[str]:
-    """Names in a folder other than those that a killed process may leave."""
-    leftovers = (_LOCK, f".{UNFINISHED}.")
-    return [file.name for file in folder.iterdir() if not file.name.startswith(leftovers)]
-
-
-def _is_bare(folder: Path) -> bool:
-    """Whether no image has been written."""
-    return set(_others(folder)) <= {UNFINISHED, _PARTS} and not any(folder.glob(f"{_PARTS}/*.npy"))
-
-
-def _unfinished(root: Path, request: Mapping[str, Any], held: contextlib.ExitStack) -> Path | None:
-    """Unfinished folder of the same request in `root` that no other process holds, or None."""
-    for mark in sorted(root.glob(f"*/{UNFINISHED}")):
-        folder = mark.parent
-        with contextlib.suppress(OSError, ValueError):
-            if not _differences(folder, request):
-                held.enter_context(lock(folder / _LOCK, folder))
-                if mark.exists():
-                    return folder
-    return None
-
-
-def _new(root: Path) -> Path:
-    """Create the first of root/0001, 0002, ... that does not exist."""
-    root.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        with contextlib.suppress(FileExistsError):
-            (root / f"{number:04d}").mkdir()
-            return root / f"{number:04d}"
-    raise AssertionError("unreachable")
-
-
-def _check_request(folder: Path, request: Mapping[str, Any]) -> None:
-    if (folder / UNFINISHED).exists():
-        if changed := _differences(folder, request):
-            raise ValueError(
-                f"{folder} holds unfinished samples of another command ({'; '.join(changed)}); "
-                "repeat that command to resume it, or use another --out"
-            )
-    elif _others(folder):
-        raise ValueError(
-            f"{folder} exists and is not empty; nothing is overwritten, use another --out"
-        )
-
-
-def _differences(folder: Path, request: Mapping[str, Any]) -> list[str]:
-    stored, current = read_json(folder / UNFINISHED), json.loads(json.dumps(dict(request)))
-    stored = stored if isinstance(stored, dict) else {}
-    names = [name for name in current | stored if stored.get(name) != current.get(name)]
-    return [f"{name}: {stored.get(name)} -> {current.get(name)}" for name in names]

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from patchdiffusion import __version__
-from patchdiffusion.cli.drawn import Drawn, batches, check_out, check_space, claimed
+from patchdiffusion.cli.claimed import check_out, claimed, resumable
+from patchdiffusion.cli.drawn import Drawn, batches, check_space
 from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run, home
@@ -22,7 +23,6 @@ from patchdiffusion.patches import Size, size_name
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.system.device import use_threads
 from patchdiffusion.system.dist import LONGEST_WORK, Team, join
-from patchdiffusion.system.errors import Stop
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.progress import progress_bar
 from patchdiffusion.system.serialize import encode
@@ -113,7 +113,7 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
     parts = batches(missing, size)
     done, steps = options.count - len(missing), pipeline.sampler(options.sampler).count
     if done and team.is_main:
-        print(f"resume    {done:,} of {options.count:,} images are in {drawn.folder}")
+        print(f"resume    {_written(drawn)}")
     with progress_bar(options.count, "image", disable=not team.is_main) as bar:
 
         def watch(step: int) -> None:
@@ -121,7 +121,7 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
             bar.update(0)
 
         bar.update(done)
-        try:
+        with resumable(lambda: _written(drawn)):
             for turn in range(0, len(parts), team.size):
                 for part in parts[turn : turn + team.size][team.place.rank :][:1]:
                     labels = pipeline.labels(len(part), options.classes or None, part.start)
@@ -136,13 +136,11 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
                     drawn.add(part.start, images, _names(labels, pipeline))
                 team.gather(turn)
                 bar.update(sum(map(len, parts[turn : turn + team.size])))
-        except KeyboardInterrupt as error:
-            left = options.count - len(drawn.missing())
-            raise Stop(
-                f"interrupted; {left:,} of {options.count:,} images are in {drawn.folder}; the "
-                "same command resumes",
-                code=130,
-            ) from error
+
+
+def _written(drawn: Drawn) -> str:
+    written = drawn.count - len(drawn.missing())
+    return f"{written:,} of {drawn.count:,} images are in {drawn.folder}"
 
 
 def _names(labels: Tensor | None, pipeline: Pipeline) -> list[str]:

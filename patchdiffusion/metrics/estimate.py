@@ -38,7 +38,7 @@ def estimate(evaluation: Evaluation, pipeline: Pipeline | None, samples: int) ->
         losses = evaluation.loss_images(pipeline)
         if len(losses):
             seconds += len(losses) * time_each(
-                lambda n: evaluation.losses(pipeline, losses[:n]), min(LOSSES, len(losses))
+                lambda n: evaluation.losses(pipeline, losses, range(n)), min(LOSSES, len(losses))
             )
         if evaluation.draws(pipeline):
             seconds += samples * _seconds_of_sample(evaluation, pipeline)

@@ -1,11 +1,10 @@
 """Evaluation of a model: its loss on held-out images, and its samples compared with real ones."""
 
-import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,52 +16,16 @@ from patchdiffusion.metrics.cards import data_card, features_card, model_card
 from patchdiffusion.metrics.compare import Gathered, compare
 from patchdiffusion.metrics.heldout import held_out_losses, standard_error, summarize
 from patchdiffusion.metrics.memorise import CopyCounter
+from patchdiffusion.metrics.options import EvaluationConfig, Swept
 from patchdiffusion.metrics.reference import Featurizer, Reference
-from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig
+from patchdiffusion.metrics.samples import Samples
+from patchdiffusion.sampling.pipeline import Pipeline
 from patchdiffusion.system.dist import Team
+from patchdiffusion.system.parts import Parts, in_batches
 from patchdiffusion.system.serialize import encode
 
 COPY_LIMIT = 20_000  # images; larger sets are slow to search and rarely memorized
-SEED = 1_000_000  # of the first sample: disjoint from seeds in usual use
 BY_FEATURES = "Frechet, kernel and sliced distance, precision, recall, density, coverage"
-
-LabelLaw = Literal["data", "equal", "random"]
-Swept = Literal["ema", "guidance"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Settings of an evaluation: numbers of images, seeds and sampler."""
-
-    samples: int = 1000
-    """Number of samples; 0 measures the loss only."""
-    held_out: int = 512
-    """Number of held-out images for the loss; 0 measures none."""
-    reference: int = 50_000
-    """Most real images that samples are compared with."""
-    seed: int = SEED
-    """Seed of the first sample."""
-    crop: int = 0
-    """Side of crops at full resolution that are compared instead of whole images; 0 is none."""
-    nearest: int = 5
-    """Number of nearest neighbors in precision, recall, density and coverage."""
-    labels: LabelLaw = "data"
-    """Classes of the samples. data: as frequent as in the data; equal: all equally often; random:
-    drawn at random, all with the same probability."""
-    swept: tuple[Swept, ...] = ()
-    """Settings chosen by the metrics that are reported, for the card: the length of the EMA, the
-    guidance."""
-    batch: int = 64
-    """Images at a time."""
-    sampler: SamplerConfig = field(default_factory=SamplerConfig, metadata={"flat": "sampler"})
-
-    def __post_init__(self) -> None:
-        least = {"samples": 0, "held_out": 0, "reference": 2, "crop": 0, "nearest": 1, "batch": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, not {getattr(self, name)}")
-        if self.samples == 1:
-            raise ValueError("samples must be 0 or at least 2, not 1")
 
 
 @dataclass(frozen=True)
@@ -79,6 +42,8 @@ class Evaluation:
     """Reason why there is no extractor although metrics by features are requested, or ""."""
     compared: Pack | None = None
     """These images in color, if `pack` has them in gray for a gray model."""
+    kept: Parts = field(default_factory=Parts)
+    """Results of this evaluation by batches, of which those that are there are not made again."""
 
     def __post_init__(self) -> None:
         if self.extract is not None and len(self.pack) < 2:
@@ -101,7 +66,7 @@ class Evaluation:
             result["left_out"]["held-out loss"] = reason
         if self.compares:
             of = self.pack.train if trained_on else None
-            metrics = self._against(lambda part: self._sampled(pipeline, part), copies_of=of)
+            metrics = self._against(partial(self._sampled, pipeline), copies_of=of)
             result["left_out"] |= metrics.pop("left_out")
             result |= metrics
         result["card"] = self.card(pipeline)
@@ -135,8 +100,8 @@ class Evaluation:
         order = rng.permutation(0, "evaluation loss", 0, len(self.pack))
         return torch.from_numpy(order[: self.config.held_out])
 
-    def losses(self, pipeline: Pipeline, chosen: Tensor) -> Tensor:
-        """Noise level and loss of each whole image of this process: float64 [2, N]."""
+    def losses(self, pipeline: Pipeline, chosen: Tensor, part: range) -> Tensor:
+        """Noise level and loss of a part of these whole images: float64 [2, len(part)]."""
         model = pipeline.model.config
         labels = model.labels_of(self.pack.labels, self.pack.classes)
         with pipeline.autocast():
@@ -151,15 +116,18 @@ class Evaluation:
                 sizes=(model.canvas,),
                 device=pipeline.model.device,
                 batch=self.config.batch,
-                part=self.team.shard(len(chosen)),
-                progress=self.progress,
+                part=part,
             )
         return losses[model.canvas]
 
     def loss(self, pipeline: Pipeline) -> dict[str, Any]:
         """Weighted denoising loss of whole images, with fixed noise."""
-        chosen = self.loss_images(pipeline)
-        table = torch.cat(self.team.gather(self.losses(pipeline, chosen)), dim=1)  # [2, count]
+        chosen, kept = self.loss_images(pipeline), self.kept.within("losses")
+        tables = [torch.zeros(2, 0, dtype=torch.float64)]
+        for numbers in in_batches(self.team.shard(len(chosen)), self.config.batch):
+            tables.append(kept.once(numbers, partial(self.losses, pipeline, chosen)))
+            self.progress(len(numbers))
+        table = torch.cat(self.team.gather(torch.cat(tables, dim=1)), dim=1)  # [2, count]
         loss = summarize({pipeline.model.config.canvas: table})
         return {
             "loss": loss.total,
@@ -168,19 +136,17 @@ class Evaluation:
             "images": len(chosen),
         }
 
-    def _sampled(self, pipeline: Pipeline, part: range) -> Iterator[np.ndarray]:
-        """Iterate over batches of the samples with these numbers, each with its class."""
+    def _sampled(self, pipeline: Pipeline, numbers: range) -> Tensor:
+        """The samples with these numbers, each with its class."""
         labels = self.labels(pipeline)
-        for start in range(part.start, part.stop, self.config.batch):
-            numbers = range(start, min(start + self.config.batch, part.stop))
-            yield pipeline.sample(
-                len(numbers),
-                seed=self.config.seed + start,
-                classes=None if labels is None else labels[numbers.start : numbers.stop],
-                config=self.config.sampler,
-                batch=self.config.batch,
-            )
-            self.progress(len(numbers))
+        images = pipeline.sample(
+            len(numbers),
+            seed=self.config.seed + numbers.start,
+            classes=None if labels is None else labels[numbers.start : numbers.stop],
+            config=self.config.sampler,
+            batch=self.config.batch,
+        )
+        return torch.from_numpy(images)
 
     def label_law(self, pipeline: Pipeline) -> str:
         """Law of the classes of samples: that of the configuration, as far as it applies."""
@@ -211,69 +177,58 @@ class Evaluation:
         # Files are often sorted by class, and nearest-neighbor metrics use the first ones only.
         order = torch.from_numpy(rng.permutation(0, "evaluation images", 0, len(images)))
 
-        def batches(part: range) -> Iterator[np.ndarray]:
-            for start in range(part.start, part.stop, self.config.batch):
-                stop = min(start + self.config.batch, part.stop)
-                yield images[order[start:stop]].numpy()
-                self.progress(stop - start)
+        def read(numbers: range) -> Tensor:
+            return images[order[numbers.start : numbers.stop]]
 
         every = torch.arange(len(self.pack))
-        result = self._against(batches, count=len(images), copies_of=every)
+        result = self._against(read, count=len(images), copies_of=every)
         facts = {"images": name, "channels": images.shape[-1], "samples": len(images)}
         result["card"] = self.card(None) | facts
         return result
 
     def _against(
         self,
-        batches: Callable[[range], Iterator[np.ndarray]],
+        images: Callable[[range], Tensor],
         *,
         count: int | None = None,
         copies_of: Tensor | None,
     ) -> dict[str, Any]:
-        """Compare samples with the real images, and count copies of those at `copies_of`."""
-        count = self.config.samples if count is None else count
-        part, left_out, metrics = self.team.shard(count), {}, {}
-        reason = _no_copies(copies_of)
-        counter = None
+        """Compare samples with the real images, and count copies of those at `copies_of`.
+
+        `count` is the number of given images; None if a model is sampled.
+        """
+        total, left_out, metrics = count or self.config.samples, {}, {}
+        reason, counter = _no_copies(copies_of), None
         if copies_of is not None and not reason:
             counter = CopyCounter(self.pack.images, copies_of, self.pack.space)
-
-        def counted() -> Iterator[Tensor]:
-            for images in map(torch.from_numpy, batches(part)):
-                if counter is not None:
-                    counter.add(images)
-                yield images
-
-        if self.extract is not None:
-            metrics |= self._by_features(counted(), part.start)
+        real = None if self.extract is None else self.reference.gathered()
+        mine, copies = None, 0
+        if self.extract is not None or counter is not None:
+            samples = Samples(
+                images,
+                numbers=self.team.shard(total),
+                batch=self.config.batch,
+                space=self.pack.space,
+                features=None if self.extract is None else self.reference.features,
+                counter=counter,
+                progress=self.progress,
+                kept=self.kept.within("samples"),
+                keep_images=count is None,
+            )
+            mine, copies = samples.measure()
+        if real is not None:
+            together = Gathered.together(self.team.gather(mine))
+            metrics |= compare(real, together, nearest=self.config.nearest)
             if "precision" not in metrics:
                 few = f"{self.config.nearest} nearest neighbors need more images of each kind"
                 left_out["precision, recall, density, coverage"] = few
         else:
             left_out[BY_FEATURES] = self.missing
-            if counter is not None:
-                collections.deque(counted(), maxlen=0)
         if counter is not None:
-            counter.finish()
-            counts = self.team.gather((counter.copies, counter.samples))
-            metrics["copy_rate"] = sum(copies for copies, _ in counts) / sum(n for _, n in counts)
+            metrics["copy_rate"] = sum(self.team.gather(copies)) / total
         else:
             left_out["copies"] = reason
         return {**metrics, "left_out": left_out}
-
-    def _by_features(self, batches: Iterator[Tensor], first: int) -> dict[str, float]:
-        """Metrics of the samples of all processes; those of this one are numbered from `first`."""
-        reference = self.reference
-        real = reference.gathered()
-
-        def features() -> Iterator[Tensor]:
-            done = first
-            for images in batches:
-                yield reference.features(images, done, self.pack.space)
-                done += len(images)
-
-        samples = Gathered.together(self.team.gather(Gathered.of(features())))
-        return compare(real, samples, nearest=self.config.nearest)
 
     # ---- The real images, and the card ----
 
@@ -289,6 +244,7 @@ class Evaluation:
             config.batch,
             self.team,
             self.progress,
+            self.kept.within("real"),
         )
 
     def card(self, pipeline: Pipeline | None) -> dict[str, Any]:

@@ -52,29 +52,21 @@ def _to_network(images: Tensor, space: Space) -> Tensor:
     return space.to_network(images.movedim(-1, 1).to(torch.float32, copy=True))
 
 
+@dataclass(frozen=True)
 class CopyCounter:
-    """Counts copies among samples that arrive in batches, without keeping them."""
+    """Counts copies among samples; the fields are those of `copy_rate`."""
 
-    def __init__(self, images: Tensor, indices: Tensor, space: Space):
-        """`images`, `indices` and `space` are those of `copy_rate`."""
-        self.images = images
-        self.indices = indices
-        self.space = space
-        self.copies = 0
-        self.samples = 0
-        self._waiting: list[Tensor] = []
+    images: Tensor
+    indices: Tensor
+    space: Space
 
-    def add(self, samples: Tensor) -> None:
-        """Add samples [B, *S, C] as stored; they are compared in large batches, see `finish`."""
-        self._waiting.append(samples)
-        if sum(part.numel() for part in self._waiting) >= CHUNK:
-            self.finish()
+    @property
+    def at_once(self) -> int:
+        """Number of samples that are best compared together."""
+        return max(1, -(-CHUNK // self.images[0].numel()))
 
-    def finish(self) -> None:
-        """Compare the waiting samples, so that `copies` and `samples` count all."""
-        if self._waiting:
-            samples = _to_network(torch.cat(self._waiting), self.space)
-            rate = copy_rate(samples, self.images, self.indices, space=self.space).rate
-            self.copies += round(rate * len(samples))
-            self.samples += len(samples)
-            self._waiting = []
+    def __call__(self, samples: Tensor) -> int:
+        """Number of copies among samples [B, *S, C] as stored."""
+        moved = _to_network(samples, self.space)
+        rate = copy_rate(moved, self.images, self.indices, space=self.space).rate
+        return round(rate * len(samples))

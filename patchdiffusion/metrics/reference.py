@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from patchdiffusion.metrics.compare import Gathered, crops
 from patchdiffusion.metrics.frechet import Moments
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.files import cache_dir, write_atomic
+from patchdiffusion.system.parts import Parts, in_batches
 from patchdiffusion.system.trust import is_own_file
 
 DIGEST = "digest"
@@ -33,6 +34,11 @@ class Featurizer:
     extract: Extractor
     crop: int
     """Side of the crops; 0 is none."""
+
+    @property
+    def lasting(self) -> bool:
+        """True if equal facts mean equal features: the extractor has a digest."""
+        return bool(self.extract.facts)
 
     def __call__(self, images: Tensor, first: int, space: Space) -> Tensor:
         """Features [B, D] of images [B, H, W, C] numbered from `first`, which places the crops."""
@@ -53,6 +59,8 @@ class Reference:
     batch: int
     team: Team
     progress: Callable[[int], object]
+    kept: Parts = field(default_factory=Parts)
+    """Features of an evaluation that was interrupted."""
 
     def __len__(self) -> int:
         return min(self.most, len(self.pack))
@@ -67,12 +75,16 @@ class Reference:
         order = torch.from_numpy(rng.permutation(0, "reference", 0, len(self.pack)))
         chosen, part = order[: len(self)], self.team.shard(len(self))
 
+        kept = self.kept if self.features.lasting else Parts()
+
+        def batch(numbers: range) -> Tensor:
+            images = self.pack.images[chosen[numbers.start : numbers.stop]]
+            return self.features(images, numbers.start, self.pack.space)
+
         def features() -> Iterator[Tensor]:
-            for start in range(part.start, part.stop, self.batch):
-                stop = min(start + self.batch, part.stop)
-                images = self.pack.images[chosen[start:stop]]
-                yield self.features(images, start, self.pack.space)
-                self.progress(stop - start)
+            for numbers in in_batches(part, self.batch):
+                yield kept.once(numbers, batch)
+                self.progress(len(numbers))
 
         gathered = Gathered.together(self.team.gather(Gathered.of(features())))
         if file is not None and self.team.is_main:

@@ -18,16 +18,11 @@ from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.guidance import NoGuidance
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.metrics.compare import Gathered
-from patchdiffusion.metrics.evaluate import (
-    COPY_LIMIT,
-    SEED,
-    Evaluation,
-    EvaluationConfig,
-    sample_labels,
-)
+from patchdiffusion.metrics.evaluate import COPY_LIMIT, Evaluation, sample_labels
 from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.heldout import held_out_losses, summarize
 from patchdiffusion.metrics.memorise import copy_rate
+from patchdiffusion.metrics.options import SEED, EvaluationConfig
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import sample
 from patchdiffusion.system.device import autocast
