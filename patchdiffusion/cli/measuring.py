@@ -26,7 +26,7 @@ _KINDS = {
     "real images": ("real",),
     "samples": ("samples/features", "samples/images", "samples/copies"),
 }
-"""What is kept of an evaluation, and the folders of its parts."""
+"""Results that are kept of an evaluation, and the folders of their parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
