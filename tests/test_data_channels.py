@@ -139,7 +139,7 @@ def test_compression_predictors_and_tiles():
     Image.fromarray(gray[..., 0]).save(stream, "TIFF", compression="tiff_lzw", tiffinfo={317: 2})
     data = stream.getvalue()
     with pytest.MonkeyPatch.context() as patch:  # Pillow reads it, too
-        patch.setattr("patchdiffusion.data.tiff._Header.plain", property(lambda header: False))
+        patch.setattr("patchdiffusion.data.tiff.Header.plain", property(lambda header: False))
         found = read_tiff(data, "k")
     assert found is not None
     np.testing.assert_array_equal(found.image, gray)

@@ -16,7 +16,9 @@
 | F (floats)                      | gray, [0, 1] to 0..255; others are refused   | as it is        |
 | NaN, infinity                   | refused                                      | refused         |
 | LAB and others                  | refused                                      | refused         |
-| animations, several pages       | the first frame                              | the same        |
+| animations (GIF, WebP, APNG)    | the first frame                              | the same        |
+| several pages of a TIFF         | each is an image; those marked as thumbnails | the same        |
+|                                 | or masks are left out                        |                 |
 | EXIF orientation                | applied                                      | applied         |
 | ICC profiles, gamma             | ignored: values are used as stored           | ignored         |
 | > 179 million pixels            | refused (twice `PIL.Image.MAX_IMAGE_PIXELS`) | refused         |
@@ -36,7 +38,13 @@ from PIL import Image
 
 from patchdiffusion.data.example import BadImage
 from patchdiffusion.data.limits import bomb
-from patchdiffusion.data.tiff import TiffImage, describe_tiff, is_tiff, read_tiff
+from patchdiffusion.data.tiff import (
+    TiffImage,
+    describe_tiff,
+    headers_of,
+    is_tiff,
+    read_tiff,
+)
 
 EXTENSIONS = frozenset(
     f".{name}"
@@ -60,6 +68,12 @@ _TURNS = {
 _ORIENTATION = 0x0112
 DEEP = " of 16 bits"
 """Suffix of the mode of an image of which only the high bytes were read."""
+ANIMATED = " animated"
+"""Suffix of the mode of an image that is the first of several frames."""
+REDUCED = " with reduced pages"
+"""Suffix of the mode of an image in a file that has thumbnails or masks, too."""
+CUT_SHORT = " cut short"
+"""Suffix of the mode of an image in a file of which further pages cannot be read."""
 
 
 @functools.cache
@@ -88,7 +102,7 @@ def decode(data: bytes, key: str) -> tuple[np.ndarray, str]:
 
 
 def decoded(data: bytes, key: str) -> Decoded:
-    """Decode the content of an image file.
+    """Decode the content of an image file, or its first page.
 
     Raises `BadImage` for anything that the policy of this module refuses.
     """
@@ -108,11 +122,47 @@ def decoded(data: bytes, key: str) -> Decoded:
             return _opened(plain, key)
 
 
+def images_of(data: bytes, key: str) -> Iterator[tuple[str, Decoded | BadImage]]:
+    """Key and content of each image of a file: all pages of a TIFF, the first frame of others.
+
+    Pages are named `KEY#3`, if there are several. One that is refused does not end the others.
+    """
+    headers = list(headers_of(data)) if is_tiff(data) else []
+    pages = [(i, h) for i, h in enumerate(headers) if h is not None and not h.reduced]
+    pages = pages or [(i, h) for i, h in enumerate(headers[:1]) if h is not None]
+    notes = REDUCED if any(h is not None and h.reduced for h in headers[1:]) else ""
+    notes += CUT_SHORT if None in headers[1:] else ""
+    if len(headers) < 2 or not pages:
+        yield key, decoded(data, key)
+        return
+    pillow = None
+    for number, header in pages:
+        name = f"{key}#{number + 1}" if len(pages) > 1 else key
+        try:
+            with _refusing(name, data):
+                if (tiff := read_tiff(data, name, header)) is not None:
+                    content = _of_tiff(tiff)
+                else:
+                    pillow = pillow or Image.open(io.BytesIO(data), formats=_formats())
+                    pillow.seek(number)
+                    content = _checked(pillow, len(data), name)
+        except BadImage as error:
+            yield name, error
+            continue
+        yield name, content._replace(mode=content.mode.replace(ANIMATED, "") + notes)
+        notes = ""
+
+
 def _opened(data: bytes, key: str) -> Decoded:
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
-        if reason := bomb(4 * image.width * image.height, len(data)):
-            raise BadImage(key, f"too many pixels: {reason}")
-        return _pixels(image, key)
+        return _checked(image, len(data), key)
+
+
+def _checked(image: Image.Image, packed: int, key: str) -> Decoded:
+    """Pixels of an opened file of so many bytes."""
+    if reason := bomb(4 * image.width * image.height, packed):
+        raise BadImage(key, f"too many pixels: {reason}")
+    return _pixels(image, key)
 
 
 def decode_image(image: Image.Image, key: str) -> Decoded:
@@ -188,7 +238,7 @@ def _pixels(image: Image.Image, key: str) -> Decoded:
     if 0 in image.size:
         raise BadImage(key, f"no pixels: {image.width}x{image.height}")
     mode = image.mode + (DEEP if _is_deep(image) else "")
-    mode += " animated" if getattr(image, "is_animated", False) else ""
+    mode += ANIMATED if getattr(image, "is_animated", False) else ""
     image.load()
     array = np.asarray(image if image.mode[0] in "IF" else _plain(image, key))
     if array.dtype == np.int32 and array.min() >= 0 and array.max() <= 65535:

@@ -3,12 +3,12 @@
 import hashlib
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from patchdiffusion.data.captions import TABLES, TEXT, Captions, find_captions
-from patchdiffusion.data.decode import EXTENSIONS, decoded
+from patchdiffusion.data.decode import EXTENSIONS, Decoded, images_of
 from patchdiffusion.data.example import BadImage, Example
 from patchdiffusion.data.labels import LabelSource, find_labels, natural
 from patchdiffusion.data.limits import MAX_BYTES, member_content
@@ -36,15 +36,35 @@ class FileSource:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def has_stacks(self) -> bool:
+        """Whether files may hold many images."""
+        return any(suffix(key) in (".tif", ".tiff") for key in self.keys)
+
     def __getitem__(self, index: int) -> Example:
+        first = next(iter(self.examples(index)))
+        if isinstance(first, BadImage):
+            raise first
+        return first
+
+    def examples(self, index: int) -> Iterator[Example | BadImage]:
+        """All pages of a file; together they are a group."""
         key = self.keys[index]
-        content = decoded(self.read(key), key)
+        for name, content in images_of(self.read(key), key):
+            if isinstance(content, BadImage):
+                yield content
+            else:
+                yield self._example(index, name, content)
+
+    def _example(self, index: int, name: str, content: Decoded) -> Example:
+        key = self.keys[index]
         label = None if self.labels is None else self.labels[index]
         caption, complaints = self.captions.of(key, self.read)
         return Example(
             content.image,
             label,
-            key,
+            name,
+            None if name == key else key,
             alpha=content.alpha,
             span=content.span,
             mode=content.mode,

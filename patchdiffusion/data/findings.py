@@ -4,8 +4,9 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from patchdiffusion.data.decode import DEEP
+from patchdiffusion.data.decode import ANIMATED, CUT_SHORT, DEEP, REDUCED
 from patchdiffusion.data.frame import Fitted, Raw
+from patchdiffusion.system.text import counted
 
 LEVELS = "levels: "
 """Prefix of warnings about values that use few of the 256 levels."""
@@ -56,15 +57,18 @@ class Findings:
     def notes(self) -> list[str]:
         """Lines about usual changes."""
         counts = {
-            "files have several frames or pages, of which the first is taken": self._of(
-                " animated"
-            ),
+            "files have several frames, of which the first is taken": self._of(ANIMATED),
             "files have 16 bits per color, of which 8 are read": self._of(DEEP),
             "images have transparent pixels, laid over --background; --data.channels 4 keeps "
             "them": self.composed,
             "images are enlarged": self.enlarged,
         }
         lines = [f"{count} of {self.images} {text}" for text, count in counts.items() if count]
+        if left := self._of(REDUCED):
+            files = counted(left, "file holds", "files hold")
+            lines.append(f"{files} thumbnails or masks, too, which are left out")
+        if left := self._of(CUT_SHORT):
+            lines.append(f"{counted(left, 'file')} should hold more pages, which cannot be read")
         return lines + ([] if self._cut_much else self._cuts())
 
     def warnings(self, levels: Levels | None) -> list[str]:

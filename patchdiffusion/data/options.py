@@ -15,7 +15,7 @@ from patchdiffusion.data.labels import LabelSource
 from patchdiffusion.data.pixels import background_color
 from patchdiffusion.system.serialize import encode
 
-_POLICY = 2  # raise it when the same files would give other pixels; packs are then prepared again
+_POLICY = 3  # raise it when the same files would give other pixels; packs are then prepared again
 _MAX_WORKERS = 16
 
 SpaceName = Literal["auto", "pixels", "values"]

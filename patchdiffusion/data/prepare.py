@@ -68,11 +68,12 @@ def prepare(
     16 bits and floats in their own units, and "auto" is "values" if most images are floats or wide
     integers and some of them cannot be pixels. `range` are the values that become 0 and 255,
     others are clipped; `fit` is "crop", "pad", "stretch" or "windows". `columns` are stored
-    beside labels and captions, which are always stored if there are any. A fraction `holdout` of the images (at most
-    1,000) is held out from training, unless they are divided already. An existing pack of the same
-    data and options is reused, with `verify` only if all of it is intact; another one at `out` is
-    replaced. Images that cannot be used are listed in the report; raises `ValueError` if these are
-    all images, or more than the fraction `max_bad` (0.1), and `OSError` if `out` cannot be written.
+    beside labels and captions, which are always stored if there are any. A fraction `holdout` of
+    the images (at most 1,000) is held out from training, unless they are divided already. An
+    existing pack of the same data and options is reused, with `verify` only if all of it is intact;
+    another one at `out` is replaced. Images that cannot be used are listed in the report; raises
+    `ValueError` if these are all images, or more than the fraction `max_bad` (0.1), and `OSError`
+    if `out` cannot be written.
     """
     options = check_options(
         resolution,

@@ -44,7 +44,7 @@ def results(
             yield ready(source, index, plan, columns)
         return
     several = plan.frame.fit == "windows" or getattr(source, "has_stacks", False)
-    size, most = (1, _TASK // 4) if several else (_TASK, 2)
+    size, most = (1, 4) if several else (_TASK, 2)
     starts = iter(range(0, len(source), size))
     flying: deque[Future[list[list[Ready | BadImage]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:

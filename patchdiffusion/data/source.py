@@ -1,11 +1,11 @@
 """Open a `Source` from a path, or a built-in data set from its name."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchdiffusion.data.arrays import array_source
-from patchdiffusion.data.example import BadImage, Example, Source
+from patchdiffusion.data.example import BadImage, Example, Source, examples_of
 from patchdiffusion.data.files import FileSource, folder_source, zip_source
 from patchdiffusion.data.glyphs import Glyphs
 from patchdiffusion.data.junk import is_run
@@ -56,6 +56,11 @@ class Unlabeled:
 
     def __getitem__(self, index: int, /) -> Example:
         return replace(self.source[index], label=None)
+
+    def examples(self, index: int) -> Iterator[Example | BadImage]:
+        """All images of an entry."""
+        for found in examples_of(self.source, index):
+            yield found if isinstance(found, BadImage) else replace(found, label=None)
 
 
 def is_there(spec: str) -> bool:

@@ -42,7 +42,8 @@ def held_out(digests: np.ndarray, groups: np.ndarray, fraction: float) -> np.nda
 
     Whole clusters are taken in the order of their hash until `fraction` of the images (at most
     1,000) is reached, so a group or a set of exact duplicates is never divided, and images added
-    later move few others. Below 20 images nothing is held out.
+    later move few others. If all clusters are larger than that, the smallest is taken unless it is
+    more than a fifth. Below 20 images nothing is held out.
     """
     count = len(digests)
     target = min(round(fraction * count), MAX_HELD_OUT) if count >= MIN_IMAGES else 0
@@ -60,6 +61,8 @@ def held_out(digests: np.ndarray, groups: np.ndarray, fraction: float) -> np.nda
             target -= sizes[index]
         if target == 0:
             break
+    if not chosen.any() and sizes.min() <= min(count // 5, MAX_HELD_OUT):
+        chosen[np.argmin(sizes)] = True
     return np.flatnonzero(chosen[cluster])
 
 

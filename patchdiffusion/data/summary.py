@@ -37,7 +37,7 @@ def data_lines(pack: Pack, *, labels: bool = True) -> Iterator[str]:
         first = report["bad"][0]
         text = printable(f"{first['key']}: {first['reason']}")
         listed = "patchdiffusion prepare lists them" if kept_aside(pack) else f"all in {where}"
-        yield f"{_INDENT}refused {bad} of {total:,} files, first {text}; {listed}"
+        yield f"{_INDENT}refused {bad} of {total:,} images, first {text}; {listed}"
     if ignored := report.get("ignored"):
         kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.items())
         yield f"{_INDENT}ignored: {printable(kinds)}"

@@ -9,7 +9,7 @@ the file says so (tag ExtraSamples).
 import io
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from patchdiffusion.data.example import BadImage
 from patchdiffusion.data.limits import bomb
 
 _MOST_BYTES = 2**31
+_MOST_PAGES = 2**16
 _MOST_PIXELS = 2 * 89_478_485  # as Pillow has it
 _PHOTOMETRIC = {
     0: "WhiteIsZero",
@@ -44,7 +45,7 @@ _ALPHA = (1, 2, 999)  # premultiplied, straight, and what Photoshop wrote
 
 
 class TiffImage(NamedTuple):
-    """First page of a TIFF file."""
+    """One page of a TIFF file."""
 
     image: np.ndarray
     """[H, W, C]"""
@@ -62,12 +63,11 @@ def is_tiff(data: bytes) -> bool:
 
 
 @dataclass(frozen=True)
-class _Header:
-    """Tags of the first page."""
+class Header:
+    """Tags of a page."""
 
     tags: TiffImagePlugin.ImageFileDirectory_v2
     order: str
-    pages: bool
 
     def numbers(self, tag: int, default: Sequence[int] = ()) -> tuple[int, ...]:
         """All values of a tag."""
@@ -122,8 +122,13 @@ class _Header:
         return f"a TIFF of {bands} of {bits} {kind} ({name}, compression {packed})"
 
     @property
+    def reduced(self) -> bool:
+        """Whether it is a thumbnail or mask of another page, by NewSubfileType or SubfileType."""
+        return bool(self.number(254, 0) & 0b101) or self.number(255, 1) == 2
+
+    @property
     def plain(self) -> bool:
-        """Whether Pillow reads the file without loss."""
+        """Whether Pillow reads the page without loss."""
         if self.photometric not in (0, 1, 2):
             return True  # palettes, CMYK, YCbCr, LAB: read or refused there
         eight = max(self.bits) <= 8 and self.format in (1, 4)
@@ -134,17 +139,31 @@ class _Header:
         return eight and self.alpha
 
 
-def header_of(data: bytes) -> _Header | None:
-    """Tags of a TIFF file, or None if they cannot be read."""
-    stream = io.BytesIO(data)
+def headers_of(data: bytes) -> Iterator[Header | None]:
+    """Tags of each page of a TIFF file; a last None for pages whose tags cannot be read."""
+    stream, order = io.BytesIO(data), "<" if data[:2] == b"II" else ">"
+    begin = data[: 16 if data[2:4] in (b"+\0", b"\0+") else 8]
+    seen: set[int] = set()
     try:
-        first = stream.read(16 if data[2:4] in (b"+\0", b"\0+") else 8)
-        tags = TiffImagePlugin.ImageFileDirectory_v2(first)
-        stream.seek(tags.next)
-        tags.load(stream)
-        return _Header(tags, "<" if data[:2] == b"II" else ">", bool(tags.next))
+        place = TiffImagePlugin.ImageFileDirectory_v2(begin).next
+        while place and place not in seen and len(seen) < _MOST_PAGES:
+            seen.add(place)
+            tags = TiffImagePlugin.ImageFileDirectory_v2(begin)
+            stream.seek(place)
+            tags.load(stream)  # of a short one it reads a part, and `next` stays where it was
+            if 256 in tags or len(seen) == 1:
+                yield Header(tags, order)
+            place = tags.next
     except Exception:  # of broken bytes: Pillow says what is wrong with them
-        return None
+        yield None
+        return
+    if place:
+        yield None
+
+
+def header_of(data: bytes) -> Header | None:
+    """Tags of the first page of a TIFF file, or None if they cannot be read."""
+    return next(headers_of(data), None)
 
 
 def describe_tiff(data: bytes) -> str | None:
@@ -153,12 +172,12 @@ def describe_tiff(data: bytes) -> str | None:
     return header and header.describe()
 
 
-def read_tiff(data: bytes, key: str) -> TiffImage | None:
-    """The first page of a TIFF file, or None if Pillow reads it without loss.
+def read_tiff(data: bytes, key: str, header: Header | None = None) -> TiffImage | None:
+    """A page of a TIFF file, by default the first, or None if Pillow reads it without loss.
 
     Raises `BadImage` that names bands and bits for what is not read.
     """
-    header = header_of(data)
+    header = header or header_of(data)
     if header is None or header.plain:
         return None
     try:
@@ -172,12 +191,11 @@ def read_tiff(data: bytes, key: str) -> TiffImage | None:
         raise BadImage(key, f"{header.describe()} cannot be decoded: {error}") from error
     mode = f"TIFF {header.bands}x{header.bits[0]}{_KINDS.get(header.format, '')}"
     mode += " with alpha" if header.alpha else ""
-    mode += " animated" if header.pages else ""
     return TiffImage(image, mode, header.alpha, span, header.number(274, 1))
 
 
 def _black_is_zero(
-    image: np.ndarray, header: _Header
+    image: np.ndarray, header: Header
 ) -> tuple[np.ndarray, tuple[float, float] | None]:
     """Integers with 0 as black, and the values of black and white if not those of the type."""
     bits, white_is_zero = header.bits[0], header.photometric == 0
@@ -203,7 +221,7 @@ def _straight(image: np.ndarray) -> np.ndarray:
 # ---- Samples ----
 
 
-def _samples(data: bytes, header: _Header, key: str) -> np.ndarray:
+def _samples(data: bytes, header: Header, key: str) -> np.ndarray:
     """All samples [H, W, C] as stored."""
     width, height, bands = header.number(256, 0), header.number(257, 0), header.bands
     bits, compression = header.bits[0], header.number(259, 1)
@@ -251,7 +269,7 @@ class _Part:
     bands: int
     bits: int
     code: str
-    header: _Header
+    header: Header
 
     @property
     def dtype(self) -> np.dtype:
