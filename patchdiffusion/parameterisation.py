@@ -12,7 +12,14 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from patchdiffusion.noise import DDPMSteps, Law, LogNormal, UniformTime, check_sigma_data
+from patchdiffusion.noise import (
+    DDPMSteps,
+    Law,
+    LogitNormal,
+    LogNormal,
+    UniformTime,
+    check_sigma_data,
+)
 from patchdiffusion.paths import (
     DDPM,
     VE,
@@ -270,7 +277,45 @@ class X0(Trainable):
         return MinSNRWeight()
 
 
-Parameterisation = EDM | EpsVP | EpsDDPM | V | X0 | FlowMatching | TrigFlow
+@dataclass(frozen=True, kw_only=True)
+class FlowX0(Trainable):
+    """The network predicts the image from the straight path (JiT, arXiv 2511.13720).
+
+    The data of patches of many pixels lie near a surface of few dimensions, noise and velocity do
+    not, so this is the prediction for transformers on big patches. The loss is that of the velocity
+    (z - x0) / max(t, .05). Sampling follows (z - F) / max(t, `least_time`), so the denoised image
+    turns from F into z below `least_time`.
+    """
+
+    word: ClassVar[str] = "flow-x0"
+    time_scale: float = 1000.0
+    """c_noise = time_scale t; 1 as published."""
+    least_time: float = 0.04
+    """Least time in the denominator of the velocity; 0 divides by any."""
+
+    def __post_init__(self) -> None:
+        _check_time_scale(self.time_scale)
+        if not 0 <= self.least_time < 1:
+            raise ValueError(f"least_time must lie in [0, 1), not {self.least_time}")
+
+    def scales(self, sigma: Tensor) -> Scales:
+        inner = 1 / (1 + sigma)
+        time = sigma * inner
+        share = (time / self.least_time).clamp(max=1) if self.least_time else torch.ones_like(time)
+        return Scales((1 - share) * inner, share, inner, self.time_scale * time)
+
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        return (type(self), self.time_scale)
+
+    def default_weighting(self) -> LossWeight:
+        return FlowWeight(least_time=0.05)
+
+    def default_noise(self) -> Law:
+        return LogitNormal(mean=0.8, std=0.8)
+
+
+Parameterisation = EDM | EpsVP | EpsDDPM | V | X0 | FlowMatching | FlowX0 | TrigFlow
 """The parameterisations of `--precond` and of model files."""
 
 

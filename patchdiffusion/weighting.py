@@ -75,14 +75,22 @@ class VWeight:
         return (1 + sigma**2) / sigma**2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FlowWeight:
     """(1 + sigma)^2 / sigma^2: the mean squared error of the flow velocity (arXiv 2210.02747)."""
 
     word: ClassVar[str] = "flow"
+    least_time: float = 0.0
+    """Least flow time t = sigma / (1 + sigma) in 1 / t^2; bounds the weight (JiT, 2511.13720)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.least_time < 1:
+            raise ValueError(f"least_time must lie in [0, 1), not {self.least_time}")
 
     def __call__(self, sigma: Tensor) -> Tensor:
-        return (1 + sigma) ** 2 / sigma**2
+        if self.least_time == 0:
+            return (1 + sigma) ** 2 / sigma**2
+        return (sigma / (1 + sigma)).clamp(min=self.least_time) ** -2
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from patchdiffusion.parameterisation import (
     EpsDDPM,
     EpsVP,
     FlowMatching,
+    FlowX0,
     Parameterisation,
     Precond,
     TrigFlow,
@@ -85,6 +86,7 @@ EXACT: dict[str, tuple[Precond, Exact]] = {
     ),
     "v": (V(), Exact(VP(), "v", lambda c: VP().sigma(c / 999))),
     "flow": (FlowMatching(), Exact(Flow(), "velocity", lambda c: c / (1000 - c))),
+    "flow-x0": (FlowX0(least_time=0), Exact(Flow(), "x0", lambda c: c / (1000 - c))),
     "x0": (X0(), Exact(VP(), "x0", lambda c: (4 * c).exp())),
     "trigflow": (
         TrigFlow(sigma_data=SD),
@@ -142,14 +144,14 @@ def test_natural_weight_times_c_out_squared_is_one(precond: Parameterisation) ->
 def test_denoised_tends_to_x_without_noise() -> None:
     network = Recorder(factor=0.5)
     x = rng.normal(rng.keys(0, "x", 0, torch.arange(4)), (3, 8, 8), torch.float64)
-    for precond in (EDM(), EpsVP(), EpsDDPM(), V(), FlowMatching(), TrigFlow()):
+    for precond in (EDM(), EpsVP(), EpsDDPM(), V(), FlowMatching(), FlowX0(), TrigFlow()):
         denoised = NetDenoiser(network, precond)(x, 1e-6)
         assert float((denoised - x).abs().max()) < 1e-4
 
 
 def test_a_network_of_zero_output_gives_c_skip_x() -> None:
     x = noisy()
-    for precond in (EDM(), EpsVP(), EpsDDPM(), V(), FlowMatching(), TrigFlow(), X0()):
+    for precond in (EDM(), EpsVP(), EpsDDPM(), V(), FlowMatching(), FlowX0(), TrigFlow(), X0()):
         denoised = NetDenoiser(Recorder(), precond)(x, SIGMA)
         assert torch.equal(denoised, per_sample(precond.scales(SIGMA).skip, x) * x)
 
