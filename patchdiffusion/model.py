@@ -144,8 +144,12 @@ def save_model(
     config: ModelConfig,
     averaged: Mapping[str, Tensor],
     raw: Mapping[str, Tensor],
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model folder, atomically; an older one under the same name is replaced."""
+    """Write a model folder, atomically; an older one under the same name is replaced.
+
+    `notes` are further JSON files of the folder, by name.
+    """
     with folder_atomic(Path(folder)) as temporary:
         digests = {}
         for name, state in (("model", averaged), ("raw", raw)):
@@ -155,6 +159,8 @@ def save_model(
             digests[file.name] = sha256(file)
         facts: dict[str, Any] = {"format": 1, "sha256": digests, **encode(config)}
         write_json(temporary / "config.json", sealed(facts))
+        for name, value in (notes or {}).items():
+            write_json(temporary / name, value)
 
 
 def load_model(

@@ -18,6 +18,7 @@ from patchdiffusion.system.files import read_json, sha256, write_json
 from patchdiffusion.train.checkpoint import read_tensors
 from patchdiffusion.train.ema import EMA, power_decay, profile_name
 from patchdiffusion.train.posthoc import (
+    Sources,
     exponent,
     inner_product,
     snapshots,
@@ -148,7 +149,6 @@ def test_an_average_as_a_command(run: Path, tmp_path: Path, capsys: Capture) -> 
     out = works(capsys, "average", run, "--std", "0.1")
     made = run / "averages" / "std-0.1"
     assert str(made) in out
-    assert names(fails(capsys, "average", run, "--std", "0.1"), made)
     stored = {s.name: s for s in snapshots(run)}["power-0.1"]  # the last of this name
     expected = read_tensors(stored.folder, stored.name, torch.device("cpu"))
     got = dict(load_model(made).network.named_parameters())
@@ -158,6 +158,38 @@ def test_an_average_as_a_command(run: Path, tmp_path: Path, capsys: Capture) -> 
     works(capsys, "sample", made, "--count", 1, "--steps", 1, "--out", tmp_path / "samples")
     works(capsys, "average", run, "--std", "0.15", "--at", "24", "--out", tmp_path / "model")
     assert load_model(tmp_path / "model").config.step == 8
+
+
+def test_an_average_is_made_once(
+    run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several are written one by one, and those that are there are not made again."""
+    copy = Path(shutil.copytree(run, tmp_path / "run", ignore=lambda *_: {"averages"}))
+    command = ("average", copy, "--std", "0.07", "0.12", "0.18")
+    made, reconstruct = [], Sources.reconstruct
+
+    def interrupted(self: Sources, std: float) -> dict[str, Tensor]:
+        made.append(std)
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return reconstruct(self, std)
+
+    monkeypatch.setattr(Sources, "reconstruct", interrupted)
+    fails(capsys, *command, code=130)
+    folder = copy / "averages"
+    assert [f.name for f in folder.iterdir()] == ["std-0.07"]
+    before = tiny.digests(folder)
+    works(capsys, *command)
+    assert made == [0.07, 0.12, 0.12, 0.18]
+    works(capsys, *command)
+    assert len(made) == 4 and before.items() <= tiny.digests(folder).items()
+    assert sorted(f.name for f in folder.iterdir()) == ["std-0.07", "std-0.12", "std-0.18"]
+    out = ("--out", folder / "std-0.07")
+    assert names(fails(capsys, "average", copy, "--std", "0.12", *out), "std-0.07", "--out")
+    assert names(fails(capsys, *command, *out), "--out", 3)
+    file = folder / "std-0.07" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert str(file) in fails(capsys, *command)
 
 
 def test_what_cannot_be_averaged(run: Path, finished: Path, capsys: Capture) -> None:

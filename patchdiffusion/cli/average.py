@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -11,45 +11,68 @@ from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run
 from patchdiffusion.model import Model, load_model, save_model
-from patchdiffusion.train.posthoc import reconstruct
+from patchdiffusion.system.files import read_json
+from patchdiffusion.train.posthoc import Sources, exponent
+
+_NOTE = "average.json"
+"""File of a model that says of which snapshots it is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AverageArguments:
-    """Reconstruct an average of the weights of any width after training (post-hoc EMA).
+    """Reconstruct averages of the weights of any width after training (post-hoc EMA).
 
-    It is computed from the profiles that a run has stored (train --ema.profiles 0.05 0.1), and
-    written as a model for `sample`.
+    They are computed from the profiles that a run has stored (train --ema.profiles 0.05 0.1), and
+    each is written as a model for `sample` as soon as it is made; one that is there already is
+    not made again.
     """
 
-    example: ClassVar[str] = "patchdiffusion average runs/photos --std 0.1"
+    example: ClassVar[str] = "patchdiffusion average runs/photos --std 0.05 0.1 0.15"
 
     run: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run."""
-    std: float = 0.1
-    """Width of the average relative to the time at which it ends; above 0, below 0.2887."""
+    std: tuple[float, ...] = (0.1,)
+    """Widths of the averages relative to the time at which they end; above 0, below 0.2887."""
     at: float | None = None
-    """Clock time at which it ends; the default is that of the last snapshot."""
+    """Clock time at which they end; the default is that of the last snapshot."""
     out: Path | None = None
-    """Folder to write the model to; the default is averages/std-... in the folder of the run."""
+    """Folder to write the model to, for one width; the default is averages/std-... in the run."""
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Reconstruct an average and write it as a model."""
+    """Reconstruct averages, and write each as a model."""
     options = parse(AverageArguments(), arguments, "average")
     run = options.run
     check_run(run)
-    weights, step = reconstruct(run, options.std, options.at)
-    raw = load_model(run, weights="raw")
+    for std in options.std:
+        exponent(std)  # raises for a width that is impossible
+    if options.out is not None and len(options.std) != 1:
+        raise ValueError(f"--out is for one width, not {len(options.std)}; leave it out")
+    sources = Sources.of(run, options.at)
     at = "" if options.at is None else f"-at-{options.at:g}"
-    out = options.out or run / "averages" / f"std-{options.std:g}{at}"
-    if out.exists():
-        raise ValueError(f"{out} exists, and nothing is overwritten; use another --out")
-    _check(run, raw, weights)
-    state = raw.network.state_dict()
-    config = replace(raw.config, step=step)
-    save_model(out, config, averaged=state | weights, raw=state)
-    print(f"the average of width {options.std:g} is in {out}")
+    folders = {std: options.out or run / "averages" / f"std-{std:g}{at}" for std in options.std}
+    there = {std for std, out in folders.items() if out.exists()}
+    for std in there:
+        _check_equal(folders[std], sources.facts(std))
+    raw = load_model(run, weights="raw")
+    state, config = raw.network.state_dict(), replace(raw.config, step=sources.step)
+    for std, out in folders.items():
+        if std not in there:
+            weights = sources.reconstruct(std)
+            _check(run, raw, weights)
+            notes = {_NOTE: sources.facts(std)}
+            save_model(out, config, averaged=state | weights, raw=state, notes=notes)
+        print(f"the average of width {std:g} is {'already ' if std in there else ''}in {out}")
+
+
+def _check_equal(out: Path, facts: Mapping[str, Any]) -> None:
+    """Raise `ValueError` unless a folder holds just this average, undamaged."""
+    note = out / _NOTE
+    if not note.is_file() or read_json(note) != facts:
+        raise ValueError(
+            f"{out} exists and is another average, and nothing is overwritten; use another --out"
+        )
+    load_model(out)
 
 
 def _check(run: Path, raw: Model, weights: Mapping[str, Tensor]) -> None:

@@ -145,6 +145,12 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each group of tensors of a checkpoint, by its manifest."""
+    files = read_json(folder / "manifest.json")["files"]
+    return {Path(name).stem: str(facts["sha256"]) for name, facts in files.items()}
+
+
 def read_tensors(folder: Path, name: str, device: torch.device) -> dict[str, Tensor]:
     """One group of tensors of a checkpoint."""
     try:

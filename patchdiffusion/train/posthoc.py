@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,38 +116,60 @@ def snapshots(run: Path | str) -> list[Snapshot]:
     return profiles
 
 
-def reconstruct(
-    run: Path | str, std: float, at: float | None = None
-) -> tuple[dict[str, Tensor], int]:
-    """Reconstruct the average of width `std` at time `at`, by default that of the last snapshot.
+@dataclass(frozen=True)
+class Sources:
+    """The snapshots that an average at a time is made of; `used` is not empty."""
 
-    Returns float32 parameters by name, and the step of the newest snapshot that was used. Raises
-    `ValueError` if there are no snapshots up to that time.
-    """
-    stored = snapshots(run)
-    if not stored:
-        raise ValueError(
-            f"{run} has no snapshots, which are kept from the beginning of a run only: begin "
-            "another by patchdiffusion train DATA --ema.profiles 0.05 0.1 --out FOLDER"
-        )
-    at = max(s.point[0] for s in stored) if at is None else at
-    if not 0 < at < math.inf:
-        raise ValueError(f"the time of an average must be positive and finite, not {at}")
-    used = [s for s in stored if s.point[0] <= at]
-    if not used:
-        first = min(s.point[0] for s in stored)
-        raise ValueError(f"at is {at:g}; the snapshots of {run} allow {first:g} or later")
-    weights = solve([s.point for s in used], (at, std))
-    total: dict[str, Tensor] = {}
-    for weight, snapshot in zip(weights.tolist(), used, strict=True):
-        part = checkpoint.read_tensors(snapshot.folder, snapshot.name, torch.device("cpu"))
-        shapes = {name: value.shape for name, value in part.items()}
-        if snapshot is not used[0] and shapes != {n: value.shape for n, value in total.items()}:
-            raise ValueError(f"the tensors of {snapshot.name} in {snapshot.folder} differ")
-        for name, value in part.items():
-            if value.dtype != torch.float32 or not value.isfinite().all():
-                file = snapshot.folder / snapshot.name
-                raise ValueError(f"{name} in {file}.safetensors is not finite, or no float32")
-            term = value.to(torch.float64) * weight
-            total[name] = total[name] + term if name in total else term
-    return {name: value.to(torch.float32) for name, value in total.items()}, used[-1].step
+    at: float
+    used: tuple[Snapshot, ...]
+
+    @classmethod
+    def of(cls, run: Path | str, at: float | None = None) -> "Sources":
+        """Snapshots of a run up to time `at`, by default that of the last one.
+
+        Raises `ValueError` if there are none.
+        """
+        stored = snapshots(run)
+        if not stored:
+            raise ValueError(
+                f"{run} has no snapshots, which are kept from the beginning of a run only: begin "
+                "another by patchdiffusion train DATA --ema.profiles 0.05 0.1 --out FOLDER"
+            )
+        at = max(s.point[0] for s in stored) if at is None else at
+        if not 0 < at < math.inf:
+            raise ValueError(f"the time of an average must be positive and finite, not {at}")
+        used = tuple(s for s in stored if s.point[0] <= at)
+        if not used:
+            first = min(s.point[0] for s in stored)
+            raise ValueError(f"at is {at:g}; the snapshots of {run} allow {first:g} or later")
+        return cls(at, used)
+
+    @property
+    def step(self) -> int:
+        """Step of the newest snapshot."""
+        return self.used[-1].step
+
+    def facts(self, std: float) -> dict[str, Any]:
+        """Everything that the average of width `std` depends on, for JSON."""
+        files = {s.folder: checkpoint.digests(s.folder) for s in self.used}
+        tensors = {f"{s.folder.name}/{s.name}": files[s.folder][s.name] for s in self.used}
+        return {"std": std, "at": self.at, "snapshots": tensors}
+
+    def reconstruct(self, std: float) -> dict[str, Tensor]:
+        """Float32 parameters of the average of width `std` by name."""
+        weights = solve([s.point for s in self.used], (self.at, std))
+        total: dict[str, Tensor] = {}
+        for weight, snapshot in zip(weights.tolist(), self.used, strict=True):
+            part = checkpoint.read_tensors(snapshot.folder, snapshot.name, torch.device("cpu"))
+            shapes = {name: value.shape for name, value in part.items()}
+            if snapshot is not self.used[0] and shapes != {
+                n: value.shape for n, value in total.items()
+            }:
+                raise ValueError(f"the tensors of {snapshot.name} in {snapshot.folder} differ")
+            for name, value in part.items():
+                if value.dtype != torch.float32 or not value.isfinite().all():
+                    file = snapshot.folder / snapshot.name
+                    raise ValueError(f"{name} in {file}.safetensors is not finite, or no float32")
+                term = value.to(torch.float64) * weight
+                total[name] = total[name] + term if name in total else term
+        return {name: value.to(torch.float32) for name, value in total.items()}
