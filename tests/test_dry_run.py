@@ -74,6 +74,31 @@ def test_it_says_what_a_run_takes_and_writes_nothing(place: Path, capsys: Captur
     assert tiny.digests(place) == before
 
 
+def state(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Time and content of everything in a folder, and of folders their names."""
+    return {
+        str(f): (f.stat().st_mtime_ns, f.read_bytes() if f.is_file() else b"")
+        for f in (folder, *sorted(folder.rglob("*")))
+    }
+
+
+def test_a_damaged_checkpoint_is_left_where_it_is(place: Path, capsys: Capture) -> None:
+    """The real command renames it, and resumes from the one that the dry run has named."""
+    newest = place / "run" / "checkpoints" / "step-0000000004"
+    (newest / "weights.safetensors").write_bytes(b"0")
+    (newest.parent / "step-0000000005.tmp").mkdir()  # of a save that was killed
+    before = state(place / "run")
+    command = ("train", "run", "--images", 13, "--device", "cpu")
+    dry = works(capsys, *command, "--dry-run")
+    assert state(place / "run") == before
+    real = works(capsys, *command)
+    for told in (dry, real):
+        assert "resume    at step 3" in told and f"{newest.name}.damaged-1" in told
+    assert sorted(f.name for f in newest.parent.glob("*.*")) == [f"{newest.name}.damaged-1"]
+    dry = works(capsys, *command, "--fresh", "--dry-run")
+    assert "run.old-1" in dry and not Path("run.old-1").exists()
+
+
 def test_kept_bytes_are_counted_once() -> None:
     x = torch.ones(1000, requires_grad=True)
     kept = Activations()

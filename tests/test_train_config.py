@@ -28,7 +28,7 @@ from patchdiffusion.train.config import FREE
 from patchdiffusion.train.folder import (
     check_disk,
     is_same_run,
-    set_aside,
+    name_aside,
     stored_config,
     write_config,
 )
@@ -228,7 +228,7 @@ def test_set_aside_never_replaces(tmp_path: Path) -> None:
     names = []
     for number in range(3):
         write_config(tmp_path / "run", TrainConfig(seed=number))
-        names.append(set_aside(tmp_path / "run").name)
+        names.append((tmp_path / "run").rename(name_aside(tmp_path / "run")).name)
     assert names == ["run.old-1", "run.old-2", "run.old-3"]
     seeds = [read_json(tmp_path / name / "config.json")["seed"] for name in names]
     assert seeds == [0, 1, 2]

@@ -27,7 +27,7 @@ class AverageArguments:
     not made again.
     """
 
-    example: ClassVar[str] = "patchdiffusion average runs/photos --std 0.05 0.1 0.15"
+    example: ClassVar[str] = "patchdiffusion average runs/photos --std 0.05 0.1"
 
     run: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run."""

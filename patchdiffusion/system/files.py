@@ -140,12 +140,12 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
-def rename_free(path: Path, name: str) -> Path:
-    """Rename to the first free NAME-1, NAME-2 ... in the same folder, and return the new path."""
+def free_name(path: Path, name: str) -> Path:
+    """The first free NAME-1, NAME-2 ... in the folder of a path."""
     number = 1
     while (free := path.with_name(f"{name}-{number}")).exists():
         number += 1
-    return path.rename(free)
+    return free
 
 
 SEAL = "seal"

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from patchdiffusion.system.files import (
     folder_atomic,
+    free_name,
     read_json,
-    rename_free,
     sha256,
     write_bytes,
     write_json,
@@ -129,9 +129,14 @@ def candidates(root: Path) -> Iterator[tuple[Path, str | None]]:
     return ((folder, fault(folder)) for folder in folders(root))
 
 
+def name_aside(folder: Path) -> Path:
+    """Free name for a damaged checkpoint."""
+    return free_name(folder, f"{folder.name}.damaged")
+
+
 def set_damaged_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that it is neither used nor counted nor lost."""
-    return rename_free(folder, f"{folder.name}.damaged")
+    return folder.rename(name_aside(folder))
 
 
 # ---- Reading ----

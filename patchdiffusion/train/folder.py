@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from patchdiffusion.system.files import read_json, rename_free, write_json
+from patchdiffusion.system.files import free_name, read_json, write_json
 from patchdiffusion.system.serialize import decode, differences, encode
 from patchdiffusion.train.config import FREE, TrainConfig
 
@@ -30,9 +30,9 @@ def trained_on(folder: Path) -> str | None:
         return None
 
 
-def set_aside(folder: Path) -> Path:
-    """Rename a run to the first free NAME.old-1, NAME.old-2 ...; returns the new path."""
-    return rename_free(folder, f"{folder.name}.old")
+def name_aside(folder: Path) -> Path:
+    """The first free NAME.old-1, NAME.old-2 ... for a run that makes room for another."""
+    return free_name(folder, f"{folder.name}.old")
 
 
 def changed_fields(stored: TrainConfig, config: TrainConfig) -> list[str]:

@@ -19,8 +19,8 @@ from patchdiffusion.train.folder import (
     changed_fields,
     clear_unfinished,
     is_same_run,
+    name_aside,
     refuse_changes,
-    set_aside,
     write_config,
 )
 from patchdiffusion.train.log import run_state
@@ -64,7 +64,7 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
             run_state(folder)  # of a process that was killed
         _take(training, held)
         if fresh:
-            aside = set_aside(folder)
+            aside = folder.rename(name_aside(folder))
             (aside / "lock").unlink()
             training.log.say(f"renamed   the run in {folder} to {aside}")
             _take(training, held)
@@ -101,6 +101,8 @@ def rehearse(training: Training) -> None:
         exists = _existing(training, weights)
         if is_held(folder / "lock"):
             raise ValueError(f"{folder} is in use; two processes must not train in one folder")
+        if run.fresh and (folder / "config.json").exists():
+            training.log.say(f"rename    the run in {folder} to {name_aside(folder)}")
         newest = _newest(training) if exists else None
         if newest is None and run.start_from is not None and not weights:
             weights.update(weights_of(run.start_from, training))
@@ -169,13 +171,16 @@ def _take(training: Training, held: contextlib.ExitStack) -> None:
 
 
 def _newest(training: Training) -> SavedRun | None:
-    """Newest valid checkpoint; damaged ones are renamed."""
+    """Newest valid checkpoint; damaged ones are renamed, but not by a dry run."""
     root = training.folder / "checkpoints"
     damaged = []
     for folder, fault in checkpoint.candidates(root):
         if fault is None:
-            for wrong in () if training.run.dry_run else damaged:
-                training.log.say(f"renamed   to {checkpoint.set_damaged_aside(wrong)}")
+            for wrong in damaged:
+                if training.run.dry_run:
+                    training.log.say(f"rename    {wrong} to {checkpoint.name_aside(wrong)}")
+                else:
+                    training.log.say(f"renamed   to {checkpoint.set_damaged_aside(wrong)}")
             saved = read_saved(folder)
             _check(training, saved.facts)
             return saved
