@@ -8,7 +8,8 @@
 | P (palette)                     | RGB, with alpha if the palette has it        | the same        |
 | CMYK, YCbCr, HSV                | RGB, by Pillow's conversion                  | the same        |
 | I;16, 16-bit gray               | gray, value / 257 rounded: never clipped     | as it is        |
-| 16-bit color in PNG             | RGB, the high byte (Pillow reads no more)    | refused         |
+| 16-bit color in PNG and PPM     | as 16-bit gray, with alpha if there is       | as it is        |
+| in CMYK, JPEG 2000, AVIF        | the high byte (Pillow reads no more), said   | refused         |
 | TIFF of several bands, 16 bits, | as many bands; alpha only if the file says   | as many bands   |
 | signed, packed, floats          | so; scaled as below                          |                 |
 | TIFF, WhiteIsZero               | inverted at every depth                      | whole numbers   |
@@ -29,13 +30,13 @@
 import contextlib
 import functools
 import io
-import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from patchdiffusion.data.deep import PNG, chunks, is_deep, read_deep
 from patchdiffusion.data.example import BadImage
 from patchdiffusion.data.limits import bomb
 from patchdiffusion.data.tiff import (
@@ -145,7 +146,7 @@ def images_of(data: bytes, key: str) -> Iterator[tuple[str, Decoded | BadImage]]
                 else:
                     pillow = pillow or Image.open(io.BytesIO(data), formats=_formats())
                     pillow.seek(number)
-                    content = _checked(pillow, len(data), name)
+                    content = _checked(pillow, data, name)
         except BadImage as error:
             yield name, error
             continue
@@ -155,23 +156,22 @@ def images_of(data: bytes, key: str) -> Iterator[tuple[str, Decoded | BadImage]]
 
 def _opened(data: bytes, key: str) -> Decoded:
     with Image.open(io.BytesIO(data), formats=_formats()) as image:
-        return _checked(image, len(data), key)
+        return _checked(image, data, key)
 
 
-def _checked(image: Image.Image, packed: int, key: str) -> Decoded:
-    """Pixels of an opened file of so many bytes."""
-    if reason := bomb(4 * image.width * image.height, packed):
+def _checked(image: Image.Image, data: bytes, key: str) -> Decoded:
+    """Pixels of an opened file."""
+    if reason := bomb(4 * image.width * image.height, len(data)):
         raise BadImage(key, f"too many pixels: {reason}")
-    return _pixels(image, key)
+    return _pixels(image, key, data)
 
 
 def decode_image(image: Image.Image, key: str) -> Decoded:
     """Decode an image that Pillow has opened, like `decoded`."""
     with _refusing(key, b""):
-        return _pixels(image, key)
+        return _pixels(image, key, b"")
 
 
-_PNG = b"\x89PNG\r\n\x1a\n"
 _NEEDED = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 
 
@@ -181,24 +181,20 @@ def without_metadata(data: bytes) -> bytes | None:
     Pillow refuses files of which these are large or damaged. None for other files, and if there is
     nothing to leave out.
     """
-    if not data.startswith(_PNG):
+    if not data.startswith(PNG):
         return None
-    parts, place, left_out = [_PNG], len(_PNG), False
-    while place + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, place)
-        end = place + 12 + length
-        if data[place + 4 : place + 8] in _NEEDED:
-            parts.append(data[place:end])
+    parts, left_out = [PNG], False
+    for kind, start, end in chunks(data):
+        if kind in _NEEDED:
+            parts.append(data[start:end])
         else:
             left_out = True
-        place = end
     return b"".join(parts) if left_out else None
 
 
 def _of_tiff(tiff: TiffImage) -> Decoded:
     image = _narrowed(tiff.image)
-    if tiff.alpha and image.shape[-1] == 2:  # gray with alpha, as color with alpha
-        image = np.concatenate([image[..., :1]] * 3 + [image[..., 1:]], axis=-1)
+    image = _colored(image) if tiff.alpha else image
     turn = _TURNS.get(tiff.orientation)
     image = image if turn is None else np.ascontiguousarray(turn(image))
     mode = tiff.mode if turn is None else f"{tiff.mode} turned"
@@ -234,13 +230,18 @@ def _refusing(key: str, data: bytes) -> Iterator[None]:
         raise BadImage(key, f"cannot be decoded: {error or type(error).__name__}") from error
 
 
-def _pixels(image: Image.Image, key: str) -> Decoded:
+def _pixels(image: Image.Image, key: str, data: bytes) -> Decoded:
     if 0 in image.size:
         raise BadImage(key, f"no pixels: {image.width}x{image.height}")
-    mode = image.mode + (DEEP if _is_deep(image) else "")
+    has_more = is_deep(image, data)
+    deep = read_deep(image, data) if has_more else None
+    mode = image.mode + (";16" if deep else DEEP if has_more else "")
     mode += ANIMATED if getattr(image, "is_animated", False) else ""
     image.load()
-    array = np.asarray(image if image.mode[0] in "IF" else _plain(image, key))
+    if deep is None:
+        array = np.asarray(image if image.mode[0] in "IF" else _plain(image, key))
+    else:
+        array = _colored(deep[0])
     if array.dtype == np.int32 and array.min() >= 0 and array.max() <= 65535:
         array = array.astype(np.uint16)
     turn = _TURNS.get(_orientation(image))
@@ -250,13 +251,16 @@ def _pixels(image: Image.Image, key: str) -> Decoded:
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     array = array[:, :, None] if array.ndim == 2 else array
     span = (0.0, 1.0) if array.dtype.kind == "f" else None
+    if deep and deep[1] < 65535:
+        span = (0.0, float(deep[1]))
     return Decoded(array, mode, array.shape[-1] == 4, span)
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Whether a color image has 16 bits per channel, of which Pillow reads 8."""
-    tiles = getattr(image, "tile", ())
-    return image.mode in ("RGB", "RGBA") and any(";16" in str(tile[3]) for tile in tiles)
+def _colored(image: np.ndarray) -> np.ndarray:
+    """Gray with alpha as color with alpha; others unchanged."""
+    if image.shape[-1] != 2:
+        return image
+    return np.concatenate([image[..., :1]] * 3 + [image[..., 1:]], axis=-1)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -58,7 +58,8 @@ class Findings:
         """Lines about usual changes."""
         counts = {
             "files have several frames, of which the first is taken": self._of(ANIMATED),
-            "files have 16 bits per color, of which 8 are read": self._of(DEEP),
+            "images have more than 8 bits per color, of which 8 are read; as TIFF or PNG they keep "
+            "them": self._of(DEEP),
             "images have transparent pixels, laid over --background; --data.channels 4 keeps "
             "them": self.composed,
             "images are enlarged": self.enlarged,

@@ -28,12 +28,12 @@ WHOLE, FLOAT = "uint16", "float32"
 def to_values(example: Example) -> np.ndarray:
     """Values of an example, [*S, C]: uint16 for types that fit into it, else float32.
 
-    Raises `BadImage` for other types, for NaN and infinity, and for 16-bit color, of which Pillow
-    does not read the low bytes.
+    Raises `BadImage` for other types, for NaN and infinity, and for colors of which only the high
+    bytes are read.
     """
     image = with_channels(example)
-    if example.mode.startswith(("RGB" + DEEP, "RGBA" + DEEP)):
-        raise BadImage(example.key, "16-bit color, of which only 8 bits can be read; use .npy")
+    if DEEP in example.mode:
+        raise BadImage(example.key, "color of 16 bits, of which only 8 are read; use TIFF or .npy")
     if image.dtype in (np.bool_, np.uint8, np.uint16):
         return image.astype(WHOLE)
     if image.dtype.kind not in "iuf":
