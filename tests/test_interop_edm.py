@@ -14,7 +14,9 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import NetDenoiser, PatchDenoiser
-from patchdiffusion.interop.edm import edm_config, edm_name, load_edm_state_dict
+from patchdiffusion.interop.edm import adm_config, edm_config, edm_name, load_edm_state_dict
+from patchdiffusion.nets.adm import ADMConfig, DhariwalUNet
+from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.solvers import heun, solve
@@ -22,11 +24,15 @@ from patchdiffusion.solvers.schedules import karras
 
 LITTLE = UNetConfig(base=8, mult=(1, 2), blocks=1, attention=(1,), num_classes=4, augment_dim=3)
 NCSN = replace(LITTLE, embedding="fourier", encoder="residual", filter=(1, 3, 3, 1))
+ADM = ADMConfig(
+    base=8, mult=(2, 3), blocks=1, attention=(1,), head_width=8, num_classes=4, augment_dim=3
+)
 CASES = [
     "ddpmpp-patch-64-full",
     "ddpmpp-patch-64-crop16x32",
     "ddpmpp-32-labels-augment",
     "ncsnpp-32-labels",
+    "adm-patch-latent-32-labels",
 ]
 
 
@@ -45,7 +51,8 @@ def published(path: Path) -> tuple[NetDenoiser, dict[str, Tensor]]:
         for name, value in tensors.items()
         if name.startswith("weights/")
     }
-    network = SongUNet(edm_config(weights), seed=5)
+    config = adm_config(weights) if "model.out_conv.weight" in weights else edm_config(weights)
+    network = config.build(seed=5)
     load_edm_state_dict(network, weights)
     return NetDenoiser(network, EDM(sigma_data=0.5)), tensors
 
@@ -65,11 +72,13 @@ def test_reference_outputs(name: str) -> None:
     with safe_open(path, "pt") as stream:
         stated = json.loads(stream.metadata()["config"])
     config = denoiser.network.config
-    assert isinstance(config, UNetConfig)
+    assert isinstance(config, UNetConfig | ADMConfig)
     assert (config.base, list(config.mult)) == (stated["model_channels"], stated["channel_mult"])
     assert (config.blocks, config.num_classes) == (stated["num_blocks"], stated["label_dim"])
     assert config.coordinates == stated["coords"]
-    assert (config.embedding, config.encoder) == (stated["embedding_type"], stated["encoder_type"])
+    if isinstance(config, UNetConfig):
+        kinds = (stated["embedding_type"], stated["encoder_type"])
+        assert (config.embedding, config.encoder) == kinds
 
 
 @pytest.mark.parametrize("part", ["full", "region"])
@@ -84,22 +93,27 @@ def test_reference_samples(part: str) -> None:
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def exported(network: SongUNet, resolution: int) -> dict[str, Tensor]:
+def exported(network: SongUNet | DhariwalUNet, resolution: int) -> dict[str, Tensor]:
     """A network's weights in published names and layout, coordinates concatenated."""
     out: dict[str, Tensor] = {}
     for name, value in network.state_dict().items():
         if ".qkv." in name:
-            value = value.reshape(3, -1, *value.shape[1:]).transpose(0, 1).reshape(value.shape)
+            attention = network.get_submodule(name.rpartition(".qkv")[0])
+            assert isinstance(attention, Attention)
+            split = value.reshape(3, attention.num_heads, -1, *value.shape[1:])
+            value = split.movedim(0, 2).reshape(value.shape)
         key = "model." + edm_name(name, resolution, network.config.levels)
+        if isinstance(network, DhariwalUNet):
+            key = key.replace(f"dec.{resolution}x{resolution}_aux_", "out_")
         out[key] = torch.cat([out[key], value], dim=1) if key in out else value
     out["model.enc.8x8_down.conv0.resample_filter"] = torch.ones(
-        1, 1, len(network.config.filter), len(network.config.filter)
+        1, 1, *[len(getattr(network.config, "filter", (1, 1)))] * 2
     )
     return out
 
 
-def random_network(config: UNetConfig) -> SongUNet:
-    network = SongUNet(config)
+def random_network(config: UNetConfig | ADMConfig) -> SongUNet | DhariwalUNet:
+    network = config.build()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in network.parameters():
@@ -107,15 +121,17 @@ def random_network(config: UNetConfig) -> SongUNet:
     return network
 
 
-@pytest.mark.parametrize("start", [LITTLE, NCSN])
+@pytest.mark.parametrize("start", [LITTLE, NCSN, ADM])
 @pytest.mark.parametrize("coordinates", [False, True])
-def test_there_and_back(start: UNetConfig, coordinates: bool) -> None:
-    config = replace(start, coordinates=coordinates)
+def test_there_and_back(start: UNetConfig | ADMConfig, coordinates: bool) -> None:
+    config = replace(start, coordinates=coordinates, dropout=0.3)
     network = random_network(config)
     weights = exported(network, 16)
-    assert edm_config(weights) == config
-    assert edm_config(weights, dropout=0.3) == replace(config, dropout=0.3)
-    other = SongUNet(config, seed=9)
+    if isinstance(start, ADMConfig):
+        assert adm_config(weights, dropout=0.3, head_width=8) == config
+    else:
+        assert edm_config(weights, dropout=0.3) == config
+    other = config.build(seed=9)
     load_edm_state_dict(other, weights)
     for name, value in network.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
@@ -142,9 +158,9 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing() -> None:
     with refuses("map_layer0.weight", "1, 2"):
         load_edm_state_dict(network, weights | {"model.map_layer0.weight": torch.zeros(1, 2)})
     with refuses("enc.16x16_conv.weight", "8, 5, 3, 3"):
-        load_edm_state_dict(SongUNet(replace(LITTLE, coordinates=False)), weights)
+        load_edm_state_dict(replace(LITTLE, coordinates=False).build(), weights)
     with refuses("missing"):
-        load_edm_state_dict(SongUNet(replace(LITTLE, blocks=2)), weights)
+        load_edm_state_dict(replace(LITTLE, blocks=2).build(), weights)
     with refuses("EDM"):
         load_edm_state_dict(network, {"x": torch.zeros(1)})
     assert all(torch.equal(v, before[n]) for n, v in network.state_dict().items())

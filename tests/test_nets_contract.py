@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets import Network, base
-from patchdiffusion.nets.topology import Features
+from patchdiffusion.nets.adm import ADMConfig
+from patchdiffusion.nets.topology import Features, UNet
 from patchdiffusion.nets.transformer import TransformerConfig
-from patchdiffusion.nets.unet import SongUNet, UNetConfig
+from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.objectives.tangent import derivative
 from patchdiffusion.rng import keys
 
@@ -20,10 +21,21 @@ UNET = UNetConfig(
     base=8, mult=(1, 2), blocks=1, attention=(1,), num_classes=4, augment_dim=3, jump=True
 )
 NCSN = replace(UNET, embedding="fourier", encoder="residual", filter=(1, 3, 3, 1), dropout=0.1)
+ADM = ADMConfig(
+    base=8,
+    mult=(1, 2),
+    blocks=1,
+    attention=(1,),
+    head_width=8,
+    num_classes=4,
+    augment_dim=3,
+    jump=True,
+)
 DIT = TransformerConfig(width=16, depth=2, heads=2, num_classes=4, augment_dim=3, jump=True)
 NETWORKS = {
     "unet": UNET,
     "ncsnpp": NCSN,
+    "adm": ADM,
     "transformer": replace(DIT, dropout=0.1),
     "transformer, 1 axis": replace(DIT, patch=(2,)),
     "transformer, 3 axes": replace(DIT, patch=(1, 2, 4)),
@@ -142,7 +154,13 @@ def test_bfloat16_is_close(config: Network) -> None:
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize(
     ("name", "low"),
-    [("unet", True), ("ncsnpp", False), ("transformer", True), ("transformer, 3 axes", False)],
+    [
+        ("unet", True),
+        ("ncsnpp", False),
+        ("adm", True),
+        ("transformer", True),
+        ("transformer, 3 axes", False),
+    ],
 )
 def test_compiles_as_one_graph(name: str, low: bool) -> None:
     config = NETWORKS[name]
@@ -240,10 +258,10 @@ def test_it_reads_what_it_says(config: Network) -> None:
     assert changed == config.reads
 
 
-@pytest.mark.parametrize("config", [UNET, NCSN], ids=["unet", "ncsnpp"])
-def test_forward_is_encode_and_decode(config: UNetConfig) -> None:
+@pytest.mark.parametrize("config", [UNET, NCSN, ADM], ids=["unet", "ncsnpp", "adm"])
+def test_forward_is_encode_and_decode(config: UNetConfig | ADMConfig) -> None:
     network = alive(config)
-    assert isinstance(network, SongUNet)
+    assert isinstance(network, UNet)
     x, noise, cond = batch(config)
     with torch.no_grad():
         features = network.encode(x, noise, cond)

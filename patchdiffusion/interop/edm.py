@@ -1,4 +1,4 @@
-"""Loading of published weights of EDM and Patch Diffusion (DDPM++ and NCSN++) into `SongUNet`.
+"""Loading of published weights of EDM and Patch Diffusion: DDPM++, NCSN++ and ADM.
 
 Takes plain state dicts, as from safetensors; the pickles that the authors publish contain code and
 are never opened. Published names like `model.enc.64x64_block0.conv0.weight` hold resolutions of the
@@ -7,10 +7,12 @@ training canvas, those of this library hold levels.
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
-import torch
 from torch import Tensor
 
+from patchdiffusion.interop.published import copy_weights, queries_first
+from patchdiffusion.nets.adm import ADMConfig, DhariwalUNet
 from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.unet import SongUNet, UNetConfig
 
@@ -58,7 +60,7 @@ def edm_name(name: str, resolution: int, levels: int) -> str:
     raise ValueError(f"a SongUNet has no tensor {name!r}")
 
 
-def load_edm_state_dict(network: SongUNet, state_dict: Mapping[str, Tensor]) -> None:
+def load_edm_state_dict(network: SongUNet | DhariwalUNet, state_dict: Mapping[str, Tensor]) -> None:
     """Copy published weights into a network, in place.
 
     A first convolution of C + 2 channels is split into image and coordinates; if it has C, the
@@ -67,23 +69,15 @@ def load_edm_state_dict(network: SongUNet, state_dict: Mapping[str, Tensor]) -> 
     """
     published = _weights(state_dict)
     resolution, levels = _resolution(published), network.config.levels
-    ready: dict[str, Tensor] = {}
-    missing, wrong, unknown = [], [], set(published)
-    for name, target in network.state_dict().items():
-        source = edm_name(name, resolution, levels)
-        unknown.discard(source)
-        if source not in published:
-            missing.append(source)
-            continue
-        value = _converted(network, name, published[source])
-        if value.shape != target.shape:
-            wrong.append(f"{source} {tuple(published[source].shape)}")
-        ready[name] = value
-    faults = {"missing": missing, "unknown": sorted(unknown), "of another shape": wrong}
-    parts = [f"{kind}: {_few(names)}" for kind, names in faults.items() if names]
-    if parts:
-        raise ValueError(f"these weights do not fit the network; {'; '.join(parts)}")
-    network.load_state_dict(ready)
+    top = f"dec.{resolution}x{resolution}_aux_"
+
+    def source(name: str) -> str:
+        published_name = edm_name(name, resolution, levels)
+        if isinstance(network, DhariwalUNet):
+            return published_name.replace(top, "out_")
+        return published_name
+
+    copy_weights(network, published, source, lambda name, value: _converted(network, name, value))
 
 
 def edm_config(state_dict: Mapping[str, Tensor], *, dropout: float = 0.0) -> UNetConfig:
@@ -93,16 +87,43 @@ def edm_config(state_dict: Mapping[str, Tensor], *, dropout: float = 0.0) -> UNe
     of a DDPM++ or NCSN++.
     """
     published = _weights(state_dict)
+    side = _resolution(published)
+    base = published[f"enc.{side}x{side}_conv.weight"].shape[0]
+    shape = _shape(published, base, f"dec.{side}x{side}_aux_conv.weight", "a DDPM++ or NCSN++")
+    residual = any("_aux_residual." in name for name in published)
+    taps = {x.shape[-1] for name, x in state_dict.items() if name.endswith("resample_filter")}
+    smooth = 4 in taps if taps else residual
+    return UNetConfig(
+        **shape,
+        embedding="fourier" if "map_noise.freqs" in published else "positional",
+        encoder="residual" if residual else "standard",
+        filter=(1, 3, 3, 1) if smooth else (1, 1),
+        dropout=dropout,
+    )
+
+
+def adm_config(
+    state_dict: Mapping[str, Tensor], *, dropout: float = 0.0, head_width: int = 64
+) -> ADMConfig:
+    """The configuration of the ADM that published weights belong to; the rest as `edm_config`."""
+    published = _weights(state_dict)
+    base = _tensor(published, "map_layer0.weight", "an ADM").shape[1]
+    shape = _shape(published, base, "out_conv.weight", "an ADM")
+    return ADMConfig(**shape, dropout=dropout, head_width=head_width)
+
+
+def _tensor(published: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
+    if name not in published:
+        raise ValueError(f"no {name}: these are not the weights of {kind}")
+    return published[name]
+
+
+def _shape(published: Mapping[str, Tensor], base: int, last: str, kind: str) -> dict[str, Any]:
+    """The fields that all networks have; `last` is the name of the last convolution."""
     resolution = _resolution(published)
     top = f"{resolution}x{resolution}"
-
-    def shape(name: str) -> torch.Size:
-        if name not in published:
-            raise ValueError(f"no {name}: these are not the weights of a DDPM++ or NCSN++")
-        return published[name].shape
-
-    base, inputs = shape(f"enc.{top}_conv.weight")[:2]
-    channels = shape(f"dec.{top}_aux_conv.weight")[0]
+    inputs = published[f"enc.{top}_conv.weight"].shape[1]
+    channels = _tensor(published, last, kind).shape[0]
     if inputs not in (channels, channels + 2):
         raise ValueError(f"the network takes {inputs} channels and returns {channels}: unsupported")
     blocks = sum(f"enc.{top}_block{i}.conv0.weight" in published for i in range(100))
@@ -112,27 +133,20 @@ def edm_config(state_dict: Mapping[str, Tensor], *, dropout: float = 0.0) -> UNe
             attention.append(len(mult))
         mult.append(published[f"{first}.conv0.weight"].shape[0] // base)
         resolution //= 2
-    residual = any("_aux_residual." in name for name in published)
-    taps = {x.shape[-1] for name, x in state_dict.items() if name.endswith("resample_filter")}
-    smooth = 4 in taps if taps else residual
-    return UNetConfig(
-        channels=channels,
-        base=base,
-        mult=tuple(mult),
-        blocks=blocks,
-        attention=tuple(attention),
-        num_classes=published["map_label.weight"].shape[1]
-        if "map_label.weight" in published
-        else 0,
-        augment_dim=published["map_augment.weight"].shape[1]
-        if "map_augment.weight" in published
-        else 0,
-        coordinates=inputs == channels + 2,
-        embedding="fourier" if "map_noise.freqs" in published else "positional",
-        encoder="residual" if residual else "standard",
-        filter=(1, 3, 3, 1) if smooth else (1, 1),
-        dropout=dropout,
-    )
+    tables = {"num_classes": "map_label.weight", "augment_dim": "map_augment.weight"}
+    sizes = {
+        field: published[name].shape[1] if name in published else 0
+        for field, name in tables.items()
+    }
+    return {
+        "channels": channels,
+        "base": base,
+        "mult": tuple(mult),
+        "blocks": blocks,
+        "attention": tuple(attention),
+        "coordinates": inputs == channels + 2,
+        **sizes,
+    }
 
 
 def _weights(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,8 +165,8 @@ def _resolution(published: Mapping[str, Tensor]) -> int:
     raise ValueError("no enc.<size>_conv.weight: these are not published EDM U-Net weights")
 
 
-def _converted(network: SongUNet, name: str, value: Tensor) -> Tensor:
-    """A published tensor in the layout of `SongUNet`."""
+def _converted(network: SongUNet | DhariwalUNet, name: str, value: Tensor) -> Tensor:
+    """A published tensor in the layout of this library."""
     owner, _, leaf = name.rpartition(".")
     channels = network.config.channels
     coordinates = network.config.coordinates
@@ -163,14 +177,7 @@ def _converted(network: SongUNet, name: str, value: Tensor) -> Tensor:
             return value.new_zeros(value.shape[0], 2, *value.shape[2:])
         return value[:, channels:]
     if owner.endswith(".qkv"):
-        # Published channels: heads, features and, fastest, q k v; ours have q k v outermost.
         attention = network.get_submodule(owner.removesuffix(".qkv"))
         assert isinstance(attention, Attention)
-        split = value.reshape(attention.num_heads, -1, 3, *value.shape[1:])
-        return split.movedim(2, 0).reshape(value.shape)
+        return queries_first(value, attention.num_heads)
     return value
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

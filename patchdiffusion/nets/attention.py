@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from patchdiffusion.nets.base import Role
-from patchdiffusion.nets.layers import Conv, Linear, Norm
+from patchdiffusion.nets.layers import Conv, Init, Linear, Norm
 
 
 def twice_differentiable() -> contextlib.AbstractContextManager[object]:
@@ -28,12 +28,21 @@ class Attention(nn.Module):
 
     role: ClassVar[Role] = "attention"
 
-    def __init__(self, channels: int, num_heads: int = 1):
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int = 1,
+        *,
+        eps: float = 1e-6,
+        init: Init = "xavier",
+        scales: tuple[float, float] = (0.2**0.5, 1e-5),
+    ):
+        """`eps` is that of the norm, `init` and `scales` those of `qkv` and `proj`."""
         super().__init__()
         self.num_heads = num_heads
-        self.norm = Norm(channels)
-        self.qkv = Conv(channels, 3 * channels, 1, scale=0.2**0.5)
-        self.proj = Conv(channels, channels, 1, scale=1e-5)
+        self.norm = Norm(channels, eps)
+        self.qkv = Conv(channels, 3 * channels, 1, init=init, scale=scales[0])
+        self.proj = Conv(channels, channels, 1, init=init, scale=scales[1])
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, height, width = x.shape

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.nets.base import Key, Role
-from patchdiffusion.nets.layers import Conv, Linear, downsample, full_precision, pad_even
+from patchdiffusion.nets.layers import (
+    Conv,
+    Init,
+    Linear,
+    downsample,
+    full_precision,
+    normal,
+    pad_even,
+)
 from patchdiffusion.patches import Region
 
 EmbeddingKind = Literal["positional", "fourier"]
@@ -21,10 +29,14 @@ EmbeddingKind = Literal["positional", "fourier"]
 
 def positional(noise: Tensor, width: int) -> Tensor:
     """Sines, then cosines, of width/2 frequencies from 1 to 1e-4: [B] -> [B, width] (DDPM++)."""
-    half = width // 2
-    steps = torch.arange(half, device=noise.device, dtype=torch.float32) / (half - 1)
-    angle = noise[:, None] * torch.exp(steps * -math.log(10000))
+    angle = angles(noise, width // 2, last=width // 2 - 1)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def angles(noise: Tensor, count: int, *, last: int) -> Tensor:
+    """Noise times frequencies that fall from 1, by 1e-4 in `last` of them: [B] -> [B, count]."""
+    steps = torch.arange(count, device=noise.device, dtype=torch.float32) / last
+    return noise[:, None] * torch.exp(steps * -math.log(10000))
 
 
 class Fourier(nn.Module):
@@ -39,8 +51,7 @@ class Fourier(nn.Module):
 
     def draw(self, key: Key) -> None:
         if not self.freqs.is_meta:
-            drawn = torch.randn(self.freqs.shape, generator=key("freqs"), device="cpu")
-            self.freqs.copy_(drawn * self.scale)
+            self.freqs.copy_(normal(self.freqs.shape, key("freqs")) * self.scale)
 
     def forward(self, noise: Tensor) -> Tensor:
         angle = noise[:, None] * (2 * math.pi * self.freqs)
@@ -85,21 +96,32 @@ class Embedding(nn.Module):
             h = self.fourier(noise) if self.fourier else positional(noise, self.base)
             h = h.to(dtype)  # [B, D]
             if self.label is not None:
-                h = h + self.label(self._one_hot(cond.labels, h) * math.sqrt(self.num_classes))
+                classes = one_hot(cond.labels, self.num_classes, h)
+                h = h + self.label(classes * math.sqrt(self.num_classes))
             if self.augment is not None:
-                # None is zero: every parameter has a gradient, for which other processes wait.
-                none = h.new_zeros(len(h), self.augment.in_features)
-                h = h + self.augment(none if cond.augment is None else cond.augment.to(dtype))
+                h = h + self.augment(augmentation(cond, self.augment.in_features, h))
             if self.jump is not None:
-                jump = torch.zeros_like(noise) if cond.jump is None else cond.jump
-                h = h + self.jump(positional(jump, self.base).to(dtype))
+                h = h + self.jump(jump_features(cond, noise, self.base).to(dtype))
             return F.silu(self.layer1(F.silu(self.layer0(h))))
 
-    def _one_hot(self, labels: Tensor | None, like: Tensor) -> Tensor:
-        if labels is None:
-            return like.new_zeros(len(like), self.num_classes)
-        classes = torch.arange(self.num_classes, device=labels.device)
-        return (labels[:, None] == classes).to(like.dtype)  # [B, K]
+
+def one_hot(labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
+    """1 for the class of each sample, none for labels outside [0, K): [B] -> like [B, K]."""
+    if labels is None:
+        return like.new_zeros(len(like), num_classes)
+    classes = torch.arange(num_classes, device=labels.device)
+    return (labels[:, None] == classes).to(like.dtype)
+
+
+def augmentation(cond: Cond, size: int, like: Tensor) -> Tensor:
+    """Augmentation parameters, zero if there are none: like [B, size]."""
+    # None is zero: every parameter has a gradient, for which other processes wait.
+    return like.new_zeros(len(like), size) if cond.augment is None else cond.augment.to(like.dtype)
+
+
+def jump_features(cond: Cond, noise: Tensor, width: int) -> Tensor:
+    """Positional features of the jump, which is 0 if there is none: [B, width]."""
+    return positional(torch.zeros_like(noise) if cond.jump is None else cond.jump, width)
 
 
 def whole_canvas(x: Tensor) -> Tensor:
@@ -142,9 +164,17 @@ class Stem(nn.Module):
 
     role: ClassVar[Role] = "stem"
 
-    def __init__(self, channels: int, width: int, *, coordinates: int, padding: int = 1):
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        coordinates: int,
+        padding: int = 1,
+        init: Init = "xavier",
+    ):
         super().__init__()
-        self.image = Conv(channels, width, padding=padding)
+        self.image = Conv(channels, width, padding=padding, init=init)
         self.coordinates = (
             Conv(coordinates, width, bias=False, padding=padding, neutral=True)
             if coordinates

@@ -4,6 +4,7 @@ Shapes: B batch, C channels, H and W height and width (any size), E size of the 
 """
 
 import contextlib
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -16,20 +17,46 @@ from patchdiffusion.nets.fused import group_norm, residual
 # ---- Layers initialized from a seed, not from the global generator ----
 
 
-def _xavier(weight: Tensor, scale: float, generator: torch.Generator) -> None:
-    # On the CPU whatever the device, so that a seed gives equal weights everywhere.
+Init = Literal["xavier", "kaiming", "normal"]
+"""Initial weights and biases, times a scale: Xavier-uniform and zero; both uniform up to
+1 / sqrt(inputs), PyTorch's default; normal of variance 1 and zero."""
+
+
+def _draw(layer: "Conv | Linear", key: Key) -> None:
+    weight, bias, scale = layer.weight, layer.bias, layer.scale
     if weight.is_meta:
         return
-    fan = (weight.shape[0] + weight.shape[1]) * weight[0, 0].numel()
-    drawn = torch.rand(weight.shape, generator=generator, device="cpu")
+    fan_in, pixels = weight[0].numel(), weight[0, 0].numel()
     with torch.no_grad():
-        weight.copy_((2 * drawn - 1) * (scale * (6 / fan) ** 0.5))
+        if bias is not None:
+            bias.zero_()
+        if layer.init == "xavier":
+            fan = (weight.shape[0] + weight.shape[1]) * pixels
+            _uniform(weight, scale * (6 / fan) ** 0.5, key("weight"))
+        elif layer.init == "kaiming":
+            for name, parameter in layer.named_parameters():
+                _uniform(parameter, scale / fan_in**0.5, key(name))
+        else:
+            weight.copy_(scale * normal(weight.shape, key("weight")))
+
+
+def _uniform(parameter: Tensor, bound: float, generator: torch.Generator) -> None:
+    drawn = torch.rand(parameter.shape, generator=generator, device="cpu")
+    parameter.copy_((2 * drawn - 1) * bound)
+
+
+def normal(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Normal values, drawn on the CPU whatever the device: a seed gives equal weights everywhere.
+
+    float32, of the shape.
+    """
+    return torch.randn(shape, generator=generator, device="cpu")
 
 
 class Conv(nn.Conv2d):
-    """A convolution of stride 1; weights Xavier-uniform times `scale`, bias zero.
+    """A convolution of stride 1; its initial weights are `init` times `scale`.
 
-    EDM (arXiv 2206.00364) uses scale 1e-5 at the end of each branch and sqrt(.2) before attention.
+    DDPM++ in EDM (arXiv 2206.00364) has scale 1e-5 at the end of branches, sqrt(.2) in attention.
     `role` and `neutral` are explained in `nets.base.Network`; neutral weights have scale 0.
     """
 
@@ -39,12 +66,14 @@ class Conv(nn.Conv2d):
         cout: int,
         kernel: int = 3,
         *,
+        init: Init = "xavier",
         scale: float = 1.0,
         bias: bool = True,
         padding: int | None = None,
         role: Role | None = None,
         neutral: bool = False,
     ):
+        self.init: Init = init
         self.scale = 0.0 if neutral else scale
         super().__init__(
             cin, cout, kernel, padding=kernel // 2 if padding is None else padding, bias=bias
@@ -55,24 +84,24 @@ class Conv(nn.Conv2d):
         """Nothing: the default would consume the global generator."""
 
     def draw(self, key: Key) -> None:
-        _xavier(self.weight, self.scale, key("weight"))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        _draw(self, key)
 
 
 class Linear(nn.Linear):
-    """A linear layer; weights Xavier-uniform times `scale`, bias zero; the rest as in `Conv`."""
+    """A linear layer; the arguments are those of `Conv`."""
 
     def __init__(
         self,
         cin: int,
         cout: int,
         *,
+        init: Init = "xavier",
         scale: float = 1.0,
         bias: bool = True,
         role: Role | None = None,
         neutral: bool = False,
     ):
+        self.init: Init = init
         self.scale = 0.0 if neutral else scale
         super().__init__(cin, cout, bias=bias)
         self.role, self.is_neutral = role, neutral
@@ -81,9 +110,7 @@ class Linear(nn.Linear):
         """Nothing: the default would consume the global generator."""
 
     def draw(self, key: Key) -> None:
-        _xavier(self.weight, self.scale, key("weight"))
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        _draw(self, key)
 
 
 class Norm(nn.GroupNorm):
@@ -118,6 +145,8 @@ class Norm(nn.GroupNorm):
 
 
 # ---- Resampling ----
+
+Resample = Literal["none", "down", "up"]
 
 
 def pad_to_multiple(x: Tensor, factors: tuple[int, ...]) -> Tensor:
@@ -162,6 +191,13 @@ def upsample(x: Tensor, size: tuple[int, int], *, smooth: bool) -> Tensor:
     return x[..., : size[0], : size[1]]
 
 
+def resampled(x: Tensor, kind: Resample, size: tuple[int, int], *, smooth: bool = False) -> Tensor:
+    """x [B, C, H, W] of half or twice the sides, or itself; `size` is that of an up-sampled one."""
+    if kind == "down":
+        return downsample(x, smooth=smooth)
+    return upsample(x, size, smooth=smooth) if kind == "up" else x
+
+
 # ---- Precision ----
 
 
@@ -190,13 +226,13 @@ class Block(nn.Module):
         cout: int,
         emb: int,
         *,
-        resample: Literal["none", "down", "up"] = "none",
+        resample: Resample = "none",
         smooth: bool = False,
         drop: float = 0.0,
         attention: nn.Module | None = None,
     ):
         super().__init__()
-        self.resample = resample
+        self.resample: Resample = resample
         self.smooth = smooth
         self.drop = drop
         self.norm0 = Norm(cin)
@@ -228,6 +264,4 @@ class Block(nn.Module):
         return x if self.attention is None else residual(x, self.attention(x))
 
     def _sampled(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        if self.resample == "down":
-            return downsample(x, smooth=self.smooth)
-        return upsample(x, size, smooth=self.smooth) if self.resample == "up" else x
+        return resampled(x, self.resample, size, smooth=self.smooth)

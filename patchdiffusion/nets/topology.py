@@ -7,32 +7,20 @@ E size of the embedding.
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.nets.base import Network, NetworkConfig, put
-from patchdiffusion.nets.fused import join
+from patchdiffusion.nets import fused
+from patchdiffusion.nets.base import Network, put
+from patchdiffusion.nets.embed import fourier_features, whole_canvas
+from patchdiffusion.nets.shapes import BlockPosition, UNetShape
 from patchdiffusion.rng import subkeys
 
-UNetLike = TypeVar("UNetLike", bound=NetworkConfig)
+UNetLike = TypeVar("UNetLike", bound=UNetShape)
 SideInput = TypeVar("SideInput")
 """Further input of the encoder's levels beside the features, such as an input pyramid."""
-
-
-@dataclass(frozen=True)
-class BlockPosition:
-    """Position of a block in a U-Net."""
-
-    half: str
-    """enc, mid or dec."""
-    level: int
-    part: str
-    """down, up, or the number of the block within its level."""
-    last: bool = False
-    """True for the last block of its level."""
 
 
 Factory = Callable[[BlockPosition, int, int], nn.Module]
@@ -119,6 +107,10 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         """Combine the features after down-sampling to a level with the side input, or neither."""
         return h, side
 
+    def join(self, h: Tensor, skip: Tensor) -> Tensor:
+        """The features of the decoder with those of the encoder: [B, F, H, W] both."""
+        return fused.join(h, skip)
+
     @abstractmethod
     def finish(self, h: Tensor) -> Tensor:
         """The output of the network from the last features: [B, F, H, W] -> [B, C, H, W]."""
@@ -168,7 +160,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         for level in reversed(range(len(self.dec))):
             for part, block in self.dec[level].named_children():
                 if part != "up":
-                    h = join(h, skips.pop())
+                    h = self.join(h, skips.pop())
                 name = f"dec.{level}.{part}"
                 h = self.run(name, block, h, features.emb, cond, features.sizes[level])
                 h = put(tape, name, h)
@@ -180,6 +172,18 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
 
     def remove_head(self) -> None:
         self.dec = nn.ModuleList()
+
+    def positions(self, x: Tensor, cond: Cond) -> Tensor | None:
+        """Coordinate channels of the input, float32 [B or 1, P, H, W]; None if it has none.
+
+        Raises `ValueError` for wrong shapes of x or of the coordinates.
+        """
+        self.check_shapes(x, cond)
+        if not self.config.coordinates:
+            return None
+        pos = whole_canvas(x) if cond.pos is None else cond.pos
+        frequencies = self.config.fourier_features
+        return fourier_features(pos, frequencies) if frequencies else pos
 
     def run(
         self,

@@ -11,36 +11,22 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.nets.attention import Attention
-from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.embed import (
     Embedding,
     EmbeddingKind,
     Pyramid,
     Stem,
-    fourier_features,
-    whole_canvas,
 )
 from patchdiffusion.nets.fused import residual
 from patchdiffusion.nets.layers import Block, Conv, Norm
-from patchdiffusion.nets.topology import BlockPosition, UNet, decoder, encoder, middle
+from patchdiffusion.nets.shapes import BlockPosition, UNetShape
+from patchdiffusion.nets.topology import UNet, decoder, encoder, middle
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig(NetworkConfig):
+class UNetConfig(UNetShape):
     """A U-Net (DDPM++, NCSN++); the defaults are DDPM++ for 64 x 64 images, without dropout."""
 
-    base: int = 128
-    """Features at a multiplier of 1; a multiple of 4."""
-    mult: tuple[int, ...] = (1, 2, 2, 2)
-    """Features of each level in units of base, from full resolution down."""
-    blocks: int = 4
-    """Residual blocks per level."""
-    attention: tuple[int, ...] = (2,)
-    """Levels with self-attention, whatever the size of the input; 0 is full resolution."""
-    coordinates: bool = True
-    """True if the network is conditioned on the canvas coordinates of every pixel."""
-    fourier_features: int = 0
-    """Number of frequencies of sines and cosines of the coordinates; 0 is the coordinates."""
     embedding: EmbeddingKind = "positional"
     """Noise features: positional (DDPM++) or random Fourier frequencies (NCSN++)."""
     encoder: Literal["standard", "residual"] = "standard"
@@ -50,40 +36,12 @@ class UNetConfig(NetworkConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.limit("blocks", 1, 64)
-        self.limit("fourier_features", 0, 16)
-        if not 4 <= self.base <= 4096 or self.base % 4:
-            raise ValueError(f"base must be a multiple of 4 in [4, 4096], not {self.base}")
-        if not 1 <= len(self.mult) <= 12 or not all(1 <= m <= 64 for m in self.mult):
-            raise ValueError(f"mult must be 1 to 12 integers in [1, 64], not {self.mult}")
-        if any(not 0 <= level < self.levels for level in self.attention):
-            raise ValueError(
-                f"attention must be levels in [0, {self.levels - 1}], not {self.attention}"
-            )
         if self.embedding not in ("positional", "fourier"):
             raise ValueError(f"embedding must be positional or fourier, not {self.embedding!r}")
         if self.encoder not in ("standard", "residual"):
             raise ValueError(f"encoder must be standard or residual, not {self.encoder!r}")
         if self.filter not in ((1, 1), (1, 3, 3, 1)):
             raise ValueError(f"filter must be (1, 1) or (1, 3, 3, 1), not {self.filter}")
-
-    @property
-    def levels(self) -> int:
-        """Number of resolutions."""
-        return len(self.mult)
-
-    @property
-    def position_channels(self) -> int:
-        """Number of coordinate channels."""
-        return (4 * self.fourier_features or 2) if self.coordinates else 0
-
-    @property
-    def divisor(self) -> int:
-        return 2 ** (self.levels - 1)
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return super().reads | ({"pos"} if self.coordinates else set())
 
     @property
     def smooth_in_noise(self) -> bool:
@@ -105,7 +63,7 @@ class SongUNet(UNet[UNetConfig, _SideInput]):
 
     def __init__(self, config: UNetConfig, *, seed: int = 0):
         super().__init__(config)
-        widths = [config.base * m for m in config.mult]
+        widths = config.widths
         self.embed = Embedding(
             config.base,
             config.embedding,
@@ -144,11 +102,7 @@ class SongUNet(UNet[UNetConfig, _SideInput]):
             cin,
             cout,
             4 * self.config.base,
-            resample="down"
-            if position.part == "down"
-            else "up"
-            if position.part == "up"
-            else "none",
+            resample=position.resample,
             smooth=len(self.config.filter) > 2,
             drop=self.config.dropout,
             attention=Attention(cout) if attends else None,
@@ -158,7 +112,7 @@ class SongUNet(UNet[UNetConfig, _SideInput]):
         return self.embed(noise, cond)
 
     def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, _SideInput]:
-        pos = self._positions(x, cond)
+        pos = self.positions(x, cond)
         return self.stem(x, pos), (x, pos)
 
     def descend(self, level: int, h: Tensor, side: _SideInput) -> tuple[Tensor, _SideInput]:
@@ -174,17 +128,6 @@ class SongUNet(UNet[UNetConfig, _SideInput]):
 
     def finish(self, h: Tensor) -> Tensor:
         return self.out_conv(self.out_norm(h, silu=True))
-
-    def _positions(self, x: Tensor, cond: Cond) -> Tensor | None:
-        self.check_shapes(x, cond)
-        if not self.config.coordinates:
-            return None
-        pos = whole_canvas(x) if cond.pos is None else cond.pos
-        return (
-            fourier_features(pos, self.config.fourier_features)
-            if self.config.fourier_features
-            else pos
-        )
 
 
 # ---- Published and smaller sizes; `changes` are fields of `UNetConfig` ----
