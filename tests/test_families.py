@@ -1,6 +1,6 @@
 """Families of record types."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,17 @@ class LongName:
 @dataclass(frozen=True)
 class OtherConfig:
     word: ClassVar[str] = "another"
+    presets: ClassVar[Mapping[str, Mapping[str, object]]] = {
+        "another-s": {"x": 1},
+        "another-l/2": {"x": 5, "y": 2},
+    }
+    x: int = 0
+    y: int = 1
+
+
+@dataclass(frozen=True)
+class Child(OtherConfig):
+    """A member does not inherit the presets."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,25 @@ def test_a_word_is_taken_once() -> None:
 
     with refuses("another", "OtherConfig"):
         families.add(Family, Thief)
+
+
+def test_presets_are_words_of_a_member_with_some_fields() -> None:
+    assert list(families.presets(Family)) == ["another-s", "another-l/2"]
+    assert families.presets(Child) == {}
+    assert families.find(Family, "another-s") == (OtherConfig, {"x": 1})
+    assert families.find(Family, "long-name") == (LongName, {})
+    assert families.find(Family, "another-m") is None
+    assert families.create(Family, "another-l/2", "field") == OtherConfig(x=5, y=2)
+    assert families.create(Family, "another", "field") == OtherConfig()
+    with refuses("field", "another-m", "long-name"):
+        families.create(Family, "another-m", "field")
+
+    @dataclass(frozen=True)
+    class AnotherS:
+        """Its word is that of a preset."""
+
+    with refuses("another-s", "OtherConfig"):
+        families.add(Family, AnotherS)
 
 
 def test_an_unknown_word_is_told() -> None:

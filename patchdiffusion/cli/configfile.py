@@ -134,8 +134,9 @@ def _of_field(slot: Slot, value: Any, file: str) -> Iterator[tuple[str, list[str
         yield from _of_record(slot.value, slot.path, value, file)
     elif isinstance(value, dict):
         member = _member(slot, value, where)
-        if "type" in value:
-            yield slot.name, [families.word(member)]
+        if (name := value.get("type")) is not None:
+            is_preset = name in families.presets(slot.members)
+            yield slot.name, [name if is_preset else families.word(member)]
         yield from _of_record(member(), slot.path, value, file)
     else:
         yield slot.name, list(_words(value, where))
@@ -146,6 +147,7 @@ def _member(slot: Slot, value: Any, where: str) -> type:
     name = value.get("type") if isinstance(value, dict) else value
     by_name = {member.__name__: member for member in slot.members}
     by_name |= families.words(slot.members)
+    by_name |= {preset: member for preset, (member, _) in families.presets(slot.members).items()}
     if isinstance(name, str) and name in by_name:
         return by_name[name]
     if name is None and isinstance(value, dict):
@@ -153,7 +155,7 @@ def _member(slot: Slot, value: Any, where: str) -> type:
         chosen = type(slot.value) if is_dataclass(slot.value) else slot.members[0]
         return chosen if chosen in fits or not fits else fits[0]
     words = sorted(families.words(slot.members))
-    hint = did_you_mean(str(name), words)
+    hint = did_you_mean(str(name), [*words, *families.presets(slot.members)])
     raise ValueError(f"{where} must be one of {', '.join(words)}, not {name!r}{hint}")
 
 

@@ -226,25 +226,30 @@ def _chosen(config: Any, first: Any, slot: Slot, route: Sequence[str], words: Se
         return config if tuple(entries) == now else _put(config, route, tuple(entries))
     if len(words) != 1:
         raise ValueError(f"--{slot.name} needs one word of {', '.join(sorted(slot.words))}")
-    if words[0] not in families.words(slot.members):
+    choice = families.find(slot.members, words[0])
+    if choice is None:
         value = _other(slot, words[0])
         return config if value == now else _put(config, route, value)
-    cls, known = _member(slot, words[0]), _get(first, route)
-    if type(now) is cls:
+    (cls, preset), known = choice, _get(first, route)
+    if type(now) is cls and not preset:
         return config
-    if type(known) is cls:  # the choice of another part had replaced it
+    if type(known) is cls and not preset:  # the choice of another part had replaced it
         return _put(config, route, known)
-    new = cls()
+    new: Any = cls(**preset)
     if hasattr(new, "inherit"):
         new = new.inherit(now, first)
-    return new.prefers(config) if hasattr(new, "prefers") else _put(config, route, new)
+    if new == now:
+        return config
+    prefers = hasattr(new, "prefers") and type(now) is not cls
+    return new.prefers(config) if prefers else _put(config, route, new)
 
 
 def _member(slot: Slot, word: str) -> Any:
     found = families.words(slot.members)
     if word not in found:
         allowed = sorted(slot.words)
-        hint = _number(slot, word) or did_you_mean(word, allowed, f"--{slot.name} {{}}")
+        near = [*allowed, *families.presets(slot.members)]
+        hint = _number(slot, word) or did_you_mean(word, near, f"--{slot.name} {{}}")
         raise ValueError(f"--{slot.name} must be one of {', '.join(allowed)}, not {word!r}{hint}")
     return found[word]
 

@@ -167,6 +167,8 @@ def _flag(slot: Slot, width: int, *, short: bool = False) -> Iterator[str]:
     yield from _columns(f"  {name}", f"{text} {value}".strip(), width, _FLAGS)
     for member in () if short or not family else slot.members:
         text = _plain(first_line(member), slot.members)
+        if names := families.presets(member):
+            text += f" Presets: {', '.join(names)}."
         yield from _columns(f"      {families.word(member)}", text, width, _FLAGS)
 
 

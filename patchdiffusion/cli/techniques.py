@@ -12,6 +12,7 @@ from patchdiffusion import recipes
 from patchdiffusion.cli import COMMANDS
 from patchdiffusion.cli.flags import Slot, slots
 from patchdiffusion.cli.help import docs, first_line
+from patchdiffusion.system import families
 from patchdiffusion.system.families import word
 
 _HEAD = (
@@ -53,7 +54,7 @@ def page() -> str:
             text = docs(slot.owner).get(slot.field, "")
             rows = [_row(member, slot.members) for member in slot.members]
             table = _table(["word", "class", "description", "source"], rows)
-            blocks += [f"## `--{slot.name}`", text, table]
+            blocks += [f"## `--{slot.name}`", text, table, *map(_presets, slot.members)]
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -69,6 +70,11 @@ def _row(member: type, family: Sequence[type]) -> list[str]:
     links = ", ".join(f"[{paper}](https://arxiv.org/abs/{paper})" for paper in unique)
     module = member.__module__.removeprefix("patchdiffusion.")
     return [f"`{word(member)}`", f"`{module}.{member.__name__}`", first_line(member), links]
+
+
+def _presets(member: type) -> str:
+    names = ", ".join(f"`{name}`" for name in families.presets(member))
+    return f"Presets of `{word(member)}`, by words like its own: {names}." if names else ""
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

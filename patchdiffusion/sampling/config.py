@@ -116,7 +116,7 @@ class SamplerConfig:
         ):
             if value is not None:
                 is_word = isinstance(value, str)
-                changes[name] = families.choose(family, value, name)() if is_word else value
+                changes[name] = families.create(family, value, name) if is_word else value
         if steps is not None:
             changes["steps"] = steps
         if size is not None:

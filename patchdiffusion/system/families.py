@@ -11,10 +11,15 @@ calls two methods of the new one, if they exist:
   replaces, or from the previous configuration;
 - `prefers(self, config)` returns the configuration with the member set and with further fields that
   belong to it, such as the noise law of a parameterisation.
+
+A member may offer presets: its `presets: ClassVar` maps further words to values of fields, so that
+`--network dit-s/4` is a `dit` of a published size. A preset sets the other fields to their
+defaults.
 """
 
 import re
 import types
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -58,9 +63,11 @@ def add(family: Any, member: type[T]) -> type[T]:
             raise ValueError(
                 f"the class name {member.__name__} is taken by {other.__module__}; choose another"
             )
-        if other is not member and word(other) == word(member):
+        own = (word(member), *_presets(member))
+        taken = sorted({word(other), *_presets(other)} & set(own))
+        if other is not member and taken:
             raise ValueError(
-                f"the word {word(member)!r} is taken by {other.__name__}; set another as `word`"
+                f"the word {taken[0]!r} is taken by {other.__name__}; set another as `word`"
             )
     if member not in members(family):
         _ADDED.setdefault(frozenset(_declared(family)), []).append(member)
@@ -93,12 +100,37 @@ def words(family: Any) -> dict[str, type]:
     return {word(member): member for member in members(family)}
 
 
+def _presets(member: type) -> Mapping[str, Mapping[str, Any]]:
+    return member.__dict__.get("presets", {})
+
+
+def presets(family: Any) -> dict[str, tuple[type, Mapping[str, Any]]]:
+    """Words of presets of a family, with the member and the fields that each sets."""
+    return {
+        name: (member, changes)
+        for member in members(family)
+        for name, changes in _presets(member).items()
+    }
+
+
+def find(family: Any, name: str) -> tuple[type, Mapping[str, Any]] | None:
+    """Member and fields that a word or preset names; None if it names nothing."""
+    member = words(family).get(name)
+    return presets(family).get(name) if member is None else (member, {})
+
+
 def choose(family: Any, name: str, where: str) -> type:
     """Member that a word names; raises `ValueError` that names the field `where`."""
     member = words(family).get(name)
     if member is None:
         raise ValueError(f"unknown {where} {name!r}, allowed: {', '.join(words(family))}")
     return member
+
+
+def create(family: Any, name: str, where: str) -> Any:
+    """Record that a word or preset names; raises `ValueError` that names the field `where`."""
+    member, changes = presets(family).get(name) or (choose(family, name, where), {})
+    return member(**changes)
 
 
 def copy_fields(new: T, other: object) -> T:
