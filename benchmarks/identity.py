@@ -33,7 +33,7 @@ from patchdiffusion.system.families import words as words_of
 Record = dict[str, Any]
 
 SMALL = "--network.base 8 --network.mult 1 2 --network.blocks 1 --network.attention 1"
-TOKENS = "--network transformer --network.width 32 --network.depth 2 --network.heads 2"
+TOKENS = "--network dit --network.width 32 --network.depth 2 --network.heads 2"
 STEPS = "--clock steps --images 20 --batch 4 --preview.status 1000000 --preview.samples 1"
 STEPS += (
     " --preview.grid 4 --preview.sample-steps 3 --preview.held-out 8 --precision fp32 --threads 1"

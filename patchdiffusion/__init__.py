@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
     from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
     from patchdiffusion.model import load_model
+    from patchdiffusion.nets.dit import DiTConfig
     from patchdiffusion.nets.own import allow
-    from patchdiffusion.nets.transformer import TransformerConfig
     from patchdiffusion.nets.unet import SongUNet, UNetConfig
     from patchdiffusion.noise import LogNormal
     from patchdiffusion.objectives import ConsistencyConfig, MeanFlowConfig
@@ -86,7 +86,7 @@ __all__ = [
     "euler",
     "heun",
     "SongUNet",
-    "TransformerConfig",
+    "DiTConfig",
     "UNetConfig",
     "load_model",
     "save_png",
@@ -103,7 +103,7 @@ _FILES = {
     "losses": "Batch DenoisingLoss LossOut",
     "model": "load_model",
     "nets.own": "allow",
-    "nets.transformer": "TransformerConfig",
+    "nets.dit": "DiTConfig",
     "nets.unet": "SongUNet UNetConfig",
     "noise": "LogNormal",
     "objectives": "ConsistencyConfig MeanFlowConfig",

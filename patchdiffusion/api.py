@@ -59,7 +59,7 @@ def train(
     """Train on images at a path, by a recipe, or with a full configuration; returns the run.
 
     `fields` are those of `TrainConfig` and `RunConfig`, as on the command line: `images=5000`,
-    `batch=16`, `out="runs/a"`, `network="transformer"`, `optim={"lr": 1e-3}`, `network=UNetConfig(
+    `batch=16`, `out="runs/a"`, `network="dit"`, `optim={"lr": 1e-3}`, `network=UNetConfig(
     base=16)`. A network of your own may be any module `F(x, noise, cond)`. `callbacks` are called
     with every `Event`; one that returns True, or raises, ends the run, which is saved before. The
     same call again goes on with the run. Raises `ValueError` for what cannot work,

@@ -10,7 +10,7 @@ from commands import refuses
 
 import patchdiffusion as pd
 from patchdiffusion.data.options import DataConfig
-from patchdiffusion.nets.transformer import TransformerConfig
+from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.objectives import DenoisingConfig
 from patchdiffusion.parameterisation import V
 from patchdiffusion.plans import Stratified
@@ -38,7 +38,15 @@ EDITS: list[tuple[dict[str, Any], dict[str, Any]]] = [
         {"optim.schedule": InverseSqrt(), "optim.lr": 0.1},
         {"optim": AdamW(lr=0.1, schedule=InverseSqrt())},
     ),
-    ({"network": "transformer", "network.depth": 3}, {"network": TransformerConfig(depth=3)}),
+    ({"network": "dit", "network.depth": 3}, {"network": DiTConfig(depth=3)}),
+    (
+        {"network": "dit-b/2"},
+        {"network": DiTConfig(width=768, depth=12, heads=12, embedding="late")},
+    ),
+    (
+        {"network": "dit-s/4", "network.patch": (8, 8), "network.depth": 2},
+        {"network": DiTConfig(width=384, depth=2, heads=6, patch=(8, 8), embedding="late")},
+    ),
     ({"micro_batch": None, "precision": "bf16"}, {"precision": "bf16"}),
     ({"ema": {"profiles": ()}}, {}),
     ({"ema": EMAConfig(profiles=(0.05, 0.1))}, {"ema": EMAConfig(profiles=(0.05, 0.1))}),
@@ -113,7 +121,7 @@ def test_train_by_a_recipe_and_a_run_config(images: Path, tmp_path: Path) -> Non
 def test_auto_knows_the_data(images: Path, tmp_path: Path) -> None:
     config = pd.auto(images, device="cpu", data={"resolution": 8, "channels": 1}, batch=2)
     assert (config.data.resolution, config.network.channels, config.batch) == (8, 1, 2)
-    assert isinstance(pd.auto(images, network="transformer").network, TransformerConfig)
+    assert isinstance(pd.auto(images, network="dit").network, DiTConfig)
     pack = pd.prepare(images, tmp_path / "pack", progress=False)
     assert pd.auto(pack).data.path == str(pack.path)
     assert pd.auto(images, preview=PreviewConfig(grid=4)).preview == PreviewConfig(grid=4)

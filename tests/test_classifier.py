@@ -22,8 +22,8 @@ from patchdiffusion.losses import Batch, DenoisingLoss
 from patchdiffusion.metrics.classify import Answers, framed, summarize
 from patchdiffusion.model import load_classifier
 from patchdiffusion.nets.base import NetworkConfig
+from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.heads import ClassifierHead
-from patchdiffusion.nets.transformer import TransformerConfig
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ConsistencyConfig, ContrastConfig
 from patchdiffusion.objectives.classify import ClassificationLoss
@@ -37,7 +37,7 @@ from patchdiffusion.train.report import read_log
 
 TRUNKS = {
     "unet": replace(tiny.NETWORK, num_classes=0),
-    "transformer": TransformerConfig(width=16, depth=2, heads=2),
+    "transformer": DiTConfig(width=16, depth=2, heads=2),
 }
 
 
@@ -140,7 +140,7 @@ def test_the_loss_is_least_at_bayes_rule() -> None:
 
 
 def test_a_trained_classifier_comes_close_to_bayes_rule() -> None:
-    config = TransformerConfig(channels=1, width=16, depth=1, heads=1, patch=(1, 1))
+    config = DiTConfig(channels=1, width=16, depth=1, heads=1, patch=(1, 1))
     network = ClassifierHead(classes=2).build(config)
     classifier = NoisyClassifier(network, EDM(sigma_data=STD))
     optimizer = torch.optim.AdamW(network.parameters(), lr=5e-3, fused=True)

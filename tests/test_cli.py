@@ -112,7 +112,7 @@ def test_help_is_read_in_a_minute(
 def test_help_shows_the_words_of_groups_and_whose_defaults_it_has(capsys: Capture) -> None:
     text = works(capsys, "train", "--help")
     assert "the recipe folder" in text and "[150000]" in text
-    assert re.search(r"^  network +unet \| transformer", text, re.M)
+    assert re.search(r"^  network +unet \| dit", text, re.M)
     text = works(capsys, "train", "glyphs", "--help")
     assert "the recipe glyphs" in text and "[20000]" in text
     flow = works(capsys, "train", "--help", "precond", "--precond", "flow")

@@ -29,7 +29,7 @@ def settings(capsys: Capture, *arguments: object) -> Any:
         "cifar10 DATA --objective ctm",
         "DATA --patches stochastic --objective.weighting p2 --optim muon --data.no-flip",
         "DATA --precond ddpm --objective.log-variance 16 --additions contrast",
-        "DATA --network transformer --ema.profiles 0.05 0.1 --micro-batch 3 --name other",
+        "DATA --network dit --ema.profiles 0.05 0.1 --micro-batch 3 --name other",
         "DATA --optim.role-lr head 0.5 stem 2 --precision fp32 --preview.extractor none",
     ],
 )
@@ -77,6 +77,23 @@ def test_toml_with_words_for_types(images: Path, tmp_path: Path, capsys: Capture
     assert settings(capsys, "--config", "run.toml") == settings(capsys, images, *flags)
 
 
+def test_presets_are_words(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    """With the channels and axes of the images; flags change them, in any order."""
+    flags = ("--network.patch", "8x8", "--network", "dit-s/4", "--network.norm", "rms")
+    typed = settings(capsys, images, *flags)
+    network = typed["network"]
+    assert (network["width"], network["depth"], network["heads"]) == (384, 12, 6)
+    assert (network["patch"], network["norm"], network["num_classes"]) == ([8, 8], "rms", 2)
+    (tmp_path / "run.toml").write_text("[network]\ntype = 'dit-s/4'\nnorm = 'rms'\npatch = [8, 8]")
+    assert settings(capsys, images, "--config", "run.toml") == typed
+    again = settings(capsys, images, *flags, "--config", "run.toml")
+    assert again == typed
+    other = settings(capsys, images, "--network", "dit-b/2", "--config", "run.toml")["network"]
+    assert (other["width"], other["patch"], other["norm"]) == (768, [2, 2], "layer")
+    clips = settings(capsys, "moving-glyphs", "--network", "dit-s/4")["network"]
+    assert (clips["patch"], clips["width"]) == ([4, 4, 4], 384)
+
+
 def test_flags_win(images: Path, tmp_path: Path, capsys: Capture) -> None:
     written = {
         "batch": 8,
@@ -100,7 +117,7 @@ def test_flags_win(images: Path, tmp_path: Path, capsys: Capture) -> None:
         ("btach = 3", ["bad.toml", "btach", "batch"]),
         ("lr = 3", ["bad.toml", "lr", "--optim.lr"]),
         ("[optim]\nlearning = 3", ["bad.toml", "optim.learning", "lr"]),
-        ("[network]\ntype = 'dit'", ["bad.toml", "network", "dit", "transformer"]),
+        ("[network]\ntype = 'vit'", ["bad.toml", "network", "vit", "dit"]),
         ("noise = 'laplace'", ["noise", "laplace", "lognormal"]),
         ("batch = 'many'", ["batch", "many"]),
         ("batch = {a = 1}", ["bad.toml", "batch"]),

@@ -43,7 +43,9 @@ FLAG = re.compile(r"--([A-Za-z][\w.-]*)")
         ("--preview.qqqq", "--preview.grid"),
         ("--qqqq", "--help"),
         ("--device gpu", "cuda"),
-        ("--network dit", "--network transformer"),
+        ("--network transformer", "--network dit"),
+        ("--network dit-q/4", "--network dit-s/4"),
+        ("--network dit-xxl/2", "--network dit-xl/2"),
         ("--precond epsilon", "--precond eps"),
     ],
 )

@@ -14,11 +14,11 @@ from patchdiffusion.data.moving import MovingGlyphs, bounced
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare, prepare_data
 from patchdiffusion.data.source import open_source
-from patchdiffusion.nets.transformer import TransformerConfig
+from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.report import read_log
 
-NETWORK = TransformerConfig(patch=(2, 4, 4), width=16, depth=1, heads=2, channels=1)
+NETWORK = DiTConfig(patch=(2, 4, 4), width=16, depth=1, heads=2, channels=1)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,13 @@
 """Published weights and the outputs of the published networks."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from commands import refuses
+from golden import golden, weights_and_tensors
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -36,21 +36,8 @@ CASES = [
 ]
 
 
-def golden(name: str) -> Path:
-    sibling = Path(__file__).parents[2] / "shared" / "golden"
-    path = Path(os.environ.get("PATCHDIFFUSION_GOLDEN", sibling)) / f"{name}.safetensors"
-    if not path.exists():
-        pytest.skip(f"no reference outputs: {path} is not there (set PATCHDIFFUSION_GOLDEN)")
-    return path
-
-
 def published(path: Path) -> tuple[NetDenoiser, dict[str, Tensor]]:
-    tensors = load_file(path)
-    weights = {
-        name.removeprefix("weights/"): value
-        for name, value in tensors.items()
-        if name.startswith("weights/")
-    }
+    weights, tensors = weights_and_tensors(path)
     config = adm_config(weights) if "model.out_conv.weight" in weights else edm_config(weights)
     network = config.build(seed=5)
     load_edm_state_dict(network, weights)

@@ -165,7 +165,7 @@ def test_strange_configurations(change: dict[str, object], message: str, saved: 
     [
         (
             {"type": "Exploit"},
-            "network has the type 'Exploit'; allowed are UNetConfig, TransformerConfig",
+            "network has the type 'Exploit'; allowed are UNetConfig, DiTConfig",
         ),
         ({"type": "os.system"}, "network has the type 'os.system'"),
         ({"path": "x.py"}, "unknown key 'network.path'"),

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets import Network, base
 from patchdiffusion.nets.adm import ADMConfig
+from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.topology import Features, UNet
-from patchdiffusion.nets.transformer import TransformerConfig
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.objectives.tangent import derivative
 from patchdiffusion.rng import keys
@@ -31,7 +31,7 @@ ADM = ADMConfig(
     augment_dim=3,
     jump=True,
 )
-DIT = TransformerConfig(width=16, depth=2, heads=2, num_classes=4, augment_dim=3, jump=True)
+DIT = DiTConfig(width=16, depth=2, heads=2, num_classes=4, augment_dim=3, jump=True)
 NETWORKS = {
     "unet": UNET,
     "ncsnpp": NCSN,

@@ -21,7 +21,7 @@ WORDS = {
     "sample": "x0", "xstart": "x0", "start": "x0", "rectifiedflow": "flow", "flowmatching": "flow",
     "fm": "flow",
     # Networks, optimizers, rates
-    "dit": "transformer", "vit": "transformer", "uvit": "transformer", "sit": "transformer",
+    "transformer": "dit", "vit": "dit", "uvit": "dit", "sit": "dit",
     "ddpmpp": "unet", "songunet": "unet", "ncsnpp": "unet", "adm": "unet", "adam": "adamw",
     "cosine": "trapezoid", "constant": "trapezoid", "wsd": "trapezoid", "rsqrt": "inverse-sqrt",
     # Objectives

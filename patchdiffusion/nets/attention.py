@@ -1,7 +1,6 @@
-"""Self-attention over the pixels of a feature map, and over tokens.
+"""Self-attention over the pixels of a feature map.
 
-Shapes: B batch, C channels, H and W height and width, N = H W pixels, n heads, d = C / n;
-T tokens of D features.
+Shapes: B batch, C channels, H and W height and width, N = H W pixels, n heads, d = C / n.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from patchdiffusion.nets.base import Role
-from patchdiffusion.nets.layers import Conv, Init, Linear, Norm
+from patchdiffusion.nets.layers import Conv, Init, Norm
 
 
 def twice_differentiable() -> contextlib.AbstractContextManager[object]:
@@ -51,21 +50,3 @@ class Attention(nn.Module):
         q, k, v = qkv.transpose(-1, -2).contiguous().unbind(1)  # each [B, n, N, d]
         h = F.scaled_dot_product_attention(q, k, v)
         return self.proj(h.transpose(-1, -2).reshape(b, c, height, width))
-
-
-class TokenAttention(nn.Module):
-    """Multi-head self-attention of tokens: [B, T, D] -> [B, T, D]."""
-
-    role: ClassVar[Role] = "attention"
-
-    def __init__(self, width: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
-
-    def forward(self, h: Tensor) -> Tensor:
-        qkv = self.qkv(h).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, n, d]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each [B, n, T, d]
-        h = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(h.transpose(1, 2).flatten(2))

@@ -124,6 +124,64 @@ def jump_features(cond: Cond, noise: Tensor, width: int) -> Tensor:
     return positional(torch.zeros_like(noise) if cond.jump is None else cond.jump, width)
 
 
+class Labels(nn.Module):
+    """A vector for each of K classes, and one for all others, such as -1: [B] -> [B, E]."""
+
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_classes + 1, width))
+
+    def draw(self, key: Key) -> None:
+        if not self.weight.is_meta:
+            with torch.no_grad():
+                self.weight.copy_(0.02 * normal(self.weight.shape, key("weight")))
+
+    def forward(self, labels: Tensor) -> Tensor:
+        none = len(self.weight) - 1
+        known = (labels >= 0) & (labels < none)
+        return F.embedding(torch.where(known, labels, none), self.weight)
+
+
+class LateEmbedding(nn.Module):
+    """Noise level, class, augmentation and jump as in DiT (arXiv 2212.09748), in full precision.
+
+    256 features of the noise level pass two layers; the others are added behind them. `Embedding`
+    says what none and jump are.
+    """
+
+    role: ClassVar[Role] = "embedding"
+    features: ClassVar[int] = 256
+
+    def __init__(self, width: int, num_classes: int, augment_dim: int, *, jump: bool = False):
+        super().__init__()
+        self.layer0 = Linear(self.features, width, init="normal", scale=0.02)
+        self.layer1 = Linear(width, width, init="normal", scale=0.02)
+        self.label = Labels(num_classes, width) if num_classes else None
+        self.augment = Linear(augment_dim, width, bias=False) if augment_dim else None
+        self.jump = Linear(self.features, width, bias=False, neutral=True) if jump else None
+
+    def forward(self, noise: Tensor, cond: Cond) -> Tensor:
+        """noise [B] -> [B, E]."""
+        dtype = self.layer0.weight.dtype
+        with full_precision(noise):
+            h = self.layer1(F.silu(self.layer0(self._waves(noise).to(dtype))))
+            if self.label is not None:
+                none = torch.full(noise.shape[:1], -1, device=noise.device)
+                h = h + self.label(none if cond.labels is None else cond.labels)
+            if self.augment is not None:
+                h = h + self.augment(augmentation(cond, self.augment.in_features, h))
+            if self.jump is not None:
+                h = h + self.jump(jump_features(cond, noise, self.features).to(dtype))
+            return F.silu(h)
+
+    def _waves(self, noise: Tensor) -> Tensor:
+        """Cosines, then sines, of frequencies from 1 to almost 1e-4: [B] -> [B, features]."""
+        half = self.features // 2
+        steps = torch.arange(half, device=noise.device, dtype=torch.float32) / half
+        angle = noise[:, None] * torch.exp(steps * -math.log(10000))
+        return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
 def whole_canvas(x: Tensor) -> Tensor:
     """Coordinates if x [B, C, *S] is the whole canvas of n axes: float32 [1, n, *S]."""
     return Region.whole(tuple(x.shape[2:])).pos(x[:1])

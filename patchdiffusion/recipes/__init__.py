@@ -9,7 +9,7 @@ import torch
 from patchdiffusion.data.mirror import mirror_of
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.nets import transformer, unet
+from patchdiffusion.nets import dit, unet
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ObjectiveUnion
 from patchdiffusion.parameterisation import EDM
@@ -86,7 +86,7 @@ def folder(facts: Facts) -> TrainConfig:
         batch, lr = 256, 4e-4 if few else 2e-4
         images = min(max(facts.count * 250.0, 2e6), 5e7)
     if len(facts.canvas) != 2:
-        network = transformer.for_canvas(facts.canvas)
+        network = dit.for_canvas(facts.canvas)
     dropout = 0.2 if facts.count < 6_000 and facts.device != "cpu" else network.dropout
     return TrainConfig(
         name=facts.name,
@@ -186,9 +186,7 @@ def moving_glyphs(facts: Facts) -> TrainConfig:
     return TrainConfig(
         name="moving-glyphs",
         data=DataConfig(path="moving-glyphs", channels=1),
-        network=transformer.for_canvas(
-            (8, 24, 24), channels=facts.channels, num_classes=facts.classes
-        ),
+        network=dit.for_canvas((8, 24, 24), channels=facts.channels, num_classes=facts.classes),
         precond=EDM(sigma_data=0.42),
         noise=LogNormal(mean=-0.7),
         patches=GROWING,

@@ -109,7 +109,7 @@ def check_images(config: Settings, pack: Pack) -> None:
     if axes != config.network.axes:
         raise ValueError(
             f"the network has {config.network.axes} axes, and the images have {axes} axes; "
-            f"use one such as --network transformer --network.patch{' 2' * axes}"
+            f"use one such as --network dit --network.patch{' 2' * axes}"
         )
     if channels != config.network.channels:
         raise ValueError(

@@ -8,21 +8,18 @@ import torch
 import torch.nn.functional as F
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.nets.attention import TokenAttention, twice_differentiable
+from patchdiffusion.nets import Network
+from patchdiffusion.nets.attention import twice_differentiable
 from patchdiffusion.nets.base import initialize
 from patchdiffusion.nets.count import count, training_flops
+from patchdiffusion.nets.dit import DiTConfig, tiny
 from patchdiffusion.nets.embed import whole_canvas
-from patchdiffusion.nets.transformer import (
-    FINEST,
-    TransformerConfig,
-    fold,
-    position_features,
-    tiny,
-    unfold,
-)
+from patchdiffusion.nets.tokenblock import TokenAttention
+from patchdiffusion.nets.tokens import FINEST, fold, position_features, unfold
+from patchdiffusion.system import families
 
 SIZES = {(2,): (12,), (2, 3): (4, 9), (1, 2, 4): (3, 4, 8)}
-LITTLE = TransformerConfig(width=16, depth=2, heads=2)
+LITTLE = DiTConfig(width=16, depth=2, heads=2)
 
 
 @pytest.mark.parametrize(("patch", "sides"), SIZES.items())
@@ -90,9 +87,9 @@ def test_attention_is_a_softmax() -> None:
         weights = (q[..., i] @ k[..., i].transpose(1, 2) / 2).softmax(dim=-1)
         heads.append(weights @ v[..., i])
     expected = attention.proj(torch.cat(heads, dim=-1))
-    torch.testing.assert_close(attention(h), expected)
+    torch.testing.assert_close(attention(h)[0], expected)
     with twice_differentiable():
-        torch.testing.assert_close(attention(h), expected)
+        torch.testing.assert_close(attention(h)[0], expected)
 
 
 @pytest.mark.parametrize(("patch", "sides"), SIZES.items())
@@ -106,6 +103,32 @@ def test_cost_is_the_formula(patch: tuple[int, ...], sides: tuple[int, ...]) -> 
     macs = 2 * t * inner * d + config.depth * block + 2 * d**2 + embedding
     assert count(network, sides).macs == macs
     assert training_flops(network, sides) == 6 * macs
+
+
+PUBLISHED = {  # parameters with patches of 2, GMAC with patches of 2, 4 and 8
+    "s": (32.87e6, 6.06, 1.41, 0.36),
+    "b": (130.3e6, 23.0, 5.56, 1.42),
+    "l": (457.8e6, 80.7, 19.7, 5.01),
+    "xl": (674.8e6, 118.6, 29.0, 7.39),
+}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes(size: str) -> None:
+    """Parameters and operations of the published networks at 256 x 256, on latents 32 x 32 x 4."""
+    params, *costs = PUBLISHED[size]
+    for patch, cost in zip((2, 4, 8), costs, strict=True):
+        config = families.create(Network, f"dit-{size}/{patch}", "network")
+        config = replace(config, channels=4, num_classes=1000, learned_variance=True)
+        with torch.device("meta"):
+            found = count(config.build(), 32)
+        tokens, d, pixels = (32 // patch) ** 2, config.width, 4 * patch**2
+        block = 12 * tokens * d**2 + 2 * tokens**2 * d + 6 * d**2
+        embedding = 256 * d + d**2 + 2 * d**2
+        assert found.macs == 3 * tokens * pixels * d + config.depth * block + embedding
+        assert found.macs / 1e9 == pytest.approx(cost, rel=0.01)
+        if patch == 2:
+            assert found.params == pytest.approx(params, rel=5e-4)
 
 
 def test_the_smallest_setting_is_for_a_cpu() -> None:

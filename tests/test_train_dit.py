@@ -8,11 +8,11 @@ import tiny
 from commands import Capture, fails, works
 
 from patchdiffusion import TrainConfig, load_model
-from patchdiffusion.nets.transformer import TransformerConfig
+from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.objectives import MeanFlowConfig
 from patchdiffusion.train import resume
 
-NETWORK = TransformerConfig(width=16, depth=2, heads=2, num_classes=2, dropout=0.1)
+NETWORK = DiTConfig(width=16, depth=2, heads=2, num_classes=2, dropout=0.1)
 
 
 def config(images: Path, steps: int = 4, **changes: object) -> TrainConfig:
@@ -23,12 +23,12 @@ def test_it_is_one_word(images: Path, tmp_path: Path, capsys: Capture) -> None:
     """It takes over channels and classes, stops and resumes, samples and reports."""
     run = tmp_path / "run"
     small = "--network.width 16 --network.depth 1 --network.heads 1 --batch 2 --images 8"
-    flags = f"--network transformer {small} --preview.grid 2 --preview.sample-steps 1 --device cpu"
+    flags = f"--network dit {small} --preview.grid 2 --preview.sample-steps 1 --device cpu"
     works(capsys, "train", images, *flags.split(), "--out", run, "--max-hours", "1e-9")
     works(capsys, "train", images, *flags.split(), "--out", run)
     assert len(tiny.history(run)) > 1
     network = load_model(run).config.network
-    assert isinstance(network, TransformerConfig)
+    assert isinstance(network, DiTConfig)
     assert (network.channels, network.num_classes, network.patch) == (3, 2, (2, 2))
     size = ("--canvas", "region", "--canvas.size", 6, 10)
     works(capsys, "sample", run, "--count", 2, "--steps", 1, *size)
@@ -72,5 +72,5 @@ def test_meanflow_starts_from_a_denoiser(images: Path, tmp_path: Path) -> None:
 def test_what_does_not_fit_is_named(
     flags: str, told: str, images: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    words = ["--network", "transformer", *flags.split(), "--out", tmp_path / "run"]
+    words = ["--network", "dit", *flags.split(), "--out", tmp_path / "run"]
     assert told in fails(capsys, "train", images, *words)

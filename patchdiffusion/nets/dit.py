@@ -1,0 +1,334 @@
+"""DiT: a transformer over patches (Peebles & Xie, ICCV 2023, arXiv 2212.09748), for any axes.
+
+Patches become tokens, blocks of self-attention follow, tokens become patches. Sines and cosines of
+the canvas coordinates of its center are added to each token, which conditions the network on the
+position of a crop of any size. Parts of newer transformers are switches. Written from the papers.
+
+Shapes: B batch, C image channels, n spatial axes, *S their lengths, T tokens, D features of a
+token, E size of the embedding.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import torch
+from torch import Tensor, nn
+
+from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.nets.base import Network, NetworkConfig, put
+from patchdiffusion.nets.ditsizes import SIZES
+from patchdiffusion.nets.embed import Embedding, LateEmbedding, whole_canvas
+from patchdiffusion.nets.layers import Linear, full_precision, pad_to_multiple
+from patchdiffusion.nets.stages import Merge, Split
+from patchdiffusion.nets.tokenblock import (
+    MlpKind,
+    ModulationKind,
+    NormKind,
+    Registers,
+    TokenBlock,
+    modulated,
+)
+from patchdiffusion.nets.tokens import (
+    Tokens,
+    centers,
+    fold,
+    grid_positions,
+    position_features,
+    rotation,
+    table_features,
+    unfold,
+    with_context,
+)
+from patchdiffusion.patches import Size
+from patchdiffusion.rng import subkeys
+
+Positions = Literal["coordinates", "sincos", "rope"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig(NetworkConfig):
+    """A transformer over patches (DiT); the defaults suit a CPU: 1.9M parameters."""
+
+    word: ClassVar[str] = "dit"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = SIZES
+
+    patch: tuple[int, ...] = (2, 2)
+    """Sides of the patches that become tokens, one for each axis of the data: 2 2 for images."""
+    width: int = 128
+    """Features of a token; a multiple of 8 and of heads."""
+    depth: int = 6
+    """Number of blocks."""
+    heads: int = 4
+    """Attention heads."""
+    mlp_ratio: int = 4
+    """Hidden features of the MLPs in units of the width."""
+    mlp: MlpKind = "gelu"
+    """gelu, or swiglu: with a gate and 2/3 of the hidden features, so about as many parameters."""
+    norm: NormKind = "layer"
+    """layer norm or rms norm, without parameters, before attention and MLP."""
+    qk_norm: bool = False
+    """True if queries and keys are normalized, which keeps long training in low precision
+    stable."""
+    positions: Positions = "coordinates"
+    """coordinates: features of the canvas coordinates; sincos: those of the published table, in
+    tokens; rope: coordinates, and queries and keys are rotated by them as well."""
+    embedding: Literal["early", "late"] = "early"
+    """Classes are added to the noise features before two layers (early, as in EDM) or after them
+    (late, as in DiT)."""
+    modulation: ModulationKind = "full"
+    """Shifts, scales and gates of each block: a full matrix, one that all blocks share with an
+    offset for each, or one of low rank."""
+    registers: int = 0
+    """Learned tokens without a place, which all others attend to."""
+    value_residual: bool = False
+    """True if values of later attentions are mixed with those of the first one."""
+    context: int = 0
+    """Features of the tokens of a condition that every block attends to, such as those of a text; 0
+    is none."""
+    half_blocks: int = 0
+    """Blocks in the middle of the depth that work at half resolution, on a quarter of the
+    tokens."""
+    learned_variance: bool = False
+    """True if there are output channels for a variance, which is not used; for published
+    weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.limit("width", 16, 16384)
+        self.limit("depth", 1, 256)
+        self.limit("heads", 1, 256)
+        self.limit("mlp_ratio", 1, 64)
+        self.limit("registers", 0, 1024)
+        self.limit("context", 0, 65536)
+        kinds = {"mlp": MlpKind, "norm": NormKind, "positions": Positions}
+        kinds |= {"embedding": Literal["early", "late"], "modulation": ModulationKind}
+        for name, kind in kinds.items():
+            if getattr(self, name) not in get_args(kind):
+                allowed = ", ".join(get_args(kind))
+                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
+        if not 1 <= len(self.patch) <= 4 or not all(1 <= side <= 256 for side in self.patch):
+            raise ValueError(f"patch must be 1 to 4 sides in [1, 256], not {self.patch}")
+        if self.width % 8 or self.width % self.heads:
+            raise ValueError(f"width must be a multiple of 8 and {self.heads}, not {self.width}")
+        head = self.width // self.heads
+        if self.positions == "rope" and (head % 2 or head < 2 * self.axes):
+            raise ValueError(
+                f"width / heads must be even and at least {2 * self.axes} for positions rope, not "
+                f"{head}; use fewer heads"
+            )
+        if not 0 <= self.half_blocks <= self.depth - 2 * (self.half_blocks > 0) or (
+            self.half_blocks and (self.depth - self.half_blocks) % 2
+        ):
+            raise ValueError(
+                f"half_blocks must leave an even number of the {self.depth} blocks, at least 2, "
+                f"not {self.half_blocks}"
+            )
+
+    def inherit(self, old: NetworkConfig, config: object) -> Self:
+        """A copy with the contract's fields and, for equal sides of the patch, the axes of old."""
+        new = super().inherit(old, config)
+        if len(self.patch) == old.axes or len(set(self.patch)) > 1:
+            return new
+        return replace(new, patch=self.patch[:1] * old.axes)
+
+    @property
+    def axes(self) -> int:
+        return len(self.patch)
+
+    @property
+    def divisor(self) -> int:
+        return math.lcm(*self.patch) * (2 if self.half_blocks else 1)
+
+    @property
+    def reads(self) -> frozenset[str]:
+        context = {"context", "context_mask"} if self.context else set()
+        return super().reads | {"pos"} | context
+
+    @property
+    def half(self) -> range:
+        """Numbers of the blocks at half resolution."""
+        start = (self.depth - self.half_blocks) // 2
+        return range(start, start + self.half_blocks)
+
+    def build(self, *, seed: int = 0) -> "DiT":
+        return DiT(self, seed=seed)
+
+
+def tiny(resolution: int = 32, **changes: object) -> DiTConfig:
+    """Configuration for a CPU: 1.9M parameters, at most 16 x 16 tokens at a power of two."""
+    patch = max(2, resolution // 16)
+    return replace(DiTConfig(patch=(patch, patch)), **changes)
+
+
+def for_canvas(canvas: Size, **changes: object) -> DiTConfig:
+    """Configuration for a CPU and any axes: 6 to 11 tokens along the last two, half along more."""
+    sides = [2 if length > 1 else 1 for length in canvas[:-2]]
+    sides += [max(2, 2 ** round(math.log2(length / 8))) for length in canvas[-2:]]
+    return replace(DiTConfig(patch=tuple(sides)), **changes)
+
+
+class DiT(Network[DiTConfig]):
+    """DiT with adaLN-zero blocks: at the start every block is the identity, the output zero.
+
+    `start`, `run` and `finish` may be called one by one, for caches, for blocks of other networks
+    and for a part of the tokens, see `Tokens`.
+    """
+
+    def __init__(self, config: DiTConfig, *, seed: int = 0):
+        super().__init__(config)
+        width, pixels = config.width, math.prod(config.patch)
+        if config.embedding == "late":
+            self.embed = LateEmbedding(
+                width, config.num_classes, config.augment_dim, jump=config.jump
+            )
+        else:
+            self.embed = Embedding(
+                width // 4, "positional", config.num_classes, config.augment_dim, jump=config.jump
+            )
+        self.stem = Linear(config.channels * pixels, width, role="stem")
+        self.registers = Registers(config.registers, width) if config.registers else None
+        self.modulation = (
+            Linear(width, 6 * width, scale=0.0, role="modulation")
+            if config.modulation == "shared"
+            else None
+        )
+        self.blocks = nn.ModuleList(self._block(i) for i in range(config.depth))
+        self.merge = Merge(width, config.axes) if config.half_blocks else None
+        self.split = Split(width, config.axes) if config.half_blocks else None
+        self.out_modulation = Linear(width, 2 * width, scale=0.0, role="modulation")
+        outputs = config.channels * pixels * (2 if config.learned_variance else 1)
+        self.head = Linear(width, outputs, scale=0.0, role="head")
+        self.init(seed)
+
+    def _block(self, index: int) -> TokenBlock:
+        config = self.config
+        first = index in (0, *config.half[:1])  # of its stage
+        return TokenBlock(
+            config.width,
+            config.heads,
+            config.mlp_ratio,
+            drop=config.dropout,
+            norm=config.norm,
+            mlp=config.mlp,
+            kind=config.modulation,
+            qk_norm=config.qk_norm,
+            gives=config.value_residual and first,
+            mixes=config.value_residual and not first,
+            context=config.context,
+        )
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return ("stem", *(f"blocks.{i}" for i in range(self.config.depth)))
+
+    def units(self) -> list[nn.Module]:
+        return list(self.blocks)
+
+    def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+        """x [B, C, *S], noise [B] -> [B, C, *S]; no dropout unless `cond.seed` is given.
+
+        Raises `ValueError` if the channels of x, the shape of cond.pos [B, n, *S] or the features
+        of cond.context do not fit.
+        """
+        return self.finish(self.run(self.start(x, noise, cond, tape=tape), cond, tape=tape))
+
+    def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
+        """Deep features, after the last block: [B, T, D]."""
+        return self.run(self.start(x, noise, cond), cond).h
+
+    def remove_head(self) -> None:
+        del self.out_modulation, self.head
+
+    def start(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tokens:
+        """Tokens of an image, padded to multiples of the patch by repeating the last pixels."""
+        self.check_shapes(x, cond)
+        patch, size, width = self.config.patch, tuple(x.shape[2:]), self.config.width
+        coordinates = whole_canvas(x) if cond.pos is None else cond.pos
+        x, pos = pad_to_multiple(x, patch), centers(pad_to_multiple(coordinates, patch), patch)
+        grid = tuple(side // p for side, p in zip(x.shape[2:], patch, strict=True))
+        if self.config.positions == "sincos":
+            table = pad_to_multiple(grid_positions(coordinates, patch), patch)
+            places = table_features(centers(table, patch), width)
+        else:
+            places = position_features(pos, width)
+        # Coordinates are float32, and with them all features between blocks.
+        h = put(tape, "stem", self.stem(unfold(x, patch)) + places)
+        tokens = Tokens(h, self.embed(noise, cond), grid, size, pos.expand(len(x), -1, -1))
+        if self.registers is not None:
+            tokens = tokens._replace(registers=self.registers.weight.expand(len(x), -1, -1))
+        return with_context(tokens, cond, self.config.context)
+
+    def run(
+        self,
+        tokens: Tokens,
+        cond: Cond,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        tape: Tape | None = None,
+    ) -> Tokens:
+        """Apply the blocks first ... last - 1, by default all; of `cond` they read only the seed.
+
+        Tokens may be a part of those of the image in any order, outside the stage of half
+        resolution. Registers are not on the tape.
+        """
+        for blocks in self._stretches(first, self.config.depth if last is None else last):
+            if self.merge is not None and blocks[0] == self.config.half[0]:
+                tokens = self.merge(tokens)
+            if self.split is not None and blocks[0] == self.config.half[-1] + 1:
+                tokens = self.split(tokens)
+            tokens = self._run(tokens, blocks, cond, tape)
+        return tokens
+
+    def _stretches(self, first: int, last: int) -> Iterator[range]:
+        """The blocks first ... last - 1, in parts of the same resolution."""
+        half = self.config.half
+        cuts = [c for c in (half.start, half.stop) if half and first < c < last]
+        for start, stop in itertools.pairwise([first, *cuts, last]):
+            if start < stop:
+                yield range(start, stop)
+
+    def _run(self, tokens: Tokens, blocks: range, cond: Cond, tape: Tape | None) -> Tokens:
+        h, values, config = tokens.h, tokens.values, self.config
+        emb = tokens.emb
+        if self.modulation is not None:
+            with full_precision(emb):
+                emb = self.modulation(emb)
+        count = 0 if tokens.registers is None else tokens.registers.shape[1]
+        if tokens.registers is not None:
+            h = torch.cat([tokens.registers, h], dim=1)
+        turn = None
+        if config.positions == "rope":
+            turn = rotation(tokens.pos, config.width // config.heads, count)
+        for i in blocks:
+            name, key = f"blocks.{i}", None
+            if cond.seed is not None and config.dropout > 0:
+                key = subkeys(cond.seed, name)  # hashed outside: one compiled block serves all
+            h, given = self.blocks[i](
+                h, emb, key, turn, values, tokens.context, tokens.context_mask
+            )
+            values = values if given is None else given
+            put(tape, name, h[:, count:])
+        registers = None if tokens.registers is None else h[:, :count]
+        return tokens._replace(h=h[:, count:], registers=registers, values=values)
+
+    def finish(self, tokens: Tokens, *, variance: bool = False) -> Tensor:
+        """The output of the network from the last tokens: [B, C, *S].
+
+        With `variance`, the channels of the variance follow. Raises `ValueError` unless there is a
+        token for every patch.
+        """
+        if not tokens.is_whole:
+            raise ValueError(
+                f"the output needs {math.prod(tokens.grid)} tokens, not {tokens.h.shape[1]}; put "
+                "selected ones back by Tokens.scatter"
+            )
+        with full_precision(tokens.emb):
+            shift, scale = self.out_modulation(tokens.emb)[:, None].chunk(2, dim=-1)
+        h = self.head(modulated(tokens.h, shift, scale, self.config.norm))
+        x = fold(h, tokens.grid, self.config.patch)
+        x = x[(..., *(slice(side) for side in tokens.size))]
+        return x if variance else x[:, : self.config.channels]

@@ -1,0 +1,214 @@
+"""Tokens: patches of an image as a sequence, the places of these, and some of them alone.
+
+Shapes: B batch, C image channels, n spatial axes, *S their lengths, T tokens, R registers,
+D features of a token, E size of the embedding.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from patchdiffusion.cond import Cond
+from patchdiffusion.nets.layers import full_precision
+
+FINEST = 64
+"""Half periods of the fastest position feature across the canvas; the slowest has one."""
+FASTEST = 32
+"""Quarter turns of the fastest rotation across half the canvas; the slowest makes half a one."""
+
+
+class Tokens(NamedTuple):
+    """State between blocks: tokens with their places, the condition, and the layout.
+
+    All fields of a token go along in `select` and `scatter`, so that a part of the tokens can pass
+    through some of the blocks:
+
+        some = network.run(tokens.select(index), cond, 2, 8)
+        tokens = network.run(tokens.scatter(index, some), cond, 8)
+    """
+
+    h: Tensor
+    """[B, T, D]."""
+    emb: Tensor
+    """[B, E], noise level and conditions."""
+    grid: tuple[int, ...]
+    """Tokens along each axis of the image; their product is T unless some were selected."""
+    size: tuple[int, ...]
+    """Lengths of the image along each axis."""
+    pos: Tensor
+    """float32 [B, T, n], canvas coordinates of the centers, x first."""
+    registers: Tensor | None = None
+    """[B, R, D], tokens without a place, seen by all others."""
+    values: Tensor | None = None
+    """[B, R + T, D], values of the first attention, which later ones are mixed with."""
+    context: Tensor | None = None
+    """[B, T', D'], tokens of a condition."""
+    context_mask: Tensor | None = None
+    """bool [B, T'], the tokens of the condition that count."""
+    outer: "Tokens | None" = None
+    """Tokens of full resolution, in the stage of half resolution."""
+
+    @property
+    def is_whole(self) -> bool:
+        """True if there is a token for every patch of the image."""
+        return self.h.shape[1] == math.prod(self.grid)
+
+    def select(self, index: Tensor) -> "Tokens":
+        """The tokens at an index int64 [B, K], in its order, with their places."""
+        return self._replace(
+            h=_gather(self.h, index),
+            pos=_gather(self.pos, index),
+            values=None
+            if self.values is None
+            else _gather(self.values, self._with_registers(index)),
+        )
+
+    def scatter(self, index: Tensor, some: "Tokens") -> "Tokens":
+        """All tokens, with those at an index [B, K] replaced by `some`, which were selected."""
+        values = self.values
+        if values is not None and some.values is not None:
+            values = _scatter(values, self._with_registers(index), some.values)
+        return self._replace(
+            h=_scatter(self.h, index, some.h), registers=some.registers, values=values
+        )
+
+    def _with_registers(self, index: Tensor) -> Tensor:
+        count = 0 if self.registers is None else self.registers.shape[1]
+        first = torch.arange(count, device=index.device).expand(len(index), -1)
+        return torch.cat([first, index + count], dim=1)
+
+
+def with_context(tokens: Tokens, cond: Cond, features: int) -> Tokens:
+    """Tokens with those of the condition, after a token of zeros that means that there are none.
+
+    Raises `ValueError` unless the tokens of the condition have so many features; 0 is no condition.
+    """
+    context, mask = cond.context, cond.context_mask
+    if context is not None and context.shape[-1] != features:
+        raise ValueError(
+            f"cond.context has {context.shape[-1]} features, and the network reads "
+            f"{features or 'none'}; set network.context to {context.shape[-1]}"
+        )
+    if not features:
+        return tokens
+    none = tokens.emb.new_zeros(len(tokens.h), 1, features)
+    if context is None:
+        return tokens._replace(context=none)
+    if mask is not None:
+        mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)
+    context = torch.cat([none.to(context.dtype), context], dim=1)
+    return tokens._replace(context=context, context_mask=mask)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _scatter(x: Tensor, index: Tensor, part: Tensor) -> Tensor:
+    return x.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), part.to(x.dtype))
+
+
+# ---- Patches ----
+
+
+def unfold(x: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Cut into patches: [B, C, *S], sides multiples of the patch -> [B, T, C * pixels of a patch].
+
+    Tokens are in the order of their axes, the last one fastest.
+    """
+    n = len(patch)
+    for axis in reversed(range(n)):
+        x = x.unflatten(2 + axis, (-1, patch[axis]))  # [B, C, g1, p1, g2, p2, ...]
+    grid, inner = range(2, 2 + 2 * n, 2), range(3, 3 + 2 * n, 2)
+    return x.permute(0, *grid, 1, *inner).flatten(1 + n).flatten(1, n)
+
+
+def fold(h: Tensor, grid: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
+    """The inverse of `unfold`: [B, T, C * pixels of a patch] -> [B, C, *S]."""
+    n = len(patch)
+    x = h.unflatten(-1, (-1, *patch)).unflatten(1, grid)  # [B, g1, g2, ..., C, p1, p2, ...]
+    pairs = (axis for i in range(n) for axis in (1 + i, 2 + n + i))
+    x = x.permute(0, 1 + n, *pairs)  # [B, C, g1, p1, g2, p2, ...]
+    for axis in range(n):
+        x = x.flatten(2 + axis, 3 + axis)
+    return x
+
+
+def centers(pos: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Centers of patches of coordinates [B, n, *S], sides multiples of the patch: [B, T, n]."""
+    return unfold(pos, patch).unflatten(-1, (len(patch), -1)).mean(-1)
+
+
+# ---- Positions ----
+
+
+def position_features(pos: Tensor, width: int) -> Tensor:
+    """Sines and cosines of canvas coordinates: [B, T, n] in [-1, 1] -> float32 [B, T, width].
+
+    Every axis has width // (2 n) frequencies, evenly spaced in the logarithm from half a period
+    across the canvas to `FINEST`; the remaining features are zero.
+    """
+    count = width // (2 * pos.shape[-1])
+    steps = torch.arange(count, device=pos.device, dtype=torch.float32) / max(count - 1, 1)
+    angles = pos.float()[..., None] * (math.pi / 2 * FINEST**steps)  # [B, T, n, count]
+    features = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2)
+    return F.pad(features, (0, width - features.shape[-1]))
+
+
+def grid_positions(pos: Tensor, patch: tuple[int, ...]) -> Tensor:
+    """Positions on the canvas in tokens, from the coordinates of all pixels [B, n, *S].
+
+    Returns float32 [B, n, *S], x first: the first token of the canvas has its center at 0, the next
+    one at 1. The unit is the distance of adjacent pixels, so a crop of one pixel along an axis has
+    position 0 there.
+    """
+    n, out = len(patch), []
+    for channel in range(n):
+        axis = n - 1 - channel
+        x = pos[:, channel].float()  # [B, *S]
+        length, p = x.shape[1 + axis], patch[axis]
+        ends = x.narrow(1 + axis, 0, 1), x.narrow(1 + axis, length - 1, 1)
+        pixels = torch.zeros_like(x)
+        if length > 1:
+            pixels = (x + 1) * (length - 1) / (ends[1] - ends[0])
+        out.append((pixels - (p - 1) / 2) / p)
+    return torch.stack(out, dim=1)
+
+
+def table_features(positions: Tensor, width: int) -> Tensor:
+    """The table of DiT at positions in tokens: [B, T, n] -> float32 [B, T, width].
+
+    Every axis has width // (2 n) frequencies from 1 to almost 1e-4, sines before cosines; columns
+    come first, the remaining features are zero.
+    """
+    count = width // (2 * positions.shape[-1])
+    steps = torch.arange(count, device=positions.device, dtype=torch.float32) / count
+    angles = positions[..., None] * 10000.0**-steps  # [B, T, n, count]
+    features = torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(2)
+    return F.pad(features, (0, width - features.shape[-1]))
+
+
+def rotation(pos: Tensor, features: int, registers: int = 0) -> Tensor:
+    """Cosines and sines of the rotation of queries and keys at canvas coordinates (RoPE).
+
+    pos [B, T, n] -> float32 [2, B, 1, R + T, features / 2] (RoFormer, arXiv 2104.09864, for n
+    axes): each axis has features // (2 n) angles, evenly spaced in the logarithm, that are
+    proportional to its coordinate; remaining features, and registers, are not rotated.
+    """
+    with full_precision(pos):
+        count = features // (2 * pos.shape[-1])
+        steps = torch.arange(count, device=pos.device, dtype=torch.float32) / max(count - 1, 1)
+        angles = pos.float()[..., None] * (math.pi / 4 * FASTEST**steps)  # [B, T, n, count]
+        angles = angles.flatten(2)[:, None]
+        angles = F.pad(angles, (0, features // 2 - angles.shape[-1], registers, 0))
+        return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """Rotate pairs of features, one from each half: x [B, heads, T, features] by `rotation`."""
+    a, b = x.float().chunk(2, dim=-1) if x.dtype != torch.float64 else x.chunk(2, dim=-1)
+    cos, sin = turn.unbind()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
