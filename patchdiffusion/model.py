@@ -74,9 +74,14 @@ class ModelConfig:
             )
 
     @property
+    def num_classes(self) -> int:
+        """Number of classes that a network is conditioned on, or that a classifier tells apart."""
+        return self.network.num_classes or self.head.classes
+
+    @property
     def trained_classes(self) -> tuple[int, ...]:
         """Numbers of the classes that had images in training."""
-        counts = self.counts or (1,) * self.network.num_classes
+        counts = self.counts or (1,) * self.num_classes
         return tuple(label for label, count in enumerate(counts) if count)
 
     def labels_of(self, labels: Tensor | None, names: Sequence[str]) -> Tensor | None:
@@ -85,15 +90,15 @@ class ModelConfig:
         None for a model or data without classes. Raises `ValueError` for classes that the model
         was not trained on; a model without class names uses the numbers.
         """
-        if labels is None or not self.network.num_classes:
+        if labels is None or not self.num_classes:
             return None
-        classes = self.classes or tuple(names[: self.network.num_classes])
+        classes = self.classes or tuple(names[: self.num_classes])
         unknown = [name for name in names if name not in classes]
         if unknown:
             raise ValueError(
                 f"the model was not trained on these classes of the data: "
                 f"{', '.join(unknown[:10])}; "
-                f"allowed: {', '.join(self.classes[:20]) or self.network.num_classes}"
+                f"allowed: {', '.join(self.classes[:20]) or self.num_classes}"
             )
         table = torch.tensor([*(classes.index(name) for name in names), -1])  # -1 is none
         return table[labels]

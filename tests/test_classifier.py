@@ -9,17 +9,21 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from commands import Capture, fails, refuses, works
+from commands import Capture, fails, names, refuses, works
 from PIL import Image
 from torch import Tensor, nn
 
 from patchdiffusion import Cond, load_model, rng
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.classifier import NoisyClassifier
+from patchdiffusion.data.options import DataConfig
+from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.guidance.cfg import Unconditional
-from patchdiffusion.guidance.classifier import ClassifierGuidance
+from patchdiffusion.guidance.classifier import ByClassifier, ClassifierGuidance
 from patchdiffusion.losses import Batch, DenoisingLoss
 from patchdiffusion.metrics.classify import Answers, framed, summarize
+from patchdiffusion.metrics.evaluate import Evaluation
+from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.model import load_classifier
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.dit import DiTConfig
@@ -29,6 +33,7 @@ from patchdiffusion.objectives import ConsistencyConfig, ContrastConfig
 from patchdiffusion.objectives.classify import ClassificationLoss
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.sampling.companions import Companions
+from patchdiffusion.sampling.pipeline import SamplerConfig, load
 from patchdiffusion.system.files import read_json
 from patchdiffusion.train import loop
 from patchdiffusion.train.classifying import AnswerPreview, ClassifierTask
@@ -266,15 +271,62 @@ def test_a_classifier_guides_samples(
     assert (shown[0] == shown[1]).all() and (shown[0] != shown[2]).any()
 
 
+@pytest.fixture(scope="module")
+def plain(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A denoiser without classes."""
+    network = replace(tiny.NETWORK, num_classes=0)
+    return tiny.run(tiny.config(images, network=network), tmp_path_factory.mktemp("plain") / "run")
+
+
+def test_a_classifier_brings_its_classes(
+    run: Path, plain: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """A denoiser without classes draws those of the classifier that guides it, by their names."""
+    few = ("--count", 3, "--steps", 2, "--batch", 2)
+    guided = (*few, "--guidance", "classifier", "--guidance.model", run, "--guidance.weight", 9)
+    works(capsys, "sample", plain, *guided, "--out", tmp_path / "all")
+    works(capsys, "sample", plain, *guided, "--classes", "b", "--out", tmp_path / "b")
+    files = [Image.open(f) for f in sorted((tmp_path / "all").glob("seed-*.png"))]
+    assert [f.info["class"] for f in files] == ["a", "b", "a"]
+    others = [Image.open(f) for f in sorted((tmp_path / "b").glob("seed-*.png"))]
+    assert [f.info["class"] for f in others] == ["b"] * 3
+    same = [(np.asarray(x) == np.asarray(y)).all() for x, y in zip(files, others, strict=True)]
+    assert same == [False, True, False]
+    by_function = load(plain).sample(
+        3, classes=["a", "b"], config=SamplerConfig(steps=2, guidance=guide(run))
+    )
+    assert all((np.asarray(f) == x).all() for f, x in zip(files, by_function, strict=True))
+    told = fails(capsys, "sample", plain, *guided, "--classes", "c", "--out", tmp_path / "c")
+    assert names(told, "c", "a", "b") and not (tmp_path / "c").exists()
+    told = fails(capsys, "sample", plain, *few, "--classes", "b", "--out", tmp_path / "c")
+    assert names(told, "b", "--guidance classifier", "--guidance.model RUN")
+
+
+def guide(run: Path) -> ByClassifier:
+    return ByClassifier(model=str(run), weight=9)
+
+
+def test_samples_with_the_classes_of_a_classifier_are_evaluated(
+    images: Path, run: Path, plain: Path
+) -> None:
+    pack = prepare_data(DataConfig(path=str(images)))
+    sampler = SamplerConfig(steps=1, guidance=guide(run))
+    evaluation = Evaluation(pack, EvaluationConfig(samples=40, sampler=sampler), None)
+    assert evaluation.label_law(load(plain)) == "data"
+    assert sorted(evaluation.labels(load(plain)) or []) == [0] * 20 + [1] * 20
+    unguided = EvaluationConfig(samples=8)
+    assert Evaluation(pack, unguided, None).labels(load(plain)) is None
+
+
 def test_classes_of_a_classifier_go_by_their_names(run: Path) -> None:
     classifier = load_classifier(run)
     beside = tiny.pipeline(2).model
-    for names in (("b", "a"), ("a", "b"), ("b",)):
-        config = replace(beside.config, classes=names, canvas=(16, 16))
+    for order in (("b", "a"), ("a", "b"), ("b",)):
+        config = replace(beside.config, classes=order, canvas=(16, 16))
         found = Companions(main=replace(beside, config=config)).classifier(str(run), "averaged")
         x, sigma = torch.ones(1, 3, 16, 16), torch.ones(1)
-        order = ["ab".index(name) for name in names]
-        assert torch.equal(found(x, sigma), classifier(x, sigma)[:, order])
+        columns = ["ab".index(name) for name in order]
+        assert torch.equal(found(x, sigma), classifier(x, sigma)[:, columns])
     wrong = replace(beside.config, classes=("a", "c"), canvas=(16, 16))
     with refuses("classifier", "c", "a, b"):
         Companions(main=replace(beside, config=wrong)).classifier(str(run), "averaged")

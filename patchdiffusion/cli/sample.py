@@ -85,7 +85,9 @@ def main(arguments: Sequence[str]) -> None:
         team.agree("the processes disagree", {"model": pipeline.model.digest}, code=2)
         batch = min(options.batch, options.count)
         size = pipeline.check(options.count, seed=options.seed, batch=batch, config=options.sampler)
-        pipeline.labels(1, options.classes or None)  # raises for unknown classes
+        pipeline.labels(
+            1, options.classes or None, config=options.sampler
+        )  # raises for unknown classes
         root = home(path) / "generated"
         if team.is_main:
             _warn_of_size(size, pipeline.model.config.canvas)
@@ -111,6 +113,7 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
     missing = team.on_main(drawn.missing)
     size = min(options.batch, -(-len(missing) // team.size) or 1)
     parts = batches(missing, size)
+    names = pipeline.labeled(options.sampler).classes
     done, steps = options.count - len(missing), pipeline.sampler(options.sampler).count
     if done and team.is_main:
         print(f"resume    {_written(drawn)}")
@@ -124,7 +127,9 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
         with resumable(lambda: _written(drawn)):
             for turn in range(0, len(parts), team.size):
                 for part in parts[turn : turn + team.size][team.place.rank :][:1]:
-                    labels = pipeline.labels(len(part), options.classes or None, part.start)
+                    labels = pipeline.labels(
+                        len(part), options.classes or None, part.start, config=options.sampler
+                    )
                     images = pipeline.sample(
                         len(part),
                         seed=options.seed + part.start,
@@ -133,7 +138,7 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
                         batch=len(part),
                         watch=watch,
                     )
-                    drawn.add(part.start, images, _names(labels, pipeline))
+                    drawn.add(part.start, images, _names(labels, names))
                 team.gather(turn)
                 bar.update(sum(map(len, parts[turn : turn + team.size])))
 
@@ -143,10 +148,9 @@ def _written(drawn: Drawn) -> str:
     return f"{written:,} of {drawn.count:,} images are in {drawn.folder}"
 
 
-def _names(labels: Tensor | None, pipeline: Pipeline) -> list[str]:
+def _names(labels: Tensor | None, names: Sequence[str]) -> list[str]:
     """Name of the class of each image, or its number."""
-    names = pipeline.model.config.classes
-    numbers = [] if labels is None else labels.tolist()
+    numbers: list[int] = [] if labels is None else labels.tolist()
     return [names[label] if 0 <= label < len(names) else str(label) for label in numbers]
 
 

@@ -64,3 +64,7 @@ class GuidancePart(Part, Protocol):
     def everywhere(self) -> Self:
         """A copy without an interval of noise levels, to measure the cost of an evaluation."""
         return self
+
+    def classifier_folder(self) -> tuple[str, Weights] | None:
+        """Folder and weights of a classifier, whose classes are those of a model without any."""
+        return None

@@ -99,6 +99,9 @@ class ByClassifier(GuidancePart):
     def everywhere(self) -> Self:
         return replace(self, interval=None)
 
+    def classifier_folder(self) -> tuple[str, Weights] | None:
+        return None if self.model is None else (self.model, self.weights)
+
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
         """The guided denoiser; raises `ValueError` without a classifier, or if it needs a class."""
         if self.model is None:

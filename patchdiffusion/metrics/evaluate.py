@@ -150,15 +150,15 @@ class Evaluation:
 
     def label_law(self, pipeline: Pipeline) -> str:
         """Law of the classes of samples: that of the configuration, as far as it applies."""
-        if not pipeline.model.config.network.num_classes:
+        if not pipeline.labeled(self.config.sampler).num_classes:
             return "none"
         unlabeled = self.config.labels == "data" and self.pack.labels is None
         return "equal" if unlabeled else self.config.labels
 
     def labels(self, pipeline: Pipeline) -> list[int] | None:
         """Class of each sample by `label_law`; None without classes."""
-        model, count = pipeline.model.config, self.config.samples
-        law, classes = self.label_law(pipeline), model.network.num_classes
+        model, count = pipeline.labeled(self.config.sampler), self.config.samples
+        law, classes = self.label_law(pipeline), model.num_classes
         if law == "none":
             return None
         if law == "random":

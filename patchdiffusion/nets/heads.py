@@ -16,6 +16,7 @@ class OwnHead:
     """The output of the network itself, an image of the input's shape."""
 
     kind: ClassVar[str] = "denoiser"
+    classes: ClassVar[int] = 0
 
     def build(self, network: NetworkConfig, *, seed: int = 0) -> Network:
         """Build the network unchanged."""

@@ -6,7 +6,7 @@ from torch import Tensor
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.base import Classifier
-from patchdiffusion.model import Model, load_model
+from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.solvers.schedules import support
 
@@ -53,6 +53,10 @@ class Companions:
                 "images: patchdiffusion train classifier DATA"
             )
         return self._fitted(model)
+
+    def config(self, path: str, weights: Weights) -> ModelConfig:
+        """Configuration of the model in a run or model folder."""
+        return self._load(path, weights).config
 
     def require_unconditional(self) -> None:
         """Raise `ValueError` if the model that samples was never trained without its classes."""

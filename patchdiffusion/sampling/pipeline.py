@@ -66,19 +66,19 @@ class Pipeline:
         `steps`, `guidance` (a weight, or a record), `solver`, `schedule` (words, or records) and
         `size` (a side, or each) change `config`, which has all settings: see `SamplerConfig.but`.
         `classes` are names or numbers, cycled through; None cycles through all classes if the model
-        has any, unless `cond` [count, ...] has labels. `watch` is called after each step of a batch
-        with the number of steps done. Raises `ValueError` for a class or size that the model does
-        not have.
+        has any, or the classifier that guides it, unless `cond` [count, ...] has labels. `watch` is
+        called after each step of a batch with the number of steps done. Raises `ValueError` for a
+        class or size that the model does not have.
         """
         _check_numbers(count, seed, batch)
-        cond = cond or Cond()
-        if cond.labels is None:
-            cond = replace(cond, labels=self.labels(count, classes))
-        elif classes:
-            raise ValueError("give classes or labels, not both")
         config = (config or SamplerConfig()).but(
             steps=steps, guidance=guidance, solver=solver, schedule=schedule, size=size
         )
+        cond = cond or Cond()
+        if cond.labels is None:
+            cond = replace(cond, labels=self.labels(count, classes, config=config))
+        elif classes:
+            raise ValueError("give classes or labels, not both")
         config = self.sampler(config)
         jumps = isinstance(config.solver, Jumps)
         with progress_bar(count, "image", disable=not progress) as bar, self.autocast():
@@ -133,20 +133,38 @@ class Pipeline:
         low = self.precision == "bf16"
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=low)
 
+    def labeled(self, config: SamplerConfig) -> ModelConfig:
+        """Facts about the model whose classes the samples have.
+
+        It is this one, or the classifier that guides it if it has none.
+        """
+        guide = config.guidance.classifier_folder()
+        if self.model.config.num_classes or guide is None:
+            return self.model.config
+        return self.companions.config(*guide)
+
     def labels(
-        self, count: int, classes: Sequence[str | int] | None = None, first: int = 0
+        self,
+        count: int,
+        classes: Sequence[str | int] | None = None,
+        first: int = 0,
+        *,
+        config: SamplerConfig | None = None,
     ) -> Tensor | None:
         """Label of each image, cycling through `classes`: int64 [count]; None without classes.
 
-        `first` is the number of the first image.
+        `first` is the number of the first image; `config` has the guidance, see `labeled`.
         """
-        config = self.model.config
-        if not config.network.num_classes:
+        model = self.labeled(config or SamplerConfig())
+        if not model.num_classes:
             if classes:
-                raise ValueError("this model was trained without classes; leave classes out")
+                raise ValueError(
+                    f"this model was trained without classes, such as {classes[0]}; leave them "
+                    "out, or guide it by a classifier: --guidance classifier --guidance.model RUN"
+                )
             return None
-        trained = list(config.trained_classes)
-        chosen = [_label(c, config) for c in classes] if classes else trained
+        trained = list(model.trained_classes)
+        chosen = [_label(c, model) for c in classes] if classes else trained
         return torch.tensor([chosen[i % len(chosen)] for i in range(first, first + count)])
 
 
@@ -175,9 +193,11 @@ def _label(wanted: str | int, config: ModelConfig) -> int:
         return label
     there = [f"{i} {names[i]}" if names else str(i) for i in trained]
     listed = printable(", ".join(there[:100]) + (", ..." if len(there) > 100 else ""))
-    if label is not None and 0 <= label < config.network.num_classes:
-        raise ValueError(f"class {wanted!r} had no images in training; this model has {listed}")
-    raise ValueError(f"unknown class {wanted!r}; this model has {listed}")
+    if label is not None and 0 <= label < config.num_classes:
+        raise ValueError(
+            f"class {wanted!r} had no images in training; this {config.head.kind} has {listed}"
+        )
+    raise ValueError(f"unknown class {wanted!r}; this {config.head.kind} has {listed}")
 
 
 def load(
