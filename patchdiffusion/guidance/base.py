@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -65,6 +65,11 @@ class GuidancePart(Part, Protocol):
         """A copy without an interval of noise levels, to measure the cost of an evaluation."""
         return self
 
+
+@runtime_checkable
+class Labeling(Protocol):
+    """Guidance by a classifier, whose classes are given to a model without any."""
+
     def classifier_folder(self) -> tuple[str, Weights] | None:
-        """Folder and weights of a classifier, whose classes are those of a model without any."""
-        return None
+        """Folder and weights of the classifier, if there is one."""
+        ...

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.guidance import Guidance
+from patchdiffusion.guidance.base import Labeling
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.nets.own import Allowed
@@ -138,10 +139,12 @@ class Pipeline:
 
         It is this one, or the classifier that guides it if it has none.
         """
-        guide = config.guidance.classifier_folder()
-        if self.model.config.num_classes or guide is None:
-            return self.model.config
-        return self.companions.config(*guide)
+        guidance = config.guidance
+        if not self.model.config.num_classes and isinstance(guidance, Labeling):
+            folder = guidance.classifier_folder()
+            if folder is not None:
+                return self.companions.config(*folder)
+        return self.model.config
 
     def labels(
         self,
