@@ -316,7 +316,7 @@ def test_report(trained: Path, tmp_path: Path, capsys: Capture) -> None:
 def test_prepare(images: Path, tmp_path: Path, capsys: Capture) -> None:
     out = works(capsys, "prepare", images, "--out", tmp_path / "pack", "--resolution", 8,
                 "--channels", 1)  # fmt: skip
-    assert "40 images of 8x8 with 1 channels" in out and str(tmp_path / "pack") in out
+    assert "40 images of 8x8 with 1 channel\n" in out and str(tmp_path / "pack") in out
     assert Pack.open(tmp_path / "pack").images.shape == (40, 8, 8, 1)
     assert "38 images of 8x8" in works(capsys, "doctor", tmp_path / "pack", "--steps", 1)
 

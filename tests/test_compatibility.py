@@ -135,7 +135,7 @@ def test_one_image_has_no_error(finished: Path, tmp_path: Path, capsys: Capture)
     flags = ("--features.extractor", "none", "--held-out", 1, "--bits.images", 1)
     save = ("--save", tmp_path / "one.json")
     out = works(capsys, "evaluate", finished, *flags, "--bits.steps", 2, *save)
-    assert " on 1 images (by noise" in out and "+-" not in out and "None" not in out
+    assert " on 1 image (by noise" in out and "+-" not in out and "None" not in out
 
 
 # ---- Classes ----

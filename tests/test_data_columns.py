@@ -282,7 +282,7 @@ def test_texts_beside_images(tmp_path: Path):
                      "a/metadata.jsonl line 3 is left out: its text is of type int",
                      "a/metadata.jsonl line 4 is left out: it has no file_name",
                      "a/metadata.jsonl line 7 is left out", "a/metadata.jsonl line 9 is left out",
-                     "a/metadata.jsonl names 1 images that do not exist, the first is 'a/77.png'",
+                     "a/metadata.jsonl names 1 image that does not exist, the first is 'a/77.png'",
                      ".txt: 1"):  # fmt: skip
             assert line in text, line
         packs.append(made)

@@ -105,7 +105,7 @@ def test_a_common_folder_is_no_class(tmp_path: Path):
 def test_images_beside_class_folders_mean_no_labels(tmp_path: Path):
     for source in both(tree(tmp_path / "set", ["x/1.png", "y/2.png", "3.png"]), tmp_path):
         assert source.classes == ()
-        assert "1 of 3 images lie outside" in " ".join(getattr(source, "notes"))  # noqa: B009
+        assert "1 of 3 images lies outside" in " ".join(getattr(source, "notes"))  # noqa: B009
 
 
 def test_symbolic_links(tmp_path: Path):
@@ -186,7 +186,7 @@ def test_edm_labels(tmp_path: Path):
         ("[1]", "not of the form"),
         ('{"labels": [["a.png", 0.5]]}', "not an integer from 0"),
         ('{"labels": [["a.png", -1]]}', "not an integer from 0"),
-        ('{"labels": [["b.png", 1]]}', "gives no label for 1 of 1 images, the first is 'a.png'"),
+        ('{"labels": [["b.png", 1]]}', "gives no label for 1 of 1 image, the first is 'a.png'"),
         ('{"labels": [["a.png", 999999999]]}', "999999999"),
     ],
 )

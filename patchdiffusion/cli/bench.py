@@ -18,6 +18,7 @@ from patchdiffusion.plans import Group
 from patchdiffusion.system.dist import join
 from patchdiffusion.system.files import write_json
 from patchdiffusion.system.serialize import encode
+from patchdiffusion.system.text import counted
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.profile import Cost, measure
 from patchdiffusion.train.setup import Training, assemble
@@ -182,7 +183,7 @@ def table(result: dict[str, Any]) -> list[str]:
     lines = [
         f"{result['data']}, {result['parameters'] / 1e6:.2f}M parameters, "
         f"{result['gmac']:.3g} GMAC; {engine['precision']} on {engine['device']}, "
-        f"{engine['threads']} threads x {engine['processes']}; matrix products reach "
+        f"{counted(engine['threads'], 'thread')} x {engine['processes']}; matrix products reach "
         f"{result['peak_flops'] / 1e12:.3g} TFLOP/s",
         "",
         "| step | " + " | ".join(COLUMNS) + " |",

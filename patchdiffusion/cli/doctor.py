@@ -28,6 +28,7 @@ from patchdiffusion.parameterisation import Parameterisation
 from patchdiffusion.recipes import Facts
 from patchdiffusion.system.device import best_precision, pick_device, use_threads
 from patchdiffusion.system.files import cache_dir
+from patchdiffusion.system.text import counted
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.log import duration, quantity
 from patchdiffusion.train.profile import measure
@@ -98,7 +99,7 @@ def _hardware(chosen: torch.device) -> None:
             print(f"device    {facts.name}, {facts.total_memory / 2**30:.0f} GiB")
         else:
             print(
-                f"device    CPU, {torch.get_num_threads()} threads, "
+                f"device    CPU, {counted(torch.get_num_threads(), 'thread')}, "
                 f"{torch.backends.cpu.get_cpu_capability()}"
             )
         speeds = {p: measured_peak(device, p) for p in ("fp32", "bf16")}

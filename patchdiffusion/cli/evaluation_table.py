@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from patchdiffusion.system.text import counted
+
 FULL = 50_000
 """Number of samples of published Frechet distances."""
 
@@ -25,13 +27,14 @@ def table(result: dict[str, Any]) -> list[str]:
             bands = "  ".join(f"{band} {loss:.3f}" for band, loss in held["bands"].items())
             lines.append(
                 f"{label:<28}{held['loss']:.4f}{_error(held)} on "
-                f"{held['images']:,} images (by noise: {bands})"
+                f"{counted(held['images'], 'image')} (by noise: {bands})"
             )
     if bits := result.get("bits"):
         settings = card["bits"]
         lines.append(
             f"{'bits per dimension':<28}{bits['bits_per_dim']:.4f}{_error(bits)} on "
-            f"{bits['images']:,} images (upper bound but for {settings['steps']} steps, "
+            f"{counted(bits['images'], 'image')} (upper bound but for "
+            f"{counted(settings['steps'], 'step')}, "
             f"{settings['method']})"
         )
     for name, label in ROWS.items():

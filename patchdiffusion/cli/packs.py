@@ -9,6 +9,7 @@ from patchdiffusion.cli.parse import parse
 from patchdiffusion.data.store import packs_folder
 from patchdiffusion.data.stored import StoredPack, find_packs, in_use, remove_pack, stored_packs
 from patchdiffusion.patches import size_name
+from patchdiffusion.system.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +50,20 @@ def main(arguments: Sequence[str]) -> None:
             continue
         print(f"removed   {pack.path.name}, {_megabytes(pack)}")
         freed, removed = freed + pack.bytes, removed + 1
-    print(f"{removed} packs removed, {freed / 1e6:,.1f} MB")
+    print(f"{counted(removed, 'pack')} removed, {freed / 1e6:,.1f} MB")
 
 
 def _show(packs: Sequence[StoredPack]) -> None:
     for pack in packs:
         what = "unfinished, or of another version"
         if pack.shape is not None:
-            what = f"{pack.shape[0]:,} images of {size_name(pack.shape[1:-1])}x{pack.shape[-1]}"
+            images = counted(pack.shape[0], "image")
+            what = f"{images} of {size_name(pack.shape[1:-1])}x{pack.shape[-1]}"
         day = time.strftime("%Y-%m-%d", time.localtime(pack.used))
         note = ", in use" if in_use(pack.path) else ""
         print(f"{pack.path.name}\n          {what}, {_megabytes(pack)}, used {day}{note}")
     total = sum(pack.bytes for pack in packs) / 1e6
-    print(f"{len(packs)} packs, {total:,.1f} MB in {packs_folder()}")
+    print(f"{counted(len(packs), 'pack')}, {total:,.1f} MB in {packs_folder()}")
 
 
 def _megabytes(pack: StoredPack) -> str:

@@ -26,6 +26,7 @@ from patchdiffusion.system.dist import LONGEST_WORK, Team, join
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.progress import progress_bar
 from patchdiffusion.system.serialize import encode
+from patchdiffusion.system.text import counted, share
 
 MEETING = 2.0
 """Minutes to wait for the other processes at the start."""
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
                 drawn.finish()
                 if drawn.preview:
                     print(f"pictures show the channels {drawn.preview}")
-                print(f"{options.count} images in {drawn.folder}")
+                print(f"{counted(options.count, 'image')} in {drawn.folder}")
 
 
 def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team) -> None:
@@ -145,7 +146,7 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
 
 def _written(drawn: Drawn) -> str:
     written = drawn.count - len(drawn.missing())
-    return f"{written:,} of {drawn.count:,} images are in {drawn.folder}"
+    return f"{share(written, drawn.count, 'image', 'is', 'are')} in {drawn.folder}"
 
 
 def _names(labels: Tensor | None, names: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from patchdiffusion.data.example import BadImage
 from patchdiffusion.system.files import parse_json
-from patchdiffusion.system.text import same_form
+from patchdiffusion.system.text import counted, same_form
 
 TABLES = ("captions.jsonl", "metadata.jsonl")
 """Names of tables with a line {"file_name": ..., "text": ...} for each image of their folder."""
@@ -60,7 +60,8 @@ def find_captions(
             else:
                 unknown.append(entry[0])
         if unknown:
-            missing = f"{len(unknown)} images that do not exist, the first is {unknown[0]!r}"
+            number = counted(len(unknown), "image that does", "images that do")
+            missing = f"{number} not exist, the first is {unknown[0]!r}"
             notes.append(f"{table} names {missing}")
     return Captions(files, captions, tuple(notes))
 

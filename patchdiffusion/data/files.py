@@ -14,6 +14,7 @@ from patchdiffusion.data.labels import LabelSource, find_labels, natural
 from patchdiffusion.data.limits import MAX_BYTES, member_content
 from patchdiffusion.data.listing import Entry, Listing, list_folder, list_zip, suffix
 from patchdiffusion.data.splits import HELD_OUT, TEST, TRAIN
+from patchdiffusion.system.text import counted
 from patchdiffusion.system.trust import read_regular
 
 
@@ -140,7 +141,8 @@ def _source(
     captions, texts = _captions(listing, keys, read, labeled.used)
     notes = (*listing.notes, *captions.notes, *labeled.notes)
     if gone := len(splits) - len(kept):
-        notes += (f"splits: {gone} test images are left out: neither trained on nor held out",)
+        images = counted(gone, "test image is", "test images are")
+        notes += (f"splits: {images} left out: neither trained on nor held out",)
     labels = None if labeled.labels is None else tuple(labeled.labels[i] for i in kept)
     held = None if labeled.splits is None else tuple(splits[i] != TRAIN for i in kept)
     digest = hashlib.sha256()

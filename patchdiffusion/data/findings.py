@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from patchdiffusion.data.decode import ANIMATED, CUT_SHORT, DEEP, REDUCED
 from patchdiffusion.data.frame import Fitted, Raw
-from patchdiffusion.system.text import counted
+from patchdiffusion.system.text import counted, share
 
 LEVELS = "levels: "
 """Prefix of warnings about values that use few of the 256 levels."""
@@ -56,15 +56,16 @@ class Findings:
 
     def notes(self) -> list[str]:
         """Lines about usual changes."""
-        counts = {
-            "files have several frames, of which the first is taken": self._of(ANIMATED),
-            "images have more than 8 bits per color, of which 8 are read; as TIFF or PNG they keep "
-            "them": self._of(DEEP),
-            "images have transparent pixels, laid over --background; --data.channels 4 keeps "
-            "them": self.composed,
-            "images are enlarged": self.enlarged,
-        }
-        lines = [f"{count} of {self.images} {text}" for text, count in counts.items() if count]
+        has, enlarged = ("has", "have"), ("is", "are")
+        counts = (
+            (self._of(ANIMATED), has, "several frames, of which the first is taken"),
+            (self._of(DEEP), has, "more than 8 bits per color, of which 8 are read; as TIFF or PNG "
+             "they keep all"),
+            (self.composed, has, "transparent pixels, laid over --background; --data.channels 4 "
+             "keeps them"),
+            (self.enlarged, enlarged, "enlarged"),
+        )  # fmt: skip
+        lines = [f"{self._share(count, *verb)} {text}" for count, verb, text in counts if count]
         if left := self._of(REDUCED):
             files = counted(left, "file holds", "files hold")
             lines.append(f"{files} thumbnails or masks, too, which are left out")
@@ -76,8 +77,11 @@ class Findings:
         """Lines about changes that may not be intended."""
         lines = self._cuts() if self._cut_much else []
         if self.clipped:
-            lines.append(f"{self.clipped} of {self.images} images have values outside of the range")
+            lines.append(f"{self._share(self.clipped, 'has', 'have')} values outside of the range")
         return lines if levels is None else lines + self._of_levels(levels)
+
+    def _share(self, count: int, one: str, many: str) -> str:
+        return share(count, self.images, "image", one, many)
 
     def _of(self, word: str) -> int:
         return sum(count for mode, count in self.modes.items() if word in mode)
@@ -92,7 +96,7 @@ class Findings:
         mean = self.lost / self.images
         most = "" if self.most_lost < mean + 0.01 else f", {self.most_lost:.0%} at most"
         return [
-            f"{self.cropped} of {self.images} images are cropped and lose {mean:.0%} of their area "
+            f"{self._share(self.cropped, 'is', 'are')} cropped and lose {mean:.0%} of the area "
             f"on average{most}; --data.fit windows takes all of it in several images, "
             "--data.fit pad or stretch in one, --data.resolution HEIGHT WIDTH takes another shape"
         ]

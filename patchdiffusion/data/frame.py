@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from patchdiffusion.data.example import BadImage, Example
+from patchdiffusion.system.text import counted
 
 MIN_SIDE = 8
 MAX_SIDE = 4096
@@ -106,7 +107,7 @@ class Sizes:
         if not self.probed:
             size = (_LARGEST_INFERRED, _LARGEST_INFERRED)
             return size, "size: no image could be read to infer it"
-        basis = f"judged from {len(self.probed)} images"
+        basis = f"judged from {counted(len(self.probed), 'image')}"
         first = self.probed[0]
         if len(set(self.probed)) == 1 and max(first[-2:]) <= _SAME_SIZE:
             return first, f"size {size_text(first)}: all images have it ({basis})"

@@ -1,6 +1,6 @@
 """Files that look like data and are none: thumbnails, recycle bins, system folders, our own runs.
 
-| passed over                                | written by                                       |
+| ignored                                    | written by                                       |
 |--------------------------------------------|--------------------------------------------------|
 | names that begin with a dot, `__MACOSX`    | Unix, macOS (`.AppleDouble`, `._x.jpg`, `.Trash`) |
 | `@eaDir`, `@tmp`, `#recycle`, `#snapshot`  | Synology                                         |

@@ -14,7 +14,7 @@ from typing import Literal
 from patchdiffusion.data.example import MAX_LABEL
 from patchdiffusion.data.splits import HELD_OUT, TEST, TRAIN, are_splits, domain_of, split_of
 from patchdiffusion.data.tables import LABEL_FILE, Cell, Names, Table, read_table
-from patchdiffusion.system.text import printable, same_form
+from patchdiffusion.system.text import counted, printable, same_form, share
 
 LabelSource = Literal["auto", "folders", "off"]
 
@@ -105,7 +105,8 @@ def _by_folder(
     depth = _common(training)
     loose = sum(len(parts) == depth for parts in training)
     if loose:
-        mixed = f"no labels: {loose} of {len(training)} images lie outside of the sub-folders"
+        images = share(loose, len(training), "image", "lies", "lie")
+        mixed = f"no labels: {images} outside of the sub-folders"
         return Labels(notes=(mixed,) if loose < len(training) else ())
     classes = tuple(sorted({parts[depth] for parts in training}, key=natural))
     above = training[0][depth - 1] if depth else ""
@@ -199,7 +200,8 @@ def _refuse_gaps(table: Table, keys: Sequence[str]) -> None:
     missing = [key for key in below if key not in table.labels]
     if missing and (table.labels or table.unknown):
         raise ValueError(
-            f"{printable(table.name)} gives no label for {len(missing)} of {len(below)} images, "
+            f"{printable(table.name)} gives no label for {len(missing)} of "
+            f"{counted(len(below), 'image')}, "
             f"the first is {missing[0]!r}; use --data.labels off to ignore labels"
         )
 
@@ -231,12 +233,15 @@ def _by_tables(tables: Sequence[Table], keys: Sequence[str]) -> Labels | None:
     if not exact and tables[0].column is not None:
         notes = [f"labels: column {printable(tables[0].column)} of {where}"]
     if len(labeled_cells) < len(keys):
-        notes.append(f"{len(keys) - len(labeled_cells)} of {len(keys)} images have no label there")
+        without = len(keys) - len(labeled_cells)
+        notes.append(f"{share(without, len(keys), 'image', 'has', 'have')} no label there")
     for table in tables:
         if table.unknown:
             count, first = len(table.unknown), table.unknown[0]
-            missing = f"{count} images that do not exist, the first is {first!r}"
-            notes.append(f"{printable(table.name)} names {missing}")
+            missing = counted(count, "image that does", "images that do")
+            notes.append(
+                f"{printable(table.name)} names {missing} not exist, the first is {first!r}"
+            )
     return Labels(labels, classes, None, tuple(notes), used)
 
 

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.system.text import counted
 
 MIRROR = "mirror"
 """Entry of report.json."""
@@ -76,7 +77,8 @@ def mirror_line(pack: Pack, flip: bool) -> str:
     chance = f"accuracy {result.share:.0%} on {result.images:,}, 50% is chance"
     undo = "--data.no-flip leaves that out" if flip else "--data.flip mirrors them"
     if not result.images:
-        few = f"{len(pack.train)} images are too few to tell whether that is harmless"
+        images = counted(len(pack.train), "image is", "images are")
+        few = f"{images} too few to tell whether that is harmless"
         return f"flip      {'yes' if flip else 'no'}: {few}; {undo}"
     if result.told_apart:
         text = f"images differ from mirrored ones ({chance}), as text, digits and scans do"

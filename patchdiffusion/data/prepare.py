@@ -33,6 +33,7 @@ from patchdiffusion.data.write import PackWriter, pack_writer
 from patchdiffusion.system.files import expanded, folder_atomic, lock
 from patchdiffusion.system.place import place
 from patchdiffusion.system.progress import progress_bar
+from patchdiffusion.system.text import counted
 
 _PAIRS = 50
 _BYTES_PER_IMAGE = 256  # names, labels and checksums, generously
@@ -185,7 +186,8 @@ def _make(
         held, copies = division(digests, groups, options.holdout, given)
         if copies:
             report.warnings.append(
-                f"{copies} images to be held out repeat images of training: trained on instead"
+                counted(copies, "image to be held out repeats", "images to be held out repeat")
+                + " images of training: trained on instead"
             )
         info = writer.finish(
             name=source.name,
@@ -223,7 +225,7 @@ def _check_bad(report: Report, max_bad: float, complaints: Path, name: str) -> N
         write_text(complaints, "\n".join(bad_lines(report.bad)) + "\n")
         key, reason = report.bad[0]
         raise ValueError(
-            f"{bad} of {total} images of {name} cannot be used (allowed are "
+            f"{bad} of {counted(total, 'image')} of {name} cannot be used (allowed are "
             f"{max_bad:.0%}); the first is {key}: {reason}; the list is in {complaints}; "
             "patchdiffusion prepare --max-bad allows more"
         )

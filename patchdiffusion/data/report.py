@@ -94,7 +94,8 @@ class Report:
         count, *size, channels = info.shape
         counts = zip(info.classes, info.class_counts, strict=True)
         lines = [
-            f"{info.name}: {count} images of {size_text(size)} with {channels} channels",
+            f"{info.name}: {counted(count, 'image')} of {size_text(size)} with "
+            f"{counted(channels, 'channel')}",
             f"given {self.total}, refused {len(self.bad)}, enlarged {self.findings.enlarged}, "
             f"exact duplicates {self.duplicates}, held out {len(info.heldout)}",
             f"standard deviation in [-1, 1]: {info.sigma_data:.4f}",

@@ -6,7 +6,7 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.space import shown
 from patchdiffusion.data.store import kept_aside
 from patchdiffusion.patches import size_name
-from patchdiffusion.system.text import printable
+from patchdiffusion.system.text import counted, printable
 
 FEW = 1000
 """Number of training images below which a model is likely to copy them."""
@@ -24,27 +24,30 @@ def data_lines(pack: Pack, *, labels: bool = True) -> Iterator[str]:
     size = size_name(tuple(pack.images.shape[1:-1]))
     classes = _classes(pack) if labels else ""
     yield (
-        f"data      {printable(pack.name)}: {len(pack.train):,} images of {size}{_channels(pack)}"
+        f"data      {printable(pack.name)}: {counted(len(pack.train), 'image')} of {size}"
+        f"{_channels(pack)}"
         f"{classes}, {len(pack.heldout):,} held out; pack {_place(pack)}"
     )
     report, where = pack.report, pack.path / "report.txt"
     notes = [str(note) for note in report.get("notes", ())]
     yield from (_INDENT + printable(note) for note in notes[:_NOTES])
     if len(notes) > _NOTES:
-        yield f"{_INDENT}{len(notes) - _NOTES} more lines of this kind are in {where}"
+        more = counted(len(notes) - _NOTES, "more line", "more lines")
+        yield f"{_INDENT}{more} of this kind in {where}"
     if bad := len(report.get("bad", ())):
         total = report.get("given", bad)
         first = report["bad"][0]
         text = printable(f"{first['key']}: {first['reason']}")
         listed = "patchdiffusion prepare lists them" if kept_aside(pack) else f"all in {where}"
-        yield f"{_INDENT}refused {bad} of {total:,} images, first {text}; {listed}"
+        yield f"{_INDENT}refused {bad} of {counted(total, 'image')}, first {text}; {listed}"
     if ignored := report.get("ignored"):
         kinds = ", ".join(f"{kind} {count}" for kind, count in ignored.items())
         yield f"{_INDENT}ignored: {printable(kinds)}"
     for warning in report.get("warnings", ()):
         yield f"warning: {printable(str(warning))}"
     if len(pack.train) < FEW:
-        yield f"warning: {len(pack.train)} images are few; expect copies of them"
+        images = counted(len(pack.train), "image is", "images are")
+        yield f"warning: {images} few; expect copies of them"
 
 
 def _place(pack: Pack) -> str:
@@ -66,4 +69,4 @@ def _classes(pack: Pack) -> str:
         return ""
     listed = [f"{printable(name)} {n}" for name, n in zip(names, counts, strict=True) if n]
     more = ", ..." if len(listed) > _CLASSES else ""
-    return f", {len(listed)} classes ({', '.join(listed[:_CLASSES])}{more})"
+    return f", {counted(len(listed), 'class', 'classes')} ({', '.join(listed[:_CLASSES])}{more})"

@@ -25,3 +25,8 @@ def storable(text: str) -> str:
 def counted(number: int, one: str, many: str = "") -> str:
     """A number with its noun: 1 image, 2 images, 1,000 images; `many` if it does not end in s."""
     return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
+def share(number: int, total: int, noun: str, one: str, many: str) -> str:
+    """A number out of all with the verb that follows: 1 of 9 images is, 2 of 9 images are."""
+    return f"{number:,} of {counted(total, noun)} {one if number == 1 else many}"

@@ -8,6 +8,7 @@ import torch
 from patchdiffusion.data.mirror import mirror_line
 from patchdiffusion.data.summary import data_lines
 from patchdiffusion.system import families
+from patchdiffusion.system.text import counted
 from patchdiffusion.train.folder import check_disk
 from patchdiffusion.train.log import quantity
 from patchdiffusion.train.setup import Training
@@ -52,7 +53,8 @@ def _network(training: Training) -> str:
     return (
         f"{families.word(type(training.config.network))}, "
         f"{training.parameters / 1e6:.2f}M parameters, {training.macs / 1e9:.3g} GMAC per image; "
-        f"{training.precision} on {training.device}, {torch.get_num_threads()} threads{shared}; "
+        f"{training.precision} on {training.device}, "
+        f"{counted(torch.get_num_threads(), 'thread')}{shared}; "
         f"{training.engine['kernels']}"
     )
 
@@ -92,7 +94,7 @@ def _optimizer(training: Training) -> str:
     config, optim = training.config, training.config.optim
     return (
         f"{families.word(type(optim))}, learning rate {optim.lr:g} "
-        f"({families.word(type(optim.schedule))}), batch {config.batch} images"
+        f"({families.word(type(optim.schedule))}), batch {counted(config.batch, 'image')}"
     )
 
 
@@ -102,14 +104,15 @@ def _previews(training: Training) -> str:
         training.forecast.preview
     )
     held_out = min(preview.held_out, len(training.pack.heldout))
-    return f"{count} of {preview.grid} images, and of {held_out} held-out images{share}"
+    grid, held = counted(preview.grid, "image"), counted(held_out, "held-out image")
+    return f"{count} of {grid}, and of {held}{share}"
 
 
 def _length(training: Training, disk: float) -> str:
     config = training.config
     operations = training.forecast.left(0.0)
     return (
-        f"{quantity(config.images)} {config.clock}, about {training.total_steps:,} steps, "
+        f"{quantity(config.images)} {config.clock}, about {counted(training.total_steps, 'step')}, "
         f"{operations:.2g} operations; up to {disk / 1e9:.2g} GB of disk in {training.folder}"
     )
 

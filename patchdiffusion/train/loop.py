@@ -17,6 +17,7 @@ from patchdiffusion.system.dist import Vote, join
 from patchdiffusion.system.errors import Stop, out_of_memory, peer_lost
 from patchdiffusion.system.place import place
 from patchdiffusion.system.signals import STOPPING, handling
+from patchdiffusion.system.text import counted
 from patchdiffusion.train.callbacks import Callback, Callbacks
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.guard import Order, Verification
@@ -235,13 +236,14 @@ def _refusal(training: Training, order: Order, pixels: Verification) -> Stop:
         return team.stop(f"{problems[0]}; prepare the data again", code=23)
     if order == Order.STOP_SKIPS:
         return team.stop(
-            f"{guard.config.max_skips} steps in a row had a loss or gradient that is not finite; "
-            "the last checkpoint is valid; try a lower --optim.lr, or --precision fp32",
+            f"{counted(guard.config.max_skips, 'step')} in a row had a loss or gradient that is "
+            "not finite; the last checkpoint is valid; try a lower --optim.lr, or --precision fp32",
             code=21,
         )
     return team.stop(
-        f"the gradient has exploded again after {guard.rollbacks} rollbacks; the last checkpoint "
-        f"is valid; try a lower --optim.lr, or --guard.rollbacks {guard.rollbacks + 1}",
+        f"the gradient has exploded again after {counted(guard.rollbacks, 'rollback')}; "
+        "the last checkpoint is valid; try a lower --optim.lr, or "
+        f"--guard.rollbacks {guard.rollbacks + 1}",
         code=22,
     )
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.plans import Group
+from patchdiffusion.system.text import counted
 from patchdiffusion.train.log import duration
 from patchdiffusion.train.setup import Training
 
@@ -66,7 +67,7 @@ def outlook(training: Training, step: Callable[[Training, tuple[Group, ...]], No
     memory = weights + kept.most * micro / (largest / team.size)
     return (
         f"time      about {duration(steps + previews)} at this rate: {duration(steps)} of steps, "
-        f"{duration(previews)} of {count} previews; "
+        f"{duration(previews)} of {counted(count, 'preview')}; "
         f"about {memory / 1e9:.2g} GB of memory"
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from patchdiffusion.system.errors import Stop
 from patchdiffusion.system.files import cache_dir, check_place, check_writable, is_held, lock
 from patchdiffusion.system.serialize import encode
+from patchdiffusion.system.text import counted
 from patchdiffusion.system.trust import check_links
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.describe import describe
@@ -213,7 +214,7 @@ def _check(training: Training, facts: RunFacts) -> None:
         return
     if not training.run.allow_data_change:
         raise ValueError(
-            f"the data differs from that of {training.folder}: {now.images:,} images "
+            f"the data differs from that of {training.folder}: {counted(now.images, 'image')} "
             f"({now.fingerprint[:12]}) instead of {before.images:,} "
             f"({before.fingerprint[:12]}); use --allow-data-change to resume with it"
         )
