@@ -18,6 +18,7 @@ from patchdiffusion.analytic import GaussianField
 from patchdiffusion.apps.likelihood import (
     LikelihoodConfig,
     bits_per_dim,
+    estimated_seconds,
     held_out_bits,
     log_likelihood,
 )
@@ -270,6 +271,26 @@ def test_bits_by_the_command(finished: Path, tmp_path: Path, capsys: Capture) ->
     assert (card["method"], card["steps"], card["probes"]) == ("hutchinson", 2, 3)
     assert card["dequantization"] == "uniform within half a level, one draw for each image"
     assert "held_out" in result and card["estimates"] == "an upper bound"
+
+
+def test_the_estimated_time_is_that_of_all_evaluations(
+    finished: Path, pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that advances by a second for each image in the network, and warms up."""
+    pipeline, now, sizes = load(finished, device="cpu"), [0.0], set[int]()
+
+    def tick(module: object, given: tuple[Tensor, ...]) -> None:
+        count = len(given[0])
+        now[0] += count + (0 if count in sizes else 100)
+        sizes.add(count)
+
+    pipeline.model.network.register_forward_pre_hook(tick)
+    monkeypatch.setattr("patchdiffusion.metrics.estimate.time.perf_counter", lambda: now[0])
+    config = LikelihoodConfig(steps=3)
+    seconds = estimated_seconds(pipeline, pack, config, images=2)
+    start = now[0]
+    numbers, _ = held_out_bits(pipeline, pack, config, images=2)
+    assert seconds == now[0] - start == 2 * 3 * numbers["images"]
 
 
 def test_what_cannot_be_measured(
