@@ -1,6 +1,7 @@
 """The bar of a run on a terminal, and the time that is said to be left."""
 
 import io
+import math
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,11 @@ def test_the_time_left_has_the_previews_in_it(images: Path, tmp_path: Path) -> N
     config = tiny.change(tiny.config(images, steps=10), {"preview.samples": 4})
     training = tiny.training(config, tmp_path / "run")
     status = Status(training, Saver(training))
+    assert status.seconds_left() == math.inf  # nothing is known yet
+    ((_, step),) = training.plan.kinds(config.clock)
+    training.pace.add([step], training.pace.operations(step) / 100)
     operations = training.forecast.left(0.0)
     previews = 4 * training.forecast.preview
-    assert status.seconds_left(100.0) == pytest.approx((operations + previews) / 100)
+    assert status.seconds_left() == pytest.approx((operations + previews) / 100)
     status.preview_seconds = 7.0  # measured: instead of its operations
-    assert status.seconds_left(100.0) == pytest.approx(operations / 100 + 28)
+    assert status.seconds_left() == pytest.approx(operations / 100 + 28)

@@ -1,7 +1,7 @@
 """Forecasts of a run: operations and previews until its end."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from patchdiffusion.patches import Size, size_name
@@ -10,6 +10,9 @@ from patchdiffusion.plans import Clock, Group, PatchPlan, advance
 PREVIEW_SHARE = 0.1
 """Largest share of the operations of a run that previews take if their number is not given."""
 MAX_PREVIEWS = 10
+
+StepCost = Callable[[Sequence[Group]], float]
+"""Cost of a step of some groups: operations, seconds ..."""
 
 
 @dataclass(frozen=True)
@@ -25,20 +28,21 @@ class Forecast:
     preview: float
     """Operations of one preview."""
 
-    def left(self, now: float) -> float:
-        """Operations of training from `now` to the end of the run."""
+    def left(self, now: float, cost: StepCost | None = None) -> float:
+        """Cost of training from `now` to the end of the run; by default its operations."""
         starts = [start * self.length for start, _ in self.plan.stages]
         ends = [*starts[1:], self.length]
         return sum(
-            max(end - max(start, now), 0.0) * self._per_unit(index)
+            (end - max(start, now)) * self._per_unit(index, cost or self._step)
             for index, (start, end) in enumerate(zip(starts, ends, strict=True))
+            if end > max(start, now)
         )
 
-    def _per_unit(self, stage: int) -> float:
-        """Operations while the clock advances by 1, in a stage of the plan."""
+    def _per_unit(self, stage: int, cost: StepCost) -> float:
+        """Cost of the steps in which the clock advances by 1, in a stage of the plan."""
         stages = self.plan.stages
         steps = ((1.0, stages[stage][1]),) if len(stages) > 1 else self.plan.kinds(self.clock)
-        total = sum(p * self._step(groups) for p, groups in steps)
+        total = sum(p * cost(groups) for p, groups in steps)
         return total / sum(p * advance(groups, self.plan.canvas, self.clock) for p, groups in steps)
 
     def _step(self, groups: Sequence[Group]) -> float:

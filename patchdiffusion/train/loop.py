@@ -22,7 +22,7 @@ from patchdiffusion.train.callbacks import Callback, Callbacks
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.guard import Order, Verification
 from patchdiffusion.train.log import duration, quantity
-from patchdiffusion.train.outlook import outlook
+from patchdiffusion.train.outlook import learn_pace, outlook
 from patchdiffusion.train.preview import Ending
 from patchdiffusion.train.resume import opened, rehearse, roll_back, set_doubtful_aside
 from patchdiffusion.train.save import Saver
@@ -110,7 +110,6 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
     config, preview, run = training.config, training.config.preview, training.run
     team, guard, phases = training.team, training.stepper.guard, training.phases
     saver = Saver(training)
-    status = Status(training, saver)
     vote = Vote(team, 3)
     pixels = Verification(training.pack, enabled=team.place.local_rank == 0)
     deadline = deadline_of(run, started)
@@ -119,6 +118,8 @@ def _loop(training: Training, stop: threading.Event, started: float) -> None:
     training.log.status("running", **_position(training))
     if not _catch_up(training, stop.is_set):
         return _report_end(training, "preempted")
+    learn_pace(training, one_step)
+    status = Status(training, saver)
     for num_steps in itertools.count(1):
         before = training.now
         _step(training)
@@ -220,7 +221,7 @@ def one_step(training: Training, groups: tuple[Group, ...] | None = None) -> Non
     state.advance(groups, training.canvas, flops)
     with phases("average"):
         training.ema.update(training.now, training.now - before)
-    phases.end_step()
+    training.pace.count(groups, phases.end_step())
 
 
 def due(times: int, before: float, now: float, total: float) -> bool:

@@ -1,4 +1,4 @@
-"""Estimated duration and memory of a run, from two steps in memory."""
+"""Estimated duration and memory of a run, from a few steps of each kind in memory."""
 
 import math
 import time
@@ -9,12 +9,22 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.plans import Group
+from patchdiffusion.system.device import synchronize
 from patchdiffusion.system.text import counted
 from patchdiffusion.train.log import duration
-from patchdiffusion.train.setup import Training
+from patchdiffusion.train.pace import kind_of
+from patchdiffusion.train.report import read_log
+from patchdiffusion.train.setup import Training, assemble
 
-TRIAL = 2e10
+TRIAL = 4e10
 """Limit of the floating-point operations of a timed step on a CPU, unless one crop has more."""
+TIMED = 3
+"""Steps of each kind, after one that warms up; the fastest counts."""
+LONG = 100
+"""Steps of a run for which the speed of crop sizes to come is worth being measured first."""
+
+Step = Callable[[Training, tuple[Group, ...]], None]
+"""Trains on some groups."""
 
 
 @dataclass
@@ -44,56 +54,103 @@ class Activations:
         return kept
 
 
-def outlook(training: Training, step: Callable[[Training, tuple[Group, ...]], None]) -> str:
+def outlook(training: Training, step: Step) -> str:
     """Estimated duration of the rest of a run, with previews, and memory on each device, as text.
 
-    `step` trains on some groups, twice, in memory.
+    It trains, in memory.
     """
-    config, team = training.config, training.team
-    groups = _trial(training)
-    kept = Activations()
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
-        step(training, groups)  # which also prepares kernels and buffers
-    seconds = _timed(lambda: step(training, groups), training.device)
-    rate = sum(training.flops[group.size] * group.count for group in groups) / seconds
+    config, team, pace = training.config, training.team, training.pace
+    kept = rehearse_kinds(training, step)
     left = max(0.0, 1 - training.now / config.images)
-    steps = training.forecast.left(training.now) / rate
+    steps = training.forecast.left(training.now, pace.seconds)
     count = training.num_previews
-    previews = training.forecast.preview / rate * math.ceil(count * left)
+    preview = pace.seconds_of(training.forecast.preview, training.canvas)
+    previews = preview * math.ceil(count * left)
     weights = training.parameters * 4 * (4 + 1 + len(config.ema.profiles))
     whole = config.batch / team.size
-    micro = min(whole, config.micro_batch or whole)
-    largest = max(math.prod(g.size) * g.count for g in groups) / math.prod(training.canvas)
-    memory = weights + kept.most * micro / (largest / team.size)
+    memory = weights + kept * min(whole, config.micro_batch or whole)
     return (
-        f"time      about {duration(steps + previews)} at this rate: {duration(steps)} of steps, "
+        f"time      about {duration(steps + previews)}: {duration(steps)} of steps, "
         f"{duration(previews)} of {counted(count, 'preview')}; "
         f"about {memory / 1e9:.2g} GB of memory"
     )
 
 
-def _trial(training: Training) -> tuple[Group, ...]:
-    """The groups of a step at the end of the run, on a CPU with few crops each."""
-    config, team = training.config, training.team
-    groups = training.plan.draw(seed=config.seed, step=0, progress=1.0)
+def learn_pace(training: Training, step: Step) -> None:
+    """Take over the speed of each kind of step from the log of a resumed run, or measure it.
+
+    Measured on a copy of the run, and only if crop sizes are still to come and it takes seconds:
+    on a CPU, for one process and no teacher. Otherwise the run itself shows it.
+    """
+    config, pace = training.config, training.pace
+    kinds = {kind_of(groups): groups for _, groups in training.plan.kinds(config.clock)}
+    logged = [record.get("rates") for record in read_log(training.folder)]
+    for kind, rate in next((rates for rates in reversed(logged) if rates), {}).items():
+        if kind in kinds:
+            pace.add([kinds[kind]], pace.operations(kinds[kind]) / rate)
+    if (
+        pace.measured.keys() >= kinds.keys()
+        or training.forecast.next_stage(training.now) is None
+        or training.device.type != "cpu"
+        or training.team.size > 1
+        or config.task.teachers(config)
+        or training.total_steps < LONG
+    ):
+        return
+    copy = assemble(config, replace(training.run, dry_run=True), training.pack)
+    rehearse_kinds(copy, step)
+    pace.rehearsed = copy.pace.measured
+
+
+def rehearse_kinds(training: Training, step: Step) -> float:
+    """Measure the pace of each kind of step; returns the bytes that are kept for backward passes.
+
+    The latter for one crop with the area of a whole image. On a CPU each step has few crops.
+    """
+    most, phases = 0.0, training.phases
+    for groups in _affordable(training):
+        trial, kept = _trial(training, groups), Activations()
+        with torch.autograd.graph.saved_tensors_hooks(kept.pack, kept.unpack):
+            step(training, trial)  # which also prepares kernels and buffers
+        largest = max(math.prod(g.size) * g.count for g in trial) / math.prod(training.canvas)
+        most = max(most, kept.most * training.team.size / largest)
+        share = training.pace.operations(groups) / training.pace.operations(trial)
+        times: list[float] = []
+        for _ in range(TIMED):
+            phases.read()
+            seconds = _timed(lambda trial=trial: step(training, trial), training.device)
+            spent, _ = phases.read()
+            update = spent["update"] + spent["average"]  # whatever the number of crops
+            times.append((seconds - update) * share + update)
+        training.pace.add([groups], min(times))
+    return most
+
+
+def _affordable(training: Training) -> list[tuple[Group, ...]]:
+    """The kinds of step of which every group can be tried, and at least a smallest group."""
+    flops, most = training.flops, 10 * TRIAL / training.team.size
+    kinds = [groups for _, groups in training.plan.kinds(training.config.clock)]
+    if training.device.type != "cpu":
+        return kinds
+    few = [groups for groups in kinds if sum(flops[group.size] for group in groups) <= most]
+    small = min(training.plan.groups, key=lambda group: flops[group.size])
+    return few or [(small,)]
+
+
+def _trial(training: Training, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """A step of some groups, on a CPU with few crops each."""
     if training.device.type != "cpu":
         return groups
-    flops = training.flops
-    small = min(groups, key=lambda group: flops[group.size])
-    if sum(flops[group.size] for group in groups) * team.size > 10 * TRIAL:
-        groups = (small,)
-    share = TRIAL / sum(flops[group.size] * group.count for group in groups)
+    size, share = training.team.size, TRIAL / training.pace.operations(groups)
     return tuple(
-        replace(group, count=max(team.size, min(group.count, int(group.count * share))))
+        replace(group, count=max(size, min(group.count, int(group.count * share))))
         for group in groups
     )
 
 
 def _timed(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start

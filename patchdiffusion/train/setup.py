@@ -35,6 +35,7 @@ from patchdiffusion.train.engine import compiles, engine_facts, set_globals
 from patchdiffusion.train.forecast import Forecast
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.log import RunLog
+from patchdiffusion.train.pace import Pace
 from patchdiffusion.train.parallel import LossModule, replicate, shard
 from patchdiffusion.train.preview import Preview, Scene
 from patchdiffusion.train.state import DataFacts, Meter, TrainState
@@ -77,6 +78,7 @@ class Training:
     ema: EMA
     stepper: Stepper
     phases: Phases
+    pace: Pace
     flops: dict[Size, int]
     preview: Preview
     state: TrainState
@@ -258,6 +260,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         ema=ema,
         stepper=stepper,
         phases=phases,
+        pace=Pace(flops),
         flops=flops,
         preview=task.preview(Scene(config, pack, tuple(crops), device, precision, team)),
         state=TrainState(),

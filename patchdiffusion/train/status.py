@@ -74,8 +74,9 @@ class Status:
         rate = (training.now - now) / seconds
         crops_rate, flops_rate = (state.crops - crops) / seconds, (state.flops - flops) / seconds
         state.seconds += seconds
+        training.pace.measure(seconds)
         state.skipped += round(means.pop("skipped sum", 0.0))
-        left = self.seconds_left(flops_rate)
+        left = self.seconds_left()
         sizes = {k[5:]: v for k, v in means.items() if k.startswith("loss ")}
         loss = means.get("loss")
         common = {"loss", "grad norm", "skipped", *(f"loss {size}" for size in sizes)}
@@ -99,6 +100,7 @@ class Status:
             images_per_second=rate,
             crops_per_second=crops_rate,
             flops_per_second=flops_rate,
+            rates=training.pace.rates,
             peak=self.peak * training.team.size,
             phases={name: round(spent, 4) for name, spent in phases.items()},
             memory=peak_memory(training.device),
@@ -129,16 +131,14 @@ class Status:
         training.log.status("running", step=state.step, images=training.now, length=config.images)
         self._mark()
 
-    def seconds_left(self, flops_rate: float) -> float:
-        """Seconds until the end of the run, with its previews, at a rate of operations."""
-        training = self.training
-        forecast, count = training.forecast, training.num_previews
-        shown = math.floor(training.now / training.config.images * count)
-        each = self.preview_seconds
-        if each is None:
-            each = forecast.preview / flops_rate if flops_rate else 0.0
-        rest = forecast.left(training.now)
-        return (rest / flops_rate if rest and flops_rate else 0.0) + max(count - shown, 0) * each
+    def seconds_left(self) -> float:
+        """Seconds until the end of the run, with its previews; infinity if none can be told yet."""
+        training, each = self.training, self.preview_seconds
+        share, count = training.now / training.config.images, training.num_previews
+        coming = max(count - math.floor(share * count), 0)
+        if each is None and coming:
+            each = training.pace.seconds_of(training.forecast.preview, training.canvas)
+        return training.forecast.left(training.now, training.pace.seconds) + coming * (each or 0.0)
 
     def _next(self) -> str:
         """The next change of the crop sizes, if there is one."""

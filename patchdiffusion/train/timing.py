@@ -73,8 +73,8 @@ class Phases:
         self.step = step
         self._of_step = {}
 
-    def end_step(self) -> None:
-        """Stop the time of a step, and remember the step if it was slow."""
+    def end_step(self) -> float:
+        """Stop the time of a step, and remember the step if it was slow; returns its seconds."""
         self._switch("loop")
         total = sum(self._of_step.values())
         if self._usual and total > max(SLOW_SECONDS, SLOW_FACTOR * self._usual):
@@ -83,6 +83,7 @@ class Phases:
                 self.slowest = Slow(self.step, total, phase, self._of_step[phase])
         else:
             self._usual = total if not self._usual else 0.9 * self._usual + 0.1 * total
+        return total
 
     def read(self) -> tuple[dict[str, float], Slow | None]:
         """Seconds by phase and the slowest step since the last call."""
