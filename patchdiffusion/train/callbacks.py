@@ -28,7 +28,7 @@ class Event:
 
 
 Callback = Callable[[Event], object]
-"""Called with each event on the leading process; one that returns True ends the run, saved."""
+"""Called with each event on rank 0; one that returns True ends the run, saved."""
 
 
 class Callbacks:

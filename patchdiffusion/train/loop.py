@@ -93,17 +93,24 @@ def _execute(training: Training, started: float, heard: Callbacks) -> None:
             heard.attach(stop)
             log.open_bar(training.config.images, training.now)
             _loop(training, stop, started)
-        heard.check()
     except BaseException as error:
-        reason = str(error) or type(error).__name__
-        log.status("failed", reason=reason, **_position(training))
+        _record_failure(training, error)
         if out_of_memory(error):
             raise Stop(_too_large(training), code=26) from error
         raise
     finally:
         log.close_bar()
-    if path := training.team.on_main(lambda: refresh_report(training)):
+    if heard.error is not None:
+        _record_failure(training, heard.error)
+    path = training.team.on_main(lambda: refresh_report(training))
+    heard.check()  # after all processes have met: the others end as after a stop
+    if path:
         log.say(f"report    {path}")
+
+
+def _record_failure(training: Training, error: BaseException) -> None:
+    reason = str(error) or type(error).__name__
+    training.log.status("failed", reason=reason, **_position(training))
 
 
 def _loop(training: Training, stop: threading.Event, started: float) -> None:
