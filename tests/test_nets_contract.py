@@ -32,6 +32,10 @@ ADM = ADMConfig(
     jump=True,
 )
 DIT = DiTConfig(width=16, depth=2, heads=2, num_classes=4, augment_dim=3, jump=True)
+MODERN = replace(
+    DIT, depth=4, mlp="swiglu", norm="rms", qk_norm=True, positions="rope", embedding="late",
+    modulation="lowrank", registers=2, value_residual=True, context=5, half_blocks=2,
+)  # fmt: skip
 NETWORKS = {
     "unet": UNET,
     "ncsnpp": NCSN,
@@ -39,6 +43,11 @@ NETWORKS = {
     "transformer": replace(DIT, dropout=0.1),
     "transformer, 1 axis": replace(DIT, patch=(2,)),
     "transformer, 3 axes": replace(DIT, patch=(1, 2, 4)),
+    "modern": replace(MODERN, dropout=0.1),
+    "modern, 1 axis": replace(MODERN, patch=(2,), modulation="shared", learned_variance=True),
+    "modern, 3 axes": replace(
+        MODERN, patch=(1, 2, 4), width=24, half_blocks=0, value_residual=False
+    ),
 }
 
 every_network = pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS.keys())
@@ -69,6 +78,11 @@ def batch(config: Network, sides: tuple[int, ...] = (3, 8, 6)) -> tuple[Tensor, 
         pos=torch.rand(n, len(sides), *sides, generator=g) * 2 - 1,
         seed=keys(0, "network", 0, torch.arange(n)),
     )
+    if "context" in config.reads:
+        assert isinstance(config, DiTConfig)
+        context = torch.randn(n, 4, config.context, generator=g)
+        mask = torch.tensor([True, False, True, True]).repeat(n, 1)
+        cond = replace(cond, context=context, context_mask=mask)
     return x, noise, cond
 
 
@@ -160,6 +174,7 @@ def test_bfloat16_is_close(config: Network) -> None:
         ("adm", True),
         ("transformer", True),
         ("transformer, 3 axes", False),
+        ("modern", True),
     ],
 )
 def test_compiles_as_one_graph(name: str, low: bool) -> None:
@@ -224,14 +239,24 @@ def test_a_parameter_without_a_role_is_named() -> None:
 
 @every_network
 def test_what_is_neutral_adds_nothing(config: Network) -> None:
-    """Its weights are zero, and the same network without it is the same function."""
-    network, plain = config.build(), replace(config, jump=False).build()
-    neutral = network.neutral()
-    assert not any(network.get_parameter(name).any() for name in neutral)
-    extra = {n for n, _ in network.named_parameters()} - {n for n, _ in plain.named_parameters()}
+    """At its start, and whatever the others are: the network without it is the same function."""
+    network, plain = alive(config), replace(config, jump=False)
+    if isinstance(plain, DiTConfig):
+        plain = replace(plain, context=0)
+    plain = plain.build()
+    start, neutral = config.build(), network.neutral()
+    with torch.no_grad():
+        for name in neutral:
+            network.get_parameter(name).copy_(start.get_parameter(name))
+    names = {name for name, _ in plain.named_parameters()}
+    extra = {name for name, _ in network.named_parameters()} - names
     assert extra and extra <= neutral
+    plain.load_state_dict({n: v for n, v in network.state_dict().items() if n not in extra})
     x, noise, cond = batch(config)
-    assert torch.equal(network(x, noise, cond), plain(x, noise, cond))
+    with torch.no_grad():
+        expected = plain(x, noise, replace(cond, context=None, context_mask=None))
+        assert torch.equal(network(x, noise, cond), expected)
+        assert expected.any()
 
 
 @every_network
@@ -252,7 +277,7 @@ def test_it_reads_what_it_says(config: Network) -> None:
         expected = network(x, noise, cond)
         changed = {
             name
-            for name in ("labels", "augment", "jump", "pos", "seed")
+            for name in ("labels", "augment", "jump", "pos", "seed", "context", "context_mask")
             if not torch.equal(network(x, noise, replace(cond, **{name: None})), expected)
         }
     assert changed == config.reads

@@ -15,8 +15,14 @@ from patchdiffusion.train import resume
 NETWORK = DiTConfig(width=16, depth=2, heads=2, num_classes=2, dropout=0.1)
 
 
+MODERN = replace(
+    NETWORK, depth=4, mlp="swiglu", norm="rms", qk_norm=True, positions="rope", embedding="late",
+    modulation="shared", registers=1, value_residual=True, half_blocks=2,
+)  # fmt: skip
+
+
 def config(images: Path, steps: int = 4, **changes: object) -> TrainConfig:
-    return tiny.config(images, steps=steps, network=NETWORK, **changes)
+    return tiny.config(images, steps=steps, **{"network": NETWORK} | changes)
 
 
 def test_it_is_one_word(images: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -35,12 +41,13 @@ def test_it_is_one_word(images: Path, tmp_path: Path, capsys: Capture) -> None:
     works(capsys, "report", run)
 
 
-def test_resumed_it_is_the_same_run(images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("network", [NETWORK, MODERN], ids=["plain", "modern"])
+def test_resumed_it_is_the_same_run(network: DiTConfig, images: Path, tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    tiny.run(config(images), straight)
-    tiny.run(config(images), broken, max_hours=1e-9)
+    tiny.run(config(images, network=network), straight)
+    tiny.run(config(images, network=network), broken, max_hours=1e-9)
     assert 0 < len(tiny.history(broken)) < len(tiny.history(straight))
-    tiny.run(config(images), broken)
+    tiny.run(config(images, network=network), broken)
     assert tiny.weights(broken) == tiny.weights(straight)
     assert tiny.history(broken) == tiny.history(straight)
 

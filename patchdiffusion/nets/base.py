@@ -105,7 +105,7 @@ class Network(nn.Module, ABC, Generic[Config]):
     """Base of networks: pure functions (x, noise, cond) -> output, independent of diffusion.
 
     The attribute `role` of a module inside is that of its parameters; `is_neutral` marks an
-    addition whose weights start at zero.
+    addition that contributes nothing at the start, since its (last) weights are zero there.
     """
 
     def __init__(self, config: Config):
@@ -172,7 +172,7 @@ class Network(nn.Module, ABC, Generic[Config]):
         """
 
     def neutral(self) -> frozenset[str]:
-        """Names of the parameters that start at zero, where they contribute exactly nothing.
+        """Names of the parameters of additions that contribute exactly nothing at the start.
 
         Weights of a network without them load into this one.
         """

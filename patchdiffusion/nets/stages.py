@@ -55,6 +55,11 @@ class Split(nn.Module):
         outer = tokens.outer
         if outer is None:
             raise ValueError("there are no tokens of full resolution; run the blocks in order")
+        if not tokens.is_whole:
+            raise ValueError(
+                f"the stage of half resolution ends with all {tokens.grid} tokens, not "
+                f"{tokens.h.shape[1]}; put selected ones back by Tokens.scatter"
+            )
         image = fold(self.layer(tokens.h), tokens.grid, self.factors)
         image = image[(..., *(slice(side) for side in outer.grid))]
         return outer._replace(h=outer.h + image.flatten(2).mT, registers=tokens.registers)

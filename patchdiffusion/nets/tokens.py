@@ -17,7 +17,7 @@ from patchdiffusion.nets.layers import full_precision
 FINEST = 64
 """Half periods of the fastest position feature across the canvas; the slowest has one."""
 FASTEST = 32
-"""Quarter turns of the fastest rotation across half the canvas; the slowest makes half a one."""
+"""Quarter turns of the fastest rotation across the canvas; the slowest makes one."""
 
 
 class Tokens(NamedTuple):
@@ -99,7 +99,7 @@ def with_context(tokens: Tokens, cond: Cond, features: int) -> Tokens:
         return tokens._replace(context=none)
     if mask is not None:
         mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)
-    context = torch.cat([none.to(context.dtype), context], dim=1)
+    context = torch.cat([none, context.to(none.dtype)], dim=1)
     return tokens._replace(context=context, context_mask=mask)
 
 

@@ -135,8 +135,8 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     """Averaged weights of a run or model from which a new run starts.
 
     They may lack the neutral parameters of the network, such as those of coordinates or of a jump:
-    these are zero, so that the function is the same. With another number of classes the parameters
-    of labels are not taken. Raises `ValueError` if anything else differs, including what the
+    these add nothing, so the function is the same. With another number of classes the parameters of
+    labels are not taken. Raises `ValueError` if anything else differs, including what the
     network predicts.
     """
     model = load_model(path)

@@ -1,0 +1,411 @@
+"""The parts of newer transformers against closed forms, and some of the tokens alone."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from commands import refuses
+from torch import Tensor
+
+from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.nets.base import initialize
+from patchdiffusion.nets.count import count
+from patchdiffusion.nets.dit import DiT, DiTConfig
+from patchdiffusion.nets.ditsizes import SIZES
+from patchdiffusion.nets.embed import whole_canvas
+from patchdiffusion.nets.stages import Merge, Split
+from patchdiffusion.nets.tokenblock import ContextAttention, TokenAttention, TokenBlock, rms
+from patchdiffusion.nets.tokens import FASTEST, Tokens, centers, grid_positions, rotate, rotation
+from patchdiffusion.system import device as machine
+
+LITTLE = DiTConfig(width=16, depth=4, heads=2, embedding="late")
+MODERN = replace(
+    LITTLE, mlp="swiglu", norm="rms", qk_norm=True, positions="rope", registers=2,
+    value_residual=True, context=3,
+)  # fmt: skip
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def alive(config: DiTConfig) -> DiT:
+    network = config.build()
+    with torch.no_grad():
+        for index, parameter in enumerate(network.parameters()):
+            parameter.copy_(
+                drawn(*parameter.shape, seed=index) / max(parameter.shape[-1], 4) ** 0.5
+            )
+    return network
+
+
+def inputs(config: DiTConfig, sides: tuple[int, ...] = (8, 12)) -> tuple[Tensor, Tensor, Cond]:
+    x, noise = drawn(2, config.channels, *sides), drawn(2, seed=1)
+    context = drawn(2, 4, config.context, seed=2) if config.context else None
+    return x, noise, Cond(context=context)
+
+
+# ---- Positions ----
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_rotated_products_depend_on_offsets_alone(axes: int) -> None:
+    """Whatever the place of the crop on the canvas: one of 3 x 5 tokens farther, for example."""
+    q, k, pos = drawn(2, 2, 7, 14), drawn(2, 2, 7, 14, seed=1), drawn(2, 7, axes, seed=2)
+    shift = torch.tensor([3.0, 5.0, -2.0])[:axes] * 0.125
+
+    def logits(pos: Tensor) -> Tensor:
+        turn = rotation(pos, 14)
+        return rotate(q, turn) @ rotate(k, turn).mT
+
+    torch.testing.assert_close(logits(pos), logits(pos + shift), atol=1e-4, rtol=0)
+    assert (logits(pos) - logits(pos.flip(1))).abs().max() > 0.1
+    norms = rotate(q, rotation(pos, 14)).norm(dim=-1)
+    torch.testing.assert_close(norms, q.norm(dim=-1))
+
+
+def test_rotations_are_those_of_the_angles() -> None:
+    pos = torch.tensor([[[1.0, 0.5]]])
+    turn = rotation(pos, 12, registers=1)  # 3 angles an axis
+    assert turn.shape == (2, 1, 1, 2, 6)
+    slow, fast = math.pi / 4, math.pi / 4 * FASTEST
+    angles = torch.tensor([slow, math.sqrt(slow * fast), fast])
+    expected = torch.cat([angles, angles / 2])
+    torch.testing.assert_close(turn[0, 0, 0, 1], expected.cos(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(turn[1, 0, 0, 1], expected.sin(), atol=1e-5, rtol=0)
+    assert torch.equal(turn[0, 0, 0, 0], torch.ones(6)) and not turn[1, 0, 0, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("patch", "sides"), [((2, 3), (8, 12)), ((4,), (16,)), ((1, 2, 2), (3, 4, 6))]
+)
+def test_positions_in_tokens(patch: tuple[int, ...], sides: tuple[int, ...]) -> None:
+    """0, 1, 2 ... on the canvas, and for a crop those of its place."""
+    pos = whole_canvas(torch.zeros(1, 3, *sides))
+    grid = [torch.arange(float(s // p)) for s, p in zip(sides, patch, strict=True)]
+    expected = torch.stack(torch.meshgrid(*grid, indexing="ij")[::-1], dim=-1)  # x first
+    found = centers(grid_positions(pos, patch), patch)
+    torch.testing.assert_close(found[0], expected.flatten(0, -2), atol=1e-5, rtol=0)
+    part = pos[..., patch[-1] :]
+    inside = centers(grid_positions(part, patch), patch)
+    torch.testing.assert_close(inside[0], expected[..., 1:, :].flatten(0, -2), atol=1e-5, rtol=0)
+    assert grid_positions(pos[..., :1], patch).isfinite().all()
+
+
+# ---- Norms, MLP, modulation ----
+
+
+def test_rms_norm() -> None:
+    h = drawn(3, 5)
+    expected = F.rms_norm(h, (5,), eps=1e-6)
+    torch.testing.assert_close(rms(h), expected)
+    assert rms(h.bfloat16()).dtype == torch.bfloat16 and rms(h.double()).dtype == torch.float64
+
+
+def test_normalized_queries_bound_the_logits() -> None:
+    attention = TokenAttention(16, 2, qk_norm=True)
+    initialize(attention, 0)
+    plain = TokenAttention(16, 2)
+    plain.load_state_dict({n: v for n, v in attention.state_dict().items() if "norm" not in n})
+    h = drawn(1, 6, 16)
+    torch.testing.assert_close(attention(h)[0], attention(1000 * h)[0] / 1000, rtol=1e-3, atol=1e-4)
+    q, k, v = attention.qkv(h).chunk(3, dim=-1)
+    heads = []
+    for i in (slice(0, 8), slice(8, 16)):
+        weights = (rms(q[..., i]) @ rms(k[..., i]).mT / 8**0.5).softmax(dim=-1)
+        heads.append(weights @ v[..., i])
+    torch.testing.assert_close(attention(h)[0], attention.proj(torch.cat(heads, dim=-1)))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SIZES if name.startswith("dit") and "/4" in name]
+)
+def test_a_gate_costs_no_parameters(name: str) -> None:
+    config = DiTConfig(**SIZES[name])
+    with torch.device("meta"):
+        sizes = [count(replace(config, mlp=mlp).build(), 32).params for mlp in ("gelu", "swiglu")]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.005)
+
+
+def test_gated_mlp() -> None:
+    block = TokenBlock(16, 2, 3, mlp="swiglu")
+    initialize(block, 0)
+    with torch.no_grad():
+        assert isinstance(block.modulation, torch.nn.Linear)
+        block.modulation.bias[5 * 16 :] = 1  # the gate of the MLP
+    h = drawn(2, 3, 16)
+    inner = F.layer_norm(h, (16,), eps=1e-6) @ block.layer0.weight.T
+    assert block.layer0.out_features == 2 * (2 * 48 // 3)
+    gate, up = inner.chunk(2, dim=-1)
+    expected = h + (F.silu(gate) * up) @ block.layer1.weight.T
+    torch.testing.assert_close(block(h, torch.zeros(2, 16))[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["full", "shared", "lowrank"])
+def test_modulation(kind: str) -> None:
+    """Every block is the identity at the start, with fewer parameters than in full."""
+    config = replace(LITTLE, modulation=kind, width=64)
+    network = config.build()
+    x, noise, cond = inputs(config)
+    tokens = network.start(x, noise, cond)
+    assert torch.equal(network.run(tokens, cond).h, tokens.h)
+    matrix, rank = 6 * 64 * 64 + 6 * 64, 8
+    expected = {
+        "full": 4 * matrix,
+        "shared": matrix + 4 * 6 * 64,
+        "lowrank": 4 * (64 * rank + rank * 6 * 64 + 6 * 64),
+    }[kind]
+    found = sum(
+        parameter.numel()
+        for name, parameter in network.named_parameters()
+        if "modulation" in name and "out_" not in name
+    )
+    assert found == expected
+
+
+# ---- Registers, values, context ----
+
+
+def test_registers_are_tokens_without_a_place() -> None:
+    """They go through the blocks like others, and are neither on the tape nor in the output."""
+    config = replace(LITTLE, registers=3)
+    network, (x, noise, cond) = alive(config), inputs(config)
+    tape = Tape(wants=network.taps)
+    network(x, noise, cond, tape=tape)
+    assert {v.shape for v in tape.activations.values()} == {torch.Size([2, 24, 16])}
+    plain, tokens = alive(LITTLE), network.start(x, noise, cond)
+    plain.load_state_dict({n: v for n, v in network.state_dict().items() if "registers" not in n})
+    with torch.no_grad():
+        found = network.run(tokens, cond)
+        joined = tokens._replace(
+            h=torch.cat([network.registers.weight.expand(2, -1, -1), tokens.h], 1)
+            if network.registers is not None
+            else tokens.h,
+            registers=None,
+        )
+        expected = plain.run(joined, cond).h
+    torch.testing.assert_close(found.h, expected[:, 3:])
+    torch.testing.assert_close(found.registers, expected[:, :3])
+
+
+def test_values_are_mixed_with_the_first() -> None:
+    first, later = TokenAttention(16, 2, gives=True), TokenAttention(16, 2, mixes=True)
+    for seed, attention in enumerate((first, later)):
+        initialize(attention, seed)
+    h = drawn(2, 5, 16)
+    values = first(h)[1]
+    assert values is not None and later.mix is not None and later.mix.item() == 0.5
+    torch.testing.assert_close(values, first.qkv(h)[..., 32:])
+    mixed = later(h, None, values)[0]
+    with torch.no_grad():
+        later.mix.fill_(0)
+        alone = later(h, None, values)[0]
+        assert torch.equal(alone, later(h)[0])
+        later.mix.fill_(1)
+        of_first = later(h, None, values)[0]
+    torch.testing.assert_close(mixed, (alone + of_first) / 2)  # attention is linear in values
+
+
+def test_context_is_attended_to() -> None:
+    """A masked token is as good as none; zeros, all masked and None are the same."""
+    config = replace(LITTLE, context=3)
+    network, (x, noise, cond) = alive(config), inputs(config)
+    context = cond.context
+    assert context is not None
+    some = torch.tensor([[True, True, False, True], [True, True, True, True]])
+    other = context.clone()
+    other[0, 2] = 100.0
+    with torch.no_grad():
+        masked = network(x, noise, Cond(context=context, context_mask=some))
+        assert torch.equal(network(x, noise, Cond(context=other, context_mask=some)), masked)
+        assert not torch.equal(network(x, noise, cond)[0], masked[0])
+        torch.testing.assert_close(network(x, noise, cond)[1], masked[1])
+        none = network(x, noise, Cond())
+        for same in (Cond(context=0 * context), Cond(context=context, context_mask=some & False)):
+            torch.testing.assert_close(network(x, noise, same), none)
+    short = replace(cond, context=context[:, [0, 1, 3]])
+    with torch.no_grad():
+        torch.testing.assert_close(network(x, noise, short)[0], masked[0])
+
+
+def test_attention_to_a_context_is_a_softmax() -> None:
+    attention = ContextAttention(16, 2, 3)
+    initialize(attention, 0)
+    assert not attention(drawn(2, 5, 16), drawn(2, 4, 3)).any()
+    with torch.no_grad():
+        attention.proj.weight.copy_(torch.eye(16))
+    h, context = drawn(2, 5, 16), drawn(2, 4, 3)
+    q = attention.q(h)
+    k, v = attention.kv(context).chunk(2, dim=-1)
+    parts = []
+    for i in (slice(0, 8), slice(8, 16)):
+        parts.append((q[..., i] @ k[..., i].mT / 8**0.5).softmax(dim=-1) @ v[..., i])
+    torch.testing.assert_close(attention(h, context), torch.cat(parts, dim=-1))
+
+
+# ---- A stage of half resolution ----
+
+
+def as_tokens(h: Tensor, grid: tuple[int, ...]) -> Tokens:
+    pos = centers(whole_canvas(torch.zeros(1, 1, *grid)), (1,) * len(grid))
+    return Tokens(h, h.new_zeros(len(h), 16), grid, grid, pos.expand(len(h), -1, -1))
+
+
+def test_merging_and_splitting() -> None:
+    merge, split = Merge(2, 2), Split(2, 2)
+    with torch.no_grad():
+        merge.layer.weight.fill_(0.25)
+        merge.layer.bias.zero_()
+        split.layer.weight.copy_(torch.eye(2).repeat_interleave(4, dim=0))
+        split.layer.bias.zero_()
+    image = drawn(1, 2, 3, 4)
+    tokens = as_tokens(image.flatten(2).mT, (3, 4))
+    half = merge(tokens)
+    assert half.grid == (2, 2) and half.outer is tokens
+    padded = torch.cat([image, image[:, :, -1:]], dim=2)
+    mean = F.avg_pool2d(padded, 2).sum(1, keepdim=True).expand(-1, 2, -1, -1)
+    torch.testing.assert_close(half.h, mean.flatten(2).mT)
+    back = split(half)
+    assert back.grid == (3, 4) and back.outer is None
+    expected = image + mean.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :3]
+    torch.testing.assert_close(back.h, expected.flatten(2).mT)
+    with refuses("half_blocks"):
+        merge(tokens.select(torch.tensor([[0, 1]])))
+    with refuses("scatter"):
+        split(half.select(torch.tensor([[0, 1]])))
+    with refuses("order"):
+        split(tokens)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in SIZES if name.startswith("u-dit") and "/4" in name]
+)
+def test_half_resolution_is_cheaper(name: str) -> None:
+    """Blocks at half resolution cost a quarter, so deeper networks cost less."""
+    config = DiTConfig(**SIZES[name], channels=4)
+    before, after = config.half.start, config.depth - config.half.stop
+    assert before == after > 0 and config.divisor == 2 * config.patch[0]
+    modern = DiTConfig(**SIZES[name.replace("u-", "modern-")], channels=4)
+    with torch.device("meta"):
+        costs = [count(c.build(), 32).macs for c in (config, modern)]
+    assert costs[0] < 0.95 * costs[1]
+
+
+def test_taps_have_the_tokens_of_their_stage() -> None:
+    config = replace(MODERN, half_blocks=2)
+    network, (x, noise, cond) = alive(config), inputs(config, (6, 10))
+    tape = Tape(wants=network.taps)
+    network(x, noise, cond, tape=tape)
+    assert [tape.activations[f"blocks.{i}"].shape[1] for i in range(4)] == [15, 6, 6, 15]
+
+
+# ---- Some of the tokens ----
+
+
+@pytest.mark.parametrize("config", [LITTLE, MODERN], ids=["plain", "modern"])
+def test_the_order_of_tokens_is_their_places(config: DiTConfig) -> None:
+    """Blocks see the order of tokens only in their positions, which go along."""
+    network, (x, noise, cond) = alive(config), inputs(config)
+    tokens = network.start(x, noise, cond)
+    count = tokens.h.shape[1]
+    index = torch.stack(
+        [torch.randperm(count, generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    )
+    tapes = [Tape(wants=network.taps) for _ in range(2)]
+    with torch.no_grad():
+        expected = network.run(tokens, cond, tape=tapes[0])
+        early = network.run(tokens, cond, 0, 1)
+        late = network.run(early.select(index), cond, 1, 3)
+        found = network.run(early.scatter(index, late), cond, 3)
+        mixed = network.run(tokens.select(index), cond, tape=tapes[1])
+    torch.testing.assert_close(found.h, expected.h, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(network.finish(found), network(x, noise, cond), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed.h, expected.select(index).h, atol=1e-6, rtol=1e-5)
+    for name in network.taps[1:]:
+        a, b = (tape.activations[name] for tape in tapes)
+        rows = torch.arange(len(a))[:, None]
+        torch.testing.assert_close(b, a[rows, index], atol=1e-6, rtol=1e-5)
+
+
+def test_some_tokens_keep_their_places() -> None:
+    """The others are not seen, and are as they were when all are put together."""
+    network, (x, noise, cond) = alive(MODERN), inputs(MODERN)
+    index = torch.tensor([[5, 0, 17], [3, 2, 1]])
+    tokens = network.run(network.start(x, noise, cond), cond, 0, 1)
+    some = tokens.select(index)
+    assert torch.equal(some.pos[1], tokens.pos[1, [3, 2, 1]])
+    changed = tokens._replace(h=tokens.h.clone())
+    changed.h[:, 9] = 100.0
+    with torch.no_grad():
+        after = network.run(some, cond, 1)
+        assert torch.equal(network.run(changed.select(index), cond, 1).h, after.h)
+    whole = tokens.scatter(index, after)
+    assert torch.equal(whole.h[0, 17], after.h[0, 2]) and torch.equal(whole.h[0, 4], tokens.h[0, 4])
+    assert torch.equal(whole.select(index).h, after.h)
+    with refuses(24, 3, "scatter"):
+        network.finish(after)
+
+
+@pytest.mark.parametrize("config", [MODERN, replace(MODERN, half_blocks=2)], ids=["flat", "half"])
+def test_blocks_may_be_run_one_by_one(config: DiTConfig) -> None:
+    network, (x, noise, cond) = alive(config), inputs(config, (6, 10))
+    with torch.no_grad():
+        tokens = network.start(x, noise, cond)
+        for i in range(config.depth):
+            tokens = network.run(tokens, cond, i, i + 1)
+        assert torch.equal(network.finish(tokens), network(x, noise, cond))
+
+
+# ---- Graphs and refusals ----
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+@pytest.mark.parametrize(("config", "kinds"), [(LITTLE, 1), (MODERN, 2)], ids=["plain", "modern"])
+def test_one_graph_for_each_kind_of_block_and_size(config: DiTConfig, kinds: int) -> None:
+    """Of a value residual, the first block is another kind."""
+    torch._dynamo.reset()
+    network = alive(replace(config, dropout=0.1))
+    machine.compile_units(network.units(), backend="eager")
+    before, made = machine.compiled_graphs(), []
+    for sides in ((8, 12), (4, 6), (8, 12)):
+        x, noise, cond = inputs(config, sides)
+        out = network(
+            x,
+            noise,
+            replace(cond, seed=torch.tensor([1, 2]), pos=whole_canvas(x).repeat(2, 1, 1, 1)),
+        )
+        out.sum().backward()
+        made.append(machine.compiled_graphs() - before)
+    assert made == [kinds, 2 * kinds, 2 * kinds]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"mlp": "relu"}, ["mlp", "gelu", "swiglu", "relu"]),
+        ({"norm": "group"}, ["norm", "layer", "rms"]),
+        ({"positions": "table"}, ["positions", "coordinates", "sincos", "rope"]),
+        ({"embedding": "never"}, ["embedding", "early", "late"]),
+        ({"modulation": "none"}, ["modulation", "full", "shared", "lowrank"]),
+        ({"registers": -1}, ["registers"]),
+        ({"context": -1}, ["context"]),
+        ({"half_blocks": 1}, ["half_blocks", 4, 1]),
+        ({"half_blocks": 4}, ["half_blocks", 4]),
+        ({"half_blocks": -2}, ["half_blocks", -2]),
+        ({"positions": "rope", "heads": 8}, ["heads", "rope", 4, 2]),
+    ],
+)
+def test_impossible_parts_are_named(change: dict, parts: list) -> None:
+    with refuses(*parts):
+        replace(LITTLE, **change)
+
+
+def test_a_context_that_is_not_read_is_refused() -> None:
+    x, noise, _ = inputs(LITTLE)
+    with refuses("cond.context", 5, "network.context"):
+        LITTLE.build()(x, noise, Cond(context=torch.zeros(2, 1, 5)))
+    with refuses("cond.context", 5, 3):
+        replace(LITTLE, context=3).build()(x, noise, Cond(context=torch.zeros(2, 1, 5)))
