@@ -1,7 +1,7 @@
-"""Loading of published weights of DiT, and of others of its shape such as SiT, into `DiT`.
+"""Loading of published weights of DiT, and of others with its names, into `DiT`.
 
-Takes plain state dicts, as from safetensors. The weights belong to whole images of a size; the
-network gets the published table of positions, computed for any size.
+Takes plain state dicts, as from safetensors. The network gets the published table of positions,
+computed for any size; what it predicts is that of its training: eps of `EpsDDPM` for DiT.
 """
 
 import math
