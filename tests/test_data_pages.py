@@ -153,3 +153,15 @@ def test_windows_of_pages(tmp_path: Path):
 def test_without_labels_all_pages_are_read(tmp_path: Path):
     (tmp_path / "a.tif").write_bytes(stack(TYPES["uint8"]))
     assert len(made(open_source(tmp_path, "off"), resolution=8)) == 5
+
+
+@pytest.mark.parametrize(("files", "held"), [(1, 0), (2, 0), (6, 5)])
+def test_large_files_are_held_out_if_that_is_a_small_part(tmp_path: Path, files: int, held: int):
+    """At most a fifth of the images, and it is said if there are none."""
+    pages = 5 if files > 2 else 12
+    for number in range(files):
+        content = stack(RNG.integers(0, 256, (2 * pages if files == 1 else pages, 8, 8), np.uint8))
+        (tmp_path / f"{number}.tif").write_bytes(content)
+    pack = made(tmp_path, resolution=8, holdout=0.05)
+    assert len(pack.heldout) == held
+    assert any("no image is held out" in note for note in pack.report["notes"]) == (not held)

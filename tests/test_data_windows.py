@@ -145,7 +145,11 @@ def test_a_window_has_the_label_the_caption_and_its_part_of_a_map(tmp_path: Path
     np.testing.assert_array_equal(pack.arrays["map"].numpy(), pack.images.numpy())
 
 
-def test_windows_of_values():
+def test_windows_of_clips_and_of_values():
+    clips = noise(2, 9, 8, 24, 1)
+    pack = made(clips, resolution=8, fit="windows")
+    assert pack.images.shape == (6, 9, 8, 8, 1)
+    np.testing.assert_array_equal(pack.images[1].numpy(), clips[0, :, :, 8:16])
     values = np.random.default_rng(0).normal(size=(2, 8, 24, 1)).astype(np.float32)
     pack = made(values, resolution=8, fit="windows", space="values")
     np.testing.assert_array_equal(pack.images[5].numpy(), values[1, :, 16:])

@@ -99,6 +99,11 @@ class Sizes:
 
     probed: list[Size] = field(default_factory=list)
 
+    def with_frames(self, size: Size) -> Size:
+        """Height and width, after the most common lengths of further axes."""
+        leading = [probed[:-2] for probed in self.probed]
+        return (*max(leading, key=leading.count, default=()), *size)
+
     def infer(self) -> tuple[Size, str]:
         """The common size up to 128, else the power of two below the median of the smaller side.
 
@@ -111,10 +116,9 @@ class Sizes:
         first = self.probed[0]
         if len(set(self.probed)) == 1 and max(first[-2:]) <= _SAME_SIZE:
             return first, f"size {size_text(first)}: all images have it ({basis})"
-        leading = [size[:-2] for size in self.probed]
         middle = median(min(size[-2:]) for size in self.probed)
         side = min(_LARGEST_INFERRED, 2 ** (int(middle).bit_length() - 1))
-        size = (*max(leading, key=leading.count), side, side)
+        size = self.with_frames((side, side))
         rule = f"the power of two up to the median smaller side {middle:g}"
         why = f"{rule}, at most {_LARGEST_INFERRED}"
         return size, f"size {size_text(size)}: {why} ({basis})"

@@ -89,8 +89,11 @@ def _value_plan(source: Source, options: Options, notes: tuple[str, ...]) -> Val
         sizes.probed.append(image.shape[:-1])
         channels.append(image.shape[-1])
         types.add(image.dtype.name)
-    size, why = sizes.infer() if options.resolution is None else (options.resolution, None)
-    notes = notes if why is None else (*notes, why)
+    if options.resolution is None:
+        size, why = sizes.infer()
+        notes = (*notes, why)
+    else:
+        size = sizes.with_frames(options.resolution)
     planes = options.channels or max(channels, key=channels.count, default=1)
     frame = Frame(size, options.fit)
     return ValuePlan(frame, planes, FLOAT if FLOAT in types else WHOLE, notes)
@@ -119,6 +122,8 @@ def _pixel_plan(source: Source, options: Options) -> PixelPlan:
     if size is None:
         size, why = sizes.infer()
         notes = (why,)
+    else:
+        size = sizes.with_frames(size)
     plan = PixelPlan(Frame(size, options.fit), 1, options.background, range=options.range)
     counts: Counter[int] = Counter()
     for (planes, _), count in kinds.items():

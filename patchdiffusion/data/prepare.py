@@ -26,7 +26,7 @@ from patchdiffusion.data.ready import Ready, results
 from patchdiffusion.data.report import Report, bad_lines, empty_classes, write_text
 from patchdiffusion.data.rows import Rows, as_source
 from patchdiffusion.data.source import open_source
-from patchdiffusion.data.split import division, repeats
+from patchdiffusion.data.split import MIN_IMAGES, division, repeats
 from patchdiffusion.data.store import default_target, find_pack, make_room, shape_of, stamp_of
 from patchdiffusion.data.stored import marked_used
 from patchdiffusion.data.write import PackWriter, pack_writer
@@ -188,6 +188,11 @@ def _make(
             report.warnings.append(
                 counted(copies, "image to be held out repeats", "images to be held out repeat")
                 + " images of training: trained on instead"
+            )
+        if options.holdout and not len(held) and len(digests) >= MIN_IMAGES:
+            report.notes.append(
+                "no image is held out: copies, and pages or windows of one file, stay together, "
+                "and are more than the share"
             )
         info = writer.finish(
             name=source.name,
