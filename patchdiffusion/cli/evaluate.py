@@ -45,7 +45,8 @@ class EvaluateArguments:
     For a model: loss on held-out images, bits per dimension (--bits.images), and a comparison of
     samples with real images (Frechet, kernel and sliced distance, precision, recall, density,
     coverage, copies). Measures that are not possible are listed, with the reason. The quick
-    default shows a trend; --full is the protocol of publications. Also under torchrun.
+    default shows a trend; --full is the protocol of publications. The same command resumes one that
+    was interrupted, to the same numbers. Also under torchrun.
     """
 
     example: ClassVar[str] = "patchdiffusion evaluate runs/photos --full"
