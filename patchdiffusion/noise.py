@@ -1,13 +1,18 @@
 """Noise laws: which noise levels sigma training draws, given by their quantile functions."""
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from patchdiffusion.paths import DDPM, PATHS, Table, check_table, table_sigmas
+
+Shift = float | Literal["size"]
+"""Factor of noise levels, of a law or a schedule; `size` is chosen for a size by `for_size`."""
+
+T = TypeVar("T")
 
 
 class NoiseLaw(Protocol):
@@ -59,18 +64,18 @@ class LogitNormal:
     """Mean of the logit of the time, 0 at no noise and 1 at noise alone."""
     std: float = 1.0
     """Standard deviation of the logit of the time."""
-    shift: float = 1.0
-    """Factor of sigma: above 1 shifts to more noise, as large images need."""
+    shift: Shift = 1.0
+    """Factor of sigma: above 1 shifts to more noise, as large images need; size: the square root of
+    values of an image / 4096."""
 
     def __post_init__(self) -> None:
         _check_normal(self, self.mean, self.std)
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"LogitNormal needs a finite shift > 0, not {self.shift}")
+        check_shift(self.shift)
 
     @property
     def log_normal(self) -> LogNormal:
         """The equal log-normal law of sigma."""
-        return LogNormal(mean=self.mean + math.log(self.shift), std=self.std)
+        return LogNormal(mean=self.mean + math.log(shift_number(self.shift)), std=self.std)
 
     def icdf(self, u: Tensor) -> Tensor:
         """Sigma at the percentiles u."""
@@ -172,6 +177,45 @@ class DDPMSteps:
 
 Law = LogNormal | LogitNormal | LogUniform | UniformTime | DDPMSteps
 """The noise laws of `--noise` and of model files."""
+
+
+# ---- Shift by size ----
+
+
+def size_shift(values: int) -> float:
+    """Shift for images of so many values, channels times pixels: sqrt(values / 4096).
+
+    An image that is enlarged k times along both axes, whose noise is averaged over k x k pixels,
+    is as noisy as before at k sigma (SD3, arXiv 2403.03206, equation 23; 4096: RAE, 2510.11690).
+    """
+    return math.sqrt(values / 4096)
+
+
+def for_size(part: T, values: int) -> T:
+    """A law or schedule with its shift `size` as a number, others unchanged."""
+    if getattr(part, "shift", None) != "size":
+        return part
+    changed: Any = part
+    return replace(changed, shift=size_shift(values))
+
+
+def check_shift(shift: Shift) -> None:
+    """Raise `ValueError` unless this can be a shift."""
+    if shift != "size" and not (isinstance(shift, int | float) and 0 < shift < math.inf):
+        raise ValueError(f"shift must be positive and finite, or size, not {shift}")
+
+
+def shift_number(shift: Shift) -> float:
+    """The shift; raises `ValueError` for one that depends on a size that is not known."""
+    if isinstance(shift, str):
+        raise ValueError(
+            f"shift is {shift}, and that of the images is not known here; use noise.for_size, or "
+            "a number"
+        )
+    return shift
+
+
+# ---- Checks ----
 
 
 def _check_normal(law: object, mean: float, std: float) -> None:

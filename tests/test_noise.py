@@ -136,7 +136,7 @@ def test_the_ends_of_a_law(law: NoiseLaw, low: float, high: float) -> None:
         (lambda: LogNormal(mean=1000.0), "mean"),
         (lambda: LogNormal(std=math.inf), "std"),
         (lambda: LogitNormal(std=0.0), "LogitNormal"),
-        (lambda: LogitNormal(shift=0.0), "finite shift > 0, not 0.0"),
+        (lambda: LogitNormal(shift=0.0), "shift must be positive and finite, or size, not 0.0"),
         (lambda: LogUniform(sigma_min=0.0), "0 < sigma_min < sigma_max"),
         (lambda: LogUniform(sigma_min=2.0, sigma_max=1.0), "0 < sigma_min < sigma_max"),
         (lambda: UniformTime(margin=0.5), "margin"),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.patches import Size
 from patchdiffusion.rng import seed_of
 
 Role = Literal["stem", "embedding", "modulation", "norm", "attention", "mlp", "conv", "head"]
@@ -64,6 +65,10 @@ class NetworkConfig(ABC):
     def inherit(self, old: "NetworkConfig", config: object) -> Self:
         """A copy with the contract's fields (channels, classes, ...) of the network it replaces."""
         return replace(self, **{f.name: getattr(old, f.name) for f in fields(NetworkConfig)})
+
+    def for_canvas(self, canvas: Size) -> Self:
+        """A copy whose fields that depend on the canvas have values; by default itself."""
+        return self
 
     @property
     def axes(self) -> int:

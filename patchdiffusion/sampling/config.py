@@ -1,5 +1,6 @@
 """Settings of sampling: solver, schedule, guidance and more, resolved for a kind of model."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from patchdiffusion.guidance import Guidance, NoGuidance
 from patchdiffusion.guidance.base import Models, Part, Surroundings
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.guidance.threshold import AutoThreshold, Clamp, NoThreshold, Threshold
-from patchdiffusion.noise import NoiseLaw
+from patchdiffusion.noise import NoiseLaw, for_size
 from patchdiffusion.objectives.base import ObjectiveConfig
 from patchdiffusion.parameterisation import Parameterisation, Trainable
 from patchdiffusion.patches import Size
@@ -85,7 +86,7 @@ class SamplerConfig:
     """Region of the canvas that is sampled."""
 
     def __post_init__(self) -> None:
-        self.sigmas()  # raises for impossible values
+        self._levels(for_size(self.schedule, 4096))  # raises for impossible values
 
     @property
     def count(self) -> int:
@@ -152,6 +153,12 @@ class SamplerConfig:
         chosen = replace(self, solver=solver, threshold=threshold)
         return replace(chosen, steps=chosen.count)
 
+    def for_canvas(self, canvas: Size, channels: int) -> "SamplerConfig":
+        """A copy whose schedule has no shift by size, for a model trained on a canvas."""
+        size, _ = self.canvas.place(canvas)
+        schedule = for_size(self.schedule, channels * math.prod(size))
+        return self if schedule is self.schedule else replace(self, schedule=schedule)
+
     def _check_map(self, kind: Kind) -> None:
         if not kind.flow_map:
             raise ValueError("the solver map is for few-step models; use heun or euler")
@@ -187,9 +194,13 @@ class SamplerConfig:
     def sigmas(self, law: NoiseLaw | None = None) -> Tensor:
         """The noise levels, see `ends`: float64 [steps + 1].
 
-        Raises `ValueError` if churn would raise one above those of training.
+        Raises `ValueError` if churn would raise one above those of training, and for a shift by
+        size, see `for_canvas`.
         """
-        levels = self.schedule.sigmas(self.count, *self.ends(law))
+        return self._levels(self.schedule, law)
+
+    def _levels(self, schedule: Schedule, law: NoiseLaw | None = None) -> Tensor:
+        levels = schedule.sigmas(self.count, *self.ends(law))
         highest = self._highest(levels)
         if law is not None and highest > max(support(law)[1], float(levels[0])):
             raise ValueError(

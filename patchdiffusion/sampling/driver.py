@@ -83,7 +83,7 @@ def sample(
     config = config or SamplerConfig()
     if start is not None:
         config = _from(start, config, model, len(seeds))
-    config = config.resolved(kind or Kind.of(model))
+    config = config.resolved(kind or Kind.of(model)).for_canvas(canvas, channels)
     size, corner = config.canvas.place(canvas)
     if isinstance(model, FlowMap):
         solve = functools.partial(_jump, PatchMap(model, canvas, corner), config)

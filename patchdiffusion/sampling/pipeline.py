@@ -127,7 +127,8 @@ class Pipeline:
     def sampler(self, config: SamplerConfig) -> SamplerConfig:
         """The configuration resolved for this model; `ValueError` for settings it cannot use."""
         model = self.model.config
-        return config.resolved(Kind.trained(model.objective, model.precond, model.space))
+        kind = Kind.trained(model.objective, model.precond, model.space)
+        return config.resolved(kind).for_canvas(model.canvas, model.network.channels)
 
     def autocast(self) -> torch.autocast:
         """A context in which the network computes in the precision of this pipeline."""

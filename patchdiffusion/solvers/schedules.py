@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from patchdiffusion.noise import NoiseLaw, check_range
+from patchdiffusion.noise import NoiseLaw, Shift, check_range, check_shift, shift_number
 from patchdiffusion.paths import DDPM, PATHS
 
 MOST_STEPS = 1_000_000  # more is a typing error
@@ -63,8 +63,7 @@ def flow_uniform(
     The shift tau' = k tau / (1 + (k - 1) tau) is sigma' = k sigma; above 1 it moves steps to high
     noise, which large images need. Both ends are unchanged.
     """
-    if not 0 < shift < math.inf:
-        raise ValueError(f"shift must be positive and finite, not {shift}")
+    check_shift(shift)
     _check_grid(n, sigma_min, sigma_max)
     levels = shift * time_uniform(n, sigma_min / shift, sigma_max / shift, path="flow")[:-1]
     return _grid(levels, sigma_min, sigma_max)
@@ -145,11 +144,15 @@ class FlowSpaced:
     """Evenly spaced in the time of flow matching, before a shift (SD3, arXiv 2403.03206)."""
 
     word: ClassVar[str] = "flow"
-    shift: float = 1.0
-    """Factor on the noise levels between the ends; above 1 moves steps to high noise."""
+    shift: Shift = 1.0
+    """Factor on the noise levels between the ends; above 1 moves steps to high noise; size: the
+    square root of values of an image / 4096."""
+
+    def __post_init__(self) -> None:
+        check_shift(self.shift)
 
     def sigmas(self, n: int, low: float, high: float) -> Tensor:
-        return flow_uniform(n, low, high, self.shift)
+        return flow_uniform(n, low, high, shift_number(self.shift))
 
 
 @dataclass(frozen=True, kw_only=True)

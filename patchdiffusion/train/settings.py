@@ -1,13 +1,13 @@
 """Configuration of training that is common to all tasks: all of `TrainConfig` but its task."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.nets import Network
 from patchdiffusion.nets.unet import UNetConfig
-from patchdiffusion.noise import Law, LogNormal
+from patchdiffusion.noise import Law, LogNormal, for_size
 from patchdiffusion.objectives import AdditionUnion, DenoisingConfig, ObjectiveUnion
 from patchdiffusion.parameterisation import EDM, Parameterisation
 from patchdiffusion.patches import Size
@@ -161,6 +161,11 @@ class Settings:
         if not self.name or self.name in (".", "..") or {"/", "\\", "\0"} & set(self.name):
             raise ValueError(f"name must be usable as a folder name, not {self.name!r}")
         self.precond.check_noise(self.noise)
+
+    def for_canvas(self, canvas: Size, channels: int) -> Self:
+        """Configuration with the numbers of what depends on the size of images, for a canvas."""
+        noise = for_size(self.noise, channels * math.prod(canvas))
+        return replace(self, noise=noise, network=self.network.for_canvas(canvas))
 
     def plan(self, canvas: Size) -> PatchPlan:
         """Patch plan on a canvas."""

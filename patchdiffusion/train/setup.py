@@ -175,6 +175,8 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     team = team or Team()
     task = config.task
     task.check(config, pack)
+    canvas = tuple(pack.images.shape[1:-1])
+    config = config.for_canvas(canvas, pack.images.shape[-1])
     check_team(config, team.size)
     if run.shard and not task.shards(config):
         raise ValueError("--shard is supported by --objective denoising only; leave out --shard")
@@ -185,7 +187,6 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     set_globals(run, device, team.place)
     precision = best_precision(device) if config.precision == "auto" else config.precision
     folder = run.folder(config.name)
-    canvas = tuple(pack.images.shape[1:-1])
     plan = config.plan(canvas)
     network = task.head(pack).build(config.network, seed=config.seed).to(device)
     sizes = dict.fromkeys([canvas, *(group.size for group in plan.groups)])
