@@ -12,6 +12,7 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets import Network, base
 from patchdiffusion.nets.adm import ADMConfig
 from patchdiffusion.nets.dit import DiTConfig
+from patchdiffusion.nets.edm2 import EDM2Config
 from patchdiffusion.nets.topology import Features, UNet
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.objectives.tangent import derivative
@@ -31,6 +32,17 @@ ADM = ADMConfig(
     augment_dim=3,
     jump=True,
 )
+EDM2 = EDM2Config(
+    base=8,
+    mult=(1, 2),
+    blocks=1,
+    attention=(1,),
+    head_width=8,
+    num_classes=4,
+    augment_dim=3,
+    jump=True,
+    dropout=0.1,
+)
 DIT = DiTConfig(width=16, depth=2, heads=2, num_classes=4, augment_dim=3, jump=True)
 MODERN = replace(
     DIT, depth=4, mlp="swiglu", norm="rms", qk_norm=True, positions="rope", embedding="late",
@@ -40,6 +52,7 @@ NETWORKS = {
     "unet": UNET,
     "ncsnpp": NCSN,
     "adm": ADM,
+    "edm2": EDM2,
     "transformer": replace(DIT, dropout=0.1),
     "transformer, 1 axis": replace(DIT, patch=(2,)),
     "transformer, 3 axes": replace(DIT, patch=(1, 2, 4)),
@@ -57,8 +70,10 @@ def alive(config: Network) -> base.Network:
     """A network none of whose parts is silent."""
     network = config.build()
     with torch.no_grad():
-        for index, parameter in enumerate(network.parameters()):
-            if parameter.ndim > 1:
+        for index, (name, parameter) in enumerate(network.named_parameters()):
+            if name.endswith(".gain"):
+                parameter.fill_(0.5)
+            elif parameter.ndim > 1:
                 g = torch.Generator().manual_seed(index)
                 parameter.copy_(
                     torch.randn(parameter.shape, generator=g) / parameter[0].numel() ** 0.5
@@ -172,6 +187,7 @@ def test_bfloat16_is_close(config: Network) -> None:
         ("unet", True),
         ("ncsnpp", False),
         ("adm", True),
+        ("edm2", True),
         ("transformer", True),
         ("transformer, 3 axes", False),
         ("modern", True),
@@ -283,8 +299,8 @@ def test_it_reads_what_it_says(config: Network) -> None:
     assert changed == config.reads
 
 
-@pytest.mark.parametrize("config", [UNET, NCSN, ADM], ids=["unet", "ncsnpp", "adm"])
-def test_forward_is_encode_and_decode(config: UNetConfig | ADMConfig) -> None:
+@pytest.mark.parametrize("config", [UNET, NCSN, ADM, EDM2])
+def test_forward_is_encode_and_decode(config: UNetConfig | ADMConfig | EDM2Config) -> None:
     network = alive(config)
     assert isinstance(network, UNet)
     x, noise, cond = batch(config)

@@ -4,9 +4,9 @@ Nothing outside this folder depends on the class of a network or of its configur
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.patches import Size
 from patchdiffusion.rng import seed_of
+from patchdiffusion.system import families
 
 Role = Literal["stem", "embedding", "modulation", "norm", "attention", "mlp", "conv", "head"]
 """Purpose of a parameter.
@@ -95,6 +96,21 @@ class NetworkConfig(ABC):
     def smooth_in_noise(self) -> bool:
         """True if derivatives along the noise condition are moderate, as MeanFlow needs."""
         return True
+
+    def suits(self, config: Any) -> Mapping[str, Any]:
+        """Values of the training configuration that belong to this network, by dotted name.
+
+        A member of a family may be given by its word: {"optim.schedule": "inverse-sqrt"}. Names
+        that the configuration does not have are left out.
+        """
+        return {}
+
+    def prefers(self, config: Any) -> Any:
+        """The configuration with this network and the values that suit it."""
+        config = replace(config, network=self)
+        for name, value in self.suits(config).items():
+            config = families.put(config, name, value)
+        return config
 
     @abstractmethod
     def build(self, *, seed: int = 0) -> "Network":

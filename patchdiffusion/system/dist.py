@@ -8,6 +8,7 @@ own DistributedDataParallel or FSDP2, not here.
 import json
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -242,3 +243,17 @@ class Vote:
             self._pending.wait()
             self._pending = None
         return self._cast.tolist()
+
+
+# ---- Sharded tensors ----
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a DTensor; does not import their module, which takes half a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Any) -> Tensor:
+    """Local shard of a tensor, sharing its memory; the tensor itself if it is not sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor

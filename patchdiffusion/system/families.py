@@ -20,8 +20,8 @@ defaults.
 import re
 import types
 from collections.abc import Mapping
-from dataclasses import fields, replace
-from typing import Any, TypeVar, Union, get_args, get_origin
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -137,3 +137,20 @@ def copy_fields(new: T, other: object) -> T:
     """Record `new` with the values of the fields that `other` has under the same names."""
     names = [f.name for f in fields(new) if hasattr(other, f.name)]  # pyright: ignore[reportArgumentType]
     return replace(new, **{name: getattr(other, name) for name in names})  # pyright: ignore[reportArgumentType]
+
+
+def put(record: T, name: str, value: Any) -> T:
+    """Record with another value of a field, given by its dotted name; unchanged without the field.
+
+    The word of a member gives that member with its defaults; the member that is there stays.
+    """
+    first, _, rest = name.partition(".")
+    if not hasattr(record, first):
+        return record
+    old = getattr(record, first)
+    if rest:
+        value = put(old, rest, value)
+    elif is_dataclass(old) and isinstance(value, str):
+        member = choose(get_type_hints(type(record))[first], value, first)
+        value = old if type(old) is member else member()
+    return replace(record, **{first: value})  # pyright: ignore[reportArgumentType]

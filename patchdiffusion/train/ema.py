@@ -10,7 +10,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion.train.parallel import as_sharded, local, whole
+from patchdiffusion.system.dist import local
+from patchdiffusion.train.parallel import as_sharded, whole
 from patchdiffusion.train.posthoc import exponent, profile_name
 from patchdiffusion.train.settings import EMAConfig
 

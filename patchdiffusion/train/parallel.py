@@ -2,7 +2,6 @@
 
 import contextlib
 import inspect
-import sys
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ from patchdiffusion.cond import Tape
 from patchdiffusion.guidance.cfg import CONDITIONS
 from patchdiffusion.losses import Batch, Loss, LossOut
 from patchdiffusion.rng import Draws
-from patchdiffusion.system.dist import Team
+from patchdiffusion.system.dist import Team, is_sharded
 
 
 class Recorded(Protocol):
@@ -108,17 +107,6 @@ def synchronized(module: nn.Module, last: bool) -> contextlib.AbstractContextMan
     if isinstance(module, DistributedDataParallel) and not last:
         return module.no_sync()
     return contextlib.nullcontext()
-
-
-def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor; does not import their module, which takes half a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def local(tensor: Any) -> Tensor:
-    """Local shard of a tensor, sharing its memory; the tensor itself if it is not sharded."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Any) -> Tensor:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from patchdiffusion.model import Model, load_model
 from patchdiffusion.nets.base import Network
-from patchdiffusion.system.dist import Team
+from patchdiffusion.system.dist import Team, is_sharded, local
 from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.optim import Update, moments
-from patchdiffusion.train.parallel import as_sharded, is_sharded, local
+from patchdiffusion.train.parallel import as_sharded
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import Meter, RunFacts
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from patchdiffusion.model import save_model
+from patchdiffusion.system.dist import is_sharded, local
 from patchdiffusion.system.errors import Stop
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import encode
@@ -17,7 +18,7 @@ from patchdiffusion.train import checkpoint
 from patchdiffusion.train.ema import MAIN, profile_name
 from patchdiffusion.train.folder import write_config
 from patchdiffusion.train.optim import moments
-from patchdiffusion.train.parallel import is_sharded, local, whole
+from patchdiffusion.train.parallel import whole
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import RunFacts
 
