@@ -57,9 +57,9 @@ def slow_down(seconds: float) -> None:
     """Every step takes longer."""
     end = Phases.end_step
 
-    def ended(self: Phases) -> None:
+    def ended(self: Phases) -> float:
         time.sleep(seconds)
-        end(self)
+        return end(self)
 
     Phases.end_step = ended
 

@@ -29,10 +29,11 @@ def at(phase: str, step: int, action: Callable[[], None]) -> None:
             act()
         return before
 
-    def ended(self: Phases) -> None:
-        end(self)
+    def ended(self: Phases) -> float:
+        seconds = end(self)
         if phase == "after" and self.step == step:
             act()
+        return seconds
 
     Phases._switch, Phases.end_step = switched, ended
 
