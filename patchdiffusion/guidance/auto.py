@@ -1,7 +1,8 @@
 """Autoguidance: guidance by a worse version of the model (Karras et al., arXiv 2406.02507)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.guidance.extrapolate import Extrapolation, Strength
 from patchdiffusion.guidance.interval import Interval
+from patchdiffusion.guidance.published import AUTOGUIDANCE
 from patchdiffusion.nets.base import Weights
 
 
@@ -27,7 +29,7 @@ class AutoGuidance(Wrapper):
         guide: Denoiser,
         weight: float,
         *,
-        interval: tuple[float, float] | None = None,
+        interval: tuple[float, float] | Interval | None = None,
         rescale: float = 0.0,
         channels: int | None = None,
     ):
@@ -56,6 +58,9 @@ class ByModel(Strength):
     """Autoguidance: away from a worse model, smaller or less trained; needs no classes."""
 
     word: ClassVar[str] = "autoguidance"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        name: {"weight": setting.weight} for name, setting in AUTOGUIDANCE.items()
+    }
     model: str | None = None
     """Run or model folder of the worse model."""
     weights: Weights = "averaged"
@@ -69,7 +74,7 @@ class ByModel(Strength):
             denoiser,
             around.models.denoiser(self.model, self.weights, around.levels),
             self.weight,
-            interval=self.interval,
+            interval=self.levels(around),
             rescale=self.rescale,
             channels=self.channels,
         )

@@ -47,6 +47,8 @@ class Surroundings:
     """The lowest and the highest noise level of the evaluations."""
     models: Models
     """Loads the other models that guidance needs."""
+    schedule: tuple[float, ...] = ()
+    """The decreasing noise levels of the steps, then 0."""
 
 
 class Part(Protocol):

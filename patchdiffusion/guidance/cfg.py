@@ -1,7 +1,8 @@
 """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.guidance.extrapolate import Extrapolation, Strength
 from patchdiffusion.guidance.interval import Interval
+from patchdiffusion.guidance.published import INTERVALS
 
 CONDITIONS = ("labels", "context")
 """Fields of the condition that guidance drops: those that describe the content."""
@@ -29,7 +31,7 @@ class CFG(Wrapper):
         denoiser: Denoiser,
         weight: float,
         *,
-        interval: tuple[float, float] | None = None,
+        interval: tuple[float, float] | Interval | None = None,
         rescale: float = 0.0,
         channels: int | None = None,
         drops: tuple[str, ...] = CONDITIONS,
@@ -100,6 +102,7 @@ class ClassifierFree(Strength):
     """Classifier-free guidance: away from the model without a class; twice the cost."""
 
     word: ClassVar[str] = "cfg"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = INTERVALS
 
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
         """Raises `ValueError` for a model that was never trained without its classes."""
@@ -108,7 +111,7 @@ class ClassifierFree(Strength):
         return CFG(
             denoiser,
             self.weight,
-            interval=self.interval,
+            interval=self.levels(around),
             rescale=self.rescale,
             channels=self.channels,
         )

@@ -6,8 +6,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from patchdiffusion.guidance.base import GuidancePart
-from patchdiffusion.guidance.interval import Interval
+from patchdiffusion.guidance.base import GuidancePart, Surroundings
+from patchdiffusion.guidance.interval import Interval, check_steps
 from patchdiffusion.paths import per_sample
 
 
@@ -55,6 +55,9 @@ class Strength(GuidancePart, Protocol):
     """Guidance weight: 1 is the model itself, 0 the reference, more is away from the reference."""
     interval: tuple[float, float] | None = None
     """Guide at noise levels above the first number, up to the second; None is at all levels."""
+    interval_steps: tuple[int, int] | None = None
+    """Guide in these steps, the first and the last one, counted from 0; None is in all steps. What
+    is published for 32 steps holds for 32 steps."""
     rescale: float = 0.0
     """Share in [0, 1] of the added contrast that is undone."""
     channels: int | None = None
@@ -63,9 +66,19 @@ class Strength(GuidancePart, Protocol):
     def __post_init__(self) -> None:
         Extrapolation(weight=self.weight, rescale=self.rescale, channels=self.channels)
         Interval.of(self.interval)
+        if self.interval_steps is not None:
+            check_steps(self.interval_steps)
+            if self.interval is not None:
+                raise ValueError("interval and interval_steps exclude each other: give one of them")
+
+    def levels(self, around: Surroundings) -> Interval:
+        """The guided noise levels; `ValueError` for steps that the schedule does not have."""
+        if self.interval_steps is None:
+            return Interval.of(self.interval)
+        return Interval.of_steps(self.interval_steps, around.schedule)
 
     def everywhere(self) -> Self:
-        return replace(self, interval=None)
+        return replace(self, interval=None, interval_steps=None)
 
 
 def _std(x: Tensor) -> Tensor:

@@ -219,7 +219,8 @@ class SamplerConfig:
 
         `sigmas` are the noise levels, `canvas` is the size that the model was trained on.
         """
-        around = Surroundings(canvas, (float(sigmas[-2]), self._highest(sigmas)), models)
+        levels, schedule = (float(sigmas[-2]), self._highest(sigmas)), tuple(sigmas.tolist())
+        around = Surroundings(canvas, levels, models, schedule)
         for name in WRAPPING:
             part: Part = getattr(self, name)
             denoiser = part.wrap(denoiser, around)
