@@ -267,9 +267,14 @@ def test_impossible_parts_are_named(change: dict, parts: list) -> None:
         replace(LITTLE, **change)
 
 
-def test_a_context_that_is_not_read_is_refused() -> None:
+def test_a_context_of_another_shape_is_refused() -> None:
     x, noise, _ = inputs(LITTLE)
+    network = replace(LITTLE, context=3).build()
     with refuses("cond.context", 5, "network.context"):
         LITTLE.build()(x, noise, Cond(context=torch.zeros(2, 1, 5)))
-    with refuses("cond.context", 5, 3):
-        replace(LITTLE, context=3).build()(x, noise, Cond(context=torch.zeros(2, 1, 5)))
+    for shape in ((2, 1, 5), (2, 3)):
+        with refuses("cond.context", 3, "network.context"):
+            network(x, noise, Cond(context=torch.zeros(shape)))
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    with refuses("cond.context_mask", 1, 2):
+        network(x, noise, Cond(context=torch.zeros(2, 1, 3), context_mask=mask))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import Network, NetworkConfig, put
-from patchdiffusion.nets.ditsizes import SIZES
+from patchdiffusion.nets.ditsizes import MODERN, SIZES
 from patchdiffusion.nets.embed import Embedding, LateEmbedding, whole_canvas
 from patchdiffusion.nets.layers import Linear, full_precision, pad_to_multiple
 from patchdiffusion.nets.stages import Merge, Split
@@ -158,16 +158,16 @@ class DiTConfig(NetworkConfig):
 
 
 def tiny(resolution: int = 32, **changes: object) -> DiTConfig:
-    """Configuration for a CPU: 1.9M parameters, at most 16 x 16 tokens at a power of two."""
+    """Modern one for a CPU: 1.9M parameters, at most 16 x 16 tokens at a power of two."""
     patch = max(2, resolution // 16)
-    return replace(DiTConfig(patch=(patch, patch)), **changes)
+    return replace(DiTConfig(patch=(patch, patch), **MODERN), **changes)
 
 
 def for_canvas(canvas: Size, **changes: object) -> DiTConfig:
-    """Configuration for a CPU and any axes: 6 to 11 tokens along the last two, half along more."""
+    """Modern one for a CPU and any axes: 6 to 11 tokens along the last two, half along more."""
     sides = [2 if length > 1 else 1 for length in canvas[:-2]]
     sides += [max(2, 2 ** round(math.log2(length / 8))) for length in canvas[-2:]]
-    return replace(DiTConfig(patch=tuple(sides)), **changes)
+    return replace(DiTConfig(patch=tuple(sides), **MODERN), **changes)
 
 
 class DiT(Network[DiTConfig]):

@@ -87,10 +87,15 @@ def with_context(tokens: Tokens, cond: Cond, features: int) -> Tokens:
     Raises `ValueError` unless the tokens of the condition have so many features; 0 is no condition.
     """
     context, mask = cond.context, cond.context_mask
-    if context is not None and context.shape[-1] != features:
+    if context is not None and (context.ndim != 3 or context.shape[-1] != features):
+        expected = f"[B, tokens, {features}]" if features else "None"
         raise ValueError(
-            f"cond.context has {context.shape[-1]} features, and the network reads "
-            f"{features or 'none'}; set network.context to {context.shape[-1]}"
+            f"cond.context must be {expected} for this network, not {tuple(context.shape)}; "
+            f"network.context is the number of its features"
+        )
+    if context is not None and mask is not None and mask.shape != context.shape[:2]:
+        raise ValueError(
+            f"cond.context_mask must be {tuple(context.shape[:2])}, not {tuple(mask.shape)}"
         )
     if not features:
         return tokens
