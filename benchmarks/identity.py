@@ -61,6 +61,8 @@ TRAINED: dict[str, str] = {
     "dropout": f"IMAGES {STEPS} {SMALL} --network.dropout 0.2 --micro-batch 1",
     "values": f"IMAGES {STEPS} {SMALL} --data.space values",
     "transformer": f"IMAGES {STEPS} {TOKENS} --network.patch 4 4",
+    "adm": f"IMAGES {STEPS} --network adm {SMALL} --network.head-width 8",
+    "edm2": f"IMAGES {STEPS} --network edm2 {SMALL} --network.head-width 8",
     "moving glyphs": f"moving-glyphs {STEPS} {TOKENS} --network.patch 4 8 8",
     "muon": f"IMAGES {STEPS} {SMALL} --optim muon",
     "contrast": f"IMAGES {STEPS} {SMALL} --additions contrast",

@@ -18,6 +18,7 @@ import tiny
 import torch
 
 from patchdiffusion import cli, recipes
+from patchdiffusion.nets import Network
 from patchdiffusion.system import families
 from patchdiffusion.system.place import leave, place
 from patchdiffusion.train import status
@@ -33,6 +34,12 @@ def carry_out(spec: Mapping[str, Any]) -> int:
     config = recipes.with_objective(
         tiny.config(Path(spec["images"])), spec.get("objective", "denoising")
     )
+    if word := spec.get("network"):
+        config = (
+            families.create(Network, word, "network")
+            .inherit(config.network, config)
+            .prefers(config)
+        )
     task = families.choose(Task, spec.get("task", "denoiser"), "task")()
     config = tiny.change(replace(config, task=task), spec.get("config", {}))
 

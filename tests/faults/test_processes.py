@@ -162,6 +162,32 @@ def test_a_learned_log_variance_is_the_same_everywhere(images: Path, tmp_path: P
             assert torch.allclose(other[name], value, rtol=1e-3, atol=1e-6), name
 
 
+def test_normalized_weights_are_the_same_everywhere(images: Path, tmp_path: Path) -> None:
+    """EDM2 on one process, as replicas, and as shards that are interrupted."""
+    shape = {"head_width": 8, "base": 8, "blocks": 1, "attention": [1], "mult": [1, 2]}
+    config: dict[str, Any] = {f"network.{name}": value for name, value in shape.items()}
+    spec = {"network": "edm2", "config": {**config, "images": 24.0}}
+    stop = {"kind": "send", "name": "SIGTERM", "phase": "after", "step": 5, "rank": 0}
+    losses, weights = [], []
+    for name, kind in (("one", {}), ("pair", {"size": 2}), ("shards", {"size": 2})):
+        more: dict[str, Any] = {"run": {"shard": True}} if name == "shards" else {}
+        if more:
+            drive(images, tmp_path / name, **spec, **kind, **more, faults=[stop])
+            assert status(tmp_path / name) == "preempted"
+        ended = drive(images, tmp_path / name, **spec, **kind, **more)
+        assert all(e.code == 0 for e in ended), ended
+        losses.append([float(str(x[4])) for x in tiny.history(tmp_path / name)])
+        (raw,) = (f for f in (tmp_path / name / "model").glob("*.safetensors") if "raw" in f.name)
+        weights.append(load_file(raw))
+    for other, loss in zip(weights[1:], losses[1:], strict=True):
+        assert loss == pytest.approx(losses[0], rel=1e-3)
+        for name, value in weights[0].items():
+            assert torch.allclose(other[name], value, rtol=1e-2, atol=1e-2), name
+    convolutions = [v for w in weights for n, v in w.items() if "conv0" in n or "conv1" in n]
+    rms = torch.cat([v.square().flatten(1).mean(1).sqrt() for v in convolutions])
+    assert len(rms) == 3 * 256 and float((rms - 1).abs().max()) < 1e-3
+
+
 LEAVING = """
 import atexit
 from patchdiffusion.system.place import leave
