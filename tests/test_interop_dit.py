@@ -11,9 +11,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
+from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.interop.dit import dit_config, dit_name, load_dit_state_dict
 from patchdiffusion.nets.dit import DiT, DiTConfig
+from patchdiffusion.parameterisation import EpsDDPM
 from patchdiffusion.patches import Region
+from patchdiffusion.paths import DDPM
 
 LITTLE = DiTConfig(
     channels=4, patch=(2, 2), width=16, depth=2, heads=2, num_classes=3, positions="sincos",
@@ -44,6 +47,24 @@ def test_reference_outputs() -> None:
     assert config.channels == stated["in_channels"]
     assert (config.num_classes, config.heads) == (stated["num_classes"], stated["num_heads"])
     assert config.learned_variance == stated["learn_sigma"]
+
+
+def test_published_weights_denoise_by_the_steps_of_ddpm() -> None:
+    """eps at the steps 0 and 999 of the file, by the noise levels of these steps."""
+    weights, t = weights_and_tensors(golden("dit-16-p2-labels"))
+    network = DiT(dit_config(weights, heads=4))
+    load_dit_state_dict(network, weights)
+    chosen = torch.tensor([i for i, step in enumerate(t["in/t"]) if step in (0, 999)])
+    sigma = DDPM(table="linear", steps=1000).sigma(t["in/t"][chosen].double() / 999).float()
+    scale = (1 + sigma**2).sqrt()[:, None, None, None]
+    noisy = t["in/x"][chosen] * scale
+    with torch.no_grad():
+        cond = Cond(labels=t["in/y"][chosen])
+        denoised = NetDenoiser(network, EpsDDPM())(noisy, sigma, cond)
+    eps = t["out/prediction"][chosen, :4]
+    expected = noisy - sigma[:, None, None, None] * eps
+    assert len(chosen) == 2
+    assert (denoised - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 def test_the_table_of_a_crop_is_cut_out_of_that_of_the_canvas() -> None:

@@ -112,7 +112,9 @@ class DiTConfig(NetworkConfig):
         if not 1 <= len(self.patch) <= 4 or not all(1 <= side <= 256 for side in self.patch):
             raise ValueError(f"patch must be 1 to 4 sides in [1, 256], not {self.patch}")
         if self.width % 8 or self.width % self.heads:
-            raise ValueError(f"width must be a multiple of 8 and {self.heads}, not {self.width}")
+            raise ValueError(
+                f"width must be a multiple of 8 and of heads ({self.heads}), not {self.width}"
+            )
         head = self.width // self.heads
         if self.positions == "rope" and (head % 2 or head < 2 * self.axes):
             raise ValueError(
