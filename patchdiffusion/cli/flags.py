@@ -240,8 +240,15 @@ def _chosen(config: Any, first: Any, slot: Slot, route: Sequence[str], words: Se
         new = new.inherit(now, first)
     if new == now:
         return config
-    prefers = hasattr(new, "prefers") and type(now) is not cls
+    prefers = hasattr(new, "prefers") and _differs(new, now, config)
     return new.prefers(config) if prefers else _put(config, route, new)
+
+
+def _differs(new: Any, now: Any, config: Any) -> bool:
+    """Whether a member is of another type, or suits other settings, than the one it replaces."""
+    if type(new) is not type(now):
+        return True
+    return hasattr(new, "suits") and new.suits(config) != now.suits(config)
 
 
 def _member(slot: Slot, word: str) -> Any:

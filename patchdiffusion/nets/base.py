@@ -3,6 +3,7 @@
 Nothing outside this folder depends on the class of a network or of its configuration.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -70,6 +71,16 @@ class NetworkConfig(ABC):
     def for_canvas(self, canvas: Size) -> Self:
         """A copy whose fields that depend on the canvas have values; by default itself."""
         return self
+
+    @property
+    def token_size(self) -> Size:
+        """Sides of the patches of pixels that become tokens; empty for a network without tokens."""
+        return ()
+
+    def tokens(self, size: Size) -> int:
+        """Number of tokens of an image or crop; 0 for a network without."""
+        sides = [-(-side // p) for side, p in zip(size, self.token_size, strict=False)]
+        return math.prod(sides) if sides else 0
 
     @property
     def axes(self) -> int:

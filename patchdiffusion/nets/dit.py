@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import Network, NetworkConfig, put
-from patchdiffusion.nets.ditsizes import MODERN, SIZES
+from patchdiffusion.nets.ditsizes import MODERN, SIZES, jit, patch_for
 from patchdiffusion.nets.embed import Embedding, LateEmbedding, whole_canvas
 from patchdiffusion.nets.layers import Linear, full_precision, pad_to_multiple
 from patchdiffusion.nets.stages import Merge, Split
@@ -56,7 +56,8 @@ class DiTConfig(NetworkConfig):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = SIZES
 
     patch: tuple[int, ...] = (2, 2)
-    """Sides of the patches that become tokens, one for each axis of the data: 2 2 for images."""
+    """Sides of the patches that become tokens, one for each axis of the data: 2 2 for images; 0 0
+    chooses about a 16th of the image, 4 to 32."""
     width: int = 128
     """Features of a token; a multiple of 8 and of heads."""
     depth: int = 6
@@ -85,6 +86,9 @@ class DiTConfig(NetworkConfig):
     """Learned tokens without a place, which all others attend to."""
     value_residual: bool = False
     """True if values of later attentions are mixed with those of the first one."""
+    bottleneck: int = 0
+    """Features between the pixels of a patch and its token, as in JiT, whose parameterisation and
+    noise law the network then brings; 0 is none."""
     context: int = 0
     """Features of the tokens of a condition that every block attends to, such as those of a text; 0
     is none."""
@@ -102,6 +106,7 @@ class DiTConfig(NetworkConfig):
         self.limit("heads", 1, 256)
         self.limit("mlp_ratio", 1, 64)
         self.limit("registers", 0, 1024)
+        self.limit("bottleneck", 0, 16384)
         self.limit("context", 0, 65536)
         kinds = {"mlp": MlpKind, "norm": NormKind, "positions": Positions}
         kinds |= {"embedding": Literal["early", "late"], "modulation": ModulationKind}
@@ -109,8 +114,9 @@ class DiTConfig(NetworkConfig):
             if getattr(self, name) not in get_args(kind):
                 allowed = ", ".join(get_args(kind))
                 raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        if not 1 <= len(self.patch) <= 4 or not all(1 <= side <= 256 for side in self.patch):
-            raise ValueError(f"patch must be 1 to 4 sides in [1, 256], not {self.patch}")
+        sides_fit = all(1 <= side <= 256 for side in self.patch) or not any(self.patch)
+        if not 1 <= len(self.patch) <= 4 or not sides_fit:
+            raise ValueError(f"patch must be 1 to 4 sides in [1, 256], or all 0, not {self.patch}")
         if self.width % 8 or self.width % self.heads:
             raise ValueError(
                 f"width must be a multiple of 8 and of heads ({self.heads}), not {self.width}"
@@ -136,12 +142,29 @@ class DiTConfig(NetworkConfig):
             return new
         return replace(new, patch=self.patch[:1] * old.axes)
 
+    def for_canvas(self, canvas: Size) -> Self:
+        """A copy with a patch that fits a canvas, if it is 0; see `ditsizes.patch_for`."""
+        if any(self.patch):
+            return self
+        return replace(self, patch=patch_for(canvas))
+
+    @property
+    def token_size(self) -> Size:
+        return self.patch
+
+    def suits(self, config: Any) -> Mapping[str, Any]:
+        """With a bottleneck the recipe of JiT, see `ditsizes.jit`."""
+        denoises = hasattr(config.objective, "weighting")
+        return jit(self.width) if self.bottleneck and denoises else {}
+
     @property
     def axes(self) -> int:
         return len(self.patch)
 
     @property
     def divisor(self) -> int:
+        if not any(self.patch):
+            return 1
         return math.lcm(*self.patch) * (2 if self.half_blocks else 1)
 
     @property
@@ -156,6 +179,8 @@ class DiTConfig(NetworkConfig):
         return range(start, start + self.half_blocks)
 
     def build(self, *, seed: int = 0) -> "DiT":
+        if not any(self.patch):
+            raise ValueError("patch is 0, which an image decides: use for_canvas, or give sides")
         return DiT(self, seed=seed)
 
 
@@ -170,6 +195,15 @@ def for_canvas(canvas: Size, **changes: object) -> DiTConfig:
     sides = [2 if length > 1 else 1 for length in canvas[:-2]]
     sides += [max(2, 2 ** round(math.log2(length / 8))) for length in canvas[-2:]]
     return replace(DiTConfig(patch=tuple(sides), **MODERN), **changes)
+
+
+def _stem(pixels: int, bottleneck: int, width: int) -> nn.Module:
+    """Embedding of patches, through fewer features if there is a bottleneck."""
+    if not bottleneck:
+        return Linear(pixels, width, role="stem")
+    return nn.Sequential(
+        Linear(pixels, bottleneck, bias=False, role="stem"), Linear(bottleneck, width, role="stem")
+    )
 
 
 class DiT(Network[DiTConfig]):
@@ -190,7 +224,7 @@ class DiT(Network[DiTConfig]):
             self.embed = Embedding(
                 width // 4, "positional", config.num_classes, config.augment_dim, jump=config.jump
             )
-        self.stem = Linear(config.channels * pixels, width, role="stem")
+        self.stem = _stem(config.channels * pixels, config.bottleneck, width)
         self.registers = Registers(config.registers, width) if config.registers else None
         self.modulation = (
             Linear(width, 6 * width, scale=0.0, role="modulation")

@@ -7,6 +7,7 @@ import torch
 
 from patchdiffusion.data.mirror import mirror_line
 from patchdiffusion.data.summary import data_lines
+from patchdiffusion.patches import size_name
 from patchdiffusion.system import families
 from patchdiffusion.system.text import counted
 from patchdiffusion.train.folder import check_disk
@@ -50,8 +51,11 @@ def _network(training: Training) -> str:
     team, shared = training.team, ""
     if team.size > 1:
         shared = f" each, {team.size} processes" + (", sharded" if training.run.shard else "")
+    network, cut = training.config.network, ""
+    if tokens := network.tokens(training.canvas):
+        cut = f"{counted(tokens, 'token')} of {size_name(network.token_size)} per image, "
     return (
-        f"{families.word(type(training.config.network))}, "
+        f"{families.word(type(network))}, {cut}"
         f"{training.parameters / 1e6:.2f}M parameters, {training.macs / 1e9:.3g} GMAC per image; "
         f"{training.precision} on {training.device}, "
         f"{counted(torch.get_num_threads(), 'thread')}{shared}; "
