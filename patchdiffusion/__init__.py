@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser, as_denoiser
     from patchdiffusion.losses import Batch, DenoisingLoss, LossOut
     from patchdiffusion.model import load_model
+    from patchdiffusion.nets.adm import ADMConfig
     from patchdiffusion.nets.dit import DiTConfig
+    from patchdiffusion.nets.edm2 import EDM2Config
     from patchdiffusion.nets.own import allow
     from patchdiffusion.nets.unet import SongUNet, UNetConfig
     from patchdiffusion.noise import LogNormal
@@ -86,7 +88,9 @@ __all__ = [
     "euler",
     "heun",
     "SongUNet",
+    "ADMConfig",
     "DiTConfig",
+    "EDM2Config",
     "UNetConfig",
     "load_model",
     "save_png",
@@ -103,7 +107,9 @@ _FILES = {
     "losses": "Batch DenoisingLoss LossOut",
     "model": "load_model",
     "nets.own": "allow",
+    "nets.adm": "ADMConfig",
     "nets.dit": "DiTConfig",
+    "nets.edm2": "EDM2Config",
     "nets.unet": "SongUNet UNetConfig",
     "noise": "LogNormal",
     "objectives": "ConsistencyConfig MeanFlowConfig",

@@ -16,7 +16,9 @@ LITTLE = ADMConfig(base=8, mult=(1, 2), blocks=1, attention=(1,), head_width=8, 
 
 def test_published_number_of_parameters() -> None:
     with torch.device("meta"):
-        network = ADMConfig(num_classes=1000, coordinates=False).build()
+        network = ADMConfig(
+            **ADMConfig.presets["adm-64"], num_classes=1000, coordinates=False
+        ).build()
     assert sum(p.numel() for p in network.parameters()) == 295_899_267
 
 

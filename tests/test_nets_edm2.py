@@ -10,6 +10,7 @@ import torch
 from commands import refuses
 from torch import Tensor
 
+from patchdiffusion import auto
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.edm2 import EDM2Config, MPUNet
 from patchdiffusion.nets.layers import Conv
@@ -207,6 +208,12 @@ def test_it_brings_its_settings(images: Path) -> None:
     assert replace(config, network=plain.network, optim=plain.optim, noise=plain.noise) == replace(
         plain, objective=config.objective
     )
+
+
+def test_presets_are_words_in_python_too(images: Path) -> None:
+    config = auto(images, network="edm2-s", optim={"eps": 1e-6})
+    assert isinstance(config.network, EDM2Config) and config.network.base == 192
+    assert (config.optim.lr, config.optim.eps) == (0.010, 1e-6)
 
 
 def test_learning_rates_follow_the_published_ones(images: Path) -> None:
