@@ -64,6 +64,7 @@ COMMANDS = {
         "average",
         "bench",
         "doctor",
+        "info",
     )
 }
 

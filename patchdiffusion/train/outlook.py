@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,22 +29,26 @@ Step = Callable[[Training, tuple[Group, ...]], None]
 
 @dataclass
 class Activations:
-    """Counts the peak memory of tensors saved for backward passes."""
+    """Counts the peak memory of tensors saved for backward passes, except some, such as weights."""
 
     most: int = 0
+    excepted: Iterable[Tensor] = ()
     _now: int = 0
     _backward: bool = False
     _kept: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._excepted = {_identity(tensor) for tensor in self.excepted}
 
     def pack(self, kept: Tensor) -> Tensor:
         """Count a saved tensor."""
         if self._backward:
             self._now, self._backward = 0, False
             self._kept.clear()
-        storage = kept.untyped_storage()
-        if storage.data_ptr() not in self._kept:
-            self._kept.add(storage.data_ptr())
-            self._now += storage.nbytes()
+        identity = _identity(kept)
+        if identity not in self._kept | self._excepted:
+            self._kept.add(identity)
+            self._now += kept.untyped_storage().nbytes()
             self.most = max(self.most, self._now)
         return kept
 
@@ -52,6 +56,10 @@ class Activations:
         """Record the start of a backward pass."""
         self._backward = True
         return kept
+
+
+def _identity(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata  # not data_ptr, which is 0 on the meta device
 
 
 def outlook(training: Training, step: Step) -> str:
