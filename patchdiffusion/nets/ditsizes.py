@@ -37,7 +37,7 @@ def _presets() -> dict[str, dict[str, Any]]:
 
 def _pixels(fields: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Transformers on pixels, as published and for a CPU (JiT, arXiv 2511.13720)."""
-    cpu = {"width": 192, "depth": 6, "heads": 6, "bottleneck": 32, "patch": (0, 0)}
+    cpu = {"width": 192, "depth": 6, "heads": 3, "bottleneck": 32, "patch": (0, 0)}
     found = {"pixel-dit": {**fields, **cpu}}
     for name, width, depth, heads in (("b", 768, 12, 12), ("l", 1024, 24, 16), ("h", 1280, 32, 16)):
         shape = {"width": width, "depth": depth, "heads": heads, "bottleneck": 128}
