@@ -115,6 +115,21 @@ def test_a_task(images: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "additions" in wrong and "toy-addition" in wrong
 
 
+def test_a_rule_for_tokens(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Trained, gone on with and sampled; its operations are counted."""
+    runs = [tmp_path / "toy", tmp_path / "plain"]
+    small = "--network dit --network.width 16 --network.depth 2 --network.heads 2"
+    for run, rule in zip(runs, ("toy-tokens --network.tokens.rate 0.75", "none"), strict=True):
+        flags = f"{small} --network.tokens {rule} {LENGTH}"
+        works(capsys, "train", images, "--out", run, *flags.split())
+    stored = read_json(runs[0] / "config.json")
+    assert stored["network"]["tokens"]["type"] == "ToyTokens"
+    flops = [tiny.history(run)[-1][3] for run in runs]
+    assert float(str(flops[0])) < 0.8 * float(str(flops[1]))
+    works(capsys, "train", runs[0], "--images", "8")
+    works(capsys, "sample", runs[0], "--count", 1, "--steps", 1)
+
+
 def test_a_recipe(images: Path, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     works(capsys, "train", "toy", images, "--out", run, *LENGTH.split())

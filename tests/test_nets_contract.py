@@ -13,6 +13,7 @@ from patchdiffusion.nets import Network, base
 from patchdiffusion.nets.adm import ADMConfig
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
+from patchdiffusion.nets.routing import Route, Sprint
 from patchdiffusion.nets.topology import Features, UNet
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.objectives.tangent import derivative
@@ -56,6 +57,8 @@ NETWORKS = {
     "transformer": replace(DIT, dropout=0.1),
     "transformer, 1 axis": replace(DIT, patch=(2,)),
     "transformer, 3 axes": replace(DIT, patch=(1, 2, 4)),
+    "transformer, route": replace(DIT, tokens=Route()),
+    "transformer, sprint": replace(DIT, depth=3, tokens=Sprint(dense=1, drop=0.5)),
     "modern": replace(MODERN, dropout=0.1),
     "modern, 1 axis": replace(MODERN, patch=(2,), modulation="shared", learned_variance=True),
     "modern, 3 axes": replace(
@@ -190,6 +193,8 @@ def test_bfloat16_is_close(config: Network) -> None:
         ("edm2", True),
         ("transformer", True),
         ("transformer, 3 axes", False),
+        ("transformer, route", True),
+        ("transformer, sprint", False),
         ("modern", True),
     ],
 )

@@ -40,7 +40,7 @@ def test_published_sizes(size: str, params: float) -> None:
         config = replace(created(f"pixel-dit-{size}/{patch}"), num_classes=1000)
         with torch.device("meta"):
             found.append(count(config.build(), side))
-        assert config.tokens((side, side)) == 256
+        assert config.num_tokens((side, side)) == 256
     assert found[0].params == pytest.approx(params, rel=0.003)
     assert found[1].macs == pytest.approx(found[0].macs, rel=0.04)
 

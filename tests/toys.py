@@ -31,7 +31,7 @@ from patchdiffusion.denoiser import Denoiser, PatchDenoiser, Wrapper, ask
 from patchdiffusion.guidance import threshold
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.losses import Batch, Loss, LossOut, Objective
-from patchdiffusion.nets import Network, heads
+from patchdiffusion.nets import Network, heads, routing
 from patchdiffusion.nets.base import Network as NetworkBase
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.layers import Conv
@@ -49,8 +49,6 @@ from patchdiffusion.train import schedules as rates
 from patchdiffusion.train.preview import Ending, Scene, Shown
 from patchdiffusion.train.settings import Settings
 from patchdiffusion.train.task import TaskConfig, check_images, check_own_objective
-
-# ---- A network ----
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +82,14 @@ class OneConvolution(NetworkBase[ToyNet]):
 
 
 # ---- Numbers: a noise law, a weight ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyTokens(routing.Route):
+    """Some tokens skip the last block."""
+
+    def blocks(self, depth: int) -> range:
+        return range(depth - 1, depth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,6 +376,7 @@ recipes.RECIPES["toy"] = toy
 
 TOYS = (
     (Network, ToyNet),
+    (routing.Routing, ToyTokens),
     (noise.Law, ToyLaw),
     (parameterisation.Parameterisation, ToyPrecond),
     (objectives.ObjectiveUnion, ToyObjective),

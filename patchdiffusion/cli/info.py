@@ -19,7 +19,7 @@ from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import squared_error
 from patchdiffusion.model import ModelConfig, load_model
 from patchdiffusion.nets import Network, base
-from patchdiffusion.nets.count import Count, count
+from patchdiffusion.nets.count import Count, count, training_flops
 from patchdiffusion.nets.heads import Head, OwnHead
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.plans import PatchPlan
@@ -124,9 +124,9 @@ class Subject:
     @property
     def step(self) -> float:
         """Mean operations of a step of training."""
-        share = 6 + 2 * self.training.task.passes(self.training)
+        share = 1 + self.training.task.passes(self.training) / 3
         kinds = self.plan.kinds(self.training.clock)
-        costs = {size: share * cost.macs for size, cost in self.costs.items()}
+        costs = {size: share * training_flops(self.network, size) for size in self.costs}
         return sum(p * sum(costs[g.size] * g.count for g in groups) for p, groups in kinds)
 
     @property
@@ -227,7 +227,7 @@ def facts(subject: Subject) -> list[tuple[str, str]]:
         )
     for number, (size, cost) in enumerate(subject.costs.items()):
         name = f"{'crops of' if number else 'whole images of'} {size_name(size)}"
-        tokens = f", {counted(tokens, 'token')}" if (tokens := config.tokens(size)) else ""
+        tokens = f", {counted(tokens, 'token')}" if (tokens := config.num_tokens(size)) else ""
         lines.append(("" if number else "cost", f"{name}: {cost.macs / 1e9:.3g} GMAC{tokens}"))
     timing, kept = _measured(subject, params)
     lines += [("memory", _memory(subject, params, kept)), ("time", timing)]

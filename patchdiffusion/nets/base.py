@@ -77,7 +77,7 @@ class NetworkConfig(ABC):
         """Sides of the patches of pixels that become tokens; empty for a network without tokens."""
         return ()
 
-    def tokens(self, size: Size) -> int:
+    def num_tokens(self, size: Size) -> int:
         """Number of tokens of an image or crop; 0 for a network without."""
         sides = [-(-side // p) for side, p in zip(size, self.token_size, strict=False)]
         return math.prod(sides) if sides else 0

@@ -29,6 +29,7 @@ def count(network: Network, size: int | tuple[int, ...], cond: Cond | None = Non
     Weights may be on any device, also on meta. Convolutions, matrix products and attention count;
     normalization, activations and resampling do not. `cond` is of batch 1, on meta.
     """
+    cond = cond or Cond()
     sides = (size,) * network.config.axes if isinstance(size, int) else size
     params = sum(p.numel() for p in network.parameters())
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
@@ -37,14 +38,19 @@ def count(network: Network, size: int | tuple[int, ...], cond: Cond | None = Non
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             x, noise = torch.empty(shape, device="meta"), torch.empty(1, device="meta")
-            functional_call(network, shells, (x, noise, cond or Cond()))
+            functional_call(network, shells, (x, noise, cond))
     except (RuntimeError, NotImplementedError):  # a network of somebody's own may have to compute
         device = next(network.parameters()).device
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network(torch.zeros(shape, device=device), torch.zeros(1, device=device), Cond())
+            given = cond.map(lambda x: torch.zeros_like(x, device=device))
+            network(torch.zeros(shape, device=device), torch.zeros(1, device=device), given)
     return Count(macs=counter.get_total_flops() // 2, params=params)
 
 
 def training_flops(network: Network, size: int | tuple[int, ...]) -> float:
-    """FLOP to train on one image of `size`: 2 per MAC; backward is twice the forward pass."""
-    return 6.0 * count(network, size).macs
+    """FLOP to train on one image of `size`: 2 per MAC; backward is twice the forward pass.
+
+    With a seed, as in training: a network may leave out some of its tokens then.
+    """
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    return 6.0 * count(network, size, Cond(seed=seed)).macs

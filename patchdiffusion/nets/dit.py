@@ -11,7 +11,7 @@ token, E size of the embedding.
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
@@ -22,6 +22,7 @@ from patchdiffusion.nets.base import Network, NetworkConfig, put
 from patchdiffusion.nets.ditsizes import MODERN, SIZES, jit, patch_for
 from patchdiffusion.nets.embed import Embedding, LateEmbedding, whole_canvas
 from patchdiffusion.nets.layers import Linear, full_precision, pad_to_multiple
+from patchdiffusion.nets.routing import AllTokens, Routing
 from patchdiffusion.nets.stages import Merge, Split
 from patchdiffusion.nets.tokenblock import (
     MlpKind,
@@ -95,6 +96,8 @@ class DiTConfig(NetworkConfig):
     half_blocks: int = 0
     """Blocks in the middle of the depth that work at half resolution, on a quarter of the
     tokens."""
+    tokens: Routing = field(default_factory=AllTokens)
+    """Tokens that pass through all blocks in training, which is cheaper with fewer of them."""
     learned_variance: bool = False
     """True if there are output channels for a variance, which is not used; for published
     weights."""
@@ -134,6 +137,7 @@ class DiTConfig(NetworkConfig):
                 f"half_blocks must leave an even number of the {self.depth} blocks, at least 2, "
                 f"not {self.half_blocks}"
             )
+        self.tokens.check(self.depth, self.half_blocks)
 
     def inherit(self, old: NetworkConfig, config: object) -> Self:
         """A copy with the contract's fields and, for equal sides of the patch, the axes of old."""
@@ -170,7 +174,8 @@ class DiTConfig(NetworkConfig):
     @property
     def reads(self) -> frozenset[str]:
         context = {"context", "context_mask"} if self.context else set()
-        return super().reads | {"pos"} | context
+        seed = {"seed"} if self.tokens.is_random else set()
+        return super().reads | {"pos"} | context | seed
 
     @property
     def half(self) -> range:
@@ -234,6 +239,7 @@ class DiT(Network[DiTConfig]):
         self.blocks = nn.ModuleList(self._block(i) for i in range(config.depth))
         self.merge = Merge(width, config.axes) if config.half_blocks else None
         self.split = Split(width, config.axes) if config.half_blocks else None
+        self.stage = config.tokens.build(width, config.depth)
         self.out_modulation = Linear(width, 2 * width, scale=0.0, role="modulation")
         outputs = config.channels * pixels * (2 if config.learned_variance else 1)
         self.head = Linear(width, outputs, scale=0.0, role="head")
@@ -309,20 +315,24 @@ class DiT(Network[DiTConfig]):
         """Apply the blocks first ... last - 1, by default all; of `cond` they read only the seed.
 
         Tokens may be a part of those of the image in any order, outside the stage of half
-        resolution. Registers are not on the tape.
+        resolution. Registers are not on the tape, nor tokens that skip a block in training.
         """
         for blocks in self._stretches(first, self.config.depth if last is None else last):
             if self.merge is not None and blocks[0] == self.config.half[0]:
                 tokens = self.merge(tokens)
             if self.split is not None and blocks[0] == self.config.half[-1] + 1:
                 tokens = self.split(tokens)
+            if self.stage is not None and blocks.start == self.stage.blocks.start:
+                tokens = self.stage.enter(tokens, cond.seed)
             tokens = self._run(tokens, blocks, cond, tape)
+            if self.stage is not None and blocks.stop == self.stage.blocks.stop:
+                tokens = self.stage.leave(tokens, cond.seed)
         return tokens
 
     def _stretches(self, first: int, last: int) -> Iterator[range]:
-        """The blocks first ... last - 1, in parts of the same resolution."""
-        half = self.config.half
-        cuts = [c for c in (half.start, half.stop) if half and first < c < last]
+        """The blocks first ... last - 1, in parts of the same tokens."""
+        part = self.config.half if self.stage is None else self.stage.blocks
+        cuts = [c for c in (part.start, part.stop) if part and first < c < last]
         for start, stop in itertools.pairwise([first, *cuts, last]):
             if start < stop:
                 yield range(start, stop)

@@ -49,7 +49,9 @@ class Tokens(NamedTuple):
     context_mask: Tensor | None = None
     """bool [B, T'], the tokens of the condition that count."""
     outer: "Tokens | None" = None
-    """Tokens of full resolution, in the stage of half resolution."""
+    """Tokens before the current stage: of half resolution, or of some of the tokens."""
+    kept: Tensor | None = None
+    """int64 [B, T], places in `outer` of the tokens that pass through the current stage alone."""
 
     @property
     def is_whole(self) -> bool:
@@ -58,21 +60,26 @@ class Tokens(NamedTuple):
 
     def select(self, index: Tensor) -> "Tokens":
         """The tokens at an index int64 [B, K], in its order, with their places."""
+        outer = self.outer
+        if outer is not None and self.kept is None and outer.grid == self.grid:
+            outer = outer.select(index)
         return self._replace(
             h=_gather(self.h, index),
             pos=_gather(self.pos, index),
             values=None
             if self.values is None
             else _gather(self.values, self._with_registers(index)),
+            outer=outer,
+            kept=None if self.kept is None else self.kept.gather(1, index),
         )
 
     def scatter(self, index: Tensor, some: "Tokens") -> "Tokens":
         """All tokens, with those at an index [B, K] replaced by `some`, which were selected."""
         values = self.values
         if values is not None and some.values is not None:
-            values = _scatter(values, self._with_registers(index), some.values)
+            values = scatter(values, self._with_registers(index), some.values)
         return self._replace(
-            h=_scatter(self.h, index, some.h), registers=some.registers, values=values
+            h=scatter(self.h, index, some.h), registers=some.registers, values=values
         )
 
     def _with_registers(self, index: Tensor) -> Tensor:
@@ -112,7 +119,8 @@ def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _scatter(x: Tensor, index: Tensor, part: Tensor) -> Tensor:
+def scatter(x: Tensor, index: Tensor, part: Tensor) -> Tensor:
+    """x [B, T, D] with the rows at an index [B, K] replaced by those of a part [B, K, D]."""
     return x.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), part.to(x.dtype))
 
 

@@ -52,11 +52,14 @@ def _network(training: Training) -> str:
     if team.size > 1:
         shared = f" each, {team.size} processes" + (", sharded" if training.run.shard else "")
     network, cut = training.config.network, ""
-    if tokens := network.tokens(training.canvas):
+    if tokens := network.num_tokens(training.canvas):
         cut = f"{counted(tokens, 'token')} of {size_name(network.token_size)} per image, "
+    rest = training.training_share
+    reduced = f", {rest:.2f} of it in training" if rest < 0.995 else ""
     return (
         f"{families.word(type(network))}, {cut}"
-        f"{training.parameters / 1e6:.2f}M parameters, {training.macs / 1e9:.3g} GMAC per image; "
+        f"{training.parameters / 1e6:.2f}M parameters, {training.macs / 1e9:.3g} GMAC per image"
+        f"{reduced}; "
         f"{training.precision} on {training.device}, "
         f"{counted(torch.get_num_threads(), 'thread')}{shared}; "
         f"{training.engine['kernels']}"

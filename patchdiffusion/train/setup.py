@@ -15,7 +15,7 @@ from patchdiffusion.encoders.features import extractor
 from patchdiffusion.losses import AfterStep, Loss
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
-from patchdiffusion.nets.count import training_flops
+from patchdiffusion.nets.count import count, training_flops
 from patchdiffusion.objectives.base import Materials
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import PatchPlan
@@ -80,6 +80,9 @@ class Training:
     phases: Phases
     pace: Pace
     flops: dict[Size, int]
+    """Operations to train on one crop of each size."""
+    macs: int
+    """Multiply-accumulates of the network for one image, in sampling."""
     preview: Preview
     state: TrainState
     meter: Meter
@@ -135,9 +138,9 @@ class Training:
         return sum(p.numel() for p in self.network.parameters())
 
     @property
-    def macs(self) -> float:
-        """Multiply-accumulates of the network for one image."""
-        return self.flops[self.canvas] / (6 + 2 * self.config.task.passes(self.config))
+    def training_share(self) -> float:
+        """Operations of the network in training relative to those of sampling, for whole images."""
+        return self.flops[self.canvas] / (6 + 2 * self.config.task.passes(self.config)) / self.macs
 
     @property
     def total_steps(self) -> int:
@@ -195,6 +198,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         1 + task.passes(config) / 3
     )  # times `training_flops`, which counts one pass forward and backward
     flops = {size: round(training_flops(network, size) * share) for size in sizes}
+    macs = count(network, canvas).macs
     ema = _place_network(network, config, run, team, device)
     feed = Feed(
         resident(pack.images, device),
@@ -263,6 +267,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         phases=phases,
         pace=Pace(flops),
         flops=flops,
+        macs=macs,
         preview=task.preview(Scene(config, pack, tuple(crops), device, precision, team)),
         state=TrainState(),
         meter=Meter(),

@@ -19,8 +19,10 @@ import torch
 
 from patchdiffusion import cli, recipes
 from patchdiffusion.nets import Network
+from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.system import families
 from patchdiffusion.system.place import leave, place
+from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import status
 from patchdiffusion.train.config import Task
 
@@ -34,12 +36,15 @@ def carry_out(spec: Mapping[str, Any]) -> int:
     config = recipes.with_objective(
         tiny.config(Path(spec["images"])), spec.get("objective", "denoising")
     )
-    if word := spec.get("network"):
+    word = spec.get("network")
+    if isinstance(word, str):
         config = (
             families.create(Network, word, "network")
             .inherit(config.network, config)
             .prefers(config)
         )
+    elif word:
+        config = replace(config, network=decode(DiTConfig, word))
     task = families.choose(Task, spec.get("task", "denoiser"), "task")()
     config = tiny.change(replace(config, task=task), spec.get("config", {}))
 

@@ -19,6 +19,10 @@ from commands import names
 from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, same_run, status, torchrun
 from safetensors.torch import load_file
 
+from patchdiffusion.nets.dit import DiTConfig
+from patchdiffusion.nets.routing import Route, Sprint
+from patchdiffusion.system.serialize import encode
+
 
 def test_c1_a_rank_hangs(images: Path, tmp_path: Path) -> None:
     fault = {"kind": "sleep", "seconds": 600, "phase": "data", "step": 3, "rank": 1}
@@ -309,6 +313,20 @@ def test_few_step_models_on_two_processes(objective: str, images: Path, tmp_path
     one, two = tmp_path / "one", tmp_path / "two"
     assert harness.here(images, one, objective=objective).code == 0
     ended = drive(images, two, size=2, objective=objective)
+    assert [e.code for e in ended] == [0, 0], ended
+    for a, b in zip(tiny.history(one), tiny.history(two), strict=True):
+        assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
+
+
+@pytest.mark.parametrize("rule", [Route(), Sprint()], ids=["route", "sprint"])
+def test_tokens_that_skip_on_two_processes(
+    rule: Route | Sprint, images: Path, tmp_path: Path
+) -> None:
+    """The same tokens skip for any number of processes and any micro-batches."""
+    network = encode(DiTConfig(width=16, depth=6, heads=2, num_classes=2, tokens=rule))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert harness.here(images, one, network=network).code == 0
+    ended = drive(images, two, size=2, network=network, config={"micro_batch": 1})
     assert [e.code for e in ended] == [0, 0], ended
     for a, b in zip(tiny.history(one), tiny.history(two), strict=True):
         assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
