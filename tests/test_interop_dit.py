@@ -72,7 +72,8 @@ def test_the_table_of_a_crop_is_cut_out_of_that_of_the_canvas() -> None:
     network = DiT(dit_config(weights, heads=4))
     x, noise = torch.zeros(1, 4, 6, 8), torch.zeros(1)
     pos = Region((16, 16), (4, 2)).pos(x)
-    found = network.start(x, noise, Cond(pos=pos)).h - network.stem.bias
+    found = network.start(x, noise, Cond(pos=pos)).h
+    found = found - network.get_parameter("stem.bias")
     table = t["weights/pos_embed"].unflatten(1, (8, 8))[:, 2:5, 1:5].flatten(1, 2)
     torch.testing.assert_close(found, table, atol=1e-5, rtol=0)
 

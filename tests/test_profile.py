@@ -105,9 +105,7 @@ def test_one_graph_for_each_kind_of_block_and_size(images: Path, tmp_path: Path)
         made.append(machine.compiled_graphs() - before)
     assert len(units) == 5
     assert made == [3, 6]  # first, middle and last blocks
-    limits = torch._dynamo.config
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(limits, "error_on_recompile", True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
         for groups in (half, whole(run), half, whole(run)):
             one_step(run, groups)
     assert machine.compiled_graphs() - before == made[-1]

@@ -1,5 +1,6 @@
 """Estimated duration and memory of a run, from a few steps of each kind in memory."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -92,7 +93,10 @@ def learn_pace(training: Training, step: Step) -> None:
     """
     config, pace = training.config, training.pace
     kinds = {kind_of(groups): groups for _, groups in training.plan.kinds(config.clock)}
-    logged = [record.get("rates") for record in read_log(training.folder)]
+    records = []
+    with contextlib.suppress(OSError):  # a log that cannot be read stops nothing
+        records = read_log(training.folder)
+    logged = [record.get("rates") for record in records]
     for kind, rate in next((rates for rates in reversed(logged) if rates), {}).items():
         if kind in kinds:
             pace.add([kinds[kind]], pace.operations(kinds[kind]) / rate)
