@@ -148,7 +148,7 @@ def test_n5_a_window_that_does_not_end(images: Path, tmp_path: Path) -> None:
     faults = [fault, {"kind": "save_every", "steps": 5}]
     ended = alone(images, folder, **LONGER, run=SAVE_ALWAYS, faults=faults)
     assert (ended.code, status(folder)) == (22, "failed")
-    assert names(ended.error, "exploded", "1 rollbacks", "--guard.rollbacks")
+    assert names(ended.error, "exploded", "1 rollback", "--guard.rollbacks")
     assert max(checkpoints(folder)) <= 50
     # The count is part of the run: it cannot be forgotten by starting again.
     again = alone(images, folder, **LONGER, run=SAVE_ALWAYS, faults=faults)
