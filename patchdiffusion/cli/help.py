@@ -168,7 +168,7 @@ def _flag(slot: Slot, width: int, *, short: bool = False) -> Iterator[str]:
     for member in () if short or not family else slot.members:
         text = _plain(first_line(member), slot.members)
         if names := families.presets(member):
-            text += f" Presets: {', '.join(names)}."
+            text += f" Presets: {', '.join(_shortened(names))}."
         yield from _columns(f"      {families.word(member)}", text, width, _FLAGS)
 
 
@@ -250,3 +250,12 @@ def docs(cls: type) -> dict[str, str]:
             ):
                 found[field.target.id] = " ".join(str(text.value.value).split())
     return found
+
+
+def _shortened(names: Iterable[str]) -> list[str]:
+    """Words that differ only behind a slash as one: dit-s/2|4|8."""
+    ends: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, end = name.partition("/")
+        ends.setdefault(stem, []).append(end)
+    return ["/".join(filter(None, (stem, "|".join(same)))) for stem, same in ends.items()]
