@@ -13,7 +13,7 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.cond import Cond, Position, Tape
-from patchdiffusion.denoiser import expand_sigma
+from patchdiffusion.denoiser import expand_sigma, noise_level
 from patchdiffusion.patches import Size
 from patchdiffusion.paths import per_sample
 
@@ -184,7 +184,7 @@ class GaussianField:
     """A stationary Gaussian field of mean 0 on a canvas, channels independent.
 
     The marginal of a crop is a field of the same kind, so the optimal denoiser of crops of size S
-    is exact: C_S (C_S + sigma^2 I)^-1.
+    is exact: C_S (C_S + sigma^2 I)^-1, or with the diagonal matrix of a map of noise levels.
     """
 
     def __init__(self, canvas: Size, power: Tensor | None = None):
@@ -222,6 +222,11 @@ class GaussianField:
         tape: Tape | None = None,
     ) -> Tensor:
         """E[x0 | x]: x [B, C, H, W] of the size of the canvas -> [B, C, H, W]."""
+        if (level := noise_level(sigma, x)).ndim > 1:
+            noise = level.double().flatten(1)  # [B, n]
+            pixels = x.double().flatten(2).mT  # [B, n, C]
+            whitened = torch.linalg.solve(self.matrix + torch.diag_embed(noise**2), pixels)
+            return (self.matrix @ whitened).mT.reshape(x.shape).to(x)
         channels = x.flatten(0, -3)
         levels = expand_sigma(sigma, x).repeat_interleave(len(channels) // len(x))
         return self.law(channels, levels).reshape(x.shape)

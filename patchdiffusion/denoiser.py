@@ -20,7 +20,8 @@ class Denoiser(Protocol):
     """An estimate of the clean image: the contract of networks, guidance, caches and oracles.
 
     x [B, C, *S] in data units (images in [-1, 1]), sigma [B] or scalar; returns the estimate of
-    E[x0 | x] with the shape and dtype of x. Any function of these three is a denoiser; one that
+    E[x0 | x] with the shape and dtype of x. Some also read a map of noise levels, one for each
+    pixel: sigma [B, 1, *S], see `noise_level`. Any function of these three is a denoiser; one that
     also names the keywords `position` (a `Position`) or `tape` (a `Tape`) is given them: see `ask`.
     """
 
@@ -32,22 +33,51 @@ def expand_sigma(sigma: Tensor | float, x: Tensor) -> Tensor:
 
     Takes a number, [B], or one that broadcasts against x, [B, 1, ...]; `ValueError` for others.
     """
+    level = noise_level(sigma, x)
+    if level.ndim > 1:
+        raise ValueError(
+            f"this needs one noise level per image, [{len(x)}], not a map {list(level.shape)}; "
+            "maps are for networks of tokens, such as dit, and the wrappers that pass them on"
+        )
+    return level
+
+
+def noise_level(sigma: Tensor | float, x: Tensor) -> Tensor:
+    """Noise level of each sample [B], or a map of levels [B, 1, *S], in the precision of x.
+
+    At least float32. Raises `ValueError` for what is neither.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.as_tensor(per_batch(sigma, x), dtype=dtype, device=x.device).expand(x.shape[0])
+    level = torch.as_tensor(per_batch(sigma, x), dtype=dtype, device=x.device)
+    return level if level.ndim > 1 else level.expand(x.shape[0])
 
 
 def per_batch(sigma: Tensor | float, x: Tensor) -> Tensor | float:
-    """A noise level as a number, a scalar or [B]; `ValueError` for what is none of samples x."""
+    """A noise level as a number, a scalar, [B] or a map [B, 1, *S]; `ValueError` for others."""
     if not isinstance(sigma, Tensor) or sigma.ndim == 0:
         return sigma
     if sigma.numel() == len(sigma) == len(x):
         return sigma if sigma.ndim == 1 else sigma.reshape(len(x))
     if sigma.numel() == 1:
         return sigma.reshape(())
+    expected = (len(x), 1, *x.shape[2:])
+    if sigma.shape == expected:
+        return sigma
     raise ValueError(
-        f"the noise level must be a number, or one for each of {len(x)} samples, [{len(x)}] or "
-        f"[{len(x)}, 1, 1, 1], not {list(sigma.shape)}"
+        f"the noise level must be a number, one for each of {len(x)} samples, [{len(x)}], or a "
+        f"map of them, {list(expected)}, not {list(sigma.shape)}"
     )
+
+
+def without_constant(level: Tensor) -> Tensor:
+    """A map of noise levels that is constant on every sample as [B]; others as they are.
+
+    Waits for the device.
+    """
+    if level.ndim == 1:
+        return level
+    flat = level.flatten(1)
+    return flat[:, 0] if bool((flat == flat[:, :1]).all()) else level
 
 
 # ---- Denoisers made of denoisers ----
@@ -167,7 +197,11 @@ class NetDenoiser(nn.Module):
         position: Position | None = None,
         tape: Tape | None = None,
     ) -> Tensor:
-        """x [B, C, *S], sigma [B] or scalar -> denoised, shape and dtype of x."""
+        """x [B, C, *S], sigma [B], scalar or a map -> denoised, shape and dtype of x.
+
+        A map of one value is that value, bit for bit, except in passes that are recorded for
+        training. Raises `ValueError` for a map if the network reads none, see `noise_patch`.
+        """
         return self.denoise_with(self.raw, x, sigma, cond, tape=tape)
 
     def denoise_with(
@@ -191,13 +225,27 @@ class NetDenoiser(nn.Module):
         self, x: Tensor, sigma: Tensor | float, cond: Cond | None
     ) -> tuple[Tensor, Tensor, Cond, Scales]:
         """The arguments of the network, float32, and the scales they were made with."""
-        sigma = expand_sigma(sigma, x)
+        sigma = noise_level(sigma, x)
+        if sigma.ndim > 1:
+            if self.tape is None or not torch.is_grad_enabled():
+                sigma = without_constant(sigma)
+            if noise_patch(self.network) is None:
+                sigma = expand_sigma(sigma, x)  # raises for a map
         cond = cond or Cond()
-        if self.law is not None:
+        if self.law is not None and sigma.ndim == 1:
             cond = replace(cond, percentile=self.law.cdf(sigma).to(torch.float32))
         scales = self.precond.scales(sigma)
         inner = (per_sample(scales.inner, x) * x).to(torch.float32)
         return inner, scales.noise.to(torch.float32), cond, scales
+
+
+def noise_patch(network: nn.Module) -> tuple[int, ...] | None:
+    """Sides of the patches of pixels to which a network gives noise levels of their own.
+
+    A map of noise levels is constant on each, counted from the first pixel. None is a network that
+    reads one level per sample.
+    """
+    return getattr(network, "noise_patch", None)
 
 
 class ForeignDenoiser:

@@ -43,7 +43,7 @@ from patchdiffusion.weighting import (
 
 
 class Scales(NamedTuple):
-    """The four functions of sigma, each [B] (EDM, equation 7)."""
+    """The four functions of sigma, each [B] or a map [B, 1, *S] (EDM, equation 7)."""
 
     skip: Tensor
     out: Tensor

@@ -15,7 +15,9 @@ from torch import Tensor
 
 
 def per_sample(value: Tensor, x: Tensor) -> Tensor:
-    """Shape [B] as [B, 1, ...] so that it broadcasts against x."""
+    """Shape [B] as [B, 1, ...] so that it broadcasts against x; a map [B, 1, *S] as it is."""
+    if value.ndim == x.ndim:
+        return value
     return value.reshape(-1, *[1] * (x.ndim - 1))
 
 

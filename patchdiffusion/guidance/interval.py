@@ -53,11 +53,12 @@ class Interval:
     def choose(self, sigma: Tensor | float, guided: Tensor, plain: Tensor) -> Tensor:
         """`guided` [B, C, *S] for the samples whose level lies inside, `plain` for the others.
 
-        A number must lie inside, see `excludes`.
+        For pixels, if the levels are a map. A number must lie inside, see `excludes`.
         """
         if not isinstance(sigma, Tensor):
             return guided
-        inside = ((self.low < sigma) & (sigma <= self.high)).expand(len(guided))
+        inside = (self.low < sigma) & (sigma <= self.high)
+        inside = inside if inside.ndim > 1 else inside.expand(len(guided))
         return torch.where(per_sample(inside, guided), guided, plain)
 
     @property

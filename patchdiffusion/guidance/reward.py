@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
-from patchdiffusion.denoiser import Denoiser, Wrapper, ask, expand_sigma
+from patchdiffusion.denoiser import Denoiser, Wrapper, ask, noise_level
 from patchdiffusion.nets.attention import twice_differentiable
 from patchdiffusion.paths import per_sample
 
@@ -166,7 +166,7 @@ class GradientGuidance(Wrapper):
         return (math.nextafter(self.below, 0),) if guides else ()
 
     def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
-        levels = per_sample(expand_sigma(sigma, x), x)
+        levels = per_sample(noise_level(sigma, x), x)
         if self.scale == 0 or not bool((levels < self.below).any()):
             return ask(self.inner[0], x, sigma, cond, call)
         if torch.is_inference_mode_enabled():

@@ -104,6 +104,14 @@ class NetworkConfig(ABC):
         return frozenset(name for name, used in uses.items() if used)
 
     @property
+    def noise_patch(self) -> tuple[int, ...] | None:
+        """Sides of the patches that may have noise levels of their own; None if one level is read.
+
+        The network is then called with noise [B, 1, *S] as well, constant on each patch.
+        """
+        return None
+
+    @property
     def smooth_in_noise(self) -> bool:
         """True if derivatives along the noise condition are moderate, as MeanFlow needs."""
         return True
@@ -167,6 +175,11 @@ class Network(nn.Module, ABC, Generic[Config]):
             raise ValueError(
                 f"cond.pos must be {expected} for x {tuple(x.shape)}, not {tuple(cond.pos.shape)}"
             )
+
+    @property
+    def noise_patch(self) -> tuple[int, ...] | None:
+        """Patches that may have noise levels of their own, see `NetworkConfig.noise_patch`."""
+        return self.config.noise_patch
 
     def units(self) -> list[nn.Module]:
         """The repeated blocks, which are compiled and sharded one by one."""

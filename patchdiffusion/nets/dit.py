@@ -30,6 +30,7 @@ from patchdiffusion.nets.tokenblock import (
     NormKind,
     Registers,
     TokenBlock,
+    for_tokens,
     modulated,
 )
 from patchdiffusion.nets.tokens import (
@@ -178,6 +179,10 @@ class DiTConfig(NetworkConfig):
         return super().reads | {"pos"} | context | seed
 
     @property
+    def noise_patch(self) -> tuple[int, ...]:
+        return self.patch
+
+    @property
     def half(self) -> range:
         """Numbers of the blocks at half resolution."""
         start = (self.depth - self.half_blocks) // 2
@@ -272,6 +277,8 @@ class DiT(Network[DiTConfig]):
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """x [B, C, *S], noise [B] -> [B, C, *S]; no dropout unless `cond.seed` is given.
 
+        Noise may also be a map [B, 1, *S], of which each token reads the mean over its patch.
+
         Raises `ValueError` if the channels of x, the shape of cond.pos [B, n, *S] or the features
         of cond.context do not fit.
         """
@@ -298,10 +305,19 @@ class DiT(Network[DiTConfig]):
             places = position_features(pos, width)
         # Coordinates are float32, and with them all features between blocks.
         h = put(tape, "stem", self.stem(unfold(x, patch)) + places)
-        tokens = Tokens(h, self.embed(noise, cond), grid, size, pos.expand(len(x), -1, -1))
+        tokens = Tokens(h, self._embedded(noise, cond), grid, size, pos.expand(len(x), -1, -1))
         if self.registers is not None:
             tokens = tokens._replace(registers=self.registers.weight.expand(len(x), -1, -1))
         return with_context(tokens, cond, self.config.context)
+
+    def _embedded(self, noise: Tensor, cond: Cond) -> Tensor:
+        """Noise [B], or a map [B, 1, *S] -> [B, E], or [B, T, E]."""
+        if noise.ndim == 1:
+            return self.embed(noise, cond)
+        levels = unfold(pad_to_multiple(noise, self.config.patch), self.config.patch).mean(-1)
+        some = Cond(labels=cond.labels, augment=cond.augment, jump=cond.jump)
+        each = some.map(lambda field: field.repeat_interleave(levels.shape[1], dim=0))
+        return self.embed(levels.flatten(), each).unflatten(0, levels.shape)
 
     def run(
         self,
@@ -346,6 +362,8 @@ class DiT(Network[DiTConfig]):
         count = 0 if tokens.registers is None else tokens.registers.shape[1]
         if tokens.registers is not None:
             h = torch.cat([tokens.registers, h], dim=1)
+            if emb.ndim == 3:  # registers have no noise level, and take the mean of the tokens
+                emb = torch.cat([emb.mean(1, keepdim=True).expand(-1, count, -1), emb], dim=1)
         turn = None
         if config.positions == "rope":
             turn = rotation(tokens.pos, config.width // config.heads, count)
@@ -373,7 +391,7 @@ class DiT(Network[DiTConfig]):
                 "selected ones back by Tokens.scatter"
             )
         with full_precision(tokens.emb):
-            shift, scale = self.out_modulation(tokens.emb)[:, None].chunk(2, dim=-1)
+            shift, scale = for_tokens(self.out_modulation(tokens.emb)).chunk(2, dim=-1)
         h = self.head(modulated(tokens.h, shift, scale, self.config.norm))
         x = fold(h, tokens.grid, self.config.patch)
         x = x[(..., *(slice(side) for side in tokens.size))]

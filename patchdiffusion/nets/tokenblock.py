@@ -178,6 +178,11 @@ def modulation(width: int, count: int, kind: ModulationKind) -> nn.Module:
     )
 
 
+def for_tokens(features: Tensor) -> Tensor:
+    """Features of a sample [B, D] as [B, 1, D] for all of its tokens; those of each as they are."""
+    return features if features.ndim == 3 else features[:, None]
+
+
 class TokenBlock(nn.Module):
     """Attention and an MLP, each between a modulated norm and a gate that starts at zero.
 
@@ -221,12 +226,12 @@ class TokenBlock(nn.Module):
         context: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """h [B, T, D], emb [B, E] -> [B, T, D] and the values that its attention gives.
+        """h [B, T, D], emb [B, E] or [B, T, E] -> [B, T, D] and the values its attention gives.
 
         `key` int64 [B] are the keys of the dropout; the rest is as in the attentions.
         """
         with full_precision(emb):
-            parts = self.modulation(emb)[:, None].chunk(6, dim=-1)  # each [B, 1, D]
+            parts = for_tokens(self.modulation(emb)).chunk(6, dim=-1)  # each [B, 1 or T, D]
         shift, scale, gate = parts[:3]
         out, given = self.attention(modulated(h, shift, scale, self.norm), turn, values)
         h = h + gate * self._dropped(out, key, "attention")

@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
     h: Tensor
     """[B, T, D]."""
     emb: Tensor
-    """[B, E], noise level and conditions."""
+    """[B, E], noise level and conditions; [B, T, E] if the tokens have noise levels of their own."""
     grid: tuple[int, ...]
     """Tokens along each axis of the image; their product is T unless some were selected."""
     size: tuple[int, ...]
@@ -65,6 +65,7 @@ class Tokens(NamedTuple):
             outer = outer.select(index)
         return self._replace(
             h=_gather(self.h, index),
+            emb=_gather(self.emb, index) if self.emb.ndim == 3 else self.emb,
             pos=_gather(self.pos, index),
             values=None
             if self.values is None
