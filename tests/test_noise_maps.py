@@ -13,7 +13,6 @@ from patchdiffusion import rng
 from patchdiffusion.analytic import GaussianField
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import (
-    Denoiser,
     NetDenoiser,
     PatchDenoiser,
     expand_sigma,
@@ -190,11 +189,11 @@ def test_wrappers_pass_maps_on() -> None:
     some = torch.where(inside, 2 * best, best)
     check(AutoGuidance(FIELD, half, 3.0, interval=(0.1, 2))(x, sigma, cond), some)
 
-    def conditional(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    def conditional(x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
+        assert cond is not None and cond.labels is not None
         return FIELD(x, sigma) / (1 + (cond.labels == -1).double().reshape(-1, 1, 1, 1))
 
-    guided: Denoiser = CFG(conditional, 3.0)  # pyright: ignore[reportArgumentType]
-    check(guided(x, sigma, cond), 2 * best)
+    check(CFG(conditional, 3.0)(x, sigma, cond), 2 * best)
 
 
 def test_guidance_by_a_measurement_is_exact_under_a_map() -> None:

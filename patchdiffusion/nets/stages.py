@@ -33,7 +33,9 @@ class Merge(nn.Module):
         pos = pad_to_multiple(_as_image(tokens.pos, tokens.grid), self.factors)
         emb = tokens.emb
         if emb.ndim == 3:  # the tokens have noise levels of their own, one that is merged the mean
-            merged = unfold(pad_to_multiple(_as_image(emb, tokens.grid), self.factors), self.factors)
+            merged = unfold(
+                pad_to_multiple(_as_image(emb, tokens.grid), self.factors), self.factors
+            )
             emb = merged.unflatten(-1, (emb.shape[-1], -1)).mean(-1)
         return tokens._replace(
             emb=emb,

@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
     h: Tensor
     """[B, T, D]."""
     emb: Tensor
-    """[B, E], noise level and conditions; [B, T, E] if the tokens have noise levels of their own."""
+    """[B, E], noise level and conditions; [B, T, E] for a noise level of each token."""
     grid: tuple[int, ...]
     """Tokens along each axis of the image; their product is T unless some were selected."""
     size: tuple[int, ...]

@@ -5,8 +5,11 @@ from patchdiffusion.objectives.contrast import ContrastConfig
 from patchdiffusion.objectives.ctm import CTMConfig
 from patchdiffusion.objectives.denoising import DenoisingConfig
 from patchdiffusion.objectives.meanflow import MeanFlowConfig
+from patchdiffusion.objectives.patchforcing import PatchForcingConfig
 
-ObjectiveUnion = DenoisingConfig | ConsistencyConfig | MeanFlowConfig | CTMConfig
+ObjectiveUnion = (
+    DenoisingConfig | ConsistencyConfig | MeanFlowConfig | CTMConfig | PatchForcingConfig
+)
 """The objectives of `--objective` and of model files."""
 
 AdditionUnion = ContrastConfig
