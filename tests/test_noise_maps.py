@@ -182,7 +182,8 @@ def test_wrappers_pass_maps_on() -> None:
 
     check(PatchDenoiser(FIELD, (4, 6))(x, sigma, cond), best)
     check(Clamped(FIELD)(x, sigma, cond), best.clamp(-1, 1))
-    check(Thresholded(FIELD)(x, sigma, cond), Thresholded(lambda x, sigma, cond: best)(x, 1.0))
+    fixed = Thresholded(lambda x, sigma, cond=None: best)
+    check(Thresholded(FIELD)(x, sigma, cond), fixed(x, 1.0))
     check(Unconditional(FIELD)(x, sigma, cond), best)
     check(AutoGuidance(FIELD, half, 3.0)(x, sigma, cond), 2 * best)
     inside = (sigma > 0.1) & (sigma <= 2)

@@ -32,6 +32,10 @@ class Models(Protocol):
         """The classifier in a run or model folder."""
         ...
 
+    def picture(self, path: str) -> Tensor:
+        """The image in a file, in units of the network and of the size of its canvas: [C, *S]."""
+        ...
+
     def require_unconditional(self) -> None:
         """Raise `ValueError` if the sampled model was never trained without its classes."""
         ...

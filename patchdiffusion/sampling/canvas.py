@@ -6,6 +6,7 @@ from typing import ClassVar
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.patches import Size
+from patchdiffusion.sampling.inpaint import Inpaint
 
 Corner = tuple[int, ...]
 
@@ -53,5 +54,5 @@ class CanvasRegion:
         return PatchDenoiser(denoiser, around.canvas, self.place(around.canvas)[1])
 
 
-Canvas = WholeCanvas | CanvasRegion
+Canvas = WholeCanvas | CanvasRegion | Inpaint
 """The regions of `--canvas`; each is a `guidance.base.Part` with `place`."""

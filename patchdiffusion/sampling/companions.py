@@ -1,5 +1,8 @@
 """Loading of the further trained models that guidance uses."""
 
+import hashlib
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -8,6 +11,8 @@ from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.base import Classifier
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Weights
+from patchdiffusion.patches import size_name
+from patchdiffusion.sampling.inpaint import read_picture
 from patchdiffusion.solvers.schedules import support
 
 
@@ -18,11 +23,12 @@ class Companions:
         self.device = device
         self.main = main
         self._models: dict[tuple[str, str], Model] = {}
+        self._pictures: dict[str, str] = {}
 
     @property
     def digests(self) -> dict[str, str]:
-        """Digests of the models that have been loaded, by their folders."""
-        return {path: model.digest for (path, _), model in self._models.items()}
+        """Digests of the models and pictures that have been loaded, by their paths."""
+        return {path: model.digest for (path, _), model in self._models.items()} | self._pictures
 
     def denoiser(self, path: str, weights: Weights, levels: tuple[float, float]) -> Denoiser:
         """The denoiser in a run or model folder; it must cover the lowest and highest level."""
@@ -57,6 +63,29 @@ class Companions:
     def config(self, path: str, weights: Weights) -> ModelConfig:
         """Configuration of the model in a run or model folder."""
         return self._load(path, weights).config
+
+    def picture(self, path: str) -> Tensor:
+        """The image in a file, in the units of the network: [C, *S].
+
+        Raises `ValueError` unless it has the size and channels of the model, or is gray.
+        """
+        assert self.main is not None, "only a sampled model has a size"
+        config, values = self.main.config, read_picture(path)
+        channels = config.network.channels
+        if values.shape[:-1] != config.canvas or values.shape[-1] not in (1, channels):
+            raise ValueError(
+                f"the picture {path} is {size_name(values.shape[:-1])} with {values.shape[-1]} "
+                f"channels, and the model makes {size_name(config.canvas)} with {channels}; crop "
+                "or resize the picture"
+            )
+        if config.space.dtype == "uint8" and values.dtype != np.uint8:
+            raise ValueError(
+                f"the picture {path} has values of type {values.dtype}, and the model 8-bit "
+                "pixels; save it with 8 bits per channel"
+            )
+        self._pictures[path] = hashlib.sha256(values.tobytes()).hexdigest()
+        stored = torch.from_numpy(values.astype(np.float32)).movedim(-1, 0)[None]
+        return config.space.to_network(stored.repeat(1, channels // values.shape[-1], 1, 1))[0]
 
     def require_unconditional(self) -> None:
         """Raise `ValueError` if the model that samples was never trained without its classes."""

@@ -167,6 +167,10 @@ class SamplerConfig:
                 f"a few-step model cannot be guided by {word(type(self.guidance))} when it is "
                 "sampled; MeanFlow is when it is trained: --objective.guidance"
             )
+        if not isinstance(self.canvas, WholeCanvas | CanvasRegion):
+            raise ValueError(
+                f"--canvas {word(type(self.canvas))} needs a denoiser, and a few-step model jumps"
+            )
         plain = SamplerConfig(threshold=NoThreshold())
         if isinstance(self.threshold, AutoThreshold):
             plain = SamplerConfig()
