@@ -133,7 +133,7 @@ def test_shapes_of_noise_levels() -> None:
     assert torch.equal(expand_sigma(torch.ones(1, 1), X), torch.ones(3))
     for shape in ((2,), (3, 2), (1, 3), (3, 2, 8, 8), (0,)):
         for denoiser in (network, CFG(plain, 2.0)):
-            with refuses("noise level", "[3]", "[3, 1, 1, 1]", str(list(shape))):
+            with refuses("noise level", "[3]", "[3, 1, 8, 8]", str(list(shape))):
                 denoiser(X, torch.ones(shape), LABELS)
 
 
