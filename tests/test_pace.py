@@ -1,5 +1,6 @@
 """The time left of a run, from the speed of each kind of step, with invented seconds."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ import tiny
 
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Group, PatchPlan, Plan, Progressive, Stochastic, equivalents
+from patchdiffusion.train import outlook
 from patchdiffusion.train.forecast import Forecast
 from patchdiffusion.train.loop import one_step
 from patchdiffusion.train.outlook import learn_pace
@@ -122,3 +124,23 @@ def test_a_resumed_run_knows_the_pace_of_its_log(finished: Path, images: Path) -
     rates = [r["rates"] for r in read_log(finished) if r["kind"] == "status"]
     assert rates[0] == {}  # the first step warms up
     assert training.pace.rates == pytest.approx(rates[-1]) and rates[-1]
+
+
+@pytest.mark.parametrize("rates", [5, "fast", {"8x8": 0.0, "16x16": None, "1x1": 2.0}])
+def test_nonsense_in_a_log_is_no_pace(images: Path, tmp_path: Path, rates: object) -> None:
+    training = tiny.training(tiny.config(images, steps=4), tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    record = {"kind": "status", "step": 1, "rates": rates}
+    (tmp_path / "run" / "log.jsonl").write_text(json.dumps(record) + "\n")
+    learn_pace(training, one_step)
+    assert not training.pace.measured
+
+
+def test_a_network_that_takes_long_is_not_rehearsed_before_a_run(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny.change(tiny.config(images, steps=400), {"patches": Progressive()})
+    training = tiny.training(config, tmp_path / "run")
+    monkeypatch.setattr(outlook, "TRIAL", max(training.flops.values()) - 1)
+    learn_pace(training, one_step)
+    assert not training.pace.rehearsed

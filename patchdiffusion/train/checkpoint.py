@@ -120,7 +120,7 @@ def fault(folder: Path, *, content: bool = True) -> str | None:
 
 
 def _leads_outside(name: str) -> bool:
-    """Whether a name does not belong to a file in the folder itself."""
+    """True if a name does not belong to a file in the folder itself."""
     return "/" in name or "\\" in name or name.startswith(".")
 
 

@@ -41,7 +41,7 @@ def set_globals(run: RunConfig, device: torch.device, where: Place) -> None:
 
 
 def compiles(run: RunConfig, device: torch.device) -> bool:
-    """Whether blocks are compiled; on a CPU compilation takes minutes and gains nothing."""
+    """True if blocks are compiled; on a CPU compilation takes minutes and gains nothing."""
     return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
 
 

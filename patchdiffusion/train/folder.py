@@ -45,7 +45,7 @@ def changed_fields(stored: TrainConfig, config: TrainConfig) -> list[str]:
 
 
 def is_same_run(folder: Path, config: TrainConfig, *, allow_change: bool = False) -> bool:
-    """Whether a folder already holds a run of this configuration; nothing is written.
+    """True if a folder already holds a run of this configuration; nothing is written.
 
     Raises `ValueError` if it holds other files, or another run, naming the fields that differ.
     """

@@ -238,7 +238,7 @@ class Verification:
         self.problem = ""
         """Description of the damage, or ""."""
         self.intact = False
-        """Whether all has been read and nothing is damaged."""
+        """True if all has been read and nothing is damaged."""
         self._pack = pack
         if enabled:
             threading.Thread(target=self._read, name="verification", daemon=True).start()

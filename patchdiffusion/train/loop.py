@@ -232,7 +232,7 @@ def one_step(training: Training, groups: tuple[Group, ...] | None = None) -> Non
 
 
 def due(times: int, before: float, now: float, total: float) -> bool:
-    """Whether one of `times` evenly spaced points of the run lies in (before, now]."""
+    """True if one of `times` evenly spaced points of the run lies in (before, now]."""
     return math.floor(now / total * times) > math.floor(before / total * times)
 
 

@@ -88,17 +88,19 @@ def outlook(training: Training, step: Step) -> str:
 def learn_pace(training: Training, step: Step) -> None:
     """Take over the speed of each kind of step from the log of a resumed run, or measure it.
 
-    Measured on a copy of the run, and only if crop sizes are still to come and it takes seconds:
-    on a CPU, for one process and no teacher. Otherwise the run itself shows it.
+    Measured on a copy of the run, and only if crop sizes are still to come and it takes seconds: a
+    small network on a CPU, one process, no teacher, nothing to compile. Otherwise the run itself
+    shows it.
     """
     config, pace = training.config, training.pace
     kinds = {kind_of(groups): groups for _, groups in training.plan.kinds(config.clock)}
     records = []
     with contextlib.suppress(OSError):  # a log that cannot be read stops nothing
         records = read_log(training.folder)
-    logged = [record.get("rates") for record in records]
-    for kind, rate in next((rates for rates in reversed(logged) if rates), {}).items():
-        if kind in kinds:
+    logged = (record.get("rates") for record in reversed(records))
+    rates = next((rates for rates in logged if rates and isinstance(rates, dict)), {})
+    for kind, rate in rates.items():
+        if kind in kinds and isinstance(rate, int | float) and rate > 0:
             pace.add([kinds[kind]], pace.operations(kinds[kind]) / rate)
     if (
         pace.measured.keys() >= kinds.keys()
@@ -106,7 +108,9 @@ def learn_pace(training: Training, step: Step) -> None:
         or training.device.type != "cpu"
         or training.team.size > 1
         or config.task.teachers(config)
+        or training.engine["compiled"]
         or training.total_steps < LONG
+        or max(training.flops.values()) > TRIAL
     ):
         return
     copy = assemble(config, replace(training.run, dry_run=True), training.pack)

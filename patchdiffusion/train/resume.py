@@ -118,7 +118,7 @@ def rehearse(training: Training) -> None:
 
 
 def _existing(training: Training, weights: dict[str, Tensor]) -> bool:
-    """Whether a run is resumed; a new one gets the `weights` from which it starts."""
+    """True if a run is resumed; a new one gets the `weights` from which it starts."""
     run, folder = training.run, training.folder
     check_links(folder)
     fresh = run.fresh and (folder / "config.json").exists()

@@ -28,7 +28,7 @@ DISK_FULL = 20
 
 
 def gives_up(before: str, *, final: bool) -> bool:
-    """Whether a failed save ends the run: after the last one, or after a previous failure."""
+    """True if a failed save ends the run: after the last one, or after a previous failure."""
     return final or bool(before)
 
 

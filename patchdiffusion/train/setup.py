@@ -99,7 +99,7 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has reached its full length."""
+        """True if the run has reached its full length."""
         return self.now >= self.config.images
 
     @property

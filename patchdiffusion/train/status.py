@@ -220,7 +220,7 @@ def picture_of(training: Training) -> Path:
 
 
 def is_shown(training: Training) -> bool:
-    """Whether the picture of the current step and its record, which is written last, exist."""
+    """True if the picture of the current step and its record, which is written last, exist."""
     return picture_of(training).exists() and _is_recorded(training)
 
 

@@ -66,7 +66,7 @@ class TaskConfig(ABC):
         return 0.0
 
     def unconditional(self, config: Settings, pack: Pack) -> bool:
-        """Whether the network also learns to denoise without a class."""
+        """True if the network also learns to denoise without a class."""
         if not config.network.num_classes or self.dropout(config) > 0:
             return True
         return pack.labels is not None and bool((pack.labels[pack.train] < 0).any())
@@ -84,7 +84,7 @@ class TaskConfig(ABC):
         return ()
 
     def shards(self, config: Settings) -> bool:
-        """Whether `--shard` is supported."""
+        """True if `--shard` is supported."""
         return True
 
 

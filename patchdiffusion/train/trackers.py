@@ -109,7 +109,7 @@ class Worker:
         self._actions.put(action)
 
     def hangs(self, patience: float) -> bool:
-        """Whether the current action has taken more than `patience` seconds."""
+        """True if the current action has taken more than `patience` seconds."""
         since = self._since
         return self._thread.is_alive() and since is not None and time.monotonic() - since > patience
 
