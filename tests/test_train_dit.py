@@ -81,3 +81,21 @@ def test_what_does_not_fit_is_named(
 ) -> None:
     words = ["--network", "dit", *flags.split(), "--out", tmp_path / "run"]
     assert told in fails(capsys, "train", images, *words)
+
+
+@pytest.mark.parametrize(
+    ("side", "patch", "told"),
+    [
+        (16, 16, ("only one size is left", "--network.patch with smaller sides")),
+        (33, 1, ("1,089 tokens", "--network.patch with larger sides")),
+        (32, 1, ("1,024 tokens",)),
+    ],
+)
+def test_hints_are_those_of_a_network_of_tokens(
+    images: Path, tmp_path: Path, capsys: Capture, side: int, patch: int, told: tuple[str, ...]
+) -> None:
+    flags = "--network dit --network.width 16 --network.depth 1 --network.heads 1 --batch 1"
+    flags += f" --network.patch {patch} {patch} --data.resolution {side} --device cpu --dry-run"
+    out = works(capsys, "train", images, *flags.split(), "--out", tmp_path / "run")
+    assert all(hint in out for hint in told) and "--network.mult" not in out
+    assert out.count("--network.patch") == len(told) - 1

@@ -14,6 +14,10 @@ from patchdiffusion.train.folder import check_disk
 from patchdiffusion.train.log import quantity
 from patchdiffusion.train.setup import Training
 
+MANY_TOKENS = 1024
+"""Tokens of an image above which attention takes most of the time, and larger patches are advised.
+"""
+
 
 def describe(training: Training) -> None:
     """Print data, network, objective, plan and cost of a run.
@@ -41,10 +45,19 @@ def describe(training: Training) -> None:
         ("length", _length(training, disk)),
     ):
         training.log.say(f"{name:<10}{text}")
+    tokens = training.config.network.num_tokens(training.canvas)
     if rounding := training.plan.rounding:
         one = len(training.plan.groups) == 1
-        hint = "; --network.mult with fewer levels allows smaller ones" if one else ""
+        fewer = (
+            "--network.patch with smaller sides" if tokens else "--network.mult with fewer levels"
+        )
+        hint = f"; {fewer} allows smaller ones" if one else ""
         training.log.say(f"{'warning: ' if one else '          '}{rounding}{hint}")
+    if tokens > MANY_TOKENS:
+        training.log.say(
+            f"warning: {tokens:,} tokens per image are many: attention costs with their square; "
+            "--network.patch with larger sides makes them fewer"
+        )
 
 
 def _network(training: Training) -> str:

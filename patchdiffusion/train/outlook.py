@@ -21,6 +21,8 @@ TRIAL = 4e10
 """Limit of the floating-point operations of a timed step on a CPU, unless one crop has more."""
 TIMED = 3
 """Steps of each kind, after one that warms up; the fastest counts."""
+SLOW = 5.0
+"""Seconds of a step that is timed once: so long a one varies little."""
 LONG = 100
 """Steps of a run for which the speed of crop sizes to come is worth being measured first."""
 
@@ -138,6 +140,8 @@ def rehearse_kinds(training: Training, step: Step) -> float:
             spent, _ = phases.read()
             update = spent["update"] + spent["average"]  # whatever the number of crops
             times.append((seconds - update) * share + update)
+            if seconds > SLOW:
+                break
         training.pace.add([groups], min(times))
     return most
 
