@@ -7,43 +7,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from commands import refuses
+from little import LITTLE, alive, drawn, inputs
 from torch import Tensor
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import initialize
 from patchdiffusion.nets.count import count
-from patchdiffusion.nets.dit import DiT, DiTConfig
+from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.ditsizes import SIZES
 from patchdiffusion.nets.embed import whole_canvas
 from patchdiffusion.nets.tokenblock import ContextAttention, TokenAttention, TokenBlock, rms
 from patchdiffusion.nets.tokens import FASTEST, centers, grid_positions, rotate, rotation
-
-LITTLE = DiTConfig(width=16, depth=4, heads=2, embedding="late")
-MODERN = replace(
-    LITTLE, mlp="swiglu", norm="rms", qk_norm=True, positions="rope", registers=2,
-    value_residual=True, context=3,
-)  # fmt: skip
-
-
-def drawn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def alive(config: DiTConfig) -> DiT:
-    network = config.build()
-    with torch.no_grad():
-        for index, parameter in enumerate(network.parameters()):
-            parameter.copy_(
-                drawn(*parameter.shape, seed=index) / max(parameter.shape[-1], 4) ** 0.5
-            )
-    return network
-
-
-def inputs(config: DiTConfig, sides: tuple[int, ...] = (8, 12)) -> tuple[Tensor, Tensor, Cond]:
-    x, noise = drawn(2, config.channels, *sides), drawn(2, seed=1)
-    context = drawn(2, 4, config.context, seed=2) if config.context else None
-    return x, noise, Cond(context=context)
-
 
 # ---- Positions ----
 

@@ -27,6 +27,7 @@ from patchdiffusion.nets.adm import ADMConfig
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.dit import DiT, DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
+from patchdiffusion.nets.routing import Route, Routing, Sprint
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.parameterisation import EDM, FlowMatching, Parameterisation, V
 
@@ -216,3 +217,24 @@ def test_a_classifier_needs_one_level() -> None:
     guided = ClassifierGuidance(FIELD, lambda x, sigma, cond=None: x.flatten(1)[:, :2], 1.0)
     with refuses("one noise level per image"):
         guided(x, sigma, cond)
+
+
+# ---- Some of the tokens ----
+
+
+@pytest.mark.parametrize("tokens", [Route(), Sprint(dense=1)])
+def test_tokens_that_are_selected_keep_their_levels(tokens: Routing) -> None:
+    net = network(tokens=tokens)
+    key = rng.keys(0, "seed", 0, torch.arange(2))
+    x = rng.normal(key, (3, 4, 6))
+    noise = LEVELS.repeat_interleave(2, 0).repeat_interleave(2, 1).expand(2, 1, 4, 6)
+    start = net.start(x, noise, Cond())
+    index = torch.stack([torch.tensor([4, 0, 3]), torch.tensor([1, 5, 2])])
+    some, all_of_it = start.select(index), torch.arange(2)[:, None]
+    assert torch.equal(some.emb, start.emb[all_of_it, index])
+    assert torch.equal(start.scatter(index, some).emb, start.emb)
+    routed = net(x, noise, Cond(seed=key))
+    assert routed.shape == x.shape and not torch.equal(routed, net(x, noise, Cond()))
+    level = torch.full((2,), 0.3)
+    mapped = net(x, level[:, None, None, None].expand(2, 1, 4, 6), Cond(seed=key))
+    torch.testing.assert_close(mapped, net(x, level, Cond(seed=key)), rtol=1e-4, atol=1e-5)

@@ -11,7 +11,7 @@ from commands import Capture, fails, refuses
 from oracles import batch, draws
 from torch import Tensor
 
-from patchdiffusion import rng
+from patchdiffusion import TrainConfig, rng
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import DenoisingLoss
@@ -24,6 +24,7 @@ from patchdiffusion.objectives.patchforcing import (
     token_levels,
 )
 from patchdiffusion.parameterisation import EDM, FlowMatching
+from patchdiffusion.train import loop
 
 LAW = LogitNormal(mean=-0.7, std=1.0)
 NETWORK = DiTConfig(width=16, depth=2, heads=2)
@@ -102,15 +103,32 @@ def test_without_spread_it_is_denoising_bit_for_bit() -> None:
     )
 
 
-def test_a_run_of_crops(tmp_path: Path) -> None:
-    """By the command line, and again with every sample in a pass of its own."""
-    data = tiny.write_images(tmp_path / "images")
-    configuration = replace(tiny.config(data, network=NETWORK), precond=FlowMatching())
-    configuration = PatchForcingConfig().prefers(configuration)
-    assert configuration.noise == LAW
-    whole = tiny.history(tiny.run(configuration, tmp_path / "whole"))
-    plain = tiny.change(configuration, {"objective": PatchForcingConfig(spread=0)})
-    assert tiny.history(tiny.run(plain, tmp_path / "plain")) != whole
+def forced(images: Path, **changes: object) -> TrainConfig:
+    plain = replace(tiny.config(images, network=NETWORK), precond=FlowMatching())
+    return replace(PatchForcingConfig().prefers(plain), **changes)
+
+
+def test_an_interrupted_run_is_the_same_run(images: Path, tmp_path: Path) -> None:
+    config = forced(images)
+    assert config.noise == LAW
+    straight = tiny.run(config, tmp_path / "straight")
+    tiny.run(config, tmp_path / "broken", max_hours=1e-9)
+    assert 0 < len(tiny.history(tmp_path / "broken")) < len(tiny.history(straight))
+    tiny.run(config, tmp_path / "broken")
+    assert tiny.history(tmp_path / "broken") == tiny.history(straight)
+    assert tiny.weights(tmp_path / "broken") == tiny.weights(straight)
+    plain = tiny.run(replace(config, objective=PatchForcingConfig(spread=0)), tmp_path / "plain")
+    assert tiny.history(plain) != tiny.history(straight)
+
+
+def test_micro_batches_are_the_same_training(images: Path, tmp_path: Path) -> None:
+    whole, parts = (tiny.training(forced(images, micro_batch=size), tmp_path) for size in (None, 1))
+    for training in (whole, parts):
+        for _ in range(2):
+            loop.one_step(training)
+    other = dict(parts.network.named_parameters())
+    for name, weight in whole.network.named_parameters():
+        torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=2e-4)
 
 
 def test_a_network_of_one_level_is_refused(tmp_path: Path, capsys: Capture) -> None:
