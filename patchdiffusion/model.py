@@ -53,7 +53,7 @@ class ModelConfig:
     counts: tuple[int, ...] = ()
     """Training images of each class; empty if that is not known."""
     unconditional: bool = True
-    """Whether it was trained without its classes as well; guidance leads away from that."""
+    """True if it was trained without its classes as well; guidance leads away from that."""
     data: str = ""
     """Name of the data set."""
     fingerprint: str = ""

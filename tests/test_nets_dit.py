@@ -12,7 +12,7 @@ from patchdiffusion.nets import Network
 from patchdiffusion.nets.attention import twice_differentiable
 from patchdiffusion.nets.base import initialize
 from patchdiffusion.nets.count import count, training_flops
-from patchdiffusion.nets.dit import DiTConfig, tiny
+from patchdiffusion.nets.dit import DiTConfig, for_canvas
 from patchdiffusion.nets.embed import whole_canvas
 from patchdiffusion.nets.tokenblock import TokenAttention
 from patchdiffusion.nets.tokens import FINEST, fold, position_features, unfold
@@ -132,11 +132,12 @@ def test_published_sizes(size: str) -> None:
 
 
 def test_the_smallest_setting_is_for_a_cpu() -> None:
-    network = tiny(32, num_classes=10).build()
-    found = count(network, 32)
+    found = count(for_canvas((32, 32), num_classes=10).build(), 32)
     assert found.params == pytest.approx(1.9e6, rel=0.05)
     assert found.macs < 0.7e9
-    assert [tiny(r).patch for r in (16, 32, 64, 256)] == [(2, 2), (2, 2), (4, 4), (16, 16)]
+    sides = [for_canvas((side, side)).patch for side in (16, 32, 64, 256)]
+    assert sides == [(2, 2), (4, 4), (8, 8), (32, 32)]
+    assert for_canvas((8, 24, 24)).patch == (2, 4, 4)
 
 
 @pytest.mark.parametrize(

@@ -194,12 +194,6 @@ class DiTConfig(NetworkConfig):
         return DiT(self, seed=seed)
 
 
-def tiny(resolution: int = 32, **changes: object) -> DiTConfig:
-    """Modern one for a CPU: 1.9M parameters, at most 16 x 16 tokens at a power of two."""
-    patch = max(2, resolution // 16)
-    return replace(DiTConfig(patch=(patch, patch), **MODERN), **changes)
-
-
 def for_canvas(canvas: Size, **changes: object) -> DiTConfig:
     """Modern one for a CPU and any axes: 6 to 11 tokens along the last two, half along more."""
     sides = [2 if length > 1 else 1 for length in canvas[:-2]]

@@ -138,7 +138,7 @@ def forget() -> None:
 
 
 def is_network(value: object) -> TypeGuard[Allowed]:
-    """Whether a value is a module, or a class of modules."""
+    """True if a value is a module, or a class of modules."""
     is_class = isinstance(value, type) and issubclass(value, nn.Module)
     return is_class or isinstance(value, nn.Module)
 
@@ -153,7 +153,7 @@ def path_of(network: Allowed) -> str:
 
 
 def names_own(stored: object) -> bool:
-    """Whether a stored configuration names a class of somebody's own."""
+    """True if a stored configuration names a class of somebody's own."""
     network = stored.get("network") if isinstance(stored, Mapping) else None
     return isinstance(network, Mapping) and network.get("type") == OwnNetworkConfig.__name__
 
