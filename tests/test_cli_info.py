@@ -74,6 +74,23 @@ def test_large_networks_are_printed_without_being_built(capsys: Capture) -> None
     assert "labels" in lines["reads"]
 
 
+def test_step_and_memory_follow_from_the_counts(capsys: Capture) -> None:
+    """Without crops a step trains on whole images; memory is the sum of what is listed."""
+    flags = ["unet", *FLAGS["unet"].split(), "--resolution", "16", "--batch", "8"]
+    flags += ["--ema.profiles", "0.05", "0.1"]
+    whole = subject_of(
+        [*flags, *["--patches.fractions", "1", "--patches.probs", "1", "--device", "cpu"]], "unet"
+    )
+    assert whole.step == pytest.approx(8 * 6 * whole.costs[16, 16].macs)
+    text = told(capsys, *flags)["memory"]
+    assert "3 averages" in text
+    total, weights, moments, kept = map(
+        float, re.findall(r"[\d.]+(?:e-\d+)?(?= (?:GB|of weights|of moments|kept))", text)
+    )
+    assert moments == pytest.approx(2 * weights, rel=0.1)
+    assert total == pytest.approx((1 + 1 + 3) * weights + moments + kept, rel=0.05)
+
+
 def test_a_run_is_described(finished: Path, capsys: Capture) -> None:
     lines = told(capsys, finished)
     assert lines["network"].startswith("unet") and "denoiser" in lines["model"]

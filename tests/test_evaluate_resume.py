@@ -117,8 +117,9 @@ def test_another_evaluation_leaves_it_alone(
         fails(capsys, *command, code=130)
     folder = run / "evaluations" / "unfinished"
     before = tiny.digests(folder)
-    for others in (("--seed", 5), ("--weights", "raw"), ("--save", tmp_path / "x.json")):
-        assert "resume" not in works(capsys, *command, *others)
+    others = (("--seed", 5), ("--weights", "raw"), ("--save", tmp_path / "x.json"))
+    for other in (*others, ("--held-out", 3), ("--bits.images", 1)):
+        assert "resume" not in works(capsys, *command, *other)
         assert tiny.digests(folder) == before
     assert [f.name for f in tmp_path.glob("x.json*")] == ["x.json"]
     assert "resume" in works(capsys, *command)

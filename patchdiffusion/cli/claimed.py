@@ -90,7 +90,7 @@ def _others(folder: Path) -> list[str]:
 
 
 def _is_bare(folder: Path) -> bool:
-    """Whether no image has been written."""
+    """True if a folder holds no result yet: no file but the mark, and no part."""
     return set(_others(folder)) <= {UNFINISHED, PARTS} and not any(folder.glob(f"{PARTS}/**/*.npy"))
 
 

@@ -55,18 +55,18 @@ def compared(
     def prepared(data: DataConfig) -> Pack:
         return Pack.open(team.on_main(lambda: str(prepare_data(data).path)))
 
-    wanted = _trained_on(path) if data is None else _like(path, data)
+    real = _trained_on(path) if data is None else _like(path, data)
     if pipeline is not None:
-        return _of_model(pipeline, wanted, prepared, keep_colors=data is not None)
-    wanted = replace(wanted, resolution=resolution or _own_size(path, wanted.path))
-    pack = prepared(wanted)
+        return _of_model(pipeline, real, prepared, keep_colors=data is not None)
+    real = replace(real, resolution=resolution or _own_size(path, real.path))
+    pack = prepared(real)
     size = (pack.info.shape[1], pack.info.shape[2])
     plain = DataConfig(path=str(path), resolution=size, max_enlarge=_ANY)
     images = prepared(replace(plain, space=pack.space.word))
     channels = max(pack.info.shape[3], images.info.shape[3])
     if pack.space.word == Pixels.word and channels in CHANNELS:
         if pack.info.shape[3] != channels:
-            pack = prepared(replace(wanted, resolution=size, channels=channels))
+            pack = prepared(replace(real, resolution=size, channels=channels))
         if images.info.shape[3] != channels:
             images = prepared(replace(plain, channels=channels, space="pixels"))
     return Compared(pack, images=images)
@@ -74,17 +74,17 @@ def compared(
 
 def _of_model(
     pipeline: Pipeline,
-    wanted: DataConfig,
+    real: DataConfig,
     prepared: Callable[[DataConfig], Pack],
     *,
     keep_colors: bool,
 ) -> Compared:
     """Real images for a model, and in color if its images are gray."""
-    model, pack = pipeline.model.config, prepared(wanted)
+    model, pack = pipeline.model.config, prepared(real)
     shape, channels = (*model.canvas, model.network.channels), model.network.channels
     if pack.space.word == model.space.word and (*pack.info.shape[1:],) == shape:
         return Compared(pack)
-    fitting = replace(wanted, resolution=model.canvas, space=model.space.word)
+    fitting = replace(real, resolution=model.canvas, space=model.space.word)
     richer = keep_colors and pack.space.word == model.space.word == Pixels.word
     colors = pack.info.shape[-1]
     return Compared(

@@ -230,11 +230,12 @@ def _chosen(config: Any, first: Any, slot: Slot, route: Sequence[str], words: Se
     if choice is None:
         value = _other(slot, words[0])
         return config if value == now else _put(config, route, value)
-    (cls, preset), known = choice, _get(first, route)
+    cls, preset = choice
+    before = _get(first, route)
     if type(now) is cls and not preset:
         return config
-    if type(known) is cls and not preset:  # the choice of another part had replaced it
-        return _put(config, route, known)
+    if type(before) is cls and not preset:  # the choice of another part had replaced it
+        return _put(config, route, before)
     new: Any = cls(**preset)
     if hasattr(new, "inherit"):
         new = new.inherit(now, first)
@@ -245,7 +246,7 @@ def _chosen(config: Any, first: Any, slot: Slot, route: Sequence[str], words: Se
 
 
 def _differs(new: Any, now: Any, config: Any) -> bool:
-    """Whether a member is of another type, or suits other settings, than the one it replaces."""
+    """True if two members differ in type, or in the settings that suit them."""
     if type(new) is not type(now):
         return True
     return hasattr(new, "suits") and new.suits(config) != now.suits(config)

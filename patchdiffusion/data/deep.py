@@ -20,9 +20,9 @@ _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4),
 
 
 def is_deep(image: Image.Image, data: bytes) -> bool:
-    """Whether a picture that Pillow has opened has colors of more bits than it reads.
+    """True if the colors of an opened picture are stored with more than the 8 bits Pillow reads.
 
-    Of JPEG 2000 and AVIF that stands in their headers.
+    For JPEG 2000 and AVIF, their headers say so.
     """
     if image.mode not in ("RGB", "RGBA", "LA", "CMYK", "YCbCr"):
         return False

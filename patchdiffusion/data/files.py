@@ -39,7 +39,7 @@ class FileSource:
 
     @property
     def has_stacks(self) -> bool:
-        """Whether files may hold many images."""
+        """True if files may hold many images."""
         return any(suffix(key) in (".tif", ".tiff") for key in self.keys)
 
     def __getitem__(self, index: int) -> Example:

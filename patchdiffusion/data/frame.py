@@ -1,5 +1,6 @@
 """Fit images of any size to the size of a pack: cropped, padded, stretched or cut, and scaled."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -69,7 +70,7 @@ class Plan(Protocol):
 
     @property
     def alpha(self) -> bool:
-        """Whether the last of four channels is alpha."""
+        """True if the last of four channels is alpha."""
         ...
 
     @property
@@ -272,7 +273,8 @@ def central_box(width: int, height: int, size: Size) -> Box:
     return left, upper, left + inner, upper + outer
 
 
-def _window_boxes(width: int, height: int, size: Size) -> list[Box]:
+@functools.lru_cache(maxsize=64)  # asked for by every window of an image
+def _window_boxes(width: int, height: int, size: Size) -> tuple[Box, ...]:
     """The fewest boxes of the aspect of `size` (H, W) that cover an image, evenly spaced.
 
     One, the central box, leaves out less than half a pixel of the scaled image.
@@ -282,14 +284,14 @@ def _window_boxes(width: int, height: int, size: Size) -> list[Box]:
     long, inner = (width, box[2] - box[0]) if is_wide else (height, box[3] - box[1])
     count = math.ceil(long / inner - 1e-9)
     if count == 1 or (long - inner) / inner * size[is_wide] < 0.5:
-        return [box]
+        return (box,)
     starts = [number * (long - inner) / (count - 1) for number in range(count)]
     if inner == int(inner):  # stays on the pixel grid
         starts = [math.floor(start + 0.5) for start in starts]
     spans = [(start, min(start + inner, long)) for start in starts]
     if is_wide:
-        return [(left, box[1], right, box[3]) for left, right in spans]
-    return [(box[0], upper, box[2], lower) for upper, lower in spans]
+        return tuple((left, box[1], right, box[3]) for left, right in spans)
+    return tuple((box[0], upper, box[2], lower) for upper, lower in spans)
 
 
 def resized(picture: Image.Image, size: Size, box: Box) -> np.ndarray:

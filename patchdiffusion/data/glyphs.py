@@ -167,7 +167,7 @@ class Glyphs:
 
 
 def _has_ink(code: int) -> bool:
-    """Whether a character has ink of its own: no marks, controls, spaces or private codes."""
+    """True if a character has ink of its own: no marks, controls, spaces or private codes."""
     return code >= _STARTS[0] and unicodedata.category(chr(code))[0] not in "MCZ"
 
 

@@ -65,7 +65,7 @@ def junk_in(path: str) -> tuple[str, str] | None:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder belongs to a run; others may hold a `config.json`, too."""
+    """True if a folder belongs to a run; others may hold a `config.json`, too."""
     if (folder / "config.json").exists() and (folder / "log.jsonl").exists():
         return True  # even if it is damaged: its samples are not a data set
     if not (folder / "config.json").is_file():
@@ -77,7 +77,7 @@ def is_run(folder: Path) -> bool:
 
 
 def is_run_config(content: bytes) -> bool:
-    """Whether the content of a file is the configuration of a run."""
+    """True if the content of a file is the configuration of a run."""
     try:
         return parse_json(content).get("type") == "TrainConfig"
     except (ValueError, AttributeError):

@@ -133,7 +133,7 @@ def _add_file(listing: Listing, key: str, child: os.DirEntry[str]) -> None:
 
 
 def leads_outside(name: str) -> bool:
-    """Whether a file of this name in a zip would, on any system, be unpacked outside of it."""
+    """True if a file of this name in a zip would, on any system, be unpacked outside of it."""
     above = name.startswith("/") or ".." in name.split("/")
     return above or re.match("[A-Za-z]:", name) is not None
 

@@ -40,12 +40,12 @@ class Handedness(NamedTuple):
 
     @property
     def harmless(self) -> bool:
-        """Whether the images can be mirrored; False for few images, where it is unknown."""
+        """True if the images can be mirrored; False for few images, where it is unknown."""
         return self.images > 0 and not self.told_apart
 
     @property
     def told_apart(self) -> bool:
-        """Whether the accuracy is significantly above chance, and above `LIMIT`."""
+        """True if the accuracy is significantly above chance, and above `LIMIT`."""
         error = 0.5 / max(self.images, 1) ** 0.5
         return self.share > max(LIMIT, 0.5 + _SIGMAS * error)
 

@@ -77,7 +77,7 @@ class ArrayInfo:
         return self.shape[0] * self.row
 
     def contradicts(self) -> bool:
-        """Whether type, shape, block and number of checksums are inconsistent."""
+        """True if type, shape, block and number of checksums are inconsistent."""
         if self.dtype not in TYPES or not self.shape or min(self.shape) < 1 or self.block < 1:
             return True
         return len(self.crc32) != -(-self.shape[0] // self.block)
@@ -362,6 +362,6 @@ def _contradicts(info: PackInfo) -> bool:
 
 
 def _rises(ends: Tensor, length: int) -> bool:
-    """Whether `ends` divide `length` bytes into consecutive entries."""
+    """True if `ends` divide `length` bytes into consecutive entries."""
     starts = torch.cat([torch.zeros(1, dtype=ends.dtype), ends[:-1]])
     return bool((starts <= ends).all()) and int(ends[-1]) == length

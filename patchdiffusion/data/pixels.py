@@ -128,12 +128,12 @@ def _picture(image: np.ndarray, channels: int, background: Color) -> Image.Image
 
 
 def is_picture(planes: int, alpha: bool) -> bool:
-    """Whether channels are gray, color, or color and alpha; others are bands."""
+    """True if channels are gray, color, or color and alpha; others are bands."""
     return planes in (1, 3) or alpha
 
 
 def is_gray(image: np.ndarray) -> bool:
-    """Whether all color channels of uint8 [..., 3] are equal."""
+    """True if all color channels of uint8 [..., 3] are equal."""
     first = image[..., 0]
     return bool((image[..., 1] == first).all() and (image[..., 2] == first).all())
 

@@ -146,7 +146,7 @@ def _parts(image: np.ndarray) -> np.ndarray:
 
 
 def _small_gray(part: np.ndarray, alpha: bool) -> bool:
-    """Whether an image is gray, judged at a small size on white."""
+    """True if an image is gray, judged at a small size on white."""
     small = Frame((min(part.shape[0], 64), min(part.shape[1], 64)))
     return is_gray(fit(part, small, 3, WHITE, alpha=alpha))
 

@@ -101,7 +101,7 @@ def _column(row: object, name: str | int) -> object:
 
 
 def is_source(data: object) -> TypeGuard[Source]:
-    """Whether an object is a `Source`."""
+    """True if an object is a `Source`."""
     return hasattr(data, "name") and hasattr(data, "classes") and hasattr(data, "__getitem__")
 
 
@@ -168,7 +168,7 @@ def _columns_of(row: object) -> tuple[Column, Column, Column]:
 
 
 def _is_number(value: object) -> bool:
-    """Whether a value is a single integer, not an array."""
+    """True if a value is a single integer, not an array."""
     return isinstance(value, SupportsIndex) and getattr(value, "ndim", 0) == 0
 
 

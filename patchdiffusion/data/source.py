@@ -64,7 +64,7 @@ class Unlabeled:
 
 
 def is_there(spec: str) -> bool:
-    """Whether a path exists, or names a built-in data set."""
+    """True if a path exists, or names a built-in data set."""
     return spec in BUILT_IN or expanded(spec).exists()
 
 

@@ -31,6 +31,6 @@ def domain_of(name: str) -> str | None:
 
 
 def are_splits(names: Iterable[str]) -> bool:
-    """Whether sibling folders are splits of a data set: train, and val or test."""
+    """True if sibling folders are splits of a data set: train, and val or test."""
     kinds = {split_of(name) for name in names}
     return TRAIN in kinds and bool(kinds & {HELD_OUT, TEST})

@@ -38,7 +38,7 @@ def packs_aside() -> Iterator[None]:
 
 
 def kept_aside(pack: Pack) -> bool:
-    """Whether a pack lies in a temporary folder, which is deleted soon."""
+    """True if a pack lies in a temporary folder, which is deleted soon."""
     return pack.path.parent in _ASIDE
 
 

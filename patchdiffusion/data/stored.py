@@ -43,7 +43,7 @@ def stored_packs() -> list[StoredPack]:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a folder in the cache is a pack, or the remains of one."""
+    """True if a folder in the cache is a pack, or the remains of one."""
     if path.is_symlink() or not path.is_dir():
         return False
     return (path / "pack.json").is_file() or path.suffix in (".tmp", ".old", ".removed")
@@ -68,7 +68,7 @@ def marked_used(pack: Pack) -> Pack:
 
 
 def in_use(path: Path) -> bool:
-    """Whether a process has the pack open, or prepares it."""
+    """True if a process has the pack open, or prepares it."""
     try:
         with _held(path):
             return False

@@ -48,7 +48,7 @@ class Table:
 
 
 def is_table(name: str) -> bool:
-    """Whether a file may be a table, by its name."""
+    """True if a file may be a table, by its name."""
     path = PurePosixPath(name)
     return path.name == LABEL_FILE or path.suffix.lower() in (*JSON_LINES, *_SEPARATED)
 

@@ -58,7 +58,7 @@ class TiffImage(NamedTuple):
 
 
 def is_tiff(data: bytes) -> bool:
-    """Whether data begins like a TIFF or BigTIFF file."""
+    """True if data begins like a TIFF or BigTIFF file."""
     return data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
@@ -123,12 +123,12 @@ class Header:
 
     @property
     def reduced(self) -> bool:
-        """Whether it is a thumbnail or mask of another page, by NewSubfileType or SubfileType."""
+        """True if it is a thumbnail or mask of another page, by NewSubfileType or SubfileType."""
         return bool(self.number(254, 0) & 0b101) or self.number(255, 1) == 2
 
     @property
     def plain(self) -> bool:
-        """Whether Pillow reads the page without loss."""
+        """True if Pillow reads the page without loss."""
         if self.photometric not in (0, 1, 2):
             return True  # palettes, CMYK, YCbCr, LAB: read or refused there
         eight = max(self.bits) <= 8 and self.format in (1, 4)

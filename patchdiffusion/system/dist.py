@@ -66,7 +66,7 @@ class Team:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes the files and the messages."""
+        """True if this is rank 0, which writes the files and the messages."""
         return self.place.is_main
 
     def shard(self, count: int, turn: int = 0) -> range:
@@ -249,7 +249,7 @@ class Vote:
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor; does not import their module, which takes half a second."""
+    """True if a tensor is a DTensor; does not import their module, which takes half a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

@@ -28,7 +28,7 @@ class Stop(Exception):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on any device."""
+    """True if an error means that memory ran out, on any device."""
     import torch  # here: commands that fail at once do not wait for it
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -38,7 +38,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def peer_lost(error: BaseException) -> bool:
-    """Whether an error means that another process is gone or did not answer in time."""
+    """True if an error means that another process is gone or did not answer in time."""
     import torch.distributed as c10d
 
     if isinstance(error, c10d.DistError):

@@ -232,7 +232,7 @@ class Lock:
     """False where files cannot be locked."""
 
     def keep(self) -> bool:
-        """Whether the lock is still held; a deleted file is created again if it is free."""
+        """True if the lock is still held; a deleted file is created again if it is free."""
         if not _is(self.path, self.handle):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             taken = _take(self.path) if self.locked or not self.path.exists() else None
@@ -287,7 +287,7 @@ def lock(
 
 
 def is_held(path: Path) -> bool | None:
-    """Whether a process holds a lock; None if unknown."""
+    """True if a process holds a lock; None if unknown."""
     if fcntl is None:
         return None
     try:

@@ -21,7 +21,7 @@ class Place:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is rank 0, which writes the files and the messages."""
+        """True if this is rank 0, which writes the files and the messages."""
         return self.rank == 0
 
 

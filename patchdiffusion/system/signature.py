@@ -7,7 +7,7 @@ from typing import Any
 
 
 def takes(function: Callable[..., Any], keyword: str) -> bool:
-    """Whether a function, module or callable object names a parameter `keyword`.
+    """True if a function, module or callable object names a parameter `keyword`.
 
     Of a module it is `forward` that counts; a name that would only fall into `**kwargs` does not.
     """

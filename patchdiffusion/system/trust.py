@@ -50,7 +50,7 @@ def own_content(path: Path) -> bytes | None:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether there is a file of this user, which is enough for numbers that are cached."""
+    """True if there is a file of this user, which is enough for numbers that are cached."""
     try:
         status = os.lstat(path)
     except OSError:
