@@ -17,6 +17,7 @@ from patchdiffusion.train.outlook import learn_pace
 from patchdiffusion.train.pace import MEMORY, Pace, kind_of
 from patchdiffusion.train.report import read_log
 from patchdiffusion.train.save import Saver
+from patchdiffusion.train.setup import Training
 from patchdiffusion.train.status import Status
 
 CANVAS = (32, 32)
@@ -144,3 +145,19 @@ def test_a_network_that_takes_long_is_not_rehearsed_before_a_run(
     monkeypatch.setattr(outlook, "TRIAL", max(training.flops.values()) - 1)
     learn_pace(training, one_step)
     assert not training.pace.rehearsed
+
+
+@pytest.mark.parametrize(("slow", "steps"), [(-1.0, 1), (1e9, outlook.TIMED)])
+def test_a_slow_step_is_timed_once(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: float, steps: int
+) -> None:
+    monkeypatch.setattr(outlook, "SLOW", slow)
+    training, made = tiny.training(tiny.config(images), tmp_path / "run"), []
+    kinds = training.plan.kinds(training.config.clock)
+
+    def counted(run: Training, groups: tuple[Group, ...]) -> None:
+        made.append(groups)
+        one_step(run, groups)
+
+    outlook.rehearse_kinds(training, counted)
+    assert len(made) == len(kinds) * (1 + steps)  # one warms up
