@@ -11,7 +11,7 @@ import pytest
 from commands import Capture, fails, names, works
 from PIL import Image
 
-from patchdiffusion.cli.claimed import claimed
+from patchdiffusion.cli.claimed import PARTS, claimed
 from patchdiffusion.cli.drawn import Drawn, batches
 from patchdiffusion.data.source import UNFINISHED, open_source
 from patchdiffusion.data.space import Pixels, Values
@@ -65,6 +65,28 @@ def test_an_interrupted_command_goes_on(
     assert images(cut) == images(tmp_path / "whole")
     left = sorted(f.name for f in cut.iterdir())
     assert left == sorted(images(cut)) and "grid.png" in left
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-8] ^= 1  # of a value, before the checksum
+    file.write_bytes(content)
+
+
+def test_a_damaged_part_is_drawn_again(
+    run: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    works(capsys, "sample", run, *FEW, "--out", tmp_path / "whole")
+    cut = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        fails(capsys, "sample", run, *FEW, "--out", cut, code=130)
+    flip_a_bit(cut / PARTS / "0-2.npy")
+    with monkeypatch.context() as patch:
+        asked = interrupt_after(patch, 9)
+        works(capsys, "sample", run, *FEW, "--out", cut)
+    assert asked == [2, 1]
+    assert images(cut) == images(tmp_path / "whole")
 
 
 def test_another_request_does_not_go_on(

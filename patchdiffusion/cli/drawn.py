@@ -66,8 +66,13 @@ class Drawn:
         return not exact or not (self.singles or self.shown == self.count)
 
     def missing(self) -> list[int]:
-        """Numbers of the images that are not written yet."""
-        written = {number for numbers, _ in self._parts.written() for number in numbers}
+        """Numbers of the images that are not written yet; damaged parts are deleted."""
+        written: set[int] = set()
+        for numbers, file in self._parts.written():
+            if self._parts.read(numbers) is None:
+                file.unlink()
+            else:
+                written.update(numbers)
         if not self.array:
             names = {file.name for file in self.folder.glob("seed-*.png")}
             rest = range(self.shown, self.count)

@@ -1,6 +1,8 @@
 """Results of a long computation, kept batch by batch, so that it can be resumed."""
 
+import io
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +34,21 @@ class Parts:
         return sorted(parts, key=lambda part: (part[0].start, part[0].stop))
 
     def write(self, numbers: range, array: np.ndarray) -> None:
-        """Write the part of these numbers atomically."""
+        """Write the part of these numbers atomically, with a checksum behind it."""
         if self.folder is not None:
-            write_bytes(self._file(self.folder, numbers), npy(array))
+            content = npy(array)
+            write_bytes(self._file(self.folder, numbers), content + _checksum(content))
 
     def read(self, numbers: range) -> np.ndarray | None:
         """The part of exactly these numbers; None if it is missing or damaged."""
-        try:
-            return None if self.folder is None else np.load(self._file(self.folder, numbers))
-        except (OSError, ValueError, EOFError):
+        if self.folder is None:
             return None
+        try:
+            content = self._file(self.folder, numbers).read_bytes()
+        except OSError:
+            return None
+        array, checksum = content[:-4], content[-4:]
+        return np.load(io.BytesIO(array)) if checksum == _checksum(array) else None
 
     def once(self, numbers: range, compute: Callable[[range], Tensor]) -> Tensor:
         """The part of these numbers, which is computed and written unless it is there."""
@@ -60,6 +67,10 @@ class Parts:
     @staticmethod
     def _file(folder: Path, numbers: range) -> Path:
         return folder / f"{numbers.start}-{numbers.stop}.npy"
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "little")
 
 
 def in_batches(numbers: range, batch: int) -> Iterator[range]:
