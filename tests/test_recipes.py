@@ -4,6 +4,7 @@ import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from patchdiffusion import Cond, auto, recipes
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
+from patchdiffusion.nets.base import NetworkConfig
+from patchdiffusion.nets.count import count
+from patchdiffusion.nets.unet import UNetConfig, ddpmpp
+from patchdiffusion.parameterisation import FlowX0
 from patchdiffusion.plans import Stochastic
 from patchdiffusion.recipes import RECIPES, Facts
 from patchdiffusion.system.serialize import decode, encode
@@ -24,6 +29,7 @@ SITUATIONS = {
     "gray on a CPU": Facts(canvas=(28, 28), channels=1, classes=10, count=60_000),
     "few on a GPU": Facts(canvas=(64, 64), count=300, device="cuda"),
     "many on a GPU": Facts(canvas=(32, 32), classes=10, count=50_000, device="cuda"),
+    "large on a GPU": Facts(canvas=(128, 160), classes=3, count=50_000, device="cuda"),
     "wide": Facts(canvas=(48, 96), channels=4, classes=2),
     "tiny": Facts(canvas=(8, 9), count=1),
     "clips": Facts(canvas=(4, 24, 32), count=100),
@@ -64,6 +70,22 @@ def test_steps_on_a_cpu_have_as_many_pixels() -> None:
     sides = {24: 16, 32: 16, 48: 7, 64: 4, 128: 4}
     batches = {s: recipes.folder(Facts(canvas=(s, s), device="cpu")).batch for s in sides}
     assert batches == sides
+
+
+def test_many_large_images_get_a_transformer_on_a_gpu() -> None:
+    def network(side: int, **facts: Any) -> NetworkConfig:
+        return recipes.folder(Facts(canvas=(side, side), **facts)).network
+
+    many: dict[str, Any] = {"count": 50_000, "device": "cuda"}
+    assert isinstance(network(64, **many), UNetConfig)
+    assert isinstance(network(128, count=5_000, device="cuda"), UNetConfig)
+    assert isinstance(network(128, count=50_000, device="cpu"), UNetConfig)
+    assert [network(side, **many).token_size for side in (128, 256)] == [(8, 8), (16, 16)]
+    config = recipes.folder(Facts(canvas=(256, 256), **many))
+    assert isinstance(config.precond, FlowX0)
+    with torch.device("meta"):
+        cost = count(config.network.build(), 256).macs
+        assert 7 * cost < count(ddpmpp(256).build(), 256).macs
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -9,7 +9,7 @@ import torch
 from patchdiffusion.data.mirror import mirror_of
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.nets import dit, unet
+from patchdiffusion.nets import Network, dit, unet
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ObjectiveUnion
 from patchdiffusion.parameterisation import EDM
@@ -71,8 +71,9 @@ def folder(facts: Facts) -> TrainConfig:
     """Any images: settings by their resolution, number and the hardware. The default for a path.
 
     A CPU gets a small network, about an hour, and crops from small to large; a GPU the published
-    networks. Few images get more dropout, and flips if mirroring is harmless. Labels are used where
-    there are any. Clips and other data that are no images get a transformer.
+    networks: U-Nets to 64 pixels, and for many larger images a transformer on pixels, at a seventh
+    of the operations or less. Few images get more dropout, and flips if mirroring is harmless.
+    Labels are used where there are any. Clips and other data that are no images get a transformer.
     """
     resolution = min(facts.canvas[-2:])
     few = facts.count < 20_000
@@ -88,7 +89,7 @@ def folder(facts: Facts) -> TrainConfig:
     if len(facts.canvas) != 2:
         network = dit.for_canvas(facts.canvas)
     dropout = 0.2 if facts.count < 6_000 and facts.device != "cpu" else network.dropout
-    return TrainConfig(
+    config = TrainConfig(
         name=facts.name,
         data=DataConfig(path=facts.path, flip=few and facts.mirrors),
         network=replace(
@@ -99,6 +100,16 @@ def folder(facts: Facts) -> TrainConfig:
         batch=batch,
         images=images,
     )
+    pixels = len(facts.canvas) == 2 and resolution > 64 and not few and facts.device != "cpu"
+    return _on_pixels(config, facts.canvas) if pixels else config
+
+
+def _on_pixels(config: TrainConfig, canvas: Size) -> TrainConfig:
+    """The configuration with JiT-B and the settings that belong to it."""
+    published = families.create(Network, "pixel-dit-b/16", "network")
+    network = replace(published.inherit(config.network, config), patch=dit.patch_for(canvas))
+    config = replace(network, dropout=published.dropout).prefers(config)
+    return replace(config, optim=replace(config.optim, lr=1e-4))  # DiT's at this batch
 
 
 def glyphs(facts: Facts) -> TrainConfig:
