@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Call, Cond, Position, Tape
 from patchdiffusion.noise import NoiseLaw
-from patchdiffusion.parameterisation import OnPath, Precond, Scales
+from patchdiffusion.parameterisation import OnPath, Precond
 from patchdiffusion.patches import Region, Size
 from patchdiffusion.paths import Path, Prediction, per_sample
+from patchdiffusion.preconditioning import Affine
 from patchdiffusion.system.signature import takes
 
 
@@ -223,7 +224,7 @@ class NetDenoiser(nn.Module):
 
     def scaled(
         self, x: Tensor, sigma: Tensor | float, cond: Cond | None
-    ) -> tuple[Tensor, Tensor, Cond, Scales]:
+    ) -> tuple[Tensor, Tensor, Cond, Affine]:
         """The arguments of the network, float32, and the scales they were made with."""
         sigma = noise_level(sigma, x)
         if sigma.ndim > 1:
@@ -234,7 +235,7 @@ class NetDenoiser(nn.Module):
         cond = cond or Cond()
         if self.law is not None and sigma.ndim == 1:
             cond = replace(cond, percentile=self.law.cdf(sigma).to(torch.float32))
-        scales = self.precond.scales(sigma)
+        scales = self.precond.on(self.network).scales(sigma)
         inner = (per_sample(scales.inner, x) * x).to(torch.float32)
         return inner, scales.noise.to(torch.float32), cond, scales
 

@@ -235,6 +235,7 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     network = config.head.build(config.network)
+    config.precond.attach(network, config.network.channels)
     try:
         tensors, state = load(data), network.state_dict()
         network.load_state_dict(tensors)

@@ -5,9 +5,8 @@ for any prediction on any path.
 """
 
 import math
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,8 +14,6 @@ from torch import Tensor
 from patchdiffusion.noise import (
     DDPMSteps,
     Law,
-    LogitNormal,
-    LogNormal,
     UniformTime,
     check_sigma_data,
 )
@@ -29,76 +26,16 @@ from patchdiffusion.paths import (
     Table,
     check_table,
     convert,
-    per_sample,
 )
-from patchdiffusion.system import families
+from patchdiffusion.preconditioning import Precond, Scales, Trainable, check_time_scale
+from patchdiffusion.straight import FlowMatching, FlowX0
 from patchdiffusion.weighting import (
     EDMWeight,
     EpsWeight,
-    FlowWeight,
     LossWeight,
     MinSNRWeight,
     VWeight,
 )
-
-
-class Scales(NamedTuple):
-    """The four functions of sigma, each [B] or a map [B, 1, *S] (EDM, equation 7)."""
-
-    skip: Tensor
-    out: Tensor
-    inner: Tensor
-    noise: Tensor
-
-    def denoised(self, x: Tensor, raw: Tensor) -> Tensor:
-        """c_skip x + c_out F, in the precision of the scales: shape and dtype of x."""
-        raw = raw.to(self.out.dtype)
-        return (per_sample(self.skip, x) * x + per_sample(self.out, x) * raw).to(x.dtype)
-
-
-class Precond(Protocol):
-    """A preconditioner: the four scales of a network's input, output, skip and noise argument."""
-
-    def scales(self, sigma: Tensor) -> Scales: ...
-
-
-class Trainable(ABC):
-    """Base of the parameterisations of `--precond`, with their default weight and noise law."""
-
-    predicts_eps: ClassVar[bool] = False
-    """True if the network predicts eps, whose error is sigma times as large in the image."""
-
-    @abstractmethod
-    def scales(self, sigma: Tensor) -> Scales:
-        """The four functions of sigma."""
-
-    @abstractmethod
-    def default_weighting(self) -> LossWeight:
-        """Default weight of the loss: mostly the mean squared error of the network's output."""
-
-    def default_noise(self) -> Law:
-        """Default noise law, as published."""
-        return LogNormal()
-
-    @property
-    def meaning(self) -> tuple[object, ...]:
-        """Key of the input and output of the network; weights of another net fit if it is equal."""
-        return (type(self),)
-
-    def check_noise(self, law: object) -> None:
-        """Raise `ValueError` for a noise law that it cannot be trained with; allows any."""
-        return None
-
-    def inherit(self, old: object, config: object) -> Self:
-        """A copy with sigma_data or the steps of the parameterisation that it replaces."""
-        return families.copy_fields(self, old)
-
-    def prefers(self, config: Any) -> Any:
-        """The configuration with this one and its defaults: weight, and noise law if it differs."""
-        law, former = self.default_noise(), config.precond.default_noise()
-        noise = config.noise if law == former else law
-        objective = config.objective.of_another_precond()
-        return replace(config, precond=self, noise=noise, objective=objective)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +74,7 @@ class TrigFlow(Trainable):
 
     def __post_init__(self) -> None:
         check_sigma_data(self.sigma_data)
-        _check_time_scale(self.time_scale)
+        check_time_scale(self.time_scale)
 
     def scales(self, sigma: Tensor) -> Scales:
         edm = EDM(sigma_data=self.sigma_data).scales(sigma)
@@ -236,32 +173,6 @@ class V(Trainable):
         return UniformTime(path="cosine")
 
 
-@dataclass(frozen=True, kw_only=True)
-class FlowMatching(Trainable):
-    """The network predicts eps - x0, the velocity of the straight path (arXiv 2210.02747)."""
-
-    word: ClassVar[str] = "flow"
-    time_scale: float = 1000.0
-    """c_noise = time_scale t; embeddings by sines tell small times apart only if it is large."""
-
-    def __post_init__(self) -> None:
-        _check_time_scale(self.time_scale)
-
-    def scales(self, sigma: Tensor) -> Scales:
-        inner = 1 / (1 + sigma)
-        return Scales(inner, -sigma * inner, inner, self.time_scale * (sigma * inner))
-
-    @property
-    def meaning(self) -> tuple[object, ...]:
-        return (type(self), self.time_scale)
-
-    def default_weighting(self) -> LossWeight:
-        return FlowWeight()
-
-    def default_noise(self) -> Law:
-        return UniformTime(path="flow")
-
-
 @dataclass(frozen=True)
 class X0(Trainable):
     """The network predicts the image, from x / sqrt(1 + sigma^2) (arXiv 2202.00512, section 4).
@@ -277,50 +188,12 @@ class X0(Trainable):
         return MinSNRWeight()
 
 
-@dataclass(frozen=True, kw_only=True)
-class FlowX0(Trainable):
-    """The network predicts the image from the straight path (JiT, arXiv 2511.13720).
-
-    The data of patches of many pixels lie near a surface of few dimensions, noise and velocity do
-    not, so this is the prediction for transformers on big patches. The loss is that of the velocity
-    (z - x0) / max(t, .05). Sampling follows (z - F) / max(t, `least_time`), so the denoised image
-    turns from F into z below `least_time`.
-    """
-
-    word: ClassVar[str] = "flow-x0"
-    time_scale: float = 1000.0
-    """c_noise = time_scale t; 1 as published."""
-    least_time: float = 0.04
-    """Least time in the denominator of the velocity; 0 divides by any."""
-
-    def __post_init__(self) -> None:
-        _check_time_scale(self.time_scale)
-        if not 0 <= self.least_time < 1:
-            raise ValueError(f"least_time must lie in [0, 1), not {self.least_time}")
-
-    def scales(self, sigma: Tensor) -> Scales:
-        inner = 1 / (1 + sigma)
-        time = sigma * inner
-        share = (time / self.least_time).clamp(max=1) if self.least_time else torch.ones_like(time)
-        return Scales((1 - share) * inner, share, inner, self.time_scale * time)
-
-    @property
-    def meaning(self) -> tuple[object, ...]:
-        return (type(self), self.time_scale)
-
-    def default_weighting(self) -> LossWeight:
-        return FlowWeight(least_time=0.05)
-
-    def default_noise(self) -> Law:
-        return LogitNormal(mean=0.8, std=0.8)
-
-
 Parameterisation = EDM | EpsVP | EpsDDPM | V | X0 | FlowMatching | FlowX0 | TrigFlow
 """The parameterisations of `--precond` and of model files."""
 
 
 @dataclass(frozen=True)
-class OnPath:
+class OnPath(Precond):
     """Any prediction on any path, of data times `data_scale`; c_noise is the time of the path."""
 
     path: Path
@@ -340,11 +213,6 @@ class OnPath:
         out = convert(one, none, t, self.path, self.prediction, "x0") / self.data_scale
         time = t if isinstance(self.path, VE) else t.clamp(0, 1)  # the times of training
         return Scales(*(c.to(sigma.dtype) for c in (skip, out, a * self.data_scale, time)))
-
-
-def _check_time_scale(value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"time_scale must be positive and finite, not {value}")
 
 
 def _check_steps(value: int) -> None:

@@ -97,7 +97,9 @@ class Subject:
     def network(self) -> base.Network:
         """The network, without weights."""
         with torch.device("meta"):
-            return self.head.build(self.training.network)
+            network = self.head.build(self.training.network)
+            self.training.precond.attach(network, self.training.network.channels)
+            return network
 
     @property
     def config(self) -> Network:
@@ -279,7 +281,11 @@ def _short(seconds: float) -> str:
 def _trial(subject: Subject, device: torch.device, number: int) -> tuple[float, float]:
     """Seconds, and bytes kept, of the second forward and backward pass of some images."""
     training, real = subject.training, device.type != "meta"
-    network = subject.network if not real else training.network.build().to(device)
+    network = subject.network
+    if real:
+        network = training.network.build()
+        training.precond.attach(network, training.network.channels)
+        network.to(device)
     precond = training.objective.precond(training.precond)
     denoiser = NetDenoiser(network, precond, training.noise if real else None)
     x = torch.zeros(number, training.network.channels, *subject.canvas, device=device)

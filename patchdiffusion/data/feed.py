@@ -1,6 +1,6 @@
 """Batches of crops from a pack of images; only the pixels of a crop are converted."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 
@@ -191,6 +191,21 @@ def gather(
         noise=group.noise,
         columns=others,
     )
+
+
+def some_crops(
+    images: Tensor, indices: Tensor, size: Size, count: int, *, space: Space, seed: int
+) -> Iterator[Tensor]:
+    """Random crops from the images `indices` of [N, *S, C], neither flipped nor augmented.
+
+    Every image gives as many, at corners that are uniform: float32 [B, C, *size], `count` in all.
+    """
+    order = indices[torch.from_numpy(rng.permutation(seed, "some crops", 0, len(indices)))]
+    group = Group(size, count, 1.0)
+    for numbers in torch.arange(count).split(4096):
+        key, flip = rng.keys(seed, "some crops", 0, numbers), torch.zeros(len(numbers)).bool()
+        index = order[numbers % len(order)]
+        yield gather(images, (), index, group, key, flip, space=space).images
 
 
 def conditions(

@@ -17,9 +17,10 @@ from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.base import NetworkConfig, Role
 from patchdiffusion.nets.embed import Stem, angles, augmentation, jump_features, one_hot
 from patchdiffusion.nets.fused import dropout
-from patchdiffusion.nets.layers import Conv, Linear, Norm, Resample, full_precision, resampled
+from patchdiffusion.nets.layers import Conv, Linear, Norm, Resample, resampled
 from patchdiffusion.nets.shapes import BlockPosition, HeadedShape
 from patchdiffusion.nets.topology import UNet, decoder, encoder, middle
+from patchdiffusion.system.device import full_precision
 
 EPS = 1e-5  # of all norms
 

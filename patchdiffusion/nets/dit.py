@@ -21,7 +21,7 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import Network, NetworkConfig, put
 from patchdiffusion.nets.ditsizes import MODERN, SIZES, jit, patch_for
 from patchdiffusion.nets.embed import Embedding, LateEmbedding, whole_canvas
-from patchdiffusion.nets.layers import Linear, full_precision, pad_to_multiple
+from patchdiffusion.nets.layers import Linear, pad_to_multiple
 from patchdiffusion.nets.routing import AllTokens, Routing
 from patchdiffusion.nets.stages import Merge, Split
 from patchdiffusion.nets.tokenblock import (
@@ -46,6 +46,7 @@ from patchdiffusion.nets.tokens import (
 )
 from patchdiffusion.patches import Size
 from patchdiffusion.rng import subkeys
+from patchdiffusion.system.device import full_precision
 
 Positions = Literal["coordinates", "sincos", "rope"]
 

@@ -16,7 +16,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.nets.base import NetworkConfig, Role
 from patchdiffusion.nets.embed import augmentation, exact_convolution, jump_features, one_hot
 from patchdiffusion.nets.fused import dropout
-from patchdiffusion.nets.layers import Conv, Linear, Resample, full_precision, resampled
+from patchdiffusion.nets.layers import Conv, Linear, Resample, resampled
 from patchdiffusion.nets.magnitude import (
     MPAttention,
     MPFourier,
@@ -30,6 +30,7 @@ from patchdiffusion.nets.magnitude import (
 from patchdiffusion.nets.shapes import BlockPosition, HeadedShape
 from patchdiffusion.nets.topology import UNet, decoder, encoder, middle
 from patchdiffusion.noise import LogNormal
+from patchdiffusion.system.device import full_precision
 
 BRANCH = 0.3
 """Share of a branch in a sum, `t` of `mp_sum`."""

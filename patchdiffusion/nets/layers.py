@@ -3,7 +3,6 @@
 Shapes: B batch, C channels, H and W height and width (any size), E size of the embedding.
 """
 
-import contextlib
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from patchdiffusion.nets.base import Key, Role
 from patchdiffusion.nets.fused import group_norm, residual
+from patchdiffusion.system.device import full_precision
 
 # ---- Layers initialized from a seed, not from the global generator ----
 
@@ -196,17 +196,6 @@ def resampled(x: Tensor, kind: Resample, size: tuple[int, int], *, smooth: bool 
     if kind == "down":
         return downsample(x, smooth=smooth)
     return upsample(x, size, smooth=smooth) if kind == "up" else x
-
-
-# ---- Precision ----
-
-
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """A context without autocast on the device of x."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext()  # the meta device refuses even a disabled one
-    return torch.autocast(device, enabled=False)
 
 
 # ---- The residual block ----

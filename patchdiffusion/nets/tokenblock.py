@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchdiffusion.nets.base import Key, Role
-from patchdiffusion.nets.layers import Linear, full_precision, normal
+from patchdiffusion.nets.layers import Linear, normal
 from patchdiffusion.nets.tokens import rotate
 from patchdiffusion.rng import keep_mask, keep_scale, subkeys
+from patchdiffusion.system.device import full_precision
 
 NormKind = Literal["layer", "rms"]
 MlpKind = Literal["gelu", "swiglu"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.nets.layers import full_precision
+from patchdiffusion.system.device import full_precision
 
 FINEST = 64
 """Half periods of the fastest position feature across the canvas; the slowest has one."""

@@ -17,7 +17,7 @@ from patchdiffusion.losses import Batch, LossOut
 from patchdiffusion.noise import LogNormal, NoiseLaw
 from patchdiffusion.objectives.base import C, Distilled, Materials, Settings
 from patchdiffusion.objectives.discrete import Levels, heun_step
-from patchdiffusion.parameterisation import EDM, Parameterisation, Scales
+from patchdiffusion.parameterisation import EDM, Parameterisation, Precond, Scales
 from patchdiffusion.paths import VE, Path, per_sample
 from patchdiffusion.rng import Draws
 from patchdiffusion.solvers.schedules import karras
@@ -26,7 +26,7 @@ Schedule = Literal["doubling", "quadratic"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Boundary:
+class Boundary(Precond):
     """EDM's preconditioner, shifted so that f(x, sigma_min) = x (arXiv 2303.01469, appendix C)."""
 
     sigma_data: float = 0.5

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.nets.attention import twice_differentiable
-from patchdiffusion.nets.layers import full_precision
+from patchdiffusion.system.device import full_precision
 
 
 @torch.no_grad()

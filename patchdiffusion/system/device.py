@@ -28,6 +28,14 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, dtype=dtype)
 
 
+def full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """A context without autocast on the device of x."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()  # the meta device refuses even a disabled one
+    return torch.autocast(device, enabled=False)
+
+
 def resident(images: Tensor, device: torch.device) -> Tensor:
     """Move the images of a pack to the device if they fit easily, else leave them."""
     if device.type != "cuda":

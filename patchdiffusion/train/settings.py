@@ -165,7 +165,9 @@ class Settings:
     def for_canvas(self, canvas: Size, channels: int) -> Self:
         """Configuration with the numbers of what depends on the size of images, for a canvas."""
         noise = for_size(self.noise, channels * math.prod(canvas))
-        return replace(self, noise=noise, network=self.network.for_canvas(canvas))
+        network = self.network.for_canvas(canvas)
+        precond = self.precond.for_canvas(canvas, network)
+        return replace(self, noise=noise, network=network, precond=precond)
 
     def plan(self, canvas: Size) -> PatchPlan:
         """Patch plan on a canvas."""

@@ -1,15 +1,16 @@
 """Assemble the parts of a run from its configuration."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from patchdiffusion.data.feed import Feed
+from patchdiffusion.data.feed import Feed, some_crops
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import extractor
 from patchdiffusion.losses import AfterStep, Loss
@@ -191,7 +192,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     precision = best_precision(device) if config.precision == "auto" else config.precision
     folder = run.folder(config.name)
     plan = config.plan(canvas)
-    network = task.head(pack).build(config.network, seed=config.seed).to(device)
+    network = _new_network(config, pack, team, device)
     sizes = dict.fromkeys([canvas, *(group.size for group in plan.groups)])
     crops = dict.fromkeys([canvas, *(group.size for group in plan.groups if group.pitch == 1)])
     share = (
@@ -293,6 +294,23 @@ def _teacher(path: Path, config: TrainConfig, pack: Pack, device: torch.device) 
             f"{model.config.space} instead of {pack.space}"
         )
     return model
+
+
+def _new_network(config: TrainConfig, pack: Pack, team: Team, device: torch.device) -> Network:
+    """Initial network, with the buffers that its parameterisation computes from the data."""
+
+    def crops(size: Size, count: int) -> Iterator[Tensor]:
+        return some_crops(pack.images, pack.train, size, count, space=pack.space, seed=config.seed)
+
+    network = config.task.head(pack).build(config.network, seed=config.seed)
+    former = dict(network.named_buffers())
+    config.precond.attach(network, config.network.channels)
+    config.precond.fit(network, crops)
+    network.to(device)
+    for name, buffer in network.named_buffers():
+        if name not in former:
+            team.broadcast(buffer)  # processes may round differently
+    return network
 
 
 def _place_network(
