@@ -94,6 +94,14 @@ BASES: dict[str, tuple[str, str, str, str, str, str]] = {
         "min((1 + sigma)**2 / sigma**2, 400)",
         "normal(log(sigma), 0.8, 0.8) / sigma",
     ),
+    "flow-asym": (
+        "(1 - min(25 * sigma / (1 + sigma), 1)) / (1 + sigma)",
+        "min(25 * sigma / (1 + sigma), 1)",
+        "1 / (1 + sigma)",
+        "1000 * sigma / (1 + sigma)",
+        "min((1 + sigma)**2 / sigma**2, 400)",
+        "normal(log(sigma), 0.8, 0.8) / sigma",
+    ),
     "trigflow": (
         "d**2 / (sigma**2 + d**2)",
         "-sigma * d / sqrt(sigma**2 + d**2)",

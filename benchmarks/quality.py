@@ -2,12 +2,15 @@
 
     python benchmarks/quality.py run emoji --data PACK --jobs 2 --minutes 60
     python benchmarks/quality.py measure emoji --data PACK --extractor inception
+    python benchmarks/quality.py held-out asym-cifar --data PACK
     python benchmarks/quality.py show emoji
 
 `benchmarks/quality/NAME.toml` defines the configurations. `run` trains those that have no result
 yet; after a kill or --minutes the same command resumes. Every run writes one small file to
 `benchmarks/results/quality/NAME`, from which `show` makes a figure and a table. `measure` samples
-from the models of finished runs and adds Frechet and kernel distances to their files.
+from the models of finished runs and adds Frechet and kernel distances to their files. `held-out`
+measures the loss of all finished runs with the noise law and weight of the baseline, since those of
+a run are its own; runs of different parameterisations are compared by that.
 
 The held-out loss is that of whole images with fixed noise and averaged weights, during one run per
 seed: learning rates are constant, so every point is the end of a shorter run.
@@ -193,6 +196,55 @@ def samples_table(by_plan: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
             yield f"| {plan} | {len(samples)} | {' | '.join(cells)} |"
 
 
+# ---- Held-out losses by one measure ----
+
+
+def held_out_all(runs: list[Run], baseline: str, options: argparse.Namespace) -> None:
+    """Held-out loss of finished runs as the baseline measures it, total and by noise level."""
+    from patchdiffusion import load_model
+    from patchdiffusion.data.columns import used
+    from patchdiffusion.data.options import DataConfig
+    from patchdiffusion.data.prepare import prepare_data
+    from patchdiffusion.metrics.heldout import held_out_losses, summarize
+
+    pack = prepare_data(DataConfig(path=options.data))
+    folders = [options.work / run.experiment / f"{run.plan}-{run.seed}" for run in runs]
+    (first, *_) = [f for f, r in zip(folders, runs, strict=True) if r.plan == baseline]
+    measure = load_model(first).config
+    for run, folder in zip(runs, folders, strict=True):
+        if not run.result.exists() or not (folder / "model").exists():
+            continue
+        model = load_model(folder)
+        losses = held_out_losses(
+            model.denoiser,
+            pack.images,
+            used(pack.columns, model.config.network.reads),
+            pack.some_held_out(options.held_out),
+            space=pack.space,
+            law=measure.noise,
+            weighting=measure.precond.default_weighting(),
+            sizes=(model.config.canvas,),
+            device=model.device,
+        )
+        found = summarize(losses)
+        result = json.loads(run.result.read_text())
+        result["held_out"] = {"loss": found.total, "bands": found.bands, "of": baseline}
+        run.result.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def held_out_table(by_plan: dict[str, list[dict[str, Any]]]) -> Iterator[str]:
+    """Table of the results of `held-out`."""
+    records = [r["held_out"] for made in by_plan.values() for r in made if "held_out" in r]
+    bands = list(records[0]["bands"])
+    yield f"| plan | seeds | held-out loss | {' | '.join(f'sigma {band}' for band in bands)} |"
+    yield "|---|---|---|" + "---|" * len(bands)
+    for plan, made in by_plan.items():
+        own = [r["held_out"] for r in made if "held_out" in r]
+        cells = [_spread([h["loss"] for h in own])]
+        cells += [_spread([h["bands"][band] for h in own]) for band in bands]
+        yield f"| {plan} | {len(own)} | {' | '.join(cells)} |"
+
+
 # ---- Figure and table ----
 
 
@@ -286,7 +338,7 @@ def figure(by_plan: dict[str, list[dict[str, Any]]], title: str, out: Path) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("action", choices=("run", "measure", "show"))
+    parser.add_argument("action", choices=("run", "measure", "held-out", "show"))
     parser.add_argument("experiment", help="name of a file in benchmarks/quality")
     parser.add_argument("--data", help="images to train on")
     parser.add_argument("--work", type=Path, default=Path("runs/quality"), help="where runs are")
@@ -297,6 +349,7 @@ def main() -> None:
     parser.add_argument("--extractor", default="inception", help="features of `measure`")
     parser.add_argument("--samples", type=int, default=1000, help="samples of each model")
     parser.add_argument("--steps", type=int, default=10, help="evaluations for a sample")
+    parser.add_argument("--held-out", type=int, default=2000, help="images of `held-out`")
     options = parser.parse_args()
     facts, runs = experiment(options.experiment)
     if options.action != "show":
@@ -305,7 +358,10 @@ def main() -> None:
         if unknown := {*options.only} - {r.plan for r in runs}:
             parser.error(f"{options.experiment} has no plan {', '.join(sorted(unknown))}")
         runs = [r for r in runs if not options.only or r.plan in options.only]
-        {"run": run_all, "measure": measure_all}[options.action](runs, options)
+        if options.action == "held-out":
+            held_out_all(runs, facts["baseline"], options)
+        else:
+            {"run": run_all, "measure": measure_all}[options.action](runs, options)
         return
     by_plan = results(runs)
     if facts["baseline"] not in by_plan:
@@ -313,6 +369,8 @@ def main() -> None:
     print("\n".join(table(by_plan, facts["baseline"])))
     if any("samples" in r for made in by_plan.values() for r in made):
         print("", *samples_table(by_plan), sep="\n")
+    if any("held_out" in r for made in by_plan.values() for r in made):
+        print("", *held_out_table(by_plan), sep="\n")
     out = ROOT.parent / "docs" / f"quality-{options.experiment}.png"
     figure(by_plan, facts["title"], out)
     print(f"\n{out}")

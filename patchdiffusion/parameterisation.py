@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from patchdiffusion.asymflow import FlowAsym
 from patchdiffusion.noise import (
     DDPMSteps,
     Law,
@@ -188,7 +189,7 @@ class X0(Trainable):
         return MinSNRWeight()
 
 
-Parameterisation = EDM | EpsVP | EpsDDPM | V | X0 | FlowMatching | FlowX0 | TrigFlow
+Parameterisation = EDM | EpsVP | EpsDDPM | V | X0 | FlowMatching | FlowX0 | FlowAsym | TrigFlow
 """The parameterisations of `--precond` and of model files."""
 
 

@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -124,3 +125,23 @@ def test_samples_of_the_runs_that_were_measured(quality: ModuleType) -> None:
     cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
     same = ["0.5000 +- 0.0000", "0.2500 +- 0.0000", "0.7500 +- 0.0000", "-"]
     assert cells == [["whole", "2", "1.5000 +- 0.5000", *same]]
+
+
+def test_held_out_losses_are_those_of_the_measure_of_the_baseline(
+    quality: ModuleType, finished: Path, images: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of the baseline itself they are the losses of its run."""
+    monkeypatch.setattr(quality, "RESULTS", tmp_path / "results")
+    run = quality.Run("search", "whole", 3, ())
+    folder = tmp_path / "work" / "search" / "whole-3"
+    shutil.copytree(finished, folder)
+    run.result.parent.mkdir(parents=True)
+    run.result.write_text(json.dumps(quality.collect(run, folder)))
+    options = argparse.Namespace(work=tmp_path / "work", data=str(images), held_out=2)
+    quality.held_out_all([run], "whole", options)
+    result = json.loads(run.result.read_text())
+    assert result["held_out"]["loss"] == pytest.approx(result["curve"][-1]["loss"], rel=1e-6)
+    rows = list(quality.held_out_table({"whole": [result]}))
+    assert rows[2].startswith(f"| whole | 1 | {result['held_out']['loss']:.4f} |")
+    assert rows[0].count("|") == rows[1].count("|") == rows[2].count("|")
