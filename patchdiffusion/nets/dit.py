@@ -11,28 +11,20 @@ token, E size of the embedding.
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self, get_args
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.nets.base import Network, NetworkConfig, put
+from patchdiffusion.nets.base import Network, put
+from patchdiffusion.nets.ditshape import DiTShape
 from patchdiffusion.nets.ditsizes import MODERN, SIZES, jit, patch_for
 from patchdiffusion.nets.embed import Embedding, LateEmbedding, whole_canvas
 from patchdiffusion.nets.layers import Linear, pad_to_multiple
-from patchdiffusion.nets.routing import AllTokens, Routing
 from patchdiffusion.nets.stages import Merge, Split
-from patchdiffusion.nets.tokenblock import (
-    MlpKind,
-    ModulationKind,
-    NormKind,
-    Registers,
-    TokenBlock,
-    for_tokens,
-    modulated,
-)
+from patchdiffusion.nets.tokenblock import Registers, TokenBlock, for_tokens, modulated
 from patchdiffusion.nets.tokens import (
     Tokens,
     centers,
@@ -48,105 +40,13 @@ from patchdiffusion.patches import Size
 from patchdiffusion.rng import subkeys
 from patchdiffusion.system.device import full_precision
 
-Positions = Literal["coordinates", "sincos", "rope"]
-
 
 @dataclass(frozen=True, kw_only=True)
-class DiTConfig(NetworkConfig):
+class DiTConfig(DiTShape):
     """A transformer over patches (DiT); the defaults suit a CPU: 1.9M parameters."""
 
     word: ClassVar[str] = "dit"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = SIZES
-
-    patch: tuple[int, ...] = (2, 2)
-    """Sides of the patches that become tokens, one for each axis of the data: 2 2 for images; 0 0
-    chooses about a 16th of the image, 4 to 32."""
-    width: int = 128
-    """Features of a token; a multiple of 8 and of heads."""
-    depth: int = 6
-    """Number of blocks."""
-    heads: int = 4
-    """Attention heads."""
-    mlp_ratio: int = 4
-    """Hidden features of the MLPs in units of the width."""
-    mlp: MlpKind = "gelu"
-    """gelu, or swiglu: with a gate and 2/3 of the hidden features, so about as many parameters."""
-    norm: NormKind = "layer"
-    """layer norm or rms norm, without parameters, before attention and MLP."""
-    qk_norm: bool = False
-    """True if queries and keys are normalized, which keeps long training in low precision
-    stable."""
-    positions: Positions = "coordinates"
-    """coordinates: features of the canvas coordinates; sincos: those of the published table, in
-    tokens; rope: coordinates, and queries and keys are rotated by them as well."""
-    embedding: Literal["early", "late"] = "early"
-    """Classes are added to the noise features before two layers (early, as in EDM) or after them
-    (late, as in DiT)."""
-    modulation: ModulationKind = "full"
-    """Shifts, scales and gates of each block: a full matrix, one that all blocks share with an
-    offset for each, or one of low rank."""
-    registers: int = 0
-    """Learned tokens without a place, which all others attend to."""
-    value_residual: bool = False
-    """True if values of later attentions are mixed with those of the first one."""
-    bottleneck: int = 0
-    """Features between the pixels of a patch and its token, as in JiT, whose parameterisation and
-    noise law the network then brings; 0 is none."""
-    context: int = 0
-    """Features of the tokens of a condition that every block attends to, such as those of a text; 0
-    is none."""
-    half_blocks: int = 0
-    """Blocks in the middle of the depth that work at half resolution, on a quarter of the
-    tokens."""
-    tokens: Routing = field(default_factory=AllTokens)
-    """Tokens that pass through all blocks in training, which is cheaper with fewer of them."""
-    learned_variance: bool = False
-    """True if there are output channels for a variance, which is not used; for published
-    weights."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.limit("width", 16, 16384)
-        self.limit("depth", 1, 256)
-        self.limit("heads", 1, 256)
-        self.limit("mlp_ratio", 1, 64)
-        self.limit("registers", 0, 1024)
-        self.limit("bottleneck", 0, 16384)
-        self.limit("context", 0, 65536)
-        kinds = {"mlp": MlpKind, "norm": NormKind, "positions": Positions}
-        kinds |= {"embedding": Literal["early", "late"], "modulation": ModulationKind}
-        for name, kind in kinds.items():
-            if getattr(self, name) not in get_args(kind):
-                allowed = ", ".join(get_args(kind))
-                raise ValueError(f"{name} must be one of {allowed}, not {getattr(self, name)!r}")
-        sides_fit = all(1 <= side <= 256 for side in self.patch) or not any(self.patch)
-        if not 1 <= len(self.patch) <= 4 or not sides_fit:
-            raise ValueError(f"patch must be 1 to 4 sides in [1, 256], or all 0, not {self.patch}")
-        if self.width % 8 or self.width % self.heads:
-            raise ValueError(
-                f"width must be a multiple of 8 and of heads ({self.heads}), not {self.width}"
-            )
-        head = self.width // self.heads
-        if self.positions == "rope" and (head % 2 or head < 2 * self.axes):
-            raise ValueError(
-                f"width / heads must be even and at least {2 * self.axes} for positions rope, not "
-                f"{head}; use fewer heads"
-            )
-        if not 0 <= self.half_blocks <= self.depth - 2 * (self.half_blocks > 0) or (
-            self.half_blocks and (self.depth - self.half_blocks) % 2
-        ):
-            raise ValueError(
-                f"half_blocks must leave an even number of the {self.depth} blocks, at least 2, "
-                f"not {self.half_blocks}"
-            )
-        self.tokens.check(self.depth, self.half_blocks)
-
-    def inherit(self, old: NetworkConfig, config: object) -> Self:
-        """A copy with the contract's fields and, for equal sides of the patch, the axes of old."""
-        new = super().inherit(old, config)
-        if len(self.patch) == old.axes or len(set(self.patch)) > 1:
-            return new
-        return replace(new, patch=self.patch[:1] * old.axes)
 
     def for_canvas(self, canvas: Size) -> Self:
         """A copy with a patch that fits a canvas, if it is 0; see `ditsizes.patch_for`."""
@@ -154,40 +54,10 @@ class DiTConfig(NetworkConfig):
             return self
         return replace(self, patch=patch_for(canvas))
 
-    @property
-    def token_size(self) -> Size:
-        return self.patch
-
     def suits(self, config: Any) -> Mapping[str, Any]:
         """With a bottleneck the recipe of JiT, see `ditsizes.jit`."""
         denoises = hasattr(config.objective, "weighting")
         return jit(self.width) if self.bottleneck and denoises else {}
-
-    @property
-    def axes(self) -> int:
-        return len(self.patch)
-
-    @property
-    def divisor(self) -> int:
-        if not any(self.patch):
-            return 1
-        return math.lcm(*self.patch) * (2 if self.half_blocks else 1)
-
-    @property
-    def reads(self) -> frozenset[str]:
-        context = {"context", "context_mask"} if self.context else set()
-        seed = {"seed"} if self.tokens.is_random else set()
-        return super().reads | {"pos"} | context | seed
-
-    @property
-    def noise_patch(self) -> tuple[int, ...]:
-        return self.patch
-
-    @property
-    def half(self) -> range:
-        """Numbers of the blocks at half resolution."""
-        start = (self.depth - self.half_blocks) // 2
-        return range(start, start + self.half_blocks)
 
     def build(self, *, seed: int = 0) -> "DiT":
         if not any(self.patch):
