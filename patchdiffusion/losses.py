@@ -52,6 +52,8 @@ class Batch:
     """Further columns of the crops that fill no condition, by name; see `data.columns`."""
     origin: Origin | None = None
     """Identity of the crops within the run; None for batches that no feed made."""
+    counted: Tensor | None = None
+    """bool [B, 1, *S], the pixels that count in the loss; None for all. See `Network.counted`."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class DenoisingLoss:
         sigma = self.levels(draws, batch.noise)
         noise = draws.normal("noise", tuple(batch.images.shape[1:]))
         estimate = estimated(denoiser, batch, noise, sigma, self.weighting(sigma))
-        error = squared_error(estimate.denoised, batch.images)
+        error = squared_error(estimate.denoised, batch.images, batch.counted)
         return LossOut(per_sample=estimate.weight * error, estimate=estimate)
 
 
@@ -168,9 +170,20 @@ def estimated(
     return Estimate(denoiser(noisy, sigma, batch.cond), noisy, sigma, weight)
 
 
-def squared_error(a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared difference over the pixels of each sample: [B, ...] -> [B]."""
-    return (a - b).square().flatten(1).mean(1)
+def squared_error(a: Tensor, b: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean squared difference over the pixels of each sample that count: [B, ...] -> [B]."""
+    return pixel_mean((a - b).square(), counted)
+
+
+def pixel_mean(x: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean over the pixels of each sample that count, see `Batch.counted`: [B, C, *S] -> [B].
+
+    At least one pixel of each sample must count.
+    """
+    if counted is None:
+        return x.flatten(1).mean(1)
+    total = torch.where(counted, x, 0.0).flatten(1).sum(1)
+    return total / (x.shape[1] * counted.flatten(1).sum(1))
 
 
 def denoising_error(

@@ -112,6 +112,11 @@ class NetworkConfig(ABC):
         return None
 
     @property
+    def masks(self) -> bool:
+        """True if only a part of its output counts in training, see `Network.counted`."""
+        return False
+
+    @property
     def smooth_in_noise(self) -> bool:
         """True if derivatives along the noise condition are moderate, as MeanFlow needs."""
         return True
@@ -180,6 +185,14 @@ class Network(nn.Module, ABC, Generic[Config]):
     def noise_patch(self) -> tuple[int, ...] | None:
         """Patches that may have noise levels of their own, see `NetworkConfig.noise_patch`."""
         return self.config.noise_patch
+
+    def counted(self, cond: Cond, size: Size) -> Tensor | None:
+        """Pixels of an image or crop of this size whose output counts in the loss: bool [B, 1, *S].
+
+        A function of `cond.seed`, as the draws of the forward pass are; at least one pixel of each
+        sample counts. None for all, which is always right unless `config.masks`.
+        """
+        return None
 
     def units(self) -> list[nn.Module]:
         """The repeated blocks, which are compiled and sharded one by one."""

@@ -105,6 +105,9 @@ class Addition(Protocol):
     With a neutral value, such as weight 0, `add` returns the objective itself.
     """
 
+    counts: ClassVar[bool] = False
+    """True if its term is one of the pixels that count alone, see `Batch.counted`."""
+
     @property
     def passes(self) -> float:
         """Forward passes of a training step beside those of the objective."""
@@ -128,6 +131,8 @@ class ObjectiveConfig(Protocol):
     """True if the network without a jump is E[x0 | x], so that solvers and held-out losses work."""
     estimates: ClassVar[bool] = False
     """True if its loss reports the denoised crops, see `LossOut.estimate`."""
+    counts: ClassVar[bool] = False
+    """True if its loss is that of the pixels that count alone, see `Batch.counted`."""
     shards: ClassVar[bool] = True
     """True if it can be trained with `--shard`."""
 

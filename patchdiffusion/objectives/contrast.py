@@ -11,9 +11,10 @@ velocity, equal at all noise levels: the part that all images have in common is 
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.losses import Batch, LossOut, Objective
+from patchdiffusion.losses import Batch, LossOut, Objective, squared_error
 from patchdiffusion.objectives.base import Addition, Materials, Settings
 from patchdiffusion.rng import Draws
 
@@ -22,6 +23,7 @@ from patchdiffusion.rng import Draws
 class ContrastConfig(Addition):
     """Contrastive flow matching: subtract the error against the velocity of another crop."""
 
+    counts: ClassVar[bool] = True
     weight: float = 0.05
     """Weight of that error, relative to the error against the crop's own velocity; 0 is none."""
 
@@ -82,7 +84,7 @@ class ContrastLoss:
             )
         other, other_draws = self.others(batch, "contrast")
         noise = other_draws.normal("noise", tuple(other.images.shape[1:]))
-        square = (estimate.velocity - (noise - other.images)).square().flatten(1).mean(1)
+        square = squared_error(estimate.velocity, noise - other.images, batch.counted)
         unit = estimate.weight * (estimate.sigma / (1 + estimate.sigma)) ** 2
         return replace(
             out,

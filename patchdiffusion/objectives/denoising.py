@@ -17,6 +17,7 @@ class DenoisingConfig(ObjectiveConfig):
     """Denoising, the objective of ordinary diffusion models (EDM, arXiv 2206.00364)."""
 
     estimates: ClassVar[bool] = True
+    counts: ClassVar[bool] = True
     weighting: LossWeight | None = None
     """Weight of the loss; None is the default of the parameterisation."""
     log_variance: int = 0

@@ -7,14 +7,21 @@ N(0, 1)), is the noise law `logit-normal` of mean -.7.
 
 import math
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.denoiser import Denoiser, noise_patch
-from patchdiffusion.losses import Batch, DenoisingLoss, LossOut, Objective, estimated
+from patchdiffusion.losses import (
+    Batch,
+    DenoisingLoss,
+    LossOut,
+    Objective,
+    estimated,
+    pixel_mean,
+)
 from patchdiffusion.noise import LogitNormal, NoiseLaw
 from patchdiffusion.objectives.base import C, Materials, ObjectiveConfig, Settings
 from patchdiffusion.patches import Size
@@ -30,6 +37,7 @@ LEAST = 1e-5
 class PatchForcingConfig(ObjectiveConfig):
     """Patch Forcing: each token has a noise level of its own, up to that of its image."""
 
+    counts: ClassVar[bool] = True
     weighting: LossWeight | None = None
     """Weight of the loss at the level of each token; None is the default of the parameterisation.
     """
@@ -103,7 +111,7 @@ class PatchForcingLoss:
         weight = self.loss.weighting(sigma)
         estimate = estimated(denoiser, batch, draws.normal("noise", shape), sigma, weight)
         error = weight * (estimate.denoised - batch.images).square()
-        return LossOut(per_sample=error.flatten(1).mean(1))
+        return LossOut(per_sample=pixel_mean(error, batch.counted))
 
 
 def token_levels(least: Tensor, draws: Draws, grid: Size, spread: float) -> Tensor:

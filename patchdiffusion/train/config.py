@@ -20,6 +20,14 @@ class TrainConfig(Settings):
     task: Task = field(default_factory=DenoiserTask)
     """Kind of model that is trained."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.network.masks and (parts := self.task.not_counting(self)):
+            raise ValueError(
+                f"{parts[0]} counts all pixels in its loss, and network.tokens leaves out those of "
+                "the tokens it drops; use --network.tokens route, or --objective denoising"
+            )
+
 
 FREE = (
     "name",

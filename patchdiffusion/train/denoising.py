@@ -16,6 +16,7 @@ from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives.base import Materials, with_additions
 from patchdiffusion.rng import Draws
 from patchdiffusion.sampling.config import Kind, SamplerConfig
+from patchdiffusion.system import families
 from patchdiffusion.train.preview import Scene
 from patchdiffusion.train.samples import SamplePreview
 from patchdiffusion.train.settings import Settings
@@ -92,6 +93,10 @@ class DenoiserTask(TaskConfig):
 
     def dropout(self, config: Settings) -> float:
         return config.label_dropout
+
+    def not_counting(self, config: Settings) -> tuple[str, ...]:
+        parts = [("--objective", config.objective), *(("--additions", a) for a in config.additions)]
+        return tuple(f"{flag} {families.word(type(p))}" for flag, p in parts if not p.counts)
 
     def passes(self, config: Settings) -> float:
         return config.objective.passes + sum(addition.passes for addition in config.additions)

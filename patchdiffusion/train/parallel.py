@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from patchdiffusion.cond import Tape
+from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.guidance.cfg import CONDITIONS
 from patchdiffusion.losses import Batch, Loss, LossOut
+from patchdiffusion.nets.base import Network
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team, is_sharded
 
@@ -27,8 +28,9 @@ class Recorded(Protocol):
 class LossModule(nn.Module):
     """Model and objective as one module, whose forward pass DistributedDataParallel synchronizes.
 
-    Before the objective is called, random draws inside the network get their seeds and conditions
-    are dropped; afterwards auxiliary losses of the network, such as that of a router, are added.
+    Before the objective is called, random draws inside the network get their seeds, conditions are
+    dropped, and the network says which pixels count; afterwards auxiliary losses of the network,
+    such as that of a router, are added.
     """
 
     def __init__(
@@ -58,9 +60,16 @@ class LossModule(nn.Module):
         if self.dropout and cond.gives(*self.drops):
             where = draws.bernoulli("label dropout", self.dropout)
             cond = cond.without(*self.drops, where=where)
+        batch = replace(batch, cond=cond, counted=self._counted(cond, batch))
         tape = Tape()
         model = self.model.recording(tape)
-        return with_losses(self.objective(model, replace(batch, cond=cond), draws), tape)
+        return with_losses(self.objective(model, batch, draws), tape)
+
+    def _counted(self, cond: Cond, batch: Batch) -> Tensor | None:
+        network = getattr(self.model, "network", None)
+        if not isinstance(network, Network):
+            return batch.counted
+        return network.counted(cond, tuple(batch.images.shape[2:]))
 
 
 def with_losses(out: LossOut, tape: Tape) -> LossOut:

@@ -71,6 +71,10 @@ class TaskConfig(ABC):
             return True
         return pack.labels is not None and bool((pack.labels[pack.train] < 0).any())
 
+    def not_counting(self, config: Settings) -> tuple[str, ...]:
+        """The parts of the loss that do not read `Batch.counted`, as flags."""
+        return (f"--task {families.word(type(self))}",)
+
     def passes(self, config: Settings) -> float:
         """Number of forward passes of a training step beside the usual one."""
         return 0.0
