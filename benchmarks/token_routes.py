@@ -37,7 +37,9 @@ def measure(data: str, rule: str, options: argparse.Namespace) -> dict[str, Any]
     flags = [*COMMON.split(), "--network.tokens", *rule.split()]
     if options.resolution:
         flags += ["--data.resolution", str(options.resolution)]
-    folder = options.work / f"{Path(data).stem}-{rule}"
+    folder = options.work / "-".join(
+        [Path(data).stem, *rule.replace("--network.tokens.", "").split()]
+    )
     with chosen([data, *flags]) as arguments:
         config, run = arguments.training, RunConfig(out=folder, device="cpu", threads=1)
     trial = assemble(config, replace(run, dry_run=True), prepare_data(config.data))

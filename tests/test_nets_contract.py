@@ -13,7 +13,7 @@ from patchdiffusion.nets import Network, base
 from patchdiffusion.nets.adm import ADMConfig
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
-from patchdiffusion.nets.routing import Route, Sprint
+from patchdiffusion.nets.routing import Mask, Route, Sprint
 from patchdiffusion.nets.topology import Features, UNet
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.objectives.tangent import derivative
@@ -58,6 +58,7 @@ NETWORKS = {
     "transformer, 1 axis": replace(DIT, patch=(2,)),
     "transformer, 3 axes": replace(DIT, patch=(1, 2, 4)),
     "transformer, route": replace(DIT, tokens=Route()),
+    "transformer, mask": replace(DIT, tokens=Mask(mixer=1)),
     "transformer, sprint": replace(DIT, depth=3, tokens=Sprint(dense=1, drop=0.5)),
     "modern": replace(MODERN, dropout=0.1),
     "modern, 1 axis": replace(MODERN, patch=(2,), modulation="shared", learned_variance=True),

@@ -149,6 +149,16 @@ class DiT(Network[DiTConfig]):
         """
         return self.finish(self.run(self.start(x, noise, cond, tape=tape), cond, tape=tape))
 
+    def counted(self, cond: Cond, size: Size) -> Tensor | None:
+        if self.stage is None or cond.seed is None or not self.config.masks:
+            return None
+        patch = self.config.patch
+        grid = tuple(-(-side // p) for side, p in zip(size, patch, strict=True))
+        kept = self.stage.choose(cond.seed, math.prod(grid))
+        mask = torch.zeros(len(kept), math.prod(grid), dtype=torch.bool, device=kept.device)
+        mask = mask.scatter(1, kept, True)[..., None].expand(-1, -1, math.prod(patch))
+        return fold(mask, grid, patch)[(..., *(slice(side) for side in size))]
+
     def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
         """Deep features, after the last block: [B, T, D]."""
         return self.run(self.start(x, noise, cond), cond).h

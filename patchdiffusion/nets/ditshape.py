@@ -127,6 +127,10 @@ class DiTShape(NetworkConfig):
         return super().reads | {"pos"} | context | seed
 
     @property
+    def masks(self) -> bool:
+        return self.tokens.masks
+
+    @property
     def noise_patch(self) -> tuple[int, ...]:
         return self.patch
 

@@ -1,7 +1,8 @@
 """Cheap tokens: in training, only some of the tokens pass through some blocks of a transformer.
 
 Each rule is a record with a `Stage`, which selects the tokens before its first block and puts them
-back after its last one. Which tokens go on is a function of `cond.seed`; without it, as in
+back after its last one. The loss is that of all tokens, or with a rule that `masks` that of those
+which went on. Which tokens go on is a function of `cond.seed`; without it, as in
 sampling and for held-out losses, all do. Written from the papers.
 
 Shapes: B batch, T tokens, K of them that go on, D features of a token.
@@ -36,11 +37,15 @@ class Stage(nn.Module):
         super().__init__()
         self.blocks, self.rate = blocks, rate
 
+    def choose(self, seed: Tensor, count: int) -> Tensor:
+        """Which of `count` tokens go on, for seeds int64 [B]: int64 [B, K]."""
+        return kept_tokens(subkeys(seed, "tokens"), count, self.rate)
+
     def enter(self, tokens: Tokens, seed: Tensor | None) -> Tokens:
         """The tokens that go on, before the first block; all without seeds int64 [B]."""
         if seed is None:
             return tokens
-        index = kept_tokens(subkeys(seed, "tokens"), tokens.h.shape[1], self.rate)
+        index = self.choose(seed, tokens.h.shape[1])
         return tokens.select(index)._replace(outer=tokens, kept=index)
 
     def leave(self, tokens: Tokens, seed: Tensor | None) -> Tokens:
@@ -109,6 +114,11 @@ class TokenRule(ABC):
     def is_random(self) -> bool:
         """True if the output depends on `cond.seed`."""
         return True
+
+    @property
+    def masks(self) -> bool:
+        """True if the loss is that of the tokens that go on alone, see `Network.counted`."""
+        return False
 
     def check(self, depth: int, half_blocks: int) -> None:
         """Raise `ValueError` for a network that this rule does not fit."""
@@ -206,5 +216,44 @@ class Sprint(TokenRule):
         return FusedStage(self.blocks(depth), self.rate, self.drop, width)
 
 
-Routing = AllTokens | Route | Sprint
+@dataclass(frozen=True, kw_only=True)
+class Mask(TokenRule):
+    """Some tokens are dropped after the first blocks, and out of the loss (MicroDiT, 2407.15811).
+
+    With a `mixer` this is deferred masking, without one the masking of MaskDiT (2306.09305), though
+    without its decoder. Other than in MicroDiT, the first blocks are as wide as the others.
+    """
+
+    rate: float = 0.75
+    """Share of the tokens that are dropped."""
+    mixer: int = 2
+    """Blocks at the start that all tokens pass through, so that those that go on know of the
+    others; 0 is naive masking."""
+
+    def __post_init__(self) -> None:
+        _in_range("rate", self.rate, below_one=True)
+        if not 0 <= self.mixer <= 255:
+            raise ValueError(f"mixer must lie in [0, 255], not {self.mixer}")
+
+    @property
+    def is_random(self) -> bool:
+        return self.rate > 0
+
+    @property
+    def masks(self) -> bool:
+        return self.rate > 0
+
+    def blocks(self, depth: int) -> range:
+        if depth <= self.mixer:
+            raise ValueError(
+                f"depth must be at least {self.mixer + 1} for tokens mask with a mixer of "
+                f"{self.mixer} blocks, not {depth}"
+            )
+        return range(self.mixer, depth)
+
+    def build(self, width: int, depth: int) -> Stage:
+        return Stage(self.blocks(depth), self.rate)
+
+
+Routing = AllTokens | Route | Sprint | Mask
 """The rules of `--network.tokens`."""

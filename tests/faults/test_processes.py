@@ -20,7 +20,7 @@ from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, same_run, stat
 from safetensors.torch import load_file
 
 from patchdiffusion.nets.dit import DiTConfig
-from patchdiffusion.nets.routing import Route, Sprint
+from patchdiffusion.nets.routing import Mask, Route, Sprint
 from patchdiffusion.system.serialize import encode
 
 
@@ -318,9 +318,9 @@ def test_few_step_models_on_two_processes(objective: str, images: Path, tmp_path
         assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
 
 
-@pytest.mark.parametrize("rule", [Route(), Sprint()], ids=["route", "sprint"])
+@pytest.mark.parametrize("rule", [Route(), Sprint(), Mask()], ids=["route", "sprint", "mask"])
 def test_tokens_that_skip_on_two_processes(
-    rule: Route | Sprint, images: Path, tmp_path: Path
+    rule: Route | Sprint | Mask, images: Path, tmp_path: Path
 ) -> None:
     """The same tokens skip for any number of processes and any micro-batches."""
     network = encode(DiTConfig(width=16, depth=6, heads=2, num_classes=2, tokens=rule))
