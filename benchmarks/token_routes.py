@@ -2,6 +2,7 @@
 
     python benchmarks/token_routes.py glyphs
     python benchmarks/token_routes.py emoji-128.zip --resolution 32
+    python benchmarks/token_routes.py glyphs --rules none mask "mask --network.tokens.mixer 0"
 
 Trains the small transformer under each rule of `--network.tokens` until it has spent as many
 operations, one process after the other. The held-out loss is that of all tokens, with averaged
@@ -34,7 +35,7 @@ COMMON += " --preview.samples 2 --preview.grid 1 --preview.sample-steps 1 --prev
 
 def measure(data: str, rule: str, options: argparse.Namespace) -> dict[str, Any]:
     """Train under a rule, or go on with it; its result."""
-    flags = [*COMMON.split(), "--network.tokens", *rule.split()]
+    flags = [*COMMON.split(), *options.network.split(), "--network.tokens", *rule.split()]
     if options.resolution:
         flags += ["--data.resolution", str(options.resolution)]
     folder = options.work / "-".join(
@@ -68,6 +69,7 @@ def main() -> None:
     )
     parser.add_argument("data")
     parser.add_argument("--resolution", type=int)
+    parser.add_argument("--network", default="", help="further flags of the network")
     parser.add_argument("--tflop", type=float, default=4.0)
     parser.add_argument("--rules", nargs="+", default=["none", "route", "sprint"])
     parser.add_argument("--work", type=Path, default=Path("runs/token-routes"))
