@@ -68,6 +68,15 @@ def test_kept_tokens_are_a_random_part_in_order(rate: float, keep: int) -> None:
 def test_blocks_as_published(depth: int) -> None:
     assert Route().blocks(depth) == (range(2, 9) if depth == 12 else range(1, 5))
     assert Sprint().blocks(depth) == range(2, depth - 2)
+    assert Route(start=0).blocks(depth).start == 1 and Route(end=1).blocks(depth)[-1] == depth - 1
+
+
+def test_a_path_is_dropped_without_skipped_tokens() -> None:
+    x, noise, cond = inputs(PLAIN)
+    plain, network = alive(PLAIN), replace(PLAIN, tokens=Sprint(rate=0, drop=0.99)).build()
+    network.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        assert not torch.allclose(network(x, noise, cond), plain(x, noise, cond))
 
 
 # ---- Neutral values ----
