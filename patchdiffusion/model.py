@@ -25,6 +25,7 @@ from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
 from patchdiffusion.parameterisation import Parameterisation
 from patchdiffusion.patches import Size
 from patchdiffusion.system.files import (
+    SEAL,
     folder_atomic,
     read_json,
     sealed,
@@ -111,6 +112,35 @@ class Model:
     config: ModelConfig
     network: base.Network
     digest: str
+    folder: Path | None = None
+    """Folder that it was loaded from."""
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """Facts about these weights in a file of the model folder; None if there are none.
+
+        Raises `ValueError` if the file is damaged, or about other weights.
+        """
+        file = None if self.folder is None else self.folder / name
+        if file is None or not file.is_file():
+            return None
+        facts = read_json(file)
+        if not isinstance(facts, dict) or SEAL not in facts:
+            raise ValueError(f"{file} is not a sealed record of a model")
+        try:
+            facts = unsealed(facts)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        if (weights := facts.pop("weights", None)) != self.digest:
+            raise ValueError(
+                f"{file} is about the weights {weights}, and these are {self.digest}; measure again"
+            )
+        return facts
+
+    def write_record(self, name: str, facts: Mapping[str, Any]) -> Path:
+        """Write facts about these weights to a file of the model folder; see `record`."""
+        assert self.folder is not None, "a model in memory has no folder"
+        write_json(self.folder / name, sealed({"weights": self.digest, **facts}))
+        return self.folder / name
 
     @property
     def denoiser(self) -> NetDenoiser:
@@ -246,4 +276,5 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} does not fit its configuration: {reason}") from error
-    return Model(config, network.to(device).eval().requires_grad_(False), actual[:16])
+    network = network.to(device).eval().requires_grad_(False)
+    return Model(config, network, actual[:16], folder)

@@ -231,3 +231,23 @@ def test_weights_are_a_function_of_the_seed() -> None:
     a, b, c = (CONFIG.network.build(seed=seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not all(torch.equal(a[name], c[name]) for name in a)
+
+
+def test_a_record_is_about_the_weights_beside_it(saved: Path) -> None:
+    loaded = load_model(saved)
+    assert loaded.record("facts.json") is None
+    file = loaded.write_record("facts.json", {"losses": [0.1, 0.2]})
+    assert file == saved / "facts.json" and load_model(saved).record("facts.json") == {
+        "losses": [0.1, 0.2]
+    }
+    with refuses("facts.json", load_model(saved, weights="raw").digest, loaded.digest):
+        load_model(saved, weights="raw").record("facts.json")
+    facts = read_json(file)
+    write_json(file, {**facts, "losses": [0.1, 0.3]})
+    with refuses("facts.json", "changed"):
+        loaded.record("facts.json")
+    write_json(file, {"losses": [0.1]})
+    with refuses("facts.json", "sealed"):
+        loaded.record("facts.json")
+    save_model(saved, CONFIG, state(3), state(2))
+    assert load_model(saved).record("facts.json") is None

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -34,6 +34,10 @@ class Models(Protocol):
 
     def picture(self, path: str) -> Tensor:
         """The image in a file, in units of the network and of the size of its canvas: [C, *S]."""
+        ...
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """Facts about the sampled weights in a file beside them; None if there are none."""
         ...
 
     def require_unconditional(self) -> None:

@@ -1,6 +1,7 @@
 """Loading of the further trained models that guidance uses."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from patchdiffusion.nets.base import Weights
 from patchdiffusion.patches import size_name
 from patchdiffusion.sampling.inpaint import read_picture
 from patchdiffusion.solvers.schedules import support
+from patchdiffusion.system.files import SEAL, sealed
 
 
 class Companions:
@@ -23,12 +25,12 @@ class Companions:
         self.device = device
         self.main = main
         self._models: dict[tuple[str, str], Model] = {}
-        self._pictures: dict[str, str] = {}
+        self._files: dict[str, str] = {}
 
     @property
     def digests(self) -> dict[str, str]:
-        """Digests of the models and pictures that have been loaded, by their paths."""
-        return {path: model.digest for (path, _), model in self._models.items()} | self._pictures
+        """Digests of the models and files that have been loaded, by their paths."""
+        return {path: model.digest for (path, _), model in self._models.items()} | self._files
 
     def denoiser(self, path: str, weights: Weights, levels: tuple[float, float]) -> Denoiser:
         """The denoiser in a run or model folder; it must cover the lowest and highest level."""
@@ -83,9 +85,16 @@ class Companions:
                 f"the picture {path} has values of type {values.dtype}, and the model 8-bit "
                 "pixels; save it with 8 bits per channel"
             )
-        self._pictures[path] = hashlib.sha256(values.tobytes()).hexdigest()
+        self._files[path] = hashlib.sha256(values.tobytes()).hexdigest()
         stored = torch.from_numpy(values.astype(np.float32)).movedim(-1, 0)[None]
         return config.space.to_network(stored.repeat(1, channels // values.shape[-1], 1, 1))[0]
+
+    def record(self, name: str) -> dict[str, Any] | None:
+        """Facts about the sampled weights in a file of their folder, see `Model.record`."""
+        facts = None if self.main is None else self.main.record(name)
+        if facts is not None:
+            self._files[name] = sealed(facts)[SEAL]
+        return facts
 
     def require_unconditional(self) -> None:
         """Raise `ValueError` if the model that samples was never trained without its classes."""
