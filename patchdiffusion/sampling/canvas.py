@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.patches import Size
@@ -54,5 +55,5 @@ class CanvasRegion:
         return PatchDenoiser(denoiser, around.canvas, self.place(around.canvas)[1])
 
 
-Canvas = WholeCanvas | CanvasRegion | Inpaint
+Canvas = WholeCanvas | CanvasRegion | Tiles | Inpaint
 """The regions of `--canvas`; each is a `guidance.base.Part` with `place`."""

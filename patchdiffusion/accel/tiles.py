@@ -1,0 +1,237 @@
+"""Canvases larger than that of training: windows of its size, evaluated side by side.
+
+A network whose attention or position reaches over the whole canvas, such as a LEGO network with
+bricks of whole images (Zheng et al., ICLR 2024, arXiv 2310.06389), sees windows it was trained for.
+Windows that lie elsewhere in every step, or that overlap and are averaged (arXiv 2302.08113), leave
+no seams. Shapes: B images, T windows of each, n axes.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from patchdiffusion import rng
+from patchdiffusion.cond import Call, Cond
+from patchdiffusion.denoiser import Denoiser, Wrapper, ask
+from patchdiffusion.guidance.base import Surroundings
+from patchdiffusion.patches import Size, coordinates, crop, pixel_indices, size_name
+
+Coordinates = Literal["window", "pitch", "clamp", "periodic", "whole"]
+
+
+def starts(side: int, window: int, stride: int) -> Tensor:
+    """Evenly spaced starts of windows that cover an axis, at most `stride` apart: int64 [T]."""
+    count = math.ceil((side - window) / stride) + 1
+    return torch.arange(count) * (side - window) // max(count - 1, 1)
+
+
+def shifted_starts(side: int, window: int, stride: int, offset: Tensor) -> Tensor:
+    """Starts of windows `stride` apart from offsets in [0, stride): int64 [B] -> [B, T].
+
+    Windows that would reach over an end of the axis are moved inside, so that any side is covered.
+    """
+    if side == window:
+        return torch.zeros_like(offset)[:, None]
+    count = math.ceil((side - window) / stride) + 2
+    first = offset[:, None] - stride
+    return (first + torch.arange(count, device=offset.device) * stride).clamp(0, side - window)
+
+
+def window_coordinates(
+    kind: Coordinates, corner: Tensor, window: Size, canvas: Size, size: Size
+) -> Tensor:
+    """Coordinates of windows with these corners [B, n]: float32 [B, n, *window].
+
+    `canvas` is the size of training, and `size` that of the image. window: as if each were a whole
+    image; pitch: that of training, beyond [-1, 1]; clamp: the same, within; periodic: the canvas of
+    training repeated; whole: [-1, 1] over the image.
+    """
+    if kind == "window":
+        return coordinates(torch.zeros_like(corner), window, window)
+    if kind == "whole":
+        return coordinates(corner, window, size)
+    if kind == "periodic":
+        table = coordinates(torch.zeros_like(corner[:1]), canvas, canvas)[0]  # [n, *canvas]
+        index = (i % side for i, side in zip(pixel_indices(corner, window), canvas, strict=True))
+        return table[(slice(None), *index)].movedim(0, 1)
+    pos = coordinates(corner, window, canvas)
+    return pos.clamp(-1, 1) if kind == "clamp" else pos
+
+
+class TiledDenoiser(Wrapper):
+    """A denoiser of images larger than the canvas of training, by windows of that size.
+
+    Pixels in several windows get the mean of their estimates, weighted towards the middle of a
+    window if these overlap by plan. With `shift` the windows lie elsewhere in every step of a
+    solver, as a function of the step and of the seed of each image. An image of the size of the
+    canvas is denoised as it is. Raises `ValueError` for a smaller one.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        canvas: Size,
+        *,
+        overlap: float = 0.0,
+        shift: bool = True,
+        kind: Coordinates = "window",
+    ):
+        """`overlap` is the share of a window that the next one covers, in [0, 1)."""
+        if not 0 <= overlap < 1:
+            raise ValueError(f"the overlap of windows must lie in [0, 1), not {overlap}")
+        super().__init__(denoiser)
+        self.canvas = canvas
+        self.strides = tuple(max(1, round(side * (1 - overlap))) for side in canvas)
+        self.overlap = overlap
+        self.shift = shift
+        self.kind: Coordinates = kind
+
+    def corners(self, size: Size, count: int, call: Call, device: torch.device) -> Tensor:
+        """First pixels of the windows of `count` images: int64 [B, T, n]."""
+        position = call.position if self.shift else None
+        axes = []
+        for axis, (side, window, stride) in enumerate(
+            zip(size, self.canvas, self.strides, strict=True)
+        ):
+            if position is None:
+                axes.append(starts(side, window, stride).to(device).expand(count, -1))
+                continue
+            seeds = position.seeds
+            seeds = torch.zeros(count, dtype=torch.int64) if seeds is None else seeds
+            key = rng.keys(0, "tiles", position.index, seeds.to(device))
+            offset = rng.integers(rng.subkeys(key, f"axis {axis}"), stride)
+            axes.append(shifted_starts(side, window, stride, offset))
+        grid = axes[0][..., None]  # [B, T, 1]
+        for starts_of_axis in axes[1:]:
+            t, u = grid.shape[1], starts_of_axis.shape[1]
+            one = grid.repeat_interleave(u, dim=1)
+            grid = torch.cat([one, starts_of_axis.repeat(1, t)[..., None]], dim=2)
+        return grid
+
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
+        size, count = tuple(x.shape[2:]), len(x)
+        _check_size(size, self.canvas)
+        corner = self.corners(size, count, call, x.device)
+        tiles = corner.shape[1]
+        flat = corner.transpose(0, 1).flatten(0, 1)  # [T B, n]
+        window = self._of_windows(cond or Cond(), corner, size)
+        pos = window_coordinates(self.kind, flat, self.canvas, self.canvas, size)
+        denoised = ask(
+            self.inner[0],
+            _cut(x, corner, self.canvas),
+            self._levels(sigma, corner),
+            replace(window, pos=pos.to(x.device)),
+            _of_tiles(call, tiles),
+        )
+        return denoised if tiles == 1 else self._joined(denoised, corner, x)
+
+    def _of_windows(self, cond: Cond, corner: Tensor, size: Size) -> Cond:
+        """The condition of each window; a map of the size of the image is cut as it is."""
+        count, tiles = corner.shape[:2]
+        index = torch.arange(count, device=corner.device).repeat(tiles)
+        cut = cond.image is not None and tuple(cond.image.shape[2:]) == size
+        image = _cut(cond.image, corner, self.canvas) if cut and cond.image is not None else None
+        taken = replace(cond, pos=None, image=None if cut else cond.image).take(index)
+        return replace(taken, image=image) if cut else taken
+
+    def _levels(self, sigma: Tensor | float, corner: Tensor) -> Tensor | float:
+        if not isinstance(sigma, Tensor) or sigma.ndim == 0:
+            return sigma
+        return _cut(sigma, corner, self.canvas) if sigma.ndim > 1 else sigma.repeat(corner.shape[1])
+
+    def _joined(self, denoised: Tensor, corner: Tensor, x: Tensor) -> Tensor:
+        """Mean over the windows of each pixel: [T B, C, *canvas] -> like x."""
+        total = torch.zeros_like(x).movedim(1, -1)  # [B, *S, C]
+        norm = torch.zeros_like(total[..., :1])
+        weight = self._weight(x)[..., None]  # [*canvas, 1]
+        sample = torch.arange(len(x), device=x.device).view(-1, *(1 for _ in self.canvas))
+        for tile, part in enumerate(denoised.movedim(1, -1).split(len(x))):
+            index = (sample, *pixel_indices(corner[:, tile], self.canvas))
+            total[index] += weight * part
+            norm[index] += weight
+        return (total / norm).movedim(-1, 1)
+
+    def _weight(self, x: Tensor) -> Tensor:
+        """Weight of each pixel of a window, largest in the middle: [*canvas]; 1 without overlap."""
+        weight = torch.ones(self.canvas, dtype=x.dtype, device=x.device)
+        if self.overlap == 0:
+            return weight
+        for axis, side in enumerate(self.canvas):
+            place = torch.arange(side, dtype=x.dtype, device=x.device) + 0.5
+            tent = torch.minimum(place, side - place)
+            weight = weight * tent.view(*(-1 if i == axis else 1 for i in range(weight.ndim)))
+        return weight
+
+
+def _cut(x: Tensor, corner: Tensor, window: Size) -> Tensor:
+    """All windows of images, those of one number together: [B, C, *S] -> [T B, C, *window]."""
+    parts = [crop(x, corner[:, tile], window) for tile in range(corner.shape[1])]
+    return torch.cat(parts)
+
+
+def _of_tiles(call: Call, tiles: int) -> Call:
+    """The call of all windows, with a slot of its own so that no cache mixes them."""
+    position = call.within("tiles").position
+    if position is not None and position.seeds is not None:
+        position = replace(position, seeds=position.seeds.repeat(tiles))
+    return replace(call, position=position)
+
+
+def _check_size(size: Size, canvas: Size) -> None:
+    if len(size) != len(canvas) or any(a < b for a, b in zip(size, canvas, strict=True)):
+        raise ValueError(
+            f"windows of {size_name(canvas)} need an image at least as large, not "
+            f"{size_name(size)}; use --canvas region for parts of the canvas"
+        )
+
+
+# ---- As a part of a sampler ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiles:
+    """A canvas of any size, in windows of that of training (LEGO, arXiv 2310.06389)."""
+
+    word: ClassVar[str] = "tiles"
+
+    size: tuple[int, ...] | None = None
+    """Height and width, or one number for a square; None is the size of training."""
+    shift: bool = True
+    """Place the windows elsewhere in every step, by the seed, so that their borders leave no
+    seams."""
+    overlap: float = 0.0
+    """Share of a window that the next one covers, in [0, 1); estimates are averaged there."""
+    coordinates: Coordinates = "window"
+    """window: each window is a whole image; pitch: coordinates go on as in training; clamp: the
+    same, but end at the border; periodic: they repeat; whole: they are stretched over the image."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None and (not self.size or min(self.size) < 1):
+            raise ValueError(f"a size needs positive height and width, not {self.size}")
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"overlap must lie in [0, 1), not {self.overlap}")
+
+    def place(self, canvas: Size) -> tuple[Size, tuple[int, ...]]:
+        """Size of the samples, and the position of their first pixel on the canvas.
+
+        Raises `ValueError` for a size below that of training.
+        """
+        size = self.size or canvas
+        if len(size) == 1:
+            size *= len(canvas)
+        if len(size) != len(canvas):
+            raise ValueError(f"the size of a canvas needs {len(canvas)} numbers, not {size}")
+        _check_size(size, canvas)
+        return size, (0,) * len(canvas)
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return TiledDenoiser(
+            denoiser,
+            around.canvas,
+            overlap=self.overlap,
+            shift=self.shift,
+            kind=self.coordinates,
+        )

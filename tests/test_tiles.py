@@ -1,0 +1,222 @@
+"""Canvases in windows of the size of training, and the seams that fixed windows leave."""
+
+import math
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from commands import Capture, fails, names, refuses, works
+from oracles import Oracle
+from torch import Tensor
+
+from patchdiffusion import Cond, SamplerConfig, sample
+from patchdiffusion.accel.tiles import (
+    Coordinates,
+    TiledDenoiser,
+    Tiles,
+    shifted_starts,
+    starts,
+    window_coordinates,
+)
+from patchdiffusion.cond import Call, Position
+from patchdiffusion.data.decode import decoded
+from patchdiffusion.denoiser import Denoiser, PatchDenoiser
+from patchdiffusion.guidance.cfg import ClassifierFree
+from patchdiffusion.metrics.seams import seam_ratio
+from patchdiffusion.paths import per_sample
+from patchdiffusion.solvers import Heun
+
+CANVAS = (4, 6)
+
+
+def at(index: int, *seeds: int) -> Call:
+    return Call(Position(run=0, index=index, stage=0, sigmas=(1.0, 0.0), seeds=torch.tensor(seeds)))
+
+
+def drawn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+# ---- Where windows lie ----
+
+
+@pytest.mark.parametrize(("side", "stride"), [(6, 6), (12, 6), (13, 6), (20, 3), (20, 1), (7, 5)])
+def test_windows_cover_every_axis(side: int, stride: int) -> None:
+    fixed = starts(side, 6, stride)
+    offset = torch.arange(stride)
+    shifted = shifted_starts(side, 6, stride, offset)
+    for row in (fixed, *shifted):
+        covered = {pixel for start in row.tolist() for pixel in range(start, start + 6)}
+        assert covered == set(range(side))
+        assert all(
+            0 <= b - a <= stride for a, b in zip(row.tolist(), row.tolist()[1:], strict=False)
+        )
+    if side > 6:  # each offset is where a window starts, unless it would reach over the end
+        assert [o in row for o, row in zip(range(stride), shifted.tolist(), strict=True)] == [
+            o <= side - 6 for o in range(stride)
+        ]
+    assert starts(12, 6, 6).tolist() == [0, 6]
+
+
+def test_shifts_depend_on_step_and_seed_alone() -> None:
+    tiled = TiledDenoiser(Oracle(lambda x, s, c: x), CANVAS)
+    cpu = torch.device("cpu")
+    both = tiled.corners((12, 18), 2, at(3, 5, 9), cpu)
+    assert both.shape == (2, 16, 2)
+    assert torch.equal(both[1:], tiled.corners((12, 18), 1, at(3, 9), cpu))
+    assert not torch.equal(both[0], both[1])
+    assert not torch.equal(both, tiled.corners((12, 18), 2, at(4, 5, 9), cpu))
+    one = tiled.corners((4, 18), 1, at(3, 5), cpu)
+    assert one.shape == (1, 4, 2) and one[0, :, 0].tolist() == [0] * 4
+    assert torch.equal(
+        tiled.corners((12, 18), 1, Call(), cpu)[0, :4, 1], torch.tensor([0, 6, 12, 0])
+    )
+
+
+def test_every_offset_is_as_likely() -> None:
+    tiled = TiledDenoiser(Oracle(lambda x, s, c: x), (6,))
+    corner = tiled.corners((30,), 6000, at(1, *range(6000)), torch.device("cpu"))
+    counts = torch.bincount(corner[:, 1, 0], minlength=6)
+    assert counts.shape == (6,) and (counts - 1000).abs().max() < 5 * math.sqrt(1000)
+
+
+# ---- What they are told ----
+
+
+def test_coordinates_of_windows() -> None:
+    corner = torch.tensor([[0], [3], [8]])
+    kinds: tuple[Coordinates, ...] = ("window", "pitch", "clamp", "periodic", "whole")
+    rows = {k: window_coordinates(k, corner, (5,), (5,), (13,))[:, 0] for k in kinds}
+    own = torch.linspace(-1, 1, 5)
+    assert torch.equal(rows["window"], own.expand(3, -1))
+    torch.testing.assert_close(rows["pitch"], own + corner / 2)
+    torch.testing.assert_close(rows["clamp"], (own + corner / 2).clamp(-1, 1))
+    torch.testing.assert_close(rows["periodic"][1], own[[3, 4, 0, 1, 2]])
+    torch.testing.assert_close(rows["whole"], (torch.arange(5) + corner) / 6 - 1)
+
+
+@pytest.mark.parametrize("kind", ["window", "pitch", "clamp", "periodic", "whole"])
+def test_the_canvas_of_training_is_denoised_as_it_is(kind: Coordinates) -> None:
+    """With any coordinates, at its cost, bit for bit."""
+    oracle = Oracle(lambda x, s, c: x / (1 + per_sample(s, x)) + placed(c))
+    tiled = TiledDenoiser(oracle, CANVAS, kind=kind, overlap=0.5)
+    x = drawn(3, 2, *CANVAS)
+    expected = PatchDenoiser(oracle, CANVAS)(x, 0.3)
+    assert torch.equal(tiled(x, 0.3, position=at(1, 1, 2, 3).position), expected)
+    assert oracle.batches == [3, 3]
+
+
+def placed(cond: Cond) -> Tensor:
+    assert cond.pos is not None
+    return cond.pos.to(torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "shift"), [(0.0, False), (0.0, True), (0.5, True), (0.7, False)]
+)
+def test_a_denoiser_of_pixels_has_no_windows(overlap: float, shift: bool) -> None:
+    """Whatever depends on each pixel and its position alone comes out as from the whole."""
+    oracle = Oracle(lambda x, s, c: x / (1 + per_sample(s, x)) + placed(c))
+    x, sigma = drawn(3, 2, 9, 20), torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
+    tiled = TiledDenoiser(oracle, CANVAS, kind="pitch", overlap=overlap, shift=shift)
+    got = tiled(x, sigma, position=at(2, 4, 5, 6).position)
+    torch.testing.assert_close(got, PatchDenoiser(oracle, CANVAS)(x, sigma))
+
+
+def test_conditions_follow_their_images() -> None:
+    def best(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        assert cond.labels is not None and cond.image is not None
+        return x * per_sample(cond.labels.double(), x) + cond.image + per_sample(sigma, x)
+
+    x = drawn(2, 1, 8, 15)
+    cond = Cond(labels=torch.tensor([3, 7]), image=drawn(2, 1, 8, 15))
+    sigma = torch.tensor([0.5, 4.0], dtype=torch.float64)
+    tiled = TiledDenoiser(Oracle(best), CANVAS)
+    got = tiled(x, sigma, cond, position=at(0, 1, 2).position)
+    torch.testing.assert_close(got, best(x, sigma, cond))
+    levels = sigma.reshape(2, 1, 1, 1) * drawn(2, 1, 8, 15).abs()
+
+    def mapped(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        return x + sigma
+
+    tiled = TiledDenoiser(mapped, CANVAS)  # pyright: ignore[reportArgumentType]
+    torch.testing.assert_close(tiled(x, levels), x + levels)
+
+
+def test_one_evaluation_has_all_windows() -> None:
+    oracle = Oracle(lambda x, s, c: x)
+    tiled = TiledDenoiser(oracle, CANVAS)
+    tiled(drawn(2, 1, 8, 18), 1.0, position=at(0, 7, 8).position)
+    tiled(drawn(2, 1, 8, 18), 1.0)
+    assert oracle.batches == [2 * 3 * 4, 2 * 2 * 3]
+    position = oracle.steps[0]
+    assert position is not None and position.slot == ("tiles",) and position.seeds is not None
+    assert position.seeds.tolist() == [7, 8] * 12
+
+
+def test_samples_depend_on_their_seed_alone() -> None:
+    config = SamplerConfig(canvas=Tiles(size=(8, 20)), solver=Heun(), steps=4)
+    model = tiny.pipeline(classes=0)
+    images = model.sample(3, config=config, seed=5)
+    assert images.shape == (3, 8, 20, 3)
+    assert (model.sample(1, config=config, seed=6) == images[1:2]).all()
+    guided = SamplerConfig(canvas=Tiles(size=(8, 20)), guidance=ClassifierFree(weight=2), steps=2)
+    assert tiny.pipeline().sample(2, config=guided).shape == (2, 8, 20, 3)
+
+
+# ---- Seams ----
+
+
+class Windowed(Oracle):
+    """Noise is denoised to a mean of its own in every image it is given: seams between windows."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x, s, c: x.mean((1, 2, 3), keepdim=True) + 0.02 * torch.tanh(x))
+
+
+def wide(model: Denoiser, canvas: Tiles) -> Tensor:
+    config = SamplerConfig(canvas=canvas, steps=24)
+    return sample(model, seeds=range(4), channels=1, canvas=CANVAS, config=config)
+
+
+def test_shifts_and_overlaps_remove_seams() -> None:
+    borders = range(6, 60, 6)
+    fixed = seam_ratio(wide(Windowed(), Tiles(size=(4, 60), shift=False)), borders)
+    shifted = seam_ratio(wide(Windowed(), Tiles(size=(4, 60))), borders)
+    averaged = seam_ratio(wide(Windowed(), Tiles(size=(4, 60), shift=False, overlap=0.5)), borders)
+    assert fixed > 5 and shifted < 1.3 and averaged < 1.6
+
+
+def test_the_seam_ratio_by_hand() -> None:
+    steps = torch.tensor([1.0, 1.0, 3.0, 1.0, 1.0])
+    image = torch.cat([torch.zeros(1), steps.cumsum(0)]).expand(2, 1, 4, -1)
+    assert seam_ratio(image, [3]) == 3.0
+    assert seam_ratio(image.mT, [3], axis=-2) == 3.0
+    assert seam_ratio(-image, [1, 3]) == 2.0
+    for borders in ([], range(1, 6), [6], [0]):
+        with refuses("border"):
+            seam_ratio(image, borders)
+
+
+# ---- The command line ----
+
+
+def test_a_wide_picture(finished: Path, tmp_path: Path, capsys: Capture) -> None:
+    flags = ["sample", finished, "--canvas", "tiles", "--count", 1, "--steps", 2]
+    works(capsys, *flags, "--canvas.size", 16, 40, "--out", tmp_path / "a")
+    works(
+        capsys, *flags, "--canvas.size", "24", "--canvas.no-shift", "--canvas.overlap", 0.25,
+        "--canvas.coordinates", "whole", "--out", tmp_path / "b",
+    )  # fmt: skip
+    files = (next((tmp_path / name).glob("seed-*.png")) for name in "ab")
+    shapes = [decoded(file.read_bytes(), file.name).image.shape for file in files]
+    assert shapes == [(16, 40, 3), (24, 24, 3)]
+    assert names(fails(capsys, *flags, "--canvas.size", 8, 40), "16x16", "8x40", "region")
+    assert names(fails(capsys, *flags, "--canvas.size", 1, 2, 3), 2, "1, 2, 3")
+    assert names(fails(capsys, *flags, "--canvas.overlap", 1), "overlap", "1.0")
+    assert names(fails(capsys, *flags, "--canvas.size", 0, 5), "size", "0, 5")
+    with refuses("overlap", 1.5):
+        TiledDenoiser(Oracle(lambda x, s, c: x), CANVAS, overlap=1.5)
+    with refuses("4x6", "3x6"):
+        TiledDenoiser(Oracle(lambda x, s, c: x), CANVAS)(drawn(1, 1, 3, 6), 1.0)
