@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+from patchdiffusion.accel.bricks import Bricks
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.base import Surroundings
 
@@ -17,5 +18,5 @@ class NoAccelerator:
         return denoiser
 
 
-Accelerator = NoAccelerator
+Accelerator = NoAccelerator | Bricks
 """The accelerators of `--accelerator`; each is a `guidance.base.Part`."""

@@ -65,6 +65,7 @@ COMMANDS = {
         "bench",
         "doctor",
         "info",
+        "bricks",
     )
 }
 
