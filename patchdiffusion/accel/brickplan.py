@@ -1,4 +1,4 @@
-"""Which bricks are evaluated at which noise level: schedules, and the measurements behind one."""
+"""Schedules of bricks by noise level, and tables of measurements that they are made of."""
 
 import bisect
 import itertools

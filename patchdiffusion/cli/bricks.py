@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _measure(pipeline: Pipeline, options: BricksArguments) -> BrickMeasure:
-    """What is measured; raises `ValueError` for a model without bricks, and without images."""
+    """The measurement; raises `ValueError` for a model without bricks, and without images."""
     stack_of(pipeline.model.denoiser)
     if not pipeline.model.config.objective.denoises:
         raise ValueError(
