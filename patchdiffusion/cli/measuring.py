@@ -88,21 +88,29 @@ class Measuring:
             if team.is_main:
                 _report(folder)
             with resumable(lambda: _done(folder)):
-                result = self._measured(Parts(folder / PARTS))
+                result = self._measured(Parts(folder / PARTS, self._check_sizes))
             if team.is_main:
                 write(result)
                 discard(folder)
+
+    @property
+    def _packs(self) -> tuple[Pack | None, ...]:
+        return self.evaluation.pack, self.evaluation.compared, self.images
+
+    def _check_sizes(self) -> None:
+        for pack in self._packs:
+            if pack is not None:
+                pack.check_sizes()
 
     def _request(self) -> dict[str, Any]:
         """Everything that the numbers depend on; the parts of an equal one are used."""
         evaluation, pipeline = self.evaluation, self.pipeline
         card = evaluation.card(pipeline)
-        packs = (evaluation.pack, evaluation.compared, self.images)
         return {
             "card": {name: value for name, value in card.items() if name != "date"},
             "config": encode(replace(evaluation.config, swept=())),
             "bits": encode(self.bits),
-            "images": [pack and pack.fingerprint for pack in packs],
+            "images": [pack and pack.fingerprint for pack in self._packs],
             "device": None if pipeline is None else pipeline.model.device.type,
             "processes": evaluation.team.size,
         }
@@ -112,6 +120,7 @@ class Measuring:
         result = self._metrics(kept)
         if measured_bits is not None:
             result["bits"], result["card"]["bits"] = measured_bits
+        self._check_sizes()
         if not result.keys() - {"card", "left_out"}:
             why = [f"{name}: {reason}" for name, reason in result["left_out"].items()]
             raise ValueError("; ".join(why) or "nothing is measured; choose --features.extractor")

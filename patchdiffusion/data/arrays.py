@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 from patchdiffusion.data.example import MAX_LABEL, Example
 from patchdiffusion.data.frame import MIN_SIDE
 from patchdiffusion.data.limits import check_members
+from patchdiffusion.system.mapped import watch
 
 _IMAGE_KEYS = ("images", "x", "arr_0")
 _LABEL_KEYS = ("labels", "y")
@@ -32,6 +33,8 @@ class ArraySource:
     """Texts [N]."""
     others: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Further arrays of the file by name, one entry per image: [N, ...]."""
+    check: Callable[[], object] = bool
+    """Called after an image is read; raises an error if the file was cut short."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -46,6 +49,7 @@ class ArraySource:
     def __getitem__(self, index: int) -> Example:
         label = None if self.labels is None else int(self.labels[index])
         image = np.array(self.array[index])
+        self.check()
         return Example(
             image,
             label,
@@ -70,6 +74,7 @@ def array_source(path: Path) -> ArraySource:
     try:
         # Only an .npy file is mapped; the arrays of an .npz file are read as a whole.
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        check = watch(loaded, path).check if isinstance(loaded, np.memmap) else bool
         if isinstance(loaded, np.ndarray):
             array, labels, others = loaded, None, {}
         else:
@@ -94,7 +99,7 @@ def array_source(path: Path) -> ArraySource:
     status = os.stat(path)
     stamp = f"array {path.name} {status.st_size} {status.st_mtime_ns}"
     labels = None if labels is None else _checked(path, labels, len(array))
-    return ArraySource(path.stem, array, labels, _span(array), stamp, texts, others)
+    return ArraySource(path.stem, array, labels, _span(array), stamp, texts, others, check)
 
 
 def memory_source(array: np.ndarray, name: str) -> ArraySource:

@@ -41,7 +41,7 @@ class Feed:
     ):
         """`space` None is `Pixels`. The network is conditioned on `augment` unless it is None.
 
-        `check` is called before images are read, and may raise an error.
+        `check` is called after images are read, and may raise an error.
         """
         if len(indices) == 0:
             raise ValueError("there are no images to train on")
@@ -118,7 +118,6 @@ class Feed:
         self, origin: Origin, draws: rng.Draws, numbers: np.ndarray, prefix: str = ""
     ) -> tuple[Batch, rng.Draws]:
         """Crops at given positions of the endless sequence, and their draws on the device."""
-        self.check()
         index = _move(self.which(numbers), self.images.device)
         if self.flip:
             flip = draws.bernoulli(f"{prefix}flip", 0.5)
@@ -136,6 +135,7 @@ class Feed:
             device=self.device,
             augment=augment,
         )
+        self.check()
         return replace(batch, origin=origin), draws.to(self.device)
 
 

@@ -66,6 +66,7 @@ def measured(pack: Pack) -> Handedness:
     if len(index) < FEWEST or pack.images.ndim < 4:
         return Handedness(0.5, 0)
     stored = pack.images[index].numpy()
+    pack.check_sizes()
     while stored.ndim > 4:
         stored = stored[:, stored.shape[1] // 2]
     return handedness(pack.space.to_picture(stored))

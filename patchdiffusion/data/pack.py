@@ -35,6 +35,7 @@ from patchdiffusion.data.example import Example
 from patchdiffusion.data.space import Pixels, Space
 from patchdiffusion.system.errors import Stop
 from patchdiffusion.system.files import SEAL, parse_json, read_json, share, unsealed
+from patchdiffusion.system.mapped import DAMAGED, Mapped, watch
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.system.trust import open_regular
 
@@ -42,8 +43,6 @@ FORMAT = 2
 BLOCK_BYTES = 2**22
 SMALL = 2**25
 """Size in bytes up to which an array is read instead of mapped."""
-DAMAGED = 23
-"""Exit code."""
 IMAGES = "images"
 LABELS = Label().name
 CAPTIONS = Caption().name
@@ -121,20 +120,25 @@ class Pack:
     path: Path
     info: PackInfo
     arrays: Mapping[str, Tensor]
-    """Memory-mapped on the CPU; writing to one crashes the process."""
+    """Memory-mapped on the CPU; writing to one crashes the process. See `check_sizes`."""
     labels: Tensor | None
     """int64 [N], -1 = none."""
     train: Tensor
     """int64, indices of the images to train on."""
     heldout: Tensor
     """int64, indices of the images kept for evaluation."""
+    mapped: tuple[Mapped, ...] = ()
+    """Files of the arrays that are mapped."""
 
     @classmethod
     def open(cls, path: str | Path) -> "Pack":
         """Map a pack without reading its arrays; `ValueError` unless files are as recorded."""
         path = Path(path)
         info = read_info(path / "pack.json")
-        arrays = {name: _mapped(path / f"{name}.bin", of) for name, of in info.arrays.items()}
+        mapped: list[Mapped] = []
+        arrays = {
+            name: _mapped(path / f"{name}.bin", of, mapped) for name, of in info.arrays.items()
+        }
         labels = arrays.get(LABELS)
         if labels is not None:
             if not bool(((labels >= -1) & (labels < len(info.classes))).all()):
@@ -148,7 +152,7 @@ class Pack:
         held = torch.zeros(count, dtype=torch.bool)
         held[list(info.heldout)] = True
         index = torch.arange(count)
-        pack = cls(path, info, arrays, labels, index[~held], index[held])
+        pack = cls(path, info, arrays, labels, index[~held], index[held], tuple(mapped))
         release = share(path / "pack.json")
         weakref.finalize(pack, release)  # until then nobody removes it, see `stored`
         return pack
@@ -250,6 +254,9 @@ class Pack:
         image = self.images[index].numpy().copy()
         automatic = (Label().name, Caption().name)
         others = [c.column.name for c in self.columns if c.column.name not in automatic]
+        columns = {name: self.arrays[name][index].numpy().copy() for name in others}
+        caption = self.captions[index]
+        self.check_sizes()
         return Example(
             image,
             None if label < 0 else label,
@@ -258,8 +265,8 @@ class Pack:
             alpha=self.space.alpha,
             held_out=index in self._held if self._held else None,
             mode="pack",
-            caption=self.captions[index],
-            columns={name: self.arrays[name][index].numpy().copy() for name in others},
+            caption=caption,
+            columns=columns,
         )
 
     def verify(self) -> None:
@@ -287,7 +294,12 @@ class Pack:
             raise ValueError(f"{self.path} is damaged: it does not have its recorded fingerprint")
 
     def check_sizes(self) -> None:
-        """Raise `Stop` if a file was cut short, as reading past its end would crash the process."""
+        """Raise `Stop` if a file was cut short: what was read of its end since may be zeros.
+
+        Call it after images are read, before anything is made of them that stays.
+        """
+        for mapped in self.mapped:
+            mapped.check()
         for name, of in self.info.arrays.items():
             file = self.path / f"{name}.bin"
             with contextlib.suppress(OSError):  # of a file that is deleted nothing is lost
@@ -310,8 +322,11 @@ def header(
     return json.dumps(parts).encode()
 
 
-def _mapped(file: Path, of: ArrayInfo) -> Tensor:
-    """Memory-map an array, or read a small one; `ValueError` if its size is not as recorded."""
+def _mapped(file: Path, of: ArrayInfo, mapped: list[Mapped]) -> Tensor:
+    """Memory-map an array, or read a small one; `ValueError` if its size is not as recorded.
+
+    A mapped file is appended to `mapped`.
+    """
     size = of.bytes
     actual = file.stat().st_size if file.is_file() else None
     if actual != size:
@@ -320,11 +335,12 @@ def _mapped(file: Path, of: ArrayInfo) -> Tensor:
     dtype = np.dtype(of.dtype).newbyteorder("<")
     if size <= SMALL:
         return torch.from_numpy(np.fromfile(file, dtype).reshape(of.shape))
-    mapped = np.memmap(file, dtype, "r", shape=of.shape)
+    array = np.memmap(file, dtype, "r", shape=of.shape)
+    mapped.append(watch(array, file))
     with warnings.catch_warnings():
         # Read-only on purpose: a private writable mapping would count as memory in full.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(mapped)
+        return torch.from_numpy(array)
 
 
 def read_info(file: Path) -> PackInfo:

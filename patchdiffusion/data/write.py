@@ -27,6 +27,7 @@ from patchdiffusion.data.pack import (
 from patchdiffusion.data.space import Space, tally
 from patchdiffusion.data.split import digest
 from patchdiffusion.system.files import sealed, write_json
+from patchdiffusion.system.mapped import Mapped, watch
 from patchdiffusion.system.serialize import encode
 
 
@@ -143,6 +144,7 @@ class PackWriter:
         self._images = ArrayWriter(stack.enter_context(_new(folder, f"{IMAGES}.bin")), dtype, shape)
         self._keys = stack.enter_context(_new(folder, "keys.jsonl"))
         self._sha = hashlib.sha256()
+        self._mapped: list[Mapped] = []
         self._tally = tally(dtype, shape[-1], alpha=alpha)
 
     def misfit(self, values: Sequence[Stored | None]) -> str:
@@ -192,6 +194,8 @@ class PackWriter:
             classes = ()
         statistics = self._tally.finish(self._read(IMAGES, images))
         self.levels = statistics.levels
+        for mapped in self._mapped:
+            mapped.check()
         fingerprint = self._fingerprint(statistics.space, arrays, columns, classes, heldout)
         info = PackInfo(
             name=name,
@@ -212,7 +216,10 @@ class PackWriter:
         return info
 
     def _read(self, name: str, of: ArrayInfo) -> np.ndarray:
-        return np.memmap(self.folder / f"{name}.bin", of.dtype, "r", shape=of.shape)
+        file = self.folder / f"{name}.bin"
+        array = np.memmap(file, of.dtype, "r", shape=of.shape)
+        self._mapped.append(watch(array, file))
+        return array
 
     def _fingerprint(
         self,

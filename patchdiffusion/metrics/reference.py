@@ -88,6 +88,7 @@ class Reference:
 
         gathered = Gathered.together(self.team.gather(Gathered.of(features())))
         if file is not None and self.team.is_main:
+            self.pack.check_sizes()
             tensors = {**gathered.moments.to_tensors(), "kept": gathered.kept}
             tensors[DIGEST] = _digest(tensors)
             with contextlib.suppress(OSError):  # a cache in which others write, or nobody

@@ -20,10 +20,12 @@ class Parts:
     """Arrays about consecutive numbers, as files FIRST-STOP.npy of a folder; None keeps nothing."""
 
     folder: Path | None = None
+    check: Callable[[], object] = bool
+    """Called before a part is written; may raise an error if it is computed from lost data."""
 
     def within(self, name: str) -> "Parts":
         """Parts of another kind, in a folder of this one."""
-        return Parts(self.folder and self.folder / name)
+        return Parts(self.folder and self.folder / name, self.check)
 
     def written(self) -> list[tuple[range, Path]]:
         """Numbers and file of each part, in order."""
@@ -35,6 +37,7 @@ class Parts:
 
     def write(self, numbers: range, array: np.ndarray) -> None:
         """Write the part of these numbers atomically, with a checksum behind it."""
+        self.check()
         if self.folder is not None:
             content = npy(array)
             write_bytes(self._file(self.folder, numbers), content + _checksum(content))

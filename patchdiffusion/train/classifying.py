@@ -96,6 +96,7 @@ class AnswerPreview:
         sigmas, pictures, columns = self._rows(model)
         notes = {"sigma of rows": " ".join(f"{sigma:.3g}" for sigma in sigmas.tolist())}
         picture = enlarge(grid(pictures, columns=columns))
+        self.scene.pack.check_sizes()
         return Shown(picture, facts, text=text, numbers=numbers, notes=notes)
 
     def measure(self, model: NoisyClassifier, ending: Ending = bool) -> dict[str, Any]:

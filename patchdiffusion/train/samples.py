@@ -44,7 +44,6 @@ class SamplePreview:
 
     def show(self, model: NetDenoiser, ending: Ending = bool) -> Shown:
         """Grid of samples, with measurements."""
-        self.scene.pack.check_sizes()
         samples = self.draw(model, ending)
         facts = self.measure(model, samples, ending)
         if self.scene.config.network.num_classes:
@@ -59,6 +58,8 @@ class SamplePreview:
                 f"{rate:.0%} of the samples are near copies of training images; stop earlier, or "
                 "use more images, --data.flip or --network.dropout",
             )
+        reference = enlarge(grid(self._real_images()))
+        self.scene.pack.check_sizes()
         return Shown(
             picture=enlarge(grid(self._pictures(samples))),
             facts=facts,
@@ -66,7 +67,7 @@ class SamplePreview:
             numbers=numbers,
             warnings=warnings,
             notes={"seeds": f"0-{self.scene.config.preview.grid - 1}"},
-            reference=enlarge(grid(self._real_images())),
+            reference=reference,
         )
 
     def _real_images(self) -> np.ndarray:

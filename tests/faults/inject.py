@@ -107,6 +107,15 @@ def die_in_save(stage: str, save: int, mark: str | None = None) -> None:
 
 def send_in(name: str, where: str, time: int) -> None:
     """A signal in the middle of the n-th sampling, evaluation or saving; times count from 0."""
+    _act_in(where, time, lambda: os.kill(os.getpid(), getattr(signal, name)))
+
+
+def cut_in(path: str, where: str, time: int) -> None:
+    """A file loses all but its first byte in the middle of the same."""
+    _act_in(where, time, lambda: os.truncate(path, 1))
+
+
+def _act_in(where: str, time: int, action: Callable[[], None]) -> None:
     owner, method = {
         "samples": (samples, "sample"),
         "evaluation": (samples, "held_out_losses"),
@@ -117,7 +126,7 @@ def send_in(name: str, where: str, time: int) -> None:
     def call(*args: Any, **kwargs: Any) -> Any:
         calls[0] += 1
         if calls[0] == time:
-            os.kill(os.getpid(), getattr(signal, name))
+            action()
         return original(*args, **kwargs)
 
     setattr(owner, method, call)
@@ -238,6 +247,7 @@ FAULTS: dict[str, Callable[..., None]] = {
     for f in (
         send,
         send_in,
+        cut_in,
         save_every,
         record_draws,
         sleep,
