@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -229,10 +230,12 @@ def test_the_estimate_counts_evaluations(
 
     monkeypatch.setattr("patchdiffusion.metrics.estimate.time_each", clock)
     config = replace(CONFIG, sampler=SamplerConfig(solver=solver, steps=steps))
-    losses = 2
-    found = estimate(Evaluation(pack, config, extractor()), pipeline, 3)
+    losses, kept = 2, Counter[str]()
+    found = estimate(Evaluation(pack, config, extractor()), pipeline, 3, kept)
     assert found == 3 * evaluations + losses
-    assert estimate(Evaluation(pack, config, None), pipeline, 3) == losses
+    assert estimate(Evaluation(pack, config, None), pipeline, 3, kept) == losses
+    kept.update({"samples": 2, "losses": 1})
+    assert estimate(Evaluation(pack, config, extractor()), pipeline, 3, kept) == evaluations + 1
 
 
 def test_real_images_have_no_distance_from_themselves(pack: Pack) -> None:

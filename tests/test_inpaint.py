@@ -150,3 +150,18 @@ def test_levels_and_oracles(runs: Path) -> None:
     around = Surroundings((16, 16), (0.002, 80.0), Companions())
     with refuses("--canvas.image"):
         Inpaint().wrap(FIELD, around)
+
+
+def test_a_mask_that_is_not_finite_is_refused(runs: Path, tmp_path: Path, capsys: Capture) -> None:
+    mask = np.zeros((16, 16), np.float32)
+    mask[:, 7:] = np.nan
+    Image.fromarray(mask).save(tmp_path / "mask.tif")
+    flags = ["--canvas", "inpaint", "--canvas.image", runs / "photo.png"]
+    error = fails(capsys, "sample", runs / "dit", *flags, "--canvas.mask", tmp_path / "mask.tif")
+    assert "mask.tif" in error and "finite" in error
+
+
+def test_a_picture_of_an_unknown_user_is_refused(runs: Path, capsys: Capture) -> None:
+    flags = ["--canvas", "inpaint", "--canvas.image", "~nobody-here/photo.png"]
+    error = fails(capsys, "sample", runs / "dit", *flags, "--canvas.mask", runs / "mask.png")
+    assert "~nobody-here" in error

@@ -66,6 +66,8 @@ def test_the_patch_is_about_a_sixteenth(canvas: tuple[int, ...], patch: tuple[in
     fixed = replace(config, patch=(3,) * len(canvas))
     assert config.for_canvas(canvas).patch == patch
     assert fixed.for_canvas(canvas) is fixed
+    for side, sides in ((3, fixed.patch), (0, patch)):  # one number for all axes
+        assert replace(config, patch=(side,)).for_canvas(canvas).patch == sides
     with refuses("patch"):
         config.build()
 

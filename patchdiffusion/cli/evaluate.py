@@ -115,8 +115,6 @@ def main(arguments: Sequence[str]) -> None:
         )
         bits = options.bits if pipeline is not None else BitsArguments()
         measuring = Measuring(evaluation, pipeline, sides.images, str(path), bits)
-        if team.is_main:
-            print(measuring.outlook())
 
         def write(result: dict[str, Any]) -> None:
             print("\n".join(table(result)))

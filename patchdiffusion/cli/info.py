@@ -204,12 +204,13 @@ def _fitted(
     device: torch.device,
     model: ModelConfig | None = None,
 ) -> Subject:
+    config = config.for_canvas(canvas, channels)
     if len(canvas) != config.network.axes:
         raise ValueError(
             f"resolution is {size_name(canvas)}, and the network has {config.network.axes} axes; "
             "give one side, or one for each"
         )
-    return Subject(config.for_canvas(canvas, channels), canvas, device, model)
+    return Subject(config, canvas, device, model)
 
 
 # ---- Facts ----

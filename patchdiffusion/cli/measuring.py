@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,27 +54,31 @@ class Measuring:
     """Path of these images."""
     bits: BitsArguments
 
-    def outlook(self) -> str:
-        """Estimate of the time of an evaluation, with its parts."""
+    def outlook(self, kept: Mapping[str, int]) -> str:
+        """Estimate of the time of an evaluation, with its parts, without the results `kept`."""
         evaluation, pipeline, bits = self.evaluation, self.pipeline, self.bits
         count = evaluation.config.samples if self.images is None else len(self.images)
-        seconds, parts = estimate(evaluation, pipeline, count), []
+        seconds, parts = estimate(evaluation, pipeline, count, kept), []
         if pipeline is not None:
             parts += [(len(evaluation.loss_images(pipeline)), "losses")]
             count = count if evaluation.draws(pipeline) else 0
             if bits.images:
                 pack, batch = evaluation.pack, evaluation.config.batch
-                parts += [(len(pack.some_held_out(bits.images)), "likelihoods")]
+                number = len(pack.some_held_out(bits.images))
+                parts += [(number, "likelihoods")]
                 seconds += (
                     estimated_seconds(
                         pipeline, pack, bits.equation, images=bits.images, batch=batch
                     )
+                    * (1 - kept["likelihoods"] / max(number, 1))
                     / evaluation.team.size
                 )
         parts += [(count, "samples" if self.images is None else "images")]
         if evaluation.extract is not None:
             parts += [(len(evaluation.reference), "real images")]
-        return f"this will take about {duration(seconds)}: {_listed(parts)}"
+        names = {"images": "samples"}
+        left = [(number - kept[names.get(name, name)], name) for number, name in parts]
+        return f"this will take about {duration(seconds)}: {_listed(left) or 'all is measured'}"
 
     def run(self, root: Path, write: Callable[[dict[str, Any]], None]) -> None:
         """Measure, `write` the result on rank 0, and delete what was kept in `root` until then."""
@@ -88,6 +92,8 @@ class Measuring:
             if team.is_main:
                 _report(folder)
             with resumable(lambda: _done(folder)):
+                if team.is_main:
+                    print(self.outlook(_counts(folder)))
                 result = self._measured(Parts(folder / PARTS, self._check_sizes))
             if team.is_main:
                 write(result)
@@ -175,13 +181,18 @@ def _report(folder: Path) -> None:
 
 def _done(folder: Path) -> str:
     """Numbers of results in the folder of an unfinished evaluation."""
-    parts, counts = Parts(folder / PARTS), []
-    for kind, names in _KINDS.items():
-        written = (part for name in names for part in parts.within(name).written())
-        counts.append((len({number for numbers, _ in written for number in numbers}), kind))
-    listed = _listed(counts)
+    listed = _listed((number, kind) for kind, number in _counts(folder).items())
     return f"{listed} are in {folder}" if listed else "nothing is measured yet"
 
 
-def _listed(counts: list[tuple[int, str]]) -> str:
-    return ", ".join(f"{number:,} {name}" for number, name in counts if number)
+def _counts(folder: Path) -> dict[str, int]:
+    """Number of results of each kind in the folder of an unfinished evaluation."""
+    parts, counts = Parts(folder / PARTS), {}
+    for kind, names in _KINDS.items():
+        written = (part for name in names for part in parts.within(name).written())
+        counts[kind] = len({number for numbers, _ in written for number in numbers})
+    return counts
+
+
+def _listed(counts: Iterable[tuple[int, str]]) -> str:
+    return ", ".join(f"{number:,} {name}" for number, name in counts if number > 0)

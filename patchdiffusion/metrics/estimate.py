@@ -1,7 +1,7 @@
 """Estimated duration of an evaluation, from timing a few images of each kind."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -23,25 +23,33 @@ def time_each(work: Callable[[int], object], count: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def estimate(evaluation: Evaluation, pipeline: Pipeline | None, samples: int) -> float:
-    """Estimated duration in seconds of an evaluation on all of its processes."""
-    seconds, unshared = 0.0, 0.0
+def estimate(
+    evaluation: Evaluation,
+    pipeline: Pipeline | None,
+    samples: int,
+    kept: Mapping[str, int],
+) -> float:
+    """Estimated duration in seconds of an evaluation on all of its processes.
+
+    `kept` has the numbers of losses, samples and real images that need not be measured again.
+    """
+    seconds, unshared, left = 0.0, 0.0, max(samples - kept["samples"], 0)
     if evaluation.extract is not None:
         pack, reference = evaluation.pack, evaluation.reference
         count = min(FEATURES, len(pack))
         features, images = reference.features, pack.images
         each = time_each(lambda n: features(images[:n], 0, pack.space), count)
-        seconds += each * (samples + reference.uncached)
+        seconds += each * (left + max(reference.uncached - kept["real images"], 0))
         dims = features(images[:1], 0, pack.space).shape[1]
         unshared = _seconds_of(multiply_adds(len(reference), samples, dims))
     if pipeline is not None:
         losses = evaluation.loss_images(pipeline)
         if len(losses):
-            seconds += len(losses) * time_each(
+            seconds += max(len(losses) - kept["losses"], 0) * time_each(
                 lambda n: evaluation.losses(pipeline, losses, range(n)), min(LOSSES, len(losses))
             )
         if evaluation.draws(pipeline):
-            seconds += samples * _seconds_of_sample(evaluation, pipeline)
+            seconds += left * _seconds_of_sample(evaluation, pipeline)
     return seconds / evaluation.team.size + unshared
 
 

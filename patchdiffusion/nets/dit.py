@@ -49,10 +49,12 @@ class DiTConfig(DiTShape):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = SIZES
 
     def for_canvas(self, canvas: Size) -> Self:
-        """A copy with a patch that fits a canvas, if it is 0; see `ditsizes.patch_for`."""
-        if any(self.patch):
-            return self
-        return replace(self, patch=patch_for(canvas))
+        """A copy with a side of the patch for each axis; 0 is chosen, see `ditsizes.patch_for`."""
+        if not any(self.patch):
+            return replace(self, patch=patch_for(canvas))
+        if len(self.patch) == 1 < len(canvas):
+            return replace(self, patch=self.patch * len(canvas))
+        return self
 
     def suits(self, config: Any) -> Mapping[str, Any]:
         """With a bottleneck the recipe of JiT, see `ditsizes.jit`."""

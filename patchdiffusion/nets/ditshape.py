@@ -17,8 +17,8 @@ class DiTShape(NetworkConfig):
     """Base of the configuration of DiT: its fields, their limits, and what follows from them."""
 
     patch: tuple[int, ...] = (2, 2)
-    """Sides of the patches that become tokens, one for each axis of the data: 2 2 for images; 0 0
-    chooses about a 16th of the image, 4 to 32."""
+    """Sides of the patches that become tokens: one for each axis of the data, 2 2 for images, or
+    one for all axes; 0 chooses about a 16th of the image, 4 to 32."""
     width: int = 128
     """Features of a token; a multiple of 8 and of heads."""
     depth: int = 6

@@ -7,7 +7,6 @@ is: what is sampled is p(unknown | known).
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -28,6 +27,9 @@ from patchdiffusion.denoiser import (
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.paths import per_sample
+from patchdiffusion.system.files import expanded
+
+_WHITE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0, "float64": 1.0}
 
 
 class KnownPixels(Wrapper):
@@ -124,7 +126,12 @@ def _known(mask: str, canvas: Size) -> Tensor:
             f"the mask {mask} is {size_name(values.shape[:-1])} and the canvas of the model "
             f"{size_name(canvas)}; they must be equal"
         )
-    most = 1.0 if values.dtype.kind == "f" else float(np.iinfo(values.dtype).max)
+    most = _WHITE.get(values.dtype.name)
+    if most is None or not np.isfinite(values).all():
+        raise ValueError(
+            f"the mask {mask} has values of type {values.dtype}; allowed are 8 or 16 bits, and "
+            "finite floats from 0 (black) to 1 (white)"
+        )
     known = torch.from_numpy(values[..., :3].astype(np.float64).mean(-1) < most / 2)
     if known.all() or not known.any():
         what = "black: nothing is painted" if known.all() else "white: nothing is kept"
@@ -134,7 +141,7 @@ def _known(mask: str, canvas: Size) -> Tensor:
 
 def read_picture(path: str) -> np.ndarray:
     """Values of an image file, [H, W, C]; raises `ValueError` for one that cannot be read."""
-    file = Path(path).expanduser()
+    file = expanded(path)
     if not file.is_file():
         raise ValueError(f"there is no file {path}")
     return decoded(file.read_bytes(), path).image

@@ -178,9 +178,9 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     """Build all parts of a run; raises `ValueError` for parts that do not fit together."""
     team = team or Team()
     task = config.task
-    task.check(config, pack)
     canvas = tuple(pack.images.shape[1:-1])
     config = config.for_canvas(canvas, pack.images.shape[-1])
+    task.check(config, pack)
     check_team(config, team.size)
     if run.shard and not task.shards(config):
         raise ValueError("--shard is supported by --objective denoising only; leave out --shard")
