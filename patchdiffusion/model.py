@@ -220,8 +220,9 @@ def load_model(
             return _read(folder, weights, device)
         except FileNotFoundError as error:  # a running training may be replacing the folder
             if patience == 0.0 or not folder.parent.exists():
+                wrong = f"holds no model: {error.filename} is missing"
                 raise ValueError(
-                    f"{path} holds no model: {error.filename} is missing; "
+                    f"{path} {wrong if Path(path).exists() else 'does not exist'}; "
                     "give the folder of a run that has saved, or its model folder"
                 ) from error
             time.sleep(patience if folder.with_name("model.tmp").exists() else 0)

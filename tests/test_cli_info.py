@@ -104,6 +104,8 @@ def test_a_run_is_described(finished: Path, capsys: Capture) -> None:
     [
         ("", "NETWORK|RUN is missing"),
         ("nothing", "neither a network nor a run"),
+        ("dit-s4", "--help network; did you mean dit-s/4"),
+        ("u-dit", "did you mean dit, u-dit-s/"),
         ("dit --resolution 0", "resolution must be positive"),
         ("dit --resolution 8 8 8 --network.patch 2 2", "2 axes"),
         ("dit --channels 0", "channels must be at least 1"),

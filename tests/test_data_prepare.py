@@ -190,6 +190,18 @@ def test_too_many_bad_files(tmp_path: Path):
         prepare(Listed([None, None]), tmp_path / "q", max_bad=1, progress=False)
 
 
+def test_the_limit_of_bad_files_holds_for_an_existing_pack(tmp_path: Path):
+    for number, image in enumerate(np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3))):
+        save(tmp_path / f"{number}.png", image.astype(np.uint8))
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(b"broken")
+    pack = prepare(tmp_path, max_bad=0.2, progress=False)
+    with refuses("2 of 10 images", "10%", str(pack.path / "report.txt")):
+        prepare(tmp_path, max_bad=0.1, progress=False)
+    for limit in (None, 0.2):  # training takes what was prepared
+        assert prepare(tmp_path, max_bad=limit, progress=False).path == pack.path
+
+
 def test_labels(tmp_path: Path):
     pack = prepare(Listed(noise(3), [4, None, 0]), tmp_path / "p", progress=False)
     assert pack.labels is not None and pack.labels.tolist() == [4, -1, 0]

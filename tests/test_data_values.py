@@ -64,6 +64,17 @@ def test_16_bit_photos_and_floats_in_the_unit_interval_stay_pixels(tmp_path: Pat
     assert files.space == Pixels()
 
 
+def test_pixels_stored_as_floats_are_recognized(tmp_path: Path):
+    images = np.random.default_rng(0).integers(0, 256, (12, 9, 9)).astype(np.float32)
+    images[:, 0] = 255
+    array = npy(tmp_path / "pixels.npy", images)
+    assert "--data.range 0 255" in (prepared(array).path / "report.txt").read_text()
+    pixels = prepared(array, range=(0, 255)).images
+    np.testing.assert_array_equal(pixels[..., 0].numpy(), images.astype(np.uint8))
+    half = npy(tmp_path / "half.npy", images + 0.5)
+    assert "--data.range" not in (prepared(half).path / "report.txt").read_text()
+
+
 @pytest.mark.parametrize("kind", ["float32", "float64", "int16", "int32", "int64"])
 def test_what_cannot_be_pixels_becomes_values(tmp_path: Path, kind: str):
     images = (DEGREES - 300).astype(kind)

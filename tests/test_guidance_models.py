@@ -102,5 +102,5 @@ def test_autoguide(finished: Path, tmp_path: Path, capsys: Capture) -> None:
 
 def test_a_model_without_classes_cannot_be_led_away_from_none() -> None:
     config = SamplerConfig(steps=2, guidance=ClassifierFree())
-    with refuses("labels"):
+    with refuses("classes", "--guidance", "autoguidance"):
         tiny.pipeline(classes=0).sample(1, config=config)

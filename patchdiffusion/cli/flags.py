@@ -270,6 +270,18 @@ def _number(slot: Slot, word: str) -> str:
     return ""
 
 
+def _misplaced(slot: Slot, words: Sequence[str]) -> str:
+    """Hint for words behind the value of a flag, as in `--count 4 runs/photos`."""
+    used = 0 if slot.hint is bool else 1
+    if len(words) <= used:
+        return ""
+    try:
+        convert(slot.hint, words[:used])
+    except ValueError:
+        return ""
+    return f"; put {' '.join(words[used:])} before all flags"
+
+
 def _other(slot: Slot, word: str) -> Any:
     """Value that is not a record: None, a literal, a number."""
     for hint in slot.others:
@@ -324,8 +336,13 @@ def assign(record: T, flag_words: FlagWords, path: tuple[str, ...] = ()) -> T:
 
 def _leaf(slot: Slot, flag_words: FlagWords) -> Any:
     if slot.hint is bool and slot.negative in flag_words:
-        if flag_words[slot.negative] or slot.name in flag_words:
-            raise ValueError(f"--{slot.negative} takes no value, and not --{slot.name} beside it")
+        if slot.name in flag_words:
+            raise ValueError(f"--{slot.negative} and --{slot.name} exclude each other")
+        if words := flag_words[slot.negative]:
+            raise ValueError(
+                f"--{slot.negative} takes no value, not {' '.join(words)!r}; a RUN or DATA comes "
+                "before all flags"
+            )
         return False
     if slot.name not in flag_words:
         return slot.value
@@ -335,4 +352,5 @@ def _leaf(slot: Slot, flag_words: FlagWords) -> Any:
     except ValueError:
         told = repr(" ".join(words)) if words else "nothing"
         hint = did_you_mean(words[0], choices(slot.hint)) if words else ""
+        hint = _misplaced(slot, words) or hint
         raise ValueError(f"--{slot.name} must be {wanted(slot.hint)}, not {told}{hint}") from None

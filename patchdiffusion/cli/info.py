@@ -14,6 +14,7 @@ from patchdiffusion import recipes
 from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse, parse_some
 from patchdiffusion.cli.places import check_run, run_of
+from patchdiffusion.cli.words import did_you_mean
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import squared_error
@@ -143,10 +144,7 @@ def main(arguments: Sequence[str]) -> None:
     if not words or "help" in flags:
         config = recipes.folder(recipes.Facts(canvas=(64, 64), device="cpu"))
         parse(InfoArguments(training=config), arguments, "info")
-        raise ValueError(
-            "NETWORK|RUN is missing; networks are "
-            f"{', '.join(sorted(families.words(Network)))}, and presets such as dit-b/2"
-        )
+        raise ValueError(f"NETWORK|RUN is missing; {_networks()}")
     lines = facts(subject_of(arguments, words[0]))
     print("\n".join(f"{name:<10}{text}" for name, text in lines))
 
@@ -157,6 +155,12 @@ def subject_of(arguments: Sequence[str], name: str) -> Subject:
     if families.find(Network, name) is not None:
         return _of_word(arguments, name, images)
     return _of_run(arguments, name, images)
+
+
+def _networks() -> str:
+    """Words of networks, and where those of presets are listed, for an error."""
+    words = ", ".join(sorted(families.words(Network)))
+    return f"networks are {words}, and presets such as dit-b/2: patchdiffusion info --help network"
 
 
 def _of_word(arguments: Sequence[str], word: str, images: Images) -> Subject:
@@ -179,10 +183,8 @@ def _of_run(arguments: Sequence[str], path: str, images: Images) -> Subject:
     """The network of a run or model, in its training."""
     folder = Path(path)
     if not folder.exists():
-        raise ValueError(
-            f"{path} is neither a network nor a run; networks are "
-            f"{', '.join(sorted(families.words(Network)))}, and presets such as dit-b/2"
-        )
+        near = did_you_mean(path, [*families.words(Network), *families.presets(Network)])
+        raise ValueError(f"{path} is neither a network nor a run; {_networks()}{near}")
     check_run(folder)
     model = load_model(folder).config
     run = run_of(folder)
@@ -205,10 +207,11 @@ def _fitted(
     model: ModelConfig | None = None,
 ) -> Subject:
     config = config.for_canvas(canvas, channels)
-    if len(canvas) != config.network.axes:
+    if len(canvas) != (axes := config.network.axes):
         raise ValueError(
-            f"resolution is {size_name(canvas)}, and the network has {config.network.axes} axes; "
-            "give one side, or one for each"
+            f"resolution is {size_name(canvas)}, and the network is for data of "
+            f"{counted(axes, 'axis', 'axes')}; give one side for each axis, and a network for as "
+            "many, such as --network.patch 4 4 for images"
         )
     return Subject(config, canvas, device, model)
 

@@ -18,6 +18,7 @@ from patchdiffusion.sampling.pipeline import Pipeline
 from patchdiffusion.system.parts import Parts
 from patchdiffusion.system.progress import progress_bar
 from patchdiffusion.system.serialize import encode
+from patchdiffusion.system.text import counted
 from patchdiffusion.train.log import duration
 
 _KINDS = {
@@ -195,4 +196,10 @@ def _counts(folder: Path) -> dict[str, int]:
 
 
 def _listed(counts: Iterable[tuple[int, str]]) -> str:
-    return ", ".join(f"{number:,} {name}" for number, name in counts if number > 0)
+    """Numbers with their nouns: 2 losses, 1 likelihood."""
+    singular = {"losses": "loss"}
+    return ", ".join(
+        counted(number, singular.get(name, name.removesuffix("s")), name)
+        for number, name in counts
+        if number > 0
+    )

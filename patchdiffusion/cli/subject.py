@@ -61,6 +61,9 @@ class Subject:
         early = parse_some(Early(), arguments)
         words = words or [early.data.path] * bool(early.data.path)
         if not words and required and "help" not in flag_words:
+            behind = (word for values in flag_words.values() for word in values[1:])
+            if late := [word for word in behind if expanded(word).exists()]:
+                raise ValueError(f"nothing is given to {command}; put {late[0]} before all flags")
             raise ValueError(
                 f"nothing is given to {command}: type patchdiffusion {command} ./photos (a folder, "
                 f".zip, .npy, .npz or pack), or a recipe: {', '.join(sorted(recipes.RECIPES))}"

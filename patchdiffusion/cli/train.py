@@ -16,6 +16,7 @@ from patchdiffusion.cli.places import check_run
 from patchdiffusion.cli.subject import Subject, data_of
 from patchdiffusion.data.source import is_run, whole
 from patchdiffusion.data.store import packs_aside
+from patchdiffusion.system.device import pick_device
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.loop import train
@@ -70,10 +71,13 @@ def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
         arguments = [data_of(run, arguments), *arguments[1:], "--out", words[0]]
     subject = Subject.of(arguments, "train", run=run)
     try:  # wrong flags are found before any data is read
-        _parse(arguments, subject.generic(), subject.note())
+        early = _parse(arguments, subject.generic(), subject.note())
     except ValueError as error:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
+    else:
+        if not early.print_config:
+            pick_device(early.run.device)
     with packs_aside() if "dry-run" in flag_words else nullcontext():
         with redirect_stdout(sys.stderr if "print-config" in flag_words else sys.stdout):
             parsed = _parse(arguments, subject.config(arguments))

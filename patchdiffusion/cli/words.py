@@ -22,7 +22,7 @@ WORDS = {
     "fm": "flow",
     # Networks, optimizers, rates
     "transformer": "dit", "vit": "dit", "uvit": "dit", "sit": "dit",
-    "ddpmpp": "unet", "songunet": "unet", "ncsnpp": "unet", "adm": "unet", "adam": "adamw",
+    "ddpmpp": "unet", "songunet": "unet", "ncsnpp": "unet", "adam": "adamw",
     "cosine": "trapezoid", "constant": "trapezoid", "wsd": "trapezoid", "rsqrt": "inverse-sqrt",
     # Objectives
     "diffusion": "denoising", "ct": "consistency", "cm": "consistency", "ict": "consistency",
@@ -37,7 +37,7 @@ WORDS = {
     "fid": "evaluate", "test": "evaluate", "metrics": "evaluate", "validate": "evaluate",
     "resume": "train", "fit": "train", "finetune": "train", "preprocess": "prepare",
     "dataset": "prepare", "benchmark": "bench", "profile": "bench",
-    "check": "doctor", "info": "doctor",
+    "check": "doctor", "summary": "info", "params": "info", "flops": "info", "model": "info",
 }  # fmt: skip
 """Words here by names of other programs, reduced to letters and digits."""
 

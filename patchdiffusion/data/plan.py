@@ -38,10 +38,13 @@ def make_plan(source: Source, options: Options) -> Plan:
         return _value_plan(source, options, ())
     if options.space == "pixels" or options.range is not None:
         return _pixel_plan(source, options)
-    kinds = [_kind(example) for example in _probed(source, _PROBED_FOR_SPACE)]
+    probed = list(_probed(source, _PROBED_FOR_SPACE))
+    kinds = [_kind(example) for example in probed]
     if 2 * sum(kind != "short" for kind in kinds) <= len(kinds):
         return _pixel_plan(source, options)
     note = "values in units of their own: not all of them fit into pixels"
+    if all(_of_8_bits(example.image) for example in probed):
+        note += "; all seen are whole numbers up to 255: --data.range 0 255 makes pixels of them"
     values = _value_plan(source, options, (note,))
     if "beyond" in kinds:
         return values
@@ -81,6 +84,14 @@ def _kind(example: Example) -> str:
     except BadImage:
         return "beyond"
     return "long"
+
+
+def _of_8_bits(image: np.ndarray) -> bool:
+    """True if the values are those of 8-bit pixels, whatever their type."""
+    if image.dtype == np.uint8:
+        return True
+    rounded = np.rint(image) if image.dtype.kind == "f" else image
+    return bool((rounded == image).all() and image.min() >= 0 and image.max() <= 255)
 
 
 def _value_plan(source: Source, options: Options, notes: tuple[str, ...]) -> ValuePlan:

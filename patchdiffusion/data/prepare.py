@@ -94,7 +94,7 @@ def prepare(
     target = None if out is None else expanded(out)
     pack = find_pack(source, options, target, verify=verify)
     if pack is not None:
-        return marked_used(pack)
+        return _accepted(pack, max_bad)
     if len(source) == 0:
         raise ValueError(f"{source.name} holds no images")
     with warnings.catch_warnings():
@@ -111,7 +111,7 @@ def prepare(
             # By the process that was waited for.
             pack = find_pack(source, options, target, verify=verify)
             if pack is not None:
-                return marked_used(pack)
+                return _accepted(pack, max_bad)
             while True:
                 try:
                     return _make(source, plan, options, target_folder, workers, progress)
@@ -180,7 +180,9 @@ def _make(
                         _count(report, result)
                         given.append(result.held_out)
                         writer.add(result.fitted.image, result.values, result.key, result.group)
-        _check_bad(report, options.max_bad, complaints, source.name)
+        if error := _too_many(report.bad, report.total, options.max_bad, complaints, source.name):
+            write_text(complaints, "\n".join(bad_lines(report.bad)) + "\n")
+            raise ValueError(error)
         digests = np.array(writer.digests, dtype=np.uint64)
         groups = np.array(writer.groups, dtype=np.uint64)
         held, copies = division(digests, groups, options.holdout, given)
@@ -224,16 +226,28 @@ def _count(report: Report, result: Ready) -> None:
         report.left_out += [(result.picture, why) for why in result.complaints]
 
 
-def _check_bad(report: Report, max_bad: float, complaints: Path, name: str) -> None:
-    bad, total = len(report.bad), report.total
-    if bad == total or bad > max_bad * total:
-        write_text(complaints, "\n".join(bad_lines(report.bad)) + "\n")
-        key, reason = report.bad[0]
-        raise ValueError(
-            f"{bad} of {counted(total, 'image')} of {name} cannot be used (allowed are "
-            f"{max_bad:.0%}); the first is {key}: {reason}; the list is in {complaints}; "
-            "patchdiffusion prepare --max-bad allows more"
-        )
+def _accepted(pack: Pack, max_bad: float | None) -> Pack:
+    """An existing pack, marked as used; a limit of unusable images holds for it if it is given."""
+    if max_bad is not None:
+        report, listed = pack.report, pack.path / "report.txt"
+        bad = [(str(entry["key"]), str(entry["reason"])) for entry in report.get("bad", ())]
+        if error := _too_many(bad, report.get("given", 0), max_bad, listed, pack.info.name):
+            raise ValueError(error)
+    return marked_used(pack)
+
+
+def _too_many(
+    bad: Sequence[tuple[str, str]], total: int, max_bad: float, listed: Path, name: str
+) -> str:
+    """Error message if too many images are unusable, else ""; `listed` is the file of all."""
+    if not bad or (len(bad) < total and len(bad) <= max_bad * total):
+        return ""
+    key, reason = bad[0]
+    return (
+        f"{len(bad)} of {counted(total, 'image')} of {name} cannot be used (allowed are "
+        f"{max_bad:.0%}); the first is {key}: {reason}; the list is in {listed}; "
+        "patchdiffusion prepare --max-bad allows more"
+    )
 
 
 def _names(keys: Path, later: np.ndarray, earlier: np.ndarray) -> list[tuple[str, str]]:

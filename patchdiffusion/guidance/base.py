@@ -40,6 +40,10 @@ class Models(Protocol):
         """Facts about the sampled weights in a file beside them; None if there are none."""
         ...
 
+    def require_condition(self) -> None:
+        """Raise `ValueError` if the sampled model has neither classes nor another condition."""
+        ...
+
     def require_unconditional(self) -> None:
         """Raise `ValueError` if the sampled model was never trained without its classes."""
         ...

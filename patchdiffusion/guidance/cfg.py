@@ -105,8 +105,9 @@ class ClassifierFree(Strength):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = INTERVALS
 
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
-        """Raises `ValueError` for a model that was never trained without its classes."""
+        """Raises `ValueError` for a model without classes, or never trained without its own."""
         if self.weight != 1:
+            around.models.require_condition()
             around.models.require_unconditional()
         return CFG(
             denoiser,

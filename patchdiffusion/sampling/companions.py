@@ -96,6 +96,18 @@ class Companions:
             self._files[name] = sealed(facts)[SEAL]
         return facts
 
+    def require_condition(self) -> None:
+        """Raise `ValueError` if the model that samples has neither classes nor a context."""
+        if self.main is None:
+            return
+        config = self.main.config
+        if not config.num_classes and "context" not in config.network.reads:
+            raise ValueError(
+                "the model was trained without classes, and classifier-free guidance leads towards "
+                "one: use --guidance none, autoguidance (--guidance.model RUN, a worse model), or "
+                "classifier (--guidance.model RUN, a classifier)"
+            )
+
     def require_unconditional(self) -> None:
         """Raise `ValueError` if the model that samples was never trained without its classes."""
         if self.main is not None and not self.main.config.unconditional:
