@@ -38,7 +38,7 @@ class Stage(nn.Module):
         self.blocks, self.rate = blocks, rate
 
     def choose(self, seed: Tensor, count: int) -> Tensor:
-        """Which of `count` tokens go on, for seeds int64 [B]: int64 [B, K]."""
+        """Indices of those of `count` tokens that go on, for seeds int64 [B]: int64 [B, K]."""
         return kept_tokens(subkeys(seed, "tokens"), count, self.rate)
 
     def enter(self, tokens: Tokens, seed: Tensor | None) -> Tokens:
