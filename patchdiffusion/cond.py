@@ -165,6 +165,10 @@ class Tape:
         self._prefix = ""
         self._passes = 0
 
+    def takes(self, name: str) -> bool:
+        """True if the activation of this name will be recorded."""
+        return self._prefix + name in self.wants
+
     def put(self, name: str, activation: Tensor) -> None:
         """Record an activation if it is in `wants`; raises `ValueError` for a repeated name."""
         name = self._prefix + name

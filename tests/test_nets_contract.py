@@ -14,6 +14,10 @@ from patchdiffusion.nets.adm import ADMConfig
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
 from patchdiffusion.nets.routing import Mask, Route, Sprint
+from patchdiffusion.nets.lego import LegoConfig
+from patchdiffusion.nets.legobody import TransformerBody
+from patchdiffusion.nets.legounet import UNetBody
+from patchdiffusion.nets.routing import Route, Sprint
 from patchdiffusion.nets.topology import Features, UNet
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.objectives.tangent import derivative
@@ -49,6 +53,10 @@ MODERN = replace(
     DIT, depth=4, mlp="swiglu", norm="rms", qk_norm=True, positions="rope", embedding="late",
     modulation="lowrank", registers=2, value_residual=True, context=5, half_blocks=2,
 )  # fmt: skip
+LEGO = LegoConfig(
+    regions=(4, 8), patches=(2, 4), depths=(1, 2), width=16, heads=2, num_classes=4, augment_dim=3,
+    jump=True,
+)  # fmt: skip
 NETWORKS = {
     "unet": UNET,
     "ncsnpp": NCSN,
@@ -65,6 +73,16 @@ NETWORKS = {
     "modern, 3 axes": replace(
         MODERN, patch=(1, 2, 4), width=24, half_blocks=0, value_residual=False
     ),
+    "bricks": replace(LEGO, dropout=0.1),
+    "bricks, 3 axes": replace(
+        LEGO,
+        dimensions=3,
+        width=24,
+        brick_dropout=0.5,
+        body=TransformerBody(positions="rope", norm="rms", mlp="swiglu", qk_norm=True),
+        embedding="early",
+    ),
+    "bricks, unet": replace(LEGO, body=UNetBody(base=8), dropout=0.1),
 }
 
 every_network = pytest.mark.parametrize("config", NETWORKS.values(), ids=NETWORKS.keys())
@@ -197,6 +215,8 @@ def test_bfloat16_is_close(config: Network) -> None:
         ("transformer, route", True),
         ("transformer, sprint", False),
         ("modern", True),
+        ("bricks", True),
+        ("bricks, unet", False),
     ],
 )
 def test_compiles_as_one_graph(name: str, low: bool) -> None:
@@ -287,7 +307,8 @@ def test_taps_are_what_it_puts_on_the_tape(config: Network) -> None:
     tape = Tape(wants=network.taps)
     network(*batch(config), tape=tape)
     assert tuple(tape.activations) == network.taps
-    assert len(network.units()) == len(network.taps) - 1  # all but the stem
+    bricks = len(config.brick_regions((8,) * config.axes))
+    assert len(network.units()) == len(network.taps) - (bricks or 1)  # all but the stem
 
 
 @every_network

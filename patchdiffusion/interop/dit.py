@@ -77,7 +77,8 @@ def dit_config(state_dict: Mapping[str, Tensor], *, heads: int | None = None) ->
         embedding="late",
         learned_variance=outputs != channels,
     )
-    _check_table(state_dict.get(_TABLE))
+    if _TABLE in state_dict:
+        check_table(_TABLE, state_dict[_TABLE])
     return config
 
 
@@ -101,19 +102,17 @@ def load_dit_state_dict(network: DiT, state_dict: Mapping[str, Tensor]) -> None:
     copy_weights(network, published, dit_name, converted)
 
 
-def _check_table(table: Tensor | None) -> None:
-    """Raise `ValueError` unless a table of positions is the published one of a square."""
-    if table is None:
-        return
+def check_table(name: str, table: Tensor) -> None:
+    """Raise `ValueError` unless positions [1, T, D] are the published table of a square."""
     side = math.isqrt(table.shape[1])
     if side * side != table.shape[1]:
-        raise ValueError(f"{_TABLE} has {table.shape[1]} positions, which are no square")
+        raise ValueError(f"{name} has {table.shape[1]} positions, which are no square")
     steps = torch.arange(side, dtype=torch.float32)
     rows, columns = torch.meshgrid(steps, steps, indexing="ij")
     places = torch.stack([columns.flatten(), rows.flatten()], dim=-1)[None]
     difference = (table_features(places, table.shape[2]) - table.float()).abs().max()
     if difference > 1e-3:
         raise ValueError(
-            f"{_TABLE} differs from the table of sines and cosines by {difference:.2g}: these "
+            f"{name} differs from the table of sines and cosines by {difference:.2g}: these "
             "weights have learned positions, which no network here has"
         )

@@ -3,7 +3,8 @@
 from patchdiffusion.nets.adm import ADMConfig
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
+from patchdiffusion.nets.lego import LegoConfig
 from patchdiffusion.nets.unet import UNetConfig
 
-Network = UNetConfig | DiTConfig | ADMConfig | EDM2Config
+Network = UNetConfig | DiTConfig | ADMConfig | EDM2Config | LegoConfig
 """The network configurations of `--network`; `UNetConfig().build(seed=0)` builds a network."""

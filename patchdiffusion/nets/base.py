@@ -111,6 +111,14 @@ class NetworkConfig(ABC):
         """
         return None
 
+    def brick_regions(self, size: Size) -> tuple[Size, ...]:
+        """Sides of the regions that each brick of a stack works in, for images of a size.
+
+        Every brick predicts what the network predicts, and puts it on the tape as `bricks.<k>`; the
+        output is that of the last one. Empty for other networks.
+        """
+        return ()
+
     @property
     def masks(self) -> bool:
         """True if only a part of its output counts in training, see `Network.counted`."""

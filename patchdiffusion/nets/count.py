@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,19 +33,25 @@ def count(network: Network, size: int | tuple[int, ...], cond: Cond | None = Non
     cond = cond or Cond()
     sides = (size,) * network.config.axes if isinstance(size, int) else size
     params = sum(p.numel() for p in network.parameters())
-    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    shells = {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
     shape = (1, network.config.channels, *sides)
+    x, noise = torch.empty(shape, device="meta"), torch.empty(1, device="meta")
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            x, noise = torch.empty(shape, device="meta"), torch.empty(1, device="meta")
-            functional_call(network, shells, (x, noise, cond))
+        return Count(macs=macs_of(network, x, noise, cond), params=params)
     except (RuntimeError, NotImplementedError):  # a network of somebody's own may have to compute
         device = next(network.parameters()).device
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             given = cond.map(lambda x: torch.zeros_like(x, device=device))
             network(torch.zeros(shape, device=device), torch.zeros(1, device=device), given)
     return Count(macs=counter.get_total_flops() // 2, params=params)
+
+
+def macs_of(module: nn.Module, *inputs: object) -> int:
+    """Multiply-accumulates of a module, whose weights may be on any device, for inputs on meta."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    shells = {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        functional_call(module, shells, inputs)
+    return counter.get_total_flops() // 2
 
 
 def training_flops(network: Network, size: int | tuple[int, ...]) -> float:

@@ -93,7 +93,13 @@ class TokenAttention(nn.Module):
     def forward(
         self, h: Tensor, turn: Tensor | None = None, values: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """h [B, T, D], `tokens.rotation`, given values [B, T, D] -> output, values it gives."""
+        """h [B, T, D], `tokens.rotation`, given values [B, T, D] -> output, values it gives.
+
+        Of h [B, P, T, D], the tokens of P regions attend to those of their own region.
+        """
+        if h.ndim > 3:
+            out, given = self(h.flatten(0, 1), turn, values)
+            return out.unflatten(0, h.shape[:2]), given
         qkv = self.qkv(h).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, n, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each [B, n, T, d]
         given = v.transpose(1, 2).flatten(2) if self.gives else None
@@ -181,7 +187,7 @@ def modulation(width: int, count: int, kind: ModulationKind) -> nn.Module:
 
 def for_tokens(features: Tensor) -> Tensor:
     """Features of a sample [B, D] as [B, 1, D] for all of its tokens; those of each as they are."""
-    return features if features.ndim == 3 else features[:, None]
+    return features if features.ndim > 2 else features[:, None]
 
 
 class TokenBlock(nn.Module):
@@ -229,6 +235,7 @@ class TokenBlock(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """h [B, T, D], emb [B, E] or [B, T, E] -> [B, T, D] and the values its attention gives.
 
+        Of h [B, P, T, D], with emb [B, 1, 1, E], attention stays within each of P regions.
         `key` int64 [B] are the keys of the dropout; the rest is as in the attentions.
         """
         with full_precision(emb):
