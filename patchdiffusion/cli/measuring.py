@@ -77,8 +77,9 @@ class Measuring:
         parts += [(count, "samples" if self.images is None else "images")]
         if evaluation.extract is not None:
             parts += [(len(evaluation.reference), "real images")]
-        names = {"images": "samples"}
-        left = [(number - kept[names.get(name, name)], name) for number, name in parts]
+        left = [
+            (number - kept["samples" if name == "images" else name], name) for number, name in parts
+        ]
         return f"this will take about {duration(seconds)}: {_listed(left) or 'all is measured'}"
 
     def run(self, root: Path, write: Callable[[dict[str, Any]], None]) -> None:
