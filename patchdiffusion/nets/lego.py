@@ -233,6 +233,11 @@ class Lego(Network[LegoConfig]):
         return len(self.bricks)
 
     @property
+    def needs_first(self) -> bool:
+        """True if the others were never trained without the output of the first brick."""
+        return not self.config.brick_dropout
+
+    @property
     def taps(self) -> tuple[str, ...]:
         names = ((f"bricks.{k}", brick.body.taps) for k, brick in enumerate(self._bricks()))
         return tuple(tap for name, taps in names for tap in (*(f"{name}.{t}" for t in taps), name))
