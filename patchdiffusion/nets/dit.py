@@ -51,7 +51,7 @@ class DiTConfig(DiTShape):
     def for_canvas(self, canvas: Size) -> Self:
         """A copy with a side of the patch for each axis; 0 is chosen, see `ditsizes.patch_for`."""
         if not any(self.patch):
-            return replace(self, patch=patch_for(canvas))
+            return replace(self, patch=patch_for(canvas, 4 if self.bottleneck else 2))
         if len(self.patch) == 1 < len(canvas):
             return replace(self, patch=self.patch * len(canvas))
         return self
@@ -62,9 +62,7 @@ class DiTConfig(DiTShape):
         return jit(self.width) if self.bottleneck and denoises else {}
 
     def build(self, *, seed: int = 0) -> "DiT":
-        if not any(self.patch):
-            raise ValueError("patch is 0, which an image decides: use for_canvas, or give sides")
-        return DiT(self, seed=seed)
+        return DiT(self.for_canvas((32,) * self.axes), seed=seed)
 
 
 def for_canvas(canvas: Size, **changes: object) -> DiTConfig:

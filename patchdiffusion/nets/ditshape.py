@@ -16,9 +16,10 @@ Positions = Literal["coordinates", "sincos", "rope"]
 class DiTShape(NetworkConfig):
     """Base of the configuration of DiT: its fields, their limits, and what follows from them."""
 
-    patch: tuple[int, ...] = (2, 2)
+    patch: tuple[int, ...] = (0, 0)
     """Sides of the patches that become tokens: one for each axis of the data, 2 2 for images, or
-    one for all axes; 0 chooses about a 16th of the image, 4 to 32."""
+    one for all axes; 0 chooses about a 16th of the image, from 2 (with a bottleneck 4) to 32; without
+    an image, as for 32 pixels."""
     width: int = 128
     """Features of a token; a multiple of 8 and of heads."""
     depth: int = 6

@@ -50,13 +50,13 @@ SIZES: Mapping[str, Mapping[str, Any]] = _presets()
 """Fields of `DiTConfig` by preset, such as dit-s/4, modern-dit-s/4, u-dit-s/4 and pixel-dit."""
 
 
-def patch_for(canvas: Size) -> Size:
-    """Patch for a canvas: a power of two near a 16th of its shorter side, 4 to 32.
+def patch_for(canvas: Size, least: int) -> Size:
+    """Patch for a canvas: a power of two near a 16th of its shorter side, `least` to 32.
 
     Images of less than 16 pixels have at least 4 x 4 patches; in clips a patch has one frame.
     """
     side = min(canvas[-2:])
-    patch = min(max(2 ** round(math.log2(side / 16)), 4), 32)
+    patch = min(max(2 ** round(math.log2(side / 16)), least), 32)
     patch = max(1, min(patch, side // 4))
     return (1,) * len(canvas[:-2]) + (patch,) * len(canvas[-2:])
 

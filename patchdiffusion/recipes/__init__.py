@@ -107,7 +107,7 @@ def folder(facts: Facts) -> TrainConfig:
 def _on_pixels(config: TrainConfig, canvas: Size) -> TrainConfig:
     """The configuration with JiT-B and the settings that belong to it."""
     published = families.create(Network, "pixel-dit-b/16", "network")
-    network = replace(published.inherit(config.network, config), patch=dit.patch_for(canvas))
+    network = replace(published.inherit(config.network, config), patch=(0, 0)).for_canvas(canvas)
     config = replace(network, dropout=published.dropout).prefers(config)
     return replace(config, optim=replace(config.optim, lr=1e-4))  # DiT's at this batch
 
