@@ -103,6 +103,15 @@ def test_a_slow_rise_is_no_spike() -> None:
         assert not spiked(run.take(1.0, 1.005**k))
 
 
+def test_a_steep_rise_at_the_start_is_no_spike() -> None:
+    """Such as that of EDM2, whose output starts at zero: its gradient grows with its gain."""
+    run = Run()
+    for k in range(60):
+        assert not spiked(run.take(1.0, 1.25**k))
+    assert spiked(run.take(1.0, 1.25**60 * 20))
+    assert spiked(run.take(20.0, 1.25**60))
+
+
 def test_only_the_last_steps_count() -> None:
     run = Run()
     for _ in range(WINDOW):

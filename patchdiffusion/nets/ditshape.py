@@ -18,8 +18,8 @@ class DiTShape(NetworkConfig):
 
     patch: tuple[int, ...] = (0, 0)
     """Sides of the patches that become tokens: one for each axis of the data, 2 2 for images, or
-    one for all axes; 0 chooses about a 16th of the image, from 2 (with a bottleneck 4) to 32; without
-    an image, as for 32 pixels."""
+    one for all axes; 0 chooses about a 16th of the image (without one, of 32 pixels), from 2, with
+    a bottleneck from 4, to 32."""
     width: int = 128
     """Features of a token; a multiple of 8 and of heads."""
     depth: int = 6

@@ -21,6 +21,7 @@ from patchdiffusion.train.settings import GuardConfig
 
 WINDOW = 128  # steps of a kind over which the median is taken
 MIN_STEPS = 16  # of a kind, before any can be a spike
+RECENT = 8  # steps of a kind that decide about its norms until there is a whole window
 BURST_WINDOW = 64  # steps
 
 
@@ -112,14 +113,19 @@ class Guard:
         # Sorting puts NaN last; the median is the lower one of an even number.
         middle = ((count - 1).clamp(min=0) // 2).view(1)
         medians = past.sort(dim=1).values.index_select(1, middle).squeeze(1)
-        limits = torch.where(count >= MIN_STEPS, self.config.spike * medians, torch.inf)
+        usual, seen = medians, self.seen.get(kind, 0)
+        if RECENT <= seen < WINDOW:
+            # Norms of networks whose output starts at zero grow manifold in the first steps.
+            recent = past[1, seen - RECENT : seen].nanmedian()
+            usual = torch.stack([medians[0], medians[1].fmax(recent)])
+        limits = torch.where(count >= MIN_STEPS, self.config.spike * usual, torch.inf)
         bad = ~torch.isfinite(now).all()
         spike = ~bad & (now > limits).any()
         max_norm = torch.where(spike, medians[1].clamp(max=clip), clip)
-        slot = self.seen.get(kind, 0) % WINDOW
+        slot = seen % WINDOW
         # Never beyond the limit: a burst of spikes must not become the new normal at once.
         past[:, slot] = torch.where(bad, past[:, slot], torch.minimum(now, limits))
-        self.seen[kind] = self.seen.get(kind, 0) + 1
+        self.seen[kind] = seen + 1
         counted = bad & (scale <= 1)
         report = torch.stack([counted.float(), spike.float(), loss, norm, medians[1]])
         return Judgement(bad.float(), max_norm.float(), report)
