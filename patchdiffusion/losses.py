@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Cond
+from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.denoiser import Denoiser, expand_sigma
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.paths import per_sample
@@ -168,6 +168,17 @@ def estimated(
     """Noise the crops to these levels and denoise them; `weight` [B] is that of the error."""
     noisy = batch.images + per_sample(sigma, batch.images) * noise
     return Estimate(denoiser(noisy, sigma, batch.cond), noisy, sigma, weight)
+
+
+def with_losses(out: LossOut, tape: Tape) -> LossOut:
+    """Add the auxiliary losses on a tape to the output of an objective, logged by their names."""
+    if not tape.losses:
+        return out
+    total = torch.stack(list(tape.losses.values())).sum()
+    if out.batch_loss is not None:
+        total = total + out.batch_loss
+    shown = {name: loss.detach() for name, loss in tape.losses.items()}
+    return replace(out, batch_loss=total, scalars={**out.scalars, **shown})
 
 
 def squared_error(a: Tensor, b: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -150,6 +150,10 @@ class LegoConfig(NetworkConfig):
         seed = {"seed"} if self.brick_dropout else set()
         return super().reads | {"pos"} | seed
 
+    def suits(self, config: Any) -> Mapping[str, Any]:
+        """The loss of all bricks, in place of denoising by the last one."""
+        return {"objective": "bricks"} if hasattr(config.objective, "log_variance") else {}
+
     def brick_regions(self, size: Size) -> tuple[Size, ...]:
         sizes = []
         for region in self.regions:

@@ -1,5 +1,6 @@
 """Training objectives: denoising, few-step models, and additions to both."""
 
+from patchdiffusion.objectives.bricks import BricksConfig
 from patchdiffusion.objectives.consistency import ConsistencyConfig
 from patchdiffusion.objectives.contrast import ContrastConfig
 from patchdiffusion.objectives.ctm import CTMConfig
@@ -8,7 +9,12 @@ from patchdiffusion.objectives.meanflow import MeanFlowConfig
 from patchdiffusion.objectives.patchforcing import PatchForcingConfig
 
 ObjectiveUnion = (
-    DenoisingConfig | ConsistencyConfig | MeanFlowConfig | CTMConfig | PatchForcingConfig
+    DenoisingConfig
+    | ConsistencyConfig
+    | MeanFlowConfig
+    | CTMConfig
+    | PatchForcingConfig
+    | BricksConfig
 )
 """The objectives of `--objective` and of model files."""
 

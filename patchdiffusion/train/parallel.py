@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.guidance.cfg import CONDITIONS
-from patchdiffusion.losses import Batch, Loss, LossOut
+from patchdiffusion.losses import Batch, Loss, LossOut, with_losses
 from patchdiffusion.nets.base import Network
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team, is_sharded
@@ -70,17 +70,6 @@ class LossModule(nn.Module):
         if not isinstance(network, Network):
             return batch.counted
         return network.counted(cond, tuple(batch.images.shape[2:]))
-
-
-def with_losses(out: LossOut, tape: Tape) -> LossOut:
-    """Add the auxiliary losses on a tape to the output of an objective, logged by their names."""
-    if not tape.losses:
-        return out
-    total = torch.stack(list(tape.losses.values())).sum()
-    if out.batch_loss is not None:
-        total = total + out.batch_loss
-    shown = {name: loss.detach() for name, loss in tape.losses.items()}
-    return replace(out, batch_loss=total, scalars={**out.scalars, **shown})
 
 
 def replicate(module: LossModule, team: Team) -> nn.Module:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchdiffusion.accel.bricks import first_bricks
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.data.columns import Filled, with_labels
 from patchdiffusion.data.feed import conditions
@@ -23,6 +24,7 @@ from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.heldout import held_out_losses, summarize
 from patchdiffusion.metrics.memorise import copy_rate
 from patchdiffusion.metrics.options import SEED, EvaluationConfig
+from patchdiffusion.patches import Size
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import sample
 from patchdiffusion.system.device import autocast
@@ -138,7 +140,7 @@ class SamplePreview:
         held = pack.some_held_out(config.preview.held_out)
         if len(held) and config.objective.denoises:
 
-            def losses() -> Tensor:
+            def losses(denoiser: Denoiser, sizes: tuple[Size, ...]) -> Tensor:
                 with autocast(scene.device, scene.precision):
                     by_size = held_out_losses(
                         _Abandonable(denoiser, ending),
@@ -148,16 +150,22 @@ class SamplePreview:
                         space=pack.space,
                         law=config.noise,
                         weighting=config.precond.default_weighting(),
-                        sizes=scene.sizes,
+                        sizes=sizes,
                         device=scene.device,
                         batch=scene.batch,
                         part=team.shard(len(held)),
                     )
                 return torch.stack(list(by_size.values()))
 
-            table = torch.cat(scene.everywhere(losses), dim=2)  # [sizes, 2, count]
-            loss = summarize(dict(zip(scene.sizes, table, strict=True)))
+            table = scene.everywhere(lambda: losses(denoiser, scene.sizes))
+            loss = summarize(dict(zip(scene.sizes, torch.cat(table, dim=2), strict=True)))
             facts["held_out"] = {"loss": loss.total, "bands": loss.bands, "sizes": loss.sizes}
+            bricks = {}
+            for number, part in first_bricks(denoiser).items():  # of whole images
+                rows = scene.everywhere(lambda part=part: losses(part, scene.sizes[:1]))
+                bricks[str(number)] = torch.cat(rows, dim=2)[0, 1].mean().item()
+            if bricks:
+                facts["held_out"]["bricks"] = bricks
         if team.is_main and 2 <= len(pack.train) <= COPY_LIMIT:
             copies = copy_rate(samples, pack.images, pack.train, space=pack.space)
             facts["copy_rate"] = copies.rate

@@ -6,7 +6,7 @@ inherits `TaskConfig`, and a member of the union in `config.py`.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -94,7 +94,8 @@ class TaskConfig(ABC):
 
 def check_own_objective(config: Settings, name: str) -> None:
     """Raise `ValueError` for an objective or additions, which belong to denoisers."""
-    if config.objective != DenoisingConfig():
+    plain = replace(config, objective=DenoisingConfig())
+    if config.objective not in (plain.objective, config.network.prefers(plain).objective):
         raise ValueError(
             f"objective is {config.objective}, and {name} has its own; leave out --objective and "
             "its fields"
