@@ -1,7 +1,7 @@
 """Bodies of LEGO bricks: networks of regions, their contract and the transformer.
 
 A body maps regions to regions of the same size, and nothing but what is in a region, its place and
-the condition reaches its output. Any other network of regions may join the union `lego.Body`.
+the condition reaches its output. Any other network of regions may join the union `legoshape.Body`.
 
 Shapes: B batch, P regions of an image, C image channels, n spatial axes, *R sides of a region,
 T tokens of a region, D features of a token, E size of the embedding.
