@@ -130,6 +130,16 @@ def test_a_rule_for_tokens(images: Path, tmp_path: Path, capsys: Capture) -> Non
     works(capsys, "sample", runs[0], "--count", 1, "--steps", 1)
 
 
+def test_a_network_of_regions(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    run = tmp_path / "run"
+    flags = f"--network lego --network.width 16 --network.body toy-body {LENGTH}"
+    works(capsys, "train", images, "--out", run, *flags.split())
+    stored = read_json(run / "config.json")
+    assert stored["network"]["body"]["type"] == "ToyBody"
+    assert stored["objective"]["type"] == "BricksConfig"
+    works(capsys, "sample", run, "--count", 1, "--steps", 1)
+
+
 def test_a_recipe(images: Path, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     works(capsys, "train", "toy", images, "--out", run, *LENGTH.split())

@@ -31,10 +31,11 @@ from patchdiffusion.denoiser import Denoiser, PatchDenoiser, Wrapper, ask
 from patchdiffusion.guidance import threshold
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.losses import Batch, Loss, LossOut, Objective
-from patchdiffusion.nets import Network, heads, routing
+from patchdiffusion.nets import Network, heads, legobody, legoshape, routing
 from patchdiffusion.nets.base import Network as NetworkBase
 from patchdiffusion.nets.base import NetworkConfig
-from patchdiffusion.nets.layers import Conv
+from patchdiffusion.nets.layers import Conv, Linear
+from patchdiffusion.nets.tokens import fold
 from patchdiffusion.objectives.base import Addition, Materials, ObjectiveConfig
 from patchdiffusion.patches import Size
 from patchdiffusion.paths import per_sample
@@ -90,6 +91,40 @@ class ToyTokens(routing.Route):
 
     def blocks(self, depth: int) -> range:
         return range(depth - 1, depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyBody(legobody.BodyConfig):
+    """One layer, from patches to patches."""
+
+    gain: float = 1.0
+
+    def check(self, outline: legobody.Outline) -> None:
+        """Fits all bricks."""
+
+    def build(self, outline: legobody.Outline) -> "OneLayer":
+        return OneLayer(self.gain, outline)
+
+
+class OneLayer(legobody.RegionNetwork):
+    """The patches of a region, one by one."""
+
+    def __init__(self, gain: float, outline: legobody.Outline):
+        super().__init__()
+        self.gain, self.patches = gain, outline.patches
+        self.stem = legobody.BrickStem(outline, outline.width)
+        outputs = outline.channels * outline.pixels
+        self.head = Linear(outline.width, outputs, scale=0.0, role="head")
+
+    def features(self, regions: legobody.Regions) -> Tensor:
+        return self.stem(regions) * self.gain + regions.emb[:, None, None]
+
+    def finish(self, h: Tensor, regions: legobody.Regions) -> Tensor:
+        grid = tuple(a // b for a, b in zip(regions.sides, self.patches, strict=True))
+        return fold(self.head(h).flatten(0, 1), grid, self.patches).unflatten(0, h.shape[:2])
+
+    def remove_head(self) -> None:
+        del self.head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -377,6 +412,7 @@ recipes.RECIPES["toy"] = toy
 TOYS = (
     (Network, ToyNet),
     (routing.Routing, ToyTokens),
+    (legoshape.Body, ToyBody),
     (noise.Law, ToyLaw),
     (parameterisation.Parameterisation, ToyPrecond),
     (objectives.ObjectiveUnion, ToyObjective),

@@ -113,7 +113,7 @@ class Outline:
 class RegionNetwork(nn.Module, ABC):
     """Base of bodies: regions to features, features to regions."""
 
-    taps: tuple[str, ...]
+    taps: tuple[str, ...] = ()
     """Names of what it puts on the tape, behind that of the brick."""
 
     @abstractmethod
@@ -128,9 +128,9 @@ class RegionNetwork(nn.Module, ABC):
     def remove_head(self) -> None:
         """Remove the parts that `features` does not use."""
 
-    @abstractmethod
     def units(self) -> list[nn.Module]:
-        """The blocks, which are compiled and sharded one by one."""
+        """The blocks, which are compiled and sharded one by one; by default none."""
+        return []
 
     def forward(self, regions: Regions) -> Tensor:
         return self.finish(self.features(regions), regions)
