@@ -33,9 +33,7 @@ def carry_out(spec: Mapping[str, Any]) -> int:
         fault = dict(fault)
         if fault.pop("rank", place().rank) == place().rank:
             inject.FAULTS[fault.pop("kind")](**fault)
-    config = recipes.with_objective(
-        tiny.config(Path(spec["images"])), spec.get("objective", "denoising")
-    )
+    config = tiny.config(Path(spec["images"]))
     word = spec.get("network")
     if isinstance(word, str):
         config = (
@@ -45,6 +43,7 @@ def carry_out(spec: Mapping[str, Any]) -> int:
         )
     elif word:
         config = replace(config, network=decode(DiTConfig, word))
+    config = recipes.with_objective(config, spec.get("objective", "denoising"))
     task = families.choose(Task, spec.get("task", "denoiser"), "task")()
     config = tiny.change(replace(config, task=task), spec.get("config", {}))
 

@@ -332,6 +332,18 @@ def test_tokens_that_skip_on_two_processes(
         assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_levels_of_tokens_on_two_processes(shard: bool, images: Path, tmp_path: Path) -> None:
+    network = encode(DiTConfig(patch=(2, 2), width=16, depth=2, heads=2, num_classes=2))
+    spec: dict[str, Any] = {"network": network, "objective": "patch-forcing"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert harness.here(images, one, **spec).code == 0
+    ended = drive(images, two, size=2, **spec, run={"shard": shard})
+    assert [e.code for e in ended] == [0, 0], ended
+    for a, b in zip(tiny.history(one), tiny.history(two), strict=True):
+        assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
+
+
 def test_a_classifier_on_two_processes(images: Path, tmp_path: Path) -> None:
     """The weights of one process; those of an undisturbed pair, to the bit, if both are killed."""
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
