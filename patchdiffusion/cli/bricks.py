@@ -174,7 +174,8 @@ def consequences(
 
 def chart(table: BrickTable, bound: float) -> bytes:
     """A chart of the penalties by noise level: the content of a PNG file."""
-    from matplotlib.figure import Figure  # here: it takes half a second to import
+    from matplotlib import ticker  # here: it takes half a second to import
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -190,6 +191,8 @@ def chart(table: BrickTable, bound: float) -> bytes:
     axes.set_yscale("symlog", linthresh=10)
     axes.set_xlabel("noise level sigma")
     axes.set_ylabel("increase of the loss in %")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(alpha=0.3)
     if len(table.subsets) > 1:
         axes.legend(fontsize=8)
