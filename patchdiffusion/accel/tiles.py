@@ -31,13 +31,13 @@ def starts(side: int, window: int, stride: int) -> Tensor:
 def shifted_starts(side: int, window: int, stride: int, offset: Tensor) -> Tensor:
     """Starts of windows `stride` apart from offsets in [0, stride): int64 [B] -> [B, T].
 
-    Windows that would reach over an end of the axis are moved inside, so that any side is covered.
+    The first ones may lie before the axis and the last ones reach over its end, or lie behind it.
     """
     if side == window:
         return torch.zeros_like(offset)[:, None]
     count = math.ceil((side - window) / stride) + 2
     first = offset[:, None] - stride
-    return (first + torch.arange(count, device=offset.device) * stride).clamp(0, side - window)
+    return first + torch.arange(count, device=offset.device) * stride
 
 
 def window_coordinates(
@@ -89,8 +89,8 @@ class TiledDenoiser(Wrapper):
         self.shift = shift
         self.kind: Coordinates = kind
 
-    def corners(self, size: Size, count: int, call: Call, device: torch.device) -> Tensor:
-        """First pixels of the windows of `count` images: int64 [B, T, n]."""
+    def places(self, size: Size, count: int, call: Call, device: torch.device) -> Tensor:
+        """First pixels of the windows of `count` images, maybe beyond them: int64 [B, T, n]."""
         position = call.position if self.shift else None
         axes = []
         for axis, (side, window, stride) in enumerate(
@@ -114,7 +114,9 @@ class TiledDenoiser(Wrapper):
     def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
         size, count = tuple(x.shape[2:]), len(x)
         _check_size(size, self.canvas)
-        corner = self.corners(size, count, call, x.device)
+        place = self.places(size, count, call, x.device)
+        most = torch.tensor(size, device=x.device) - torch.tensor(self.canvas, device=x.device)
+        corner = place.clamp(min=torch.zeros_like(most), max=most)  # windows lie inside the image
         tiles = corner.shape[1]
         flat = corner.transpose(0, 1).flatten(0, 1)  # [T B, n]
         window = self._of_windows(cond or Cond(), corner, size)
@@ -126,7 +128,7 @@ class TiledDenoiser(Wrapper):
             replace(window, pos=pos.to(x.device)),
             _of_tiles(call, tiles),
         )
-        return denoised if tiles == 1 else self._joined(denoised, corner, x)
+        return denoised if tiles == 1 else self._joined(denoised, corner, place, x)
 
     def _of_windows(self, cond: Cond, corner: Tensor, size: Size) -> Cond:
         """The condition of each window; a map of the size of the image is cut as it is."""
@@ -142,27 +144,31 @@ class TiledDenoiser(Wrapper):
             return sigma
         return _cut(sigma, corner, self.canvas) if sigma.ndim > 1 else sigma.repeat(corner.shape[1])
 
-    def _joined(self, denoised: Tensor, corner: Tensor, x: Tensor) -> Tensor:
-        """Mean over the windows of each pixel: [T B, C, *canvas] -> like x."""
+    def _joined(self, denoised: Tensor, corner: Tensor, place: Tensor, x: Tensor) -> Tensor:
+        """Mean over the windows of each pixel: [T B, C, *canvas] -> like x.
+
+        A window that was moved inside counts where it would lie without that only: else its border
+        would be at the same pixels in every step.
+        """
         total = torch.zeros_like(x).movedim(1, -1)  # [B, *S, C]
         norm = torch.zeros_like(total[..., :1])
-        weight = self._weight(x)[..., None]  # [*canvas, 1]
         sample = torch.arange(len(x), device=x.device).view(-1, *(1 for _ in self.canvas))
         for tile, part in enumerate(denoised.movedim(1, -1).split(len(x))):
             index = (sample, *pixel_indices(corner[:, tile], self.canvas))
+            weight = self._weight(corner[:, tile] - place[:, tile], x.dtype)[..., None]
             total[index] += weight * part
             norm[index] += weight
         return (total / norm).movedim(-1, 1)
 
-    def _weight(self, x: Tensor) -> Tensor:
-        """Weight of each pixel of a window, largest in the middle: [*canvas]; 1 without overlap."""
-        weight = torch.ones(self.canvas, dtype=x.dtype, device=x.device)
-        if self.overlap == 0:
-            return weight
-        for axis, side in enumerate(self.canvas):
-            place = torch.arange(side, dtype=x.dtype, device=x.device) + 0.5
-            tent = torch.minimum(place, side - place)
-            weight = weight * tent.view(*(-1 if i == axis else 1 for i in range(weight.ndim)))
+    def _weight(self, moved: Tensor, dtype: torch.dtype) -> Tensor:
+        """Weight of each pixel of windows that were moved inside by [B, n]: [B, *canvas].
+
+        1 where a window lies without that, or with overlap the distance to its border; else 0.
+        """
+        weight = torch.ones(len(moved), *(1 for _ in self.canvas), dtype=dtype, device=moved.device)
+        for pixel, side in zip(pixel_indices(moved, self.canvas), self.canvas, strict=True):
+            inside = torch.minimum(pixel + 0.5, side - pixel - 0.5).clamp(min=0).to(dtype)
+            weight = weight * (inside if self.overlap else (inside > 0).to(dtype))
         return weight
 
 
