@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from lego_toy import EDM, GROWS, LAW, SIDE, Variant, train
+from lego_toy import EDM, LAW, SIDE, Variant, train
 from torch import Tensor
 
 from patchdiffusion import Pipeline, load, rng
 from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.metrics.seams import seam_ratio
 from patchdiffusion.model import ModelConfig, save_model
+from patchdiffusion.nets.lego import LegoConfig
 from patchdiffusion.sampling.canvas import CanvasRegion
 from patchdiffusion.sampling.config import SamplerConfig
 from patchdiffusion.system.files import write_json
@@ -30,6 +31,7 @@ from patchdiffusion.system.png import enlarge, grid, save_png
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "lego-wide.json"
+BRICKS = LegoConfig(channels=1, width=64, heads=4, regions=(4, SIDE), patches=(2, 2), depths=(1, 3))
 FIELD = 1024
 SIZE = (32, 64)
 WAYS = {
@@ -37,24 +39,25 @@ WAYS = {
     "fixed, each a whole image": Tiles(size=SIZE, shift=False),
     "averaged": Tiles(size=SIZE, shift=False, overlap=0.5),
     "shifted": Tiles(size=SIZE),
+    "shifted and averaged": Tiles(size=SIZE, overlap=0.5),
     "shifted, pitch": Tiles(size=SIZE, coordinates="pitch"),
     "shifted, clamp": Tiles(size=SIZE, coordinates="clamp"),
     "shifted, periodic": Tiles(size=SIZE, coordinates="periodic"),
     "shifted, whole": Tiles(size=SIZE, coordinates="whole"),
 }
 """Places of windows, and their coordinates."""
-SHOWN = ("fixed", "averaged", "shifted")
+SHOWN = ("fixed", "fixed, each a whole image", "averaged", "shifted")
 
 
 @cache
 def labyrinth() -> Tensor:
-    """Noise of one wavelength, 8 pixels, as ridges: [FIELD, FIELD] in [-1, 1]."""
+    """Noise of one wavelength, 12 pixels, as ridges: [FIELD, FIELD] in [-1, 1]."""
     white = rng.normal(rng.keys(0, "labyrinth", 0, torch.arange(1)), (FIELD, FIELD))[0]
     frequency = torch.fft.fftfreq(FIELD)
-    radius = (frequency[:, None].square() + frequency[None].square()).sqrt() * 8
-    band = torch.exp(-0.5 * ((radius - 1) / 0.12).square())
+    radius = (frequency[:, None].square() + frequency[None].square()).sqrt() * 12
+    band = torch.exp(-0.5 * ((radius - 1) / 0.15).square())
     waves = torch.fft.ifft2(torch.fft.fft2(white) * band).real
-    return torch.tanh(2 * waves / waves.std())
+    return torch.tanh(1.2 * waves / waves.std())
 
 
 def squares(key: Tensor) -> Tensor:
@@ -74,10 +77,10 @@ def model(work: Path, steps: int) -> Pipeline:
     """The trained stack, as a model folder."""
     folder = work / "model"
     if not folder.exists():
-        denoiser = train(Variant(GROWS), squares, work / "labyrinth.pt", steps)
+        denoiser = train(Variant(BRICKS), squares, work / "labyrinth.pt", steps)
         state = denoiser.network.state_dict()
         config = ModelConfig(
-            network=GROWS, precond=EDM(), noise=LAW, canvas=(SIDE, SIDE), data="labyrinth"
+            network=BRICKS, precond=EDM(), noise=LAW, canvas=(SIDE, SIDE), data="labyrinth"
         )
         save_model(folder, config, state, state)
     return load(folder, device="cpu")
