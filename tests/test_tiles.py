@@ -120,7 +120,7 @@ def test_a_denoiser_of_pixels_has_no_windows(overlap: float, shift: bool) -> Non
 
 
 def test_windows_that_are_moved_inside_leave_no_fixed_border() -> None:
-    """What a pixel is made of changes at the shifted borders alone."""
+    """Pixels change their window at the shifted borders alone."""
     tiled = TiledDenoiser(Oracle(lambda x, s, c: x), (6,))
     for seed in range(8):
         place = tiled.places((15,), 1, at(0, seed), torch.device("cpu"))[0, :, 0]
