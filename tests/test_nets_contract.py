@@ -13,11 +13,10 @@ from patchdiffusion.nets import Network, base
 from patchdiffusion.nets.adm import ADMConfig
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
-from patchdiffusion.nets.routing import Mask, Route, Sprint
 from patchdiffusion.nets.lego import LegoConfig
 from patchdiffusion.nets.legobody import TransformerBody
 from patchdiffusion.nets.legounet import UNetBody
-from patchdiffusion.nets.routing import Route, Sprint
+from patchdiffusion.nets.routing import Mask, Route, Sprint
 from patchdiffusion.nets.topology import Features, UNet
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.objectives.tangent import derivative

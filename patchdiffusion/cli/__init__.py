@@ -160,8 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _import(arguments: Sequence[str]) -> Sequence[str]:
     """Execute the Python file after `--import`, which adds types to families.
 
-    Returns the remaining arguments. Raises `ValueError` if there is no such file, or if it cannot
-    be executed.
+    It may import other modules of its folder. Returns the remaining arguments. Raises `ValueError`
+    if there is no such file, or if it cannot be executed.
     """
     if len(arguments) < 2:
         raise ValueError("--import needs a Python file: patchdiffusion --import FILE COMMAND ...")
@@ -176,6 +176,7 @@ def _import(arguments: Sequence[str]) -> Sequence[str]:
             f"--import is {file}, and another module is called {file.stem}; rename the file"
         )
     if other is None:
+        sys.path.append(str(file.parent))
         module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)

@@ -191,7 +191,7 @@ class Lego(Network[LegoConfig]):
     def _tilings(
         self, size: Size, offsets: Sequence[tuple[int, ...]] | None = None
     ) -> list[Tiling]:
-        """Where the regions of each brick lie in images of a size."""
+        """Places of the regions of each brick in images of a size."""
         multiple = math.lcm(*self.config.patches)
         size = tuple(-(-side // multiple) * multiple for side in size)
         if offsets is None:
