@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.paths import DDPM, PATHS, Table, check_table, table_sigmas
+from patchdiffusion.system.checks import MOST
 
 Shift = float | Literal["size"]
 """Factor of noise levels, of a law or a schedule; `size` is chosen for a size by `for_size`."""
@@ -231,6 +232,11 @@ def check_range(sigma_min: float, sigma_max: float) -> None:
     if not 0 < sigma_min < sigma_max < math.inf:
         raise ValueError(
             f"noise levels need 0 < sigma_min < sigma_max < inf, not {sigma_min}, {sigma_max}"
+        )
+    if not 1 / MOST <= sigma_min < sigma_max <= MOST:
+        raise ValueError(
+            "noise levels need 2^-63 <= sigma_min < sigma_max <= 2^63, as float32 holds no squares "
+            f"of others, not {sigma_min}, {sigma_max}"
         )
 
 

@@ -121,3 +121,7 @@ def check_time_scale(value: float) -> None:
     """Raise `ValueError` unless c_noise can be the time multiplied by this value."""
     if not 0 < value < math.inf:
         raise ValueError(f"time_scale must be positive and finite, not {value}")
+    if value > 2**24:
+        raise ValueError(
+            f"time_scale must be at most 2^24, as float32 tells no finer times apart, not {value}"
+        )

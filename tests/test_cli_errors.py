@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from commands import Capture, fails, names
@@ -109,6 +110,20 @@ def somewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ("sample trained --canvas region --canvas.size 0 4", ["height", "width"]),
         ("sample trained --canvas region --canvas.corner 4", ["region", "2", "4"]),
+        ("sample trained --sigma-max 1e30", ["sigma_max", "2^63", "1e+30"]),
+        ("sample trained --schedule.rho inf", ["rho", "inf"]),
+        ("sample trained --solver heun --solver.churn.amount inf", ["amount", "inf"]),
+        ("train glyphs --data.max-enlarge -1", ["max_enlarge", "-1.0", "1"]),
+        ("train glyphs --data.max-enlarge inf", ["max_enlarge", "inf"]),
+        ("train glyphs --optim.weight-decay 1e30", ["weight_decay", "1e+30", "lr", "1"]),
+        ("train glyphs --precond flow --precond.time-scale 1e30", ["time_scale", "2^24", "1e+30"]),
+        ("train glyphs --objective consistency --objective.rho 1e30", ["rho", "1e+30", "1280"]),
+        ("train glyphs --objective consistency --objective.huber 1e30", ["huber", "1e+30"]),
+        ("train glyphs --objective meanflow --objective.std 1e30", ["std", "1e+30"]),
+        ("train glyphs --objective meanflow --objective.eps 1e30", ["eps", "1e+30"]),
+        ("train glyphs --objective ctm --objective.sigma-max 1e30", ["sigma_max", "1e+30"]),
+        ("train glyphs --optim.schedule inverse-sqrt --optim.schedule.warmup 3", ["warmup", "3"]),
+        ("train objects.npy", ["objects.npy", "Python", "numbers"]),
         ("sample trained --seed 99999999999999999999", ["64"]),
         ("sample trained --sigma-min 0", ["sigma_min"]),
         ("sample trained --solver euler --solver.churn.amount 3", ["--solver.churn.amount"]),
@@ -140,6 +155,7 @@ def test_errors_are_one_line(
     (tmp_path / "cut" / "a.png").write_bytes(data[: len(data) // 2])
     (tmp_path / "filled" / "letter").write_text("dear")
     (tmp_path / "notes.txt").write_text("note")
+    np.save(tmp_path / "objects.npy", np.array([None, "image"]), allow_pickle=True)
     (tmp_path / "table.csv").write_text("file,label")
     (tmp_path / "pictures").symlink_to(images)
     if "trained" in arguments:
@@ -148,6 +164,20 @@ def test_errors_are_one_line(
     assert names(fails(capsys, *arguments.split()), *named)
     assert tiny.digests(tmp_path) == before
     assert not (tmp_path / "runs").exists() and not (tmp_path / "trained/generated").exists()
+
+
+def test_samples_that_are_not_finite_are_no_pictures(finished: Path, capsys: Capture) -> None:
+    sampling = (finished, "--count", 2, "--steps", 2, "--guidance", "cfg")
+    shutil.copytree(finished, "trained")
+    told = fails(capsys, "sample", "trained", *sampling[1:], "--guidance.weight", 1e38, code=21)
+    assert names(told, "step 1 of 2", "guidance.weight", "1e+38", "10")
+    assert not list(Path("trained/generated").glob("*/*.png"))
+
+
+def test_changes_of_a_run_are_few_and_short(finished: Path, capsys: Capture) -> None:
+    config = ("--out", finished, "--network", "edm2-xs", "--data.resolution", 16)
+    told = fails(capsys, "train", "glyphs", *config)
+    assert names(told, "network", "unet", "edm2", "more", "--fresh") and len(told) < 1000
 
 
 def test_exit_codes_of_stops(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

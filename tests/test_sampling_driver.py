@@ -1,12 +1,13 @@
 """The sampling driver: seeds, batches, regions, classes."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from commands import refuses
+from commands import names, refuses
 from oracles import Oracle
 from torch import Tensor
 
@@ -16,8 +17,9 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.canvas import CanvasRegion
-from patchdiffusion.sampling.driver import Start, noise_field
+from patchdiffusion.sampling.driver import NotFinite, Start, noise_field
 from patchdiffusion.solvers import Churn, Euler, Heun
+from patchdiffusion.solvers.schedules import Karras
 from patchdiffusion.system.png import to_uint8
 
 CANVAS = tiny.CANVAS
@@ -267,3 +269,45 @@ def test_every_trajectory_has_a_number_and_its_seeds() -> None:
     runs = [step.run for step in seen]
     assert runs[0] == runs[1] != runs[2] == runs[3]
     assert [s.seeds.tolist() for s in seen if s.seeds is not None] == [[5, 6], [5, 6], [7], [7]]
+
+
+# ---- Images that are not finite ----
+
+
+def test_images_that_are_not_finite_are_an_error_with_step_and_settings() -> None:
+    def burst(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        return torch.full_like(x, float("nan")) if float(sigma.max()) < 5 else 0 * x
+
+    config = SamplerConfig(solver=Euler(), steps=4, schedule=Karras(rho=3.0))
+    levels = config.sigmas()
+    first = next(i for i, sigma in enumerate(levels.tolist()) if sigma < 5) + 1
+    with pytest.raises(NotFinite) as caught:
+        sample(Oracle(burst), seeds=FIVE, channels=3, canvas=CANVAS, config=config, batch=2)
+    assert names(str(caught.value), f"step {first} of 4", "schedule.rho", "7.0 -> 3.0", "steps")
+    assert caught.value.code == 21 and len(caught.value.images) == 2
+
+
+@pytest.mark.parametrize("config", [FAST, CHURNED])
+def test_one_image_that_is_not_finite_is_enough(config: SamplerConfig) -> None:
+    def one(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        denoised = 0 * x
+        denoised[-1, 0, 0, 0] = float("inf")
+        return denoised
+
+    with pytest.raises(NotFinite, match="step 1 of 3"):
+        sample(Oracle(one), seeds=FIVE, channels=3, canvas=CANVAS, config=config)
+
+
+def test_impossible_numbers_of_a_sampler_are_refused() -> None:
+    for value in (math.inf, math.nan):
+        with refuses("weight", value):
+            SamplerConfig(guidance=ClassifierFree(weight=value))
+        with refuses("amount"):
+            Churn(amount=value)
+        with refuses("sigma_max", value):
+            SamplerConfig(sigma_max=value)
+    for rho in (1e30, 1e-3):
+        with refuses("rho", "different"):
+            SamplerConfig(schedule=Karras(rho=rho))
+    with refuses("sigma_max", "2^63", "1e+30"):
+        SamplerConfig(sigma_max=1e30)

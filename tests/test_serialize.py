@@ -1,7 +1,7 @@
 """Dataclasses to JSON and back, strictly."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from commands import refuses
 
 from patchdiffusion import TrainConfig
 from patchdiffusion.noise import LogNormal, LogUniform
-from patchdiffusion.system.serialize import decode, differences, encode
+from patchdiffusion.system.serialize import decode, differences, encode, few
 from patchdiffusion.train.config import RunConfig
 
 
@@ -140,10 +140,21 @@ def test_differences() -> None:
     other = Outer(name="n", flag=True, inner=Inner(side=-7), law=LogNormal(), mode=3)
     found = differences(FULL, other)
     assert "inner.share: 1e-300 -> 0.5" in found
-    assert any(line.startswith("law: LogUniform") for line in found)
+    assert "law: loguniform -> lognormal" in found
     assert [line.split(":")[0] for line in found] == [
         "name", "inner.share", "law", "pair", "many", "size",
     ]  # fmt: skip
+
+
+def test_differences_of_another_member_are_its_word_and_what_is_not_default() -> None:
+    found = differences(FULL, replace(FULL, law=LogNormal(std=2.0)))
+    assert found == ["law: loguniform -> lognormal", "law.std: 1.2 -> 2.0"]
+
+
+def test_few_differences_are_short() -> None:
+    assert few([]) == "" and few(["a: 1 -> 2", "b: 1 -> 2"]) == "a: 1 -> 2, b: 1 -> 2"
+    text = few([f"field {i}: {'x' * 500} -> 2" for i in range(9)])
+    assert text.endswith("and 3 more") and len(text) < 700
 
 
 def test_paths_are_no_part_of_what_is_stored() -> None:

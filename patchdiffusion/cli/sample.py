@@ -20,6 +20,7 @@ from patchdiffusion.cli.places import check_run, home
 from patchdiffusion.cond import Cond
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.patches import Size, size_name
+from patchdiffusion.sampling.canvas import CanvasRegion
 from patchdiffusion.sampling.pipeline import Pipeline, SamplerConfig, load
 from patchdiffusion.system.device import use_threads
 from patchdiffusion.system.dist import LONGEST_WORK, Team, join
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str]) -> None:
         root = home(path) / "generated"
         if team.is_main:
             _warn_of_size(size, pipeline.model.config.canvas)
+            _warn_of_outside(options.sampler, pipeline.model.config.canvas)
         with contextlib.ExitStack() as held:
 
             def claim() -> str:
@@ -161,6 +163,19 @@ def _warn_of_size(size: Size, canvas: Size) -> None:
         print(
             f"warning: {size_name(size)} is {times:.0f} times the pixels of training "
             f"({size_name(canvas)}), and takes that much more time and memory, attention more",
+            file=sys.stderr,
+        )
+
+
+def _warn_of_outside(sampler: SamplerConfig, canvas: Size) -> None:
+    if not isinstance(sampler.canvas, CanvasRegion):
+        return
+    size, corner = sampler.canvas.place(canvas)
+    if any(c < 0 or c + s > side for c, s, side in zip(corner, size, canvas, strict=True)):
+        print(
+            f"warning: {size_name(size)} from {corner} reaches beyond the canvas of training, "
+            f"{size_name(canvas)}: what is outside is extrapolated; for larger images there is "
+            "--canvas tiles",
             file=sys.stderr,
         )
 

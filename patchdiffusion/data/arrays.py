@@ -73,6 +73,7 @@ def array_source(path: Path) -> ArraySource:
     """
     try:
         # Only an .npy file is mapped; the arrays of an .npz file are read as a whole.
+        _check_kind(path)
         loaded = np.load(path, mmap_mode="r", allow_pickle=False)
         check = watch(loaded, path).check if isinstance(loaded, np.memmap) else bool
         if isinstance(loaded, np.ndarray):
@@ -100,6 +101,26 @@ def array_source(path: Path) -> ArraySource:
     stamp = f"array {path.name} {status.st_size} {status.st_mtime_ns}"
     labels = None if labels is None else _checked(path, labels, len(array))
     return ArraySource(path.stem, array, labels, _span(array), stamp, texts, others, check)
+
+
+def _check_kind(path: Path) -> None:
+    """Raise `ValueError` for an .npy file of Python objects, which cannot be mapped."""
+    with path.open("rb") as stream:
+        if stream.read(6) != np.lib.format.MAGIC_PREFIX:
+            return
+        stream.seek(0)
+        version = np.lib.format.read_magic(stream)
+        read = (
+            np.lib.format.read_array_header_2_0
+            if version[0] > 1
+            else (np.lib.format.read_array_header_1_0)
+        )
+        _, _, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError(
+            "it holds Python objects, such as images of several sizes; save those as files, or as "
+            "one array of numbers [N, H, W, C]"
+        )
 
 
 def memory_source(array: np.ndarray, name: str) -> ArraySource:

@@ -1,9 +1,9 @@
 """Configuration of the data of a run, and checked options of `prepare`."""
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any, Literal, get_args
 
 from patchdiffusion.data.augment import Augmentation
@@ -51,6 +51,9 @@ class DataConfig:
     """Augmentation that the network is conditioned on; needs --network.augment-dim 9."""
     columns: tuple[Column, ...] = ()
     """Further data of each image. Label and caption are always included."""
+
+    def __post_init__(self) -> None:
+        check_enlarge(self.max_enlarge)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,14 +116,13 @@ def check_options(
     limit = 0.1 if max_bad is None else max_bad
     if not 0 <= limit <= 1:
         raise ValueError(f"max_bad is {max_bad}; allowed is 0 to 1")
-    if range is not None and (not all(map(isfinite, range)) or range[0] == range[1]):
+    if range is not None and (not all(map(math.isfinite, range)) or range[0] == range[1]):
         raise ValueError(f"range is {range}; allowed are two different numbers, black and white")
     if range is not None and space == "values":
         raise ValueError(f"range is {range}, for pixels; space values keeps all values: use one")
     if fit not in get_args(Fit):
         raise ValueError(f"fit is {fit!r}; allowed are {', '.join(get_args(Fit))}")
-    if not max_enlarge >= 1:
-        raise ValueError(f"max_enlarge is {max_enlarge}; allowed is 1 or more")
+    check_enlarge(max_enlarge)
     return Options(
         resolution=size,
         channels=channels,
@@ -133,6 +135,12 @@ def check_options(
         fit=fit,
         max_enlarge=max_enlarge,
     )
+
+
+def check_enlarge(value: float) -> None:
+    """Raise `ValueError` unless images may be enlarged by at most this factor."""
+    if not 1 <= value < math.inf:
+        raise ValueError(f"max_enlarge is {value}; allowed is 1 or more, and finite")
 
 
 def count_workers(workers: int | None, source: Source) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.losses import Batch, LossOut
-from patchdiffusion.noise import LogNormal, NoiseLaw
+from patchdiffusion.noise import LogNormal, NoiseLaw, check_range
 from patchdiffusion.objectives.base import C, Distilled, Materials, Settings
 from patchdiffusion.objectives.discrete import Levels, heun_step
 from patchdiffusion.parameterisation import EDM, Parameterisation, Precond, Scales
@@ -127,11 +127,7 @@ class ConsistencyConfig(Distilled):
     shards: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(
-                "consistency needs 0 < sigma_min < sigma_max < inf, "
-                f"not {self.sigma_min}, {self.sigma_max}"
-            )
+        check_range(self.sigma_min, self.sigma_max)
         if not 2 <= self.first <= self.last <= 10**6:
             raise ValueError(
                 f"consistency needs 2 <= first <= last <= 1000000, not {self.first}, {self.last}"
@@ -141,6 +137,12 @@ class ConsistencyConfig(Distilled):
                 "consistency needs rho > 0 and huber >= 0, both finite, "
                 f"not {self.rho}, {self.huber}"
             )
+        if self.huber > 2**12:
+            raise ValueError(
+                "huber must be at most 2^12, as float32 adds no error of an image to its square, "
+                f"not {self.huber}"
+            )
+        Levels(sigma_min=self.sigma_min, sigma_max=self.sigma_max, rho=self.rho).check(self.last)
 
     def prefers(self, config: C) -> C:
         """The noise law of iCT, a network of one time, previews in two steps."""

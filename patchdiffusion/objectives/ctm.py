@@ -15,6 +15,7 @@ from torch import Tensor
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
 from patchdiffusion.losses import Batch, LossOut, estimated, squared_error
+from patchdiffusion.noise import check_range
 from patchdiffusion.objectives.base import C, Distilled, Materials, Settings
 from patchdiffusion.objectives.discrete import Levels, heun_step
 from patchdiffusion.parameterisation import EDM, Parameterisation
@@ -70,14 +71,12 @@ class CTMConfig(Distilled):
     """Run or model whose denoiser the solver uses (distillation); None is the averaged weights."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+        check_range(self.sigma_min, self.sigma_max)
+        possible = 2 <= self.levels <= 10**6 and 1 <= self.steps < self.levels
+        if not (possible and 0 <= self.denoising < math.inf):
             raise ValueError(
-                f"ctm needs 0 < sigma_min < sigma_max < inf, not {self.sigma_min}, {self.sigma_max}"
-            )
-        if not (self.levels >= 2 and self.steps >= 1 and 0 <= self.denoising < math.inf):
-            raise ValueError(
-                "ctm needs levels >= 2, steps >= 1 and a finite denoising >= 0, "
-                f"not {self.levels}, {self.steps}, {self.denoising}"
+                "ctm needs 2 <= levels <= 1000000, 1 <= steps < levels and a finite "
+                f"denoising >= 0, not {self.levels}, {self.steps}, {self.denoising}"
             )
 
     def prefers(self, config: C) -> C:

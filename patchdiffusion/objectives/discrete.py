@@ -29,6 +29,18 @@ class Levels:
     sigma_max: float = 80.0
     rho: float = 7.0
 
+    def check(self, count: int) -> None:
+        """Raise `ValueError` unless `count` levels differ in float32."""
+        try:
+            different = bool((self.at(torch.arange(count), count).diff() > 0).all())
+        except OverflowError:
+            different = False
+        if not different:
+            raise ValueError(
+                f"rho {self.rho:g} gives no {count} different noise levels from "
+                f"{self.sigma_min:g} to {self.sigma_max:g}; 7 is usual"
+            )
+
     def at(self, index: Tensor, count: int) -> Tensor:
         """The levels at indices 0 ... count - 1 of a grid of `count`: float32, shape of index."""
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)

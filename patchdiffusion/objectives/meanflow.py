@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
 from patchdiffusion.losses import Batch, LossOut
-from patchdiffusion.noise import LogNormal, NoiseLaw
+from patchdiffusion.noise import LogitNormal, LogNormal, NoiseLaw
 from patchdiffusion.objectives.base import C, Materials, ObjectiveConfig, Settings
 from patchdiffusion.objectives.tangent import derivative
 from patchdiffusion.parameterisation import EDM, FlowMatching, Parameterisation
@@ -104,8 +104,12 @@ class MeanFlowConfig(ObjectiveConfig):
             )
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"meanflow needs guidance >= 0 and finite, not {self.guidance}")
-        if self.mean is not None and not math.isfinite(self.mean):
-            raise ValueError(f"meanflow needs a finite mean, not {self.mean}")
+        if self.eps > 2**24:
+            raise ValueError(
+                f"meanflow needs eps <= 2^24, as no loss in float32 changes larger ones, not "
+                f"{self.eps}"
+            )
+        LogitNormal(mean=self.mean or 0.0, std=self.std)  # raises for impossible values
 
     @property
     def guided(self) -> bool:

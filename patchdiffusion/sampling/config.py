@@ -22,6 +22,7 @@ from patchdiffusion.sampling.canvas import Canvas, CanvasRegion, WholeCanvas
 from patchdiffusion.solvers import AutoSolver, Heun, Jumps, Method, SDEDPMpp2M, Solver
 from patchdiffusion.solvers.schedules import Karras, Schedule, ends, support
 from patchdiffusion.system import families
+from patchdiffusion.system.checks import finite
 from patchdiffusion.system.families import word
 
 WRAPPING = ("accelerator", "guidance", "threshold", "canvas")
@@ -86,6 +87,7 @@ class SamplerConfig:
     """Region of the canvas that is sampled."""
 
     def __post_init__(self) -> None:
+        finite(self)
         self._levels(for_size(self.schedule, 4096))  # raises for impossible values
 
     @property

@@ -18,6 +18,9 @@ from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.solvers import Jumps, Method, Noise, State, run
 from patchdiffusion.solvers.jumps import jump
+from patchdiffusion.solvers.schedules import support
+from patchdiffusion.system.errors import Stop
+from patchdiffusion.system.serialize import differences, few
 
 
 def noise_field(seeds: Tensor, channels: int, corner: tuple[int, ...], size: Size) -> Tensor:
@@ -78,9 +81,9 @@ def sample(
     those that guidance needs. The solver runs in `dtype`, within the noise levels of `law`, if any;
     a flow map takes `config.count` jumps. `progress` is called with the number of images of each
     batch, `watch` with the number of steps done in it. Raises `ValueError` for settings that do not
-    fit the model.
+    fit the model, and `NotFinite` for images that are not finite.
     """
-    config = config or SamplerConfig()
+    given = config = config or SamplerConfig()
     if start is not None:
         config = _from(start, config, model, len(seeds))
     config = config.resolved(kind or Kind.of(model)).for_canvas(canvas, channels)
@@ -100,12 +103,56 @@ def sample(
         part_start = None if start is None else replace(start, x=start.x[part].to(device, dtype))
         with torch.no_grad():
             x = noise_field(part_seeds, channels, corner, size).to(dtype)
-            states = solve(part_seeds, x, part_start, part_cond, noise)
+            finite = _FiniteSteps(device)
+            states = finite(solve(part_seeds, x, part_start, part_cond, noise))
             x = run(_watched(states, watch)).x
         done.append(x.to("cpu", torch.float32))
+        if not bool(done[-1].isfinite().all()):
+            raise NotFinite(torch.cat(done), int(finite.count), given, config, law)
         if progress:
             progress(len(part_seeds))
     return torch.cat(done)
+
+
+class NotFinite(Stop):
+    """Raised by `sample` for images that are not finite; has the images, also those before them."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        steps: int,
+        given: SamplerConfig,
+        resolved: SamplerConfig,
+        law: NoiseLaw | None,
+    ):
+        """`steps` is the number of steps that were finite, `given` the configuration as given."""
+        self.images = images
+        step, changed = min(steps + 1, resolved.count), few(differences(SamplerConfig(), given))
+        text = f"the images are not finite from step {step} of {resolved.count} on"
+        if not changed:
+            text += ", with the default sampler: look at the weights of the model (--weights raw)"
+        else:
+            text += f"; the sampler differs from the default in {changed}"
+        if changed and law is not None:
+            low, high = support(law)
+            text += f"; noise levels of training are {low:.4g} to {high:.4g}"
+        if "guidance" in changed:
+            text += ", and weights of guidance are mostly from 0 to 10"
+        super().__init__(text, code=21)
+
+
+class _FiniteSteps:
+    """Counts the states before the first that is not finite, without waiting for the device."""
+
+    def __init__(self, device: torch.device | str):
+        self.count = torch.zeros((), dtype=torch.int64, device=device)
+        self._good = torch.ones((), dtype=torch.bool, device=device)
+
+    def __call__(self, states: Iterator[State]) -> Iterator[State]:
+        for state in states:
+            self._good = self._good & state.x.isfinite().all()
+            self.count = self.count + self._good
+            yield state
 
 
 def _watched(states: Iterator[State], watch: Callable[[int], object] | None) -> Iterator[State]:

@@ -20,10 +20,16 @@ MOST_STEPS = 1_000_000  # more is a typing error
 def karras(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     """Levels evenly spaced in sigma^(1/rho) (EDM, arXiv 2206.00364, equation 5), then 0."""
     _check_grid(n, sigma_min, sigma_max)
-    if not rho > 0:
-        raise ValueError(f"rho must be positive, not {rho}")
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return _grid((low + _ramp(n) * (high - low)) ** rho, sigma_min, sigma_max)
+    _check_rho(rho)
+    ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
+    low, high = (ends ** (1 / rho)).tolist()
+    levels = _grid((low + _ramp(n) * (high - low)) ** rho, sigma_min, sigma_max)
+    if not bool((levels.diff() < 0).all()):
+        raise ValueError(
+            f"rho {rho:g} gives no {n} different noise levels from {sigma_max:g} to "
+            f"{sigma_min:g}; 7 is usual"
+        )
+    return levels
 
 
 def log_uniform(n: int, sigma_min: float = 0.002, sigma_max: float = 80.0) -> Tensor:
@@ -104,6 +110,9 @@ class Karras:
 
     rho: float = 7.0
     """Exponent of the spacing; larger values put more steps at low noise."""
+
+    def __post_init__(self) -> None:
+        _check_rho(self.rho)
 
     def sigmas(self, n: int, low: float, high: float) -> Tensor:
         return karras(n, low, high, self.rho)
@@ -216,6 +225,11 @@ def _grid(levels: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
         levels[-1] = sigma_min
     levels[0] = sigma_max
     return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+
+
+def _check_rho(rho: float) -> None:
+    if not 0 < rho < math.inf:
+        raise ValueError(f"rho must be positive and finite, not {rho}")
 
 
 def _check_grid(n: int, sigma_min: float, sigma_max: float) -> None:

@@ -23,10 +23,12 @@ class Churn:
     """S_noise, the standard deviation of the added noise; slightly above 1 keeps detail."""
 
     def __post_init__(self) -> None:
-        if not (self.amount >= 0 and self.scale > 0 and self.sigma_min <= self.sigma_max):
+        numbers = (self.amount, self.scale, self.sigma_min, self.sigma_max)
+        possible = self.amount >= 0 and self.scale > 0 and self.sigma_min <= self.sigma_max
+        if not (possible and all(map(math.isfinite, numbers))):
             raise ValueError(
-                "churn needs amount >= 0, scale > 0 and sigma_min <= sigma_max, not "
-                f"{self.amount}, {self.scale}, {self.sigma_min}, {self.sigma_max}"
+                "churn needs amount >= 0, scale > 0 and sigma_min <= sigma_max, all finite, not "
+                + ", ".join(map(str, numbers))
             )
         if not self.amount and (self.sigma_min, self.sigma_max, self.scale) != (0.0, 1e6, 1.0):
             raise ValueError(

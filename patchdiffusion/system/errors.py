@@ -5,7 +5,7 @@
 | 0 | finished, or stopped after a checkpoint or before the first step |
 | 2 | bad configuration or data; nothing was started |
 | 20 | two saves in a row failed: the disk is full or cannot be written |
-| 21 | too many steps in a row, or the weights, are not finite |
+| 21 | too many steps in a row, the weights, or sampled images, are not finite |
 | 22 | the gradient exploded again after a rollback |
 | 23 | the prepared images are damaged |
 | 24 | another process is lost, hangs, holds other weights, or has taken the folder of the run |

@@ -5,7 +5,7 @@ import math
 import types
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from patchdiffusion.system.families import members
+from patchdiffusion.system.families import members, word
 
 T = TypeVar("T")
 
@@ -50,12 +50,25 @@ def decode(cls: type[T], value: Any, where: str = "") -> T:
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
-    """Paths of the fields in which two configurations differ, with both values."""
-    if type(old) is type(new) and dataclasses.is_dataclass(old):
+    """Paths of the fields in which two configurations differ, with both values.
+
+    Another member of a family is the words of both, and its fields that differ from its defaults.
+    """
+    if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
+        lines: list[str] = []
+        if type(old) is not (kind := type(new)):
+            lines, old = [f"{where}: {word(type(old))} -> {word(kind)}"], kind()
         names = [f.name for f in dataclasses.fields(old)]
         pairs = ((getattr(old, n), getattr(new, n), _join(where, n)) for n in names)
-        return [line for a, b, path in pairs for line in differences(a, b, path)]
+        return lines + [s for a, b, at in pairs for s in differences(a, b, at)]
     return [] if old == new else [f"{where}: {old} -> {new}"]
+
+
+def few(lines: list[str], most: int = 6, width: int = 100) -> str:
+    """Differences as one text: at most so many, each shortened, and the number of the others."""
+    short = [line if len(line) <= width else f"{line[: width - 4]} ..." for line in lines[:most]]
+    rest = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return ", ".join(short + rest)
 
 
 def _join(where: str, name: str) -> str:

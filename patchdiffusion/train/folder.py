@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from patchdiffusion.system.files import free_name, read_json, write_json
-from patchdiffusion.system.serialize import decode, differences, encode
+from patchdiffusion.system.serialize import decode, differences, encode, few
 from patchdiffusion.train.config import FREE, TrainConfig
 
 CONFIG = "config.json"
@@ -67,7 +67,7 @@ def refuse_changes(folder: Path, changed: list[str]) -> None:
     """Raise `ValueError` that lists the changed fields, if there are any."""
     if changed:
         raise ValueError(
-            f"{folder} holds a run with another configuration ({'; '.join(changed)}); "
+            f"{folder} holds a run with another configuration ({few(changed)}); "
             "use --out for another folder, --fresh to rename that run and start again, or "
             "--allow-config-change to resume it with the change"
         )

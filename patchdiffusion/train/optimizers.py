@@ -68,6 +68,12 @@ class OptimizerConfig(ABC):
         for name, value in numbers.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, not {value}")
+        largest = max(self.weight_decay, *(decay for _, decay in self.role_decay), 0.0)
+        if self.lr * largest > 1:
+            raise ValueError(
+                f"a step takes lr x weight_decay off the weights, {self.lr * largest:g}, which "
+                f"must be at most 1; weight_decay is {largest:g} and lr {self.lr:g}"
+            )
 
     def learning_rate(self, progress: float, seen: float = 0.0) -> float:
         """Learning rate at a fraction `progress` of the run, with the clock at `seen`."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from patchdiffusion.system.errors import Stop
 from patchdiffusion.system.files import cache_dir, check_place, check_writable, is_held, lock
-from patchdiffusion.system.serialize import encode
+from patchdiffusion.system.serialize import encode, few
 from patchdiffusion.system.text import counted
 from patchdiffusion.system.trust import check_links
 from patchdiffusion.train import checkpoint
@@ -199,7 +199,7 @@ def _check(training: Training, facts: RunFacts) -> None:
         refuse_changes(training.folder, changed)
     if changed:
         training.log.record("config change", fields=changed)
-        training.log.say(f"warning: the configuration has changed: {'; '.join(changed)}")
+        training.log.say(f"warning: the configuration has changed: {few(changed)}")
     if facts.teacher != training.teacher:
         message = f"the teacher has changed from {facts.teacher} to {training.teacher}"
         if not training.run.allow_config_change:

@@ -1,5 +1,7 @@
 """The preview of a denoiser: a grid of samples, held-out loss, and a warning about copies."""
 
+import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +28,7 @@ from patchdiffusion.metrics.memorise import copy_rate
 from patchdiffusion.metrics.options import SEED, EvaluationConfig
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.config import Kind, SamplerConfig
-from patchdiffusion.sampling.driver import sample
+from patchdiffusion.sampling.driver import NotFinite, sample
 from patchdiffusion.system.device import autocast
 from patchdiffusion.system.png import enlarge, grid
 from patchdiffusion.train.preview import Abandoned, Ending, Scene, Shown, held_out_text
@@ -60,6 +62,8 @@ class SamplePreview:
                 f"{rate:.0%} of the samples are near copies of training images; stop earlier, or "
                 "use more images, --data.flip or --network.dropout",
             )
+        if not bool(samples.isfinite().all()):
+            warnings += ("samples are not finite, which is black in the picture",)
         reference = enlarge(grid(self._real_images()))
         self.scene.pack.check_sizes()
         return Shown(
@@ -104,19 +108,25 @@ class SamplePreview:
         scene, preview = self.scene, self.scene.config.preview
         guided = preview.guidance != 1
         guidance = ClassifierFree(weight=preview.guidance) if guided else NoGuidance()
+        draw = functools.partial(
+            sample,
+            model,
+            seeds=seeds,
+            channels=scene.config.network.channels,
+            canvas=scene.sizes[0],
+            cond=self._condition(seeds, labels),
+            config=SamplerConfig(steps=preview.sample_steps, guidance=guidance),
+            kind=Kind.trained(scene.config.objective, scene.config.precond, scene.pack.space),
+            batch=scene.batch,
+            device=scene.device,
+            law=scene.config.noise,
+        )
         with autocast(scene.device, scene.precision):
-            return sample(
-                model,
-                seeds=seeds,
-                channels=scene.config.network.channels,
-                canvas=scene.sizes[0],
-                cond=self._condition(seeds, labels),
-                config=SamplerConfig(steps=preview.sample_steps, guidance=guidance),
-                kind=Kind.trained(scene.config.objective, scene.config.precond, scene.pack.space),
-                batch=scene.batch,
-                device=scene.device,
-                law=scene.config.noise,
-            )
+            try:
+                return draw()
+            except NotFinite as error:  # a picture of it must not end a run, which has its guard
+                missing = (len(seeds) - len(error.images), *error.images.shape[1:])
+                return torch.cat([error.images, torch.full(missing, math.nan)])
 
     def _condition(self, seeds: range, labels: Tensor | None) -> Cond:
         """Labels, and other conditions of the network, taken from held-out images if possible."""

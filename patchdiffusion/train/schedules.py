@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from patchdiffusion.system.checks import fraction, positive
+from patchdiffusion.system.checks import MOST, fraction, positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +45,10 @@ class InverseSqrt:
         positive(self, "reference")
         if not 0 <= self.warmup < math.inf:
             raise ValueError(f"warmup must be >= 0 and finite, not {self.warmup}")
+        longest = 1.0 if self.unit == "run" else MOST
+        if self.warmup > longest:
+            unit = "run is 1" if self.unit == "run" else "clock counts up to 2^63"
+            raise ValueError(f"warmup must end in a run, and the {unit}, not {self.warmup:g}")
 
     def factor(self, progress: float, seen: float) -> float:
         """Factor of the learning rate at a fraction of the run, with its clock at `seen`."""

@@ -12,7 +12,7 @@ from patchdiffusion.objectives import AdditionUnion, DenoisingConfig, ObjectiveU
 from patchdiffusion.parameterisation import EDM, Parameterisation
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Clock, Patches, PatchPlan, Stratified
-from patchdiffusion.system.checks import fraction, positive
+from patchdiffusion.system.checks import finite, fraction, positive
 from patchdiffusion.train.optimizers import AdamW, Optimizer
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -152,6 +152,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         positive(self, "images", "batch")
+        finite(self)
         fraction(self, "label_dropout")
         if self.micro_batch is not None:
             positive(self, "micro_batch")
