@@ -9,7 +9,7 @@ import pytest
 from commands import refuses
 
 from patchdiffusion import TrainConfig
-from patchdiffusion.noise import LogNormal, LogUniform
+from patchdiffusion.noise import LogNormal, LogUniform, UniformTime
 from patchdiffusion.system.serialize import decode, differences, encode, few
 from patchdiffusion.train.config import RunConfig
 
@@ -149,6 +149,8 @@ def test_differences() -> None:
 def test_differences_of_another_member_are_its_word_and_what_is_not_default() -> None:
     found = differences(FULL, replace(FULL, law=LogNormal(std=2.0)))
     assert found == ["law: loguniform -> lognormal", "law.std: 1.2 -> 2.0"]
+    narrow = replace(FULL, law=LogUniform(sigma_min=0.3))
+    assert differences(narrow.law, UniformTime()) == [": loguniform -> uniform-time"]
 
 
 def test_few_differences_are_short() -> None:

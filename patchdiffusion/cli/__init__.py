@@ -180,7 +180,7 @@ def _import(arguments: Sequence[str]) -> Sequence[str]:
         module = sys.modules[file.stem] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[file.stem]
             raise ValueError(f"--import {file}: {type(error).__name__}: {error}") from error
     return arguments[2:]

@@ -1,6 +1,7 @@
 """The sampling driver: seeds, batches, regions, precision and progress around a solver."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -83,10 +84,11 @@ def sample(
     batch, `watch` with the number of steps done in it. Raises `ValueError` for settings that do not
     fit the model, and `NotFinite` for images that are not finite.
     """
-    given = config = config or SamplerConfig()
+    config = config or SamplerConfig()
     if start is not None:
         config = _from(start, config, model, len(seeds))
-    config = config.resolved(kind or Kind.of(model)).for_canvas(canvas, channels)
+    kind = kind or Kind.of(model)
+    config = config.resolved(kind).for_canvas(canvas, channels)
     size, corner = config.canvas.place(canvas)
     if isinstance(model, FlowMap):
         solve = functools.partial(_jump, PatchMap(model, canvas, corner), config)
@@ -108,7 +110,7 @@ def sample(
             x = run(_watched(states, watch)).x
         done.append(x.to("cpu", torch.float32))
         if not bool(done[-1].isfinite().all()):
-            raise NotFinite(torch.cat(done), int(finite.count), given, config, law)
+            raise NotFinite(torch.cat(done), int(finite.count), config, kind, law)
         if progress:
             progress(len(part_seeds))
     return torch.cat(done)
@@ -121,20 +123,21 @@ class NotFinite(Stop):
         self,
         images: Tensor,
         steps: int,
-        given: SamplerConfig,
-        resolved: SamplerConfig,
+        config: SamplerConfig,
+        kind: Kind,
         law: NoiseLaw | None,
     ):
-        """`steps` is the number of steps that were finite, `given` the configuration as given."""
+        """`steps` is the number of steps that were finite, `config` resolved for the kind."""
         self.images = images
-        step, changed = min(steps + 1, resolved.count), few(differences(SamplerConfig(), given))
-        text = f"the images are not finite from step {step} of {resolved.count} on"
+        changed = few(differences(SamplerConfig().resolved(kind), config))
+        step = min(steps + 1, config.count)
+        text = f"the images are not finite from step {step} of {config.count} on"
         if not changed:
             text += ", with the default sampler: look at the weights of the model (--weights raw)"
         else:
             text += f"; the sampler differs from the default in {changed}"
-        if changed and law is not None:
-            low, high = support(law)
+        low, high = (0.0, math.inf) if law is None else support(law)
+        if changed and high < math.inf:
             text += f"; noise levels of training are {low:.4g} to {high:.4g}"
         if "guidance" in changed:
             text += ", and weights of guidance are mostly from 0 to 10"

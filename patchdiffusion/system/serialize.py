@@ -52,15 +52,17 @@ def decode(cls: type[T], value: Any, where: str = "") -> T:
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
     """Paths of the fields in which two configurations differ, with both values.
 
-    Another member of a family is the words of both, and its fields that differ from its defaults.
+    Another member of a family is the words of both, and its fields that differ from those that the
+    other has, or from the default.
     """
     if dataclasses.is_dataclass(old) and dataclasses.is_dataclass(new):
         lines: list[str] = []
         if type(old) is not (kind := type(new)):
-            lines, old = [f"{where}: {word(type(old))} -> {word(kind)}"], kind()
-        names = [f.name for f in dataclasses.fields(old)]
-        pairs = ((getattr(old, n), getattr(new, n), _join(where, n)) for n in names)
-        return lines + [s for a, b, at in pairs for s in differences(a, b, at)]
+            lines = [f"{where}: {word(type(old))} -> {word(kind)}"]
+        for f in dataclasses.fields(new):
+            before = getattr(old if hasattr(old, f.name) else kind(), f.name)
+            lines += differences(before, getattr(new, f.name), _join(where, f.name))
+        return lines
     return [] if old == new else [f"{where}: {old} -> {new}"]
 
 
