@@ -83,7 +83,7 @@ def test_classes_and_guidance_change_the_image() -> None:
 
 
 def test_guidance_needs_classes() -> None:
-    with refuses("labels"):
+    with refuses("classes"):
         tiny.pipeline(0).sample(1, config=replace(FAST, guidance=ClassifierFree()))
 
 

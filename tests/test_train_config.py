@@ -183,7 +183,7 @@ def test_some_fields_may_change(field: str, tmp_path: Path) -> None:
         ({"data": DataConfig(flip=True)}, ["data.flip: False -> True"]),
         ({"data": DataConfig(resolution=64)}, ["data.resolution: None -> 64"]),
         ({"noise": LogNormal(mean=-1.0)}, ["noise.mean: -1.2 -> -1.0"]),
-        ({"precond": V()}, ["precond: EDM(sigma_data=0.5) -> V(steps=1000)"]),
+        ({"precond": V()}, ["precond: edm -> v"]),
         ({"objective": DenoisingConfig(weighting=EpsWeight())},
          ["objective.weighting: None -> EpsWeight()"]),
         ({"objective": DenoisingConfig(log_variance=8)}, ["objective.log_variance: 0 -> 8"]),

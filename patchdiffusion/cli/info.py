@@ -229,7 +229,10 @@ def facts(subject: Subject) -> list[tuple[str, str]]:
     lines = [("network", f"{word}, {params / 1e6:.2f}M parameters, {about}")]
     if model is not None:
         lines.append(
-            ("model", f"{model.head.kind} of {model.data or '-'}, trained on {model.images:,.0f}")
+            (
+                "model",
+                f"{model.head.kind} of {model.data or '-'}, trained on {model.images:,.0f} images",
+            )
         )
     for number, (size, cost) in enumerate(subject.costs.items()):
         name = f"{'crops of' if number else 'whole images of'} {size_name(size)}"

@@ -36,6 +36,7 @@ class ClassifierTask(TaskConfig):
     """Classifier of noisy images, for classifier guidance (arXiv 2105.05233)."""
 
     word: ClassVar[str] = "classifier"
+    own_loss: ClassVar[bool] = True
 
     queries: int = 4
     """Number of attention queries, which pool features over locations for the logits."""

@@ -81,8 +81,9 @@ def _network(training: Training) -> str:
 
 def _training(training: Training) -> str:
     config = training.config
+    task = families.word(type(config.task))
     parts = [
-        f"{families.word(type(config.task))} by {in_words(config.objective)}",
+        task if config.task.own_loss else f"{task} by {in_words(config.objective)}",
         *(in_words(addition) for addition in config.additions),
         f"{in_words(config.precond)}, noise {in_words(config.noise)}",
     ]

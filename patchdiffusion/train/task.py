@@ -8,6 +8,7 @@ inherits `TaskConfig`, and a member of the union in `config.py`.
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -28,6 +29,9 @@ from patchdiffusion.train.settings import Settings
 @dataclass(frozen=True, kw_only=True)
 class TaskConfig(ABC):
     """Base of tasks. The network with its head is optimized, by roles, and averaged."""
+
+    own_loss: ClassVar[bool] = False
+    """True if the loss is its own, and the objective of the configuration is not used."""
 
     def check(self, config: Settings, pack: Pack) -> None:
         """Raise `ValueError` unless configuration and data fit together."""
