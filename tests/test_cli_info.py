@@ -23,6 +23,8 @@ FLAGS = {
     "edm2": "--network.base 8 --network.mult 1 2 --network.blocks 1 --network.attention 1 "
     "--network.head-width 8",
     "dit": "--network.width 32 --network.depth 2 --network.heads 2",
+    "lego": "--network.width 16 --network.heads 2 --network.regions 4 8 --network.patches 2 4 "
+    "--network.depths 1 2",
     "pixel-dit": "--network.width 32 --network.depth 2 --network.heads 2",
 }
 

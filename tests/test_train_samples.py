@@ -20,7 +20,9 @@ from patchdiffusion.guidance.threshold import Clamp, NoThreshold
 from patchdiffusion.metrics.evaluate import Evaluation
 from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.nets.dit import DiTConfig
+from patchdiffusion.nets.lego import LegoConfig
 from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
+from patchdiffusion.objectives.bricks import BricksConfig
 from patchdiffusion.objectives.patchforcing import PatchForcingConfig
 from patchdiffusion.parameterisation import EDM, EpsDDPM, EpsVP, FlowAsym, Parameterisation
 from patchdiffusion.sampling.config import Kind
@@ -31,6 +33,7 @@ from patchdiffusion.system.png import enlarge, grid
 from patchdiffusion.train.report import read_log
 from patchdiffusion.train.settings import PreviewConfig
 
+LEGO = LegoConfig(width=16, heads=2, regions=(4, 8), patches=(2, 4), depths=(1, 1))
 CHOICES = [*members(Parameterisation), *members(ObjectiveUnion)]
 
 
@@ -39,6 +42,8 @@ def test_the_grid_of_a_run_is_what_it_samples(choice: type, images: Path, tmp_pa
     config = tiny.config(images, steps=2)
     if choice is PatchForcingConfig:
         config = tiny.change(config, {"network": DiTConfig(width=16, depth=2, heads=2)})
+    if choice is BricksConfig:
+        config = tiny.change(config, {"network": LEGO})
     chosen = FlowAsym(patch=(2, 2)) if choice is FlowAsym else choice()
     config = chosen.prefers(config)
     run = tiny.run(config, tmp_path / "run")
