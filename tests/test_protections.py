@@ -58,6 +58,8 @@ def test_taking_out() -> None:
             "FAILS as it",
         ),
         (["PASSED {ordinary}"], "CANNOT TELL"),
+        ([".Fatal Python error: Bus error"], "FAILS as it"),
+        (["Fatal Python error: Bus error"], "BREAKS what"),
     ],
 )
 def test_how_a_removal_is_judged(lines: list[str], expected: str) -> None:
