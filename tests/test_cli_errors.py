@@ -210,3 +210,26 @@ def test_from_the_shell(tmp_path: Path) -> None:
 
 def test_names_cannot_give_orders_to_a_terminal(capsys: Capture) -> None:
     assert r"run\x1b[31m\u202e " in fails(capsys, "report", "run\x1b[31m\u202e")
+
+
+@pytest.mark.parametrize(
+    ("code", "named"),
+    [
+        ("import sys\nsys.exit(3)", ["SystemExit", "3"]),
+        ("raise RuntimeError('bad\\nthing')", ["RuntimeError", "bad thing"]),
+        ("def f(:", ["SyntaxError"]),
+    ],
+)
+def test_files_that_cannot_be_imported_are_refused(
+    code: str, named: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "unusable.py").write_text(code)
+    assert names(fails(capsys, "--import", "unusable.py", "info", "dit"), "unusable.py", *named)
+
+
+def test_a_sample_beyond_the_canvas_is_said_to_extrapolate(finished: Path, capsys: Capture) -> None:
+    shutil.copytree(finished, "trained")
+    sampling = ["sample", "trained", "--count", "1", "--steps", "1", "--canvas", "region"]
+    for region, outside in ((["size", "24"], True), (["size", "8"], False)):
+        assert cli.main([*sampling, f"--canvas.{region[0]}", region[1]]) == 0
+        assert ("extrapolated" in capsys.readouterr().err) == outside
