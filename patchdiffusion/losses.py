@@ -189,12 +189,12 @@ def squared_error(a: Tensor, b: Tensor, counted: Tensor | None = None) -> Tensor
 def pixel_mean(x: Tensor, counted: Tensor | None = None) -> Tensor:
     """Mean over the pixels of each sample that count, see `Batch.counted`: [B, C, *S] -> [B].
 
-    At least one pixel of each sample must count.
+    0 for a sample of which none counts.
     """
     if counted is None:
         return x.flatten(1).mean(1)
     total = torch.where(counted, x, 0.0).flatten(1).sum(1)
-    return total / (x.shape[1] * counted.flatten(1).sum(1))
+    return total / (x.shape[1] * counted.flatten(1).sum(1).clamp(min=1))
 
 
 def denoising_error(

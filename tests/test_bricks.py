@@ -134,6 +134,19 @@ def test_samples_of_a_batch_may_differ_in_their_bricks() -> None:
     assert torch.equal(skipping(x, same, cond), early(x, same, cond))
 
 
+def test_a_level_that_is_an_edge_is_one_in_any_precision_and_as_a_map() -> None:
+    net, x = denoiser(), noisy()
+    cond = Cond(labels=LABELS)
+    skipping = SkipBricks(net, BrickSchedule((0.1,), (EARLY, ALL)))  # 0.1 is more as float32
+    early = SkipBricks(net, BrickSchedule((), (EARLY,)))(x, 0.1, cond)
+    exact = torch.full((2,), 0.1, dtype=torch.float64)
+    for sigma in (0.1, torch.tensor(0.1), torch.full((2,), 0.1), exact):
+        torch.testing.assert_close(skipping(x, sigma, cond), early)
+    levels = torch.tensor([0.05, 3.0])
+    found = skipping(x, levels[:, None, None, None].expand(-1, 1, 6, 8), cond)
+    assert torch.equal(found, skipping(x, levels, cond))
+
+
 @pytest.mark.parametrize("rule", ["pg", "pr"])
 @pytest.mark.parametrize(("share", "skipped"), [(0.0, 0), (0.5, 3), (1.0, 6)])
 def test_skipped_bricks_are_not_called(rule: str, share: float, skipped: int) -> None:

@@ -20,7 +20,9 @@ from patchdiffusion.denoiser import PatchDenoiser
 from patchdiffusion.losses import squared_error
 from patchdiffusion.metrics.bricks import BrickMeasure, evaluated, levels_of
 from patchdiffusion.nets import Network
+from patchdiffusion.nets.lego import LegoConfig
 from patchdiffusion.noise import LogNormal, Truncated
+from patchdiffusion.objectives.meanflow import MeanFlowConfig
 from patchdiffusion.solvers import Heun
 from patchdiffusion.system import families
 from patchdiffusion.system.files import SEAL, sealed
@@ -58,6 +60,9 @@ def test_the_cheapest_subset_within_the_bound() -> None:
         {"macs": (1.0,)},
         {"sigmas": (1.0, 0.1, 10.0)},
         {"losses": ((0.0, 1.0, 1.0),) * 4},
+        {"losses": ((math.nan, 1.0, 1.0),) * 4},
+        {"errors": ((math.inf,) * 3,) * 4},
+        {"macs": (6.0, 3.0, math.nan, 4.0)},
         {"subsets": ((1, 3), (1,), (1, 3), (1, 3))},
         {"subsets": (ALL, (2, 1), (1,), (1, 3))},
         {"subsets": (ALL, (1, 4), (1,), (1, 3))},
@@ -73,6 +78,8 @@ def test_levels_are_those_of_training() -> None:
     inside = levels_of(law)
     assert inside and set(inside) < set(levels_of(LogNormal()))
     assert levels_of(LogNormal(), (3.0, 0.5, 3.0)) == (0.5, 3.0)
+    least = Truncated(law=LogNormal(mean=-9.0, std=0.1), low=0.0, high=0.5)
+    assert levels_of(least) == (pytest.approx(math.exp(-9.0)),)
     with refuses("sigmas", 80):
         levels_of(law, (80.0,))
 
@@ -185,6 +192,23 @@ def test_what_bricks_refuses(
     other = tiny.write_images(tmp_path / "other", count=24)
     out = works(capsys, "bricks", run, "--data", other, "--dry-run")
     assert "24 images" in out
+
+
+def test_a_few_step_model_is_measured_as_a_denoiser(
+    images: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """By its network without a jump, which solvers sample; jumps are not at noise levels."""
+    network = LegoConfig(
+        regions=(4, 0), patches=(2, 4), depths=(1, 1), width=16, heads=2, jump=True, num_classes=2
+    )
+    folder = tiny.run(
+        tiny.config(images, network=network, objective=MeanFlowConfig(), steps=1), tmp_path / "few"
+    )
+    out = works(capsys, "bricks", folder, "--sigmas", 1, "--held-out", 2)
+    assert "18 steps (35 evaluations)" in out and "bricks --solver heun" in out
+    flags = ["sample", folder, "--count", 1, "--steps", 2, "--accelerator", "bricks"]
+    works(capsys, *flags, "--solver", "heun")
+    assert names(fails(capsys, *flags), "accelerator", "map")
 
 
 def test_images_must_be_held_out(run: Path, tmp_path: Path, capsys: Capture) -> None:

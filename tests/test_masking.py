@@ -101,6 +101,23 @@ def test_the_mean_of_what_counts() -> None:
     torch.testing.assert_close(pixel_mean(x, torch.ones_like(counted)), pixel_mean(x))
     bad = torch.where(counted, x, torch.inf)  # what is left out may be anything
     torch.testing.assert_close(pixel_mean(bad, counted), expected)
+    counted[1] = False
+    assert pixel_mean(bad, counted)[1] == 0
+
+
+def test_pixels_that_a_loop_leaves_out_stay_out() -> None:
+    """Whatever the network leaves out beside them."""
+    some, seen = crops(), Seen()
+    counted = (rng.uniform(KEYS, 63) < 0.5).reshape(3, 1, 7, 9)
+    for rule in (Mask(rate=0), Mask()):
+        net = network(tokens=rule)
+        module = LossModule(NetDenoiser(net, EDM()), seen)
+        module(some, draws(3))
+        own = seen.batch.counted
+        module(replace(some, counted=counted), draws(3))
+        found = seen.batch.counted
+        assert found is not None
+        assert torch.equal(found, counted if own is None else own & counted)
 
 
 # ---- The loss ----

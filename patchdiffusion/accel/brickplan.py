@@ -94,16 +94,20 @@ class BrickSchedule:
         return self.bricks[bisect.bisect_left(self.edges, sigma)]
 
     def pieces(self, sigma: Tensor) -> Tensor:
-        """Index into `bricks` for each noise level: int64 of the same shape."""
-        edges = torch.tensor(self.edges, dtype=torch.float64, device=sigma.device)
-        return torch.bucketize(sigma.to(torch.float64), edges)
+        """Index into `bricks` for each noise level: int64 of the same shape.
+
+        Edges are rounded as the levels are, so that a level that is an edge stays one.
+        """
+        edges = torch.tensor(self.edges, dtype=sigma.dtype, device=sigma.device)
+        return torch.bucketize(sigma.contiguous(), edges)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BrickTable:
     """Held-out losses of subsets of bricks, by noise level, for one model.
 
-    Raises `ValueError` unless all lists fit, and the first subset has all bricks.
+    Raises `ValueError` unless all lists fit, the first subset has all bricks, and all numbers are
+    finite.
     """
 
     FILE: ClassVar[str] = "bricks.json"
@@ -129,6 +133,9 @@ class BrickTable:
         lengths = {len(row) for row in (*self.losses, *self.errors)}
         if not fits or lengths != {columns}:
             raise ValueError("the rows and columns of losses are not those of bricks and sigmas")
+        numbers = (*self.sigmas, *self.macs, *itertools.chain(*self.losses, *self.errors))
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("all numbers must be finite: the model denoises to values that are not")
         increasing = all(a < b for a, b in itertools.pairwise((0.0, *self.sigmas)))
         if not increasing or any(loss <= 0 for row in self.losses for loss in row):
             raise ValueError("noise levels must be positive and increase, losses must be positive")

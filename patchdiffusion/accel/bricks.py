@@ -15,7 +15,14 @@ from torch import Tensor
 
 from patchdiffusion.accel.brickplan import BrickSchedule, BrickTable, Subset, without
 from patchdiffusion.cond import Call, Cond, Tape
-from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper, ask, expand_sigma
+from patchdiffusion.denoiser import (
+    Denoiser,
+    NetDenoiser,
+    Wrapper,
+    ask,
+    expand_sigma,
+    without_constant,
+)
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.nets.base import Network, NetworkConfig
@@ -117,7 +124,7 @@ class SkipBricks(Wrapper):
             return self._evaluate(self.schedule.at(sigma), x, sigma, cond, call)
         if len(self.schedule.bricks) == 1:
             return self._evaluate(self.schedule.bricks[0], x, sigma, cond, call)
-        levels = expand_sigma(sigma, x)
+        levels = expand_sigma(without_constant(sigma) if sigma.ndim else sigma, x)
         piece = self.schedule.pieces(levels)
         different = piece.unique().tolist()
         if len(different) == 1:

@@ -20,6 +20,7 @@ from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.sampling.config import SamplerConfig
 from patchdiffusion.sampling.pipeline import Pipeline, load
+from patchdiffusion.solvers import Heun
 from patchdiffusion.system.device import use_threads
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.files import check_place, write_bytes
@@ -94,7 +95,8 @@ def main(arguments: Sequence[str]) -> None:
     print("\n".join(consequences(pipeline, table, schedule, options.bound)))
     file = pipeline.model.write_record(BrickTable.FILE, encode(table))
     write_bytes(file.with_suffix(".png"), chart(table, options.bound))
-    print(f"{file} is used by patchdiffusion sample {options.path} --accelerator bricks")
+    few = " --solver heun" if pipeline.model.config.objective.few_step else ""
+    print(f"{file} is used by patchdiffusion sample {options.path} --accelerator bricks{few}")
 
 
 def _measure(pipeline: Pipeline, options: BricksArguments) -> BrickMeasure:
@@ -162,7 +164,9 @@ def consequences(
         span = f"above {low:.3g}" if low and edge == math.inf else span
         said.append(f"{described(subset, count)} {span}")
         low = edge
-    config = pipeline.sampler(SamplerConfig())
+    # The jumps of a few-step model have no noise levels at which to leave out bricks.
+    usual = SamplerConfig(solver=Heun()) if model.objective.few_step else SamplerConfig()
+    config = pipeline.sampler(usual)
     levels = evaluated(config, model.noise, model.canvas, model.network.channels)
     cost, macs = table.cost(schedule, levels), len(levels) * table.macs[0]
     return [

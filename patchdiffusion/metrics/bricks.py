@@ -39,7 +39,7 @@ def levels_of(law: NoiseLaw, chosen: tuple[float, ...] = ()) -> tuple[float, ...
             f"{high:.4g}, not {wrong[0]:g}"
         )
     usual = tuple(sigma for sigma in USUAL if low <= sigma <= high)
-    return tuple(sorted(set(chosen))) or usual or (low,)
+    return tuple(sorted(set(chosen))) or usual or (low or high,)
 
 
 @dataclass(frozen=True)

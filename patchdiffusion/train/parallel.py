@@ -69,7 +69,10 @@ class LossModule(nn.Module):
         network = getattr(self.model, "network", None)
         if not isinstance(network, Network):
             return batch.counted
-        return network.counted(cond, tuple(batch.images.shape[2:]))
+        own = network.counted(cond, tuple(batch.images.shape[2:]))
+        if own is None or batch.counted is None:
+            return batch.counted if own is None else own
+        return own & batch.counted
 
 
 def replicate(module: LossModule, team: Team) -> nn.Module:
