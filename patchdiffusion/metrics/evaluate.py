@@ -19,6 +19,7 @@ from patchdiffusion.metrics.memorise import CopyCounter
 from patchdiffusion.metrics.options import EvaluationConfig, Swept
 from patchdiffusion.metrics.reference import Featurizer, Reference
 from patchdiffusion.metrics.samples import Samples
+from patchdiffusion.patches import Size, size_name
 from patchdiffusion.sampling.pipeline import Pipeline
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.parts import Parts, in_batches
@@ -66,7 +67,8 @@ class Evaluation:
             result["left_out"]["held-out loss"] = reason
         if self.compares:
             of = self.pack.train if trained_on else None
-            metrics = self._against(partial(self._sampled, pipeline), copies_of=of)
+            images = partial(self._sampled, pipeline)
+            metrics = self._against(images, self._size(pipeline), copies_of=of)
             result["left_out"] |= metrics.pop("left_out")
             result |= metrics
         result["card"] = self.card(pipeline)
@@ -81,8 +83,15 @@ class Evaluation:
         """True if a model is sampled: not if nothing could be measured of its samples."""
         return self.compares and (
             self.extract is not None
-            or (self.is_data_of(pipeline) and not _no_copies(self.pack.train))
+            or (
+                self.is_data_of(pipeline)
+                and not self._no_copies(self.pack.train, self._size(pipeline))
+            )
         )
+
+    def _size(self, pipeline: Pipeline) -> Size:
+        """Size of the samples."""
+        return pipeline.sampler(self.config.sampler).canvas.place(pipeline.model.config.canvas)[0]
 
     def is_data_of(self, pipeline: Pipeline) -> bool:
         """True if a model was trained on this pack, with these held-out images.
@@ -181,7 +190,8 @@ class Evaluation:
             return images[order[numbers.start : numbers.stop]]
 
         every = torch.arange(len(self.pack))
-        result = self._against(read, count=len(images), copies_of=every)
+        size = tuple(images.shape[1:-1])
+        result = self._against(read, size, count=len(images), copies_of=every)
         facts = {"images": name, "channels": images.shape[-1], "samples": len(images)}
         result["card"] = self.card(None) | facts
         return result
@@ -189,16 +199,17 @@ class Evaluation:
     def _against(
         self,
         images: Callable[[range], Tensor],
+        size: Size,
         *,
         count: int | None = None,
         copies_of: Tensor | None,
     ) -> dict[str, Any]:
-        """Compare samples with the real images, and count copies of those at `copies_of`.
+        """Compare samples of a size with the real images; count copies of those at `copies_of`.
 
         `count` is the number of given images; None if a model is sampled.
         """
         total, left_out, metrics = count or self.config.samples, {}, {}
-        reason, counter = _no_copies(copies_of), None
+        reason, counter = self._no_copies(copies_of, size), None
         if copies_of is not None and not reason:
             counter = CopyCounter(self.pack.images, copies_of, self.pack.space)
         real = None if self.extract is None else self.reference.gathered()
@@ -229,6 +240,17 @@ class Evaluation:
         else:
             left_out["copies"] = reason
         return {**metrics, "left_out": left_out}
+
+    def _no_copies(self, of: Tensor | None, size: Size) -> str:
+        """Reason why copies of images with these indices are not counted, or ""."""
+        if of is None:
+            return "the data is not the model's"
+        real = tuple(self.pack.images.shape[1:-1])
+        if size != real:
+            return f"samples are {size_name(size)} and the images {size_name(real)}"
+        if 2 <= len(of) <= COPY_LIMIT:
+            return ""
+        return f"of 2 to {COPY_LIMIT:,} images, not {len(of):,}"
 
     # ---- The real images, and the card ----
 
@@ -275,12 +297,3 @@ def sample_labels(labels: Tensor, count: int) -> Tensor:
     """Classes as frequent as in the data, in a fixed order: int64 [N] -> int64 [count]."""
     order = torch.from_numpy(rng.permutation(0, "evaluation labels", 0, len(labels)))
     return labels[order[torch.arange(count) % len(order)]]
-
-
-def _no_copies(images: Tensor | None) -> str:
-    """Reason why copies of images with these indices are not counted, or ""."""
-    if images is None:
-        return "the data is not the model's"
-    if 2 <= len(images) <= COPY_LIMIT:
-        return ""
-    return f"of 2 to {COPY_LIMIT:,} images, not {len(images):,}"
