@@ -98,8 +98,20 @@ def test_dropped_bricks_pass_on_what_they_were_given() -> None:
     assert len(ways) == 4
     plain = network.run(x, noise, Cond())
     assert torch.equal(network.run(x, noise, Cond(seed=seed))[0], plain[0])
+    assert "seed" in config.reads and "seed" not in PG.reads
     with refuses("brick_dropout", 1):
         alive(PG).run(x, noise, Cond(), bricks=(1, 2))
+
+
+@torch.no_grad()
+def test_features_are_those_of_the_last_brick_with_the_same_bricks_dropped() -> None:
+    network = alive(replace(PG, brick_dropout=0.5))
+    x, noise, seed = drawn(8, 3, 8, 8), drawn(8, seed=1), keys(0, "network", 0, torch.arange(8))
+    last = network.taps[-2]
+    for cond in (Cond(), Cond(seed=seed)):
+        tape = Tape(wants=(last,))
+        network(x, noise, cond, tape=tape)
+        assert torch.equal(network.features(x, noise, cond), tape.activations[last])
 
 
 # ---- Regions ----
@@ -161,6 +173,8 @@ def test_a_whole_brick_works_on_the_whole_crop() -> None:
     assert resolved.brick_regions((32, 12)) == ((4, 4), (8, 8), (16, 12))
     assert resolved.for_canvas((32, 32)) == resolved
     assert (resolved.divisor, PG.divisor, PR.divisor) == (8, 8, 8)
+    assert replace(PG, regions=(4, 8, 0)).for_canvas((8, 8)).divisor == 4
+    assert replace(PG, regions=(4, 8, 0)).divisor == 8
 
 
 @torch.no_grad()
@@ -192,6 +206,39 @@ def test_regions_that_do_not_fit_are_moved_inwards() -> None:
         network.run(x, noise, cond, offsets=((0, 0), (2, 0), (0, 0)))
     with refuses("offsets", 3, 1):
         network.run(x, noise, cond, offsets=((0, 0),))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("body", [TransformerBody(), UNetBody(base=8)])
+def test_every_region_and_every_brick_has_dropout_of_its_own(
+    body: TransformerBody | UNetBody,
+) -> None:
+    config = replace(PG, body=body, regions=(4, 4), patches=(2, 2), depths=(1, 1), dropout=0.5)
+    network = alive(config)
+    x, pos = torch.ones(1, 3, 8, 8), torch.zeros(1, 2, 8, 8)
+    cond = Cond(seed=keys(0, "network", 0, torch.arange(1)), pos=pos)
+    first, second = (brick.body for brick in network.bricks)
+    second.load_state_dict(first.state_dict(), strict=False)
+    second.stem.below.weight.zero_()
+    for given, kinds in ((replace(cond, seed=None), 1), (cond, 8)):
+        outputs = torch.stack(network.run(x, torch.ones(1), given))
+        corners = outputs.unfold(3, 4, 4).unfold(4, 4, 4).permute(0, 3, 4, 1, 2, 5, 6).flatten(3)
+        different = {tuple((1e3 * row).round().tolist()) for row in corners.flatten(0, 2)}
+        assert len(different) == kinds
+
+
+@torch.no_grad()
+def test_coordinates_are_never_rounded_to_low_precision() -> None:
+    network = alive(PG)
+    x, noise, cond = inputs(16, 16)
+    where, emb = network._tilings((16, 16))[0], network.embed(noise, cond)
+    stem = network.bricks[0].body.stem
+    stem.image.weight.zero_(), stem.image.bias.zero_()
+    pos = Region((4096, 4096), (1001, 77)).pos(x)
+    regions = network.bricks[0].cut(x, None, pos, emb, where)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = stem(regions)
+    torch.testing.assert_close(low.float(), stem(regions), rtol=1e-5, atol=1e-6)
 
 
 # ---- Sizes ----

@@ -120,8 +120,8 @@ class LegoShape(NetworkConfig):
     @property
     def divisor(self) -> int:
         """Least common multiple of the patches and of the regions smaller than the canvas."""
-        most = min(self.canvas, default=0) or max(self.regions) or 1
-        local = [r for r in self.regions if r and (r < most or 0 in self.regions)]
+        most = min(self.canvas, default=math.inf if 0 in self.regions else max(self.regions))
+        local = [r for r in self.regions if 0 < r < most]
         return math.lcm(*self.patches, *local)
 
     @property
