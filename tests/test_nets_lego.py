@@ -217,9 +217,9 @@ def test_every_region_and_every_brick_has_dropout_of_its_own(
     network = alive(config)
     x, pos = torch.ones(1, 3, 8, 8), torch.zeros(1, 2, 8, 8)
     cond = Cond(seed=keys(0, "network", 0, torch.arange(1)), pos=pos)
-    first, second = (brick.body for brick in network.bricks)
+    first, second = (brick.body for brick in network._bricks())
     second.load_state_dict(first.state_dict(), strict=False)
-    second.stem.below.weight.zero_()
+    second.get_parameter("stem.below.weight").zero_()
     for given, kinds in ((replace(cond, seed=None), 1), (cond, 8)):
         outputs = torch.stack(network.run(x, torch.ones(1), given))
         corners = outputs.unfold(3, 4, 4).unfold(4, 4, 4).permute(0, 3, 4, 1, 2, 5, 6).flatten(3)
@@ -232,10 +232,12 @@ def test_coordinates_are_never_rounded_to_low_precision() -> None:
     network = alive(PG)
     x, noise, cond = inputs(16, 16)
     where, emb = network._tilings((16, 16))[0], network.embed(noise, cond)
-    stem = network.bricks[0].body.stem
-    stem.image.weight.zero_(), stem.image.bias.zero_()
+    brick = network._bricks()[0]
+    stem = brick.body.get_submodule("stem")
+    for name in ("image.weight", "image.bias"):
+        stem.get_parameter(name).zero_()
     pos = Region((4096, 4096), (1001, 77)).pos(x)
-    regions = network.bricks[0].cut(x, None, pos, emb, where)
+    regions = brick.cut(x, None, pos, emb, where)
     with torch.autocast("cpu", torch.bfloat16):
         low = stem(regions)
     torch.testing.assert_close(low.float(), stem(regions), rtol=1e-5, atol=1e-6)

@@ -73,6 +73,10 @@ def test_the_loss_is_the_mean_of_those_of_all_bricks(precond: EDM | FlowMatching
             found = net.denoise_with(part, noisy, sigma)
             terms.append(weighting(sigma) * (found - images.images).square().flatten(1).mean(1))
     torch.testing.assert_close(out.per_sample, (terms[0] + terms[1]) / 2)
+    last, _ = pair(BricksConfig(joint=False), network, precond)
+    assert out.estimate is not None and last.estimate is not None
+    torch.testing.assert_close(out.estimate.weight, weighting(sigma) / 2)  # its share in the mean
+    torch.testing.assert_close(last.estimate.weight, weighting(sigma))
     for k, term in enumerate(terms, 1):
         torch.testing.assert_close(out.scalars[f"brick {k}"], term.mean())
 

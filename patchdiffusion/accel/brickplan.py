@@ -135,7 +135,9 @@ class BrickTable:
             raise ValueError("the rows and columns of losses are not those of bricks and sigmas")
         numbers = (*self.sigmas, *self.macs, *itertools.chain(*self.losses, *self.errors))
         if not all(map(math.isfinite, numbers)):
-            raise ValueError("all numbers must be finite: the model denoises to values that are not")
+            raise ValueError(
+                "all numbers must be finite: the model denoises to values that are not"
+            )
         increasing = all(a < b for a, b in itertools.pairwise((0.0, *self.sigmas)))
         if not increasing or any(loss <= 0 for row in self.losses for loss in row):
             raise ValueError("noise levels must be positive and increase, losses must be positive")

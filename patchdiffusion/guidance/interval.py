@@ -25,7 +25,8 @@ class Interval:
             return bounds
         if not 0 <= bounds[0] <= bounds[1] < math.inf:
             raise ValueError(
-                f"an interval of noise levels needs 0 <= low <= high < inf, not {bounds[0]}, {bounds[1]}"
+                "an interval of noise levels needs 0 <= low <= high < inf, not "
+                f"{bounds[0]}, {bounds[1]}"
             )
         return cls(*bounds)
 
