@@ -50,6 +50,8 @@ def test_the_cheapest_subset_within_the_bound() -> None:
     assert table().schedule(0.0) == BrickSchedule(edges, ((1, 3), ALL, (1, 2)))
     assert table().schedule(0.5) == BrickSchedule((), ((1,),))
     assert table().cost(table().schedule(0.03), [0.1, 1.0, 10.0, 10.0]) == 11 / 24
+    alike = table(macs=(6.0, 4.0, 4.0, 4.0)).schedule(0.05)
+    assert alike.at(0.1) == (1, 3)  # of equal cost, the one with the lower loss
     with refuses("bound", -1):
         table().schedule(-1.0)
 

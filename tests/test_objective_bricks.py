@@ -18,7 +18,7 @@ from patchdiffusion.losses import DenoisingLoss, LossOut
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.lego import Lego, LegoConfig
 from patchdiffusion.objectives.base import Materials
-from patchdiffusion.objectives.bricks import BricksConfig, chosen_regions
+from patchdiffusion.objectives.bricks import BricksConfig, BricksLoss, chosen_regions
 from patchdiffusion.objectives.denoising import DenoisingConfig
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.straight import FlowMatching
@@ -117,6 +117,22 @@ def test_a_share_of_the_regions_counts() -> None:
     assert torch.equal(whole.per_sample, same.per_sample)
     assert torch.equal(whole.scalars["brick 2"], some.scalars["brick 2"])
     assert not torch.equal(whole.scalars["brick 1"], some.scalars["brick 1"])
+
+
+def test_regions_are_drawn_for_each_brick_among_the_pixels_that_count() -> None:
+    network = alive(replace(NETWORK, regions=(4, 4), patches=(2, 2)))
+    counted = torch.zeros(4, 1, 8, 12, dtype=torch.bool)
+    counted[..., :4, :4] = True
+    given = replace(batch(drawn(4, 3, 8, 12)), counted=counted)
+    net = NetDenoiser(network, PRECOND)
+    materials = Materials(network=network, average=lambda: net, precond=PRECOND)
+    loss = BricksConfig(regions=(0.5, 0.5)).build(materials)
+    assert isinstance(loss, BricksLoss)
+    masks = [loss._counted(k, counted, draws(4), (8, 12), (4, 4)) for k in (0, 1)]
+    assert masks[0] is not None and masks[1] is not None and not torch.equal(*masks)
+    assert not any((mask & ~counted).any() for mask in masks if mask is not None)
+    assert loss(net, given, draws(4)).per_sample.isfinite().all()  # of some images, none counts
+    assert (torch.stack([masks[0], masks[1]]).flatten(2).sum(2) == 0).any()
 
 
 def test_impossible_objectives_are_named() -> None:
