@@ -128,11 +128,12 @@ def test_regions_are_drawn_for_each_brick_among_the_pixels_that_count() -> None:
     materials = Materials(network=network, average=lambda: net, precond=PRECOND)
     loss = BricksConfig(regions=(0.5, 0.5)).build(materials)
     assert isinstance(loss, BricksLoss)
-    masks = [loss._counted(k, counted, draws(4), (8, 12), (4, 4)) for k in (0, 1)]
-    assert masks[0] is not None and masks[1] is not None and not torch.equal(*masks)
-    assert not any((mask & ~counted).any() for mask in masks if mask is not None)
-    assert loss(net, given, draws(4)).per_sample.isfinite().all()  # of some images, none counts
-    assert (torch.stack([masks[0], masks[1]]).flatten(2).sum(2) == 0).any()
+    first, second = (loss._counted(k, counted, draws(4), (8, 12), (4, 4)) for k in (0, 1))
+    assert first is not None and second is not None and not torch.equal(first, second)
+    masks = torch.stack([first, second])
+    assert not (masks & ~counted).any()
+    assert (masks.flatten(2).sum(2) == 0).any()  # of some images, none counts
+    assert loss(net, given, draws(4)).per_sample.isfinite().all()
 
 
 def test_impossible_objectives_are_named() -> None:
