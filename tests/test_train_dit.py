@@ -71,7 +71,7 @@ def test_meanflow_starts_from_a_denoiser(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ("--network.patch 2", "the network has 1 axes, and the images have 2"),
+        ("--network.patch 2 2 2", "the network has 3 axes, and the images have 2"),
         ("--network.base 8", "--network.base"),
         ("--network.heads 3", "width"),
     ],
