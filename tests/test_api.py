@@ -41,7 +41,7 @@ EDITS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"network": "dit", "network.depth": 3}, {"network": DiTConfig(depth=3)}),
     (
         {"network": "dit-b/2"},
-        {"network": DiTConfig(width=768, depth=12, heads=12, embedding="late")},
+        {"network": DiTConfig(patch=(2, 2), width=768, depth=12, heads=12, embedding="late")},
     ),
     (
         {"network": "dit-s/4", "network.patch": (8, 8), "network.depth": 2},

@@ -351,7 +351,10 @@ def test_an_objective_is_chosen_by_a_word(
     assert "objective" in fails(capsys, "train", run, "--objective", "denoising")
     assert "objective.same: 0.5 -> 0.25" in fails(capsys, "train", run, "--objective.same", "0.25")
     for arguments, message in (
-        (["--objective", "magic"], "--objective must be one of consistency, ctm, denoising"),
+        (
+            ["--objective", "magic"],
+            "--objective must be one of bricks, consistency, ctm, denoising",
+        ),
         (["--objective"], "--objective needs one word of consistency"),
         (["--objective.same", "0.5"], "unknown flag --objective.same"),
         (["--objective", "meanflow", "--objective.same", "7"], "same"),

@@ -218,8 +218,9 @@ def test_a_file_that_is_no_safetensors(saved: Path) -> None:
 
 
 def test_nothing_there(tmp_path: Path, finished: Path) -> None:
-    for path in (tmp_path, tmp_path / "missing" / "deep"):
-        with refuses(path, "config.json"):
+    missing = tmp_path / "missing" / "deep"
+    for path, told in ((tmp_path, "config.json"), (missing, "does not exist")):
+        with refuses(path, told):
             load_model(path)
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     shutil.rmtree(run / "model")  # it has not saved yet

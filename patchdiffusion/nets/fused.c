@@ -321,9 +321,11 @@ static void backward_sample(const struct call *a, const struct plan *l, int64_t 
         for (int64_t c = g * size; c < (g + 1) * size; c++) {
             float by_value = factors[c] = (float)(-r * r * r * product / n);
             float by_group = factors[l->width + c] = (float)(-r * alone / n);
+            /* Fused by name: compilers fuse otherwise in copies of this function for one thread. */
             if (gshift)
-                gshift[s * a->c + c] = channels[l->width + c] * sums[c] +
-                                       by_value * sums[2 * l->width + c] + by_group * a->p;
+                gshift[s * a->c + c] = __builtin_fmaf(
+                    by_value, sums[2 * l->width + c],
+                    __builtin_fmaf(channels[l->width + c], sums[c], by_group * (float)a->p));
         }
     }
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
