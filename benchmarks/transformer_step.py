@@ -149,7 +149,8 @@ class PlainStep:
         loss.backward()
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, list(self.plain.parameters()), 1e-4)
+            for average, value in zip(self.average, self.plain.parameters(), strict=True):
+                average.lerp_(value, 1e-4)
         return time.perf_counter() - start
 
 
@@ -183,7 +184,8 @@ def case(preset: str, side: int, batch: int, repeats: int) -> dict[str, Any]:
     step = PlainStep(plain, batch, side)
     times: dict[str, list[float]] = {name: [] for name in (*runs, "plain")}
     group = (Group((side, side), batch, 1.0, noise=next(iter(runs.values())).plan.noise),)
-    step(), step()
+    for _ in range(2):
+        step()
     for _ in range(repeats):
         for name, run in runs.items():
             times[name].append(measure(run, [group], 1)[0].seconds)
@@ -206,7 +208,7 @@ def case(preset: str, side: int, batch: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure all cases, and print a table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
