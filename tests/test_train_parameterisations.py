@@ -121,8 +121,7 @@ def test_words_and_fields(images: Path, tmp_path: Path, capsys: Capture) -> None
     again = ("train", images, "--out", tmp_path / "run")
     assert "is finished" in works(capsys, *again, "--precond", "ddpm", "--noise.table", "cosine")
     error = fails(capsys, *again, "--precond", "v")
-    assert "precond: EpsDDPM(table='cosine', steps=1000, nearest=True) -> V(steps=1000)" in error
-    assert "UniformTime(path='cosine'" in error and "weighting: P2Weight" in error
+    assert "precond: ddpm -> v" in error and "noise: " in error and "weighting" in error
     assert "weighting.gamma: 0.5 -> 1.0" in fails(capsys, *again, "--objective.weighting.gamma", 1)
 
 
