@@ -12,7 +12,7 @@ Capture = pytest.CaptureFixture[str]
 
 
 def names(told: str, *parts: object) -> bool:
-    """Whether an error is one line that has each of these as a word; how it says so is free."""
+    """True if an error is one line that has each of these as a word; how it says so is free."""
     words = (rf"(?<!\w){re.escape(str(part))}(?!\w)" for part in parts)
     return "\n" not in told and all(re.search(word, told) for word in words)
 
