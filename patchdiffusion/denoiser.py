@@ -249,6 +249,26 @@ def noise_patch(network: nn.Module) -> tuple[int, ...] | None:
     return getattr(network, "noise_patch", None)
 
 
+def exits(denoiser: NetDenoiser) -> dict[str, Denoiser]:
+    """Denoisers by the earlier outputs of a network, by name; see `NetworkConfig.exits`."""
+    names = getattr(denoiser.network, "exits", {})
+    return {name: Exit(denoiser, tap) for name, tap in names.items()}
+
+
+class Exit(Wrapper):
+    """A denoiser by an earlier output of a network, which is evaluated as a whole."""
+
+    def __init__(self, denoiser: NetDenoiser, tap: str):
+        """`tap` is the name of the output on the tape."""
+        super().__init__(denoiser)
+        self.net, self.tap = denoiser, tap
+
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
+        tape = Tape(wants=(self.tap,))
+        self.net(x, sigma, cond, tape=tape)
+        return self.net.scaled(x, sigma, cond)[3].denoised(x, tape.activations[self.tap])
+
+
 class ForeignDenoiser:
     """A denoiser made of a foreign network by `as_denoiser`."""
 

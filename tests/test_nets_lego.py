@@ -14,7 +14,7 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.nets.count import count
 from patchdiffusion.nets.dit import DiTConfig
-from patchdiffusion.nets.lego import Lego, LegoConfig
+from patchdiffusion.nets.lego import Inputs, Lego, LegoConfig
 from patchdiffusion.nets.legobody import TransformerBody
 from patchdiffusion.nets.legodit import lego_of_dit
 from patchdiffusion.nets.legosizes import SIZES
@@ -187,25 +187,12 @@ def test_regions_that_do_not_fit_are_moved_inwards() -> None:
     brick, emb = network.bricks[2], network.embed(noise, cond)
     where = network._tilings((16, 16))[2]
     left, right = (
-        brick(x[..., part], z[..., part], pos[..., part], emb, where)
+        brick(Inputs(x[..., part], z[..., part], pos[..., part], emb, where))
         for part in (slice(16), slice(8, 24))
     )
     expected = torch.cat([left, right[..., 8:]], dim=-1)
     found = network.run(x, noise, replace(cond, pos=pos))[2]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    # With an offset, a whole region starts there, and the borders have regions of full size.
-    offsets = ((0, 0), (0, 0), (0, 4))
-    found = network.run(x, noise, replace(cond, pos=pos), offsets=offsets)[2]
-    middle = (..., slice(4, 20))
-    inside = brick(x[middle], z[middle], pos[middle], emb, where)
-    expected = torch.cat([left[..., :4], inside, right[..., -4:]], dim=-1)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    same = network.run(x, noise, replace(cond, pos=pos), offsets=((4, 4), (8, 0), (16, 16)))
-    assert torch.equal(same[1], outputs[1])  # offsets are modulo the region
-    with refuses("offsets", 4, 2):
-        network.run(x, noise, cond, offsets=((0, 0), (2, 0), (0, 0)))
-    with refuses("offsets", 3, 1):
-        network.run(x, noise, cond, offsets=((0, 0),))
 
 
 @torch.no_grad()
@@ -237,7 +224,7 @@ def test_coordinates_are_never_rounded_to_low_precision() -> None:
     for name in ("image.weight", "image.bias"):
         stem.get_parameter(name).zero_()
     pos = Region((4096, 4096), (1001, 77)).pos(x)
-    regions = brick.cut(x, None, pos, emb, where)
+    regions = brick.cut(Inputs(x, None, pos, emb, where))
     with torch.autocast("cpu", torch.bfloat16):
         low = stem(regions)
     torch.testing.assert_close(low.float(), stem(regions), rtol=1e-5, atol=1e-6)

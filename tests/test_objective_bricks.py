@@ -169,8 +169,8 @@ def test_a_run_reports_every_brick(images: Path, tmp_path: Path) -> None:
     status = [r for r in records if r["kind"] == "status"]
     assert {"brick 1", "brick 2"} <= set(status[-1]["scalars"])
     (preview,) = [r for r in records if r["kind"] == "preview"]
-    assert list(preview["held_out"]["bricks"]) == ["1"]
-    assert preview["held_out"]["bricks"]["1"] > 0
+    assert list(preview["held_out"]["exits"]) == ["brick 1"]
+    assert preview["held_out"]["exits"]["brick 1"] > 0
     assert "held-out loss after brick 1" in write_report(folder).read_text()
 
 

@@ -25,7 +25,7 @@ from patchdiffusion.denoiser import (
 )
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.guidance.interval import Interval
-from patchdiffusion.nets.base import Network, NetworkConfig
+from patchdiffusion.nets.base import Network
 from patchdiffusion.patches import Size
 from patchdiffusion.system import families
 from patchdiffusion.system.serialize import decode
@@ -143,28 +143,6 @@ class SkipBricks(Wrapper):
             return ask(self.net, x, sigma, cond, call)
         function = partial(_last, self.stack, bricks)
         return self.net.denoise_with(function, x, sigma, cond, tape=call.tape)
-
-
-def first_bricks(denoiser: NetDenoiser) -> dict[int, Denoiser]:
-    """Denoisers by the first bricks of a network, by number, without the last; may be none."""
-    config = getattr(denoiser.network, "config", None)
-    if not isinstance(config, NetworkConfig):
-        return {}
-    count = len(config.brick_regions((1,) * config.axes))
-    return {k: _Recorded(denoiser, f"bricks.{k - 1}") for k in range(1, count)}
-
-
-class _Recorded(Wrapper):
-    """A denoiser by an output on the tape; unlike `run` it works while weights are sharded."""
-
-    def __init__(self, denoiser: NetDenoiser, name: str):
-        super().__init__(denoiser)
-        self.net, self.name = denoiser, name
-
-    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
-        tape = Tape(wants=(self.name,))
-        self.net(x, sigma, cond, tape=tape)
-        return self.net.scaled(x, sigma, cond)[3].denoised(x, tape.activations[self.name])
 
 
 # ---- As a part of a sampler ----

@@ -111,13 +111,13 @@ class NetworkConfig(ABC):
         """
         return None
 
-    def brick_regions(self, size: Size) -> tuple[Size, ...]:
-        """Sides of the regions that each brick of a stack works in, for images of a size.
+    @property
+    def exits(self) -> Mapping[str, str]:
+        """Outputs of earlier parts, each a prediction of what the network predicts.
 
-        Every brick predicts what the network predicts, and puts it on the tape as `bricks.<k>`; the
-        output is that of the last one. Empty for other networks.
+        Their names on the tape, by names for people; previews measure their held-out losses.
         """
-        return ()
+        return {}
 
     @property
     def masks(self) -> bool:
@@ -193,6 +193,11 @@ class Network(nn.Module, ABC, Generic[Config]):
     def noise_patch(self) -> tuple[int, ...] | None:
         """Patches that may have noise levels of their own, see `NetworkConfig.noise_patch`."""
         return self.config.noise_patch
+
+    @property
+    def exits(self) -> Mapping[str, str]:
+        """Earlier outputs, see `NetworkConfig.exits`."""
+        return self.config.exits
 
     def counted(self, cond: Cond, size: Size) -> Tensor | None:
         """Pixels of an image or crop of this size whose output counts in the loss: bool [B, 1, *S].

@@ -9,9 +9,9 @@ Shapes: B batch, C image channels, n spatial axes, *S their lengths, E size of t
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from patchdiffusion.nets.layers import pad_to_multiple
 from patchdiffusion.nets.legobody import RegionNetwork, Regions
 from patchdiffusion.nets.legoshape import LegoShape
 from patchdiffusion.nets.legosizes import SIZES
-from patchdiffusion.nets.tiling import Tiling, tiling
+from patchdiffusion.nets.tiling import Tiling
 from patchdiffusion.patches import Size
 from patchdiffusion.rng import bernoulli, subkeys
 
@@ -54,36 +54,33 @@ class Brick(nn.Module):
         super().__init__()
         self.body, self.name = body, name
 
-    def forward(
-        self,
-        x: Tensor,
-        below: Tensor | None,
-        pos: Tensor,
-        emb: Tensor,
-        where: Tiling,
-        key: Tensor | None = None,
-        tape: Tape | None = None,
-    ) -> Tensor:
-        """x and the output below [B, C, *S], coordinates [B or 1, n, *S], emb [B, E] -> [B, C, *S].
+    def forward(self, inputs: "Inputs") -> Tensor:
+        """The output of the brick: [B, C, *S]."""
+        return inputs.where.merge(self.body(self.cut(inputs)))
 
-        `where` says where the regions lie.
-        """
-        regions = self.cut(x, below, pos, emb, where, key, tape)
-        return where.merge(self.body(regions))
-
-    def cut(
-        self,
-        x: Tensor,
-        below: Tensor | None,
-        pos: Tensor,
-        emb: Tensor,
-        where: Tiling,
-        key: Tensor | None = None,
-        tape: Tape | None = None,
-    ) -> Regions:
-        """The input of its body; see `forward`."""
+    def cut(self, inputs: "Inputs") -> Regions:
+        """The input of its body."""
+        x, below, pos, emb, where, key, tape = inputs
         z = None if below is None else where.cut(below)
         return Regions(where.cut(x), z, where.cut(pos), emb, where.grid, key, tape, self.name)
+
+
+class Inputs(NamedTuple):
+    """All that a brick depends on."""
+
+    x: Tensor
+    """[B, C, *S], the noisy image."""
+    below: Tensor | None
+    """[B, C, *S], the output of the brick below; None for the first one."""
+    pos: Tensor
+    """[B or 1, n, *S], coordinates on the canvas."""
+    emb: Tensor
+    """[B, E], noise level and conditions."""
+    where: Tiling
+    """Places of its regions."""
+    key: Tensor | None = None
+    """int64 [B], keys of the dropout; None is none."""
+    tape: Tape | None = None
 
 
 class Lego(Network[LegoConfig]):
@@ -141,31 +138,20 @@ class Lego(Network[LegoConfig]):
         cond: Cond,
         *,
         bricks: Collection[int] | None = None,
-        offsets: Sequence[tuple[int, ...]] | None = None,
         tape: Tape | None = None,
     ) -> list[Tensor]:
         """Outputs [B, C, *S] of some bricks, by default all, in order.
 
         A brick above one that is left out is given the output of the one below that, zero if there
-        is none. `offsets` are the first pixels of the regions of each brick, multiples of its
-        patch: a border then has a full region of its own, which overlaps with the next one and of
-        which only the part is used that no other region covers.
-
-        Raises `ValueError` for bricks and offsets that there are not, and if the first brick is
-        left out of a network that was trained without `brick_dropout`.
+        is none. Raises `ValueError` for bricks that there are not, and if the first one is left out
+        of a network that was trained without `brick_dropout`.
         """
-        chosen = self._chosen(bricks)
-        padded, pos = self._padded(x, cond)
-        size = tuple(x.shape[2:])
-        emb, where = self.embed(noise, cond), self._tilings(size, offsets)
-        below = torch.zeros_like(padded)
+        chosen, inputs = self._chosen(bricks), self._inputs(x, noise, cond, tape)
+        below = torch.zeros_like(inputs[0].x)
         outputs = []
         for k in chosen:
-            brick = self._bricks()[k]
-            out = brick(
-                padded, below if k else None, pos, emb, where[k], self._dropout_key(cond), tape
-            )
-            outputs.append(put(tape, f"bricks.{k}", _cropped(out, size)))
+            out = self._bricks()[k](inputs[k]._replace(below=below if k else None))
+            outputs.append(put(tape, f"bricks.{k}", _cropped(out, tuple(x.shape[2:]))))
             below = self._passed(out, below, cond, k)
         return outputs
 
@@ -181,30 +167,24 @@ class Lego(Network[LegoConfig]):
             )
         return chosen
 
-    def _padded(self, x: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Image and coordinates, with sides that are multiples of all patches."""
+    def _inputs(
+        self, x: Tensor, noise: Tensor, cond: Cond, tape: Tape | None = None
+    ) -> list[Inputs]:
+        """The inputs of every brick but for the output below, padded to multiples of patches."""
         self.check_shapes(x, cond)
         pos = whole_canvas(x) if cond.pos is None else cond.pos
         multiple = (math.lcm(*self.config.patches),) * self.config.axes
-        return pad_to_multiple(x, multiple), pad_to_multiple(pos, multiple)
+        x, pos = pad_to_multiple(x, multiple), pad_to_multiple(pos, multiple)
+        key = cond.seed if self.config.dropout > 0 else None
+        emb = self.embed(noise, cond)
+        return [
+            Inputs(x, None, pos, emb, where, key, tape)
+            for where in self._tilings(tuple(x.shape[2:]))
+        ]
 
-    def _tilings(
-        self, size: Size, offsets: Sequence[tuple[int, ...]] | None = None
-    ) -> list[Tiling]:
-        """Places of the regions of each brick in images of a size."""
-        multiple = math.lcm(*self.config.patches)
-        size = tuple(-(-side // multiple) * multiple for side in size)
-        if offsets is None:
-            offsets = [(0,) * len(size)] * self.num_bricks
-        if len(offsets) != self.num_bricks:
-            raise ValueError(
-                f"offsets must be one for each of {self.num_bricks} bricks, not {len(offsets)}"
-            )
-        parts = zip(self.config.brick_regions(size), offsets, self.config.patches, strict=True)
-        return [tiling(size, region, offset, patch) for region, offset, patch in parts]
-
-    def _dropout_key(self, cond: Cond) -> Tensor | None:
-        return cond.seed if self.config.dropout > 0 else None
+    def _tilings(self, size: Size) -> list[Tiling]:
+        """Places of the regions of each brick in padded images of a size."""
+        return [Tiling(size, region) for region in self.config.brick_regions(size)]
 
     def _passed(self, out: Tensor, below: Tensor, cond: Cond, k: int) -> Tensor:
         """The input of the next brick: the output of this one, unless it is dropped."""
@@ -216,15 +196,12 @@ class Lego(Network[LegoConfig]):
 
     def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
         """Deep features of the last brick: [B, places, F]."""
-        padded, pos = self._padded(x, cond)
-        emb, where = self.embed(noise, cond), self._tilings(tuple(x.shape[2:]))
-        below, key = torch.zeros_like(padded), self._dropout_key(cond)
-        *others, last = self._bricks()
-        for k, brick in enumerate(others):
-            out = brick(padded, below if k else None, pos, emb, where[k], key)
-            below = self._passed(out, below, cond, k)
-        regions = last.cut(padded, below if others else None, pos, emb, where[-1], key)
-        return last.body.features(regions).flatten(1, 2)
+        inputs, *others = self._inputs(x, noise, cond)
+        for k, (brick, above) in enumerate(zip(self._bricks()[:-1], others, strict=True)):
+            below = torch.zeros_like(inputs.x) if inputs.below is None else inputs.below
+            inputs = above._replace(below=self._passed(brick(inputs), below, cond, k))
+        last = self._bricks()[-1]
+        return last.body.features(last.cut(inputs)).flatten(1, 2)
 
     def remove_head(self) -> None:
         self._bricks()[-1].body.remove_head()
@@ -243,9 +220,9 @@ class Lego(Network[LegoConfig]):
         emb = torch.empty(1, self.config.width, device="meta")
         noise = torch.empty(1, device="meta")
         costs = [
-            macs_of(brick, x, x if k else None, pos, emb, where)
+            macs_of(brick, Inputs(x, x if k else None, pos, emb, where))
             for k, (brick, where) in enumerate(
-                zip(self._bricks(), self._tilings(sides), strict=True)
+                zip(self._bricks(), self._tilings(padded), strict=True)
             )
         ]
         return (costs[0] + macs_of(self.embed, noise, Cond()), *costs[1:])

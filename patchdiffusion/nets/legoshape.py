@@ -133,7 +133,12 @@ class LegoShape(NetworkConfig):
         """The loss of all bricks, in place of denoising by the last one."""
         return {"objective": "bricks"} if hasattr(config.objective, "log_variance") else {}
 
+    @property
+    def exits(self) -> Mapping[str, str]:
+        return {f"brick {k + 1}": f"bricks.{k}" for k in range(len(self.regions) - 1)}
+
     def brick_regions(self, size: Size) -> tuple[Size, ...]:
+        """Sides of the regions that each brick works in, for images of a size."""
         sizes = []
         for region in self.regions:
             sides = (region,) * self.dimensions if region else self.canvas or size

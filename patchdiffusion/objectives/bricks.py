@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,6 +31,15 @@ from patchdiffusion.system.families import word
 from patchdiffusion.weighting import LogVariance
 
 
+@runtime_checkable
+class Bricked(Protocol):
+    """The configuration of a network of bricks, whose outputs but the last are its `exits`."""
+
+    def brick_regions(self, size: Size) -> tuple[Size, ...]:
+        """Sides of the regions that each brick works in, for images of a size."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class BricksConfig(DenoisingConfig):
     """Denoising by every brick of a LEGO network: the mean of their losses."""
@@ -49,12 +59,12 @@ class BricksConfig(DenoisingConfig):
     def check(self, config: Settings) -> None:
         """Raise `ValueError` for a network without bricks, or another number of them."""
         network = config.network
-        count = len(network.brick_regions((1,) * network.axes))
-        if not count:
+        if not isinstance(network, Bricked):
             raise ValueError(
                 f"bricks is for networks of bricks, not {word(type(network))}; use --network lego, "
                 "or --objective denoising"
             )
+        count = len(network.exits) + 1
         if self.regions and len(self.regions) != count:
             raise ValueError(
                 f"objective.regions must have one number for each of {count} bricks, not "
@@ -94,23 +104,23 @@ class BricksLoss(DenoisingLoss):
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         size = tuple(batch.images.shape[2:])
-        regions = self.network.config.brick_regions(size)
+        config = self.network.config
+        assert isinstance(config, Bricked)  # see `BricksConfig.check`
         sigma = self.levels(draws, batch.noise)
         noisy = batch.images + per_sample(sigma, batch.images) * draws.normal(
             "noise", tuple(batch.images.shape[1:])
         )
-        names = [f"bricks.{k}" for k in range(len(regions))]
-        tape, weight = Tape(wants=tuple(names)), self.weighting(sigma)
+        names = tuple(self.network.exits.values())
+        tape, weight = Tape(wants=names), self.weighting(sigma)
         denoised = ask(denoiser, noisy, sigma, batch.cond, Call(tape=tape))
         if missing := [name for name in names if name not in tape.activations]:
             raise ValueError(f"{missing[0]} is not on the tape of the denoiser, as bricks need")
         scales = self.precond.on(self.network).scales(sigma)
-        estimates = [scales.denoised(noisy, tape.activations[name]) for name in names[:-1]]
+        estimates = [scales.denoised(noisy, tape.activations[name]) for name in names]
         errors = []
-        for k, estimate in enumerate([*estimates, denoised]):
-            counted = self._counted(k, batch.counted, draws, size, regions[k])
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains(k, names)):
-                errors.append(squared_error(estimate, batch.images, counted))
+        for k, region in enumerate(config.brick_regions(size)):
+            counted = self._counted(k, batch.counted, draws, size, region)
+            errors.append(squared_error([*estimates, denoised][k], batch.images, counted))
         scalars = {
             f"brick {k}": (weight * error).detach().mean() for k, error in enumerate(errors, 1)
         }
@@ -122,9 +132,6 @@ class BricksLoss(DenoisingLoss):
             estimate=Estimate(denoised, noisy, sigma, weight * share),
         )
         return with_losses(out, tape)
-
-    def _trains(self, k: int, names: list[str]) -> bool:
-        return self.joint or k == len(names) - 1
 
     def _counted(
         self, k: int, counted: Tensor | None, draws: Draws, size: Size, region: Size

@@ -195,8 +195,8 @@ def _numbers(status: list[Record], previews: list[Record]) -> list[tuple[str, st
             rows.append(("held-out loss", _loss(record["held_out"]["loss"])))
             for size, value in record["held_out"]["sizes"].items():
                 rows.append((f"held-out loss of {size} crops", _loss(value)))
-            for brick, value in record["held_out"].get("bricks", {}).items():
-                rows.append((f"held-out loss after brick {brick}", _loss(value)))
+            for name, value in record["held_out"].get("exits", {}).items():
+                rows.append((f"held-out loss after {name}", _loss(value)))
         if "accuracy" in record:
             rows.append(("accuracy on held-out images", f"{record['accuracy']['all']:.1%}"))
             for band, value in record["accuracy"]["bands"].items():

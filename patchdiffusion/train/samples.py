@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchdiffusion.accel.bricks import first_bricks
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.data.columns import Filled, with_labels
 from patchdiffusion.data.feed import conditions
-from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper, ask
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper, ask, exits
 from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.guidance import NoGuidance
@@ -170,12 +169,12 @@ class SamplePreview:
             table = scene.everywhere(lambda: losses(denoiser, scene.sizes))
             loss = summarize(dict(zip(scene.sizes, torch.cat(table, dim=2), strict=True)))
             facts["held_out"] = {"loss": loss.total, "bands": loss.bands, "sizes": loss.sizes}
-            bricks = {}
-            for number, part in first_bricks(denoiser).items():  # of whole images
+            earlier = {}
+            for name, part in exits(denoiser).items():  # of whole images
                 rows = scene.everywhere(lambda part=part: losses(part, scene.sizes[:1]))
-                bricks[str(number)] = torch.cat(rows, dim=2)[0, 1].mean().item()
-            if bricks:
-                facts["held_out"]["bricks"] = bricks
+                earlier[name] = torch.cat(rows, dim=2)[0, 1].mean().item()
+            if earlier:
+                facts["held_out"]["exits"] = earlier
         if team.is_main and 2 <= len(pack.train) <= COPY_LIMIT:
             copies = copy_rate(samples, pack.images, pack.train, space=pack.space)
             facts["copy_rate"] = copies.rate
