@@ -226,8 +226,8 @@ def principal_components(batches: Iterable[Tensor], rank: int) -> Tensor:
     moments = None
     for batch in batches:
         rows = batch.flatten(0, -2).double()
-        own = rows.T @ rows
-        moments = own if moments is None else moments + own
+        gram = rows.T @ rows
+        moments = gram if moments is None else moments + gram
     if moments is None:
         raise ValueError("there are no patches for the principal components")
     return torch.linalg.eigh(moments).eigenvectors.flip(1)[:, :rank]

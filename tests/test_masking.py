@@ -10,6 +10,7 @@ import tiny
 import torch
 from commands import Capture, fails, names, works
 from oracles import batch, draws
+from sameruns import check_micro_batches, check_resumed
 from torch import Tensor
 
 from patchdiffusion import TrainConfig, rng
@@ -24,7 +25,6 @@ from patchdiffusion.objectives.base import Materials
 from patchdiffusion.objectives.patchforcing import PatchForcingConfig
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.rng import Draws
-from patchdiffusion.train import loop
 from patchdiffusion.train.parallel import LossModule
 
 PLAIN = DiTConfig(width=16, depth=3, heads=2, num_classes=2, registers=1, positions="rope")
@@ -213,24 +213,11 @@ def test_rate_zero_is_the_plain_run_bit_for_bit(images: Path, tmp_path: Path) ->
 
 @RULES
 def test_an_interrupted_run_is_the_same_run(mixer: int, images: Path, tmp_path: Path) -> None:
-    config = masked(images, Mask(mixer=mixer))
-    straight = tiny.run(config, tmp_path / "straight")
-    tiny.run(config, tmp_path / "broken", max_hours=1e-9)
-    assert 0 < len(tiny.history(tmp_path / "broken")) < len(tiny.history(straight))
-    tiny.run(config, tmp_path / "broken")
-    assert tiny.history(tmp_path / "broken") == tiny.history(straight)
-    assert tiny.weights(tmp_path / "broken") == tiny.weights(straight)
+    check_resumed(masked(images, Mask(mixer=mixer)), tmp_path)
 
 
 def test_micro_batches_are_the_same_training(images: Path, tmp_path: Path) -> None:
-    configs = [masked(images, Mask(mixer=1), micro_batch=size) for size in (None, 1)]
-    whole, parts = (tiny.training(config, tmp_path) for config in configs)
-    for training in (whole, parts):
-        for _ in range(2):
-            loop.one_step(training)
-    other = dict(parts.network.named_parameters())
-    for name, weight in whole.network.named_parameters():
-        torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=2e-4)
+    check_micro_batches(masked(images, Mask(mixer=1)), tmp_path)
 
 
 def test_masks_come_with_other_parts(images: Path, tmp_path: Path) -> None:

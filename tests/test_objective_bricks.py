@@ -9,6 +9,7 @@ import torch
 from commands import Capture, fails, refuses, works
 from little import drawn
 from oracles import batch, draws
+from sameruns import check_micro_batches, check_resumed
 from torch import Tensor
 
 from patchdiffusion import TrainConfig
@@ -22,7 +23,6 @@ from patchdiffusion.objectives.bricks import BricksConfig, BricksLoss, chosen_re
 from patchdiffusion.objectives.denoising import DenoisingConfig
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.straight import FlowMatching
-from patchdiffusion.train import loop
 from patchdiffusion.train.report import read_log, write_report
 
 NETWORK = LegoConfig(
@@ -175,22 +175,11 @@ def test_a_run_reports_every_brick(images: Path, tmp_path: Path) -> None:
 
 
 def test_micro_batches_are_the_same_training(images: Path, tmp_path: Path) -> None:
-    whole, parts = (tiny.training(config(images, micro_batch=n), tmp_path) for n in (None, 1))
-    for training in (whole, parts):
-        for _ in range(2):
-            loop.one_step(training)
-    other = dict(parts.network.named_parameters())
-    for name, weight in whole.network.named_parameters():
-        torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=2e-4)
+    check_micro_batches(config(images), tmp_path)
 
 
 def test_an_interrupted_run_is_the_same_run(images: Path, tmp_path: Path) -> None:
-    straight = tiny.run(config(images), tmp_path / "straight")
-    tiny.run(config(images), tmp_path / "broken", max_hours=1e-9)
-    assert 0 < len(tiny.history(tmp_path / "broken")) < len(tiny.history(straight))
-    tiny.run(config(images), tmp_path / "broken")
-    assert tiny.history(tmp_path / "broken") == tiny.history(straight)
-    assert tiny.weights(tmp_path / "broken") == tiny.weights(straight)
+    check_resumed(config(images), tmp_path)
 
 
 @pytest.mark.parametrize(

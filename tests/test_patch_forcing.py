@@ -9,6 +9,7 @@ import tiny
 import torch
 from commands import Capture, fails, refuses
 from oracles import batch, draws
+from sameruns import check_micro_batches, check_resumed
 from torch import Tensor
 
 from patchdiffusion import TrainConfig, rng
@@ -24,7 +25,6 @@ from patchdiffusion.objectives.patchforcing import (
     token_levels,
 )
 from patchdiffusion.parameterisation import EDM, FlowMatching
-from patchdiffusion.train import loop
 
 LAW = LogitNormal(mean=-0.7, std=1.0)
 NETWORK = DiTConfig(width=16, depth=2, heads=2)
@@ -111,24 +111,13 @@ def forced(images: Path, **changes: object) -> TrainConfig:
 def test_an_interrupted_run_is_the_same_run(images: Path, tmp_path: Path) -> None:
     config = forced(images)
     assert config.noise == LAW
-    straight = tiny.run(config, tmp_path / "straight")
-    tiny.run(config, tmp_path / "broken", max_hours=1e-9)
-    assert 0 < len(tiny.history(tmp_path / "broken")) < len(tiny.history(straight))
-    tiny.run(config, tmp_path / "broken")
-    assert tiny.history(tmp_path / "broken") == tiny.history(straight)
-    assert tiny.weights(tmp_path / "broken") == tiny.weights(straight)
+    straight = check_resumed(config, tmp_path)
     plain = tiny.run(replace(config, objective=PatchForcingConfig(spread=0)), tmp_path / "plain")
     assert tiny.history(plain) != tiny.history(straight)
 
 
 def test_micro_batches_are_the_same_training(images: Path, tmp_path: Path) -> None:
-    whole, parts = (tiny.training(forced(images, micro_batch=size), tmp_path) for size in (None, 1))
-    for training in (whole, parts):
-        for _ in range(2):
-            loop.one_step(training)
-    other = dict(parts.network.named_parameters())
-    for name, weight in whole.network.named_parameters():
-        torch.testing.assert_close(weight, other[name], rtol=1e-3, atol=2e-4)
+    check_micro_batches(forced(images), tmp_path)
 
 
 def test_a_network_of_one_level_is_refused(tmp_path: Path, capsys: Capture) -> None:

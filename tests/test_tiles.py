@@ -161,8 +161,38 @@ def test_one_evaluation_has_all_windows() -> None:
     tiled(drawn(2, 1, 8, 18), 1.0)
     assert oracle.batches == [2 * 3 * 4, 2 * 2 * 3]
     position = oracle.steps[0]
-    assert position is not None and position.slot == ("tiles",) and position.seeds is not None
+    assert position is not None and position.slot == ("tiles 0",) and position.seeds is not None
     assert position.seeds.tolist() == [7, 8] * 12
+
+
+def test_many_windows_are_evaluated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def best(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        assert cond.labels is not None and cond.pos is not None
+        return x * per_sample(cond.labels.double() + sigma, x) + cond.pos[:, :1]
+
+    x, cond = drawn(2, 1, 8, 15), Cond(labels=torch.tensor([3, 7]))
+    sigma, position = torch.tensor([0.5, 4.0], dtype=torch.float64), at(0, 1, 2).position
+    expected = TiledDenoiser(Oracle(best), CANVAS)(x, sigma, cond, position=position)
+    for at_once, largest in ((5, 5), (1, 2)):  # never fewer than the images of the batch
+        monkeypatch.setattr("patchdiffusion.accel.tiles.AT_ONCE", at_once)
+        oracle = Oracle(best)
+        found = TiledDenoiser(oracle, CANVAS)(x, sigma, cond, position=position)
+        assert torch.equal(found, expected) and max(oracle.batches) == largest
+        steps = [step for step in oracle.steps if step is not None]
+        seeds = [step.seeds.tolist() for step in steps if step.seeds is not None]
+        assert [seed for row in seeds for seed in row] == [1, 2] * (sum(oracle.batches) // 2)
+        assert len({step.slot for step in steps}) == len(oracle.batches)
+
+
+def test_windows_count_by_the_distance_to_their_borders() -> None:
+    """Of windows of 6 pixels every 4, two share pixels 4 and 5: at .5 and 1.5 from their ends."""
+    numbers = iter((torch.zeros(1, 1, 6), torch.ones(1, 1, 6)))
+
+    def numbered(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        return torch.cat([next(numbers) for _ in range(len(x))]).to(x)
+
+    tiled = TiledDenoiser(Oracle(numbered), (6,), overlap=1 / 3, shift=False)
+    assert tiled(drawn(1, 1, 10), 1.0)[0, 0].tolist() == [0] * 4 + [0.25, 0.75] + [1] * 4
 
 
 def test_samples_depend_on_their_seed_alone() -> None:

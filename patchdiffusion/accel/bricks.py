@@ -172,11 +172,11 @@ class Bricks:
     at all levels."""
 
     def __post_init__(self) -> None:
-        given = [
+        rules = [
             name for name in ("bound", "t_break", "drop") if getattr(self, name) not in (None, ())
         ]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other: give one of them")
+        if len(rules) > 1:
+            raise ValueError(f"{' and '.join(rules)} exclude each other: give one of them")
         if self.bound is not None and not 0 <= self.bound < float("inf"):
             raise ValueError(f"bound must be at least 0 and finite, not {self.bound}")
         if self.t_break is not None and not 0 <= self.t_break <= 1:

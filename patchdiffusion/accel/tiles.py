@@ -19,6 +19,9 @@ from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.patches import Size, coordinates, crop, pixel_indices, size_name
 
+AT_ONCE = 64
+"""Windows that are evaluated together, unless a batch has more images."""
+
 Coordinates = Literal["window", "pitch", "clamp", "periodic", "whole"]
 
 
@@ -117,20 +120,28 @@ class TiledDenoiser(Wrapper):
         place = self.places(size, count, call, x.device)
         most = torch.tensor(size, device=x.device) - torch.tensor(self.canvas, device=x.device)
         corner = place.clamp(min=torch.zeros_like(most), max=most)  # windows lie inside the image
-        tiles = corner.shape[1]
         flat = corner.transpose(0, 1).flatten(0, 1)  # [T B, n]
-        window = self._of_windows(cond or Cond(), corner, size)
+        window = self._condition(cond or Cond(), corner, size)
         pos = window_coordinates(self.kind, flat, self.canvas, self.canvas, size)
-        denoised = ask(
-            self.inner[0],
-            _cut(x, corner, self.canvas),
-            self._levels(sigma, corner),
-            replace(window, pos=pos.to(x.device)),
-            _of_tiles(call, tiles),
-        )
-        return denoised if tiles == 1 else self._joined(denoised, corner, place, x)
+        window = replace(window, pos=pos.to(x.device))
+        cut, level = _cut(x, corner, self.canvas), self._levels(sigma, corner)
+        parts = torch.arange(len(cut), device=x.device).split(max(count, AT_ONCE))
+        call = call if len(parts) == 1 else call.untaped()
+        denoised = [
+            ask(
+                self.inner[0],
+                cut[part],
+                level[part] if isinstance(level, Tensor) and level.ndim else level,
+                window.take(part),
+                _of_windows(call, part % count, number),
+            )
+            for number, part in enumerate(parts)
+        ]
+        if corner.shape[1] == 1:  # the canvas of training, and no weights that round
+            return denoised[0]
+        return self._joined(torch.cat(denoised), corner, place, x)
 
-    def _of_windows(self, cond: Cond, corner: Tensor, size: Size) -> Cond:
+    def _condition(self, cond: Cond, corner: Tensor, size: Size) -> Cond:
         """The condition of each window; a map of the size of the image is cut as it is."""
         count, tiles = corner.shape[:2]
         index = torch.arange(count, device=corner.device).repeat(tiles)
@@ -178,11 +189,11 @@ def _cut(x: Tensor, corner: Tensor, window: Size) -> Tensor:
     return torch.cat(parts)
 
 
-def _of_tiles(call: Call, tiles: int) -> Call:
-    """The call of all windows, with a slot of its own so that no cache mixes them."""
-    position = call.within("tiles").position
+def _of_windows(call: Call, image: Tensor, number: int) -> Call:
+    """The call of windows of these images, with a slot of its own so that no cache mixes them."""
+    position = call.within(f"tiles {number}").position
     if position is not None and position.seeds is not None:
-        position = replace(position, seeds=position.seeds.repeat(tiles))
+        position = replace(position, seeds=position.seeds[image.to(position.seeds.device)])
     return replace(call, position=position)
 
 

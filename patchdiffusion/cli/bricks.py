@@ -113,8 +113,8 @@ def _measure(pipeline: Pipeline, options: BricksArguments) -> BrickMeasure:
             f"{pack.name} holds {pack.space.word}, and the model samples "
             f"{pipeline.model.config.space.word}"
         )
-    wanted = EvaluationConfig(held_out=options.held_out, samples=0)
-    chosen = Evaluation(pack=pack, config=wanted, extract=None).loss_images(pipeline)
+    settings = EvaluationConfig(held_out=options.held_out, samples=0)
+    chosen = Evaluation(pack=pack, config=settings, extract=None).loss_images(pipeline)
     if not len(chosen):
         raise ValueError(
             f"no image of {pack.name} was held out from training; give others by --data FOLDER"

@@ -61,8 +61,8 @@ def dit_config(state_dict: Mapping[str, Tensor], *, heads: int | None = None) ->
     outputs = shape("final_layer.linear.weight")[0] // math.prod(patch)
     if outputs not in (channels, 2 * channels):
         raise ValueError(f"the network takes {channels} channels and returns {outputs}: unknown")
-    known = {fields["width"]: fields["heads"] for fields in SIZES.values()}
-    if heads is None and width not in known:
+    published_heads = {fields["width"]: fields["heads"] for fields in SIZES.values()}
+    if heads is None and width not in published_heads:
         raise ValueError(f"{width} features are no published width; give heads=, such as heads=4")
     labels = state_dict.get("y_embedder.embedding_table.weight")
     config = DiTConfig(
@@ -71,7 +71,7 @@ def dit_config(state_dict: Mapping[str, Tensor], *, heads: int | None = None) ->
         patch=tuple(patch),
         width=width,
         depth=sum(f"blocks.{i}.attn.qkv.weight" in state_dict for i in range(256)),
-        heads=known[width] if heads is None else heads,
+        heads=published_heads[width] if heads is None else heads,
         mlp_ratio=shape("blocks.0.mlp.fc1.weight")[0] // width,
         positions="sincos",
         embedding="late",

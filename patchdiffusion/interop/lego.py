@@ -66,8 +66,10 @@ def lego_config(state_dict: Mapping[str, Tensor], *, heads: int | None = None) -
         return state_dict[name].shape
 
     width, inputs, *_ = shape("model.0.x_embedder.proj.weight")
-    known = {fields["width"]: fields["heads"] for fields in SIZES.values() if "width" in fields}
-    if heads is None and width not in known:
+    published_heads = {
+        fields["width"]: fields["heads"] for fields in SIZES.values() if "width" in fields
+    }
+    if heads is None and width not in published_heads:
         raise ValueError(f"{width} features are no published width; give heads=, such as heads=4")
     count = sum(f"model.{k}.x_embedder.proj.weight" in state_dict for k in range(32))
     patches = [shape(f"model.{k}.x_embedder.proj.weight")[-1] for k in range(count)]
@@ -89,7 +91,7 @@ def lego_config(state_dict: Mapping[str, Tensor], *, heads: int | None = None) -
             for k in range(count)
         ),
         width=width,
-        heads=known[width] if heads is None else heads,
+        heads=published_heads[width] if heads is None else heads,
         mlp_ratio=shape("model.0.blocks.0.mlp.fc1.weight")[0] // width,
     )
 

@@ -114,14 +114,14 @@ class BrickMeasure:
         inner, noise, cond, scales = net.scaled(noisy, sigma, cond)
         every, *others = self.subsets
         raw = outputs(stack, every, inner, noise, cond, None)
-        found = [raw[-1]]
+        results = [raw[-1]]
         for subset in others:
             if subset == every[: len(subset)]:  # an early exit of the same pass
-                found.append(raw[len(subset) - 1])
+                results.append(raw[len(subset) - 1])
             else:
-                found.append(outputs(stack, subset, inner, noise, cond, None)[-1])
+                results.append(outputs(stack, subset, inner, noise, cond, None)[-1])
         weight = self.pipeline.model.config.precond.default_weighting()(torch.tensor([sigma]))
-        errors = [squared_error(scales.denoised(noisy, f), x).double().cpu() for f in found]
+        errors = [squared_error(scales.denoised(noisy, f), x).double().cpu() for f in results]
         return torch.stack(errors) * weight
 
 

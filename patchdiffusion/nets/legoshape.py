@@ -56,10 +56,10 @@ class LegoShape(NetworkConfig):
             raise ValueError(f"brick_dropout must lie in [0, 1), not {self.brick_dropout}")
         lengths = {name: len(getattr(self, name)) for name in ("regions", "patches", "depths")}
         if len(set(lengths.values())) > 1 or not 1 <= len(self.regions) <= 32:
-            told = ", ".join(f"{name} {count}" for name, count in lengths.items())
+            listed = ", ".join(f"{name} {count}" for name, count in lengths.items())
             raise ValueError(
                 f"regions, patches and depths must have one number for each of 1 to 32 bricks, not "
-                f"{told}"
+                f"{listed}"
             )
         for name, least, most in (("regions", 0, 65536), ("patches", 1, 256), ("depths", 1, 256)):
             if any(not least <= value <= most for value in getattr(self, name)):

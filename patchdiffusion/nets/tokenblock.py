@@ -98,8 +98,8 @@ class TokenAttention(nn.Module):
         Of h [B, P, T, D], the tokens of P regions attend to those of their own region.
         """
         if h.ndim > 3:
-            out, given = self(h.flatten(0, 1), turn, values)
-            return out.unflatten(0, h.shape[:2]), given
+            out, first_values = self(h.flatten(0, 1), turn, values)
+            return out.unflatten(0, h.shape[:2]), first_values
         qkv = self.qkv(h).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, n, d]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each [B, n, T, d]
         given = v.transpose(1, 2).flatten(2) if self.gives else None

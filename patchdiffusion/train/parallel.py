@@ -69,10 +69,10 @@ class LossModule(nn.Module):
         network = getattr(self.model, "network", None)
         if not isinstance(network, Network):
             return batch.counted
-        own = network.counted(cond, tuple(batch.images.shape[2:]))
-        if own is None or batch.counted is None:
-            return batch.counted if own is None else own
-        return own & batch.counted
+        mask = network.counted(cond, tuple(batch.images.shape[2:]))
+        if mask is None or batch.counted is None:
+            return batch.counted if mask is None else mask
+        return mask & batch.counted
 
 
 def replicate(module: LossModule, team: Team) -> nn.Module:
