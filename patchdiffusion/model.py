@@ -114,14 +114,14 @@ class Model:
     digest: str
     folder: Path | None = None
     """Folder that it was loaded from."""
+    weights: Weights = "averaged"
 
     def record(self, name: str) -> dict[str, Any] | None:
         """Facts about these weights in a file of the model folder; None if there are none.
 
-        Raises `ValueError` if the file is damaged, or about other weights.
+        Those about raw weights are in raw-NAME. Raises `ValueError` if the file is damaged, or about other weights.
         """
-        file = None if self.folder is None else self.folder / name
-        if file is None or not file.is_file():
+        if self.folder is None or not (file := self._file(self.folder, name)).is_file():
             return None
         facts = read_json(file)
         if not isinstance(facts, dict) or SEAL not in facts:
@@ -139,8 +139,12 @@ class Model:
     def write_record(self, name: str, facts: Mapping[str, Any]) -> Path:
         """Write facts about these weights to a file of the model folder; see `record`."""
         assert self.folder is not None, "a model in memory has no folder"
-        write_json(self.folder / name, sealed({"weights": self.digest, **facts}))
-        return self.folder / name
+        file = self._file(self.folder, name)
+        write_json(file, sealed({"weights": self.digest, **facts}))
+        return file
+
+    def _file(self, folder: Path, name: str) -> Path:
+        return folder / (name if self.weights == "averaged" else f"{self.weights}-{name}")
 
     @property
     def denoiser(self) -> NetDenoiser:
@@ -278,4 +282,4 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} does not fit its configuration: {reason}") from error
     network = network.to(device).eval().requires_grad_(False)
-    return Model(config, network, actual[:16], folder)
+    return Model(config, network, actual[:16], folder, weights)

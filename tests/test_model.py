@@ -241,9 +241,14 @@ def test_a_record_is_about_the_weights_beside_it(saved: Path) -> None:
     assert file == saved / "facts.json" and load_model(saved).record("facts.json") == {
         "losses": [0.1, 0.2]
     }
-    with refuses("facts.json", load_model(saved, weights="raw").digest, loaded.digest):
-        load_model(saved, weights="raw").record("facts.json")
-    facts = read_json(file)
+    raw = load_model(saved, weights="raw")
+    assert raw.record("facts.json") is None
+    assert raw.write_record("facts.json", {}) == saved / "raw-facts.json"
+    assert raw.record("facts.json") == {} != loaded.record("facts.json")
+    shutil.copy(saved / "raw-facts.json", file)
+    with refuses("facts.json", raw.digest, loaded.digest):
+        loaded.record("facts.json")
+    facts = read_json(loaded.write_record("facts.json", {"losses": [0.1, 0.2]}))
     write_json(file, {**facts, "losses": [0.1, 0.3]})
     with refuses("facts.json", "changed"):
         loaded.record("facts.json")

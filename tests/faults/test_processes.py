@@ -332,10 +332,24 @@ def test_tokens_that_skip_on_two_processes(
         assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
 
 
+SMALL = {"network.width": 16, "network.heads": 2, "network.depths": (1, 1, 1)}
+
+
 @pytest.mark.parametrize("shard", [False, True])
-def test_levels_of_tokens_on_two_processes(shard: bool, images: Path, tmp_path: Path) -> None:
-    network = encode(DiTConfig(patch=(2, 2), width=16, depth=2, heads=2, num_classes=2))
-    spec: dict[str, Any] = {"network": network, "objective": "patch-forcing"}
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {
+            "network": encode(DiTConfig(patch=(2, 2), width=16, depth=2, heads=2, num_classes=2)),
+            "objective": "patch-forcing",
+        },
+        {"network": "lego", "objective": "bricks", "config": SMALL},
+    ],
+    ids=["levels of tokens", "bricks"],
+)
+def test_parts_of_a_network_on_two_processes(
+    spec: dict[str, Any], shard: bool, images: Path, tmp_path: Path
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert harness.here(images, one, **spec).code == 0
     ended = drive(images, two, size=2, **spec, run={"shard": shard})
