@@ -119,7 +119,8 @@ class Model:
     def record(self, name: str) -> dict[str, Any] | None:
         """Facts about these weights in a file of the model folder; None if there are none.
 
-        Those about raw weights are in raw-NAME. Raises `ValueError` if the file is damaged, or about other weights.
+        Those about raw weights are in raw-NAME. Raises `ValueError` if the file is damaged, or
+        about other weights.
         """
         if self.folder is None or not (file := self._file(self.folder, name)).is_file():
             return None
