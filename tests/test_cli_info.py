@@ -101,6 +101,14 @@ def test_a_run_is_described(finished: Path, capsys: Capture) -> None:
     assert "1 channel," in larger["network"] and "32x32" in larger["cost"]
 
 
+def test_a_run_in_a_folder_of_the_name_of_a_network_is_meant(
+    finished: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dit").symlink_to(finished)
+    monkeypatch.chdir(tmp_path)
+    assert told(capsys, "dit")["network"] == told(capsys, finished)["network"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

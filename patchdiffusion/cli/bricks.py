@@ -31,6 +31,7 @@ from patchdiffusion.train.log import duration
 
 TIMED = 8
 """Images that are timed for the dry run."""
+_TICKS = (-10, -5, 0, 5, 10, 20, 50, 100, 200, 500, 1000)  # of the chart, in %
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,11 +194,13 @@ def chart(table: BrickTable, bound: float) -> bytes:
     axes.axhline(100 * bound, color="gray", linestyle="--", linewidth=1)
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=10)
+    axes.yaxis.set_major_locator(ticker.FixedLocator(_TICKS))
     axes.set_xlabel("noise level sigma")
     axes.set_ylabel("increase of the loss in %")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(alpha=0.3)
+    axes.set_title(f"dashed: the bound of {bound:.0%}", fontsize=8, color="gray", loc="right")
     if len(table.subsets) > 1:
         axes.legend(fontsize=8)
     stream = io.BytesIO()

@@ -150,9 +150,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def subject_of(arguments: Sequence[str], name: str) -> Subject:
-    """Network by its word, or that of a run or model by its folder, changed by flags."""
+    """Network by its word, or that of a run or model by its folder, changed by flags.
+
+    A run or model in a folder of that name takes precedence.
+    """
     images = parse_some(Images(), arguments)
-    if families.find(Network, name) is not None:
+    if families.find(Network, name) is not None and not (Path(name) / "config.json").is_file():
         return _of_word(arguments, name, images)
     return _of_run(arguments, name, images)
 
