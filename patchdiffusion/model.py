@@ -199,6 +199,7 @@ def save_model(
             digests[file.name] = sha256(file)
         facts: dict[str, Any] = {"format": 1, "sha256": digests, **encode(config)}
         write_json(temporary / "config.json", sealed(facts))
+        config.space.save_to(temporary)
         for name, value in (notes or {}).items():
             write_json(temporary / name, value)
 
@@ -282,5 +283,7 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} does not fit its configuration: {reason}") from error
+    config.space.found_in(folder)
+    config.space.check()
     network = network.to(device).eval().requires_grad_(False)
     return Model(config, network, actual[:16], folder, weights)

@@ -62,7 +62,9 @@ class Drawn:
     @property
     def array(self) -> bool:
         """True if all images are stored as one array, as single files cannot hold them exactly."""
-        exact = self.space.word == Pixels.word and len(self.shape) == 3 and not self.preview
+        exact = (
+            self.space.pictured.word == Pixels.word and len(self.shape) == 3 and not self.preview
+        )
         return not exact or not (self.singles or self.shown == self.count)
 
     def missing(self) -> list[int]:

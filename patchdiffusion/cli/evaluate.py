@@ -147,7 +147,7 @@ def _extractor(
 ) -> tuple[Extractor | None, str]:
     """Extractor, or None and the reason why there is none, "" if none was asked for."""
     name, weights = options.features.extractor, options.features.weights
-    axes, channels = pack.images.ndim - 2, pack.images.shape[-1]
+    axes, channels = pack.pictures.ndim - 2, pack.pictures.shape[-1]
     if name == "none" or not options.config.samples:
         return None, ""
     if axes != 2:

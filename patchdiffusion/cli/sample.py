@@ -182,8 +182,9 @@ def _warn_of_outside(sampler: SamplerConfig, canvas: Size) -> None:
 
 def _bytes(options: SampleArguments, pipeline: Pipeline, size: Size) -> int:
     """Approximate disk space of the images."""
-    values = options.count * math.prod(size) * pipeline.model.config.network.channels
-    return values * (1 if pipeline.model.config.space.word == "pixels" else 8)
+    model = pipeline.model.config
+    values = options.count * math.prod(model.space.shape_of(size, model.network.channels))
+    return values * (1 if model.space.pictured.word == "pixels" else 8)
 
 
 def _texts(options: SampleArguments, pipeline: Pipeline) -> dict[str, str]:
@@ -219,7 +220,7 @@ def _drawn(folder: Path, options: SampleArguments, pipeline: Pipeline, size: Siz
         seed=options.seed,
         texts=_texts(options, pipeline),
         singles=options.singles,
-        shape=(*size, config.network.channels),
+        shape=config.space.shape_of(size, config.network.channels),
         space=config.space,
     )
 

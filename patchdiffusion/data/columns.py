@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import overload
+from typing import ClassVar, overload
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.data.example import BadImage, Example
 from patchdiffusion.data.frame import Frame, frame_by_frame
 from patchdiffusion.data.values import fit, to_values
+from patchdiffusion.nets.layers import pad_to_multiple
 from patchdiffusion.patches import average_pool
 
 Stored = np.ndarray | bytes
@@ -54,6 +55,8 @@ class ColumnBase(ABC):
     """Name of the array in a pack, and of the entry of `Batch.columns`."""
     fills: str | None = None
     """Field of the condition that the column fills, such as extra or context; None fills none."""
+    spatial: ClassVar[bool] = False
+    """True for values of pixels, which `take` crops."""
 
     @property
     def missing(self) -> Stored | None:
@@ -71,6 +74,10 @@ class ColumnBase(ABC):
     def seen(self, taken: Tensor, pitch: int) -> Tensor:
         """Values of a batch on the network's device, as the network sees them."""
         return taken
+
+    def reduced(self, values: Tensor, factor: int) -> Tensor:
+        """Values of images [N, ...] for latents, each of which is `factor` pixels wide and high."""
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +145,7 @@ class Map(ColumnBase):
     name: str = "map"
     """Array of the .npz file, or entry of `Example.columns`: [*S] or [*S, C], as the image."""
     fills: str | None = "image"
+    spatial: ClassVar[bool] = True
 
     def value(self, example: Example, frame: Frame) -> Stored | None:
         """The map as float32, brought into the frame as the image is."""
@@ -159,6 +167,11 @@ class Map(ColumnBase):
     def seen(self, taken: Tensor, pitch: int) -> Tensor:
         """Averaged over `pitch` pixels, channels second: [B, *S, C] -> [B, C, *S]."""
         return average_pool(taken.movedim(-1, 1), pitch)
+
+    def reduced(self, values: Tensor, factor: int) -> Tensor:
+        """Means over the pixels of each latent: [N, H, W, C] -> [N, h, w, C]."""
+        x = pad_to_multiple(values.movedim(-1, 1), (factor,) * (values.ndim - 2))
+        return average_pool(x, factor).movedim(1, -1).contiguous()
 
 
 Column = Label | Caption | Vector | Map

@@ -45,6 +45,17 @@ class Feed:
         """
         if len(indices) == 0:
             raise ValueError("there are no images to train on")
+        self.space = space or Pixels()
+        if flip and not self.space.mirrors:
+            raise ValueError(
+                f"data.flip needs {self.space.word} of mirrored images, and these have none; "
+                "prepare them with --flip, or train with --data.no-flip"
+            )
+        if augment is not None and not self.space.augments:
+            raise ValueError(
+                f"data.augment warps pixels, and these images are {self.space.word}; "
+                "set --data.augment.p 0, or prepare several --variants of each image"
+            )
         if augment is not None and images.dim() != 4:
             raise ValueError(
                 f"data.augment needs images of 2 axes, and these have {images.dim() - 2}; "
@@ -53,7 +64,6 @@ class Feed:
         self.images = images
         self.columns = tuple(column.to(images.device) for column in columns)
         self.indices = indices.numpy()
-        self.space = space or Pixels()
         self.seed = seed
         self.flip = flip
         self.augment = augment
@@ -134,6 +144,7 @@ class Feed:
             space=self.space,
             device=self.device,
             augment=augment,
+            fresh=True,
         )
         self.check()
         return replace(batch, origin=origin), draws.to(self.device)
@@ -156,11 +167,13 @@ def gather(
     space: Space,
     device: torch.device | str = "cpu",
     augment: Tensor | None = None,
+    fresh: bool = False,
 ) -> Batch:
     """Cut one crop per index out of stored images [N, *S, C], at random corners drawn by `key`.
 
     Crops are moved to the device as stored and converted there. `augment` [B, 9] holds the
-    transformation of each image, which is applied before cropping.
+    transformation of each image, which is applied before cropping. `fresh` draws images that are
+    stored as a distribution, by `key`, where else the mean is taken.
     """
     canvas, pitch = tuple(images.shape[1:-1]), group.pitch
     corner = corners(key, group.size, canvas, pitch)
@@ -182,8 +195,10 @@ def gather(
     corner = _move(corner, device)
     cond = Cond(pos=coordinates(corner, group.size, canvas, pitch), augment=augment)
     filled, others = _fill(columns, selection, device)
+    drawn_by = _move(key, device) if fresh and space.random else None
+    mirrored_by = _move(flip, device) if space.random else None
     return Batch(
-        images=average_pool(space.to_network(crops), pitch),
+        images=average_pool(space.to_network(crops, drawn_by, mirrored_by), pitch),
         cond=replace(cond, **filled),
         index=index,
         box=_move(box, device),

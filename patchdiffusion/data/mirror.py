@@ -63,9 +63,9 @@ def measured(pack: Pack) -> Handedness:
     index = pack.train[torch.arange(min(len(pack.train), MOST)) * len(pack.train) // MOST]
     if len(pack.train) <= MOST:
         index = pack.train
-    if len(index) < FEWEST or pack.images.ndim < 4:
+    if len(index) < FEWEST or pack.pictures.ndim < 4:
         return Handedness(0.5, 0)
-    stored = pack.images[index].numpy()
+    stored = pack.pictures[index].numpy()
     pack.check_sizes()
     while stored.ndim > 4:
         stored = stored[:, stored.shape[1] // 2]

@@ -15,14 +15,11 @@
 import contextlib
 import functools
 import hashlib
-import json
-import math
-import re
 import warnings
 import weakref
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,87 +27,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchdiffusion.data.columns import Caption, Column, ColumnBase, Filled, Label, Texts
+from patchdiffusion.data.columns import Caption, Filled, Label, Texts
 from patchdiffusion.data.example import Example
-from patchdiffusion.data.space import Pixels, Space
+from patchdiffusion.data.packinfo import (
+    CAPTIONS,
+    ENDS,
+    IMAGES,
+    LABELS,
+    ArrayInfo,
+    PackInfo,
+    header,
+    read_info,
+)
+from patchdiffusion.data.space import Space
+from patchdiffusion.data.spacebase import PICTURES
 from patchdiffusion.system.errors import Stop
-from patchdiffusion.system.files import SEAL, parse_json, read_json, share, unsealed
+from patchdiffusion.system.files import parse_json, read_json, share
 from patchdiffusion.system.mapped import DAMAGED, Mapped, watch
-from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.system.trust import open_regular
 
-FORMAT = 2
-BLOCK_BYTES = 2**22
 SMALL = 2**25
 """Size in bytes up to which an array is read instead of mapped."""
-IMAGES = "images"
-LABELS = Label().name
-CAPTIONS = Caption().name
-SHAPE = "shape"
-"""Entry of pack.json for other programs: shape N, *S, C of the images."""
-ENDS = "_ends"
-"""Suffix of the array that holds the end of each entry of another one, of any length."""
-TYPES = ("uint8", "uint16", "int32", "int64", "float32")
-"""Types of arrays, always stored little-endian."""
-
-
-@dataclass(frozen=True)
-class ArrayInfo:
-    """One array of a pack, stored row by row in the file of its name."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    """The first axis counts the images."""
-    block: int
-    """Rows per checksum."""
-    crc32: tuple[int, ...]
-
-    @property
-    def row(self) -> int:
-        """Bytes of one row."""
-        return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
-
-    @property
-    def bytes(self) -> int:
-        """Size of the file."""
-        return self.shape[0] * self.row
-
-    def contradicts(self) -> bool:
-        """True if type, shape, block and number of checksums are inconsistent."""
-        if self.dtype not in TYPES or not self.shape or min(self.shape) < 1 or self.block < 1:
-            return True
-        return len(self.crc32) != -(-self.shape[0] // self.block)
-
-
-@dataclass(frozen=True)
-class PackInfo:
-    """The content of pack.json."""
-
-    name: str
-    arrays: dict[str, ArrayInfo]
-    space: Space
-    """Meaning of the stored values of the images."""
-    columns: tuple[Column, ...]
-    """Columns of the images; each is stored in the array of its name."""
-    classes: tuple[str, ...]
-    class_counts: tuple[int, ...]
-    mean: tuple[float, ...]
-    """Mean of each channel, in the units of the network."""
-    std: tuple[float, ...]
-    sigma_data: float
-    """Standard deviation of all values, in the units of the network."""
-    heldout: tuple[int, ...]
-    stamp: str
-    """Changes when the source changes; empty if the source cannot tell."""
-    options: dict[str, Any]
-    fingerprint: str
-    """SHA-256 of the images, columns, classes and held-out images."""
-    format: int = FORMAT
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the array of images: N, *S, C."""
-        return self.arrays[IMAGES].shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +90,7 @@ class Pack:
         held[list(info.heldout)] = True
         index = torch.arange(count)
         pack = cls(path, info, arrays, labels, index[~held], index[held], tuple(mapped))
+        info.space.found_in(path)
         release = share(path / "pack.json")
         weakref.finalize(pack, release)  # until then nobody removes it, see `stored`
         return pack
@@ -161,6 +99,16 @@ class Pack:
     def images(self) -> Tensor:
         """[N, *S, C] in the type of the space."""
         return self.arrays[IMAGES]
+
+    @property
+    def pictures(self) -> Tensor:
+        """The images as values of samples, [N, *S, C]: see `SpaceBase.to_values`."""
+        return self.arrays.get(PICTURES, self.images)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of a network for these images."""
+        return self.space.channels(self.images.shape[-1])
 
     @property
     def columns(self) -> tuple[Filled, ...]:
@@ -251,7 +199,7 @@ class Pack:
     def __getitem__(self, index: int) -> Example:
         key, group = self.keys[index]
         label = -1 if self.labels is None else int(self.labels[index])
-        image = self.images[index].numpy().copy()
+        image = self.pictures[index].numpy().copy()
         automatic = (Label().name, Caption().name)
         others = [c.column.name for c in self.columns if c.column.name not in automatic]
         columns = {name: self.arrays[name][index].numpy().copy() for name in others}
@@ -307,21 +255,6 @@ class Pack:
                     raise Stop(f"{file} was cut short; prepare the data again", code=DAMAGED)
 
 
-def header(
-    space: Space,
-    arrays: Mapping[str, ArrayInfo],
-    columns: Iterable[ColumnBase],
-    classes: Sequence[str],
-    heldout: Sequence[int],
-) -> bytes:
-    """Bytes on which the fingerprint of a pack depends beside the content of its arrays."""
-    parts: list[Any] = [arrays[IMAGES].shape, classes, heldout]
-    others = [encode(column) for column in columns if column != Label()]
-    if space.word != Pixels.word or others:
-        parts.append([encode(space), others])
-    return json.dumps(parts).encode()
-
-
 def _mapped(file: Path, of: ArrayInfo, mapped: list[Mapped]) -> Tensor:
     """Memory-map an array, or read a small one; `ValueError` if its size is not as recorded.
 
@@ -341,40 +274,6 @@ def _mapped(file: Path, of: ArrayInfo, mapped: list[Mapped]) -> Tensor:
         # Read-only on purpose: a private writable mapping would count as memory in full.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)
-
-
-def read_info(file: Path) -> PackInfo:
-    """Content of a pack.json; raises `ValueError` if it has another format."""
-    if not file.is_file():
-        raise ValueError(f"{file.parent} is not a pack: it has no pack.json")
-    content = read_json(file)
-    names = {"type", *(f.name for f in fields(PackInfo))}
-    known = isinstance(content, dict) and content.get("format") == FORMAT
-    if not known or content.keys() - {SEAL, SHAPE} != names:
-        raise ValueError(f"{file} is not a pack of format {FORMAT}; prepare the data again")
-    try:
-        info = decode(PackInfo, {k: v for k, v in unsealed(content).items() if k != SHAPE})
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from error
-    if _contradicts(info) or content.get(SHAPE, list(info.shape)) != list(info.shape):
-        raise ValueError(f"{file} contradicts itself (arrays, space or held-out images)")
-    return info
-
-
-def _contradicts(info: PackInfo) -> bool:
-    images = info.arrays.get(IMAGES)
-    if images is None or images.contradicts() or images.dtype != info.space.dtype:
-        return True
-    count = images.shape[0]
-    if not all(0 <= i < count for i in info.heldout):
-        return True
-    for name, array in info.arrays.items():
-        named = re.fullmatch("[a-z][a-z0-9_]*", name)  # the name of a file
-        if not named or array.contradicts():
-            return True
-        if array.shape[0] != count and name + ENDS not in info.arrays:
-            return True
-    return not all(column.name in info.arrays for column in info.columns)
 
 
 def _rises(ends: Tensor, length: int) -> bool:

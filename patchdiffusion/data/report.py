@@ -8,7 +8,8 @@ from typing import Any
 
 from patchdiffusion.data.findings import Findings
 from patchdiffusion.data.frame import Fit, size_text
-from patchdiffusion.data.pack import Pack, PackInfo
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.packinfo import PackInfo
 from patchdiffusion.system.files import write_bytes, write_json
 from patchdiffusion.system.text import counted, printable
 

@@ -1,8 +1,6 @@
 """Spaces: meaning of the stored values of a pack, and conversion to the units of a network.
 
-A network is trained on values of about [-1, 1]. A space converts stored values to these units, back
-again, and to pictures. Stored values have their channels last, [..., C]; a network has them second,
-[B, C, *S].
+`spacebase` has the contract. Statistics are gathered while a pack is written.
 """
 
 from dataclasses import dataclass, field
@@ -13,6 +11,9 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.data.findings import Levels
+from patchdiffusion.data.spacebase import Pixels, SpaceBase, in_picture, shown
+
+__all__ = ["STD", "Pixels", "Space", "Statistics", "Tally", "Values", "shown", "tally"]
 
 STD = 0.5
 """Standard deviation of `Values` in the units of a network, as EDM assumes for images."""
@@ -22,33 +23,7 @@ _LOOKED_AT = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pixels:
-    """8-bit pixels: 0 and 255 are -1 and 1 to the network."""
-
-    alpha: bool = False
-    """True if the last of four channels is alpha; else they are bands."""
-
-    word: ClassVar[Literal["pixels"]] = "pixels"
-    dtype: ClassVar[str] = "uint8"
-    limits: ClassVar[tuple[float, float] | None] = (0.0, 255.0)
-    """Range to which interpolated values are clamped; None for no limits."""
-
-    def to_network(self, x: Tensor) -> Tensor:
-        """Convert stored values, float32 [B, C, *S], to the units of the network, in place."""
-        return x.div_(127.5).sub_(1)
-
-    def to_values(self, x: Tensor) -> np.ndarray:
-        """Convert output of a network [B, C, *S] to values of the stored type [B, *S, C]."""
-        scaled = (x.to(torch.float32) * 127.5 + 127.5).round().clamp(0, 255)
-        return scaled.to(torch.uint8).movedim(1, -1).cpu().numpy()
-
-    def to_picture(self, values: np.ndarray) -> np.ndarray:
-        """Convert stored values [..., C] to uint8 for display, with the channels `shown`."""
-        return _shown(values, alpha=self.alpha)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Values:
+class Values(SpaceBase):
     """Measurements in their own units: each channel has mean 0 and deviation .5 for the network.
 
     Nothing is clipped. `mean + scale x` converts a value x of the network back.
@@ -81,11 +56,18 @@ class Values:
         if not all(low < high for low, high in zip(self.black, self.white, strict=True)):
             raise ValueError(f"black {self.black} must lie below white {self.white}")
 
-    def to_network(self, x: Tensor) -> Tensor:
+    @property
+    def pictured(self) -> "Values":
+        """Space of the values of samples."""
+        return self
+
+    def to_network(
+        self, x: Tensor, key: Tensor | None = None, flip: Tensor | None = None
+    ) -> Tensor:
         """Convert stored values, float32 [B, C, *S], to the units of the network, in place."""
         return x.sub_(_channels(self.mean, x)).div_(_channels(self.scale, x))
 
-    def to_values(self, x: Tensor) -> np.ndarray:
+    def to_values(self, x: Tensor, device: torch.device | None = None) -> np.ndarray:
         """Convert output of a network [B, C, *S] to values of the stored type [B, *S, C]."""
         x = x.to(torch.float32)
         x = x * _channels(self.scale, x) + _channels(self.mean, x)
@@ -96,21 +78,11 @@ class Values:
         """Convert stored values [..., C] to uint8 for display, linearly from black to white."""
         black, white = np.array(self.black), np.array(self.white)
         unit = (values.astype(np.float64) - black) / (white - black)
-        return _shown(np.rint(unit.clip(0, 1) * 255).astype(np.uint8), alpha=False)
-
-
-def shown(channels: int, *, alpha: bool) -> int:
-    """Number of leading channels that a picture shows: 1, 3, or 4 with alpha."""
-    return 4 if channels == 4 and alpha else 3 if channels >= 3 else 1
-
-
-def _shown(values: np.ndarray, *, alpha: bool) -> np.ndarray:
-    channels = values.shape[-1]
-    count = shown(channels, alpha=alpha)
-    return values if count == channels else values[..., :count]
+        return in_picture(np.rint(unit.clip(0, 1) * 255).astype(np.uint8), alpha=False)
 
 
 Space = Pixels | Values
+"""The spaces of packs and models."""
 
 
 def _channels(table: tuple[float, ...], x: Tensor) -> Tensor:

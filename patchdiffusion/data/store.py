@@ -71,17 +71,10 @@ def find_pack(
     target.
     """
     if target is not None:
-        if target.exists() and not (target / "pack.json").is_file():
-            if not target.is_dir():
-                raise ValueError(f"{target} is a file; allowed are a new folder and an older pack")
-            if any(target.iterdir()):
-                raise ValueError(
-                    f"{target} is not empty and not a pack; choose a new or empty folder"
-                )
+        check_target(target)
         candidates = [target]
     else:
-        name = f"*-{_identity(source, options)}"
-        candidates = [p for root in (packs_folder(), *_ASIDE) for p in sorted(root.glob(name))]
+        candidates = cached(_identity(source, options))
     for path in candidates:
         if not stamp_of(source) or not path.is_dir():
             continue
@@ -96,12 +89,30 @@ def find_pack(
     return None
 
 
+def check_target(target: Path) -> None:
+    """Raise `ValueError` unless a pack can be written to a folder, or replaced there."""
+    if target.exists() and not (target / "pack.json").is_file():
+        if not target.is_dir():
+            raise ValueError(f"{target} is a file; allowed are a new folder and an older pack")
+        if any(target.iterdir()):
+            raise ValueError(f"{target} is not empty and not a pack; choose a new or empty folder")
+
+
 def default_target(source: Source, plan: Plan, options: Options) -> Path:
     """Folder of a pack in the cache, by its name, shape, source and options."""
-    name = re.sub(r"[^\w.-]+", "-", source.name, flags=re.ASCII).strip("-.")[:40] or "data"
     shape = "x".join(map(str, shape_of(plan)))
-    folder = f"{name}-{shape}-{_identity(source, options)}"
-    return (_ASIDE or [packs_folder()])[0] / folder
+    return in_cache(source.name, f"{shape}-{_identity(source, options)}")
+
+
+def in_cache(name: str, ending: str) -> Path:
+    """Folder of a pack in the cache, or aside, by the name of its source and an ending."""
+    name = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")[:40] or "data"
+    return (_ASIDE or [packs_folder()])[0] / f"{name}-{ending}"
+
+
+def cached(ending: str) -> list[Path]:
+    """Folders of packs in the cache, or aside, with this ending."""
+    return [p for root in (packs_folder(), *_ASIDE) for p in sorted(root.glob(f"*-{ending}"))]
 
 
 def make_room(target: Path, needed: int) -> None:

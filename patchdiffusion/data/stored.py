@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchdiffusion.data.pack import Pack, read_info
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.packinfo import read_info
 from patchdiffusion.data.store import packs_folder
 from patchdiffusion.system.files import exclusively, lock
 

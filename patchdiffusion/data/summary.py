@@ -21,7 +21,7 @@ def data_lines(pack: Pack, *, labels: bool = True) -> Iterator[str]:
 
     `labels` is False if they are not used.
     """
-    size = size_name(tuple(pack.images.shape[1:-1]))
+    size = size_name(tuple(pack.pictures.shape[1:-1]))
     classes = _classes(pack) if labels else ""
     yield (
         f"data      {printable(pack.name)}: {counted(len(pack.train), 'image')} of {size}"
@@ -55,7 +55,7 @@ def _place(pack: Pack) -> str:
 
 
 def _channels(pack: Pack) -> str:
-    channels = pack.images.shape[-1]
+    channels = pack.pictures.shape[-1]
     count = shown(channels, alpha=pack.space.alpha)
     if channels == count:
         return " with alpha" if channels == 4 else ""

@@ -14,7 +14,7 @@ import numpy as np
 
 from patchdiffusion.data.columns import ColumnBase, Stored
 from patchdiffusion.data.findings import Levels
-from patchdiffusion.data.pack import (
+from patchdiffusion.data.packinfo import (
     BLOCK_BYTES,
     ENDS,
     IMAGES,

@@ -37,7 +37,7 @@ def estimate(
     if evaluation.extract is not None:
         pack, reference = evaluation.pack, evaluation.reference
         count = min(FEATURES, len(pack))
-        features, images = reference.features, pack.images
+        features, images = reference.features, pack.pictures
         each = time_each(lambda n: features(images[:n], 0, pack.space), count)
         seconds += each * (left + max(reference.uncached - kept["real images"], 0))
         dims = features(images[:1], 0, pack.space).shape[1]

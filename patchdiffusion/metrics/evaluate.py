@@ -54,17 +54,17 @@ class Evaluation:
 
     def of_model(self, pipeline: Pipeline) -> dict[str, Any]:
         """All metrics and their card, ready for JSON; equal on all processes."""
-        model_space, space = pipeline.model.config.space.word, self.pack.space.word
-        if model_space != space:
-            raise ValueError(f"{self.pack.name} holds {space}, and the model samples {model_space}")
+        model_space, space = pipeline.model.config.space.pictured, self.pack.space.pictured
+        if model_space.word != space.word:
+            raise ValueError(
+                f"{self.pack.name} holds {space.word}, and the model samples {model_space.word}"
+            )
         result: dict[str, Any] = {"left_out": {}}
         trained_on = self.is_data_of(pipeline)
         if len(self.loss_images(pipeline)):
             result["held_out" if trained_on else "loss"] = self.loss(pipeline)
         elif self.config.held_out:
-            denoises = pipeline.model.config.objective.denoises
-            reason = "no image was held out" if denoises else "a consistency model is no denoiser"
-            result["left_out"]["held-out loss"] = reason
+            result["left_out"]["held-out loss"] = self._no_loss(pipeline) or "no image was held out"
         if self.compares:
             of = self.pack.train if trained_on else None
             images = partial(self._sampled, pipeline)
@@ -91,7 +91,9 @@ class Evaluation:
 
     def _size(self, pipeline: Pipeline) -> Size:
         """Size of the samples."""
-        return pipeline.sampler(self.config.sampler).canvas.place(pipeline.model.config.canvas)[0]
+        model = pipeline.model.config
+        size, _ = pipeline.sampler(self.config.sampler).canvas.place(model.canvas)
+        return model.space.shape_of(size, model.network.channels)[:-1]
 
     def is_data_of(self, pipeline: Pipeline) -> bool:
         """True if a model was trained on this pack, with these held-out images.
@@ -102,12 +104,21 @@ class Evaluation:
 
     def loss_images(self, pipeline: Pipeline) -> Tensor:
         """Indices of images for the loss: held out, or some of a pack that is not the model's."""
-        if not pipeline.model.config.objective.denoises:
+        if self._no_loss(pipeline):
             return torch.empty(0, dtype=torch.int64)
         if self.is_data_of(pipeline):
             return self.pack.some_held_out(self.config.held_out)
         order = rng.permutation(0, "evaluation loss", 0, len(self.pack))
         return torch.from_numpy(order[: self.config.held_out])
+
+    def _no_loss(self, pipeline: Pipeline) -> str:
+        """Reason why the loss of a model cannot be measured on the pack, or ""."""
+        model = pipeline.model.config
+        if not model.objective.denoises:
+            return "a consistency model is no denoiser"
+        if model.space.random and model.space != self.pack.space:
+            return f"it is one of {model.space.word}, and those of the data are not the model's"
+        return ""
 
     def losses(self, pipeline: Pipeline, chosen: Tensor, part: range) -> Tensor:
         """Noise level and loss of a part of these whole images: float64 [2, len(part)]."""
@@ -211,7 +222,7 @@ class Evaluation:
         total, left_out, metrics = count or self.config.samples, {}, {}
         reason, counter = self._no_copies(copies_of, size), None
         if copies_of is not None and not reason:
-            counter = CopyCounter(self.pack.images, copies_of, self.pack.space)
+            counter = CopyCounter(self.pack.pictures, copies_of, self.pack.space.pictured)
         real = None if self.extract is None else self.reference.gathered()
         mine, copies = None, 0
         if self.extract is not None or counter is not None:
@@ -245,7 +256,7 @@ class Evaluation:
         """Reason why copies of images with these indices are not counted, or ""."""
         if of is None:
             return "the data is not the model's"
-        real = tuple(self.pack.images.shape[1:-1])
+        real = tuple(self.pack.pictures.shape[1:-1])
         if size != real:
             return f"samples are {size_name(size)} and the images {size_name(real)}"
         if 2 <= len(of) <= COPY_LIMIT:
@@ -274,7 +285,7 @@ class Evaluation:
         config, card = self.config, data_card(self.pack)
         if self.extract is not None:
             reference = self.reference
-            card |= features_card(self.extract, reference.pack.images.shape[-1])
+            card |= features_card(self.extract, reference.pack.pictures.shape[-1])
             card["reference"] = len(reference)
             card |= {"crop": config.crop, "nearest": config.nearest}
             if self.compared is not None:

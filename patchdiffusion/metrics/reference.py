@@ -78,7 +78,7 @@ class Reference:
         kept = self.kept if self.features.lasting else Parts()
 
         def batch(numbers: range) -> Tensor:
-            images = self.pack.images[chosen[numbers.start : numbers.stop]]
+            images = self.pack.pictures[chosen[numbers.start : numbers.stop]]
             return self.features(images, numbers.start, self.pack.space)
 
         def features() -> Iterator[Tensor]:

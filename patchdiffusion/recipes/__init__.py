@@ -53,10 +53,10 @@ class Facts:
             name=pack.name,
             path=path,
             canvas=tuple(pack.images.shape[1:-1]),
-            channels=pack.images.shape[-1],
+            channels=pack.channels,
             classes=len(pack.classes) if trained > 1 else 0,
             count=len(pack.train),
-            mirrors=mirror_of(pack).harmless,
+            mirrors=pack.space.mirrors and mirror_of(pack).harmless,
             device=auto if device == "auto" else device,
         )
 

@@ -73,6 +73,11 @@ class Companions:
         """
         assert self.main is not None, "only a sampled model has a size"
         config, values = self.main.config, read_picture(path)
+        if config.space.random:
+            raise ValueError(
+                f"the model samples {config.space.word}, in which no picture can be given, such as "
+                f"{path}; train a model of pixels"
+            )
         channels = config.network.channels
         if values.shape[:-1] != config.canvas or values.shape[-1] not in (1, channels):
             raise ValueError(

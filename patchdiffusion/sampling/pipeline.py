@@ -98,7 +98,7 @@ class Pipeline:
                 progress=bar.update,
                 watch=watch,
             )
-        return self.model.config.space.to_values(images)
+        return self.model.config.space.to_values(images, self.model.device)
 
     def check(self, count: int, *, seed: int, batch: int, config: SamplerConfig) -> Size:
         """Size of the images that a configuration samples; loads the models that guide.

@@ -140,6 +140,19 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a file a second name of another one (a hard link), or a copy where that is impossible.
+
+    Neither may be written to afterwards, only replaced.
+    """
+    source = source.resolve()
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def free_name(path: Path, name: str) -> Path:
     """The first free NAME-1, NAME-2 ... in the folder of a path."""
     number = 1

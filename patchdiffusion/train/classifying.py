@@ -158,6 +158,6 @@ class AnswerPreview:
             x = clean + per_sample(sigma.expand(columns), noise) * noise
             with autocast(scene.device, scene.precision):
                 right = model(x, sigma, cond).argmax(1) == cond.labels
-            shown = pack.space.to_picture(pack.space.to_values(x))
+            shown = pack.space.to_picture(pack.space.to_values(x, scene.device))
             rows.append(framed(shown, right.cpu().numpy()))
         return sigmas, np.concatenate(rows), columns

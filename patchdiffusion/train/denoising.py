@@ -31,7 +31,7 @@ class DenoiserTask(TaskConfig):
 
     def check(self, config: Settings, pack: Pack) -> None:
         check_images(config, pack)
-        axes, channels = pack.images.ndim - 2, pack.images.shape[-1]
+        axes, channels = pack.pictures.ndim - 2, pack.pictures.shape[-1]
         in_part = shown(channels, alpha=pack.space.alpha) != channels
         if config.preview.distance and (axes != 2 or in_part):
             raise ValueError(

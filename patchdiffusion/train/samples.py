@@ -80,7 +80,7 @@ class SamplePreview:
         pack = self.scene.pack
         count = min(self.scene.config.preview.grid, len(pack.train))
         index = pack.train[torch.arange(count) * len(pack.train) // count]
-        return pack.space.to_picture(pack.images[index].numpy())
+        return pack.space.to_picture(pack.pictures[index].numpy())
 
     @cached_property
     def _classes(self) -> list[int]:
@@ -138,7 +138,7 @@ class SamplePreview:
     def _pictures(self, images: Tensor) -> np.ndarray:
         """Output of a network [N, C, *S] as uint8 [N, *S, C]."""
         space = self.scene.pack.space
-        return space.to_picture(space.to_values(images))
+        return space.to_picture(space.to_values(images, self.scene.device))
 
     def measure(
         self, denoiser: NetDenoiser, samples: Tensor, ending: Ending = bool
@@ -176,7 +176,8 @@ class SamplePreview:
             if earlier:
                 facts["held_out"]["exits"] = earlier
         if team.is_main and 2 <= len(pack.train) <= COPY_LIMIT:
-            copies = copy_rate(samples, pack.images, pack.train, space=pack.space)
+            values = pack.space.network_of_values(samples)
+            copies = copy_rate(values, pack.pictures, pack.train, space=pack.space.pictured)
             facts["copy_rate"] = copies.rate
         if self.extract is not None:
             facts["distance"] = self._distance(denoiser, self.extract, ending)

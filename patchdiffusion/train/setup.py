@@ -179,7 +179,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     team = team or Team()
     task = config.task
     canvas = tuple(pack.images.shape[1:-1])
-    config = config.for_canvas(canvas, pack.images.shape[-1])
+    config = config.for_canvas(canvas, pack.channels)
     task.check(config, pack)
     check_team(config, team.size)
     if run.shard and not task.shards(config):

@@ -114,7 +114,8 @@ def check_own_objective(config: Settings, name: str) -> None:
 
 def check_images(config: Settings, pack: Pack) -> None:
     """Raise `ValueError` unless the network fits axes, channels and augmentation of the images."""
-    channels, axes = pack.images.shape[-1], pack.images.ndim - 2
+    pack.space.check()
+    channels, axes = pack.channels, pack.images.ndim - 2
     if axes != config.network.axes:
         raise ValueError(
             f"the network has {config.network.axes} axes, and the images have {axes} axes; "
