@@ -4,6 +4,7 @@ The module of a command is imported when it is run, so that other answers need n
 """
 
 import ast
+import errno
 import importlib.util
 import io
 import os
@@ -228,7 +229,9 @@ def _run(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.code)
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, ImportError) as error:
+    except OSError as error:
+        return _fail(_of_system(error), 2)
+    except (ValueError, ImportError) as error:
         return _fail(str(error) or type(error).__name__, 2)
     except (RuntimeError, MemoryError) as error:
         if peer_lost(error):
@@ -259,6 +262,15 @@ def _unknown(name: str) -> str:
         verb = "sample" if (Path(name) / "log.jsonl").exists() else "train"
         return f"{text}; did you mean patchdiffusion {verb} {name}?"
     return text + did_you_mean(name, COMMANDS)
+
+
+def _of_system(error: OSError) -> str:
+    """Message about an error of the system: the file, what is wrong, and what helps."""
+    if error.filename is None or error.strerror is None:
+        return str(error) or type(error).__name__
+    unwritable = error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+    helps = "; another place is chosen by --out" if unwritable else ""
+    return f"{os.fsdecode(error.filename)}: {error.strerror}{helps}"
 
 
 def _fail(message: str, code: int) -> int:
