@@ -189,7 +189,7 @@ def test_exit_codes_of_stops(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -
 
     for error, code, text in (
         (Stop("no checkpoint\nis valid", code=25), 25, "no checkpoint is valid"),
-        (PermissionError(13, "Permission denied", "/run"), 2, "error: /run: Permission denied"),
+        (PermissionError(13, "Permission denied", "/run"), 2, "/run: Permission denied"),
         (OSError(30, "Read-only file system", "/run"), 2, "/run: Read-only file system; another"),
         (OSError("no such model on the hub"), 2, "no such model on the hub"),
         (ImportError("x is needed"), 2, "x is needed"),
