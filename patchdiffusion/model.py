@@ -16,8 +16,10 @@ from torch import Tensor
 from patchdiffusion.classifier import NoisyClassifier
 from patchdiffusion.data.space import Pixels, Space
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
+from patchdiffusion.encoders.autoencoder import Autoencoder
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.nets import Network, base, own
+from patchdiffusion.nets.autoencoder import AutoencoderNetwork
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.nets.heads import Head, OwnHead
 from patchdiffusion.noise import Law
@@ -159,6 +161,13 @@ class Model:
         """p(class | x; sigma) as logits; `ValueError` for a model of another kind."""
         self.require("classifier")
         return NoisyClassifier(self.network, self.config.precond, self.config.noise)
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Images to latents and back; `ValueError` for a model of another kind."""
+        self.require("autoencoder")
+        assert isinstance(self.network, AutoencoderNetwork)
+        return Autoencoder(self.network, self.folder or Path(), self.digest)
 
     def require(self, kind: str) -> None:
         """Raise `ValueError` for a model of another kind."""

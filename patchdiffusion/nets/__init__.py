@@ -1,10 +1,11 @@
 """Networks: pure modules (x, noise, cond) -> output, independent of diffusion."""
 
 from patchdiffusion.nets.adm import ADMConfig
+from patchdiffusion.nets.autoencoder import KLConfig
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
 from patchdiffusion.nets.lego import LegoConfig
 from patchdiffusion.nets.unet import UNetConfig
 
-Network = UNetConfig | DiTConfig | ADMConfig | EDM2Config | LegoConfig
+Network = UNetConfig | DiTConfig | ADMConfig | EDM2Config | LegoConfig | KLConfig
 """The network configurations of `--network`; `UNetConfig().build(seed=0)` builds a network."""

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
+from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ conditions; modulation: from that embedding to shifts, scales and gates of a blo
 biases of normalizations; attention, mlp, conv: the matrices of blocks; head: to the output.
 """
 
+Makes = Literal["denoiser", "autoencoder"]
+
 Weights = Literal["averaged", "raw"]
 """Weights of a trained network: their average over the run, or those after its last step."""
 
@@ -37,6 +39,9 @@ Key = Callable[[str], torch.Generator]  # name of a parameter within a module ->
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig(ABC):
     """Base of network configurations; saved beside the weights."""
+
+    makes: ClassVar[Makes] = "denoiser"
+    """Kind of network: one for noisy images, or an `autoencoder.AutoencoderNetwork`."""
 
     channels: int = 3
     """Channels of the image, in and out."""

@@ -49,7 +49,19 @@ class ClassifierHead:
         return ClassifierNetwork(network, self, seed=seed)
 
 
-Head = OwnHead | ClassifierHead
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderHead:
+    """The output of an autoencoder, a reconstruction of its input."""
+
+    kind: ClassVar[str] = "autoencoder"
+    classes: ClassVar[int] = 0
+
+    def build(self, network: NetworkConfig, *, seed: int = 0) -> Network:
+        """Build the network unchanged."""
+        return network.build(seed=seed)
+
+
+Head = OwnHead | ClassifierHead | AutoencoderHead
 """The heads that a model file may name."""
 
 

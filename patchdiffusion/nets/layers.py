@@ -117,14 +117,14 @@ class Norm(nn.GroupNorm):
     """Group norm with at least 4 channels a group; statistics in float32, output like the input.
 
     The number of groups is the largest divisor of the channels up to min(32, channels / 4), which
-    is the published number wherever that one divides.
+    is the published number wherever that one divides, unless another is given.
     """
 
     role: ClassVar[Role] = "norm"
 
-    def __init__(self, channels: int, eps: float = 1e-6):
+    def __init__(self, channels: int, eps: float = 1e-6, groups: int | None = None):
         most = max(1, min(32, channels // 4))
-        groups = next(g for g in range(most, 0, -1) if channels % g == 0)
+        groups = groups or next(g for g in range(most, 0, -1) if channels % g == 0)
         super().__init__(groups, channels, eps)
 
     def draw(self, key: Key) -> None:

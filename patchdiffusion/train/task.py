@@ -6,6 +6,7 @@ inherits `TaskConfig`, and a member of the union in `config.py`.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -16,6 +17,7 @@ from patchdiffusion.data.augment import LABELS
 from patchdiffusion.data.columns import Filled, used
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.losses import Loss
+from patchdiffusion.nets.base import Makes
 from patchdiffusion.nets.heads import Head
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives import DenoisingConfig
@@ -112,8 +114,22 @@ def check_own_objective(config: Settings, name: str) -> None:
         )
 
 
-def check_images(config: Settings, pack: Pack) -> None:
-    """Raise `ValueError` unless the network fits axes, channels and augmentation of the images."""
+_FIXES: Mapping[Makes, str] = {
+    "denoiser": "choose another, such as --network unet, or train it by train autoencoder IMAGES",
+    "autoencoder": "leave --network out, or use --network kl",
+}
+
+
+def check_images(config: Settings, pack: Pack, makes: Makes = "denoiser") -> None:
+    """Raise `ValueError` unless the network fits the images: axes, channels and augmentation.
+
+    `makes` is the kind of network that the task trains.
+    """
+    if config.network.makes != makes:
+        raise ValueError(
+            f"the network is {families.word(type(config.network))}, of the kind "
+            f"{config.network.makes}, and this task trains one of the kind {makes}; {_FIXES[makes]}"
+        )
     pack.space.check()
     channels, axes = pack.channels, pack.images.ndim - 2
     if axes != config.network.axes:
