@@ -14,6 +14,7 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from patchdiffusion.classifier import NoisyClassifier
+from patchdiffusion.conditioners import ConditionerUnion
 from patchdiffusion.data.space import Pixels, Space
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.encoders.autoencoder import Autoencoder
@@ -29,6 +30,7 @@ from patchdiffusion.patches import Size
 from patchdiffusion.system.files import (
     SEAL,
     folder_atomic,
+    link_or_copy,
     read_json,
     sealed,
     sha256,
@@ -67,6 +69,8 @@ class ModelConfig:
     """Optimizer steps."""
     objective: ObjectiveUnion = field(default_factory=DenoisingConfig)
     """Training objective."""
+    conditioners: tuple[ConditionerUnion, ...] = ()
+    """Conditions that are made for samples."""
 
     def __post_init__(self) -> None:
         if not self.canvas or min(self.canvas) < 1:
@@ -146,6 +150,15 @@ class Model:
         write_json(file, sealed({"weights": self.digest, **facts}))
         return file
 
+    @property
+    def carried(self) -> dict[str, Path]:
+        """Files in its folder that it needs for sampling, by their paths there."""
+        return {
+            name: (self.folder or Path()) / name
+            for conditioner in self.config.conditioners
+            for name in conditioner.carried()
+        }
+
     def _file(self, folder: Path, name: str) -> Path:
         return folder / (name if self.weights == "averaged" else f"{self.weights}-{name}")
 
@@ -194,10 +207,13 @@ def save_model(
     averaged: Mapping[str, Tensor],
     raw: Mapping[str, Tensor],
     notes: Mapping[str, Any] | None = None,
+    carried: Mapping[str, Path] | None = None,
 ) -> None:
     """Write a model folder, atomically; an older one under the same name is replaced.
 
-    `notes` are further JSON files of the folder, by name.
+    `notes` are further JSON files of the folder, by name. `carried` are files that the model needs,
+    by their paths in the folder: hard links, or copies; one that has vanished is taken from the
+    older folder.
     """
     with folder_atomic(Path(folder)) as temporary:
         digests = {}
@@ -211,6 +227,10 @@ def save_model(
         config.space.save_to(temporary)
         for name, value in (notes or {}).items():
             write_json(temporary / name, value)
+        for name, file in (carried or {}).items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            source = file if file.exists() else Path(folder) / name
+            link_or_copy(source, temporary / name)
 
 
 def load_model(

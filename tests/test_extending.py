@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import toys
-from commands import Capture, fails, works
+from commands import Capture, fails, refuses, works
 from PIL import Image
 
 from patchdiffusion import TrainConfig, cli, load, load_model, recipes
 from patchdiffusion.cli.techniques import reachable
+from patchdiffusion.cond import Cond
+from patchdiffusion.conditioners.base import ConditionerConfig, Wish
 from patchdiffusion.data.columns import ColumnBase
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.denoiser import Wrapper
@@ -115,6 +118,32 @@ def test_a_task(images: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "additions" in wrong and "toy-addition" in wrong
 
 
+def test_a_conditioner(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Trained, gone on with, and sampled by its seeds, unless the condition is given."""
+    run = tmp_path / "run"
+    flags = "--network toy-net --network.kernel 1 --conditioners toy-conditioner "
+    flags += f"--conditioners.toy-conditioner.gain 2 {LENGTH}"
+    works(capsys, "train", images, "--out", run, *flags.split())
+    stored = [
+        read_json(run / name)["conditioners"] for name in ("config.json", "model/config.json")
+    ]
+    assert stored == [[{"type": "ToyConditioner", "gain": 2.0}]] * 2
+    works(capsys, "train", run, "--images", "8")
+    works(capsys, "sample", run, "--count", 2, "--steps", 1, "--out", tmp_path / "samples")
+    pipeline = load(run)
+    made, none = pipeline.sample(2, steps=1), Cond(extra=torch.zeros(2, 1))
+    assert made.shape == (2, 16, 16, 3)
+    assert (made != pipeline.sample(2, steps=1, cond=none)).any()
+    (conditioner,) = pipeline.model.config.conditioners
+    assert isinstance(conditioner, toys.ToyConditioner)
+    given = conditioner.given(Wish(torch.arange(2), (16, 16)))
+    assert (made == pipeline.sample(2, steps=1, cond=given)).all()
+    with refuses("without texts"):
+        pipeline.sample(2, prompts=["a cat"])
+    plain = ("--network.base", 4, "--conditioners", "toy-conditioner")
+    assert "reads" in fails(capsys, "train", images, "--out", tmp_path / "x", *plain)
+
+
 def test_a_rule_for_tokens(images: Path, tmp_path: Path, capsys: Capture) -> None:
     """Trained, gone on with and sampled; its operations are counted."""
     runs = [tmp_path / "toy", tmp_path / "plain"]
@@ -197,6 +226,7 @@ UNWRITTEN: dict[type, set[str]] = {
     UNet: {"embedding", "begin", "finish"},
     ObjectiveConfig: {"build"},
     Addition: {"add"},
+    ConditionerConfig: {"fills", "given"},
     Trainable: {"scales", "default_weighting"},
     OptimizerConfig: {"build"},
     Method: {"move"},

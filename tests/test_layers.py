@@ -19,7 +19,7 @@ LAYERS: tuple[str, ...] = (
     "cond rng paths noise weighting preconditioning straight asymflow parameterisation",
     "patches sizes plans denoiser classifier flowmap losses analytic",
     "nets encoders",
-    "solvers guidance accel objectives data model",
+    "solvers guidance accel objectives data conditioners model",
     "sampling metrics",
     "train",
     "apps interop",

@@ -20,10 +20,13 @@ from patchdiffusion import (
     parameterisation,
     plans,
     recipes,
+    rng,
     solvers,
     weighting,
 )
 from patchdiffusion.cond import Call, Cond, Tape
+from patchdiffusion.conditioners import ConditionerUnion
+from patchdiffusion.conditioners.base import Change, ConditionerConfig, Wish
 from patchdiffusion.data import columns
 from patchdiffusion.data.example import Example
 from patchdiffusion.data.frame import Frame
@@ -121,6 +124,28 @@ class ToyAddition(Addition):
             return replace(out, per_sample=out.per_sample + self.value)
 
         return loss
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyConditioner(ConditionerConfig):
+    """How bright an image is: measured in training, drawn in sampling."""
+
+    gain: float = 1.0
+
+    @property
+    def fills(self) -> tuple[str, ...]:
+        return ("extra",)
+
+    def build(self, materials: Materials) -> Change:
+        def change(batch: Batch, draws: Draws) -> Batch:
+            mean = materials.whole(batch).flatten(1).mean(1, keepdim=True)
+            return replace(batch, cond=replace(batch.cond, extra=self.gain * mean))
+
+        return change
+
+    def given(self, wish: Wish) -> Cond:
+        mean = rng.uniform(rng.keys(0, "brightness", 0, wish.seeds), 1) - 0.5
+        return Cond(extra=self.gain * mean.float().to(wish.device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +366,7 @@ TOYS = (
     (parameterisation.Parameterisation, ToyPrecond),
     (objectives.ObjectiveUnion, ToyObjective),
     (objectives.AdditionUnion, ToyAddition),
+    (ConditionerUnion, ToyConditioner),
     (plans.Patches, ToyPlan),
     (weighting.LossWeight, ToyWeight),
     (columns.Column, ToyColumn),

@@ -223,6 +223,11 @@ def _check_pixels(pipeline: Pipeline, pack: Pack, chosen: Tensor) -> None:
         )
     if not len(chosen):
         raise ValueError(f"{pack.name} has no held-out images to measure bits per dimension on")
+    if pipeline.model.config.conditioners:
+        raise ValueError(
+            "the model is conditioned on what is made from each image, so it has no likelihood of "
+            "images alone; leave out --bits.images"
+        )
     if not pipeline.model.config.objective.denoises:
         raise ValueError("a consistency model is no denoiser, so it has no likelihood to measure")
 

@@ -61,7 +61,14 @@ def main(arguments: Sequence[str]) -> None:
             weights = sources.reconstruct(std)
             _check(run, raw, weights)
             notes = {_NOTE: sources.facts(std)}
-            save_model(out, config, averaged=state | weights, raw=state, notes=notes)
+            save_model(
+                out,
+                config,
+                averaged=state | weights,
+                raw=state,
+                notes=notes,
+                carried=raw.carried,
+            )
         print(f"the average of width {std:g} is {'already ' if std in there else ''}in {out}")
 
 

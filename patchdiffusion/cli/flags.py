@@ -82,10 +82,11 @@ class Slot(NamedTuple):
     @property
     def kind(self) -> Kind:
         """Kind of flags for the field."""
+        entry = _entry(self.hint)
+        if entry is not None and (self.members or is_dataclass(entry)):
+            return "several"
         if not self.members:
             return "leaf"
-        if _entry(self.hint) is not None:
-            return "several"
         return "record" if len(self.members) + len(self.others) == 1 else "family"
 
     @property

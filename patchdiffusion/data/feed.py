@@ -110,6 +110,27 @@ class Feed:
         numbers = np.arange(start + o.chunk.start, start + o.chunk.stop)
         return self._crops(o, draws, numbers, f"{stream} ")[0]
 
+    def whole(self, batch: Batch) -> Tensor:
+        """Whole images of a batch, mirrored and augmented as its crops: float32 [B, C, *S]."""
+        index, canvas = batch.index.to(self.images.device), tuple(self.images.shape[1:-1])
+        augment = batch.cond.augment
+        return gather(
+            self.images,
+            (),
+            index,
+            Group(canvas, len(index), 1.0),
+            torch.zeros_like(index),
+            batch.flip.to(self.images.device),
+            space=self.space,
+            device=self.device,
+            augment=None if augment is None else augment.to(self.images.device),
+        ).images
+
+    def draws_of(self, batch: Batch) -> rng.Draws:
+        """Random draws of the crops of a batch; `ValueError` for one that no feed has made."""
+        o = _origin(batch)
+        return self.draws(o.group, step=o.step, first=o.first, chunk=o.chunk).to(self.device)
+
     def others(self, batch: Batch, stream: str) -> tuple[Batch, rng.Draws]:
         """For each crop of a batch another crop of its group in the same step, and its draws.
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
+from patchdiffusion.conditioners.base import Change, changes, unchanged
 from patchdiffusion.data.columns import used, with_labels
+from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.metrics.cards import data_card, features_card, model_card
@@ -19,6 +21,7 @@ from patchdiffusion.metrics.memorise import CopyCounter
 from patchdiffusion.metrics.options import EvaluationConfig, Swept
 from patchdiffusion.metrics.reference import Featurizer, Reference
 from patchdiffusion.metrics.samples import Samples
+from patchdiffusion.objectives.base import Materials
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.sampling.pipeline import Pipeline
 from patchdiffusion.system.dist import Team
@@ -137,8 +140,33 @@ class Evaluation:
                 device=pipeline.model.device,
                 batch=self.config.batch,
                 part=part,
+                change=self._change(pipeline),
             )
         return losses[model.canvas]
+
+    def _change(self, pipeline: Pipeline) -> Change:
+        """Change of whole images by the conditioners of a model."""
+        model, pack = pipeline.model, self.pack
+        if not model.config.conditioners:
+            return unchanged
+        feed = Feed(
+            pack.images,
+            (),
+            torch.arange(len(pack)),
+            seed=0,
+            space=model.config.space,
+            device=model.device,
+        )
+        materials = Materials(
+            network=model.network,
+            average=lambda: model.denoiser,
+            precond=model.config.precond,
+            law=model.config.noise,
+            whole=feed.whole,
+            device=model.device,
+            folder=model.folder,
+        )
+        return changes(model.config.conditioners, materials)
 
     def loss(self, pipeline: Pipeline) -> dict[str, Any]:
         """Weighted denoising loss of whole images, with fixed noise."""

@@ -2,17 +2,18 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from patchdiffusion import rng
+from patchdiffusion.conditioners.base import Change, unchanged
 from patchdiffusion.data.columns import Filled
 from patchdiffusion.data.feed import gather
 from patchdiffusion.data.space import Space
 from patchdiffusion.denoiser import Denoiser
-from patchdiffusion.losses import denoising_error
+from patchdiffusion.losses import Batch, denoising_error
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.plans import Group
@@ -50,14 +51,15 @@ def held_out_losses(
     device: torch.device,
     batch: int = 64,
     part: range | None = None,
+    change: Change = unchanged,
     progress: Callable[[int], object] = bool,
 ) -> dict[Size, Tensor]:
     """Losses on `indices` [M] of stored images [N, *S, C] for each crop size, largest first.
 
     Each image has one noise level, stratified over `law`, one noise and one corner per size, equal
     in every call: values of a run, and of runs on the same data, are comparable. `part` chooses
-    some of the M images; `progress` is called with the number of images of each batch. Float64
-    [2, len(part)] for each size: sigma and weighted loss.
+    some of the M images; `change` is that of conditioners, `progress` is called with the number of
+    images of each batch. Float64 [2, len(part)] for each size: sigma and weighted loss.
     """
     part = range(len(indices)) if part is None else part
     # A fixed shuffle of the strata, so that neighboring images get different levels.
@@ -74,12 +76,23 @@ def held_out_losses(
             crops = gather(images, columns, indices[rank], group, key, flip, space=space)
             sigma = law.icdf((levels[rank] + 0.5) / len(indices)).to(torch.float32).to(device)
             noise = draws.normal("held-out noise", tuple(crops.images.shape[1:])).to(device)
-            x = crops.images.to(device)
-            error = denoising_error(denoiser, x, noise, sigma, crops.cond.to(device))
+            crops = change(on_device(crops, device), draws.to(device))
+            error = denoising_error(denoiser, crops.images, noise, sigma, crops.cond)
             rows.append(torch.stack([sigma, weighting(sigma) * error]).cpu().double())
             progress(len(rank))
         losses[size] = torch.cat(rows, dim=1)
     return losses
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Images, conditions and places of a batch on another device."""
+    return replace(
+        batch,
+        images=batch.images.to(device),
+        cond=batch.cond.to(device),
+        box=batch.box.to(device),
+        flip=batch.flip.to(device),
+    )
 
 
 def summarize(losses: dict[Size, Tensor]) -> HeldOut:

@@ -63,6 +63,10 @@ def _no_feed(batch: Batch, stream: str) -> Never:
     raise ValueError("these materials have no feed, which could make other crops")
 
 
+def _no_images(batch: Batch) -> Never:
+    raise ValueError("these materials have no feed, which could make whole images")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Materials:
     """The parts of a run that an objective may be built from."""
@@ -85,6 +89,10 @@ class Materials:
     """New crops of the images of a batch, drawn from a named stream."""
     others: Callable[[Batch, str], tuple[Batch, Draws]] = _no_feed
     """For each crop another random one of its group, by a named stream, and its draws."""
+    whole: Callable[[Batch], Tensor] = _no_images
+    """Whole images of a batch, mirrored and augmented as they are: float32 [B, C, *canvas]."""
+    folder: Path | None = None
+    """Folder of a saved model, which has the files that it needs; None for a run."""
     learned: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     """Modules that are trained with the network, by name; see `learn`."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

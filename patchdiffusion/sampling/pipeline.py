@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
+from patchdiffusion.conditioners.base import Wish, fill
 from patchdiffusion.guidance import Guidance
 from patchdiffusion.guidance.base import Labeling
 from patchdiffusion.model import Model, ModelConfig, load_model
@@ -54,6 +55,7 @@ class Pipeline:
         schedule: Schedule | str | None = None,
         size: int | tuple[int, ...] | None = None,
         cond: Cond | None = None,
+        prompts: Sequence[str | None] | None = None,
         start: Start | None = None,
         config: SamplerConfig | None = None,
         batch: int = 64,
@@ -67,9 +69,10 @@ class Pipeline:
         `steps`, `guidance` (a weight, or a record), `solver`, `schedule` (words, or records) and
         `size` (a side, or each) change `config`, which has all settings: see `SamplerConfig.but`.
         `classes` are names or numbers, cycled through; None cycles through all classes if the model
-        has any, or the classifier that guides it, unless `cond` [count, ...] has labels. `watch` is
-        called after each step of a batch with the number of steps done. Raises `ValueError` for a
-        class or size that the model does not have.
+        has any, or the classifier that guides it, unless `cond` [count, ...] has labels. `prompts`
+        are texts for models that read them, cycled through, too. What conditioners make is made
+        unless `cond` has it. `watch` is called after each step of a batch with the number of steps
+        done. Raises `ValueError` for a class or size that the model does not have.
         """
         _check_numbers(count, seed, batch)
         config = (config or SamplerConfig()).but(
@@ -80,6 +83,7 @@ class Pipeline:
             cond = replace(cond, labels=self.labels(count, classes, config=config))
         elif classes:
             raise ValueError("give classes or labels, not both")
+        cond = self.filled(cond, count, seed, prompts)
         config = self.sampler(config)
         jumps = isinstance(config.solver, Jumps)
         with progress_bar(count, "image", disable=not progress) as bar, self.autocast():
@@ -99,6 +103,22 @@ class Pipeline:
                 watch=watch,
             )
         return self.model.config.space.to_values(images, self.model.device)
+
+    def filled(
+        self, cond: Cond, count: int, seed: int, prompts: Sequence[str | None] | None = None
+    ) -> Cond:
+        """Condition [count, ...] with what the conditioners of the model make."""
+        model = self.model
+        if prompts is not None:
+            prompts = tuple(prompts[i % len(prompts)] for i in range(count))
+        wish = Wish(
+            torch.arange(seed, seed + count),
+            model.config.canvas,
+            prompts=prompts,
+            device=model.device,
+            folder=model.folder,
+        )
+        return fill(model.config.conditioners, wish, cond)
 
     def check(self, count: int, *, seed: int, batch: int, config: SamplerConfig) -> Size:
         """Size of the images that a configuration samples; loads the models that guide.

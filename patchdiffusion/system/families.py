@@ -21,6 +21,7 @@ import re
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
+from inspect import isabstract
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
@@ -41,10 +42,12 @@ def _declared(family: Any) -> tuple[type, ...]:
 def members(family: Any) -> tuple[type, ...]:
     """Types of a family in order; a family is a union, a class, or a tuple of classes.
 
-    None in a union is left out. Raises `ValueError` for anything else.
+    None in a union is left out, and so is an abstract base, whose members are all from outside.
+    Raises `ValueError` for anything else.
     """
     declared = _declared(family)
-    return (*declared, *_ADDED.get(frozenset(declared), ()))
+    written = (member for member in declared if not isabstract(member))
+    return (*written, *_ADDED.get(frozenset(declared), ()))
 
 
 def add(family: Any, member: type[T]) -> type[T]:

@@ -212,7 +212,7 @@ def folder_atomic(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.rglob("*"):
-            if file.is_file():
+            if file.is_file() and file.stat().st_nlink == 1:  # not of another folder
                 _follow_umask(file)
             fsync(file)
         fsync(temporary)

@@ -96,8 +96,8 @@ def _field(hint: Any, value: Any, where: str) -> Any:
             key: _field(get_args(hint)[1], item, _join(where, key)) for key, item in value.items()
         }
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        several = len(members(hint)) > 1
-        return _union((hint,), value, where) if several else decode(hint, value, where)
+        alone = members(hint) == (hint,)
+        return decode(hint, value, where) if alone else _union((hint,), value, where)
     if hint is float and type(value) is int and abs(value) < 2**1023:
         value = float(value)
     if type(value) is not hint or (hint is float and not math.isfinite(value)):

@@ -85,6 +85,7 @@ def _training(training: Training) -> str:
     parts = [
         task if config.task.own_loss else f"{task} by {in_words(config.objective)}",
         *(in_words(addition) for addition in config.additions),
+        *(f"conditioned by {in_words(conditioner)}" for conditioner in config.conditioners),
         f"{in_words(config.precond)}, noise {in_words(config.noise)}",
     ]
     if config.data.augment.p:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.conditioners.base import Change, unchanged
 from patchdiffusion.guidance.cfg import CONDITIONS
 from patchdiffusion.losses import Batch, Loss, LossOut, with_losses
 from patchdiffusion.nets.base import Network
@@ -28,9 +29,9 @@ class Recorded(Protocol):
 class LossModule(nn.Module):
     """Model and objective as one module, whose forward pass DistributedDataParallel synchronizes.
 
-    Before the objective is called, random draws inside the network get their seeds, conditions are
-    dropped, and the network says which pixels count; afterwards auxiliary losses of the network,
-    such as that of a router, are added.
+    Before the objective is called, conditioners change the conditions, random draws inside the
+    network get their seeds, conditions are dropped, and the network says which pixels count;
+    afterwards auxiliary losses of the network, such as that of a router, are added.
     """
 
     def __init__(
@@ -40,22 +41,25 @@ class LossModule(nn.Module):
         learned: nn.Module | None = None,
         *,
         dropout: float = 0.0,
+        change: Change = unchanged,
         drops: tuple[str, ...] = CONDITIONS,
     ):
         """`learned` holds the modules of the objective that are trained with the network.
 
         `dropout` is the probability that a sample is trained without any of the conditions
-        `drops`, which classifier-free guidance needs.
+        `drops`, which classifier-free guidance needs. `change` is that of the conditioners.
         """
         super().__init__()
         self.model: Any = model
         self.objective = objective
         self.learned = learned
         self.dropout = dropout
+        self.change = change
         self.drops = drops
 
     def forward(self, batch: Batch, draws: Draws) -> LossOut:
         """Losses of a batch of crops."""
+        batch = self.change(batch, draws)
         cond = replace(batch.cond, seed=draws.keys("network"))
         if self.dropout and cond.gives(*self.drops):
             where = draws.bernoulli("label dropout", self.dropout)

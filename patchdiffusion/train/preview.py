@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import torch
 
+from patchdiffusion.conditioners.base import Change, unchanged
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.patches import Size
 from patchdiffusion.system.dist import Team
@@ -62,6 +63,8 @@ class Scene:
     device: torch.device
     precision: str
     team: Team
+    change: Change = unchanged
+    """Change of batches by the conditioners."""
 
     @property
     def batch(self) -> int:

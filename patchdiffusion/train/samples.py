@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
+from patchdiffusion.conditioners.base import Wish, fill
 from patchdiffusion.data.columns import Filled, with_labels
 from patchdiffusion.data.feed import conditions
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper, ask, exits
@@ -128,12 +129,24 @@ class SamplePreview:
                 return torch.cat([error.images, torch.full(missing, math.nan)])
 
     def _condition(self, seeds: range, labels: Tensor | None) -> Cond:
-        """Labels, and other conditions of the network, taken from held-out images if possible."""
+        """Labels, and other conditions of the network, taken from held-out images if possible.
+
+        What conditioners make, they make of the seeds and the captions of these images.
+        """
         pack = self.scene.pack
         images = pack.heldout if len(pack.heldout) else pack.train
         index = images[torch.tensor(seeds, dtype=torch.int64) % len(images)]
         cond = conditions(with_labels(self.columns, None), index, self.scene.sizes[0])
-        return replace(cond, labels=labels)
+        conditioners, prompts = self.scene.config.conditioners, None
+        if any(conditioner.reads_prompts for conditioner in conditioners):
+            prompts = tuple(pack.captions[i] for i in index.tolist())
+        wish = Wish(
+            torch.tensor(seeds, dtype=torch.int64),
+            self.scene.sizes[0],
+            prompts=prompts,
+            device=self.scene.device,
+        )
+        return fill(conditioners, wish, replace(cond, labels=labels).to(self.scene.device))
 
     def _pictures(self, images: Tensor) -> np.ndarray:
         """Output of a network [N, C, *S] as uint8 [N, *S, C]."""
@@ -163,6 +176,7 @@ class SamplePreview:
                         device=scene.device,
                         batch=scene.batch,
                         part=team.shard(len(held)),
+                        change=scene.change,
                     )
                 return torch.stack(list(by_size.values()))
 

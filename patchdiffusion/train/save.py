@@ -232,7 +232,14 @@ def _write(training: Training, full: Groups, record: RunFacts) -> str:
 
 def _write_model(training: Training, full: Groups) -> None:
     averaged = full["weights"] | full[MAIN]
-    save_model(training.folder / "model", training.model_config, averaged, full["weights"])
+    conditioners = training.config.conditioners
+    save_model(
+        training.folder / "model",
+        training.model_config,
+        averaged,
+        full["weights"],
+        carried={name: file for c in conditioners for name, file in c.carried().items()},
+    )
 
 
 def _check_space(root: Path, needed: int) -> None:

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
+from patchdiffusion.conditioners import ConditionerUnion
+from patchdiffusion.conditioners.base import check_all
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.nets import Network
 from patchdiffusion.nets.unet import UNetConfig
@@ -127,6 +129,8 @@ class Settings:
     """Training objective, of a denoiser or of a few-step model."""
     additions: tuple[AdditionUnion, ...] = ()
     """Additions to the objective, applied in this order."""
+    conditioners: tuple[ConditionerUnion, ...] = ()
+    """Conditions made from the images in training, and from seeds or texts in sampling."""
     patches: Patches = field(default_factory=Stratified)
     """Patch plan: crop sizes and their numbers in a step."""
     optim: Optimizer = field(default_factory=AdamW)
@@ -159,16 +163,23 @@ class Settings:
         self.objective.check(self)
         for addition in self.additions:
             addition.check(self)
+        check_all(self.conditioners, self)
         if not self.name or self.name in (".", "..") or {"/", "\\", "\0"} & set(self.name):
             raise ValueError(f"name must be usable as a folder name, not {self.name!r}")
         self.precond.check_noise(self.noise)
 
     def for_canvas(self, canvas: Size, channels: int) -> Self:
-        """Configuration with the numbers of what depends on the size of images, for a canvas."""
+        """Configuration with the numbers of what depends on the size of images, for a canvas.
+
+        Paths of conditioners become absolute.
+        """
         noise = for_size(self.noise, channels * math.prod(canvas))
         network = self.network.for_canvas(canvas)
         precond = self.precond.for_canvas(canvas, network)
-        return replace(self, noise=noise, network=network, precond=precond)
+        conditioners = tuple(conditioner.located() for conditioner in self.conditioners)
+        return replace(
+            self, noise=noise, network=network, precond=precond, conditioners=conditioners
+        )
 
     def plan(self, canvas: Size) -> PatchPlan:
         """Patch plan on a canvas."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patchdiffusion.conditioners.base import changes, conditioned
 from patchdiffusion.data.feed import Feed, some_crops
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import extractor
@@ -122,6 +123,7 @@ class Training:
             counts=self.pack.trained_counts if self.config.network.num_classes else (),
             unconditional=self.config.task.unconditional(self.config, self.pack),
             objective=self.config.objective,
+            conditioners=self.config.conditioners,
             data=self.pack.name,
             fingerprint=self.pack.fingerprint,
             images=self.state.equivalents,
@@ -223,15 +225,21 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         features=lambda name: extractor(name, device=device, team=team),
         view=feed.view,
         others=feed.others,
+        whole=feed.whole,
         device=device,
         team=team,
     )
-    objective = task.objective(config, materials)
+    change = changes(config.conditioners, materials)
+    objective = task.objective(config, conditioned(materials, change, feed.draws_of))
     if run.shard:  # the optimizer takes sharded weights or whole ones, not both
         for module in materials.learned.values():
             shard(module, [], team, device)
     module = LossModule(
-        task.model(network, config), objective, materials.learned, dropout=task.dropout(config)
+        task.model(network, config),
+        objective,
+        materials.learned,
+        dropout=task.dropout(config),
+        change=change,
     )
     phases, parameters = Phases(), dict(network.named_parameters())
     stepper = Stepper(
@@ -269,7 +277,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         pace=Pace(flops),
         flops=flops,
         macs=macs,
-        preview=task.preview(Scene(config, pack, tuple(crops), device, precision, team)),
+        preview=task.preview(Scene(config, pack, tuple(crops), device, precision, team, change)),
         state=TrainState(),
         meter=Meter(),
     )
