@@ -6,6 +6,7 @@ from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
 from patchdiffusion.nets.lego import LegoConfig
 from patchdiffusion.nets.unet import UNetConfig
+from patchdiffusion.nets.vae import VAEConfig
 
-Network = UNetConfig | DiTConfig | ADMConfig | EDM2Config | LegoConfig | KLConfig
+Network = UNetConfig | DiTConfig | ADMConfig | EDM2Config | LegoConfig | KLConfig | VAEConfig
 """The network configurations of `--network`; `UNetConfig().build(seed=0)` builds a network."""
