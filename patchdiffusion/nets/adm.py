@@ -71,6 +71,7 @@ class DhariwalUNet(UNet[ADMConfig, None]):
         self.enc, skips = encoder(widths[0], widths, config.blocks, self._block)
         self.dec = decoder(widths, skips, config.blocks, self._block)
         self.mid = middle(widths[-1], config.levels - 1, self._block)
+        self.add_conditions(widths[0], 4 * config.base)
         self.out_norm = Norm(widths[0], EPS)
         self.out_conv = Conv(widths[0], config.channels, scale=0.0, role="head")
         self.init(seed)

@@ -42,6 +42,8 @@ class NetworkConfig(ABC):
 
     makes: ClassVar[Makes] = "denoiser"
     """Kind of network: one for noisy images, or an `autoencoder.AutoencoderNetwork`."""
+    pictures: ClassVar[bool] = False
+    """True if it can be conditioned on a picture and a pooled embedding."""
 
     channels: int = 3
     """Channels of the image, in and out."""
@@ -51,6 +53,12 @@ class NetworkConfig(ABC):
     """Number of augmentation parameters the network is conditioned on."""
     dropout: float = 0.0
     """Share of features dropped in every block while training."""
+    image_channels: int = 0
+    """Channels of a picture that the network is conditioned on, `cond.image`; 0 is none."""
+    image_shift: bool = False
+    """True to add the picture to the noisy image, as formulation 2 of DiffuseVAE does, too."""
+    extra_dim: int = 0
+    """Numbers of a pooled embedding that the network is conditioned on, `cond.extra`."""
     jump: bool = False
     """True if the network is conditioned on the length of a jump, for few-step models of two
     times."""
@@ -60,6 +68,13 @@ class NetworkConfig(ABC):
         self.limit("channels", 1, 4096)
         self.limit("num_classes", 0, 10**6)
         self.limit("augment_dim", 0, 4096)
+        self.limit("image_channels", 0, 4096 if self.pictures else 0)
+        self.limit("extra_dim", 0, 10**6 if self.pictures else 0)
+        if self.image_shift and self.image_channels != self.channels:
+            raise ValueError(
+                f"image_shift needs image_channels {self.channels}, as those of the image, not "
+                f"{self.image_channels}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
 
@@ -103,6 +118,8 @@ class NetworkConfig(ABC):
         uses = {
             "labels": self.num_classes > 0,
             "augment": self.augment_dim > 0,
+            "image": self.image_channels > 0,
+            "extra": self.extra_dim > 0,
             "jump": self.jump,
             "seed": self.dropout > 0,
         }

@@ -23,6 +23,7 @@ from patchdiffusion.nets.ditshape import DiTShape
 from patchdiffusion.nets.ditsizes import MODERN, SIZES, jit, patch_for
 from patchdiffusion.nets.embed import Embedding, LateEmbedding, whole_canvas
 from patchdiffusion.nets.layers import Linear, pad_to_multiple
+from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.stages import Merge, Split
 from patchdiffusion.nets.tokenblock import Registers, TokenBlock, for_tokens, modulated
 from patchdiffusion.nets.tokens import (
@@ -100,6 +101,12 @@ class DiT(Network[DiTConfig]):
                 width // 4, "positional", config.num_classes, config.augment_dim, jump=config.jump
             )
         self.stem = _stem(config.channels * pixels, config.bottleneck, width)
+        self.picture = self.extra = None
+        if config.image_channels:
+            inputs = config.image_channels * pixels
+            self.picture = Linear(inputs, width, bias=False, neutral=True, role="stem")
+        if config.extra_dim:
+            self.extra = Linear(config.extra_dim, width, bias=False, neutral=True, role="embedding")
         self.registers = Registers(config.registers, width) if config.registers else None
         self.modulation = (
             Linear(width, 6 * width, scale=0.0, role="modulation")
@@ -171,6 +178,10 @@ class DiT(Network[DiTConfig]):
         self.check_shapes(x, cond)
         patch, size, width = self.config.patch, tuple(x.shape[2:]), self.config.width
         coordinates = whole_canvas(x) if cond.pos is None else cond.pos
+        picture = None
+        if self.picture is not None:
+            picture = picture_of(self.config, x, cond)
+            x = shifted(self.config, x, picture)
         x, pos = pad_to_multiple(x, patch), centers(pad_to_multiple(coordinates, patch), patch)
         grid = tuple(side // p for side, p in zip(x.shape[2:], patch, strict=True))
         if self.config.positions == "sincos":
@@ -179,7 +190,10 @@ class DiT(Network[DiTConfig]):
         else:
             places = position_features(pos, width)
         # Coordinates are float32, and with them all features between blocks.
-        h = put(tape, "stem", self.stem(unfold(x, patch)) + places)
+        h = self.stem(unfold(x, patch))
+        if self.picture is not None and picture is not None:
+            h = h + self.picture(unfold(pad_to_multiple(picture, patch), patch))
+        h = put(tape, "stem", h + places)
         tokens = Tokens(h, self._embedded(noise, cond), grid, size, pos.expand(len(x), -1, -1))
         if self.registers is not None:
             tokens = tokens._replace(registers=self.registers.weight.expand(len(x), -1, -1))
@@ -188,11 +202,12 @@ class DiT(Network[DiTConfig]):
     def _embedded(self, noise: Tensor, cond: Cond) -> Tensor:
         """Noise [B], or a map [B, 1, *S] -> [B, E], or [B, T, E]."""
         if noise.ndim == 1:
-            return self.embed(noise, cond)
+            return pooled(self.extra, self.embed(noise, cond), cond)
         levels = unfold(pad_to_multiple(noise, self.config.patch), self.config.patch).mean(-1)
-        some = Cond(labels=cond.labels, augment=cond.augment, jump=cond.jump)
+        some = Cond(labels=cond.labels, augment=cond.augment, extra=cond.extra, jump=cond.jump)
         each = some.map(lambda field: field.repeat_interleave(levels.shape[1], dim=0))
-        return self.embed(levels.flatten(), each).unflatten(0, levels.shape)
+        emb = pooled(self.extra, self.embed(levels.flatten(), each), each)
+        return emb.unflatten(0, levels.shape)
 
     def run(
         self,

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.routing import AllTokens, Routing
@@ -15,6 +15,8 @@ Positions = Literal["coordinates", "sincos", "rope"]
 @dataclass(frozen=True, kw_only=True)
 class DiTShape(NetworkConfig):
     """Base of the configuration of DiT: its fields, their limits, and what follows from them."""
+
+    pictures: ClassVar[bool] = True
 
     patch: tuple[int, ...] = (0, 0)
     """Sides of the patches that become tokens: one for each axis of the data, 2 2 for images, or

@@ -111,6 +111,7 @@ class MPUNet(UNet[EDM2Config, None]):
         self.enc, skips = encoder(widths[0], widths, config.blocks, self._block)
         self.dec = decoder(widths, skips, config.blocks, self._block)
         self.mid = middle(widths[-1], config.levels - 1, self._block)
+        self.add_conditions(widths[0], max(widths))
         self.out_conv = MPWeight(widths[0], config.channels, 3, gain=True, role="head")
         self.init(seed)
 
@@ -131,6 +132,9 @@ class MPUNet(UNet[EDM2Config, None]):
 
     def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, None]:
         return self.stem(x, self.positions(x, cond)), None
+
+    def pictured(self, picture: Tensor) -> Tensor:
+        return super().pictured(picture) / math.sqrt(9 * self.config.image_channels)
 
     def join(self, h: Tensor, skip: Tensor) -> Tensor:
         return mp_cat(h, skip)

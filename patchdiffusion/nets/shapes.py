@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.layers import Resample
@@ -28,6 +29,8 @@ class BlockPosition:
 @dataclass(frozen=True, kw_only=True)
 class UNetShape(NetworkConfig):
     """Base of the configurations of U-Nets: levels, widths, attention and coordinates."""
+
+    pictures: ClassVar[bool] = True
 
     base: int = 128
     """Features at a multiplier of 1; a multiple of 4."""

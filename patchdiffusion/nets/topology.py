@@ -15,6 +15,8 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets import fused
 from patchdiffusion.nets.base import Network, put
 from patchdiffusion.nets.embed import fourier_features, whole_canvas
+from patchdiffusion.nets.layers import Conv, Linear
+from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.shapes import BlockPosition, UNetShape
 from patchdiffusion.rng import subkeys
 
@@ -91,6 +93,10 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     `dec.<level>.<block>`. The same names key the dropout.
     """
 
+    picture: nn.Module | None
+    """Convolution of the picture that the network is conditioned on."""
+    extra: Linear | None
+    """Layer of the pooled embedding that it is conditioned on."""
     enc: nn.ModuleList
     mid: nn.ModuleDict
     dec: nn.ModuleList
@@ -102,6 +108,20 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     @abstractmethod
     def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, SideInput]:
         """Features of level 0, and the side input of level 1; `ValueError` for wrong shapes."""
+
+    def add_conditions(self, stem: int, emb: int) -> None:
+        """Make the parts for picture and pooled embedding, of these widths, if there are any."""
+        config = self.config
+        self.picture = self.extra = None
+        if config.image_channels:
+            self.picture = Conv(config.image_channels, stem, bias=False, neutral=True, role="stem")
+        if config.extra_dim:
+            self.extra = Linear(config.extra_dim, emb, bias=False, neutral=True, role="embedding")
+
+    def pictured(self, picture: Tensor) -> Tensor:
+        """Features of level 0 of a picture, which are added to those of the image."""
+        assert self.picture is not None
+        return self.picture(picture)
 
     def descend(self, level: int, h: Tensor, side: SideInput) -> tuple[Tensor, SideInput]:
         """Combine the features after down-sampling to a level with the side input, or neither."""
@@ -136,8 +156,14 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
 
     def encode(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Features:
         """Stem, encoder and middle."""
-        emb = self.embedding(noise, cond)
-        h, side = self.begin(x, cond)
+        emb = pooled(self.extra, self.embedding(noise, cond), cond)
+        self.check_shapes(x, cond)
+        if self.picture is None:
+            h, side = self.begin(x, cond)
+        else:
+            picture = picture_of(self.config, x, cond)
+            h, side = self.begin(shifted(self.config, x, picture), cond)
+            h = h + self.pictured(picture)
         skips, sizes = [put(tape, "stem", h)], []
         for level, stage in enumerate(self.enc):
             for part, block in stage.named_children():
@@ -154,7 +180,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     def decode(self, features: Features, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """Decoder and head; of the condition it reads only the seed.
 
-        Replace `features.emb` by `embedding(noise, cond)` to decode for another noise level.
+        Replace `features.emb` to decode for another noise level.
         """
         h, skips = features.h, list(features.skips)
         for level in reversed(range(len(self.dec))):

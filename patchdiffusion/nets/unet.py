@@ -76,6 +76,7 @@ class SongUNet(UNet[UNetConfig, _SideInput]):
         self.pyramid = self._pyramid([config.base, *widths])
         self.dec = decoder(widths, skips, config.blocks, self._block)
         self.mid = middle(widths[-1], config.levels - 1, self._block)
+        self.add_conditions(config.base, 4 * config.base)
         self.out_norm = Norm(widths[0])
         self.out_conv = Conv(widths[0], config.channels, scale=1e-5, role="head")
         self.init(seed)

@@ -137,13 +137,12 @@ class VAE(AutoencoderNetwork[VAEConfig]):
         Raises `ValueError` for larger ones.
         """
         side = self.config.side
-        x = pad_to_multiple(x, (side, side))
-        if x.shape[2:] != (side, side):
+        if max(x.shape[2:]) > side:
             raise ValueError(
                 f"this autoencoder has one vector for an image of at most {side} x {side}, and "
                 f"the images are {tuple(x.shape[2:])}"
             )
-        h = self.stem(x)
+        h = self.stem(pad_to_multiple(x, (side, side)))
         for i, level in enumerate(self.enc):
             h = level(F.avg_pool2d(h, 2) if i else h)
         moments = self.to_moments(F.gelu(h).flatten(1)).float()[..., None, None]
