@@ -50,6 +50,8 @@ class Batch:
     """Share of the run that is done."""
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     """Further columns of the crops that fill no condition, by name; see `data.columns`."""
+    pitch: int = 1
+    """Pixels of the source for one of a crop, along each axis."""
     origin: Origin | None = None
     """Identity of the crops within the run; None for batches that no feed made."""
     counted: Tensor | None = None

@@ -153,11 +153,9 @@ class Model:
     @property
     def carried(self) -> dict[str, Path]:
         """Files in its folder that it needs for sampling, by their paths there."""
-        return {
-            name: (self.folder or Path()) / name
-            for conditioner in self.config.conditioners
-            for name in conditioner.carried()
-        }
+        conditioners, folder = self.config.conditioners, self.folder or Path()
+        names = (name for c in conditioners for name in (*c.carried(), *c.makes))
+        return {name: folder / name for name in names}
 
     def _file(self, folder: Path, name: str) -> Path:
         return folder / (name if self.weights == "averaged" else f"{self.weights}-{name}")
@@ -207,13 +205,13 @@ def save_model(
     averaged: Mapping[str, Tensor],
     raw: Mapping[str, Tensor],
     notes: Mapping[str, Any] | None = None,
-    carried: Mapping[str, Path] | None = None,
+    carried: Mapping[str, Path | bytes] | None = None,
 ) -> None:
     """Write a model folder, atomically; an older one under the same name is replaced.
 
     `notes` are further JSON files of the folder, by name. `carried` are files that the model needs,
-    by their paths in the folder: hard links, or copies; one that has vanished is taken from the
-    older folder.
+    by their paths in the folder: their content, or hard links, or copies; one that has vanished is
+    taken from the older folder.
     """
     with folder_atomic(Path(folder)) as temporary:
         digests = {}
@@ -222,15 +220,18 @@ def save_model(
             whole = {key: value.detach().cpu().contiguous() for key, value in state.items()}
             save_file(whole, file, metadata={"format": "pt"})
             digests[file.name] = sha256(file)
+        for name, file in (carried or {}).items():
+            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(file, bytes):
+                (temporary / name).write_bytes(file)
+            else:
+                link_or_copy(file if file.exists() else Path(folder) / name, temporary / name)
+            digests[name] = sha256(temporary / name)
         facts: dict[str, Any] = {"format": 1, "sha256": digests, **encode(config)}
         write_json(temporary / "config.json", sealed(facts))
         config.space.save_to(temporary)
         for name, value in (notes or {}).items():
             write_json(temporary / name, value)
-        for name, file in (carried or {}).items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            source = file if file.exists() else Path(folder) / name
-            link_or_copy(source, temporary / name)
 
 
 def load_model(

@@ -224,7 +224,14 @@ def _chosen(config: Any, first: Any, slot: Slot, route: Sequence[str], words: Se
         if len(set(words)) < len(words):
             raise ValueError(f"--{slot.name} takes every word once, not {' '.join(words)!r}")
         entries = [there.get(word) or _member(slot, word)() for word in words]
-        return config if tuple(entries) == now else _put(config, route, tuple(entries))
+        if tuple(entries) == now:
+            return config
+        for entry in entries:
+            if hasattr(entry, "prefers") and families.word(type(entry)) not in {
+                families.word(type(v)) for v in now or ()
+            }:
+                config = entry.prefers(config)  # first, since others would refuse it
+        return _put(config, route, tuple(entries))
     if len(words) != 1:
         raise ValueError(f"--{slot.name} needs one word of {', '.join(sorted(slot.words))}")
     choice = families.find(slot.members, words[0])

@@ -1,6 +1,6 @@
 """Conditioners: conditions made from the images in training, and from what is wished for later."""
 
-from patchdiffusion.conditioners.base import ConditionerConfig
+from patchdiffusion.conditioners.reconstruction import Reconstruction
 
-ConditionerUnion = ConditionerConfig
+ConditionerUnion = Reconstruction
 """The conditioners of `--conditioners` and of model files."""

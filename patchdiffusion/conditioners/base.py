@@ -7,7 +7,7 @@ union in `conditioners/__init__.py`.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -20,6 +20,7 @@ from patchdiffusion.objectives.base import Materials, Settings
 from patchdiffusion.patches import Size
 from patchdiffusion.rng import Draws
 from patchdiffusion.system import families
+from patchdiffusion.system.files import read_json, sha256
 
 Change = Callable[[Batch, Draws], Batch]
 """A batch with other conditions; a function of the batch and the draws of its samples alone."""
@@ -39,6 +40,22 @@ class Wish:
     """Device of the conditions."""
     folder: Path | None = None
     """Folder of the model, which has the files of `ConditionerConfig.carried`; None in training."""
+    kept: Mapping[str, bytes] = field(default_factory=dict)
+    """Files of the model that `build` has made, in training; see `Materials.keep`."""
+
+    def read(self, name: str) -> bytes:
+        """A file that `build` has made; `ValueError` if it is missing or damaged."""
+        if name in self.kept:
+            return self.kept[name]
+        if self.folder is None or not (file := self.folder / name).is_file():
+            where = "in memory" if self.folder is None else f"in {self.folder}"
+            raise ValueError(f"the model {where} lacks {name}, which its training makes")
+        recorded = read_json(self.folder / "config.json")["sha256"].get(name)
+        if (digest := sha256(file)) != recorded:
+            raise ValueError(
+                f"{file} is damaged: its digest is {digest[:12]}, not {str(recorded)[:12]}"
+            )
+        return file.read_bytes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +79,11 @@ class ConditionerConfig(ABC):
                 f"network does not read; it reads {', '.join(sorted(config.network.reads))}"
             )
 
+    @property
+    def drops(self) -> tuple[str, ...]:
+        """Fields without which some samples are trained, so that guidance may lead away from it."""
+        return ()
+
     def located(self) -> Self:
         """A copy with absolute paths and digests of the files that it uses.
 
@@ -73,10 +95,16 @@ class ConditionerConfig(ABC):
         """Files without which the model cannot be sampled, by their paths in its folder."""
         return {}
 
+    @property
+    def makes(self) -> tuple[str, ...]:
+        """Names of the files that `build` makes for the model."""
+        return ()
+
     def build(self, materials: Materials) -> Change:
         """The change of batches of crops; by default none.
 
-        Modules that it trains are registered by `materials.learn`.
+        Modules that it trains are registered by `materials.learn`; files that it makes for
+        sampling are put into `materials.keep`.
         """
         return unchanged
 

@@ -1,5 +1,6 @@
 """Batches of crops from a pack of images; only the pixels of a crop are converted."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -126,6 +127,24 @@ class Feed:
             augment=None if augment is None else augment.to(self.images.device),
         ).images
 
+    def examples(self) -> Iterator[Tensor]:
+        """All images, whole and as they are, in a random order: batches float32 [B, C, *S]."""
+        order = rng.permutation(self.seed, "examples", 0, len(self.indices))
+        index, canvas = torch.from_numpy(self.indices[order]), tuple(self.images.shape[1:-1])
+        for part in index.split(max(1, 2**20 // math.prod(canvas))):
+            here = part.to(self.images.device)
+            none = torch.zeros_like(here)
+            yield gather(
+                self.images,
+                (),
+                here,
+                Group(canvas, len(here), 1.0),
+                none,
+                none.bool(),
+                space=self.space,
+                device=self.device,
+            ).images
+
     def draws_of(self, batch: Batch) -> rng.Draws:
         """Random draws of the crops of a batch; `ValueError` for one that no feed has made."""
         o = _origin(batch)
@@ -226,6 +245,7 @@ def gather(
         flip=flip,
         noise=group.noise,
         columns=others,
+        pitch=pitch,
     )
 
 

@@ -40,6 +40,10 @@ class Models(Protocol):
         """Facts about the sampled weights in a file beside them; None if there are none."""
         ...
 
+    def drops(self) -> tuple[str, ...]:
+        """Further fields of the condition that the sampled model was trained without at times."""
+        ...
+
     def require_condition(self) -> None:
         """Raise `ValueError` if the sampled model has neither classes nor another condition."""
         ...

@@ -115,4 +115,5 @@ class ClassifierFree(Strength):
             interval=self.levels(around),
             rescale=self.rescale,
             channels=self.channels,
+            drops=tuple(dict.fromkeys((*CONDITIONS, *around.models.drops()))),
         )

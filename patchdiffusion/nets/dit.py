@@ -101,12 +101,14 @@ class DiT(Network[DiTConfig]):
                 width // 4, "positional", config.num_classes, config.augment_dim, jump=config.jump
             )
         self.stem = _stem(config.channels * pixels, config.bottleneck, width)
-        self.picture = self.extra = None
+        self.picture = self.pooled_extra = None
         if config.image_channels:
             inputs = config.image_channels * pixels
             self.picture = Linear(inputs, width, bias=False, neutral=True, role="stem")
         if config.extra_dim:
-            self.extra = Linear(config.extra_dim, width, bias=False, neutral=True, role="embedding")
+            self.pooled_extra = Linear(
+                config.extra_dim, width, bias=False, neutral=True, role="embedding"
+            )
         self.registers = Registers(config.registers, width) if config.registers else None
         self.modulation = (
             Linear(width, 6 * width, scale=0.0, role="modulation")
@@ -202,11 +204,11 @@ class DiT(Network[DiTConfig]):
     def _embedded(self, noise: Tensor, cond: Cond) -> Tensor:
         """Noise [B], or a map [B, 1, *S] -> [B, E], or [B, T, E]."""
         if noise.ndim == 1:
-            return pooled(self.extra, self.embed(noise, cond), cond)
+            return pooled(self.pooled_extra, self.embed(noise, cond), cond)
         levels = unfold(pad_to_multiple(noise, self.config.patch), self.config.patch).mean(-1)
         some = Cond(labels=cond.labels, augment=cond.augment, extra=cond.extra, jump=cond.jump)
         each = some.map(lambda field: field.repeat_interleave(levels.shape[1], dim=0))
-        emb = pooled(self.extra, self.embed(levels.flatten(), each), each)
+        emb = pooled(self.pooled_extra, self.embed(levels.flatten(), each), each)
         return emb.unflatten(0, levels.shape)
 
     def run(

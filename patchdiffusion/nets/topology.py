@@ -95,7 +95,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
 
     picture: nn.Module | None
     """Convolution of the picture that the network is conditioned on."""
-    extra: Linear | None
+    pooled_extra: Linear | None
     """Layer of the pooled embedding that it is conditioned on."""
     enc: nn.ModuleList
     mid: nn.ModuleDict
@@ -112,11 +112,13 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     def add_conditions(self, stem: int, emb: int) -> None:
         """Make the parts for picture and pooled embedding, of these widths, if there are any."""
         config = self.config
-        self.picture = self.extra = None
+        self.picture = self.pooled_extra = None
         if config.image_channels:
             self.picture = Conv(config.image_channels, stem, bias=False, neutral=True, role="stem")
         if config.extra_dim:
-            self.extra = Linear(config.extra_dim, emb, bias=False, neutral=True, role="embedding")
+            self.pooled_extra = Linear(
+                config.extra_dim, emb, bias=False, neutral=True, role="embedding"
+            )
 
     def pictured(self, picture: Tensor) -> Tensor:
         """Features of level 0 of a picture, which are added to those of the image."""
@@ -156,7 +158,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
 
     def encode(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Features:
         """Stem, encoder and middle."""
-        emb = pooled(self.extra, self.embedding(noise, cond), cond)
+        emb = pooled(self.pooled_extra, self.embedding(noise, cond), cond)
         self.check_shapes(x, cond)
         if self.picture is None:
             h, side = self.begin(x, cond)

@@ -5,7 +5,7 @@ A new objective is a record that inherits `ObjectiveConfig`, writes `build`, and
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Never, Protocol, Self, TypeVar
@@ -91,6 +91,10 @@ class Materials:
     """For each crop another random one of its group, by a named stream, and its draws."""
     whole: Callable[[Batch], Tensor] = _no_images
     """Whole images of a batch, mirrored and augmented as they are: float32 [B, C, *canvas]."""
+    examples: Callable[[], Iterator[Tensor]] = lambda: iter(())
+    """All training images in a random order, whole: batches float32 [B, C, *canvas]."""
+    keep: dict[str, bytes] = field(default_factory=dict)
+    """Files that are made for the model, by their names in its folder."""
     folder: Path | None = None
     """Folder of a saved model, which has the files that it needs; None for a run."""
     learned: nn.ModuleDict = field(default_factory=nn.ModuleDict)

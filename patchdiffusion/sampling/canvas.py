@@ -3,9 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+from torch import Tensor
+
 from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.guidance.base import Surroundings
+from patchdiffusion.nets.picture import resized
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.inpaint import Inpaint
 
@@ -53,6 +57,21 @@ class CanvasRegion:
 
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
         return PatchDenoiser(denoiser, around.canvas, self.place(around.canvas)[1])
+
+
+def picture_on(canvas: "Canvas", image: Tensor, trained: Size) -> Tensor:
+    """A picture of the canvas of training for the region that is sampled: [B, C, *S].
+
+    The part that the region covers, with the border repeated beyond it; for tiles the whole,
+    enlarged.
+    """
+    size, corner = canvas.place(trained)
+    if getattr(canvas, "enlarges", False):
+        return resized(image, size)
+    for axis, (first, length) in enumerate(zip(corner, size, strict=True)):
+        index = torch.arange(first, first + length, device=image.device)
+        image = image.index_select(2 + axis, index.clamp(0, trained[axis] - 1))
+    return image
 
 
 Canvas = WholeCanvas | CanvasRegion | Tiles | Inpaint

@@ -106,12 +106,19 @@ class Companions:
         if self.main is None:
             return
         config = self.main.config
+        if self.drops():
+            return
         if not config.num_classes and "context" not in config.network.reads:
             raise ValueError(
                 "the model was trained without classes, and classifier-free guidance leads towards "
                 "one: use --guidance none, autoguidance (--guidance.model RUN, a worse model), or "
                 "classifier (--guidance.model RUN, a classifier)"
             )
+
+    def drops(self) -> tuple[str, ...]:
+        """Fields that the conditioners of the model that samples have dropped in training."""
+        conditioners = () if self.main is None else self.main.config.conditioners
+        return tuple(name for conditioner in conditioners for name in conditioner.drops)
 
     def require_unconditional(self) -> None:
         """Raise `ValueError` if the model that samples was never trained without its classes."""

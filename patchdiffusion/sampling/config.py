@@ -22,7 +22,7 @@ from patchdiffusion.sampling.canvas import Canvas, CanvasRegion, WholeCanvas
 from patchdiffusion.solvers import AutoSolver, Heun, Jumps, Method, SDEDPMpp2M, Solver
 from patchdiffusion.solvers.schedules import Karras, Schedule, ends, support
 from patchdiffusion.system import families
-from patchdiffusion.system.checks import finite
+from patchdiffusion.system.checks import finite, positive
 from patchdiffusion.system.families import word
 
 WRAPPING = ("accelerator", "guidance", "threshold", "canvas")
@@ -85,9 +85,15 @@ class SamplerConfig:
     """Limit of estimates to [-1, 1]; for models of pixels."""
     canvas: Canvas = field(default_factory=WholeCanvas)
     """Region of the canvas that is sampled."""
+    temperature: float = 1.0
+    """Factor of the noise, at the start and of stochastic solvers."""
+    noise_seed: int | None = None
+    """Seed of the noise of all images, which then differ by their conditions alone; None is the
+    seed of each."""
 
     def __post_init__(self) -> None:
         finite(self)
+        positive(self, "temperature")
         self._levels(for_size(self.schedule, 4096))  # raises for impossible values
 
     @property

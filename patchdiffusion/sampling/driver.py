@@ -100,11 +100,14 @@ def sample(
     for first in range(0, len(seeds), batch):
         part = slice(first, first + batch)
         part_seeds = torch.tensor(list(seeds[part]), dtype=torch.int64, device=device)
-        noise = functools.partial(_fresh_noise, part_seeds, (channels, *size), dtype)
+        if config.noise_seed is not None:
+            part_seeds = torch.full_like(part_seeds, config.noise_seed)
+        warmth = config.temperature
+        noise = functools.partial(_fresh_noise, part_seeds, (channels, *size), dtype, warmth)
         part_cond = (cond or Cond()).take(part).to(device)
         part_start = None if start is None else replace(start, x=start.x[part].to(device, dtype))
         with torch.no_grad():
-            x = noise_field(part_seeds, channels, corner, size).to(dtype)
+            x = noise_field(part_seeds, channels, corner, size).to(dtype) * warmth
             finite = _FiniteSteps(device)
             states = finite(solve(part_seeds, x, part_start, part_cond, noise))
             x = run(_watched(states, watch)).x
@@ -228,5 +231,7 @@ class _Seeded(Wrapper):
         return ask(self.inner[0], x, sigma, cond, call)
 
 
-def _fresh_noise(seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype, index: int) -> Tensor:
-    return rng.normal(rng.keys(0, "churn", index, seeds), shape).to(dtype)
+def _fresh_noise(
+    seeds: Tensor, shape: tuple[int, ...], dtype: torch.dtype, factor: float, index: int
+) -> Tensor:
+    return rng.normal(rng.keys(0, "churn", index, seeds), shape).to(dtype) * factor

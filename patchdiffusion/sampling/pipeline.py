@@ -20,6 +20,7 @@ from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.nets.own import Allowed
 from patchdiffusion.patches import Size, size_name
+from patchdiffusion.sampling.canvas import picture_on
 from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import Start, sample
@@ -83,8 +84,8 @@ class Pipeline:
             cond = replace(cond, labels=self.labels(count, classes, config=config))
         elif classes:
             raise ValueError("give classes or labels, not both")
-        cond = self.filled(cond, count, seed, prompts)
         config = self.sampler(config)
+        cond = self.filled(cond, count, seed, prompts, config)
         jumps = isinstance(config.solver, Jumps)
         with progress_bar(count, "image", disable=not progress) as bar, self.autocast():
             images = sample(
@@ -105,9 +106,17 @@ class Pipeline:
         return self.model.config.space.to_values(images, self.model.device)
 
     def filled(
-        self, cond: Cond, count: int, seed: int, prompts: Sequence[str | None] | None = None
+        self,
+        cond: Cond,
+        count: int,
+        seed: int,
+        prompts: Sequence[str | None] | None = None,
+        config: SamplerConfig | None = None,
     ) -> Cond:
-        """Condition [count, ...] with what the conditioners of the model make."""
+        """Condition [count, ...] with what the conditioners of the model make.
+
+        A picture is that of the region that `config` samples.
+        """
         model = self.model
         if prompts is not None:
             prompts = tuple(prompts[i % len(prompts)] for i in range(count))
@@ -118,7 +127,10 @@ class Pipeline:
             device=model.device,
             folder=model.folder,
         )
-        return fill(model.config.conditioners, wish, cond)
+        made = fill(model.config.conditioners, wish, cond)
+        if config is None or made.image is None or cond.image is not None:
+            return made
+        return replace(made, image=picture_on(config.canvas, made.image, wish.canvas))
 
     def check(self, count: int, *, seed: int, batch: int, config: SamplerConfig) -> Size:
         """Size of the images that a configuration samples; loads the models that guide.

@@ -65,6 +65,8 @@ class Scene:
     team: Team
     change: Change = unchanged
     """Change of batches by the conditioners."""
+    kept: Mapping[str, bytes] = field(default_factory=dict)
+    """Files that the conditioners have made."""
 
     @property
     def batch(self) -> int:

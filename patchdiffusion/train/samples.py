@@ -145,6 +145,7 @@ class SamplePreview:
             self.scene.sizes[0],
             prompts=prompts,
             device=self.scene.device,
+            kept=self.scene.kept,
         )
         return fill(conditioners, wish, replace(cond, labels=labels).to(self.scene.device))
 

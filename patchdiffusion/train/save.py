@@ -238,7 +238,7 @@ def _write_model(training: Training, full: Groups) -> None:
         training.model_config,
         averaged,
         full["weights"],
-        carried={name: file for c in conditioners for name, file in c.carried().items()},
+        carried=training.kept | {n: f for c in conditioners for n, f in c.carried().items()},
     )
 
 

@@ -75,6 +75,8 @@ class Training:
     objective: Loss
     learned: nn.Module
     """Modules that the objective trains, which are not part of the model; mostly none."""
+    kept: dict[str, bytes]
+    """Files that conditioners have made for the model."""
     teacher: str | None
     """Digest of the teacher."""
     ema: EMA
@@ -226,6 +228,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         view=feed.view,
         others=feed.others,
         whole=feed.whole,
+        examples=feed.examples,
         device=device,
         team=team,
     )
@@ -270,6 +273,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         network=network,
         objective=objective,
         learned=materials.learned,
+        kept=materials.keep,
         teacher=" ".join(model.digest for model in teachers) or None,
         ema=ema,
         stepper=stepper,
@@ -277,7 +281,9 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         pace=Pace(flops),
         flops=flops,
         macs=macs,
-        preview=task.preview(Scene(config, pack, tuple(crops), device, precision, team, change)),
+        preview=task.preview(
+            Scene(config, pack, tuple(crops), device, precision, team, change, materials.keep)
+        ),
         state=TrainState(),
         meter=Meter(),
     )
