@@ -25,7 +25,7 @@ from patchdiffusion import (
     weighting,
 )
 from patchdiffusion.cond import Call, Cond, Tape
-from patchdiffusion.conditioners import ConditionerUnion
+from patchdiffusion.conditioners import ConditionerUnion, priors
 from patchdiffusion.conditioners.base import Change, ConditionerConfig, Wish
 from patchdiffusion.data import columns
 from patchdiffusion.data.example import Example
@@ -146,6 +146,17 @@ class ToyConditioner(ConditionerConfig):
     def given(self, wish: Wish) -> Cond:
         mean = rng.uniform(rng.keys(0, "brightness", 0, wish.seeds), 1) - 0.5
         return Cond(extra=self.gain * mean.float().to(wish.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyPrior(priors.Prior):
+    """Latent vectors on a cube."""
+
+    side: float = 2.0
+
+    def draw(self, seeds: Tensor, dims: int, fitted: priors.Fitted) -> Tensor:
+        u = rng.uniform(rng.keys(0, "cube", 0, seeds), dims)
+        return (self.side * (u - 0.5)).float()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -367,6 +378,7 @@ TOYS = (
     (objectives.ObjectiveUnion, ToyObjective),
     (objectives.AdditionUnion, ToyAddition),
     (ConditionerUnion, ToyConditioner),
+    (priors.PriorUnion, ToyPrior),
     (plans.Patches, ToyPlan),
     (weighting.LossWeight, ToyWeight),
     (columns.Column, ToyColumn),
