@@ -217,6 +217,11 @@ def estimated_seconds(
 
 def _check_pixels(pipeline: Pipeline, pack: Pack, chosen: Tensor) -> None:
     """Raise `ValueError` if a model or pack has no bits per dimension."""
+    samples = pipeline.model.config.space
+    if samples.word != Pixels.word:
+        raise ValueError(
+            f"the model samples {samples.word}; bits per dimension are those of 8-bit pixels"
+        )
     if pack.space.word != Pixels.word:
         raise ValueError(
             f"{pack.name} holds {pack.space.word}; bits per dimension are those of 8-bit pixels"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from patchdiffusion.cli.places import run_of
+from patchdiffusion.data.latents import AUTOENCODER
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.plan import common_size
@@ -80,11 +81,17 @@ def _of_model(
     keep_colors: bool,
 ) -> Compared:
     """Real images for a model, and in color if its images are gray."""
-    model, pack = pipeline.model.config, prepared(real)
-    shape, channels = (*model.canvas, model.network.channels), model.network.channels
-    if pack.space.word == model.space.word and (*pack.info.shape[1:],) == shape:
+    model, folder = pipeline.model.config, pipeline.model.folder
+    if real.autoencoder is not None and folder is not None:  # that of the model, wherever it is
+        real = replace(real, autoencoder=str(folder / AUTOENCODER))
+    pack, channels = prepared(real), model.network.channels
+    network_shape = (*pack.info.shape[1:-1], pack.channels)
+    if pack.space.word == model.space.word and network_shape == (*model.canvas, channels):
         return Compared(pack)
-    fitting = replace(real, resolution=model.canvas, space=model.space.word)
+    *size, channels = model.space.shape_of(model.canvas, channels)
+    fitting = replace(
+        real, resolution=tuple(size), space=model.space.pictured.word, autoencoder=None
+    )
     richer = keep_colors and pack.space.word == model.space.word == Pixels.word
     colors = pack.info.shape[-1]
     return Compared(

@@ -237,6 +237,8 @@ def facts(subject: Subject) -> list[tuple[str, str]]:
                 f"{model.head.kind} of {model.data or '-'}, trained on {model.images:,.0f} images",
             )
         )
+        if about := model.space.described:
+            lines.append((model.space.word, about))
     for number, (size, cost) in enumerate(subject.costs.items()):
         name = f"{'crops of' if number else 'whole images of'} {size_name(size)}"
         tokens = f", {counted(tokens, 'token')}" if (tokens := config.num_tokens(size)) else ""

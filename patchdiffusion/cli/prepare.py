@@ -9,7 +9,7 @@ from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.data.frame import Fit
 from patchdiffusion.data.labels import LabelSource
-from patchdiffusion.data.options import SpaceName
+from patchdiffusion.data.options import EncodeOptions, SpaceName, StatisticsOf
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 
@@ -50,6 +50,15 @@ class PrepareArguments:
     """Fraction of the images held out from training, at most 1,000."""
     max_bad: float = 0.1
     """Largest fraction of unusable files."""
+    autoencoder: str | None = None
+    """Encode the images, for models of latents: a run or model of an autoencoder, a folder of
+    diffusers, or a name on the hub."""
+    flip: bool = False
+    """Encode the mirrored images, too, so that training may mirror."""
+    variants: int = 1
+    """Variants of each image that are encoded: itself, and zoomed random crops of it."""
+    statistics: StatisticsOf = "channel"
+    """Latents that are standardized together: those of a channel, or those at a position."""
     threads: int | None = None
     """Number of decoding threads; None is one per core, at most 16."""
 
@@ -71,6 +80,10 @@ def main(arguments: Sequence[str]) -> None:
         max_enlarge=options.max_enlarge,
         workers=options.threads,
         verify=True,
+        autoencoder=options.autoencoder,
+        encoding=EncodeOptions(
+            mirrored=options.flip, variants=options.variants, statistics=options.statistics
+        ),
     )
     print((pack.path / "report.txt").read_text(encoding="utf-8"))
     print(f"pack {pack.path}")

@@ -15,6 +15,8 @@ RENAMED = {
     "autoguide-weights": "guidance.weights",
 }
 """Present name of a flag, by the name in version 0.1."""
+SHORT = {"autoencoder": "data.autoencoder"}
+"""Flags in full, by their short form."""
 REGION = ("size", "corner")
 """Flags of a region of the canvas, short for `--canvas region --canvas.size`."""
 
@@ -34,6 +36,9 @@ def present(
     `--guidance 3` is classifier-free guidance of that weight, `--size 64 96` a region.
     """
     flags = {present_name(name): words for name, words in flag_words.items()}
+    for name, full in SHORT.items():
+        if full in known and name not in known and name in flags:
+            flags[full] = flags.pop(name)
     if "canvas" in known and any(name in flags for name in REGION):
         flags.setdefault("canvas", ["region"])
         for name in REGION:

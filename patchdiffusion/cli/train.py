@@ -100,7 +100,8 @@ def _check_code(config: TrainConfig, arguments: Sequence[str]) -> None:
 
 def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     """Configuration with absolute paths, to resume the run from any folder."""
-    data = replace(config.data, path=whole(config.data.path))
+    autoencoder = config.data.autoencoder and whole(config.data.autoencoder)
+    data = replace(config.data, path=whole(config.data.path), autoencoder=autoencoder)
     weights = config.preview.extractor_weights
     preview = replace(config.preview, extractor_weights=weights and whole(weights))
     return replace(config, data=data, preview=preview, objective=config.objective.located())

@@ -23,6 +23,8 @@ MIRROR = "mirror"
 FEWEST = 100
 """Number of images below which the test is not done."""
 MOST = 1000
+FEW = 20_000
+"""Number of images from which on there are enough without mirrored ones."""
 _SIDE = 32
 _CELLS = 4
 _DIRECTIONS = 8
@@ -70,6 +72,11 @@ def measured(pack: Pack) -> Handedness:
     while stored.ndim > 4:
         stored = stored[:, stored.shape[1] // 2]
     return handedness(pack.space.to_picture(stored))
+
+
+def worth_mirroring(pack: Pack) -> bool:
+    """True if images are mirrored by default: these are few, and it is harmless."""
+    return len(pack.train) < FEW and mirror_of(pack).harmless
 
 
 def mirror_line(pack: Pack, flip: bool) -> str:

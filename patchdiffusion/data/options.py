@@ -13,12 +13,14 @@ from patchdiffusion.data.files import FileSource
 from patchdiffusion.data.frame import MAX_SIDE, MIN_SIDE, Fit
 from patchdiffusion.data.labels import LabelSource
 from patchdiffusion.data.pixels import background_color
+from patchdiffusion.system.checks import positive
 from patchdiffusion.system.serialize import encode
 
 _POLICY = 3  # raise it when the same files would give other pixels; packs are then prepared again
 _MAX_WORKERS = 16
 
 SpaceName = Literal["auto", "pixels", "values"]
+StatisticsOf = Literal["channel", "position"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +53,44 @@ class DataConfig:
     """Augmentation that the network is conditioned on; needs --network.augment-dim 9."""
     columns: tuple[Column, ...] = ()
     """Further data of each image. Label and caption are always included."""
+    autoencoder: str | None = None
+    """Autoencoder in whose latents the model is trained: a run or model, a folder of diffusers, or
+    a name on the hub. None trains on pixels."""
+    variants: int = 1
+    """Variants of each image that are encoded: itself, and zoomed random crops of it."""
+    statistics: StatisticsOf = "channel"
+    """Latents that are standardized together: those of a channel, or those at a position."""
 
     def __post_init__(self) -> None:
         check_enlarge(self.max_enlarge)
+        self.encoding(mirrored=False)
+
+    def encoding(self, *, mirrored: bool) -> "EncodeOptions":
+        """Options of the latents of an autoencoder."""
+        return EncodeOptions(mirrored=mirrored, variants=self.variants, statistics=self.statistics)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeOptions:
+    """Options of latents beside the autoencoder."""
+
+    mirrored: bool = False
+    """Encode the mirrored images, too."""
+    variants: int = 1
+    """Variants of each image: itself, and random crops of half of its area or more, zoomed."""
+    statistics: StatisticsOf = "channel"
+    """Latents that share a mean and a deviation: those of a channel, or those at a position."""
+
+    def __post_init__(self) -> None:
+        positive(self, "variants")
+        if self.statistics not in get_args(StatisticsOf):
+            allowed = ", ".join(get_args(StatisticsOf))
+            raise ValueError(f"statistics is {self.statistics!r}; allowed are {allowed}")
+
+    @property
+    def versions(self) -> int:
+        """Number of encodings of each image."""
+        return self.variants * (1 + self.mirrored)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from patchdiffusion.data.columns import ColumnBase
+from patchdiffusion.data.encode import encoded
 from patchdiffusion.data.example import BadImage, Source
 from patchdiffusion.data.frame import Fit, Plan, Replan
-from patchdiffusion.data.mirror import measured
+from patchdiffusion.data.latents import Latents
+from patchdiffusion.data.mirror import measured, worth_mirroring
 from patchdiffusion.data.options import (
     DataConfig,
+    EncodeOptions,
     Options,
     SpaceName,
     check_options,
@@ -30,6 +33,8 @@ from patchdiffusion.data.split import MIN_IMAGES, division, repeats
 from patchdiffusion.data.store import default_target, find_pack, make_room, shape_of, stamp_of
 from patchdiffusion.data.stored import marked_used
 from patchdiffusion.data.write import PackWriter, pack_writer
+from patchdiffusion.encoders.autoencoder import Autoencoder, load_autoencoder
+from patchdiffusion.system.device import pick_device
 from patchdiffusion.system.files import expanded, folder_atomic, lock
 from patchdiffusion.system.place import place
 from patchdiffusion.system.progress import progress_bar
@@ -58,6 +63,8 @@ def prepare(
     workers: int | None = None,
     progress: bool = True,
     verify: bool = False,
+    autoencoder: str | Path | None = None,
+    encoding: EncodeOptions | None = None,
 ) -> Pack:
     """Decode images into a pack at `out`, by default in `cache_dir()`, and open it.
 
@@ -69,7 +76,9 @@ def prepare(
     16 bits and floats in their own units, and "auto" is "values" if most images are floats or wide
     integers and some of them cannot be pixels. `range` are the values that become 0 and 255,
     others are clipped; `fit` is "crop", "pad", "stretch" or "windows". `columns` are stored
-    beside labels and captions, which are always stored if there are any. A fraction `holdout` of
+    beside labels and captions, which are always stored if there are any. With an `autoencoder` (a
+    run or model, a folder of diffusers, or a name on the hub) the pack holds its latents, by the
+    options `encoding`; the pack of the pixels is in the cache. A fraction `holdout` of
     the images (at most 1,000) is held out from training, unless they are divided already. An
     existing pack of the same data and options is reused, with `verify` only if all of it is intact;
     another one at `out` is replaced. Images that cannot be used are listed in the report; raises
@@ -89,9 +98,31 @@ def prepare(
         max_enlarge=max_enlarge,
     )
     is_path = isinstance(data, str | Path)
+    latents = None if autoencoder is None else _opened(autoencoder)
     source = open_source(data) if is_path else as_source(data, name, classes)
     workers = count_workers(workers, source)
     target = None if out is None else expanded(out)
+    if latents is None:
+        return _decoded(source, options, target, workers, max_bad, progress, verify)
+    pack = _decoded(source, options, None, workers, max_bad, progress, verify)
+    chosen = encoding or EncodeOptions()
+    return encoded(pack, latents, chosen, target, progress=progress, verify=verify)
+
+
+def _opened(autoencoder: str | Path) -> Autoencoder:
+    return load_autoencoder(autoencoder, device=pick_device("auto"))
+
+
+def _decoded(
+    source: Source,
+    options: Options,
+    target: Path | None,
+    workers: int,
+    max_bad: float | None,
+    progress: bool,
+    verify: bool,
+) -> Pack:
+    """The pack of the images as such."""
     pack = find_pack(source, options, target, verify=verify)
     if pack is not None:
         return _accepted(pack, max_bad)
@@ -123,16 +154,43 @@ def prepare(
 def prepare_data(data: DataConfig) -> Pack:
     """Prepare the images of a configuration, or open the pack that was prepared before.
 
-    A pack is used as it is, unless another resolution or number of channels is asked for.
+    A pack is used as it is, unless another resolution or number of channels is asked for. With an
+    autoencoder the result are latents, also of mirrored images if `data.flip` asks for these, or
+    if the default recipe would.
     """
     source = open_source(data.path, data.labels)
+    if data.autoencoder is None:
+        return _prepared(source, data)
+    autoencoder = _opened(data.autoencoder)
+    if isinstance(source, Pack) and isinstance(source.space, Latents):
+        return _latents_of(source, autoencoder, data)
+    pack = _prepared(source, data)
+    options = data.encoding(mirrored=data.flip or worth_mirroring(pack))
+    return encoded(pack, autoencoder, options, progress=place().is_main)
+
+
+def _latents_of(pack: Pack, autoencoder: Autoencoder, data: DataConfig) -> Pack:
+    """A pack of latents, if it is one of this autoencoder; else `ValueError`."""
+    assert isinstance(pack.space, Latents)
+    if pack.space.digest != autoencoder.digest:
+        raise ValueError(
+            f"{data.path} holds latents of the autoencoder {pack.space.digest}, and "
+            f"{data.autoencoder} has the weights {autoencoder.digest}; leave --autoencoder out, or "
+            "give the images themselves"
+        )
+    return marked_used(pack)
+
+
+def _prepared(source: Source, data: DataConfig) -> Pack:
+    """The pack of the images as such, or a pack that is used as it is."""
     if isinstance(source, Pack):
-        _, *size, channels = source.info.shape
+        _, *size, channels = source.pictures.shape
         sizes = (None, tuple(size), *(size[:1] if len(set(size)) == 1 else ()))
         fits = data.resolution in sizes and data.channels in (None, channels)
         fits = fits and data.range is None
         columns = {filled.column for filled in source.columns}
-        if fits and columns.issuperset(data.columns) and data.space in ("auto", source.space.word):
+        spaces = ("auto", source.space.pictured.word)
+        if fits and columns.issuperset(data.columns) and data.space in spaces:
             return marked_used(source)
     return prepare(
         source,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.data.findings import Levels
+from patchdiffusion.data.latents import Latents
 from patchdiffusion.data.spacebase import Pixels, SpaceBase, in_picture, shown
 
-__all__ = ["STD", "Pixels", "Space", "Statistics", "Tally", "Values", "shown", "tally"]
+__all__ = ["STD", "Latents", "Pixels", "Space", "Statistics", "Tally", "Values", "shown", "tally"]
 
 STD = 0.5
 """Standard deviation of `Values` in the units of a network, as EDM assumes for images."""
@@ -81,7 +82,8 @@ class Values(SpaceBase):
         return in_picture(np.rint(unit.clip(0, 1) * 255).astype(np.uint8), alpha=False)
 
 
-Space = Pixels | Values
+Space = Pixels | Values | Latents
+"""The spaces of packs and models."""
 """The spaces of packs and models."""
 
 

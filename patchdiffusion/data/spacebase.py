@@ -31,6 +31,11 @@ class SpaceBase(Protocol):
     """Arrays of a pack beside the images."""
 
     @property
+    def described(self) -> str:
+        """Text about a space that is not obvious, else ""."""
+        return ""
+
+    @property
     def mirrors(self) -> bool:
         """True if stored images may be mirrored."""
         return True

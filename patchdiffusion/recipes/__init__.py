@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from patchdiffusion.data.mirror import mirror_of
+from patchdiffusion.data.latents import Latents
+from patchdiffusion.data.mirror import FEW, mirror_of
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.nets import Network, dit, unet
@@ -39,6 +40,8 @@ class Facts:
     """Number of classes, 0 without labels."""
     count: int = 10_000
     """Number of training images."""
+    latents: bool = False
+    """True if the images are latents of an autoencoder; `canvas` and `channels` are theirs."""
     mirrors: bool = False
     """True if images are known to be mirror symmetric, see `data.mirror`."""
     device: str = "cpu"
@@ -56,6 +59,7 @@ class Facts:
             channels=pack.channels,
             classes=len(pack.classes) if trained > 1 else 0,
             count=len(pack.train),
+            latents=isinstance(pack.space, Latents),
             mirrors=pack.space.mirrors and mirror_of(pack).harmless,
             device=auto if device == "auto" else device,
         )
@@ -67,16 +71,21 @@ GROWING = Progressive(loss_norm="mean")
 """Small to large crops over the run, the plan with the lowest loss per operation in benchmarks."""
 
 
+LATENT_FRACTIONS = (1.0, 0.5)
+"""Sides of crops of latents: all, and half of it, as published (arXiv 2304.12526)."""
+
+
 def folder(facts: Facts) -> TrainConfig:
     """Any images: settings by their resolution, number and the hardware. The default for a path.
 
     A CPU gets a small network, about an hour, and crops from small to large; a GPU the published
     networks: U-Nets to 64 pixels, and for many larger images a transformer on pixels, at a seventh
     of the operations or less. Few images get more dropout, and flips if mirroring is harmless.
-    Labels are used where there are any. Clips and other data that are no images get a transformer.
+    Labels are used where there are any. Latents get crops of all and half of their side. Clips and
+    other data that are no images get a transformer.
     """
     resolution = min(facts.canvas[-2:])
-    few = facts.count < 20_000
+    few = facts.count < FEW
     if facts.device == "cpu":
         network, law = unet.tiny(resolution), GROWING
         # In short runs the number of steps decides: no more pixels in one than keep a core busy.
@@ -86,6 +95,8 @@ def folder(facts: Facts) -> TrainConfig:
         network, law = unet.small(resolution) if few else unet.ddpmpp(resolution), Stratified()
         batch, lr = 256, 4e-4 if few else 2e-4
         images = min(max(facts.count * 250.0, 2e6), 5e7)
+    if facts.latents:
+        law = replace(law, fractions=LATENT_FRACTIONS, probs=(0.5, 0.5))
     if len(facts.canvas) != 2:
         network = dit.for_canvas(facts.canvas)
     dropout = 0.2 if facts.count < 6_000 and facts.device != "cpu" else network.dropout
@@ -100,7 +111,8 @@ def folder(facts: Facts) -> TrainConfig:
         batch=batch,
         images=images,
     )
-    pixels = len(facts.canvas) == 2 and resolution > 64 and not few and facts.device != "cpu"
+    pixels = len(facts.canvas) == 2 and resolution > 64 and not (few or facts.latents)
+    pixels = pixels and facts.device != "cpu"
     return _on_pixels(config, facts.canvas) if pixels else config
 
 

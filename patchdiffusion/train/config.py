@@ -35,6 +35,7 @@ FREE = (
     "micro_batch",
     "preview",
     "data.path",
+    "data.autoencoder",  # identified by its digest, as a part of the data
     "data.max_enlarge",
     "objective.teacher",  # identified by its digest
     "guard.max_skips",
