@@ -1,9 +1,12 @@
 """A linear autoencoder, exactly invertible: the oracle of latents."""
 
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,7 +73,16 @@ class LinearAutoencoder(AutoencoderNetwork[LinearCodec]):
         return F.pixel_shuffle(blocks, self.factor)
 
 
-families.add(Network, LinearCodec)
+if Path(sys.argv[0]).name == "__main__.py":  # a command that imports the file
+    families.add(Network, LinearCodec)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known() -> Iterator[None]:
+    """The codec is a network within a module of tests that imports this."""
+    families.add(Network, LinearCodec)
+    yield
+    families.remove(Network, LinearCodec)
 
 
 def save_codec(folder: Path, *, seed: int = 0, channels: int = 3, **changes: object) -> Path:

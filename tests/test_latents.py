@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from codecs_linear import save_codec
+from codecs_linear import known, save_codec
 from commands import refuses
 from torch import Tensor
 
@@ -22,6 +22,8 @@ from patchdiffusion.data.prepare import prepare
 from patchdiffusion.encoders.autoencoder import Autoencoder, load_autoencoder
 from patchdiffusion.nets.autoencoder import KLConfig
 from patchdiffusion.plans import Group
+
+__all__ = ["known"]  # a fixture
 
 COUNT, SIDE = 24, 16
 

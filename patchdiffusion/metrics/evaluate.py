@@ -120,7 +120,7 @@ class Evaluation:
         if not model.objective.denoises:
             return "a consistency model is no denoiser"
         if model.space.random and model.space != self.pack.space:
-            return f"it is one of {model.space.word}, and those of the data are not the model's"
+            return f"it is that of {model.space.word}, and the data are not those of the model"
         return ""
 
     def losses(self, pipeline: Pipeline, chosen: Tensor, part: range) -> Tensor:

@@ -1,0 +1,31 @@
+"""Latents on two processes."""
+
+from pathlib import Path
+
+import harness
+import pytest
+import tiny
+from harness import drive
+
+from patchdiffusion.model import ModelConfig, save_model
+from patchdiffusion.nets.autoencoder import KLConfig
+from patchdiffusion.nets.heads import AutoencoderHead
+from patchdiffusion.noise import LogNormal
+from patchdiffusion.parameterisation import EDM
+
+
+def test_latents_on_two_processes(images: Path, tmp_path: Path) -> None:
+    """The same draws of latents for any number of processes, which encode the images once."""
+    shape = KLConfig(base=4, mult=(1, 1), groups=2, mid_attention=False)
+    state = shape.build().state_dict()
+    model = ModelConfig(
+        network=shape, head=AutoencoderHead(), precond=EDM(), noise=LogNormal(), canvas=(16, 16)
+    )
+    save_model(tmp_path / "autoencoder", model, state, state)
+    latents = {"data.autoencoder": str(tmp_path / "autoencoder"), "network.channels": 4}
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert harness.here(images, one, config=latents | {"data.variants": 2}).code == 0
+    ended = drive(images, two, size=2, config=latents | {"data.variants": 2, "micro_batch": 1})
+    assert [e.code for e in ended] == [0, 0], ended
+    for a, b in zip(tiny.history(one), tiny.history(two), strict=True):
+        assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
