@@ -73,7 +73,7 @@ class LinearAutoencoder(AutoencoderNetwork[LinearCodec]):
         return F.pixel_shuffle(blocks, self.factor)
 
 
-if Path(sys.argv[0]).name == "__main__.py":  # a command that imports the file
+if Path(sys.argv[0]).parent.name == "patchdiffusion":  # a command that imports the file
     families.add(Network, LinearCodec)
 
 
