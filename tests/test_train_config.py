@@ -156,6 +156,7 @@ FREE_CHANGES = {
     "micro_batch": {"micro_batch": 2},
     "preview": {"preview": PreviewConfig(grid=4, guidance=2.0)},
     "data.path": {"data": DataConfig(path="elsewhere")},
+    "data.autoencoder": {"data": DataConfig(autoencoder="elsewhere")},
     "data.max_enlarge": {"data": DataConfig(max_enlarge=8.0)},
     "guard.max_skips": {"guard": GuardConfig(max_skips=3)},
     "guard.rollbacks": {"guard": GuardConfig(rollbacks=3)},
