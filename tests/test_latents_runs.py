@@ -14,9 +14,8 @@ from commands import Capture, fails, names, refuses, works
 from PIL import Image
 from sameruns import check_resumed
 
-from patchdiffusion import TrainConfig, load, recipes
+from patchdiffusion import TrainConfig, load, recipes, train
 from patchdiffusion.accel.tiles import Tiles
-from patchdiffusion.conditioners.base import Wish
 from patchdiffusion.data import latents
 from patchdiffusion.data.latents import AUTOENCODER
 from patchdiffusion.data.options import DataConfig
@@ -27,7 +26,6 @@ from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.model import load_model
 from patchdiffusion.recipes import Facts
 from patchdiffusion.sampling.config import SamplerConfig
-from patchdiffusion.train import loop
 
 __all__ = ["known"]  # a fixture
 TINY = "--network.base 4 --network.mult 1 2 --network.blocks 1 --network.attention"
@@ -230,5 +228,30 @@ def test_conditions_of_whole_images_are_latents(folder: Path, tmp_path: Path):
     mean = training.pack.space.to_network(stored, None, batch.flip)
     expected = torch.where(batch.flip.view(-1, 1, 1, 1), mean.flip(-1), mean)
     assert bool(batch.flip.any()) and whole.equal(expected)
-    assert Wish(seeds=batch.index, canvas=(8, 8)).prompts is None
-    loop.one_step(training)
+    varied = tiny.training(config(folder, variants=2), tmp_path / "varied").stepper.feed
+    with refuses("variants", 1):
+        varied.whole(batch)
+
+
+def test_in_python(folder: Path, tmp_path: Path):
+    """A keyword is the short flag; the data may be given beside it."""
+    settings = {"images": 2, "clock": "steps", "batch": 4, "preview": {"samples": 1, "grid": 2}}
+    network = {"base": 4, "mult": (1, 2), "blocks": 1, "attention": ()}
+    run = train(
+        folder / "photos",
+        out=tmp_path / "run",
+        autoencoder=folder / "codec",
+        data={"labels": "off"},
+        network=network,
+        **settings,
+    )
+    assert run.sample(2, steps=2).shape == (2, 16, 16, 3)
+
+
+def test_decoding_is_float32_whatever_the_network_is(trained: Path):
+    space = load_model(trained).config.space
+    x = torch.linspace(-1, 1, 12 * 64).reshape(1, 12, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert np.array_equal(space.to_values(x), space.to_values(x.double()))
+        low = space.to_values(x)
+    assert np.array_equal(low, space.to_values(x))

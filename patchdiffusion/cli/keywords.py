@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from patchdiffusion.cli.configfile import flags_of
+from patchdiffusion.cli.renamed import SHORT
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.system.serialize import encode
 
@@ -22,7 +23,9 @@ def arguments_of(record: Any, keywords: Mapping[str, Any]) -> list[str]:
     `ValueError` for other names and values.
     """
     table: Table = {}
-    for name, value in keywords.items():
+    short = {SHORT[name]: value for name, value in keywords.items() if name in SHORT}
+    others = {name: value for name, value in keywords.items() if name not in SHORT}
+    for name, value in (others | short).items():  # below `data`, which may be among the others
         *above, last = name.split(".")
         inner = table
         for part in above:

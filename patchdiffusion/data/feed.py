@@ -113,6 +113,11 @@ class Feed:
 
     def whole(self, batch: Batch) -> Tensor:
         """Whole images of a batch, mirrored and augmented as its crops: float32 [B, C, *S]."""
+        if self.space.varies:
+            raise ValueError(
+                f"crops are of one of several variants of an image, so that their whole image is "
+                f"not known; prepare {self.space.word} with --variants 1"
+            )
         index, canvas = batch.index.to(self.images.device), tuple(self.images.shape[1:-1])
         augment = batch.cond.augment
         return gather(

@@ -110,6 +110,11 @@ class Latents(SpaceBase):
         return self.mirrored
 
     @property
+    def varies(self) -> bool:
+        """True if there are several variants of each image."""
+        return self.variants > 1
+
+    @property
     def versions(self) -> int:
         """Number of encodings of each image."""
         return self.variants * (1 + self.mirrored)

@@ -40,6 +40,11 @@ class SpaceBase(Protocol):
         """True if stored images may be mirrored."""
         return True
 
+    @property
+    def varies(self) -> bool:
+        """True if several variants of an image are stored, one of which is drawn."""
+        return False
+
     def channels(self, stored: int) -> int:
         """Channels of the network, for stored images of so many channels.
 
