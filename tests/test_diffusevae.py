@@ -13,6 +13,15 @@ from commands import Capture, fails, refuses, works
 from torch import Tensor
 
 from patchdiffusion import TrainConfig, load
+from patchdiffusion.apps.walk import (
+    along,
+    class_direction,
+    interpolated,
+    latent_of,
+    principal_axes,
+    walk,
+    wish_of,
+)
 from patchdiffusion.cond import Cond
 from patchdiffusion.conditioners.priors import Mixture, Normal, fit_mixture
 from patchdiffusion.conditioners.reconstruction import Reconstruction, decoded, moments, opened
@@ -373,3 +382,52 @@ def test_from_the_command_line(images: Path, vae: Path, tmp_path: Path, capsys: 
     assert "does not read" in fails(capsys, "train", images, *lego)
     finished = (*missing, "--conditioners.reconstruction.model", run_folder)
     assert "autoencoder" in fails(capsys, "train", images, *finished)
+
+
+# ---- Walks through the latent space ----
+
+
+def test_latents_along_circles_and_directions() -> None:
+    a, b = torch.tensor([[3.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 1.0], [2.0, 2.0]])
+    path = interpolated(a, b, 5)
+    torch.testing.assert_close(path[:, 0], a)
+    torch.testing.assert_close(path[:, -1], b)
+    lengths = torch.tensor([3.0, 2.5, 2.0, 1.5, 1.0])
+    torch.testing.assert_close(path[0].norm(dim=1), lengths)
+    torch.testing.assert_close(path[1], torch.linspace(1, 2, 5)[:, None].expand(5, 2))
+    z = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    z = z * torch.tensor([1.0, 5.0, 0.1]) + 7
+    axes = principal_axes(z, 2)
+    torch.testing.assert_close(axes[0], torch.tensor([0.0, 5.0, 0.0]), rtol=0, atol=0.2)
+    torch.testing.assert_close(axes[1], torch.tensor([1.0, 0.0, 0.0]), rtol=0, atol=0.2)
+    labels = (z[:, 1] > 7).long()
+    assert torch.equal(class_direction(z, labels, 1, 0), -class_direction(z, labels, 0, 1))
+    moved = along(z[:1], axes[0], 3, 2.0)[0]
+    torch.testing.assert_close(moved[1], z[0])
+    torch.testing.assert_close(moved[2] - moved[1], 2 * axes[0])
+    with refuses("axes", 4):
+        principal_axes(z, 4)
+    with refuses("class 2"):
+        class_direction(z, labels, 0, 2)
+
+
+def test_walks_from_the_command_line(refiner: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The ends of a walk are samples of their latents; the picture has a row for each walk."""
+    few = ("--rows", 2, "--columns", 3, "--steps", 1)
+    for number, flags in enumerate(((), ("--axes",), ("--between", "a", "b"))):
+        out = tmp_path / f"{number}.png"
+        assert "2 walks of 3 images" in works(capsys, "walk", refiner, *few, *flags, "--out", out)
+    pictures = {f.read_bytes() for f in tmp_path.glob("*.png")}
+    assert len(pictures) >= 2  # a network that has hardly learned hardly looks at its picture
+    pipeline = load(refiner)
+    z = latent_of(pipeline).latents(wish_of(pipeline, torch.arange(2)))
+    labels = torch.tensor([0])
+    images = walk(pipeline, interpolated(z[:1], z[1:], 3), config=ONE_STEP, labels=labels)
+    shared = replace(ONE_STEP, noise_seed=0)
+    ends = pipeline.sample(2, config=shared, classes=["a"])
+    assert abs(images[0, [0, 2]].astype(int) - ends).max() <= 1
+    assert "--axes" in fails(capsys, "walk", refiner, "--between", "a", "b", "--axes")
+    assert "'c'" in fails(capsys, "walk", refiner, "--between", "a", "c")
+    plain = replace(pipeline.model, config=replace(pipeline.model.config, conditioners=()))
+    with refuses("--conditioners reconstruction"):
+        latent_of(replace(pipeline, model=plain))

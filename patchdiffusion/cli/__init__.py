@@ -67,6 +67,7 @@ COMMANDS = {
         "doctor",
         "info",
         "bricks",
+        "walk",
     )
 }
 

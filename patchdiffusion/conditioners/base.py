@@ -6,10 +6,10 @@ union in `conditioners/__init__.py`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -56,6 +56,23 @@ class Wish:
                 f"{file} is damaged: its digest is {digest[:12]}, not {str(recorded)[:12]}"
             )
         return file.read_bytes()
+
+
+@runtime_checkable
+class Latent(Protocol):
+    """A conditioner that makes its conditions of a latent vector."""
+
+    def latents(self, wish: Wish) -> Tensor:
+        """Latent vectors that the prior draws for seeds: float32 [B, d]."""
+        ...
+
+    def of(self, z: Tensor, wish: Wish) -> Cond:
+        """Condition of latent vectors [B, d]."""
+        ...
+
+    def encoded(self, images: Iterator[Tensor], wish: Wish) -> Tensor:
+        """Latent vectors of whole images, batches [B, C, *S]: means of their posteriors, [N, d]."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

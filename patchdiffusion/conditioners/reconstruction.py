@@ -140,6 +140,14 @@ class Reconstruction(ConditionerConfig):
         center = self.prior.center(dims, fitted)
         return (center + self.temperature * (z - center)).to(wish.device)
 
+    @torch.no_grad()
+    def encoded(self, images: Iterator[Tensor], wish: Wish) -> Tensor:
+        """Means of the posteriors of images: [N, d]."""
+        autoencoder = self._autoencoder(wish.folder, wish.device)
+        means = [moments(autoencoder, x.to(wish.device))[0].cpu() for x in images]
+        return torch.cat([torch.zeros(0, autoencoder.latent_channels), *means])
+
+    @torch.no_grad()
     def of(self, z: Tensor, wish: Wish) -> Cond:
         """Condition of latent vectors [B, d]."""
         autoencoder = self._autoencoder(wish.folder, wish.device)
