@@ -23,7 +23,7 @@ from patchdiffusion.apps.walk import (
     wish_of,
 )
 from patchdiffusion.cond import Cond
-from patchdiffusion.conditioners.priors import Mixture, Normal, fit_mixture
+from patchdiffusion.conditioners.priors import Mixture
 from patchdiffusion.conditioners.reconstruction import Reconstruction, decoded, moments, opened
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
@@ -78,55 +78,6 @@ def config(images: Path, vae: Path, **fields: object) -> TrainConfig:
 def refiner(images: Path, vae: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "refiner"
     return tiny.run(config(images, vae, dropout=0.3), folder)
-
-
-# ---- Priors ----
-
-
-def test_one_component_has_the_empirical_moments() -> None:
-    z = torch.randn(200, 3, generator=torch.Generator().manual_seed(0)).double() @ torch.rand(
-        3, 3, generator=torch.Generator().manual_seed(1)
-    ).double() + torch.tensor([1.0, -2.0, 0.5])
-    fitted = Mixture(components=1).fit(z)
-    root = fitted["roots"][0]
-    assert fitted["weights"].tolist() == pytest.approx([1.0])
-    torch.testing.assert_close(fitted["means"][0], z.mean(0), rtol=0, atol=1e-12)
-    torch.testing.assert_close(root @ root.T, z.T.cov(correction=0), rtol=0, atol=1e-12)
-    draws = Mixture(components=1).draw(torch.arange(20_000), 3, fitted)
-    torch.testing.assert_close(draws.mean(0), z.mean(0).float(), rtol=0, atol=0.05)
-    torch.testing.assert_close(draws.T.cov(), z.T.cov().float(), rtol=0.05, atol=0.03)
-
-
-def test_a_mixture_finds_clusters() -> None:
-    generator = torch.Generator().manual_seed(0)
-    which = torch.arange(600) % 3 == 0
-    centers = torch.where(which[:, None], torch.tensor([4.0, 0.0]), torch.tensor([-2.0, 1.0]))
-    z = centers + torch.randn(600, 2, generator=generator) * torch.tensor([0.5, 1.5])
-    fitted = fit_mixture(z.double(), 2)
-    order = fitted["weights"].argsort()
-    assert fitted["weights"][order].tolist() == pytest.approx([1 / 3, 2 / 3], abs=0.01)
-    for index, part in zip(order, (z[which], z[~which]), strict=True):
-        root = fitted["roots"][index]
-        torch.testing.assert_close(fitted["means"][index].float(), part.mean(0), rtol=0, atol=0.1)
-        torch.testing.assert_close((root @ root.T).float(), part.T.cov(), rtol=0, atol=0.2)
-
-
-def test_draws_are_functions_of_seeds() -> None:
-    fitted = Mixture(components=3).fit(torch.randn(99, 2, generator=torch.Generator()))
-    for prior in (Normal(), Mixture(components=3)):
-        all_at_once = prior.draw(torch.arange(8), 2, fitted)
-        assert torch.equal(prior.draw(torch.tensor([5]), 2, fitted), all_at_once[5:6])
-        assert len(all_at_once.unique(dim=0)) == 8
-    assert Normal().draw(torch.arange(9999), 2, {}).std() == pytest.approx(1, abs=0.02)
-
-
-def test_too_few_images_for_a_mixture() -> None:
-    with refuses("10 components", "32 dimensions", "1,280", "1,000", "at most 7"):
-        Mixture().fit(torch.zeros(1000, 32))
-    with refuses("fewer dimensions", "normal"):
-        Mixture(components=2).fit(torch.ones(100, 2))
-    with refuses("components", 0):
-        Mixture(components=0)
 
 
 # ---- Conditions in training ----
@@ -426,7 +377,7 @@ def test_walks_from_the_command_line(refiner: Path, tmp_path: Path, capsys: Capt
     shared = replace(ONE_STEP, noise_seed=0)
     ends = pipeline.sample(2, config=shared, classes=["a"])
     assert abs(images[0, [0, 2]].astype(int) - ends).max() <= 1
-    assert "--axes" in fails(capsys, "walk", refiner, "--between", "a", "b", "--axes")
+    assert "two walks" in fails(capsys, "walk", refiner, "--between", "a", "b", "--axes")
     assert "'c'" in fails(capsys, "walk", refiner, "--between", "a", "c")
     plain = replace(pipeline.model, config=replace(pipeline.model.config, conditioners=()))
     with refuses("--conditioners reconstruction"):
