@@ -84,6 +84,21 @@ def test_a_run_is_that_of_its_latents_wherever_they_are(
         prepare_data(replace(as_pack.data, autoencoder=str(folder / "other")))
 
 
+def test_latents_are_used_as_they_are(folder: Path):
+    path = str(prepare_data(config(folder).data).path)
+    assert prepare_data(DataConfig(path=path, resolution=16, channels=3)).path == Path(path)
+    for name, value in (
+        ("resolution", 8),
+        ("variants", 3),
+        ("range", (0.0, 1.0)),
+        ("labels", "off"),
+    ):
+        with refuses(path, f"--data.{name}"):
+            prepare_data(replace(DataConfig(path=path), **{name: value}))  # pyright: ignore
+    with refuses("data.variants", 2, "--autoencoder"):
+        prepare_data(DataConfig(path=str(folder / "photos"), variants=2))
+
+
 def test_the_canvas_is_that_of_the_latents(folder: Path, tmp_path: Path, trained: Path):
     training = tiny.training(config(folder), tmp_path / "run")
     assert training.canvas == (8, 8) and training.pack.channels == 12

@@ -28,7 +28,7 @@ from patchdiffusion.data.plan import make_plan, windows_each
 from patchdiffusion.data.ready import Ready, results
 from patchdiffusion.data.report import Report, bad_lines, empty_classes, write_text
 from patchdiffusion.data.rows import Rows, as_source
-from patchdiffusion.data.source import open_source
+from patchdiffusion.data.source import Unlabeled, open_source
 from patchdiffusion.data.split import MIN_IMAGES, division, repeats
 from patchdiffusion.data.store import default_target, find_pack, make_room, shape_of, stamp_of
 from patchdiffusion.data.stored import marked_used
@@ -159,24 +159,52 @@ def prepare_data(data: DataConfig) -> Pack:
     if the default recipe would.
     """
     source = open_source(data.path, data.labels)
+    images = source.source if isinstance(source, Unlabeled) else source
+    if isinstance(images, Pack) and isinstance(images.space, Latents):
+        return _latents_of(images, images.space, data)
     if data.autoencoder is None:
+        if data.encoding(mirrored=False) != EncodeOptions():
+            raise ValueError(
+                f"data.variants is {data.variants} and data.statistics {data.statistics}, which "
+                "are of latents; name an --autoencoder"
+            )
         return _prepared(source, data)
     autoencoder = _opened(data.autoencoder)
-    if isinstance(source, Pack) and isinstance(source.space, Latents):
-        return _latents_of(source, autoencoder, data)
     pack = _prepared(source, data)
     options = data.encoding(mirrored=data.flip or worth_mirroring(pack))
     return encoded(pack, autoencoder, options, progress=place().is_main)
 
 
-def _latents_of(pack: Pack, autoencoder: Autoencoder, data: DataConfig) -> Pack:
-    """A pack of latents, if it is one of this autoencoder; else `ValueError`."""
-    assert isinstance(pack.space, Latents)
-    if pack.space.digest != autoencoder.digest:
+def _latents_of(pack: Pack, space: Latents, data: DataConfig) -> Pack:
+    """A pack of latents, if it is what is asked for; else `ValueError`."""
+    plain = DataConfig(path=data.path)
+    allowed: dict[str, tuple[object, ...]] = {
+        "resolution": (space.size, *(space.size[:1] if len(set(space.size)) == 1 else ())),
+        "channels": (space.planes,),
+        "variants": (space.variants,),
+        "statistics": ("channel" if space.shape[1:] == (1, 1) else "position",),
+        "space": ("pixels",),
+        "columns": (),
+        "range": (),
+    }
+    for name, values in allowed.items():
+        if (value := getattr(data, name)) not in (getattr(plain, name), *values):
+            raise ValueError(
+                f"data.{name} is {value}, and {data.path} holds latents that are used as they are; "
+                f"leave out --data.{name}, or give the images themselves"
+            )
+    if data.labels == "off":
         raise ValueError(
-            f"{data.path} holds latents of the autoencoder {pack.space.digest}, and "
-            f"{data.autoencoder} has the weights {autoencoder.digest}; leave --autoencoder out, or "
-            "give the images themselves"
+            f"{data.path} holds latents with the labels that they have; leave out --data.labels, "
+            "and set --network.num-classes 0"
+        )
+    if (
+        data.autoencoder is not None
+        and (digest := _opened(data.autoencoder).digest) != space.digest
+    ):
+        raise ValueError(
+            f"{data.path} holds latents of the autoencoder {space.digest}, and {data.autoencoder} "
+            f"has the weights {digest}; leave --autoencoder out, or give the images themselves"
         )
     return marked_used(pack)
 

@@ -119,8 +119,11 @@ class Evaluation:
         model = pipeline.model.config
         if not model.objective.denoises:
             return "a consistency model is no denoiser"
-        if model.space.random and model.space != self.pack.space:
-            return f"it is that of {model.space.word}, and the data are not those of the model"
+        alike = model.space == self.pack.space
+        if not alike and (model.space.random or self.pack.space.random):
+            return (
+                f"it is that of {model.space.word}, and the data are other {self.pack.space.word}"
+            )
         return ""
 
     def losses(self, pipeline: Pipeline, chosen: Tensor, part: range) -> Tensor:
