@@ -32,6 +32,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.encoders.autoencoder import load_autoencoder
+from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.metrics.compare import Gathered, compare
 from patchdiffusion.metrics.evaluate import Evaluation
 from patchdiffusion.metrics.options import EvaluationConfig
@@ -47,6 +48,7 @@ from patchdiffusion.solvers import DPMpp2M
 from patchdiffusion.system import families
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.files import read_json, write_json
+from patchdiffusion.system.parts import Parts
 from patchdiffusion.system.png import grid, save_png
 from patchdiffusion.train.report import read_log
 
@@ -54,6 +56,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "latents-emoji.png"
 SAMPLER = SamplerConfig(solver=DPMpp2M(), steps=10)
+SHOWN = 10
 F4 = KLConfig(latent_channels=4, base=16, mult=(1, 2, 4), blocks=1, mid_attention=False)
 F8 = KLConfig(latent_channels=4, base=128, mult=(1, 2, 4, 4), blocks=2, groups=32)
 """Encoder of Stable Diffusion."""
@@ -199,51 +202,54 @@ def operations(run: Path) -> float:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """Compare samples of both with real images, and make the picture."""
-    extract, autoencoder = extractor(options.features), load_autoencoder(options.autoencoder)
-    rows, result = [], {}
+    """Compare samples with real images, kept batch by batch, and make the picture at the end."""
+    extract, file = extractor(options.features), RESULTS / "latents-emoji.json"
     settings = EvaluationConfig(samples=options.samples, sampler=SAMPLER, batch=16, held_out=200)
-    pack = prepare_data(data_of(options, "pixels"))
-    shown = pack.heldout[torch.arange(10) * len(pack.heldout) // 10]
-    rows.append(pack.pictures[shown].numpy())
-    decoded = reconstructions(autoencoder, pack.pictures[pack.heldout])
-    rows.append(decoded[torch.arange(10) * len(decoded) // 10].numpy())
-    for kind in ("latents", "pixels"):
-        pipeline, own = (
-            load(options.work / kind, device="cpu"),
-            prepare_data(data_of(options, kind)),
-        )
-        measured = Evaluation(own, settings, extract).of_model(pipeline)
-        rows.append(pipeline.sample(10, config=SAMPLER, batch=10))
+    for kind in options.only:
+        pipeline = load(options.work / kind, device="cpu")
+        own, kept = prepare_data(data_of(options, kind)), Parts(options.work / "kept" / kind)
+        result = read_json(file) if file.is_file() else {}
+        measured = Evaluation(own, settings, extract, kept=kept).of_model(pipeline)
         names = ("kernel_distance", "kernel_distance_std", "frechet_distance", "copy_rate")
+        network = pipeline.model.network
         result[kind] = {
             "training operations": operations(options.work / kind),
             "equivalents": pipeline.model.config.images,
-            "parameters": sum(p.numel() for p in pipeline.model.network.parameters()),
-            "GMAC per evaluation": count(pipeline.model.network, pipeline.model.config.canvas).macs
-            / 1e9,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "GMAC per evaluation": count(network, pipeline.model.config.canvas).macs / 1e9,
             "held-out loss in its own space": measured["held_out"]["loss"],
             **{name: measured[name] for name in names if name in measured},
         }
-        write_json(RESULTS / "latents-emoji.json", result)
-    error = (decoded.float() - pack.pictures[pack.heldout].float()).square().mean((1, 2, 3))
-    reference = Reference(pack, Featurizer(extract, 0), 10**6, 64, Team(), bool)
+        result["settings"] = {"samples": options.samples, "sampler": "dpmpp-2m, 10 evaluations"}
+        write_json(file, result)
+        np.save(options.work / f"{kind}.npy", pipeline.sample(SHOWN, config=SAMPLER, batch=SHOWN))
+    picture(options, extract, file)
+
+
+def picture(options: argparse.Namespace, extract: Extractor, file: Path) -> None:
+    """Held-out images, their reconstructions, and samples of both models; measure the former."""
+    autoencoder = load_autoencoder(options.autoencoder)
+    pack = prepare_data(data_of(options, "pixels"))
+    real = pack.pictures[pack.heldout]
+    decoded = reconstructions(autoencoder, real)
+    error = (decoded.float() - real.float()).square().mean((1, 2, 3))
+    reference = Reference(pack, Featurizer(extract, 0), 10**6, 64, Team(), bool).gathered()
     images = Gathered.together([Gathered.of(extract(part) for part in decoded.split(64))])
+    encoding = macs_of(Encoder(autoencoder.network), torch.empty(1, 3, 128, 128, device="meta"))
+    result = read_json(file)
     result["autoencoder"] = {
         "digest": autoencoder.digest,
         "training operations": operations(options.autoencoder),
         "PSNR of held-out images": (10 * (255**2 / error).log10()).mean().item(),
-        "kernel_distance of reconstructions": compare(reference.gathered(), images)[
-            "kernel_distance"
-        ],
-        "encoding of the data, operations": 2.0
-        * len(pack)
-        * macs_of(Encoder(autoencoder.network), torch.empty(1, 3, 128, 128, device="meta")),
+        "kernel_distance of reconstructions": compare(reference, images)["kernel_distance"],
+        "encoding of the data, operations": 2.0 * len(pack) * encoding,
     }
-    result["settings"] = {"samples": options.samples, "sampler": "dpmpp-2m, 10 evaluations"}
-    write_json(RESULTS / "latents-emoji.json", result)
-    save_png(PICTURE, grid(np.concatenate(rows), columns=10))
-    print(read_json(RESULTS / "latents-emoji.json"))
+    write_json(file, result)
+    rows = [x[torch.arange(SHOWN) * len(x) // SHOWN].numpy() for x in (real, decoded)]
+    made = [options.work / f"{kind}.npy" for kind in ("latents", "pixels")]
+    rows += [np.load(samples) for samples in made if samples.is_file()]
+    save_png(PICTURE, grid(np.concatenate(rows), columns=SHOWN))
+    print(result)
 
 
 def reconstructions(autoencoder: Any, images: Tensor) -> Tensor:
@@ -265,8 +271,11 @@ def main() -> None:
     parser.add_argument("--autoencoder", type=Path, help="run of the autoencoder")
     parser.add_argument("--work", type=Path, help="folder of the runs")
     parser.add_argument("--features", type=Path, help="file of small_features.py")
-    parser.add_argument("--operations", type=float, default=6e13, help="of each training")
-    parser.add_argument("--samples", type=int, default=200, help="samples that are measured")
+    parser.add_argument("--operations", type=float, default=2e13, help="of each training")
+    parser.add_argument("--samples", type=int, default=96, help="samples that are measured")
+    parser.add_argument(
+        "--only", nargs="*", default=["latents", "pixels"], help="models to measure"
+    )
     options = parser.parse_args()
     cost() if options.what == "cost" else {"run": run, "measure": measure}[options.what](options)
 

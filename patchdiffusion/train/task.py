@@ -130,6 +130,11 @@ def check_images(config: Settings, pack: Pack, makes: Makes = "denoiser") -> Non
             f"the network is {families.word(type(config.network))}, of the kind "
             f"{config.network.makes}, and this task trains one of the kind {makes}; {_FIXES[makes]}"
         )
+    if makes == "autoencoder" and pack.space.random:
+        raise ValueError(
+            f"an autoencoder is trained on images, and {pack.name} holds {pack.space.word}; give "
+            "the images themselves, without --autoencoder"
+        )
     pack.space.check()
     channels, axes = pack.channels, pack.images.ndim - 2
     if axes != config.network.axes:
