@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from commands import Capture, fails, refuses, works
+from sameruns import check_micro_batches, check_resumed
 from torch import Tensor
 
 from patchdiffusion import TrainConfig, load
@@ -35,6 +36,7 @@ from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.model import ModelConfig, save_model
 from patchdiffusion.nets.vae import VAEConfig
 from patchdiffusion.noise import LogNormal
+from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.parameterisation import EDM, EpsVP
 from patchdiffusion.paths import per_sample
 from patchdiffusion.plans import Group
@@ -202,6 +204,18 @@ def test_formulation_2_is_a_shift_of_the_input() -> None:
 
 
 # ---- Runs and models ----
+
+
+def test_resumed_and_in_small_passes(images: Path, vae: Path, tmp_path: Path) -> None:
+    """With a mixture, which is fitted anew from the same images."""
+    given = config(images, vae, dropout=0.3, latent=True, prior=Mixture(components=2))
+    straight = check_resumed(given, tmp_path)
+    priors = [tmp_path / name / "model" / "prior.safetensors" for name in ("straight", "broken")]
+    assert priors[0].read_bytes() == priors[1].read_bytes()
+    check_micro_batches(given, tmp_path / "parts")
+    other = replace(config(images, vae), objective=ConsistencyConfig(teacher=str(straight)))
+    with refuses("teacher", "reconstruction"):
+        tiny.training(replace(other, network=replace(REFINER, extra_dim=4)), tmp_path / "x")
 
 
 def test_the_model_carries_its_autoencoder(refiner: Path, vae: Path, tmp_path: Path) -> None:

@@ -302,6 +302,12 @@ def _teacher(path: Path, config: TrainConfig, pack: Pack, device: torch.device) 
             f"the teacher {path} does not fit: size, channels and classes are "
             f"{theirs} instead of {own}"
         )
+    others = [c for c in model.config.conditioners if c not in config.conditioners]
+    if others:
+        raise ValueError(
+            f"the teacher {path} does not fit: it has the conditioner "
+            f"{families.word(type(others[0]))}, and the run has not, or another"
+        )
     if model.config.space != pack.space:
         raise ValueError(
             f"the teacher {path} does not fit {pack.name}: its space is "
