@@ -232,14 +232,16 @@ def _write(training: Training, full: Groups, record: RunFacts) -> str:
 
 def _write_model(training: Training, full: Groups) -> None:
     averaged = full["weights"] | full[MAIN]
-    conditioners = training.config.conditioners
+    folder = training.folder / "model"
     save_model(
-        training.folder / "model",
+        folder,
         training.model_config,
         averaged,
         full["weights"],
-        carried=training.kept | {n: f for c in conditioners for n, f in c.carried().items()},
+        carried=training.kept | training.carried,
     )
+    # The files of this run from now on, whatever becomes of those that it was started with.
+    training.carried = {name: folder / name for name in training.carried}
 
 
 def _check_space(root: Path, needed: int) -> None:

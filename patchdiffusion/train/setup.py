@@ -77,6 +77,8 @@ class Training:
     """Modules that the objective trains, which are not part of the model; mostly none."""
     kept: dict[str, bytes]
     """Files that conditioners have made for the model."""
+    carried: dict[str, Path]
+    """Files that the model needs, by their paths in its folder."""
     teacher: str | None
     """Digest of the teacher."""
     ema: EMA
@@ -274,6 +276,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         objective=objective,
         learned=materials.learned,
         kept=materials.keep,
+        carried={n: f for c in config.conditioners for n, f in c.carried().items()},
         teacher=" ".join(model.digest for model in teachers) or None,
         ema=ema,
         stepper=stepper,
