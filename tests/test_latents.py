@@ -1,5 +1,6 @@
 """Packs of latents: exact with a linear autoencoder, within bounds with a convolutional one."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from codecs_linear import known, save_codec
 from commands import refuses
+from safetensors.torch import save_file
 from torch import Tensor
 
 from patchdiffusion import rng
@@ -20,6 +22,7 @@ from patchdiffusion.data.options import EncodeOptions
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.encoders.autoencoder import Autoencoder, load_autoencoder
+from patchdiffusion.encoders.diffusershub import facts_of
 from patchdiffusion.nets.autoencoder import KLConfig
 from patchdiffusion.plans import Group
 
@@ -334,3 +337,20 @@ def test_an_autoencoder_that_is_gone_or_another_one(
         16,
         3,
     )
+
+
+def test_a_folder_of_diffusers_travels_with_its_latents(pixels: Pack, tmp_path: Path):
+    shape = KLConfig(base=8, mult=(1, 1), groups=4, mid_attention=False)
+    network, folder = shape.build(seed=0), tmp_path / "published" / "vae"
+    folder.mkdir(parents=True)
+    save_file(network.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(facts_of(shape)))
+    pack = made(pixels, load_autoencoder(folder.parent), tmp_path / "pack")
+    shutil.rmtree(folder.parent)
+    space = space_of(Pack.open(pack.path))
+    x = space.to_network(pack.images[:2].movedim(-1, 1).float())
+    with torch.no_grad():
+        expected = network.decode(network.moments(network_units(pack, torch.arange(2)))[0])
+    torch.testing.assert_close(space.network_of_values(x), expected, rtol=0, atol=2e-2)
+    space.save_to(tmp_path / "model")
+    assert (tmp_path / "model" / AUTOENCODER / "diffusion_pytorch_model.safetensors").is_file()
