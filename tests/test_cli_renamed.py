@@ -24,7 +24,11 @@ def test_a_number_is_the_weight_of_guidance() -> None:
         assert present({"guidance": words}, ()) == {"guidance": words}
 
 
-def test_a_size_is_a_region_where_there_is_a_canvas() -> None:
-    region = {"canvas": ["region"], "canvas.size": ["64", "96"]}
-    assert present({"size": ["64", "96"]}, {"canvas"}) == region
+def test_a_size_is_that_of_the_canvas_where_there_is_one() -> None:
+    canvas = {"canvas": ["auto"], "canvas.size": ["64", "96"]}
+    assert present({"size": ["64", "96"]}, {"canvas"}) == canvas
+    assert present({"size": ["64x96"]}, {"canvas"}) == canvas
+    region = present({"size": ["64"], "corner": ["0", "8"]}, {"canvas"})
+    assert region["canvas"] == ["region"] and region["canvas.corner"] == ["0", "8"]
+    assert present({"size": ["64"]}, {"canvas", "size"}) == {"size": ["64"]}
     assert present({"size": ["64"]}, {"batch"}) == {"size": ["64"]}

@@ -16,7 +16,7 @@ from torch import Tensor
 from patchdiffusion import SamplerConfig, load
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.paths import DDPM
-from patchdiffusion.sampling.canvas import CanvasRegion
+from patchdiffusion.sampling.canvas import AutoCanvas, CanvasRegion
 from patchdiffusion.solvers import DDIM, Ancestral, Churn, Euler, Heun, Method, Solver
 from patchdiffusion.solvers.schedules import (
     FlowSpaced,
@@ -142,8 +142,8 @@ def test_every_solver_samples_from_a_model(solver: Callable[[], Any]) -> None:
             SamplerConfig(solver=Euler(), schedule=FlowSpaced()),
         ),
         ({"solver": DDIM()}, SamplerConfig(solver=DDIM())),
-        ({"size": (16, 8)}, SamplerConfig(canvas=CanvasRegion(size=(16, 8)))),
-        ({"size": 16}, SamplerConfig(canvas=CanvasRegion(size=(16, 16)))),
+        ({"size": (16, 8)}, SamplerConfig(canvas=AutoCanvas(size=(16, 8)))),
+        ({"size": 16}, SamplerConfig(canvas=AutoCanvas(size=(16,)))),
     ],
 )
 def test_keywords_are_settings(keywords: dict[str, Any], config: SamplerConfig) -> None:

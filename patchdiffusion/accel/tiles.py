@@ -7,6 +7,7 @@ no seams. Shapes: B images, T windows of each, n axes.
 """
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -17,7 +18,9 @@ from patchdiffusion import rng
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.guidance.base import Surroundings
-from patchdiffusion.patches import Size, coordinates, crop, pixel_indices, size_name
+from patchdiffusion.patches import Size, coordinates, pixel_indices, size_name
+from patchdiffusion.system.dist import Team
+from patchdiffusion.system.place import place
 
 AT_ONCE = 64
 """Windows that are evaluated together, unless a batch has more images."""
@@ -69,8 +72,12 @@ class TiledDenoiser(Wrapper):
 
     Pixels in several windows get the mean of their estimates, weighted towards the middle of a
     window if these overlap by plan. With `shift` the windows lie elsewhere in every step of a
-    solver, as a function of the step and of the seed of each image. An image of the size of the
-    canvas is denoised as it is. Raises `ValueError` for a smaller one.
+    solver, as a function of the step and of the seed of each image. Along the axes in `wrap`
+    windows go on at the opposite border. An image of the size of the canvas is denoised as it is,
+    unless it wraps. Raises `ValueError` for a smaller one.
+
+    Memory beside the image and two copies of it is that of `AT_ONCE` windows. The processes of a
+    team divide the windows; all of them get the image.
     """
 
     def __init__(
@@ -81,6 +88,8 @@ class TiledDenoiser(Wrapper):
         overlap: float = 0.0,
         shift: bool = True,
         kind: Coordinates = "window",
+        wrap: Collection[int] = (),
+        team: Team | None = None,
     ):
         """`overlap` is the share of a window that the next one covers, in [0, 1)."""
         if not 0 <= overlap < 1:
@@ -91,22 +100,28 @@ class TiledDenoiser(Wrapper):
         self.overlap = overlap
         self.shift = shift
         self.kind: Coordinates = kind
+        self.wrap = frozenset(wrap)
+        self.team = team or Team()
 
     def places(self, size: Size, count: int, call: Call, device: torch.device) -> Tensor:
         """First pixels of the windows of `count` images, maybe beyond them: int64 [B, T, n]."""
         position = call.position if self.shift else None
+        seeds = None if position is None else position.seeds
+        seeds = torch.zeros(count, dtype=torch.int64) if seeds is None else seeds
+        key = None if position is None else rng.keys(0, "tiles", position.index, seeds.to(device))
         axes = []
         for axis, (side, window, stride) in enumerate(
             zip(size, self.canvas, self.strides, strict=True)
         ):
-            if position is None:
+            offset = None if key is None else rng.integers(rng.subkeys(key, f"axis {axis}"), stride)
+            if axis in self.wrap:
+                around = torch.arange(tiles := math.ceil(side / stride), device=device)
+                first = (around * side // tiles).expand(count, -1)
+                axes.append(first if offset is None else first + offset[:, None])
+            elif offset is None:
                 axes.append(starts(side, window, stride).to(device).expand(count, -1))
-                continue
-            seeds = position.seeds
-            seeds = torch.zeros(count, dtype=torch.int64) if seeds is None else seeds
-            key = rng.keys(0, "tiles", position.index, seeds.to(device))
-            offset = rng.integers(rng.subkeys(key, f"axis {axis}"), stride)
-            axes.append(shifted_starts(side, window, stride, offset))
+            else:
+                axes.append(shifted_starts(side, window, stride, offset))
         grid = axes[0][..., None]  # [B, T, 1]
         for starts_of_axis in axes[1:]:
             t, u = grid.shape[1], starts_of_axis.shape[1]
@@ -118,75 +133,107 @@ class TiledDenoiser(Wrapper):
         size, count = tuple(x.shape[2:]), len(x)
         _check_size(size, self.canvas)
         place = self.places(size, count, call, x.device)
-        most = torch.tensor(size, device=x.device) - torch.tensor(self.canvas, device=x.device)
-        corner = place.clamp(min=torch.zeros_like(most), max=most)  # windows lie inside the image
-        flat = corner.transpose(0, 1).flatten(0, 1)  # [T B, n]
-        window = self._condition(cond or Cond(), corner, size)
-        pos = window_coordinates(self.kind, flat, self.canvas, self.canvas, size)
-        window = replace(window, pos=pos.to(x.device))
-        cut, level = _cut(x, corner, self.canvas), self._levels(sigma, corner)
-        parts = torch.arange(len(cut), device=x.device).split(max(count, AT_ONCE))
+        corner = self._inside(place, size)
+        flat, moved = (
+            t.transpose(0, 1).flatten(0, 1) for t in (corner, corner - place)
+        )  # [T B, n]
+        parts = torch.arange(len(flat), device=x.device).split(max(count, AT_ONCE))
         call = call if len(parts) == 1 else call.untaped()
-        denoised = [
-            ask(
+        total = torch.zeros_like(x).movedim(1, -1)  # [B, *S, C]
+        norm = torch.zeros_like(total[..., :1])
+        for number, part in enumerate(parts):
+            if number % self.team.size != self.team.place.rank:
+                continue
+            windows = Windows(part % count, flat[part], self.canvas, size)
+            denoised = ask(
                 self.inner[0],
-                cut[part],
-                level[part] if isinstance(level, Tensor) and level.ndim else level,
-                window.take(part),
-                _of_windows(call, part % count, number),
+                windows.cut(x),
+                _levels(sigma, windows),
+                self._condition(cond or Cond(), windows),
+                _of_windows(call, windows.image, number),
             )
-            for number, part in enumerate(parts)
+            if corner.shape[1] == 1 and not self.wrap:
+                return denoised  # the canvas of training, and no weights that round
+            self._add(denoised, windows, moved[part], total, norm)
+        total, norm = self.team.all_reduce(total), self.team.all_reduce(norm)
+        return (total / norm).movedim(-1, 1)
+
+    def _inside(self, place: Tensor, size: Size) -> Tensor:
+        """First pixels of windows that are moved to lie inside the image, or go around it."""
+        axes = [
+            place[..., axis] if axis in self.wrap else place[..., axis].clamp(0, side - window)
+            for axis, (side, window) in enumerate(zip(size, self.canvas, strict=True))
         ]
-        if corner.shape[1] == 1:  # the canvas of training, and no weights that round
-            return denoised[0]
-        return self._joined(torch.cat(denoised), corner, place, x)
+        return torch.stack(axes, -1)
 
-    def _condition(self, cond: Cond, corner: Tensor, size: Size) -> Cond:
+    def _condition(self, cond: Cond, windows: "Windows") -> Cond:
         """The condition of each window; a map of the size of the image is cut as it is."""
-        count, tiles = corner.shape[:2]
-        index = torch.arange(count, device=corner.device).repeat(tiles)
-        cut = cond.image is not None and tuple(cond.image.shape[2:]) == size
-        image = _cut(cond.image, corner, self.canvas) if cut and cond.image is not None else None
-        taken = replace(cond, pos=None, image=None if cut else cond.image).take(index)
-        return replace(taken, image=image) if cut else taken
+        pos = window_coordinates(self.kind, windows.corner, self.canvas, self.canvas, windows.size)
+        image, pos = cond.image, pos.to(windows.corner.device)
+        cut = image is not None and tuple(image.shape[2:]) == windows.size
+        taken = replace(cond, pos=None, image=None if cut else image).take(windows.image)
+        map_ = windows.cut(image) if cut and image is not None else taken.image
+        return replace(taken, pos=pos, image=map_)
 
-    def _levels(self, sigma: Tensor | float, corner: Tensor) -> Tensor | float:
-        if not isinstance(sigma, Tensor) or sigma.ndim == 0:
-            return sigma
-        return _cut(sigma, corner, self.canvas) if sigma.ndim > 1 else sigma.repeat(corner.shape[1])
-
-    def _joined(self, denoised: Tensor, corner: Tensor, place: Tensor, x: Tensor) -> Tensor:
-        """Mean over the windows of each pixel: [T B, C, *canvas] -> like x.
+    def _add(
+        self, denoised: Tensor, windows: "Windows", moved: Tensor, total: Tensor, norm: Tensor
+    ) -> None:
+        """Add weighted windows to their sums, one of each image at a time.
 
         A window that was moved inside counts where it would lie without that only: else its border
         would be at the same pixels in every step.
         """
-        total = torch.zeros_like(x).movedim(1, -1)  # [B, *S, C]
-        norm = torch.zeros_like(total[..., :1])
-        sample = torch.arange(len(x), device=x.device).view(-1, *(1 for _ in self.canvas))
-        for tile, part in enumerate(denoised.movedim(1, -1).split(len(x))):
-            index = (sample, *pixel_indices(corner[:, tile], self.canvas))
-            weight = self._weight(corner[:, tile] - place[:, tile], x.dtype)[..., None]
-            total[index] += weight * part
-            norm[index] += weight
-        return (total / norm).movedim(-1, 1)
+        weight = self._weight(moved, total.dtype)[..., None]
+        parts = weight * denoised.movedim(1, -1).to(total.dtype)
+        each = torch.arange(len(parts), device=total.device).split(len(total))
+        for some in each:  # windows of different images do not meet
+            index = windows.at(some)
+            total[index] += parts[some]
+            norm[index] += weight[some]
 
     def _weight(self, moved: Tensor, dtype: torch.dtype) -> Tensor:
         """Weight of each pixel of windows that were moved inside by [B, n]: [B, *canvas].
 
-        1 where a window lies without that, or with overlap the distance to its border; else 0.
+        1 where a window lies without that, or with overlap the product over axes of the square of
+        the distance to its border; else 0. Estimates near a border are worst: the square has a
+        tenth of the error of the distance itself on a Gaussian field.
         """
         weight = torch.ones(len(moved), *(1 for _ in self.canvas), dtype=dtype, device=moved.device)
         for pixel, side in zip(pixel_indices(moved, self.canvas), self.canvas, strict=True):
             inside = torch.minimum(pixel + 0.5, side - pixel - 0.5).clamp(min=0).to(dtype)
-            weight = weight * (inside if self.overlap else (inside > 0).to(dtype))
+            weight = weight * (inside.square() if self.overlap else (inside > 0).to(dtype))
         return weight
 
 
-def _cut(x: Tensor, corner: Tensor, window: Size) -> Tensor:
-    """All windows of images, those of one number together: [B, C, *S] -> [T B, C, *window]."""
-    parts = [crop(x, corner[:, tile], window) for tile in range(corner.shape[1])]
-    return torch.cat(parts)
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Windows of the images of a batch."""
+
+    image: Tensor
+    """int64 [P], number of the image."""
+    corner: Tensor
+    """int64 [P, n], first pixel; windows beyond the border go on at the opposite one."""
+    window: Size
+    size: Size
+    """Size of the images."""
+
+    def at(self, some: Tensor) -> tuple[Tensor, ...]:
+        """Indices of the pixels of some windows in images [B, *S, C]."""
+        axes = pixel_indices(self.corner[some], self.window)
+        image = self.image[some].view(-1, *(1 for _ in self.window))
+        return (image, *(axis % side for axis, side in zip(axes, self.size, strict=True)))
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The windows of images or maps: [B, C, *S] -> [P, C, *window]."""
+        every = torch.arange(len(self.image), device=self.image.device)
+        return x.movedim(1, -1)[self.at(every)].movedim(-1, 1)
+
+
+def _levels(sigma: Tensor | float, windows: Windows) -> Tensor | float:
+    """Noise levels of windows."""
+    if not isinstance(sigma, Tensor) or sigma.ndim == 0:
+        return sigma
+    return windows.cut(sigma) if sigma.ndim > 1 else sigma[windows.image]
 
 
 def _of_windows(call: Call, image: Tensor, number: int) -> Call:
@@ -223,6 +270,11 @@ class Tiles:
     seams."""
     overlap: float = 0.0
     """Share of a window that the next one covers, in [0, 1); estimates are averaged there."""
+    wraps: Literal["none", "x", "y", "xy"] = "none"
+    """Axes along which the image goes on at its opposite border: x for panoramas, xy for textures
+    that tile."""
+    split: bool = False
+    """Divide the windows of each image among the processes of torchrun, not the images."""
     coordinates: Coordinates = "window"
     """window: each window is a whole image; pitch: coordinates go on as in training; clamp: the
     same, but end at the border; periodic: they repeat; whole: they are stretched over the image."""
@@ -232,6 +284,11 @@ class Tiles:
             raise ValueError(f"a size needs positive height and width, not {self.size}")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap must lie in [0, 1), not {self.overlap}")
+        if self.wraps != "none" and self.coordinates not in ("window", "periodic"):
+            raise ValueError(
+                f"coordinates {self.coordinates} end at the borders, where windows that wrap go "
+                "on; allowed are window and periodic"
+            )
 
     def place(self, canvas: Size) -> tuple[Size, tuple[int, ...]]:
         """Size of the samples, and the position of their first pixel on the canvas.
@@ -253,4 +310,6 @@ class Tiles:
             overlap=self.overlap,
             shift=self.shift,
             kind=self.coordinates,
+            wrap=[len(around.canvas) - 1 - i for i, c in enumerate("xy") if c in self.wraps],
+            team=Team(place()) if self.split else None,
         )

@@ -58,6 +58,8 @@ COMMANDS = {
     for name in (
         "train",
         "sample",
+        "restore",
+        "edit",
         "evaluate",
         "prepare",
         "packs",

@@ -17,8 +17,9 @@ RENAMED = {
 """Present name of a flag, by the name in version 0.1."""
 SHORT = {"autoencoder": "data.autoencoder"}
 """Flags in full, by their short form."""
-REGION = ("size", "corner")
-"""Flags of a region of the canvas, short for `--canvas region --canvas.size`."""
+CANVAS = {"size": "size", "corner": "corner", "wrap": "wraps"}
+"""Fields of the canvas by their short flags: `--size` stands for `--canvas auto --canvas.size`,
+which becomes a region with `--corner` and windows with `--wrap`."""
 
 
 def present_name(name: str) -> str:
@@ -33,17 +34,20 @@ def present(
 ) -> dict[str, Sequence[str]]:
     """Flags by their present names, with short forms in full where their family is known.
 
-    `--guidance 3` is classifier-free guidance of that weight, `--size 64 96` a region.
+    `--guidance 3` is classifier-free guidance of that weight, `--size 64x96` a canvas.
     """
     flags = {present_name(name): words for name, words in flag_words.items()}
     for name, full in SHORT.items():
         if full in known and name not in known and name in flags:
             flags[full] = flags.pop(name)
-    if "canvas" in known and any(name in flags for name in REGION):
-        flags.setdefault("canvas", ["region"])
-        for name in REGION:
-            if name in flags:
-                flags[f"canvas.{name}"] = flags.pop(name)
+    short = [name for name in CANVAS if name in flags and name not in known]
+    if "canvas" in known and short:
+        kind = "tiles" if "wrap" in short else "region" if "corner" in short else "auto"
+        flags.setdefault("canvas", [kind])
+        for name in short:
+            words = flags.pop(name)
+            sides = [side for word in words for side in word.split("x")]  # 64x96
+            flags[f"canvas.{CANVAS[name]}"] = sides if name == "size" else words
     for family in ("guidance", "sampler.guidance"):
         weight = _number(flags.get(family, ()))
         if weight is not None:

@@ -1,7 +1,6 @@
 """patchdiffusion sample RUN [options]"""
 
 import contextlib
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from patchdiffusion import __version__
 from patchdiffusion.cli.claimed import check_out, claimed, resumable
 from patchdiffusion.cli.drawn import Drawn, batches, check_space
 from patchdiffusion.cli.flags import flat, positional, read
@@ -26,7 +24,6 @@ from patchdiffusion.system.device import use_threads
 from patchdiffusion.system.dist import LONGEST_WORK, Team, join
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.progress import progress_bar
-from patchdiffusion.system.serialize import encode
 from patchdiffusion.system.text import counted, share
 
 MEETING = 2.0
@@ -187,23 +184,10 @@ def _bytes(options: SampleArguments, pipeline: Pipeline, size: Size) -> int:
     return values * (1 if model.space.pictured.word == "pixels" else 8)
 
 
-def _texts(options: SampleArguments, pipeline: Pipeline) -> dict[str, str]:
-    """Text entries of all files: model and sampler."""
-    texts = {
-        "software": f"patchdiffusion {__version__}",
-        "model": pipeline.model.digest,
-        "weights": options.weights,
-        "sampler": json.dumps(encode(pipeline.sampler(options.sampler))),
-    }
-    if pipeline.companions.digests:
-        texts["guides"] = json.dumps(pipeline.companions.digests)
-    return texts
-
-
 def _request(options: SampleArguments, pipeline: Pipeline) -> dict[str, Any]:
     """Settings on which the images depend; a folder with equal ones is resumed."""
     return {
-        **_texts(options, pipeline),
+        **pipeline.texts(options.sampler),
         "count": options.count,
         "seed": options.seed,
         "classes": list(options.classes),
@@ -218,7 +202,7 @@ def _drawn(folder: Path, options: SampleArguments, pipeline: Pipeline, size: Siz
         folder,
         count=options.count,
         seed=options.seed,
-        texts=_texts(options, pipeline),
+        texts=pipeline.texts(options.sampler),
         singles=options.singles,
         shape=config.space.shape_of(size, config.network.channels),
         space=config.space,

@@ -32,8 +32,8 @@ class Models(Protocol):
         """The classifier in a run or model folder."""
         ...
 
-    def picture(self, path: str) -> Tensor:
-        """The image in a file, in units of the network and of the size of its canvas: [C, *S]."""
+    def picture(self, path: str, size: Size | None = None) -> Tensor:
+        """The image in a file, in units of the network: [C, *S]; size None is its canvas."""
         ...
 
     def record(self, name: str) -> dict[str, Any] | None:
@@ -65,6 +65,8 @@ class Surroundings:
     """Loads the other models that guidance needs."""
     schedule: tuple[float, ...] = ()
     """The decreasing noise levels of the steps, then 0."""
+    size: Size = ()
+    """Size of the images that are sampled."""
 
 
 class Part(Protocol):

@@ -133,9 +133,11 @@ class GradientGuidance(Wrapper):
 
     `scale` 1 samples the density of the guide and 0 is the denoiser, bit for bit at its cost. Only
     noise levels under `below` are guided, by at most `clip` times |x - D| for each image. Without
-    `jacobian` the covariance is approximated by sigma^2 I: no backward pass through the network,
-    but far too strong where sigma exceeds the spread of the data, and off its support; use it with
-    `clip`. Networks run without autocast. It can be differentiated in x, so that it nests.
+    `jacobian` the covariance is approximated by that of independent pixels of deviation `data_std`,
+    sigma^2 data_std^2 / (sigma^2 + data_std^2) I: no backward pass through the network. With the
+    default, sigma^2 I, it is far too strong where sigma exceeds the spread of the data, and off its
+    support; use it with `clip`. Networks run without autocast. It can be differentiated in x, so
+    that it nests.
     """
 
     def __init__(
@@ -147,17 +149,21 @@ class GradientGuidance(Wrapper):
         below: float = math.inf,
         clip: float = math.inf,
         jacobian: bool = True,
+        data_std: float = math.inf,
     ):
         if not math.isfinite(scale):
             raise ValueError(f"the scale of guidance must be finite, not {scale}")
-        if not (below > 0 and clip > 0):
-            raise ValueError(f"below and clip must be positive, not {below} and {clip}")
+        if not (below > 0 and clip > 0 and data_std > 0):
+            raise ValueError(
+                f"below, clip and data_std must be positive, not {below}, {clip} and {data_std}"
+            )
         super().__init__(denoiser)
         self.guide = guide
         self.scale = scale
         self.below = below
         self.clip = clip
         self.jacobian = jacobian
+        self.data_std = data_std
 
     @property
     def edges(self) -> tuple[float, ...]:
@@ -185,7 +191,8 @@ class GradientGuidance(Wrapper):
                     (v,) = torch.autograd.grad(
                         output, point, v, retain_graph=True, create_graph=differentiable
                     )
-                return levels**2 * v
+                    return levels**2 * v
+                return levels**2 / (1 + (levels / self.data_std) ** 2) * v
 
             change = self.scale * self.guide(denoised, covariance)
         if self.clip < math.inf:

@@ -59,12 +59,41 @@ class CanvasRegion:
         return PatchDenoiser(denoiser, around.canvas, self.place(around.canvas)[1])
 
 
+@dataclass(frozen=True, kw_only=True)
+class AutoCanvas:
+    """Images of any size: windows if they are larger than those of training, else a region."""
+
+    word: ClassVar[str] = "auto"
+    size: tuple[int, ...] | None = None
+    """Height and width, or one number for a square; None is the size of training."""
+
+    def __post_init__(self) -> None:
+        CanvasRegion(size=self.size)
+
+    def chosen(self, canvas: Size) -> "WholeCanvas | CanvasRegion | Tiles":
+        """The canvas for a size of training."""
+        size = self.size or canvas
+        size = size * len(canvas) if len(size) == 1 else size
+        if size == canvas:
+            return WholeCanvas()
+        larger = len(size) == len(canvas) and all(a >= b for a, b in zip(size, canvas, strict=True))
+        return Tiles(size=size, overlap=0.25) if larger else CanvasRegion(size=size)
+
+    def place(self, canvas: Size) -> tuple[Size, Corner]:
+        """Size of the samples, and the position of their first pixel on the canvas."""
+        return self.chosen(canvas).place(canvas)
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return self.chosen(around.canvas).wrap(denoiser, around)
+
+
 def picture_on(canvas: "Canvas", image: Tensor, trained: Size) -> Tensor:
     """A picture of the canvas of training for the region that is sampled: [B, C, *S].
 
     The part that the region covers, with the border repeated beyond it; for tiles the whole,
     enlarged.
     """
+    canvas = canvas.chosen(trained) if isinstance(canvas, AutoCanvas) else canvas
     size, corner = canvas.place(trained)
     if getattr(canvas, "enlarges", False):
         return resized(image, size)
@@ -74,5 +103,5 @@ def picture_on(canvas: "Canvas", image: Tensor, trained: Size) -> Tensor:
     return image
 
 
-Canvas = WholeCanvas | CanvasRegion | Tiles | Inpaint
+Canvas = WholeCanvas | AutoCanvas | CanvasRegion | Tiles | Inpaint
 """The regions of `--canvas`; each is a `guidance.base.Part` with `place`."""

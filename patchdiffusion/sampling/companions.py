@@ -3,7 +3,6 @@
 import hashlib
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,8 +11,8 @@ from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.base import Classifier
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Weights
-from patchdiffusion.patches import size_name
-from patchdiffusion.sampling.inpaint import read_picture
+from patchdiffusion.patches import Size
+from patchdiffusion.sampling.pictures import read_picture, to_network
 from patchdiffusion.solvers.schedules import support
 from patchdiffusion.system.files import SEAL, sealed
 
@@ -66,33 +65,21 @@ class Companions:
         """Configuration of the model in a run or model folder."""
         return self._load(path, weights).config
 
-    def picture(self, path: str) -> Tensor:
+    def picture(self, path: str, size: Size | None = None) -> Tensor:
         """The image in a file, in the units of the network: [C, *S].
 
-        Raises `ValueError` unless it has the size and channels of the model, or is gray.
+        Raises `ValueError` unless it has the size, by default that of the model's canvas.
         """
         assert self.main is not None, "only a sampled model has a size"
-        config, values = self.main.config, read_picture(path)
+        config = self.main.config
         if config.space.random:
             raise ValueError(
                 f"the model samples {config.space.word}, in which no picture can be given, such as "
                 f"{path}; train a model of pixels"
             )
-        channels = config.network.channels
-        if values.shape[:-1] != config.canvas or values.shape[-1] not in (1, channels):
-            raise ValueError(
-                f"the picture {path} is {size_name(values.shape[:-1])} with {values.shape[-1]} "
-                f"channels, and the model makes {size_name(config.canvas)} with {channels}; crop "
-                "or resize the picture"
-            )
-        if config.space.dtype == "uint8" and values.dtype != np.uint8:
-            raise ValueError(
-                f"the picture {path} has values of type {values.dtype}, and the model 8-bit "
-                "pixels; save it with 8 bits per channel"
-            )
+        values = read_picture(path, config.space, config.network.channels, size or config.canvas)
         self._files[path] = hashlib.sha256(values.tobytes()).hexdigest()
-        stored = torch.from_numpy(values.astype(np.float32)).movedim(-1, 0)[None]
-        return config.space.to_network(stored.repeat(1, channels // values.shape[-1], 1, 1))[0]
+        return to_network(values, config.space)
 
     def record(self, name: str) -> dict[str, Any] | None:
         """Facts about the sampled weights in a file of their folder, see `Model.record`."""

@@ -18,14 +18,15 @@ from patchdiffusion.noise import NoiseLaw, for_size
 from patchdiffusion.objectives.base import ObjectiveConfig
 from patchdiffusion.parameterisation import Parameterisation, Trainable
 from patchdiffusion.patches import Size
-from patchdiffusion.sampling.canvas import Canvas, CanvasRegion, WholeCanvas
+from patchdiffusion.sampling.canvas import AutoCanvas, Canvas, CanvasRegion, WholeCanvas
+from patchdiffusion.sampling.restoring import NoMeasurement, Restoration
 from patchdiffusion.solvers import AutoSolver, Heun, Jumps, Method, SDEDPMpp2M, Solver
 from patchdiffusion.solvers.schedules import Karras, Schedule, ends, support
 from patchdiffusion.system import families
 from patchdiffusion.system.checks import finite, positive
 from patchdiffusion.system.families import word
 
-WRAPPING = ("accelerator", "guidance", "threshold", "canvas")
+WRAPPING = ("accelerator", "guidance", "threshold", "canvas", "restore")
 """The parts that wrap the denoiser, from the inside out."""
 
 
@@ -90,6 +91,8 @@ class SamplerConfig:
     noise_seed: int | None = None
     """Seed of the noise of all images, which then differ by their conditions alone; None is the
     seed of each."""
+    restore: Restoration = field(default_factory=NoMeasurement)
+    """What is known of the images; the command restore sets it."""
 
     def __post_init__(self) -> None:
         finite(self)
@@ -112,8 +115,8 @@ class SamplerConfig:
     ) -> "SamplerConfig":
         """A copy with some settings changed, each a record or the word of one.
 
-        A number as `guidance` is the weight of classifier-free guidance, 1 is none. `size` is a
-        region in the middle of the canvas, or around it. Raises `ValueError` for unknown words.
+        A number as `guidance` is the weight of classifier-free guidance, 1 is none. `size` is one
+        of the images, larger ones in windows. Raises `ValueError` for unknown words.
         """
         changes: dict[str, Any] = {}
         if isinstance(guidance, int | float):
@@ -129,7 +132,7 @@ class SamplerConfig:
         if steps is not None:
             changes["steps"] = steps
         if size is not None:
-            changes["canvas"] = CanvasRegion(size=(size,) if isinstance(size, int) else size)
+            changes["canvas"] = AutoCanvas(size=(size,) if isinstance(size, int) else size)
         return replace(self, **changes)
 
     # ---- The meaning of auto ----
@@ -175,10 +178,12 @@ class SamplerConfig:
                 f"a few-step model cannot be guided by {word(type(self.guidance))} when it is "
                 "sampled; MeanFlow is when it is trained: --objective.guidance"
             )
-        if not isinstance(self.canvas, WholeCanvas | CanvasRegion):
+        if not isinstance(self.canvas, WholeCanvas | AutoCanvas | CanvasRegion):
             raise ValueError(
                 f"--canvas {word(type(self.canvas))} needs a denoiser, and a few-step model jumps"
             )
+        if not isinstance(self.restore, NoMeasurement):
+            raise ValueError("restoration needs a denoiser, and a few-step model jumps")
         plain = SamplerConfig(threshold=NoThreshold())
         if isinstance(self.threshold, AutoThreshold):
             plain = SamplerConfig()
@@ -232,7 +237,7 @@ class SamplerConfig:
         `sigmas` are the noise levels, `canvas` is the size that the model was trained on.
         """
         levels, schedule = (float(sigmas[-2]), self._highest(sigmas)), tuple(sigmas.tolist())
-        around = Surroundings(canvas, levels, models, schedule)
+        around = Surroundings(canvas, levels, models, schedule, self.canvas.place(canvas)[0])
         for name in WRAPPING:
             part: Part = getattr(self, name)
             denoiser = part.wrap(denoiser, around)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
-from patchdiffusion.data.decode import decoded
 from patchdiffusion.denoiser import (
     Denoiser,
     NetDenoiser,
@@ -27,7 +26,7 @@ from patchdiffusion.denoiser import (
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.paths import per_sample
-from patchdiffusion.system.files import expanded
+from patchdiffusion.sampling.pictures import read_example
 
 _WHITE = {"uint8": 255.0, "uint16": 65535.0, "float32": 1.0, "float64": 1.0}
 
@@ -111,20 +110,21 @@ class Inpaint:
                 "one for the image; train one with --network dit --objective patch-forcing"
             )
         patch = tuple(math.lcm(*each) for each in zip(*sides, strict=True))
-        known = _known(self.mask, around.canvas)
+        known = known_pixels(self.mask, around.canvas)
         image = around.models.picture(self.image)
         level = around.levels[0] if self.level is None else self.level
         whole = PatchDenoiser(denoiser, around.canvas)
         return KnownPixels(whole, image, known, patch=patch, level=level)
 
 
-def _known(mask: str, canvas: Size) -> Tensor:
-    """The pixels that a mask keeps: bool [*S]."""
-    values = read_picture(mask)
-    if values.shape[:-1] != canvas:
+def known_pixels(mask: str, size: Size) -> Tensor:
+    """The pixels that a mask keeps: bool [*S]; `ValueError` for a mask of another size."""
+    values = read_example(mask).image
+    values = values[..., None] if values.ndim == 2 else values
+    if values.shape[:-1] != size:
         raise ValueError(
-            f"the mask {mask} is {size_name(values.shape[:-1])} and the canvas of the model "
-            f"{size_name(canvas)}; they must be equal"
+            f"the mask {mask} is {size_name(values.shape[:-1])} and the image "
+            f"{size_name(size)}; they must be equal"
         )
     most = _WHITE.get(values.dtype.name)
     if most is None or not np.isfinite(values).all():
@@ -137,11 +137,3 @@ def _known(mask: str, canvas: Size) -> Tensor:
         what = "black: nothing is painted" if known.all() else "white: nothing is kept"
         raise ValueError(f"the mask {mask} is all {what}; paint white what is to be made anew")
     return known
-
-
-def read_picture(path: str) -> np.ndarray:
-    """Values of an image file, [H, W, C]; raises `ValueError` for one that cannot be read."""
-    file = expanded(path)
-    if not file.is_file():
-        raise ValueError(f"there is no file {path}")
-    return decoded(file.read_bytes(), path).image

@@ -1,6 +1,7 @@
 """A trained model with its sampler: `load("runs/photos").sample(16)`."""
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchdiffusion import __version__
 from patchdiffusion.cond import Cond
 from patchdiffusion.conditioners.base import Wish, fill
 from patchdiffusion.guidance import Guidance
@@ -29,6 +31,7 @@ from patchdiffusion.solvers.schedules import Schedule
 from patchdiffusion.system.device import pick_device
 from patchdiffusion.system.memory import total_memory
 from patchdiffusion.system.progress import progress_bar
+from patchdiffusion.system.serialize import encode
 from patchdiffusion.system.text import printable, same_form
 
 
@@ -161,6 +164,18 @@ class Pipeline:
         model = self.model.config
         kind = Kind.trained(model.objective, model.precond, model.space)
         return config.resolved(kind).for_canvas(model.canvas, model.network.channels)
+
+    def texts(self, config: SamplerConfig) -> dict[str, str]:
+        """Text entries of the files of samples: software, weights, sampler, and other models."""
+        texts = {
+            "software": f"patchdiffusion {__version__}",
+            "model": self.model.digest,
+            "weights": self.model.weights,
+            "sampler": json.dumps(encode(self.sampler(config))),
+        }
+        if self.companions.digests:
+            texts["guides"] = json.dumps(self.companions.digests)
+        return texts
 
     def autocast(self) -> torch.autocast:
         """A context in which the network computes in the precision of this pipeline."""

@@ -40,6 +40,7 @@ from patchdiffusion.solvers.single import (
     Heun,
     Midpoint,
     Ralston,
+    RePaint,
     dpmpp_2s,
     euler,
     heun,
@@ -85,13 +86,24 @@ Solver = (
     | SDEDPMpp1
     | SDEDPMpp2M
     | EulerMaruyama
+    | RePaint
     | Jumps
 )
 """The solvers of `--solver`; a new member is a `Method`, see `solvers.core`."""
 
 __all__ = ["AB2", "AutoSolver", "Ancestral", "Churn", "DDIM", "DPMpp2M", "DPMpp2S", "DPMpp3M"]
 __all__ += ["DPMpp3MPublished", "Euler", "EulerMaruyama", "Heun", "History", "Integrator", "Jumps"]
-__all__ += ["Method", "Midpoint", "Move", "Noise", "Ralston", "SDEDPMpp1", "SDEDPMpp2M", "Solver"]
+__all__ += [
+    "Method",
+    "Midpoint",
+    "Move",
+    "Noise",
+    "Ralston",
+    "RePaint",
+    "SDEDPMpp1",
+    "SDEDPMpp2M",
+    "Solver",
+]
 __all__ += ["State", "Step", "UniPC", "ab2", "ancestral", "brownian", "crossings", "ddim"]
 __all__ += ["dpmpp_2m", "dpmpp_2s", "dpmpp_3m", "dpmpp_3m_published", "euler", "euler_maruyama"]
 __all__ += ["heun", "midpoint", "ralston", "run", "sde_dpmpp_1", "sde_dpmpp_2m", "solve", "unipc"]

@@ -95,15 +95,16 @@ class Step:
         level = self.sigma if sigma is None else sigma
         return ask(self.denoiser, x, level, self.cond, Call(position))
 
-    def perturb(self, x: Tensor, std: float) -> Tensor:
-        """Add noise, at most once per step; at std 0 no noise source is needed."""
+    def perturb(self, x: Tensor, std: float, turn: int = 0) -> Tensor:
+        """Add noise, once per step and turn; at std 0 no noise source is needed."""
         if std == 0:
             return x
         if self.source is None:
             raise ValueError("this solver needs noise: pass noise=, a function of the step index")
-        return x + std * self.source(self.index)
+        return x + std * self.source(self.index + turn * _TURN)
 
 
+_TURN = 2**20  # steps; the noise of further turns is that of steps beyond any schedule
 _RUNS = itertools.count()  # numbers trajectories, so that no cache mixes two of them
 
 Move = tuple[Tensor, Tensor, History]  # x at level b, the denoised image, the new history

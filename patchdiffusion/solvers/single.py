@@ -121,4 +121,33 @@ class DPMpp2S(Method):
         return towards(denoised, x, step.next_sigma / step.sigma), denoised, ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class RePaint(Method):
+    """First order, each step several times with noise in between (arXiv 2201.09865).
+
+    For `edit`: what is kept and what is made anew come to fit each other. `times` 1 is Euler.
+    """
+
+    word: ClassVar[str] = "repaint"
+    times: int = 5
+    """Repetitions of each step."""
+
+    def __post_init__(self) -> None:
+        if self.times < 1:
+            raise ValueError(f"times must be at least 1, not {self.times}")
+
+    def evaluations(self, steps: int) -> int:
+        return (steps - 1) * self.times + 1
+
+    def move(self, step: Step, x: Tensor) -> Move:
+        a, b = step.sigma, step.next_sigma
+        denoised = step.denoise(x)
+        x = towards(denoised, x, b / a)
+        for turn in range(1, self.times if b > 0 else 1):
+            x = step.perturb(x, math.sqrt(a**2 - b**2), turn)
+            denoised = step.denoise(x, stage=turn)
+            x = towards(denoised, x, b / a)
+        return x, denoised, ()
+
+
 euler, heun, midpoint, ralston, dpmpp_2s = Euler(), Heun(), Midpoint(), Ralston(), DPMpp2S()

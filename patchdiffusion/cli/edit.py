@@ -1,0 +1,159 @@
+"""patchdiffusion edit inpaint|outpaint|local RUN IMAGE"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+from patchdiffusion.apps import edit
+from patchdiffusion.cli.flags import flat, positional
+from patchdiffusion.cli.parse import parse
+from patchdiffusion.cli.places import check_run, home
+from patchdiffusion.cli.remade import Remade, for_each, pictures_of, remaking
+from patchdiffusion.cli.words import did_you_mean
+from patchdiffusion.nets.base import Weights
+from patchdiffusion.sampling.config import SamplerConfig
+from patchdiffusion.sampling.inpaint import known_pixels
+from patchdiffusion.sampling.pictures import read_picture
+from patchdiffusion.sampling.pipeline import Pipeline, load
+from patchdiffusion.system.device import use_threads
+
+Kind = Literal["inpaint", "outpaint", "local"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditArguments:
+    """Make parts of images anew, continue them beyond their borders, or vary them.
+
+    inpaint: what a mask leaves white; outpaint: what surrounds an image, up to --size; local:
+    samples near an image, by --strength. What is kept comes back bit for bit. Interrupted, the same
+    command goes on.
+    """
+
+    example: ClassVar[str] = "patchdiffusion edit inpaint runs/photos face.png --mask hole.png"
+    common: ClassVar[str] = "mask size corner strength by count seed classes steps out device"
+
+    subject: tuple[str, ...] = field(
+        default=(), metadata=positional("inpaint|outpaint|local RUN IMAGE ...")
+    )
+    """What to do, the folder of a run or model, and images or folders of them."""
+    mask: str | None = None
+    """Picture of the size of the images: white is made anew, black is kept."""
+    size: tuple[int, ...] | None = None
+    """outpaint: height and width of the result, or one number for a square."""
+    corner: tuple[int, ...] | None = None
+    """outpaint: top and left of the image in the result; None is the middle."""
+    strength: float = 0.3
+    """local: from 0, the image itself, to below 1, a new one; at .5 as much noise as image."""
+    sigma: float | None = None
+    """local: noise level, instead of the strength."""
+    by: edit.By = "resampling"
+    """inpaint, outpaint: each step several times (RePaint); replacement: once; guidance: the
+    posterior of a Gaussian with the network's own covariance, slower."""
+    count: int = 1
+    """Number of results for each image."""
+    seed: int = 0
+    """Seed of the first result."""
+    classes: tuple[str, ...] = ()
+    """Names or numbers of classes, used in turn."""
+    weights: Weights = "averaged"
+    """averaged: moving average of the weights; raw: weights as trained."""
+    out: Path | None = None
+    """Folder for the files; the default is edited/0001, 0002, ... in the folder of the run."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to sample on; auto is CUDA if available."""
+    threads: int | None = None
+    """CPU threads; None leaves it to PyTorch (one per core)."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig, metadata=flat("sampler"))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Edit images one after another."""
+    options = parse(EditArguments(), arguments, "edit")
+    kind, run, words = _subject(options.subject)
+    check_run(run)
+    _check(kind, options)
+    files = pictures_of(words)
+    use_threads(options.threads)
+    pipeline = load(run, weights=options.weights, device=options.device)
+    settings = {
+        name: getattr(options, name)
+        for name in ("mask", "size", "corner", "strength", "sigma", "by", "count", "seed")
+    }
+    texts = {
+        **pipeline.texts(options.sampler),
+        "edit": json.dumps({"kind": kind, **settings, "classes": list(options.classes)}),
+    }
+
+    def make(file: Path, made: Remade) -> None:
+        _edit(kind, file, made, options, pipeline)
+
+    with remaking(home(run) / "edited", options.out, texts, files) as made:
+        for_each(files, made, make, _suffix(options.count - 1, options.count))
+
+
+def _subject(words: Sequence[str]) -> tuple[Kind, Path, Sequence[str]]:
+    """What to do, the run, and the images."""
+    kinds = get_args(Kind)
+    if not words or words[0] not in kinds:
+        given = f"{words[0]!r} is no edit" if words else "what to do is missing"
+        near = did_you_mean(words[0], kinds) if words else ""
+        raise ValueError(
+            f"{given}; allowed are {', '.join(kinds)}: patchdiffusion edit inpaint RUN IMAGE{near}"
+        )
+    if len(words) < 3:
+        missing = "RUN and IMAGE are" if len(words) == 1 else "IMAGE is"
+        raise ValueError(f"{missing} missing; type patchdiffusion edit {words[0]} RUN IMAGE")
+    kind: Any = words[0]
+    return kind, Path(words[1]), words[2:]
+
+
+def _check(kind: Kind, options: EditArguments) -> None:
+    """Raise `ValueError` unless the flags belong to what is done."""
+    if options.count < 1:
+        raise ValueError(f"count must be at least 1, not {options.count}")
+    needs = {"inpaint": ("mask", "--mask FILE.png"), "outpaint": ("size", "--size H W")}
+    if kind in needs and getattr(options, needs[kind][0]) is None:
+        raise ValueError(f"edit {kind} needs {needs[kind][1]}")
+    belongs = {"size": "outpaint", "corner": "outpaint", "sigma": "local"}
+    for name, owner in belongs.items():
+        if getattr(options, name) is not None and kind != owner:
+            raise ValueError(f"--{name} belongs to edit {owner}, not to edit {kind}")
+    if options.mask is not None and kind == "outpaint":
+        raise ValueError("--mask belongs to edit inpaint and local, not to edit outpaint")
+
+
+def _edit(kind: Kind, file: Path, made: Remade, options: EditArguments, pipeline: Pipeline) -> None:
+    model = pipeline.model.config
+    image = read_picture(str(file), model.space, model.network.channels)
+    common: dict[str, Any] = {
+        "count": options.count,
+        "seed": options.seed,
+        "classes": options.classes or None,
+        "config": options.sampler,
+    }
+    known = None
+    if options.mask is not None:
+        known = known_pixels(options.mask, image.shape[:2]).numpy()
+    if kind == "inpaint":
+        assert known is not None
+        images = edit.inpaint(pipeline, image, known, by=options.by, **common)
+    elif kind == "outpaint":
+        assert options.size is not None
+        size = options.size * 2 if len(options.size) == 1 else options.size
+        if len(size) != 2:
+            raise ValueError(f"size must be height and width, not {options.size}")
+        images = edit.outpaint(
+            pipeline, image, size, corner=options.corner, by=options.by, **common
+        )
+    else:
+        sigma = edit.sigma_of(options.strength) if options.sigma is None else options.sigma
+        images = edit.local_sample(pipeline, image, sigma, known=known, **common)
+    for number, result in enumerate(images):
+        facts = {"source": file.name, "seed": str(options.seed + number)}
+        made.write(file.stem + _suffix(number, options.count), result, facts)
+
+
+def _suffix(number: int, count: int) -> str:
+    return f"-{number + 1}" if count > 1 else ""

@@ -1,0 +1,200 @@
+"""Edits: what is kept is kept, and samples near an image have the distribution they must have."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from commands import Capture, fails, works
+from PIL import Image
+
+from patchdiffusion import rng
+from patchdiffusion.analytic import GaussianMixture
+from patchdiffusion.apps.edit import KeptPixels, sigma_of
+from patchdiffusion.sampling.config import SamplerConfig
+from patchdiffusion.sampling.driver import Start, sample
+from patchdiffusion.solvers import Ancestral, Heun, RePaint, euler, solve
+from patchdiffusion.solvers.schedules import karras
+
+FAST = ("--steps", 3, "--device", "cpu", "--threads", 1)
+
+
+@pytest.mark.parametrize("level", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("random", [True, False], ids=["sde", "ode"])
+def test_local_samples_of_a_gaussian(level: float, random: bool) -> None:
+    """Closed form for N(0, s^2): means k x or sqrt(k) x, k = s^2 / (s^2 + level^2)."""
+    s, x0, count = 0.5, 0.7, 4000
+    law = GaussianMixture(torch.zeros(1, 1, 1, 1), torch.tensor([[[s**2]]]))
+    config = SamplerConfig(solver=Ancestral() if random else Heun(), steps=150)
+    x = sample(
+        law, seeds=range(count), channels=1, canvas=(1, 1), config=config, batch=count,
+        start=Start(torch.full((count, 1, 1, 1), x0), level),
+    ).flatten()  # fmt: skip
+    k = s**2 / (s**2 + level**2)
+    mean, variance = (
+        (k * x0, k * (1 + k) * level**2) if random else (math.sqrt(k) * x0, k * level**2)
+    )
+    assert x.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / count))
+    assert x.var().item() == pytest.approx(variance, rel=0.1)
+
+
+def test_known_pixels_follow_their_own_path() -> None:
+    """Under any solver a known pixel is itself plus its noise, and then itself."""
+    law = GaussianMixture(torch.zeros(1, 1, 2, 2), torch.eye(4)[None])
+    image, known = torch.tensor([[[1.0, 2], [3, 4]]]), torch.tensor([[True, False], [False, True]])
+    kept = KeptPixels(law, image, known)
+    sigmas = karras(6, 0.01, 10)
+    noise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    for state in euler(kept, image + sigmas[0] * noise, sigmas):
+        exact = image + sigmas[state.step] * noise
+        torch.testing.assert_close(state.x[..., known], exact[..., known])
+    assert torch.equal(state.x[..., known], image.double().expand_as(state.x)[..., known])
+
+
+def test_resampling_corrects_replacement() -> None:
+    """Two pixels of correlation .9: the unknown one approaches its conditional mean."""
+    rho, count = 0.9, 2000
+    cov = torch.tensor([[1, rho], [rho, 1]], dtype=torch.float64)
+    law = GaussianMixture(torch.zeros(1, 1, 1, 2, dtype=torch.float64), cov[None])
+    image, known = torch.tensor([[[1.0, 0]]]).double(), torch.tensor([[True, False]])
+    keys = rng.keys(0, "x", 0, torch.arange(count))
+    sigmas = karras(20, 0.01, 20)
+
+    def mean(times: int) -> float:
+        def noise(index: int) -> torch.Tensor:
+            return rng.normal(
+                rng.keys(1, "n", index, torch.arange(count)), (1, 1, 2), torch.float64
+            )
+
+        x = sigmas[0] * rng.normal(keys, (1, 1, 2), torch.float64)
+        done = solve(RePaint(times=times), KeptPixels(law, image, known), x, sigmas, noise=noise)
+        return done[..., 1].mean().item()
+
+    errors = [abs(mean(times) - rho) for times in (1, 8)]
+    assert errors[1] < 0.35 * errors[0] and errors[0] > 0.1
+
+
+def test_strengths() -> None:
+    assert sigma_of(0) == 0 and sigma_of(0.5) == pytest.approx(0.5)
+    assert RePaint(times=3).evaluations(5) == 13
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("pictures")
+    side = tiny.picture(3).shape[0]
+    for number in range(2):
+        Image.fromarray(tiny.picture(number)).save(root / f"{number}.png")
+    mask = np.zeros((side, side), np.uint8)
+    mask[: side // 2] = 255
+    Image.fromarray(mask).save(root.parent / "mask.png")
+    return root
+
+
+def read(file: Path) -> np.ndarray:
+    with Image.open(file) as picture:
+        return np.array(picture)
+
+
+@pytest.mark.parametrize("by", ["resampling", "replacement", "guidance"])
+def test_inpainting_keeps_what_is_black(
+    by: str, finished: Path, pictures: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    mask, out = pictures.parent / "mask.png", tmp_path / "out"
+    told = works(capsys, "edit", "inpaint", finished, pictures, "--mask", mask, "--by", by,
+                 "--out", out, *FAST)  # fmt: skip
+    assert "2 images" in told
+    black = read(mask) == 0
+    for file in sorted(pictures.iterdir()):
+        made, given = read(out / file.name), read(file)
+        assert np.array_equal(made[black], given[black])
+        assert not np.array_equal(made[~black], given[~black])
+    with Image.open(out / "0.png") as picture:
+        info = picture.info
+    assert info["source"] == "0.png" and "inpaint" in info["edit"] and info["model"]
+
+
+def test_outpainting_and_local_samples(
+    finished: Path, pictures: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    image, side = pictures / "0.png", read(pictures / "0.png").shape[0]
+    works(capsys, "edit", "outpaint", finished, image, "--size", side, 2 * side,
+          "--out", tmp_path / "wide", *FAST)  # fmt: skip
+    wide = read(tmp_path / "wide" / "0.png")
+    assert wide.shape[:2] == (side, 2 * side)
+    assert np.array_equal(wide[:, side // 2 : side // 2 + side], read(image))
+    for strength in (0, 0.4):
+        out = tmp_path / f"near-{strength}"
+        works(capsys, "edit", "local", finished, image, "--strength", strength, "--count", 2,
+              "--out", out, *FAST)  # fmt: skip
+        same = [np.array_equal(read(out / f"0-{n}.png"), read(image)) for n in (1, 2)]
+        assert same == [strength == 0] * 2
+
+
+@pytest.mark.parametrize("operator", ["downsample", "blur", "tomography", "inpaint"])
+def test_restoring_from_the_command_line(
+    operator: str, finished: Path, pictures: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    mask = ("--operator.mask", pictures.parent / "mask.png") if operator == "inpaint" else ()
+    told = works(capsys, "restore", finished, pictures / "0.png", "--operator", operator, *mask,
+                 "--simulate", "--way", "independent", "--out", tmp_path / "o", *FAST)  # fmt: skip
+    assert "PSNR" in told
+    assert read(tmp_path / "o" / "0.png").shape == read(pictures / "0.png").shape
+    measured = tmp_path / "o" / "0-measured.png"  # the file alone gives the same
+    works(capsys, "restore", finished, measured, "--operator", operator, *mask,
+          "--way", "independent", "--out", tmp_path / "p", *FAST)  # fmt: skip
+    assert np.array_equal(read(tmp_path / "p" / "0-measured.png"), read(tmp_path / "o" / "0.png"))
+
+
+def test_an_interrupted_edit_goes_on(
+    finished: Path, pictures: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from patchdiffusion.cli import edit
+
+    command = ("edit", "local", finished, pictures, "--out", tmp_path / "o", *FAST)
+    original, calls = edit._edit, []
+
+    def once(kind: edit.Kind, file: Path, *rest: object) -> None:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(file)
+        original(kind, file, *rest)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(edit, "_edit", once)
+    fails(capsys, *command, code=130)
+    first = (tmp_path / "o" / "0.png").stat().st_mtime_ns
+    monkeypatch.setattr(edit, "_edit", original)
+    assert "resume" in works(capsys, *command)
+    assert (tmp_path / "o" / "0.png").stat().st_mtime_ns == first
+    assert (tmp_path / "o" / "1.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("edit", "what to do is missing"),
+        ("edit inpant RUN a.png", "did you mean inpaint"),
+        ("edit inpaint RUN", "IMAGE is missing"),
+        ("edit inpaint RUN a.png", "--mask"),
+        ("edit inpaint RUN a.png --mask small.png", "small.png is 4x4"),
+        ("edit inpaint RUN none.png --mask small.png", "no file none.png"),
+        ("edit outpaint RUN a.png", "--size"),
+        ("edit outpaint RUN a.png --size 4", "does not lie within 4x4"),
+        ("edit local RUN a.png --strength 1", "strength"),
+        ("edit local RUN a.png --size 8", "--size belongs to edit outpaint"),
+        ("restore RUN", "IMAGE is missing"),
+        ("restore RUN a.png --noise 0", "noise"),
+        ("restore RUN a.png --operator tomography", "20 angles"),
+        ("restore RUN a.png --operator inpaint", "mask"),
+    ],
+)
+def test_bad_input_is_one_line(
+    words: str, message: str, finished: Path, pictures: Path, tmp_path: Path, capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(read(pictures / "0.png")).save("a.png")
+    Image.fromarray(read(pictures / "0.png")[:4, :4]).save("small.png")
+    assert message in fails(capsys, *(finished if w == "RUN" else w for w in words.split()))
