@@ -31,13 +31,11 @@ class EditArguments:
     command goes on.
     """
 
-    example: ClassVar[str] = "patchdiffusion edit inpaint runs/photos face.png --mask hole.png"
+    example: ClassVar[str] = "patchdiffusion edit local runs/photos face.png"
     common: ClassVar[str] = "mask size corner strength by count seed classes steps out device"
 
-    subject: tuple[str, ...] = field(
-        default=(), metadata=positional("inpaint|outpaint|local RUN IMAGE ...")
-    )
-    """What to do, the folder of a run or model, and images or folders of them."""
+    subject: tuple[str, ...] = field(default=(), metadata=positional("KIND RUN IMAGE..."))
+    """inpaint, outpaint or local; the folder of a run or model; images, or folders of them."""
     mask: str | None = None
     """Picture of the size of the images: white is made anew, black is kept."""
     size: tuple[int, ...] | None = None

@@ -34,14 +34,12 @@ class RestoreArguments:
     Interrupted, the same command goes on.
     """
 
-    example: ClassVar[str] = (
-        "patchdiffusion restore runs/photos small.png --operator downsample --operator.factor 4"
-    )
+    example: ClassVar[str] = "patchdiffusion restore runs/photos small.png"
     common: ClassVar[str] = "operator way noise iterations simulate count seed steps out device"
 
     path: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run or model."""
-    images: tuple[str, ...] = field(default=(), metadata=positional("IMAGE ..."))
+    images: tuple[str, ...] = field(default=(), metadata=positional("IMAGE..."))
     """Pictures of measurements, or folders of them; intact images with --simulate."""
     measured: Measured = field(default_factory=Measured, metadata=flat("measured"))
     simulate: bool = False
