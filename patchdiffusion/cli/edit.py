@@ -92,7 +92,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _subject(words: Sequence[str]) -> tuple[Kind, Path, Sequence[str]]:
-    """What to do, the run, and the images."""
+    """Kind of edit, run, and images."""
     kinds = get_args(Kind)
     if not words or words[0] not in kinds:
         given = f"{words[0]!r} is no edit" if words else "what to do is missing"

@@ -92,7 +92,7 @@ class SamplerConfig:
     """Seed of the noise of all images, which then differ by their conditions alone; None is the
     seed of each."""
     restore: Restoration = field(default_factory=NoMeasurement)
-    """What is known of the images; the command restore sets it."""
+    """Knowledge about the images; the command restore sets it."""
 
     def __post_init__(self) -> None:
         finite(self)

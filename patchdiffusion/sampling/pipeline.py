@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from patchdiffusion import __version__
 from patchdiffusion.cond import Cond
 from patchdiffusion.conditioners.base import Wish, fill
 from patchdiffusion.guidance import Guidance
@@ -168,7 +168,7 @@ class Pipeline:
     def texts(self, config: SamplerConfig) -> dict[str, str]:
         """Text entries of the files of samples: software, weights, sampler, and other models."""
         texts = {
-            "software": f"patchdiffusion {__version__}",
+            "software": f"patchdiffusion {version('patchdiffusion')}",
             "model": self.model.digest,
             "weights": self.model.weights,
             "sampler": json.dumps(encode(self.sampler(config))),

@@ -73,7 +73,7 @@ class Measured:
     picture: str | None = None
     """File of the measurement, such as the reduced or the blurred image."""
     operator: Operators = field(default_factory=Downsample)
-    """What was measured."""
+    """Operator that was measured."""
     way: Way = "fit"
     """fit: the posterior of a Gaussian with the network's own covariance below noise level 1, above
     it as independent; independent: the same for independent pixels, without backward passes;
@@ -145,7 +145,7 @@ def usual(config: Any) -> Any:
 
 
 Restoration = NoMeasurement | Measured
-"""What is known of the sampled images; each is a `guidance.base.Part`."""
+"""Knowledge about the sampled images; each is a `guidance.base.Part`."""
 
 
 def image_size(operator: Operators, measured: Size, name: str) -> Size:
