@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.cli.claimed import check_out, claimed, resumable
 from patchdiffusion.cli.drawn import Drawn, batches, check_space
 from patchdiffusion.cli.flags import flat, positional, read
@@ -109,9 +110,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team) -> None:
-    """Draw the missing images; each process takes every `team.size`-th batch."""
+    """Draw the missing images; each process takes every `team.size`-th batch, or a part of each."""
     missing = team.on_main(drawn.missing)
-    size = min(options.batch, -(-len(missing) // team.size) or 1)
+    canvas = options.sampler.canvas
+    together = isinstance(canvas, Tiles) and canvas.split
+    own = Team() if together else team  # the processes that have batches of their own
+    size = min(options.batch, -(-len(missing) // own.size) or 1)
     parts = batches(missing, size)
     names = pipeline.labeled(options.sampler).classes
     done, steps = options.count - len(missing), pipeline.sampler(options.sampler).count
@@ -125,8 +129,8 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
 
         bar.update(done)
         with resumable(lambda: _written(drawn)):
-            for turn in range(0, len(parts), team.size):
-                for part in parts[turn : turn + team.size][team.place.rank :][:1]:
+            for turn in range(0, len(parts), own.size):
+                for part in parts[turn : turn + own.size][own.place.rank :][:1]:
                     labels = pipeline.labels(
                         len(part), options.classes or None, part.start, config=options.sampler
                     )
@@ -138,9 +142,10 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
                         batch=len(part),
                         watch=watch,
                     )
-                    drawn.add(part.start, images, _names(labels, names))
+                    if team.is_main or not together:
+                        drawn.add(part.start, images, _names(labels, names))
                 team.gather(turn)
-                bar.update(sum(map(len, parts[turn : turn + team.size])))
+                bar.update(sum(map(len, parts[turn : turn + own.size])))
 
 
 def _written(drawn: Drawn) -> str:
