@@ -22,6 +22,8 @@ from patchdiffusion.conditioners.base import ConditionerConfig, Wish
 from patchdiffusion.data.columns import ColumnBase
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.denoiser import Wrapper
+from patchdiffusion.encoders.discriminator import AdversaryConfig
+from patchdiffusion.encoders.perceptual import PerceptualConfig
 from patchdiffusion.guidance.base import GuidancePart
 from patchdiffusion.nets.base import Network, NetworkConfig
 from patchdiffusion.nets.topology import UNet
@@ -144,6 +146,20 @@ def test_a_conditioner(images: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "reads" in fails(capsys, "train", images, "--out", tmp_path / "x", *plain)
 
 
+def test_parts_of_an_autoencoder(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A distance and a discriminator, by their words; gone on with, and loaded."""
+    run = tmp_path / "run"
+    parts = "--task.perceptual toy-distance --task.adversary toy-adversary --task.adversary.width 2"
+    small = "--network.base 4 --network.mult 1 2 --network.groups 2 --preview.samples 1"
+    length = "--clock steps --images 3 --batch 4 --device cpu"
+    flags = [*parts.split(), *small.split(), *length.split(), "--task.adversary.start", "0.2"]
+    works(capsys, "train", "autoencoder", images, "--out", run, *flags)
+    stored = read_json(run / "config.json")["task"]
+    assert stored["perceptual"]["type"] == "ToyDistance" and stored["adversary"]["width"] == 2
+    works(capsys, "train", run, "--images", "4")
+    assert load_model(run).autoencoder.factor == 2
+
+
 def test_a_rule_for_tokens(images: Path, tmp_path: Path, capsys: Capture) -> None:
     """Trained, gone on with and sampled; its operations are counted."""
     runs = [tmp_path / "toy", tmp_path / "plain"]
@@ -234,6 +250,8 @@ UNWRITTEN: dict[type, set[str]] = {
     GuidancePart: {"wrap"},
     ColumnBase: {"value"},
     TaskConfig: {"head", "model", "objective", "preview"},
+    PerceptualConfig: {"build"},
+    AdversaryConfig: {"network"},
 }
 """What the bases leave to their members."""
 

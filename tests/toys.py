@@ -32,10 +32,12 @@ from patchdiffusion.data.example import Example
 from patchdiffusion.data.frame import Frame
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser, Wrapper, ask
+from patchdiffusion.encoders import discriminator, perceptual
 from patchdiffusion.guidance import threshold
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.losses import Batch, Loss, LossOut, Objective
 from patchdiffusion.nets import Network, heads, legoshape, routing
+from patchdiffusion.nets.layers import Conv
 from patchdiffusion.objectives.base import Addition, Materials, ObjectiveConfig
 from patchdiffusion.patches import Size
 from patchdiffusion.paths import per_sample
@@ -369,6 +371,27 @@ def toy(facts: recipes.Facts) -> config.TrainConfig:
 
 recipes.RECIPES["toy"] = toy
 
+# ---- Autoencoders ----
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyDistance(perceptual.PerceptualConfig):
+    """Difference in brightness."""
+
+    def build(self, teachers: Sequence[Denoiser], device: torch.device) -> perceptual.Distance:
+        return lambda x, y: (x - y).flatten(1).mean(1).abs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyAdversary(discriminator.AdversaryConfig):
+    """Judges every pixel by its color."""
+
+    width: int = 4
+
+    def network(self, channels: int) -> nn.Module:
+        return nn.Sequential(Conv(channels, self.width, 1), nn.ReLU(), Conv(self.width, 1, 1))
+
+
 TOYS = (
     (Network, ToyNet),
     (routing.Routing, ToyTokens),
@@ -392,6 +415,8 @@ TOYS = (
     (canvas.Canvas, ToyCanvas),
     (heads.Head, ToyHead),
     (config.Task, ToyTask),
+    (perceptual.Perceptual, ToyDistance),
+    (discriminator.Adversary, ToyAdversary),
 )
 
 for _family, _member in TOYS:

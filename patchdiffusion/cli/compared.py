@@ -56,7 +56,7 @@ def compared(
     def prepared(data: DataConfig) -> Pack:
         return Pack.open(team.on_main(lambda: str(prepare_data(data).path)))
 
-    real = _trained_on(path) if data is None else _like(path, data)
+    real = trained_on(path) if data is None else like(path, data)
     if pipeline is not None:
         return _of_model(pipeline, real, prepared, keep_colors=data is not None)
     real = replace(real, resolution=resolution or _own_size(path, real.path))
@@ -100,11 +100,11 @@ def _of_model(
     )
 
 
-def _like(path: Path, data: str) -> DataConfig:
+def like(path: Path, data: str) -> DataConfig:
     """Other images, with the range and fit of the training data of a run."""
     plain = DataConfig(path=data, max_enlarge=_ANY)
     try:
-        trained = _trained_on(path)
+        trained = trained_on(path)
     except ValueError:
         return plain
     return replace(plain, range=trained.range, fit=trained.fit)
@@ -122,7 +122,7 @@ def _own_size(images: Path, data: str) -> tuple[int, int] | None:
     return size[-2], size[-1]
 
 
-def _trained_on(path: Path) -> DataConfig:
+def trained_on(path: Path) -> DataConfig:
     """Training data of a run, from its configuration."""
     try:
         data = decode(TrainConfig, read_json(run_of(path) / "config.json")).data

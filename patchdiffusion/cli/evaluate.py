@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from patchdiffusion.cli.autoencoders import autoencoder_at, evaluate
 from patchdiffusion.cli.compared import compared
 from patchdiffusion.cli.evaluation_table import FULL, table
 from patchdiffusion.cli.flags import flat, positional
@@ -42,8 +43,9 @@ class FeatureArguments:
 class EvaluateArguments:
     """Measure a run or a model, or compare images with images.
 
-    For a model: loss on held-out images, bits per dimension (--bits.images), and a comparison of
-    samples with real images (Frechet, kernel and sliced distance, precision, recall, density,
+    For an autoencoder: PSNR, SSIM, distances (rFID) of reconstructions, statistics of latents.
+    For another model: loss on held-out images, bits per dimension (--bits.images), and a comparison
+    of samples with real images (Frechet, kernel and sliced distance, precision, recall, density,
     coverage, copies). Measures that are not possible are listed, with the reason. The quick
     default shows a trend; --full is the protocol of publications. The same command resumes one that
     was interrupted, to the same numbers. Also under torchrun.
@@ -92,6 +94,17 @@ def main(arguments: Sequence[str]) -> None:
         if config.samples != EvaluationConfig.samples:
             raise ValueError(f"--full takes {FULL:,} samples; leave out --samples {config.samples}")
         config = replace(config, samples=FULL, held_out=_ALL, reference=_ALL)
+    if (model := autoencoder_at(path, options.weights, device)) is not None:
+        evaluate(
+            path,
+            model,
+            data=options.data,
+            count=_ALL if options.full else options.config.held_out,
+            features=(options.features.extractor, options.features.weights),
+            batch=options.config.batch,
+            save=options.save,
+        )
+        return
     with join() as team:  # which gives each process a device of its own
         pipeline = _model(path, options, device)
         if pipeline is None and options.data is None:

@@ -15,7 +15,7 @@ RENAMED = {
     "autoguide-weights": "guidance.weights",
 }
 """Present name of a flag, by the name in version 0.1."""
-SHORT = {"autoencoder": "data.autoencoder"}
+SHORT = {"autoencoder": "data.autoencoder", "kind": "network"}
 """Flags in full, by their short form."""
 CANVAS = {"size": "size", "corner": "corner", "wrap": "wraps"}
 """Fields of the canvas by their short flags: `--size` stands for `--canvas auto --canvas.size`,
@@ -34,7 +34,8 @@ def present(
 ) -> dict[str, Sequence[str]]:
     """Flags by their present names, with short forms in full where their family is known.
 
-    `--guidance 3` is classifier-free guidance of that weight, `--size 64x96` a canvas.
+    `--guidance 3` is classifier-free guidance of that weight, `--size 64x96` a canvas, `--kind vq`
+    the network vq.
     """
     flags = {present_name(name): words for name, words in flag_words.items()}
     for name, full in SHORT.items():

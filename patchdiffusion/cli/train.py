@@ -104,7 +104,8 @@ def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     data = replace(config.data, path=whole(config.data.path), autoencoder=autoencoder)
     weights = config.preview.extractor_weights
     preview = replace(config.preview, extractor_weights=weights and whole(weights))
-    return replace(config, data=data, preview=preview, objective=config.objective.located())
+    objective, task = config.objective.located(), config.task.located()
+    return replace(config, data=data, preview=preview, objective=objective, task=task)
 
 
 def _parse(arguments: Sequence[str], config: TrainConfig, note: str = "") -> TrainArguments:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from patchdiffusion.nets.autoencoder import AutoencoderShape, KLConfig
+from patchdiffusion.nets.quantize import VQConfig
 from patchdiffusion.system.optional import require
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SUBFOLDERS = ("", "vae", "vqvae")
 """Folders of a model or pipeline in which an autoencoder may be."""
-CLASSES: Mapping[str, type[AutoencoderShape]] = {"AutoencoderKL": KLConfig}
+CLASSES: Mapping[str, type[AutoencoderShape]] = {"AutoencoderKL": KLConfig, "VQModel": VQConfig}
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
@@ -97,8 +98,10 @@ def facts_of(config: AutoencoderShape) -> dict[str, Any]:
         "norm_num_groups": config.groups,
         "mid_block_add_attention": config.mid_attention,
     }
-    if "codes" in {f for f in vars(config)}:
-        return {**facts, "num_vq_embeddings": vars(config)["codes"]}
+    if isinstance(config, VQConfig):
+        if not config.quant_conv:
+            raise ValueError("VQModel of diffusers always has convolutions around its latents")
+        return {**facts, "num_vq_embeddings": config.codes}
     return {
         **facts,
         "use_quant_conv": config.quant_conv,

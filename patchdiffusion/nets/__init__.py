@@ -5,8 +5,11 @@ from patchdiffusion.nets.autoencoder import KLConfig
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
 from patchdiffusion.nets.lego import LegoConfig
+from patchdiffusion.nets.quantize import VQConfig
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.nets.vae import VAEConfig
 
-Network = UNetConfig | DiTConfig | ADMConfig | EDM2Config | LegoConfig | KLConfig | VAEConfig
+Network = (
+    UNetConfig | DiTConfig | ADMConfig | EDM2Config | LegoConfig | KLConfig | VQConfig | VAEConfig
+)
 """The network configurations of `--network`; `UNetConfig().build(seed=0)` builds a network."""

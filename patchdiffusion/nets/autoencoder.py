@@ -6,9 +6,9 @@ channels, h = H / f and w = W / f for the factor f.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,48 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.autoencoderparts import Decoder, Encoder, conv
 from patchdiffusion.nets.base import Makes, Network, NetworkConfig
 from patchdiffusion.nets.layers import pad_to_multiple
+from patchdiffusion.rng import Draws
+from patchdiffusion.system.dist import Team
 
 LOG_VARIANCES = (-30.0, 20.0)
 """Limits of the logarithm of the variance of a latent."""
 
+Noise = Callable[[tuple[int, ...]], Tensor]
+"""Standard normal noise of a shape [c, h, w] for each image of a batch: [B, c, h, w]."""
+
 # ---- The contract of autoencoders ----
+
+
+class Bottleneck(NamedTuple):
+    """Latents in training, and the losses that belong to them."""
+
+    z: Tensor
+    """[B, c, h, w], to be decoded by `AutoencoderNetwork.decoded`."""
+    kl: Tensor | None = None
+    """float32 [B], divergence of the posterior from N(0, 1), a sum over its latents in nats."""
+    penalty: Tensor | None = None
+    """float32 [B], a loss that always has weight 1, such as that of a codebook."""
+    encoded: Tensor | None = None
+    """[B, c, h, w], latents before quantization, without gradient."""
+    codes: Tensor | None = None
+    """int64 [B, h, w], numbers of the codes of latents."""
+
+
+class Upkeep(nn.Module):
+    """State of an autoencoder in training that no gradient changes; saved in checkpoints."""
+
+    def observe(self, latents: Bottleneck, draws: Draws) -> None:
+        """Note the latents of some crops of a step."""
+        raise NotImplementedError
+
+    def after_step(self, applied: Tensor, team: Team) -> None:
+        """Change state and network after an update; nothing may change if `applied` is 0."""
+        raise NotImplementedError
+
+    def numbers(self) -> Mapping[str, Tensor]:
+        """Values for the log, by name."""
+        return {}
+
 
 Config = TypeVar("Config", bound=NetworkConfig)
 
@@ -53,11 +90,44 @@ class AutoencoderNetwork(Network[Config], Generic[Config]):
     def decode(self, z: Tensor) -> Tensor:
         """Images of latents: [B, c, h, w] -> [B, C, f h, f w]."""
 
+    def bottleneck(self, x: Tensor, noise: Noise) -> Bottleneck:
+        """Latents of images in training: random ones of the posterior, by `noise`."""
+        mean, std = self.moments(x)
+        z = mean + std * noise(tuple(mean.shape[1:]))
+        return Bottleneck(z, kl=gaussian_kl(mean, std))
+
+    def decoded(self, z: Tensor) -> Tensor:
+        """Images of the latents of a `Bottleneck`."""
+        return self.decode(z)
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        """Weight of the last layer, on which gradients of losses are compared."""
+        raise ValueError(f"{type(self).__name__} names no last layer, which a discriminator needs")
+
+    @property
+    def num_codes(self) -> int:
+        """Vectors in its codebook; 0 without."""
+        return 0
+
+    def codes_of(self, z: Tensor) -> Tensor:
+        """Numbers of the codes of latents: [B, c, h, w] -> int64 [B, h, w]."""
+        raise ValueError(f"{type(self).__name__} has no codebook")
+
+    def upkeep(self) -> Upkeep | None:
+        """State that training needs beside gradients; mostly none."""
+        return None
+
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """Reconstruction of x [B, C, H, W]; noise and conditions are not read."""
         self.check_shapes(x, cond)
         mean, _ = self.moments(pad_to_multiple(x, (self.factor,) * (x.ndim - 2)))
         return self.decode(mean)[(..., *(slice(side) for side in x.shape[2:]))]
+
+
+def gaussian_kl(mean: Tensor, std: Tensor) -> Tensor:
+    """KL divergence of N(mean, std^2) from N(0, 1) in nats, summed: [B, ...] -> [B]."""
+    return 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).flatten(1).sum(1)
 
 
 # ---- Convolutional autoencoders ----
@@ -159,6 +229,12 @@ class ConvAutoencoder(AutoencoderNetwork[Shape], Generic[Shape]):
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+
+    @property
+    def last_weight(self) -> nn.Parameter:
+        weight = self.decoder.conv_out.weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
 
     def units(self) -> list[nn.Module]:
         down, up = self.encoder, self.decoder

@@ -99,15 +99,20 @@ class Materials:
     """Folder of a saved model, which has the files that it needs; None for a run."""
     learned: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     """Modules that are trained with the network, by name; see `learn`."""
+    rates: dict[str, float] = field(default_factory=dict)
+    """Their learning rates relative to that of the network, by name."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     team: Team = field(default_factory=Team)
 
-    def learn(self, name: str, module: nn.Module) -> None:
+    def learn(self, name: str, module: nn.Module, rate: float = 1.0) -> None:
         """Train a module with the network and save it in checkpoints under `name`.
+
+        `rate` is its learning rate relative to that of the network.
 
         Modules that are not registered, such as a teacher, are neither trained nor saved.
         """
         self.learned[name] = module.to(self.device)
+        self.rates[name] = rate
 
 
 class Addition(Protocol):

@@ -6,17 +6,21 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from patchdiffusion.data.augment import Augmentation
 from patchdiffusion.data.latents import Latents
 from patchdiffusion.data.mirror import FEW, mirror_of
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.encoders.discriminator import NoAdversary, PatchGAN
 from patchdiffusion.nets import Network, dit, unet
+from patchdiffusion.nets.autoencoder import KLConfig
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ObjectiveUnion
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import Progressive, Stochastic, Stratified
 from patchdiffusion.system import families
+from patchdiffusion.train.autoencoding import AutoencoderTask
 from patchdiffusion.train.classifying import ClassifierTask
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.optimizers import AdamW
@@ -204,6 +208,42 @@ def classifier(facts: Facts) -> TrainConfig:
     )
 
 
+def autoencoder(facts: Facts) -> TrainConfig:
+    """Autoencoder for diffusion on latents: a factor of 4 to 128 pixels, of 8 above.
+
+    Trained on crops, with edges as perceptual distance and a discriminator from a quarter of the
+    run on. A CPU gets a narrow network, a GPU the published width.
+    """
+    plain = glyphs(facts) if facts.path in ("", "glyphs") else folder(facts)
+    side, cpu = min(facts.canvas[-2:]), facts.device == "cpu"
+    mult = (1, 2, 4) if side <= 128 else (1, 2, 4, 4)
+    network = KLConfig(
+        channels=facts.channels,
+        latent_channels=4,
+        mult=mult,
+        base=16 if cpu else 128,
+        blocks=1 if cpu else 2,
+        groups=8 if cpu else 32,
+        mid_attention=not cpu,
+    )
+    crop = min(1.0, (64 if cpu else 256) / side)
+    area = math.prod(facts.canvas) * crop ** len(facts.canvas)
+    crops = 16 if cpu else 64
+    batch = max(1, round(crops * area / math.prod(facts.canvas)))
+    fit = max(1, min(2 if cpu else 3, int(math.log2(max(2.0, side * crop / 3)))))
+    adversary = PatchGAN(width=32 if cpu else 64, layers=fit)
+    return replace(
+        plain,
+        name="autoencoder",
+        task=AutoencoderTask(adversary=adversary if side >= 6 else NoAdversary()),
+        network=network,
+        data=replace(plain.data, augment=Augmentation()),
+        patches=Stratified(fractions=(crop,), probs=(1.0,), multiplier="inverse_area"),
+        optim=AdamW(lr=1e-3 if cpu else 1e-4, betas=(0.5, 0.9), schedule=Trapezoid(cooldown=0.4)),
+        batch=batch,
+    )
+
+
 def moving_glyphs(facts: Facts) -> TrainConfig:
     """The built-in clips of moving characters: a transformer, on crops in space and time."""
     return TrainConfig(
@@ -240,7 +280,16 @@ def word(recipe: Recipe) -> str:
 
 RECIPES: dict[str, Recipe] = {
     word(recipe): recipe
-    for recipe in (glyphs, folder, cifar10, faces64, meanflow, moving_glyphs, classifier)
+    for recipe in (
+        glyphs,
+        folder,
+        cifar10,
+        faces64,
+        meanflow,
+        moving_glyphs,
+        classifier,
+        autoencoder,
+    )
 }
 """Recipes by name."""
 

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from patchdiffusion.system.checks import positive
+from patchdiffusion.train.autoencoding import AutoencoderTask
 from patchdiffusion.train.classifying import ClassifierTask
 from patchdiffusion.train.denoising import DenoiserTask
 from patchdiffusion.train.settings import Settings
 
-Task = DenoiserTask | ClassifierTask
+Task = DenoiserTask | ClassifierTask | AutoencoderTask
 """Tasks that a run may train; each is a `task.TaskConfig`."""
 
 
@@ -37,7 +38,10 @@ FREE = (
     "data.path",
     "data.autoencoder",  # identified by its digest, as a part of the data
     "data.max_enlarge",
-    "objective.teacher",  # identified by its digest
+    "objective.teacher",  # identified by its digest, as those below
+    "task.perceptual.model",
+    "task.perceptual.vgg",
+    "task.perceptual.linear",
     "guard.max_skips",
     "guard.rollbacks",
     "ema.snapshots",

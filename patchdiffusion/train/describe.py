@@ -83,11 +83,14 @@ def _training(training: Training) -> str:
     config = training.config
     task = families.word(type(config.task))
     parts = [
-        task if config.task.own_loss else f"{task} by {in_words(config.objective)}",
+        f"{task} by {config.task.told()}".removesuffix(" by ")
+        if config.task.own_loss
+        else f"{task} by {in_words(config.objective)}",
         *(in_words(addition) for addition in config.additions),
         *(f"conditioned by {in_words(conditioner)}" for conditioner in config.conditioners),
-        f"{in_words(config.precond)}, noise {in_words(config.noise)}",
     ]
+    if config.network.makes == "denoiser":
+        parts.append(f"{in_words(config.precond)}, noise {in_words(config.noise)}")
     if config.data.augment.p:
         parts.append(f"augmented with probability {config.data.augment.p:g}")
     if config.network.num_classes and config.label_dropout:

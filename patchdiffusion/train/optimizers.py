@@ -25,6 +25,8 @@ class Trained(NamedTuple):
     parameter: nn.Parameter
     role: Role | None
     """None for parameters of the objective."""
+    rate: float = 1.0
+    """Learning rate relative to that of its role."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +89,9 @@ class OptimizerConfig(ABC):
         """Fused AdamW for some parameters; empty list for none."""
         groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
         betas = {role: (b1, b2) for role, b1, b2 in self.role_betas}
-        for parameter, role in parameters:
-            settings = (*self._settings(role), betas.get(role, self.betas) if role else self.betas)
+        for parameter, role, rate in parameters:
+            factor, decay = self._settings(role)
+            settings = (factor * rate, decay, betas.get(role, self.betas) if role else self.betas)
             groups.setdefault(settings, []).append(parameter)
         listed = [
             {"params": group, "factor": factor, "weight_decay": decay, "betas": betas}
@@ -158,8 +161,9 @@ class Muon(OptimizerConfig):
         matrices = {id(t.parameter) for t in selected}
         rest = [t for t in parameters if id(t.parameter) not in matrices]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for parameter, role in selected:
-            groups.setdefault(self._settings(role), []).append(parameter)
+        for parameter, role, rate in selected:
+            factor, decay = self._settings(role)
+            groups.setdefault((factor * rate, decay), []).append(parameter)
         listed: list[dict[str, Any]] = [
             {"params": group, "factor": factor, "lr": self.lr, "weight_decay": decay}
             for (factor, decay), group in groups.items()

@@ -189,7 +189,12 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     task.check(config, pack)
     check_team(config, team.size)
     if run.shard and not task.shards(config):
-        raise ValueError("--shard is supported by --objective denoising only; leave out --shard")
+        only = f"--task {families.word(type(task))}" if task.own_loss else ""
+        raise ValueError(
+            f"--shard is not supported by {only}; leave out --shard"
+            if only
+            else "--shard is supported by --objective denoising only; leave out --shard"
+        )
     if run.shard and not config.optim.shardable:
         word = families.word(type(config.optim))
         raise ValueError(f"--shard is not supported by --optim {word}; use --optim adamw")
@@ -253,7 +258,13 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         Guard(config.guard, device),
         config=config.optim,
         roles={parameters[name]: role for name, role in network.roles().items()},
+        rates={
+            parameter: rate
+            for name, rate in materials.rates.items()
+            for parameter in materials.learned[name].parameters()
+        },
         watchers=[part for part in (network, objective) if isinstance(part, AfterStep)],
+        phase=getattr(objective, "phase", None),
         canvas=canvas,
         micro_batch=config.micro_batch,
         precision=precision,
@@ -277,7 +288,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         learned=materials.learned,
         kept=materials.keep,
         carried={n: f for c in config.conditioners for n, f in c.carried().items()},
-        teacher=" ".join(model.digest for model in teachers) or None,
+        teacher=" ".join((*(model.digest for model in teachers), *task.digests())) or None,
         ema=ema,
         stepper=stepper,
         phases=phases,
@@ -300,6 +311,8 @@ def _teacher(path: Path, config: TrainConfig, pack: Pack, device: torch.device) 
     network, other = config.network, model.config.network
     own = (*pack.info.shape[1:-1], network.channels, network.num_classes)
     theirs = (*model.config.canvas, other.channels, other.num_classes)
+    if network.makes != "denoiser":  # whose features are compared, of crops and without classes
+        own, theirs = own[-2:-1], theirs[-2:-1]
     if own != theirs:
         raise ValueError(
             f"the teacher {path} does not fit: size, channels and classes are "

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -65,7 +65,9 @@ class Stepper:
         *,
         config: OptimizerConfig,
         roles: Mapping[nn.Parameter, Role] | None = None,
+        rates: Mapping[nn.Parameter, float] | None = None,
         watchers: Sequence[AfterStep] = (),
+        phase: Callable[[float], str] | None = None,
         canvas: Size,
         micro_batch: int | None,
         precision: str,
@@ -75,6 +77,8 @@ class Stepper:
         """`module` takes a batch and its draws and returns a `LossOut`; see `parallel.LossModule`.
 
         Parameters that require a gradient are trained; those without a role are the objective's.
+        `rates` are factors of the learning rate; `phase` names parts of the run whose gradients
+        differ, by its share that is done.
         """
         self.module = module
         self.feed = feed
@@ -86,8 +90,13 @@ class Stepper:
         self.phases = phases or Phases()
         self.config = config
         self.watchers = watchers
-        roles = roles or {}
-        trained = [Trained(p, roles.get(p)) for p in module.parameters() if p.requires_grad]
+        self.phase = phase or (lambda progress: "")
+        roles, rates = roles or {}, rates or {}
+        trained = [
+            Trained(p, roles.get(p), rates.get(p, 1.0))
+            for p in module.parameters()
+            if p.requires_grad
+        ]
         self.parameters = [t.parameter for t in trained]
         self.device = self.parameters[0].device
         self.update = Update(trained, config, scaled=precision == "fp16")
@@ -113,7 +122,7 @@ class Stepper:
         for part in passes:
             self._accumulate(part, values[part.number], cursor, progress, last=part is passes[-1])
         losses = self._everywhere(values)
-        kind = "+".join(group.name for group in groups)
+        kind = "+".join(group.name for group in groups) + self.phase(progress)
         with self.phases("update"), torch.no_grad():
             total = torch.stack(
                 [g.weight * row["loss"] for g, row in zip(groups, losses, strict=True)]

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -92,6 +92,18 @@ class TaskConfig(ABC):
     def teachers(self, config: Settings) -> tuple[Path, ...]:
         """Runs or models of the teachers."""
         return ()
+
+    def digests(self) -> tuple[str, ...]:
+        """Digests of files beside the teachers that the loss depends on."""
+        return ()
+
+    def located(self) -> Self:
+        """A copy with absolute paths, so that a run may resume in any folder."""
+        return self
+
+    def told(self) -> str:
+        """Loss of a task with its own one, for the first lines of a run."""
+        return ""
 
     def shards(self, config: Settings) -> bool:
         """True if `--shard` is supported."""

@@ -1,0 +1,108 @@
+"""patchdiffusion evaluate RUN, of an autoencoder."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchdiffusion.cli.compared import like, trained_on
+from patchdiffusion.cli.places import check_file, home, new_file
+from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.prepare import prepare_data
+from patchdiffusion.data.source import is_run
+from patchdiffusion.encoders.features import CHANNELS, Extractor, extractor_or_reason
+from patchdiffusion.metrics.autoencode import evaluated
+from patchdiffusion.metrics.cards import data_card, features_card
+from patchdiffusion.model import Model, load_model
+from patchdiffusion.nets.base import Weights
+from patchdiffusion.system.dist import Team
+from patchdiffusion.system.files import write_json
+from patchdiffusion.system.progress import progress_bar
+
+ROWS = {
+    "psnr": ("PSNR", "{:.2f} dB"),
+    "ssim": ("SSIM", "{:.4f}"),
+    "sharpness": ("sharpness", "{:.3f} of that of the images"),
+    "kl": ("divergence of the posterior", "{:.4g} nats"),
+    "rfid": ("Frechet distance (rFID)", "{:.4g}"),
+    "rkid": ("kernel distance (rKID)", "{:.4g}"),
+    "codes_used": ("codes used", "{:.1%}"),
+    "perplexity": ("perplexity of codes", "{:.4g}"),
+}
+
+
+def autoencoder_at(path: Path, weights: Weights, device: torch.device) -> Model | None:
+    """The model at a path if it is an autoencoder, else None."""
+    if not path.is_dir() or not (is_run(path) or (path / "model.safetensors").exists()):
+        return None
+    try:
+        model = load_model(path, weights=weights, device=device)
+    except ValueError:  # told by those that need a model
+        return None
+    return model if model.config.head.kind == "autoencoder" else None
+
+
+def evaluate(
+    path: Path,
+    model: Model,
+    *,
+    data: str | None,
+    count: int,
+    features: tuple[str, Path | None],
+    batch: int,
+    save: Path | None,
+) -> None:
+    """Reconstruct held-out images, or `count` of other data; print a table, and write a file.
+
+    `features` are the name of the extractor and the file of its weights.
+    """
+    folder = home(path) / "evaluations"
+    check_file(save or folder / "0001.json")
+    pack = prepare_data(trained_on(path) if data is None else like(path, data))
+    if model.config.space.word != pack.space.word:
+        raise ValueError(
+            f"{pack.name} holds {pack.space.word}, and the model reconstructs "
+            f"{model.config.space.word}"
+        )
+    chosen = pack.some_held_out(count) if data is None else torch.arange(min(count, len(pack)))
+    extract, missing = _extractor(features, pack, model.device)
+    with progress_bar(len(chosen), "image", name="reconstructed") as bar:
+        result = evaluated(
+            model.autoencoder, pack, chosen, extract=extract, batch=batch, progress=bar.update
+        )
+    card: dict[str, Any] = data_card(pack)
+    card |= {"model": {"digest": model.digest, "equivalents": model.config.images}}
+    if extract is not None:
+        card |= features_card(extract, pack.pictures.shape[-1])
+    result = {**result, "left_out": missing, "card": card}
+    print("\n".join(table(result)))
+    file = save or new_file(folder, ".json")
+    write_json(file, result)
+    print(f"written to {file}")
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Lines of the results of an autoencoder."""
+    lines = [f"{'reconstructed':<28}{result['images']:,} images"]
+    lines += [
+        f"{label:<28}{form.format(result[name])}"
+        for name, (label, form) in ROWS.items()
+        if name in result
+    ]
+    for name in ("mean", "std", "posterior_std"):
+        values = " ".join(f"{value:.3g}" for value in result["latents"][name][:16])
+        lines.append(f"{'latents, ' + name.replace('_', ' '):<28}{values}")
+    return lines + [f"not measured: {name} ({why})" for name, why in result["left_out"].items()]
+
+
+def _extractor(
+    features: tuple[str, Path | None], pack: Pack, device: torch.device
+) -> tuple[Extractor | None, dict[str, str]]:
+    name, weights = features
+    channels, what = pack.pictures.shape[-1], "rFID, rKID"
+    if name == "none":
+        return None, {}
+    if channels not in CHANNELS or (channels == 4 and not pack.space.alpha):
+        return None, {what: f"features are of gray and color, and these have {channels} channels"}
+    made = extractor_or_reason(name, weights=weights, device=device, team=Team())
+    return (None, {what: made}) if isinstance(made, str) else (made, {})

@@ -1,0 +1,430 @@
+"""The task of training autoencoders: exact properties of its loss, and runs of it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from commands import Capture, fails, works
+from PIL import Image
+from sameruns import check_micro_batches, check_resumed
+from torch import Tensor, nn
+
+from patchdiffusion import TrainConfig, load_model
+from patchdiffusion.cond import Cond
+from patchdiffusion.data.options import DataConfig
+from patchdiffusion.data.prepare import prepare_data
+from patchdiffusion.encoders.autoencoder import load_autoencoder
+from patchdiffusion.encoders.discriminator import (
+    NoAdversary,
+    PatchGAN,
+    discriminator_loss,
+    generator_loss,
+)
+from patchdiffusion.encoders.perceptual import ModelFeatures
+from patchdiffusion.losses import Batch, LossOut
+from patchdiffusion.metrics.reconstruct import psnr
+from patchdiffusion.nets.autoencoder import KLConfig, gaussian_kl
+from patchdiffusion.nets.quantize import VQConfig
+from patchdiffusion.noise import LogNormal
+from patchdiffusion.objectives.base import Materials
+from patchdiffusion.objectives.reconstruct import Reconstructor
+from patchdiffusion.plans import Stratified
+from patchdiffusion.rng import Draws
+from patchdiffusion.system.dist import Team
+from patchdiffusion.train.autoencoding import AutoencoderTask
+from patchdiffusion.train.report import read_log
+
+SMALL = KLConfig(base=4, mult=(1, 2), groups=2)
+QUANTIZED = VQConfig(base=4, mult=(1, 2), groups=2, codes=16)
+GAN = PatchGAN(width=8, layers=2, start=0.5, warmup=0.25)
+TASK = AutoencoderTask(adversary=GAN)
+
+# ---- The loss ----
+
+
+def batch(count: int = 6, side: int = 16, progress: float = 1.0) -> Batch:
+    g = torch.Generator().manual_seed(0)
+    images = torch.rand(count, 3, side, side, generator=g) * 2 - 1
+    index = torch.arange(count)
+    box, flip = torch.zeros(count, 4).long(), torch.zeros(count).bool()
+    return Batch(images, Cond(), index, box, flip, LogNormal(), progress=progress)
+
+
+def draws(count: int = 6) -> Draws:
+    return Draws(0, 0, torch.arange(count), torch.arange(count), count)
+
+
+class Parts:
+    """Network, discriminator and loss of a task."""
+
+    def __init__(self, task: AutoencoderTask = TASK, network: Any = SMALL):
+        config = TrainConfig(network=network, task=task)
+        self.model = Reconstructor(network.build(seed=1))
+        self.materials = Materials(network=self.model.network, average=lambda: None)  # pyright: ignore[reportArgumentType]
+        self.loss = task.objective(config, self.materials)
+
+    @property
+    def discriminator(self) -> nn.Module:
+        return self.materials.learned["discriminator"]
+
+    def __call__(self, data: Batch) -> LossOut:
+        return self.loss(self.model, data, draws(len(data.images)))
+
+    def gradients(self, data: Batch, of: nn.Module) -> dict[str, Tensor]:
+        self.model.zero_grad()
+        self.materials.learned.zero_grad()
+        self(data).per_sample.mean().backward()
+        return {n: p.grad.clone() for n, p in of.named_parameters() if p.grad is not None}
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_gradients_on_the_last_layer_are_balanced() -> None:
+    """The adversarial gradient has `weight` times the norm of that of the reconstruction."""
+    for weight in (0.5, 2.0):
+        task = replace(TASK, kl=0.0, adversary=replace(GAN, weight=weight, limit=1e9))
+        parts = Parts(task)
+        last = parts.model.network.last_weight
+        plain = Parts(replace(task, adversary=NoAdversary()))
+        total = parts.gradients(batch(), parts.model.network)
+        alone = plain.gradients(batch(), plain.model.network)
+        (name,) = [n for n, p in parts.model.network.named_parameters() if p is last]
+        ratio = (total[name] - alone[name]).norm() / alone[name].norm()
+        assert float(ratio) == pytest.approx(weight, rel=1e-3)
+    out = parts(batch())
+    assert not out.scalars["adversarial weight"].requires_grad
+    limited = Parts(replace(TASK, adversary=replace(GAN, limit=1e-3)))
+    assert limited(batch()).scalars["adversarial weight"] == pytest.approx(1e-3)
+
+
+def test_one_backward_pass_trains_both_as_two_passes_would() -> None:
+    parts = Parts()
+    data = batch()
+    both = parts.gradients(data, parts.discriminator)
+    y, _ = parts.model.sampled(data.images, lambda shape: draws().normal("latents", shape))
+    parts.discriminator.zero_grad()
+    real, fake = parts.discriminator(data.images), parts.discriminator(y.detach())
+    discriminator_loss(real, fake, "hinge").mean().backward()
+    for name, p in parts.discriminator.named_parameters():
+        torch.testing.assert_close(p.grad, both[name])
+    total = parts.gradients(data, parts.model.network)
+    plain = Parts(replace(TASK, adversary=NoAdversary()))
+    expected = plain.gradients(data, plain.model.network)
+    balance = parts(data).scalars["adversarial weight"] * GAN.weight
+    parts.model.zero_grad()
+    y, _ = parts.model.sampled(data.images, lambda shape: draws().normal("latents", shape))
+    (generator_loss(parts.discriminator(y), "hinge").mean() * balance).backward()
+    for name, p in parts.model.network.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(p.grad + expected[name], total[name], rtol=1e-4, atol=1e-6)
+
+
+def test_before_its_start_nothing_depends_on_the_discriminator() -> None:
+    """Not at all before its warm-up; within it, it learns."""
+    parts = Parts()
+    plain = Parts(replace(TASK, adversary=NoAdversary()))
+    for progress, learns in ((0.1, False), (0.3, True)):
+        data = batch(progress=progress)
+        expected = plain.gradients(data, plain.model.network)
+        for seed in (0, 1):
+            tiny.randomize(parts.discriminator, seed)
+            assert same(parts.gradients(data, parts.model.network), expected)
+        gradients = parts.gradients(data, parts.discriminator)
+        assert gradients.keys() == dict(parts.discriminator.named_parameters()).keys()
+        assert any(g.any() for g in gradients.values()) == learns
+    kinds = [parts.loss.phase(p) for p in (0.1, 0.3, 0.6)]
+    assert len(set(kinds)) == 3 and plain.loss.phase(0.6) == ""
+
+
+def test_the_divergence_in_closed_form() -> None:
+    zero, one = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    assert not gaussian_kl(zero, one).any()
+    mean, std = torch.full_like(one, 0.3), torch.full_like(one, 0.5)
+    p, q = torch.distributions.Normal(mean, std), torch.distributions.Normal(zero, one)
+    expected = torch.distributions.kl_divergence(p, q).sum((1, 2, 3))
+    torch.testing.assert_close(gaussian_kl(mean, std), expected)
+    parts = Parts(AutoencoderTask(adversary=NoAdversary(), kl=1e-2))
+    heavier = Parts(AutoencoderTask(adversary=NoAdversary(), kl=3e-2))
+    a, b = parts(batch()), heavier(batch())
+    values = 3 * 16 * 16  # sums of both: as published
+    difference = (b.per_sample - a.per_sample).mean()
+    torch.testing.assert_close(difference, 2e-2 * a.scalars["kl"] / values, rtol=1e-3, atol=1e-7)
+
+
+def test_a_learned_log_variance_moves_to_its_optimum() -> None:
+    """d/ds (rec / exp(s) + s) = 0 at s = ln rec."""
+    parts = Parts(AutoencoderTask(adversary=NoAdversary(), learn_log_variance=True))
+    s = dict(parts.materials.learned.named_parameters())["log_variance.value"]
+    with torch.no_grad():
+        s.copy_(parts(batch()).scalars["l1"].log())
+    errors = parts(batch()).reported
+    assert isinstance(errors, Tensor)
+    with torch.no_grad():
+        s.copy_(errors.mean().log())
+    gradient = parts.gradients(batch(), parts.materials.learned)["log_variance.value"]
+    assert abs(float(gradient)) < 1e-5
+    with torch.no_grad():
+        s.add_(0.5)
+    assert float(parts.gradients(batch(), parts.materials.learned)["log_variance.value"]) > 0.1
+    fixed = Parts(AutoencoderTask(adversary=NoAdversary(), log_variance=0.7))
+    out = fixed(batch())
+    assert isinstance(out.reported, Tensor)
+    kl = 1e-6 * out.scalars["kl"] / (3 * 16 * 16)
+    expected = out.reported.mean() / np.exp(0.7) + 0.7 + kl
+    torch.testing.assert_close(out.per_sample.mean(), expected)
+
+
+@pytest.mark.parametrize("form", ["hinge", "nonsaturating"])
+def test_losses_of_the_adversary(form: Any) -> None:
+    real, fake = torch.tensor([[0.5, 2.0]]), torch.tensor([[-0.5, 0.0]])
+    if form == "hinge":
+        expected = 0.5 * (0.5 / 2 + (0.5 + 1) / 2)
+        generator = 0.25
+    else:
+        soft = nn.functional.softplus
+        expected = float(0.5 * (soft(-real) + soft(fake)).mean())
+        generator = float(soft(-fake).mean())
+    shape = (1, 1, 1, 2)
+    loss = discriminator_loss(real.reshape(shape), fake.reshape(shape), form)
+    assert float(loss) == pytest.approx(expected)
+    assert float(generator_loss(fake.reshape(shape), form)) == pytest.approx(generator)
+
+
+@pytest.mark.parametrize("norm", ["none", "group", "batch"])
+def test_the_penalty_of_the_discriminator(norm: Any) -> None:
+    """R1 of real images, against differences of its logits."""
+    config = replace(GAN, norm=norm, r1=10.0)
+    parts = Parts(replace(TASK, adversary=config))
+    plain = Parts(replace(TASK, adversary=replace(config, r1=0.0)))
+    data = batch(progress=0.3)
+    penalty = parts(data).scalars["discriminator"] - plain(data).scalars["discriminator"]
+    x = data.images.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(parts.discriminator(x).flatten(1).mean(1).sum(), x)
+    expected = 5.0 * slope.square().flatten(1).sum(1).mean()
+    torch.testing.assert_close(penalty, expected, rtol=1e-3, atol=1e-5)
+    assert any(g.any() for g in parts.gradients(data, parts.discriminator).values())
+
+
+# ---- Codebooks ----
+
+
+def test_codes_are_the_nearest_and_pass_gradients() -> None:
+    network = QUANTIZED.build(seed=1)
+    tiny.randomize(network.quantize, scale=1.0)
+    z = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    codes = network.quantize.codes(z)
+    flat = z.movedim(1, -1).reshape(-1, 4)
+    table = network.quantize.embedding.weight.detach()
+    assert torch.equal(codes.flatten(), torch.cdist(flat, table).argmin(1))
+    x = batch().images
+    latents = network.bottleneck(x, lambda shape: torch.zeros(shape))
+    assert latents.penalty is not None and latents.codes is not None
+    encoded = network.encode(x)
+    vectors = network.quantize.vectors(latents.codes)
+    torch.testing.assert_close(latents.z, vectors)
+    expected = 1.25 * (vectors - encoded).square().flatten(1).mean(1)
+    torch.testing.assert_close(latents.penalty, expected)
+    # the commitment term alone moves the encoder, the other one the table
+    table = network.quantize.embedding.weight
+    (gz,) = torch.autograd.grad(latents.penalty.sum(), table, retain_graph=True)
+    pulled = torch.zeros_like(gz).index_add_(
+        0, latents.codes.flatten(), (2 * (vectors - encoded)).movedim(1, -1).reshape(-1, 4)
+    )
+    torch.testing.assert_close(gz, (pulled / encoded[0].numel()).detach(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(network.decode(encoded), network.decoded(latents.z))
+
+
+def upkept(network: Any, parts: list[range], steps: int = 3) -> Any:
+    """A codebook after some steps in parts, as passes or processes cut them."""
+    upkeep = network.upkeep()
+    g = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        z = torch.randn(6, 4, 3, 5, generator=g)
+        for part in parts:
+            index = torch.arange(part.start, part.stop)
+            codes = network.quantize.codes(z[index])
+            latents = network.bottleneck(batch(len(part)).images, lambda shape: torch.zeros(shape))
+            latents = latents._replace(encoded=z[index], codes=codes)
+            upkeep.observe(latents, Draws(0, step, index, index, 6))
+        upkeep.after_step(torch.ones(()), Team())
+    return upkeep
+
+
+@pytest.mark.parametrize("update", ["gradient", "average"])
+def test_upkeep_does_not_depend_on_passes(update: Any) -> None:
+    config = replace(QUANTIZED, update=update, decay=0.5, revive=0.9)
+    tables = []
+    for parts in ([range(6)], [range(1), range(1, 4), range(4, 6)]):
+        network = config.build(seed=1)
+        before = network.quantize.embedding.weight.detach().clone()
+        upkept(network, parts)
+        tables.append(network.quantize.embedding.weight.detach())
+        assert not torch.equal(tables[-1], before)
+    torch.testing.assert_close(tables[0], tables[1])
+
+
+def test_codes_as_moving_averages_of_their_vectors() -> None:
+    config = replace(QUANTIZED, update="average", decay=0.5, revive=0.0, codes=4)
+    network = config.build(seed=1)
+    table = network.quantize.embedding.weight
+    start, upkeep = table.detach().clone(), network.upkeep()
+    z = torch.randn(6, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    codes = network.quantize.codes(z)
+    latents = network.bottleneck(batch().images, lambda shape: torch.zeros(shape))
+    upkeep.observe(latents._replace(encoded=z, codes=codes), draws())
+    upkeep.after_step(torch.zeros(()), Team())  # a skipped step changes nothing
+    assert torch.equal(table.detach(), start) and torch.equal(upkeep.used, torch.ones(4))
+    upkeep.observe(latents._replace(encoded=z, codes=codes), draws())
+    upkeep.after_step(torch.ones(()), Team())
+    for k in range(4):
+        mine = z.movedim(1, -1)[codes == k]
+        expected = (start[k] + mine.sum(0)) / (1 + len(mine))
+        torch.testing.assert_close(table[k].detach(), expected)
+        share = 0.5 + 0.5 * len(mine) * 4 / codes.numel()
+        assert float(upkeep.used[k]) == pytest.approx(share, rel=1e-5)
+
+
+def test_dead_codes_become_outputs_of_the_encoder() -> None:
+    config = replace(QUANTIZED, decay=0.5, revive=0.9)
+    network = config.build(seed=1)
+    upkeep = upkept(network, [range(6)], steps=6)
+    assert float(upkeep.numbers()["codes used"]) == 1.0
+    table = network.quantize.embedding.weight.detach()
+    assert float(table.norm(dim=1).median()) > 0.5  # not the start, within 1 / 16
+
+
+# ---- Runs ----
+
+
+def config(path: Path, network: Any = SMALL, task: AutoencoderTask = TASK) -> TrainConfig:
+    plain = tiny.config(path, network=network, task=task, patches=Stratified.whole(), images=16.0)
+    return replace(plain, preview=replace(plain.preview, grid=4, held_out=3))
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.run(config(images), tmp_path_factory.mktemp("autoencoder") / "run")
+
+
+@pytest.mark.parametrize(
+    ("network", "task"),
+    [
+        (SMALL, replace(TASK, learn_log_variance=True)),
+        (replace(QUANTIZED, update="average", decay=0.5), TASK),
+    ],
+    ids=["kl", "vq"],
+)
+def test_resumed_to_the_bit(network: Any, task: Any, images: Path, tmp_path: Path) -> None:
+    """With its discriminator, log-variance or averages of a codebook."""
+    check_resumed(config(images, network, task), tmp_path)
+
+
+def test_micro_batches(images: Path, tmp_path: Path) -> None:
+    plain = AutoencoderTask(adversary=replace(GAN, start=0.99, warmup=0.99))
+    check_micro_batches(config(images, QUANTIZED, plain), tmp_path)
+
+
+def test_what_a_run_shows(run: Path, images: Path, capsys: Capture) -> None:
+    records = read_log(run)
+    preview = [r for r in records if r["kind"] == "preview"][-1]
+    status = [r for r in records if r["kind"] == "status"]
+    assert {"l1", "perceptual", "kl"} <= status[0]["scalars"].keys()
+    assert "discriminator" not in status[0]["scalars"]
+    assert "adversarial weight" in status[-1]["scalars"]
+    loaded = load_autoencoder(run)
+    pack = prepare_data(DataConfig(path=str(images)))
+    x = pack.images[pack.some_held_out(3)].movedim(-1, 1).float() / 127.5 - 1
+    y = loaded.decode(loaded.moments(x)[0]).clamp(-1, 1)
+    assert preview["psnr"] == pytest.approx(float(psnr(x, y).mean()), abs=1e-4)
+    with Image.open(run / "samples" / preview["picture"]) as picture:
+        assert picture.mode == "RGB"
+        assert picture.info["pairs"] == "image, reconstruction"
+    works(capsys, "report", run)
+    assert "psnr" in (run / "report.html").read_text()
+
+
+def test_it_is_loaded_as_an_autoencoder(run: Path, capsys: Capture) -> None:
+    model = load_model(run)
+    assert model.config.head.kind == "autoencoder" and model.config.num_classes == 0
+    assert model.autoencoder.factor == 2
+    assert "a denoiser is needed" in fails(capsys, "sample", run)
+    out = works(capsys, "info", run)
+    assert "autoencoder" in out
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_other_channels_and_sizes(channels: int, tmp_path: Path) -> None:
+    """Sizes that are no multiple of the factor are padded and cut."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(24):
+        values = tiny.picture(i, 18)[:, :, :1] if channels == 1 else np.dstack(
+            [tiny.picture(i, 18), tiny.picture(i + 1, 18)[:, :, :1]]
+        )  # fmt: skip
+        Image.fromarray(values.squeeze()[:17, :18]).save(folder / f"{i}.png")
+    network = replace(SMALL, mult=(1, 1, 2), channels=channels)
+    plain = config(folder, network)
+    data = replace(plain.data, channels=channels, resolution=(17, 18))
+    out = tiny.run(replace(plain, data=data), tmp_path / "run")
+    x = torch.rand(1, channels, 17, 18)
+    loaded = load_autoencoder(out)
+    assert loaded.decode(loaded.moments(x)[0], (17, 18)).shape == x.shape
+
+
+def test_values_of_sensors(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(40, 7, (24, 16, 16, 2)).astype("f4")
+    np.save(tmp_path / "values.npy", values)
+    plain = config(tmp_path / "values.npy", replace(SMALL, channels=2))
+    preview = replace(plain.preview, distance=0)
+    out = tiny.run(replace(plain, preview=preview), tmp_path / "run")
+    (record,) = [r for r in read_log(out) if r["kind"] == "preview"]
+    assert 0 < record["psnr"] < 60
+
+
+def test_features_of_a_model(images: Path, tmp_path: Path) -> None:
+    """A frozen denoiser of our own as perceptual distance."""
+    teacher = tiny.run(tiny.config(images), tmp_path / "teacher")
+    task = replace(TASK, perceptual=ModelFeatures(model=str(teacher)))
+    out = tiny.run(config(images, SMALL, task), tmp_path / "run")
+    assert all(r["scalars"]["perceptual"] > 0 for r in read_log(out) if r["kind"] == "status")
+    wrong = replace(TASK, perceptual=ModelFeatures(model=str(teacher), taps=("nothing",)))
+    with pytest.raises(ValueError, match="has no activation 'nothing'"):
+        tiny.training(config(images, SMALL, wrong), tmp_path / "wrong")
+
+
+def test_what_is_refused(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    few = ("--images", 8, "--batch", 4, "--device", "cpu")
+    for flags, says in (
+        (("--network", "unet"), "the network is unet, of the kind denoiser"),
+        (("--network.channels", 1), "network.channels is 1, and the images have 3"),
+        (("--task.adversary.layers", 4), "needs crops of at least 48 pixels"),
+        (("--task.perceptual", "lpips"), "the weights of VGG16 are missing"),
+        (("--task.perceptual", "model"), "the model of the perceptual distance is missing"),
+        (("--objective", "consistency"), "an autoencoder has its own"),
+        (("--task.kl", -1), "kl must be >= 0"),
+        (("--shard",), "--shard"),
+        (("--network.groups", 7), "groups must divide"),
+    ):
+        told = fails(capsys, "train", "autoencoder", images, "--out", tmp_path / "x", *few, *flags)
+        assert says in told, told
+    told = fails(capsys, "train", images, "--out", tmp_path / "x", *few, "--network", "kl")
+    assert "the network is kl, of the kind autoencoder" in told
+    wrong = ("classifier", images, "--network", "vq")
+    told = fails(capsys, "train", *wrong, "--out", tmp_path / "x", *few)
+    assert "of the kind autoencoder" in told
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_recipe(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    flags = ("--images", 8, "--batch", 4, "--network.base", 8, "--preview.samples", 1)
+    command = ("train", "autoencoder", images, *flags, "--device", "cpu")
+    for word in ("kl", "vq"):
+        works(capsys, *command, "--kind", word, "--out", tmp_path / word)
+        assert load_model(tmp_path / word).autoencoder.factor == 4
