@@ -232,6 +232,7 @@ def save_model(
         config.space.save_to(temporary)
         for name, value in (notes or {}).items():
             write_json(temporary / name, value)
+    config.space.found_in(Path(folder))  # it has what the space needs, from now on
 
 
 def load_model(
