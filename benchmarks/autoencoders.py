@@ -1,6 +1,6 @@
 """Autoencoders of glyphs: what discriminator, posterior and revived codes do.
 
-python benchmarks/autoencoders.py RUNS [--images N]   trains in RUNS, writes results and a picture
+python benchmarks/autoencoders.py RUNS [--only NAME ...]   trains in RUNS, writes results
 """
 
 import argparse
@@ -33,7 +33,7 @@ PLAIN = AutoencoderTask(perceptual=NoPerceptual(), adversary=NoAdversary())
 GAN = PatchGAN(width=32, layers=2, start=0.3, warmup=0.1)
 SMALL: dict[str, Any] = {"channels": 1, "base": 16, "mult": (1, 2, 2), "mid_attention": False}
 KL = KLConfig(**SMALL, latent_channels=2)
-VQ = VQConfig(**SMALL, latent_channels=4)
+VQ = VQConfig(**{**SMALL, "base": 8}, latent_channels=4)
 VARIANTS: dict[str, tuple[Any, AutoencoderTask]] = {
     "kl": (KL, PLAIN),
     "kl, discriminator": (KL, replace(PLAIN, adversary=GAN)),
@@ -43,9 +43,10 @@ VARIANTS: dict[str, tuple[Any, AutoencoderTask]] = {
 }
 
 
-def configuration(name: str, images: float) -> TrainConfig:
-    """Run of a variant, on whole glyphs."""
+def configuration(name: str) -> TrainConfig:
+    """Run of a variant, on whole glyphs; codebooks need many steps, not many images."""
     network, task = VARIANTS[name]
+    images, batch = (3200.0, 16) if isinstance(network, KLConfig) else (1200.0, 2)
     plain = recipes.autoencoder(recipes.Facts(canvas=(SIDE, SIDE), channels=1))
     return replace(
         plain,
@@ -54,27 +55,30 @@ def configuration(name: str, images: float) -> TrainConfig:
         network=network,
         task=task,
         images=images,
-        batch=16,
+        batch=batch,
         preview=replace(plain.preview, samples=1, status=10),
     )
 
 
 def main() -> None:
-    """Train all variants one after another, measure, and write."""
+    """Train variants one after another, measure, and write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--images", type=float, default=4000)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows, pictures = {}, []
-    for name in VARIANTS:
-        config = configuration(name, options.images)
+    file = ROOT / "benchmarks" / "results" / "autoencoders.json"
+    rows = json.loads(file.read_text())["results"] if file.exists() else {}
+    pictures = []
+    for name in options.only:
+        config = configuration(name)
         run = options.runs / name.replace(", ", "-").replace(" ", "-")
         train(config, RunConfig(out=run, device="cpu", threads=1))
         pack = prepare_data(config.data)
         model = load_model(run)
         result = evaluated(model.autoencoder, pack, pack.some_held_out(HELD_OUT))
-        rows[name] = {k: v for k, v in result.items() if k != "images"}
+        facts = {"steps": model.config.step, "batch": config.batch}
+        rows[name] = facts | {k: v for k, v in result.items() if k != "images"}
         shown = pack.some_held_out(HELD_OUT)[:12]
         x = pack.images[shown].movedim(-1, 1).float() / 127.5 - 1
         with torch.no_grad():
@@ -83,15 +87,13 @@ def main() -> None:
     facts = {
         "script": "benchmarks/autoencoders.py",
         "data": f"built-in glyphs at {SIDE} x {SIDE}, {HELD_OUT} held out",
-        "images": options.images,
         "torch": torch.__version__,
         "results": rows,
     }
-    file = ROOT / "benchmarks" / "results" / "autoencoders.json"
     file.write_text(json.dumps(facts, indent=1) + "\n")
     values = ((torch.cat(pictures) * 127.5 + 127.5).round().clamp(0, 255)).to(torch.uint8)
     picture = enlarge(grid(values.movedim(1, -1).numpy(), columns=12), 900)
-    Image.fromarray(np.ascontiguousarray(picture[..., 0])).save(ROOT / "docs" / "autoencoders.png")
+    Image.fromarray(np.ascontiguousarray(picture[..., 0])).save(options.runs / "pictures.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """patchdiffusion evaluate RUN, of an autoencoder."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from patchdiffusion.system.dist import Team
 from patchdiffusion.system.files import write_json
 from patchdiffusion.system.progress import progress_bar
 
+AT_ONCE = 2**18
+"""Pixels that are reconstructed together."""
 ROWS = {
     "psnr": ("PSNR", "{:.2f} dB"),
     "ssim": ("SSIM", "{:.4f}"),
@@ -66,6 +69,7 @@ def evaluate(
         )
     chosen = pack.some_held_out(count) if data is None else torch.arange(min(count, len(pack)))
     extract, missing = _extractor(features, pack, model.device)
+    batch = min(batch, max(1, AT_ONCE // math.prod(pack.images.shape[1:-1])))
     with progress_bar(len(chosen), "image", name="reconstructed") as bar:
         result = evaluated(
             model.autoencoder, pack, chosen, extract=extract, batch=batch, progress=bar.update

@@ -32,10 +32,11 @@ def ssim(x: Tensor, y: Tensor, peak: float = 2.0) -> Tensor:
     side = min(11, *x.shape[2:])
     at = torch.arange(side, dtype=torch.float64, device=x.device) - (side - 1) / 2
     taps = (-(at**2) / (2 * 1.5**2)).exp()
-    window = (taps[:, None] * taps / taps.sum() ** 2).expand(x.shape[1], 1, side, side)
+    window = (taps / taps.sum()).expand(x.shape[1], 1, 1, side)
 
     def mean(image: Tensor) -> Tensor:
-        return F.conv2d(image, window, groups=image.shape[1])
+        rows = F.conv2d(image, window, groups=image.shape[1])
+        return F.conv2d(rows, window.mT, groups=image.shape[1])
 
     a, b, c1, c2 = mean(x), mean(y), (0.01 * peak) ** 2, (0.03 * peak) ** 2
     var_x, var_y = mean(x * x) - a * a, mean(y * y) - b * b
