@@ -30,4 +30,4 @@ def test_an_autoencoder_on_two_processes(network: str, images: Path, tmp_path: P
         assert [e.code for e in ended] == [-signal.SIGKILL if faults else 0] * 2, ended
     same_run(killed, two)
     for a, b in zip(tiny.history(one), tiny.history(two), strict=True):
-        assert a[4] == pytest.approx(b[4], rel=1e-3) and a[6] == pytest.approx(b[6], rel=2e-2)
+        assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
