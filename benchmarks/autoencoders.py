@@ -32,7 +32,7 @@ HELD_OUT = 256
 PLAIN = AutoencoderTask(perceptual=NoPerceptual(), adversary=NoAdversary())
 GAN = PatchGAN(width=32, layers=2, start=0.3, warmup=0.1)
 SMALL: dict[str, Any] = {"channels": 1, "base": 16, "mult": (1, 2, 2), "mid_attention": False}
-KL = KLConfig(**SMALL, latent_channels=2)
+KL = KLConfig(**SMALL, latent_channels=4)
 VQ = VQConfig(**{**SMALL, "base": 8}, latent_channels=4)
 VARIANTS: dict[str, tuple[Any, AutoencoderTask]] = {
     "kl": (KL, PLAIN),
@@ -46,7 +46,7 @@ VARIANTS: dict[str, tuple[Any, AutoencoderTask]] = {
 def configuration(name: str) -> TrainConfig:
     """Run of a variant, on whole glyphs; codebooks need many steps, not many images."""
     network, task = VARIANTS[name]
-    images, batch = (3200.0, 16) if isinstance(network, KLConfig) else (1200.0, 2)
+    images, batch = (4000.0, 16) if isinstance(network, KLConfig) else (1200.0, 2)
     plain = recipes.autoencoder(recipes.Facts(canvas=(SIDE, SIDE), channels=1))
     return replace(
         plain,
