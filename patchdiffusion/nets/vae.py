@@ -5,8 +5,9 @@ DiffuseVAE (Pandey et al., TMLR 2022, arXiv 2201.00308). Written from the paper.
 C image channels, H and W height and width, z dimensions of the latent.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,18 @@ class VAEConfig(NetworkConfig):
     def inherit(self, old: NetworkConfig, config: object) -> Self:
         """A copy with the channels of the network it replaces; it reads no conditions."""
         return replace(self, channels=old.channels)
+
+    def suits(self, config: Any) -> Mapping[str, Any]:
+        """The loss of DiffuseVAE: squared error of images in [0, 1] and the divergence.
+
+        Images are in [-1, 1], so that the error is 4 times as large, and so is the weight `kl`.
+        """
+        return {
+            "task.error": "l2",
+            "task.kl": 4.0,
+            "task.perceptual": "none",
+            "task.adversary": "none",
+        }
 
     def for_canvas(self, canvas: Size) -> Self:
         """A copy with the side of a canvas, unless it is set; fewer levels for small images."""

@@ -14,6 +14,7 @@ from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.discriminator import NoAdversary, PatchGAN
 from patchdiffusion.nets import Network, dit, unet
 from patchdiffusion.nets.autoencoder import KLConfig
+from patchdiffusion.nets.vae import VAEConfig
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives import ObjectiveUnion
 from patchdiffusion.parameterisation import EDM
@@ -244,6 +245,31 @@ def autoencoder(facts: Facts) -> TrainConfig:
     )
 
 
+def vae(facts: Facts) -> TrainConfig:
+    """Variational autoencoder with one vector for an image, for DiffuseVAE (arXiv 2201.00308).
+
+    Its loss is the squared error of images in [0, 1] and the divergence of the posterior, both
+    summed over an image. A CPU gets a narrow network, a GPU the published 512 dimensions.
+    """
+    plain = glyphs(facts) if facts.path in ("", "glyphs") else folder(facts)
+    cpu = facts.device == "cpu"
+    network = VAEConfig(
+        channels=facts.channels,
+        latent_channels=32 if cpu else 512,
+        base=32 if cpu else 128,
+    )
+    config = replace(
+        plain,
+        name="vae",
+        data=replace(plain.data, augment=Augmentation()),
+        patches=Stratified(fractions=(1.0,), probs=(1.0,)),
+        optim=AdamW(lr=1e-3 if cpu else 1e-4, schedule=Trapezoid(cooldown=0.4)),
+        batch=64,
+    )
+    config = replace(config, task=AutoencoderTask(), network=network.for_canvas(facts.canvas))
+    return config.network.prefers(config)
+
+
 def moving_glyphs(facts: Facts) -> TrainConfig:
     """The built-in clips of moving characters: a transformer, on crops in space and time."""
     return TrainConfig(
@@ -289,6 +315,7 @@ RECIPES: dict[str, Recipe] = {
         moving_glyphs,
         classifier,
         autoencoder,
+        vae,
     )
 }
 """Recipes by name."""

@@ -120,7 +120,8 @@ class AutoencoderTask(TaskConfig):
 
     def passes(self, config: Settings) -> float:
         """Passes of discriminator and perceptual distance, in operations of the autoencoder."""
-        channels, side = config.network.channels, 64
+        channels = config.network.channels
+        side = getattr(config.network, "side", 0) or 64  # of one that takes no other
         with torch.device("meta"):
             network = config.network.build()
             x = torch.empty(1, channels, side, side)
