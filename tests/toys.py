@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from toyconditions import ToyConditioner, ToyPrior
 from toynets import ToyBody, ToyNet, ToyTokens
 
 from patchdiffusion import (
@@ -20,13 +21,11 @@ from patchdiffusion import (
     parameterisation,
     plans,
     recipes,
-    rng,
     solvers,
     weighting,
 )
 from patchdiffusion.cond import Call, Cond, Tape
 from patchdiffusion.conditioners import ConditionerUnion, priors
-from patchdiffusion.conditioners.base import Change, ConditionerConfig, Wish
 from patchdiffusion.data import columns
 from patchdiffusion.data.example import Example
 from patchdiffusion.data.frame import Frame
@@ -126,39 +125,6 @@ class ToyAddition(Addition):
             return replace(out, per_sample=out.per_sample + self.value)
 
         return loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyConditioner(ConditionerConfig):
-    """How bright an image is: measured in training, drawn in sampling."""
-
-    gain: float = 1.0
-
-    @property
-    def fills(self) -> tuple[str, ...]:
-        return ("extra",)
-
-    def build(self, materials: Materials) -> Change:
-        def change(batch: Batch, draws: Draws) -> Batch:
-            mean = materials.whole(batch).flatten(1).mean(1, keepdim=True)
-            return replace(batch, cond=replace(batch.cond, extra=self.gain * mean))
-
-        return change
-
-    def given(self, wish: Wish) -> Cond:
-        mean = rng.uniform(rng.keys(0, "brightness", 0, wish.seeds), 1) - 0.5
-        return Cond(extra=self.gain * mean.float().to(wish.device))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyPrior(priors.Prior):
-    """Latent vectors on a cube."""
-
-    side: float = 2.0
-
-    def draw(self, seeds: Tensor, dims: int, fitted: priors.Fitted) -> Tensor:
-        u = rng.uniform(rng.keys(0, "cube", 0, seeds), dims)
-        return (self.side * (u - 0.5)).float()
 
 
 @dataclass(frozen=True, kw_only=True)
