@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from patchdiffusion import Pipeline, SamplerConfig, cli, load
+from patchdiffusion import Pipeline, SamplerConfig, cli, load, rng
 from patchdiffusion.cond import Cond
 from patchdiffusion.conditioners.priors import Mixture
 from patchdiffusion.conditioners.reconstruction import (
@@ -165,7 +165,7 @@ def with_mixture(pipeline: Pipeline, pack: Pack, components: int) -> tuple[Recon
     """The conditioner of a refiner with a mixture as prior, and the fitted mixture."""
     (conditioner,) = pipeline.model.config.conditioners
     assert isinstance(conditioner, Reconstruction)
-    order = pack.train[torch.randperm(len(pack.train), generator=torch.Generator().manual_seed(0))]
+    order = pack.train[torch.from_numpy(rng.permutation(0, "encoded", 0, len(pack.train)))]
     chunks = (
         pack.space.to_network(pack.images[part].movedim(-1, 1).float())
         for part in order[:20_000].split(256)
@@ -175,13 +175,19 @@ def with_mixture(pipeline: Pipeline, pack: Pack, components: int) -> tuple[Recon
     return replace(conditioner, prior=mixture), mixture.fit(encoded(autoencoder, chunks, 20_000))
 
 
+def some(pack: Pack, index: Tensor, count: int) -> Tensor:
+    """Random images of a pack, in random order, as it may be sorted: uint8 [N, *S, C]."""
+    order = torch.from_numpy(rng.permutation(0, "measured", 0, len(index)))
+    return pack.images[index[order[:count]]].contiguous()
+
+
 def measure(
     runs: Path, pack: Pack, result: Path, samples: int, refiners: tuple[str, ...]
 ) -> dict[str, Any]:
     """Measure what is missing in the result."""
     facts: dict[str, Any] = read_json(result) if result.is_file() else {}
-    real = pack.images[pack.train[: 4 * samples]].contiguous()
-    held = pack.images[pack.heldout[:samples]].contiguous()
+    real = some(pack, pack.train, 4 * samples)
+    held = some(pack, pack.heldout, samples)
 
     def once(name: str, work: Any) -> None:
         if name not in facts:
@@ -274,7 +280,7 @@ def main() -> None:
     parser.add_argument("name", choices=[*SETTINGS], help="setting")
     parser.add_argument("--data", default="glyphs", help="images, or a pack")
     parser.add_argument("--runs", type=Path, default=Path("runs/diffusevae"), help="folder")
-    parser.add_argument("--samples", type=int, default=500, help="images to measure")
+    parser.add_argument("--samples", type=int, default=300, help="images to measure")
     options = parser.parse_args()
     setting, runs = SETTINGS[options.name], options.runs / options.name
     costs = train_all(setting, options.data, runs)
