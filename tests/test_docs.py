@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from patchdiffusion.cli import COMMANDS, evaluation_table, techniques
+from patchdiffusion.encoders.perceptual import Perceptual
 from patchdiffusion.objectives import ConsistencyConfig
 from patchdiffusion.solvers import Solver
 from patchdiffusion.solvers.schedules import Schedule
 from patchdiffusion.system import errors
 from patchdiffusion.system.families import words
+from patchdiffusion.train.autoencoding import AutoencoderTask
 from patchdiffusion.train.config import FREE, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -83,10 +85,15 @@ def test_every_measure_has_its_place_in_the_page() -> None:
 
 
 def test_free_fields_exist() -> None:
+    """In some configuration, of each type that a family has."""
+    tasks = [AutoencoderTask(perceptual=kind()) for kind in words(Perceptual).values()]
+    configs = [TrainConfig(objective=ConsistencyConfig()), *(TrainConfig(task=t) for t in tasks)]
+    missing = object()
     for path in FREE:
-        value: object = TrainConfig(objective=ConsistencyConfig())
+        values: list[object] = list(configs)
         for name in path.split("."):
-            value = getattr(value, name)
+            values = [getattr(value, name, missing) for value in values]
+        assert any(value is not missing for value in values), path
 
 
 def test_the_two_paths_name_files_that_exist() -> None:
