@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 
 from patchdiffusion.cli.keywords import arguments_of, as_keywords, changed_fields
-from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.subject import Subject
-from patchdiffusion.cli.train import TrainArguments, chosen
+from patchdiffusion.cli.train import TrainArguments, chosen, parsed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.model import Weights
 from patchdiffusion.nets import own
@@ -69,8 +68,7 @@ def train(
         with as_keywords():
             flags = arguments_of(TrainArguments(), _named(fields))
             if isinstance(what, TrainConfig):
-                arguments = TrainArguments(training=what, run=run or RunConfig())
-                arguments = parse(arguments, flags, "train")
+                arguments = parsed(flags, what, run=run)
             else:
                 flag_words = arguments_of(TrainArguments(), changed_fields(run or RunConfig()))
                 arguments = held.enter_context(chosen([_path(what), *flag_words, *flags]))
@@ -87,14 +85,14 @@ def auto(
     with as_keywords():
         flags = arguments_of(TrainArguments(), _named(fields))
         config = Subject.of([_path(what), "--device", device, *flags], "train").fresh(flags)
-        return parse(TrainArguments(training=config), flags, "train").training
+        return parsed(flags, config).training
 
 
 def edit(config: TrainConfig, **fields: Any) -> TrainConfig:
     """A configuration with other values, by the names of the command line; see `train`."""
     with as_keywords():
         flags = arguments_of(TrainArguments(), _named(fields))
-        return parse(TrainArguments(training=config), flags, "train").training
+        return parsed(flags, config).training
 
 
 def _named(fields: Mapping[str, Any]) -> dict[str, Any]:

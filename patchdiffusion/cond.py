@@ -22,6 +22,8 @@ class Cond:
     """[B, T, D], tokens; zeros are none."""
     context_mask: Tensor | None = None
     """bool [B, T], which tokens count; None is all of them."""
+    tokens: Tensor | None = None
+    """uint8 [B, L], a text in UTF-8 for a network that reads bytes; 0 is none, and fills up."""
     context_pos: Tensor | None = None
     """float32 [B, T, len(S)], where on the canvas each token lies, as in `pos`."""
     pos: Tensor | None = None
@@ -95,7 +97,12 @@ class Cond:
 
 _FIELDS = tuple(f.name for f in fields(Cond))
 # The value of a tensor that says the same as None.
-_NONE = {"labels": -1, "context": 0, "image": 0, "augment": 0, "extra": 0, "jump": 0}
+_NONE = {
+    **{"labels": -1, "context": 0, "context_mask": False, "tokens": 0},
+    **{"image": 0, "augment": 0, "extra": 0, "jump": 0},
+}
+CONDITIONS = ("labels", "context", "context_mask", "tokens")
+"""Fields that describe the content, which training drops at random and guidance leads away from."""
 
 
 def _choose(where: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ def full(batch: int = 3) -> Cond:
         labels=count,
         context=count[:, None, None] + torch.rand(batch, 2, 5, generator=torch.Generator()),
         context_mask=torch.tensor([True, False]).expand(batch, 2),
+        tokens=torch.tensor([65, 66, 0], dtype=torch.uint8).expand(batch, 3),
         context_pos=torch.linspace(-2, 2, batch * 4).reshape(batch, 2, 2),
         pos=torch.linspace(-1, 1, batch * 2 * 4 * 6).reshape(batch, 2, 4, 6),
         image=torch.linspace(0, 1, batch * 4 * 6).reshape(batch, 1, 4, 6),
@@ -72,7 +73,16 @@ def test_fields_are_dropped_by_name() -> None:
 
 def test_fields_are_dropped_for_some_samples() -> None:
     some = torch.tensor([True, False, True])
-    for name in ("labels", "context", "image", "augment", "extra", "jump"):
+    for name in (
+        "labels",
+        "context",
+        "context_mask",
+        "tokens",
+        "image",
+        "augment",
+        "extra",
+        "jump",
+    ):
         mixed = full().without(name, where=some)
         assert same(mixed.take(some), full().without(name).take(some))
         assert same(mixed.take(~some), full().take(~some))

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 import toys
+from captioned import write_captioned
 from commands import Capture, fails, refuses, works
 from PIL import Image
 
@@ -26,6 +27,7 @@ from patchdiffusion.encoders.discriminator import AdversaryConfig
 from patchdiffusion.encoders.perceptual import PerceptualConfig
 from patchdiffusion.guidance.base import GuidancePart
 from patchdiffusion.nets.base import Network, NetworkConfig
+from patchdiffusion.nets.text import TextConfig
 from patchdiffusion.nets.topology import UNet
 from patchdiffusion.objectives.base import Addition, ObjectiveConfig
 from patchdiffusion.parameterisation import Trainable
@@ -185,6 +187,17 @@ def test_a_network_of_regions(images: Path, tmp_path: Path, capsys: Capture) -> 
     works(capsys, "sample", run, "--count", 1, "--steps", 1)
 
 
+def test_a_text_encoder(tmp_path: Path, capsys: Capture) -> None:
+    """Trained inside a network, gone on with, and sampled by a prompt."""
+    images, run = write_captioned(tmp_path / "images"), tmp_path / "run"
+    small = "--network dit --network.width 16 --network.depth 2 --network.heads 2"
+    flags = f"{small} --captions toy-text --network.text.width 6 {LENGTH}"
+    works(capsys, "train", images, "--out", run, *flags.split())
+    assert read_json(run / "config.json")["network"]["text"] == {"type": "ToyText", "width": 6}
+    works(capsys, "train", run, "--images", "8")
+    works(capsys, "sample", run, "--count", 1, "--steps", 1, "--prompt", "a red letter")
+
+
 def test_a_recipe(images: Path, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     works(capsys, "train", "toy", images, "--out", run, *LENGTH.split())
@@ -252,6 +265,7 @@ UNWRITTEN: dict[type, set[str]] = {
     TaskConfig: {"head", "model", "objective", "preview"},
     PerceptualConfig: {"build"},
     AdversaryConfig: {"network"},
+    TextConfig: {"features", "build"},
 }
 """What the bases leave to their members."""
 

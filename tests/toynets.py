@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
-from patchdiffusion.nets import legobody, routing
+from patchdiffusion.nets import legobody, routing, text
 from patchdiffusion.nets.base import Network, NetworkConfig
 from patchdiffusion.nets.layers import Conv, Linear
 from patchdiffusion.nets.tokens import fold
@@ -47,6 +47,31 @@ class ToyTokens(routing.Route):
 
     def blocks(self, depth: int) -> range:
         return range(depth - 1, depth)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyText(text.TextConfig):
+    """A vector for each byte."""
+
+    width: int = 8
+
+    @property
+    def features(self) -> int:
+        return self.width
+
+    def build(self) -> "Letters":
+        return Letters(self.width)
+
+
+class Letters(nn.Module):
+    """The vectors of the bytes of a text."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.table = text.ByteTable(width)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.table(tokens), tokens != 0
 
 
 @dataclass(frozen=True, kw_only=True)

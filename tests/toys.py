@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from toyconditions import ToyConditioner, ToyPrior
-from toynets import ToyBody, ToyNet, ToyTokens
+from toynets import ToyBody, ToyNet, ToyText, ToyTokens
 
 from patchdiffusion import (
     accel,
@@ -35,7 +35,7 @@ from patchdiffusion.encoders import discriminator, perceptual
 from patchdiffusion.guidance import threshold
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.losses import Batch, Loss, LossOut, Objective
-from patchdiffusion.nets import Network, heads, legoshape, routing
+from patchdiffusion.nets import Network, heads, legoshape, routing, text
 from patchdiffusion.nets.layers import Conv
 from patchdiffusion.objectives.base import Addition, Materials, ObjectiveConfig
 from patchdiffusion.patches import Size
@@ -362,6 +362,7 @@ TOYS = (
     (Network, ToyNet),
     (routing.Routing, ToyTokens),
     (legoshape.Body, ToyBody),
+    (text.Text, ToyText),
     (noise.Law, ToyLaw),
     (parameterisation.Parameterisation, ToyPrecond),
     (objectives.ObjectiveUnion, ToyObjective),

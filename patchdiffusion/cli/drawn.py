@@ -1,6 +1,7 @@
 """The images of `sample` as files: written batch by batch, a grid and an array at the end."""
 
 import itertools
+import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ class Drawn:
     """Shape of an image: [*S, C]."""
     space: Space
     """Meaning of the values of the images."""
+    prompts: Sequence[str] = ()
+    """Texts, which images have in turn."""
 
     @property
     def channels(self) -> int:
@@ -81,15 +84,23 @@ class Drawn:
             written.update(i for i in rest if f"{self._name(i)}.png" in names)
         return [i for i in range(self.count) if i not in written]
 
+    def prompts_of(self, numbers: range) -> list[str] | None:
+        """Texts of the images with these numbers; None if there are none."""
+        count = len(self.prompts)
+        return [self.prompts[i % count] for i in numbers] if count else None
+
     def add(self, first: int, images: np.ndarray, classes: Sequence[str]) -> None:
         """Write a batch of images [N, *S, C] with the names of their classes, if there are any."""
         singles = self.space.to_picture(images) if self.preview else images
+        prompts = self.prompts_of(range(first, first + len(images)))
         for i, image in enumerate(singles if self.singles else ()):
             facts = {**self.texts, "seed": str(self.seed + first + i)}
             if self.preview:
                 facts["channels"] = self.preview
             if classes:
                 facts["class"] = classes[i]
+            if prompts:
+                facts["prompt"] = prompts[i]
             if (file := image_file(image, facts)) is not None:
                 write(self.folder / f"{self._name(first + i)}{file.suffix}", file.content)
         if self.array or first < self.shown:
@@ -98,6 +109,8 @@ class Drawn:
     def finish(self) -> None:
         """Write the grid and the array of all images, and delete the mark."""
         seeds = {"seeds": f"{self.seed}-{self.seed + self.count - 1}"}
+        if self.prompts:
+            seeds["prompts"] = json.dumps(list(self.prompts), ensure_ascii=False)
         parts = self._parts.written()
         files = [file for _, file in parts]
         first = [np.load(file) for numbers, file in parts if numbers.start < self.shown]

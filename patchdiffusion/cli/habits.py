@@ -240,9 +240,12 @@ HABITS = (
         "autoguide autoguidance gnet guide-model",
         "--guidance autoguidance --guidance.model RUN",
     ),
+    Habit("caption captions text texts", "--prompt, such as --prompt 'a red letter'"),
+    Habit("negative-prompt neg-prompt", "--negative"),
     Habit(
-        "prompt prompts negative-prompt caption text",
-        "--classes: models here know classes, not sentences",
+        "caption caption-column caption-ext caption-extension text-encoder clip t5 "
+        "train-text-encoder use-captions",
+        "--captions bytes, or --captions PATH of a frozen text encoder",
     ),
     Habit("class label labels class-label class-labels class-idx class-cond y", "--classes"),
     Habit("raw no-ema use-ema ema", "--weights raw for the weights as trained"),

@@ -16,6 +16,7 @@ from patchdiffusion.cli.parse import parse, parse_some
 from patchdiffusion.cli.places import check_run, run_of
 from patchdiffusion.cli.words import did_you_mean
 from patchdiffusion.cond import Cond
+from patchdiffusion.conditioners.base import text_of
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.losses import squared_error
 from patchdiffusion.model import ModelConfig, load_model
@@ -29,6 +30,7 @@ from patchdiffusion.system.device import autocast, best_precision, pick_device, 
 from patchdiffusion.system.memory import total_memory
 from patchdiffusion.system.text import counted
 from patchdiffusion.train.config import TrainConfig
+from patchdiffusion.train.describe import in_words
 from patchdiffusion.train.folder import stored_config
 from patchdiffusion.train.log import duration
 from patchdiffusion.train.outlook import Activations
@@ -116,7 +118,12 @@ class Subject:
     def costs(self) -> dict[Size, Count]:
         """Cost of whole images, and of crops of each size."""
         sizes = dict.fromkeys([self.canvas, *(group.size for group in self.plan.groups)])
-        return {size: count(self.network, size) for size in sizes}
+        return {size: count(self.network, size, self.text) for size in sizes}
+
+    @property
+    def text(self) -> Cond:
+        """A text that the network reads, on meta."""
+        return text_of(self.training.conditioners, self.canvas)
 
     @property
     def precision(self) -> str:
@@ -129,7 +136,7 @@ class Subject:
         """Mean operations of a step of training."""
         share = 1 + self.training.task.passes(self.training) / 3
         kinds = self.plan.kinds(self.training.clock)
-        costs = {size: share * training_flops(self.network, size) for size in self.costs}
+        costs = {size: share * training_flops(self.network, size, self.text) for size in self.costs}
         return sum(p * sum(costs[g.size] * g.count for g in groups) for p, groups in kinds)
 
     @property
@@ -192,7 +199,12 @@ def _of_run(arguments: Sequence[str], path: str, images: Images) -> Subject:
     model = load_model(folder).config
     run = run_of(folder)
     stored = stored_config(run) if (run / "log.jsonl").exists() else None
-    config = stored or TrainConfig(network=model.network, precond=model.precond, noise=model.noise)
+    config = stored or TrainConfig(
+        network=model.network,
+        precond=model.precond,
+        noise=model.noise,
+        conditioners=model.conditioners,
+    )
     config = parse(InfoArguments(training=config), arguments, "info").training
     changes = {"channels": images.channels, "num_classes": images.classes}
     given: dict[str, Any] = {name: v for name, v in changes.items() if v is not None}
@@ -239,6 +251,7 @@ def facts(subject: Subject) -> list[tuple[str, str]]:
         )
         if about := model.space.described:
             lines.append((model.space.word, about))
+    lines += [("texts", in_words(c)) for c in subject.training.conditioners if c.reads_prompts]
     for number, (size, cost) in enumerate(subject.costs.items()):
         name = f"{'crops of' if number else 'whole images of'} {size_name(size)}"
         tokens = f", {counted(tokens, 'token')}" if (tokens := config.num_tokens(size)) else ""

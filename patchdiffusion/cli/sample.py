@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from patchdiffusion.cli.drawn import Drawn, batches, check_space
 from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run, home
+from patchdiffusion.cli.prompts import prompts_of
 from patchdiffusion.cond import Cond
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.patches import Size, size_name
@@ -42,7 +43,8 @@ class SampleArguments:
 
     example: ClassVar[str] = "patchdiffusion sample runs/photos --count 25"
     common: ClassVar[str] = (
-        "count seed classes steps solver guidance canvas weights out singles batch device threads"
+        "count seed classes prompt negative steps solver guidance canvas weights out singles batch "
+        "device threads"
     )
 
     path: Path = field(default=Path(), metadata=positional("RUN"))
@@ -53,6 +55,12 @@ class SampleArguments:
     """Seed of the first image."""
     classes: tuple[str, ...] = ()
     """Names or numbers of classes, used in turn; none for all in turn, -1 for no class."""
+    prompt: tuple[str, ...] = ()
+    """Texts for a model that was trained on captions, used in turn; none or "" is no text."""
+    prompts: Path | None = None
+    """File of texts, one on each line, instead of --prompt."""
+    negative: str | None = None
+    """Text to lead away from, by --guidance cfg."""
     weights: Weights = "averaged"
     """averaged: moving average of the weights; raw: weights as trained."""
     out: Path | None = None
@@ -72,7 +80,7 @@ class SampleArguments:
 
 def main(arguments: Sequence[str]) -> None:
     """Sample images, and write single files batch by batch and a grid at the end."""
-    options = parse(SampleArguments(), arguments, "sample", _classes_of(arguments))
+    options = _with_texts(parse(SampleArguments(), arguments, "sample", _classes_of(arguments)))
     path = options.path
     check_run(path)
     check_out(options.out)
@@ -88,6 +96,7 @@ def main(arguments: Sequence[str]) -> None:
         pipeline.labels(
             1, options.classes or None, config=options.sampler
         )  # raises for unknown classes
+        pipeline.filled(Cond(), 1, options.seed, options.prompt or None)  # and for texts
         root = home(path) / "generated"
         if team.is_main:
             _warn_of_size(size, pipeline.model.config.canvas)
@@ -138,6 +147,7 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
                         len(part),
                         seed=options.seed + part.start,
                         cond=Cond(labels=labels),
+                        prompts=drawn.prompts_of(part),
                         config=options.sampler,
                         batch=len(part),
                         watch=watch,
@@ -146,6 +156,15 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
                         drawn.add(part.start, images, _names(labels, names))
                 team.gather(turn)
                 bar.update(sum(map(len, parts[turn : turn + own.size])))
+
+
+def _with_texts(options: SampleArguments) -> SampleArguments:
+    """Arguments with all texts in `prompt`, and the negative one in the guidance."""
+    return replace(
+        options,
+        prompt=prompts_of(options.prompt, options.prompts),
+        sampler=options.sampler.but(negative=options.negative),
+    )
 
 
 def _written(drawn: Drawn) -> str:
@@ -196,6 +215,7 @@ def _request(options: SampleArguments, pipeline: Pipeline) -> dict[str, Any]:
         "count": options.count,
         "seed": options.seed,
         "classes": list(options.classes),
+        **({"prompts": list(options.prompt)} if options.prompt else {}),
         "singles": options.singles,
         "precision": options.precision,
     }
@@ -208,6 +228,7 @@ def _drawn(folder: Path, options: SampleArguments, pipeline: Pipeline, size: Siz
         count=options.count,
         seed=options.seed,
         texts=pipeline.texts(options.sampler),
+        prompts=options.prompt,
         singles=options.singles,
         shape=config.space.shape_of(size, config.network.channels),
         space=config.space,

@@ -14,8 +14,10 @@ from patchdiffusion.cli.flags import flat, positional, read
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run
 from patchdiffusion.cli.subject import Subject, data_of
+from patchdiffusion.cli.values import NONE
 from patchdiffusion.data.source import is_run, whole
 from patchdiffusion.data.store import packs_aside
+from patchdiffusion.recipes.captions import with_captions
 from patchdiffusion.system.device import pick_device
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train.config import RunConfig, TrainConfig
@@ -32,8 +34,8 @@ class TrainArguments:
 
     example: ClassVar[str] = "patchdiffusion train ./photos --images 100k"
     common: ClassVar[str] = (
-        "images batch data.resolution data.flip data.labels network optim.lr patches seed name "
-        "out device threads start-from max-hours track fresh config print-config dry-run"
+        "images batch data.resolution data.flip data.labels captions network optim.lr patches seed "
+        "name out device threads start-from max-hours track fresh config print-config dry-run"
     )
 
     subject: tuple[str, ...] = field(
@@ -42,6 +44,9 @@ class TrainArguments:
     """A recipe, and a folder, zip, array or pack of images; or a run to resume. Recipes are:"""
     training: TrainConfig = field(default_factory=TrainConfig, metadata=flat("training"))
     run: RunConfig = field(default_factory=RunConfig, metadata=flat("run"))
+    captions: str | None = None
+    """Train on captions of the images: bytes, by a small text encoder inside the network, or the
+    folder or hub name of a frozen one (CLIP, T5, BERT). None leaves them out."""
     config: Path | None = None
     """File of settings, .json as in the folder of a run, or .toml; flags take precedence."""
     print_config: bool = False
@@ -71,7 +76,7 @@ def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
         arguments = [data_of(run, arguments), *arguments[1:], "--out", words[0]]
     subject = Subject.of(arguments, "train", run=run)
     try:  # wrong flags are found before any data is read
-        early = _parse(arguments, subject.generic(), subject.note())
+        early = parsed(arguments, subject.generic(), subject.note())
     except ValueError as error:
         if not str(error).startswith("network"):  # whose limits depend on the data
             raise
@@ -80,12 +85,12 @@ def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
             pick_device(early.run.device)
     with packs_aside() if "dry-run" in flag_words else nullcontext():
         with redirect_stdout(sys.stderr if "print-config" in flag_words else sys.stdout):
-            parsed = _parse(arguments, subject.config(arguments))
-        if parsed.run.start_from is not None:
-            check_run(parsed.run.start_from, "start_from")
-        if not parsed.print_config:
-            _check_code(parsed.training, typed)
-        yield replace(parsed, training=_with_whole_paths(parsed.training))
+            choice = parsed(arguments, subject.config(arguments))
+        if choice.run.start_from is not None:
+            check_run(choice.run.start_from, "start_from")
+        if not choice.print_config:
+            _check_code(choice.training, typed)
+        yield replace(choice, training=_with_whole_paths(choice.training))
 
 
 def _check_code(config: TrainConfig, arguments: Sequence[str]) -> None:
@@ -108,5 +113,14 @@ def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     return replace(config, data=data, preview=preview, objective=objective, task=task)
 
 
-def _parse(arguments: Sequence[str], config: TrainConfig, note: str = "") -> TrainArguments:
-    return parse(TrainArguments(training=config), arguments, "train", note)
+def parsed(
+    arguments: Sequence[str],
+    config: TrainConfig,
+    note: str = "",
+    run: RunConfig | None = None,
+) -> TrainArguments:
+    """Arguments on top of a configuration, and of that of --captions; `note` is for the help."""
+    _, flag_words = read(arguments)
+    if len(words := flag_words.get("captions", ())) == 1 and words[0] != NONE:
+        config = with_captions(config, words[0])
+    return parse(TrainArguments(training=config, run=run or RunConfig()), arguments, "train", note)

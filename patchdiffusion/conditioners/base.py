@@ -117,6 +117,10 @@ class ConditionerConfig(ABC):
         """Names of the files that `build` makes for the model."""
         return ()
 
+    def cut(self, captions: Sequence[str | None]) -> int:
+        """Number of captions that are longer than what is read of them, as far as that is known."""
+        return 0
+
     def build(self, materials: Materials) -> Change:
         """The change of batches of crops; by default none.
 
@@ -178,6 +182,12 @@ def fill(conditioners: Sequence[ConditionerConfig], wish: Wish, cond: Cond) -> C
             new = {n: v for n, v in values.items() if v is not None and getattr(cond, n) is None}
             cond = replace(cond, **new)
     return cond
+
+
+def text_of(conditioners: Sequence[ConditionerConfig], canvas: Size) -> Cond:
+    """Condition of one text on meta, to count the operations of a network that reads it."""
+    wish = Wish(torch.zeros(1, dtype=torch.int64), canvas)
+    return fill([c for c in conditioners if c.reads_prompts], wish, Cond()).to("meta")
 
 
 def check_all(conditioners: Sequence[ConditionerConfig], config: Settings) -> None:

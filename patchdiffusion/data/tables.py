@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
+from patchdiffusion.data.captions import TABLES as CAPTION_TABLES
 from patchdiffusion.data.example import BadImage
 from patchdiffusion.data.splits import split_of
 from patchdiffusion.system.files import parse_json
@@ -180,7 +181,9 @@ def _from_rows(name: str, rows: list[Mapping[str, Cell]], names: Names) -> Table
     table.column = next((low[c] for c in LABEL_COLUMNS if c in low), None)
     split = next((low[c] for c in SPLIT_COLUMNS if c in low), None)
     if table.column is None and len(head) == 2:  # the image, and what it is
-        table.column, table.named = next(c for c in head if c != files), False
+        other = next(c for c in head if c != files)
+        if not (other == "text" and PurePosixPath(name).name in CAPTION_TABLES):
+            table.column, table.named = other, False
     for row in rows:
         cell = row.get(files)
         key = names.find(cell, folder) if isinstance(cell, str) else None

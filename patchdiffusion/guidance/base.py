@@ -44,6 +44,10 @@ class Models(Protocol):
         """Further fields of the condition that the sampled model was trained without at times."""
         ...
 
+    def prompt(self, text: str) -> Cond:
+        """Condition of the sampled model by a text, of batch 1; `ValueError` if it reads none."""
+        ...
+
     def require_condition(self) -> None:
         """Raise `ValueError` if the sampled model has neither classes nor another condition."""
         ...

@@ -7,23 +7,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from patchdiffusion.cond import Call, Cond
+from patchdiffusion.cond import CONDITIONS, Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.guidance.extrapolate import Extrapolation, Strength
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.guidance.published import INTERVALS
 
-CONDITIONS = ("labels", "context")
-"""Fields of the condition that guidance drops: those that describe the content."""
-
 
 class CFG(Wrapper):
     """D_null + weight (D_cond - D_null), both halves in one batch of twice the size.
 
     weight 1 is the conditional denoiser, bit for bit and at its cost; 0 is the unconditional one.
-    Raises `ValueError` for a condition without labels and context, and for a CFG inside, which
-    would drop the class twice.
+    Raises `ValueError` for a condition without labels, context and tokens unless there is a
+    negative one, and for a CFG inside, which would drop the class twice.
     """
 
     def __init__(
@@ -35,12 +32,14 @@ class CFG(Wrapper):
         rescale: float = 0.0,
         channels: int | None = None,
         drops: tuple[str, ...] = CONDITIONS,
+        negative: Cond | None = None,
     ):
         """Guide where interval[0] < sigma <= interval[1]; elsewhere it is D_cond.
 
         There, a level that is a number (as in solvers) costs one evaluation. `rescale` and
         `channels` are those of `Extrapolation`; published DiT models guide 3 of 4 channels.
-        `drops` names the fields of the condition that D_null lacks.
+        `drops` names the fields of the condition that D_null lacks; those that `negative`, of
+        batch 1, gives have its values instead, for all samples.
         """
         super().__init__(denoiser)
         if sum(isinstance(part, CFG) for part in self.walk()) > 1:
@@ -48,6 +47,7 @@ class CFG(Wrapper):
         self.extrapolate = Extrapolation(weight=weight, rescale=rescale, channels=channels)
         self.interval = Interval.of(interval)
         self.drops = drops
+        self.negative = negative
 
     @property
     def edges(self) -> tuple[float, ...]:
@@ -57,10 +57,11 @@ class CFG(Wrapper):
         weight = self.extrapolate.weight
         if weight == 1:
             return ask(self.inner[0], x, sigma, cond, call)
-        if cond is None or not cond.gives(*self.drops):
+        cond = cond or Cond()
+        if self.negative is None and not cond.gives(*self.drops):
             raise ValueError(
-                f"guidance weight {weight} needs class labels, but none are given; use 1, or "
-                "autoguidance for a model without classes"
+                f"guidance weight {weight} needs class labels or a text, but none are given; use "
+                "1, or autoguidance for a model without classes"
             )
         if self.interval.excludes(sigma):
             return ask(self.inner[0], x, sigma, cond, call)
@@ -68,12 +69,29 @@ class CFG(Wrapper):
             self.inner[0],
             torch.cat([x, x]),
             torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma,
-            cond.cat(cond.without(*self.drops)),
+            self._both(cond, x),
             _twice(call),
         )
         conditional, unconditional = both.chunk(2)
         guided = self.extrapolate(conditional, unconditional)
         return self.interval.choose(sigma, guided, conditional)
+
+    def _both(self, cond: Cond, x: Tensor) -> Cond:
+        """The condition of D_cond, then that of D_null, in one batch."""
+        null = cond.without(*self.drops)
+        if self.negative is not None:
+            one = self.negative.to(x.device)
+            given = {name: getattr(one, name) for name in self.drops if one.gives(name)}
+            none = one.without(*given)
+            absent = {name: getattr(none, name) for name in given if not cond.gives(name)}
+            cond = replace(cond, **{name: _for_all(v, x) for name, v in absent.items()})
+            null = replace(null, **{name: _for_all(v, x) for name, v in given.items()})
+        return cond.cat(null)
+
+
+def _for_all(value: Tensor, x: Tensor) -> Tensor:
+    """The value of a batch of 1 for every sample of x."""
+    return value.expand(len(x), *value.shape[1:])
 
 
 def _twice(call: Call) -> Call:
@@ -104,6 +122,9 @@ class ClassifierFree(Strength):
     word: ClassVar[str] = "cfg"
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = INTERVALS
 
+    negative: str = ""
+    """Text to lead away from (negative prompt), for models of captions; empty is no text."""
+
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
         """Raises `ValueError` for a model without classes, or never trained without its own."""
         if self.weight != 1:
@@ -116,4 +137,5 @@ class ClassifierFree(Strength):
             rescale=self.rescale,
             channels=self.channels,
             drops=tuple(dict.fromkeys((*CONDITIONS, *around.models.drops()))),
+            negative=around.models.prompt(self.negative) if self.negative else None,
         )

@@ -166,6 +166,7 @@ class Evaluation:
             precond=model.config.precond,
             law=model.config.noise,
             whole=feed.whole,
+            captions=pack.captions,
             device=model.device,
             folder=model.folder,
         )
@@ -194,6 +195,7 @@ class Evaluation:
             len(numbers),
             seed=self.config.seed + numbers.start,
             classes=None if labels is None else labels[numbers.start : numbers.stop],
+            prompts=self.prompts(pipeline, numbers),
             config=self.config.sampler,
             batch=self.config.batch,
         )
@@ -217,6 +219,17 @@ class Evaluation:
             return rng.integers(rng.keys(0, "random labels", 0, numbers), classes).tolist()
         labels = model.labels_of(self.pack.labels, self.pack.classes) if law == "data" else None
         return sample_labels(torch.arange(classes) if labels is None else labels, count).tolist()
+
+    def prompts(self, pipeline: Pipeline, numbers: range) -> list[str | None] | None:
+        """Captions of the data for the samples with these numbers; None if no text is read.
+
+        An image gives its label and its caption to the same sample.
+        """
+        conditioners = pipeline.model.config.conditioners
+        if not any(conditioner.reads_prompts for conditioner in conditioners):
+            return None
+        index = sample_order(len(self.pack), self.config.samples)[numbers.start : numbers.stop]
+        return [self.pack.captions[i] for i in index.tolist()]
 
     # ---- Of images ----
 
@@ -332,10 +345,17 @@ class Evaluation:
                 if pipeline.companions.digests:
                     card["guides"] = pipeline.companions.digests
                 card["label_law"] = self.label_law(pipeline)
+                if (prompts := self.prompts(pipeline, range(config.samples))) is not None:
+                    card["captions"] = f"those of the data, {sum(map(bool, prompts))} with a text"
         return card
 
 
 def sample_labels(labels: Tensor, count: int) -> Tensor:
     """Classes as frequent as in the data, in a fixed order: int64 [N] -> int64 [count]."""
-    order = torch.from_numpy(rng.permutation(0, "evaluation labels", 0, len(labels)))
-    return labels[order[torch.arange(count) % len(order)]]
+    return labels[sample_order(len(labels), count)]
+
+
+def sample_order(length: int, count: int) -> Tensor:
+    """Indices of the images of data whose conditions samples have: int64 [count]."""
+    order = torch.from_numpy(rng.permutation(0, "evaluation labels", 0, length))
+    return order[torch.arange(count) % length]

@@ -19,6 +19,7 @@ from patchdiffusion.nets.embed import Stem, angles, augmentation, jump_features,
 from patchdiffusion.nets.fused import dropout
 from patchdiffusion.nets.layers import Conv, Linear, Norm, Resample, resampled
 from patchdiffusion.nets.shapes import BlockPosition, HeadedShape
+from patchdiffusion.nets.text import ContextShape
 from patchdiffusion.nets.topology import UNet, decoder, encoder, middle
 from patchdiffusion.system.device import full_precision
 
@@ -26,7 +27,7 @@ EPS = 1e-5  # of all norms
 
 
 @dataclass(frozen=True, kw_only=True)
-class ADMConfig(HeadedShape):
+class ADMConfig(HeadedShape, ContextShape):
     """The U-Net ADM; the defaults suit a CPU: 1.4M parameters."""
 
     word: ClassVar[str] = "adm"

@@ -1,6 +1,6 @@
 """Parameters and multiply-accumulates (MAC) of a network, counted without computing anything."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -54,10 +54,13 @@ def macs_of(module: nn.Module, *inputs: object) -> int:
     return counter.get_total_flops() // 2
 
 
-def training_flops(network: Network, size: int | tuple[int, ...]) -> float:
+def training_flops(
+    network: Network, size: int | tuple[int, ...], cond: Cond | None = None
+) -> float:
     """FLOP to train on one image of `size`: 2 per MAC; backward is twice the forward pass.
 
-    With a seed, as in training: a network may leave out some of its tokens then.
+    With a seed, as in training: a network may leave out some of its tokens then. `cond` is that of
+    `count`.
     """
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    return 6.0 * count(network, size, Cond(seed=seed)).macs
+    return 6.0 * count(network, size, replace(cond or Cond(), seed=seed)).macs

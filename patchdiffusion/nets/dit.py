@@ -25,6 +25,7 @@ from patchdiffusion.nets.embed import Embedding, LateEmbedding, whole_canvas
 from patchdiffusion.nets.layers import Linear, pad_to_multiple
 from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.stages import Merge, Split
+from patchdiffusion.nets.text import described
 from patchdiffusion.nets.tokenblock import Registers, TokenBlock, for_tokens, modulated
 from patchdiffusion.nets.tokens import (
     Tokens,
@@ -100,6 +101,7 @@ class DiT(Network[DiTConfig]):
             self.embed = Embedding(
                 width // 4, "positional", config.num_classes, config.augment_dim, jump=config.jump
             )
+        self.text = config.text.build()
         self.stem = _stem(config.channels * pixels, config.bottleneck, width)
         self.picture = self.pooled_extra = None
         if config.image_channels:
@@ -138,7 +140,7 @@ class DiT(Network[DiTConfig]):
             qk_norm=config.qk_norm,
             gives=config.value_residual and first,
             mixes=config.value_residual and not first,
-            context=config.context,
+            context=config.attends,
         )
 
     @property
@@ -199,7 +201,8 @@ class DiT(Network[DiTConfig]):
         tokens = Tokens(h, self._embedded(noise, cond), grid, size, pos.expand(len(x), -1, -1))
         if self.registers is not None:
             tokens = tokens._replace(registers=self.registers.weight.expand(len(x), -1, -1))
-        return with_context(tokens, cond, self.config.context)
+        cond = described(self.text, cond, len(x), x.device)
+        return with_context(tokens, cond, self.config.attends)
 
     def _embedded(self, noise: Tensor, cond: Cond) -> Tensor:
         """Noise [B], or a map [B, 1, *S] -> [B, E], or [B, T, E]."""

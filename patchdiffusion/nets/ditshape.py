@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self, get_args
 
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.routing import AllTokens, Routing
+from patchdiffusion.nets.text import ContextShape
 from patchdiffusion.nets.tokenblock import MlpKind, ModulationKind, NormKind
 from patchdiffusion.patches import Size
 
@@ -13,7 +14,7 @@ Positions = Literal["coordinates", "sincos", "rope"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiTShape(NetworkConfig):
+class DiTShape(ContextShape):
     """Base of the configuration of DiT: its fields, their limits, and what follows from them."""
 
     pictures: ClassVar[bool] = True
@@ -53,9 +54,6 @@ class DiTShape(NetworkConfig):
     bottleneck: int = 0
     """Features between the pixels of a patch and its token, as in JiT, whose parameterisation and
     noise law the network then brings; 0 is none."""
-    context: int = 0
-    """Features of the tokens of a condition that every block attends to, such as those of a text; 0
-    is none."""
     half_blocks: int = 0
     """Blocks in the middle of the depth that work at half resolution, on a quarter of the
     tokens."""
@@ -73,7 +71,6 @@ class DiTShape(NetworkConfig):
         self.limit("mlp_ratio", 1, 64)
         self.limit("registers", 0, 1024)
         self.limit("bottleneck", 0, 16384)
-        self.limit("context", 0, 65536)
         kinds = {"mlp": MlpKind, "norm": NormKind, "positions": Positions}
         kinds |= {"embedding": Literal["early", "late"], "modulation": ModulationKind}
         for name, kind in kinds.items():
@@ -125,9 +122,8 @@ class DiTShape(NetworkConfig):
 
     @property
     def reads(self) -> frozenset[str]:
-        context = {"context", "context_mask"} if self.context else set()
         seed = {"seed"} if self.tokens.is_random else set()
-        return super().reads | {"pos"} | context | seed
+        return super().reads | {"pos"} | seed
 
     @property
     def masks(self) -> bool:

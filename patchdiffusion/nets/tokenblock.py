@@ -115,17 +115,25 @@ class TokenAttention(nn.Module):
 
 
 class ContextAttention(nn.Module):
-    """Attention of tokens to those of a condition, through weights that are zero at the start."""
+    """Attention of tokens to those of a condition; by default its output is zero at the start."""
 
     role: ClassVar[Role] = "attention"
     is_neutral: ClassVar[bool] = True
 
-    def __init__(self, width: int, num_heads: int, context: int, *, qk_norm: bool = False):
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        context: int,
+        *,
+        qk_norm: bool = False,
+        scale: float = 0.0,
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.q = Linear(width, width)
         self.kv = Linear(context, 2 * width)
-        self.proj = Linear(width, width, scale=0.0)
+        self.proj = Linear(width, width, scale=scale)
         self.q_norm = Gain(width // num_heads) if qk_norm else None
         self.k_norm = Gain(width // num_heads) if qk_norm else None
 

@@ -90,9 +90,16 @@ class Tokens(NamedTuple):
 
 
 def with_context(tokens: Tokens, cond: Cond, features: int) -> Tokens:
-    """Tokens with those of the condition, after a token of zeros that means that there are none.
+    """Tokens with those of the condition, see `context_of`."""
+    context, mask = context_of(cond, features, tokens.emb)
+    return tokens._replace(context=context, context_mask=mask)
 
-    Raises `ValueError` unless the tokens of the condition have so many features; 0 is no condition.
+
+def context_of(cond: Cond, features: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Tokens of the condition, after one of zeros that means that there are none, and their mask.
+
+    [B, T' + 1, D'] in the type of `like` [B, ...] and bool [B, T' + 1], or None for all. Raises
+    `ValueError` unless the tokens of the condition have so many features; 0 is no condition.
     """
     context, mask = cond.context, cond.context_mask
     if context is not None and (context.ndim != 3 or context.shape[-1] != features):
@@ -106,14 +113,13 @@ def with_context(tokens: Tokens, cond: Cond, features: int) -> Tokens:
             f"cond.context_mask must be {tuple(context.shape[:2])}, not {tuple(mask.shape)}"
         )
     if not features:
-        return tokens
-    none = tokens.emb.new_zeros(len(tokens.h), 1, features)
+        return None, None
+    none = like.new_zeros(len(like), 1, features)
     if context is None:
-        return tokens._replace(context=none)
+        return none, None
     if mask is not None:
         mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)
-    context = torch.cat([none, context.to(none.dtype)], dim=1)
-    return tokens._replace(context=context, context_mask=mask)
+    return torch.cat([none, context.to(none.dtype)], dim=1), mask
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:

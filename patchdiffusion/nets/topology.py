@@ -7,17 +7,22 @@ E size of the embedding.
 
 from abc import abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets import fused
+from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.base import Network, put
 from patchdiffusion.nets.embed import fourier_features, whole_canvas
 from patchdiffusion.nets.layers import Conv, Linear
 from patchdiffusion.nets.picture import picture_of, pooled, shifted
+from patchdiffusion.nets.reader import Reader
 from patchdiffusion.nets.shapes import BlockPosition, UNetShape
+from patchdiffusion.nets.text import ContextShape, described
+from patchdiffusion.nets.tokens import context_of
 from patchdiffusion.rng import subkeys
 
 UNetLike = TypeVar("UNetLike", bound=UNetShape)
@@ -40,6 +45,10 @@ class Features(NamedTuple):
     """Height and width of each level."""
     emb: Tensor
     """[B, E]."""
+    context: Tensor | None = None
+    """[B, T, D], tokens of the condition."""
+    context_mask: Tensor | None = None
+    """bool [B, T], the tokens of the condition that count."""
 
 
 def encoder(
@@ -97,9 +106,32 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     """Convolution of the picture that the network is conditioned on."""
     pooled_extra: Linear | None
     """Layer of the pooled embedding that it is conditioned on."""
+    text: nn.Module | None
+    """Text encoder inside the network."""
+    readers: nn.ModuleDict | None
+    """Attention to the tokens of a condition, by the name of the block before it."""
     enc: nn.ModuleList
     mid: nn.ModuleDict
     dec: nn.ModuleList
+
+    def _add_readers(self) -> None:
+        """Let every block with self-attention read the tokens of a condition, if there are any."""
+        config = self.config
+        self.text = self.readers = None
+        if isinstance(config, ContextShape) and config.attends:
+            self.text = config.text.build()
+            self.readers = nn.ModuleDict()
+            for name, block in self._named_blocks():
+                attention = getattr(block, "attention", None)
+                if isinstance(attention, Attention):
+                    reader = Reader(attention.proj.out_channels, config.attends)
+                    self.readers[name.replace(".", "_")] = reader
+
+    def _named_blocks(self) -> list[tuple[str, nn.Module]]:
+        """All blocks by their names on the tape."""
+        enc = [(f"enc.{i}.{part}", b) for i, s in enumerate(self.enc) for part, b in _parts(s)]
+        dec = [(f"dec.{i}.{part}", b) for i, s in enumerate(self.dec) for part, b in _parts(s)]
+        return [*enc, *((f"mid.{part}", b) for part, b in _parts(self.mid)), *dec]
 
     @abstractmethod
     def embedding(self, noise: Tensor, cond: Cond) -> Tensor:
@@ -110,7 +142,11 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         """Features of level 0, and the side input of level 1; `ValueError` for wrong shapes."""
 
     def add_conditions(self, stem: int, emb: int) -> None:
-        """Make the parts for picture and pooled embedding, of these widths, if there are any."""
+        """Make the parts for picture, pooled embedding and texts, if there are any.
+
+        The widths are those of the stem and the embedding.
+        """
+        self._add_readers()
         config = self.config
         self.picture = self.pooled_extra = None
         if config.image_channels:
@@ -139,13 +175,13 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
 
     @property
     def taps(self) -> tuple[str, ...]:
-        enc = [f"enc.{i}.{part}" for i, stage in enumerate(self.enc) for part in _parts(stage)]
+        enc = [f"enc.{i}.{part}" for i, stage in enumerate(self.enc) for part, _ in _parts(stage)]
         levels = reversed(list(enumerate(self.dec)))
-        dec = [f"dec.{i}.{part}" for i, stage in levels for part in _parts(stage)]
+        dec = [f"dec.{i}.{part}" for i, stage in levels for part, _ in _parts(stage)]
         return ("stem", *enc, *(f"mid.{part}" for part in self.mid), *dec)
 
     def units(self) -> list[nn.Module]:
-        stages = [*self.enc, *self.dec, self.mid]
+        stages = [*self.enc, *self.dec, self.mid, *([self.readers] if self.readers else [])]
         chosen = {id(block) for stage in stages for block in stage.children()}
         return [module for module in self.modules() if id(module) in chosen]
 
@@ -159,6 +195,8 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     def encode(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Features:
         """Stem, encoder and middle."""
         emb = pooled(self.pooled_extra, self.embedding(noise, cond), cond)
+        context, mask = self._context(cond, x, emb)
+        cond = replace(cond, context=context, context_mask=mask)
         self.check_shapes(x, cond)
         if self.picture is None:
             h, side = self.begin(x, cond)
@@ -177,13 +215,14 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
             sizes.append((h.shape[-2], h.shape[-1]))
         for part, block in self.mid.named_children():
             h = put(tape, f"mid.{part}", self.run(f"mid.{part}", block, h, emb, cond))
-        return Features(h, tuple(skips), tuple(sizes), emb)
+        return Features(h, tuple(skips), tuple(sizes), emb, context, mask)
 
     def decode(self, features: Features, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """Decoder and head; of the condition it reads only the seed.
 
         Replace `features.emb` to decode for another noise level.
         """
+        cond = replace(cond, context=features.context, context_mask=features.context_mask)
         h, skips = features.h, list(features.skips)
         for level in reversed(range(len(self.dec))):
             for part, block in self.dec[level].named_children():
@@ -198,8 +237,19 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         """Deep features, after the middle: [B, H' W', F]."""
         return self.encode(x, noise, cond).h.flatten(2).mT
 
+    def _context(self, cond: Cond, x: Tensor, emb: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens of the condition and their mask, after one that means that there are none."""
+        config = self.config
+        if not isinstance(config, ContextShape) or not config.attends:
+            return None, None
+        return context_of(described(self.text, cond, len(x), x.device), config.attends, emb)
+
     def remove_head(self) -> None:
         self.dec = nn.ModuleList()
+        if self.readers is not None:
+            names = [name for name in self.readers if name.startswith("dec_")]
+            for name in names:
+                del self.readers[name]
 
     def positions(self, x: Tensor, cond: Cond) -> Tensor | None:
         """Coordinate channels of the input, float32 [B or 1, P, H, W]; None if it has none.
@@ -227,8 +277,14 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         key = None
         if cond.seed is not None and self.config.dropout > 0:
             key = subkeys(cond.seed, name)
-        return block(h, emb, key, size)
+        h = block(h, emb, key, size)
+        if self.readers is None or cond.context is None:
+            return h
+        reader = name.replace(".", "_")
+        if reader not in self.readers:
+            return h
+        return self.readers[reader](h, cond.context, cond.context_mask)
 
 
-def _parts(stage: nn.Module) -> list[str]:
-    return [name for name, _ in stage.named_children()]
+def _parts(stage: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(stage.named_children())

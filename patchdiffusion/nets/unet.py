@@ -20,11 +20,12 @@ from patchdiffusion.nets.embed import (
 from patchdiffusion.nets.fused import residual
 from patchdiffusion.nets.layers import Block, Conv, Norm
 from patchdiffusion.nets.shapes import BlockPosition, UNetShape
+from patchdiffusion.nets.text import ContextShape
 from patchdiffusion.nets.topology import UNet, decoder, encoder, middle
 
 
 @dataclass(frozen=True, kw_only=True)
-class UNetConfig(UNetShape):
+class UNetConfig(UNetShape, ContextShape):
     """A U-Net (DDPM++, NCSN++); the defaults are DDPM++ for 64 x 64 images, without dropout."""
 
     embedding: EmbeddingKind = "positional"

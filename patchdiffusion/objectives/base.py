@@ -95,6 +95,10 @@ class Materials:
     """All training images in a random order, whole: batches float32 [B, C, *canvas]."""
     keep: dict[str, bytes] = field(default_factory=dict)
     """Files that are made for the model, by their names in its folder."""
+    captions: Sequence[str | None] = ()
+    """Captions of all images, by the index in the data."""
+    store: Path | None = None
+    """Folder of the data, for what is computed of them once; None keeps nothing."""
     folder: Path | None = None
     """Folder of a saved model, which has the files that it needs; None for a run."""
     learned: nn.ModuleDict = field(default_factory=nn.ModuleDict)

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion.cond import Cond
+from patchdiffusion.cond import CONDITIONS, Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
 from patchdiffusion.losses import Batch, LossOut
 from patchdiffusion.noise import LogitNormal, LogNormal, NoiseLaw
@@ -221,7 +221,7 @@ class MeanFlowLoss:
         if not config.guided or cond.labels is None:
             return v
         goal = config.guidance * v
-        null = mean_velocity(network, z, t, t, cond.without("labels", "context"))
+        null = mean_velocity(network, z, t, t, cond.without(*CONDITIONS))
         goal = goal + (1 - config.guidance - config.mix) * null
         if config.mix:
             goal = goal + config.mix * mean_velocity(network, z, t, t, cond)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
+from patchdiffusion.conditioners.base import Wish, fill
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.base import Classifier
 from patchdiffusion.model import Model, ModelConfig, load_model
@@ -88,18 +89,31 @@ class Companions:
             self._files[name] = sealed(facts)[SEAL]
         return facts
 
+    def prompt(self, text: str) -> Cond:
+        """Condition of the sampled model by a text, of batch 1; `ValueError` if it reads none."""
+        model = self.main
+        readers = [] if model is None else [c for c in model.config.conditioners if c.reads_prompts]
+        if model is None or not readers:
+            raise ValueError(
+                f"negative is {text!r}, a text, and the model was trained without captions; leave "
+                "it out, or train with --captions bytes"
+            )
+        seeds, canvas = torch.zeros(1, dtype=torch.int64), model.config.canvas
+        wish = Wish(seeds, canvas, prompts=(text,), device=self.device, folder=model.folder)
+        return fill(readers, wish, Cond())
+
     def require_condition(self) -> None:
-        """Raise `ValueError` if the model that samples has neither classes nor a context."""
+        """Raise `ValueError` if the model that samples has neither classes nor reads texts."""
         if self.main is None:
             return
         config = self.main.config
         if self.drops():
             return
-        if not config.num_classes and "context" not in config.network.reads:
+        if not config.num_classes and not {"context", "tokens"} & config.network.reads:
             raise ValueError(
-                "the model was trained without classes, and classifier-free guidance leads towards "
-                "one: use --guidance none, autoguidance (--guidance.model RUN, a worse model), or "
-                "classifier (--guidance.model RUN, a classifier)"
+                "the model was trained without classes or captions, and classifier-free guidance "
+                "leads towards one: use --guidance none, autoguidance (--guidance.model RUN, a "
+                "worse model), or classifier (--guidance.model RUN, a classifier)"
             )
 
     def drops(self) -> tuple[str, ...]:
@@ -111,9 +125,9 @@ class Companions:
         """Raise `ValueError` if the model that samples was never trained without its classes."""
         if self.main is not None and not self.main.config.unconditional:
             raise ValueError(
-                "the model was trained with label_dropout 0 and makes nothing without a class, "
-                "which this guidance leads away from: use --guidance none or autoguidance, or "
-                "train with --label-dropout 0.1"
+                "the model was trained with label_dropout 0 and makes nothing without a class or "
+                "text, which this guidance leads away from: use --guidance none or autoguidance, "
+                "or train with --label-dropout 0.1"
             )
 
     def _fitted(self, model: Model) -> Classifier:

@@ -112,11 +112,13 @@ class SamplerConfig:
         schedule: Schedule | str | None = None,
         guidance: Guidance | float | str | None = None,
         size: Size | int | None = None,
+        negative: str | None = None,
     ) -> "SamplerConfig":
         """A copy with some settings changed, each a record or the word of one.
 
         A number as `guidance` is the weight of classifier-free guidance, 1 is none. `size` is one
-        of the images, larger ones in windows. Raises `ValueError` for unknown words.
+        of the images, larger ones in windows. `negative` is a text to lead away from, by
+        classifier-free guidance. Raises `ValueError` for unknown words.
         """
         changes: dict[str, Any] = {}
         if isinstance(guidance, int | float):
@@ -129,6 +131,16 @@ class SamplerConfig:
             if value is not None:
                 is_word = isinstance(value, str)
                 changes[name] = families.create(family, value, name) if is_word else value
+        if negative:
+            chosen = changes.get("guidance", self.guidance)
+            if guidance is None and isinstance(chosen, NoGuidance):
+                chosen = ClassifierFree()
+            if not isinstance(chosen, ClassifierFree):
+                raise ValueError(
+                    f"negative is {negative!r}, which classifier-free guidance leads away from, "
+                    f"not guidance {word(type(chosen))}; use --guidance cfg"
+                )
+            changes["guidance"] = replace(chosen, negative=negative)
         if steps is not None:
             changes["steps"] = steps
         if size is not None:

@@ -59,7 +59,8 @@ class Pipeline:
         schedule: Schedule | str | None = None,
         size: int | tuple[int, ...] | None = None,
         cond: Cond | None = None,
-        prompts: Sequence[str | None] | None = None,
+        prompts: str | Sequence[str | None] | None = None,
+        negative: str | None = None,
         start: Start | None = None,
         config: SamplerConfig | None = None,
         batch: int = 64,
@@ -74,13 +75,19 @@ class Pipeline:
         `size` (a side, or each) change `config`, which has all settings: see `SamplerConfig.but`.
         `classes` are names or numbers, cycled through; None cycles through all classes if the model
         has any, or the classifier that guides it, unless `cond` [count, ...] has labels. `prompts`
-        are texts for models that read them, cycled through, too. What conditioners make is made
-        unless `cond` has it. `watch` is called after each step of a batch with the number of steps
-        done. Raises `ValueError` for a class or size that the model does not have.
+        are texts for models that read them, one or several, cycled through, too; an empty one is
+        none. `negative` is a text that classifier-free guidance leads away from. What conditioners
+        make is made unless `cond` has it. `watch` is called after each step of a batch with the
+        number of steps done. Raises `ValueError` for a class or size that the model does not have.
         """
         _check_numbers(count, seed, batch)
         config = (config or SamplerConfig()).but(
-            steps=steps, guidance=guidance, solver=solver, schedule=schedule, size=size
+            steps=steps,
+            guidance=guidance,
+            solver=solver,
+            schedule=schedule,
+            size=size,
+            negative=negative,
         )
         cond = cond or Cond()
         if cond.labels is None:
@@ -113,7 +120,7 @@ class Pipeline:
         cond: Cond,
         count: int,
         seed: int,
-        prompts: Sequence[str | None] | None = None,
+        prompts: str | Sequence[str | None] | None = None,
         config: SamplerConfig | None = None,
     ) -> Cond:
         """Condition [count, ...] with what the conditioners of the model make.
@@ -122,6 +129,9 @@ class Pipeline:
         """
         model = self.model
         if prompts is not None:
+            prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+            if not prompts or not all(isinstance(text, str | None) for text in prompts):
+                raise ValueError(f"prompts must be one text or more, not {prompts}")
             prompts = tuple(prompts[i % len(prompts)] for i in range(count))
         wish = Wish(
             torch.arange(seed, seed + count),

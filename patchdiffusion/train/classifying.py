@@ -23,7 +23,14 @@ from patchdiffusion.paths import per_sample
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.device import autocast
 from patchdiffusion.system.png import enlarge, grid
-from patchdiffusion.train.preview import Abandoned, Ending, Scene, Shown, held_out_text
+from patchdiffusion.train.preview import (
+    Abandoned,
+    Ending,
+    Scene,
+    Shown,
+    held_out_text,
+    reads_captions,
+)
 from patchdiffusion.train.settings import Settings
 from patchdiffusion.train.task import TaskConfig, check_images, check_own_objective
 
@@ -58,6 +65,10 @@ class ClassifierTask(TaskConfig):
                 "put the images of each class into a folder of its own"
             )
         check_own_objective(config, "a classifier")
+        if reads_captions(config):
+            raise ValueError(
+                "a classifier reads no captions, which may name it; leave out --captions"
+            )
 
     def head(self, pack: Pack) -> ClassifierHead:
         return ClassifierHead(classes=len(pack.classes), queries=self.queries)

@@ -17,7 +17,7 @@ from patchdiffusion.objectives.base import Materials, with_additions
 from patchdiffusion.rng import Draws
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.system import families
-from patchdiffusion.train.preview import Scene
+from patchdiffusion.train.preview import Scene, reads_captions
 from patchdiffusion.train.samples import SamplePreview
 from patchdiffusion.train.settings import Settings
 from patchdiffusion.train.task import TaskConfig, check_images
@@ -39,16 +39,22 @@ class DenoiserTask(TaskConfig):
                 f"gray, color or alpha, and these have {axes} and {channels}; "
                 "set --preview.distance 0"
             )
-        guidance, classes = config.preview.guidance, len(pack.classes)
-        if guidance != 1 and not config.network.num_classes:
+        if reads_captions(config) and not any(pack.captions):
             raise ValueError(
-                f"preview.guidance is {guidance}, which needs a network with classes; "
+                f"the images of {pack.name} have no captions; write cat.txt beside cat.png, or "
+                'lines {"file_name": "cat.png", "text": "..."} in captions.jsonl, or leave out '
+                "--captions"
+            )
+        guidance, classes = config.preview.guidance, len(pack.classes)
+        if guidance != 1 and not (config.network.num_classes or reads_captions(config)):
+            raise ValueError(
+                f"preview.guidance is {guidance}, which needs a network with classes or captions; "
                 "set --preview.guidance 1"
             )
         if guidance != 1 and not self.unconditional(config, pack):
             raise ValueError(
-                f"preview.guidance {guidance} leads away from images without a class, which are "
-                "not trained at label_dropout 0; leave it at 1"
+                f"preview.guidance {guidance} leads away from images without a class or text, "
+                "which are not trained at label_dropout 0; leave it at 1"
             )
         if guidance != 1 and config.objective.few_step:
             raise ValueError(

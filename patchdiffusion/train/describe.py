@@ -6,12 +6,14 @@ from typing import Any
 import torch
 
 from patchdiffusion.data.mirror import mirror_line
+from patchdiffusion.data.pack import CAPTIONS
 from patchdiffusion.data.summary import data_lines
 from patchdiffusion.patches import size_name
 from patchdiffusion.system import families
-from patchdiffusion.system.text import counted
+from patchdiffusion.system.text import counted, share
 from patchdiffusion.train.folder import check_disk
 from patchdiffusion.train.log import quantity
+from patchdiffusion.train.preview import reads_captions
 from patchdiffusion.train.setup import Training
 
 MANY_TOKENS = 1024
@@ -34,6 +36,8 @@ def describe(training: Training) -> None:
     labels = bool(training.config.task.classes(training.config, training.pack))
     for line in data_lines(training.pack, labels=labels):
         training.log.say(line)
+    if texts := _texts(training):
+        training.log.say(f"captions  {texts}")
     if training.config.data.augment.p == 0 and len(training.canvas) > 1:
         training.log.say(mirror_line(training.pack, training.config.data.flip))
     for name, text in (
@@ -79,6 +83,26 @@ def _network(training: Training) -> str:
     )
 
 
+def _texts(training: Training) -> str:
+    """Captions of the training images, and how they are used; "" if there are none."""
+    pack, config = training.pack, training.config
+    total = len(pack.train)
+    if pack.arrays.get(CAPTIONS) is None:
+        return ""
+    texts = [text for i in pack.train.tolist() if (text := pack.captions[i])]
+    has = share(len(texts), total, "image", "has one", "have one")
+    if not reads_captions(config):
+        return f"{has}, which are not used: --captions bytes trains on them"
+    parts = [in_words(c) for c in config.conditioners if c.reads_prompts]
+    without = total - len(texts)
+    if without:
+        parts.append(f"{counted(without, 'image')} without are trained without a text")
+    cut = sum(c.cut(texts) for c in config.conditioners if c.reads_prompts)
+    if cut:
+        parts.append(f"{counted(cut, 'caption')} longer than that cut")
+    return ", ".join([has, *parts])
+
+
 def _training(training: Training) -> str:
     config = training.config
     task = families.word(type(config.task))
@@ -93,8 +117,9 @@ def _training(training: Training) -> str:
         parts.append(f"{in_words(config.precond)}, noise {in_words(config.noise)}")
     if config.data.augment.p:
         parts.append(f"augmented with probability {config.data.augment.p:g}")
-    if config.network.num_classes and config.label_dropout:
-        parts.append(f"{config.label_dropout:.0%} of the labels dropped")
+    named = ["labels"] * bool(config.network.num_classes) + ["texts"] * reads_captions(config)
+    if named and config.label_dropout:
+        parts.append(f"{config.label_dropout:.0%} of the {' and '.join(named)} dropped")
     return ", ".join(parts)
 
 

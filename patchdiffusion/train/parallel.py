@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.cond import CONDITIONS, Cond, Tape
 from patchdiffusion.conditioners.base import Change, unchanged
-from patchdiffusion.guidance.cfg import CONDITIONS
 from patchdiffusion.losses import Batch, Loss, LossOut, with_losses
 from patchdiffusion.nets.base import Network
 from patchdiffusion.rng import Draws

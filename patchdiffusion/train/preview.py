@@ -85,6 +85,11 @@ class Scene:
         return [value for (value,) in results]
 
 
+def reads_captions(config: Settings) -> bool:
+    """True if the network is conditioned on captions of the images."""
+    return any(conditioner.reads_prompts for conditioner in config.conditioners)
+
+
 def held_out_text(facts: Mapping[str, Any]) -> tuple[str, dict[str, float]]:
     """Held-out loss, if it was measured, as text and as numbers for trackers."""
     held = facts.get("held_out")

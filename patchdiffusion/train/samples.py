@@ -1,6 +1,7 @@
 """The preview of a denoiser: a grid of samples, held-out loss, and a warning about copies."""
 
 import functools
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +32,14 @@ from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import NotFinite, sample
 from patchdiffusion.system.device import autocast
 from patchdiffusion.system.png import enlarge, grid
-from patchdiffusion.train.preview import Abandoned, Ending, Scene, Shown, held_out_text
+from patchdiffusion.train.preview import (
+    Abandoned,
+    Ending,
+    Scene,
+    Shown,
+    held_out_text,
+    reads_captions,
+)
 
 COPY_WARNING = 0.1
 
@@ -50,6 +58,11 @@ class SamplePreview:
         """Grid of samples, with measurements."""
         samples = self.draw(model, ending)
         facts = self.measure(model, samples, ending)
+        notes = {"seeds": f"0-{self.scene.config.preview.grid - 1}"}
+        if reads_captions(self.scene.config):
+            index = self._images(range(len(samples))).tolist()
+            facts["prompts"] = [self.scene.pack.captions[i] or "" for i in index]
+            notes["prompts"] = json.dumps(facts["prompts"], ensure_ascii=False)
         if self.scene.config.network.num_classes:
             facts["classes"] = [self.scene.pack.classes[i] for i in self._classes[: len(samples)]]
         (text, numbers), warnings = held_out_text(facts), ()
@@ -72,7 +85,7 @@ class SamplePreview:
             text=text,
             numbers=numbers,
             warnings=warnings,
-            notes={"seeds": f"0-{self.scene.config.preview.grid - 1}"},
+            notes=notes,
             reference=reference,
         )
 
@@ -133,13 +146,12 @@ class SamplePreview:
 
         What conditioners make, they make of the seeds and the captions of these images.
         """
-        pack = self.scene.pack
-        images = pack.heldout if len(pack.heldout) else pack.train
-        index = images[torch.tensor(seeds, dtype=torch.int64) % len(images)]
+        pack, index = self.scene.pack, self._images(seeds)
         cond = conditions(with_labels(self.columns, None), index, self.scene.sizes[0])
         conditioners, prompts = self.scene.config.conditioners, None
-        if any(conditioner.reads_prompts for conditioner in conditioners):
+        if reads_captions(self.scene.config):  # and the label must not contradict them
             prompts = tuple(pack.captions[i] for i in index.tolist())
+            labels = None if labels is None or pack.labels is None else pack.labels[index]
         wish = Wish(
             torch.tensor(seeds, dtype=torch.int64),
             self.scene.sizes[0],
@@ -148,6 +160,12 @@ class SamplePreview:
             kept=self.scene.kept,
         )
         return fill(conditioners, wish, replace(cond, labels=labels).to(self.scene.device))
+
+    def _images(self, seeds: range) -> Tensor:
+        """Indices of the images, held out if possible, whose conditions samples have."""
+        pack = self.scene.pack
+        images = pack.heldout if len(pack.heldout) else pack.train
+        return images[torch.tensor(seeds, dtype=torch.int64) % len(images)]
 
     def _pictures(self, images: Tensor) -> np.ndarray:
         """Output of a network [N, C, *S] as uint8 [N, *S, C]."""

@@ -148,7 +148,7 @@ class Settings:
     micro_batch: int | None = None
     """Area of crops per process and forward pass, in whole images; None for no limit."""
     label_dropout: float = 0.1
-    """Probability of dropping the label of a sample, for classifier-free guidance."""
+    """Probability of dropping label and text of a sample, for classifier-free guidance."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Precision of the network; auto is bf16 where the hardware supports it natively, else fp32."""
     seed: int = 0

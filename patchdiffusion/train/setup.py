@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion.conditioners.base import changes, conditioned
+from patchdiffusion.conditioners.base import changes, conditioned, text_of
 from patchdiffusion.data.feed import Feed, some_crops
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import extractor
@@ -209,8 +209,9 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     share = (
         1 + task.passes(config) / 3
     )  # times `training_flops`, which counts one pass forward and backward
-    flops = {size: round(training_flops(network, size) * share) for size in sizes}
-    macs = count(network, canvas).macs
+    text = text_of(config.conditioners, canvas)
+    flops = {size: round(training_flops(network, size, text) * share) for size in sizes}
+    macs = count(network, canvas, text).macs
     ema = _place_network(network, config, run, team, device)
     feed = Feed(
         resident(pack.images, device),
@@ -236,6 +237,8 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         others=feed.others,
         whole=feed.whole,
         examples=feed.examples,
+        captions=pack.captions,
+        store=pack.path,
         device=device,
         team=team,
     )

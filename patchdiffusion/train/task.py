@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from patchdiffusion.data.augment import LABELS
@@ -24,7 +25,7 @@ from patchdiffusion.objectives import DenoisingConfig
 from patchdiffusion.objectives.base import Materials
 from patchdiffusion.rng import Draws
 from patchdiffusion.system import families
-from patchdiffusion.train.preview import Preview, Scene
+from patchdiffusion.train.preview import Preview, Scene, reads_captions
 from patchdiffusion.train.settings import Settings
 
 
@@ -72,10 +73,15 @@ class TaskConfig(ABC):
         return 0.0
 
     def unconditional(self, config: Settings, pack: Pack) -> bool:
-        """True if the network also learns to denoise without a class."""
-        if not config.network.num_classes or self.dropout(config) > 0:
+        """True if the network also learns to denoise without a class and without a text."""
+        if self.dropout(config) > 0:
             return True
-        return pack.labels is not None and bool((pack.labels[pack.train] < 0).any())
+        none = torch.ones(len(pack.train), dtype=torch.bool)
+        if config.network.num_classes:
+            none &= _unlabeled(pack)
+        if reads_captions(config):
+            none &= torch.tensor([not pack.captions[i] for i in pack.train.tolist()])
+        return bool(none.any())
 
     def not_counting(self, config: Settings) -> tuple[str, ...]:
         """The parts of the loss that do not read `Batch.counted`, as flags."""
@@ -108,6 +114,13 @@ class TaskConfig(ABC):
     def shards(self, config: Settings) -> bool:
         """True if `--shard` is supported."""
         return True
+
+
+def _unlabeled(pack: Pack) -> Tensor:
+    """Training images without a label, bool [len(pack.train)]; none if no image has one."""
+    if pack.labels is None:
+        return torch.zeros(len(pack.train), dtype=torch.bool)
+    return pack.labels[pack.train] < 0
 
 
 def check_own_objective(config: Settings, name: str) -> None:

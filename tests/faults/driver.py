@@ -20,6 +20,7 @@ import torch
 from patchdiffusion import cli, recipes
 from patchdiffusion.nets import Network
 from patchdiffusion.nets.dit import DiTConfig
+from patchdiffusion.recipes.captions import with_captions
 from patchdiffusion.system import families
 from patchdiffusion.system.place import leave, place
 from patchdiffusion.system.serialize import decode
@@ -43,6 +44,8 @@ def carry_out(spec: Mapping[str, Any]) -> int:
         )
     elif word:
         config = replace(config, network=decode(DiTConfig, word))
+    if word := spec.get("captions"):
+        config = with_captions(config, word)
     config = recipes.with_objective(config, spec.get("objective", "denoising"))
     task = families.choose(Task, spec.get("task", "denoiser"), "task")()
     config = tiny.change(replace(config, task=task), spec.get("config", {}))
