@@ -7,8 +7,8 @@ Trains a variational autoencoder, denoisers that refine its reconstructions by b
 and one without a condition for as many operations as autoencoder and refiner together. Samples of
 5 and 10 evaluations are compared with real images: by Frechet and kernel distance of features
 of random convolutions, which need no downloads, and by the sliced distance of pixels. After a kill
-the same command goes on. Results go to benchmarks/results/diffusevae-NAME.json, a picture to
-docs/diffusevae-NAME.png.
+the same command goes on. Results go to benchmarks/results/diffusevae-NAME.json, pictures of
+glyphs to docs.
 """
 
 import argparse
@@ -207,15 +207,16 @@ def measure(
                 f"{name} {steps}", lambda p=pipeline, s=steps: distances(drawn(p, samples, s), real)
             )
 
-    def by_mixture() -> dict[str, float]:
+    def by_mixture(steps: int) -> dict[str, float]:
         changed, fitted = with_mixture(refiner, pack, 10)
         z = changed.prior.draw(
             torch.arange(samples), opened(conditioner.model, "cpu").latent_channels, fitted
         )
         image = decoded(opened(conditioner.model, "cpu"), z, refiner.model.config.canvas)
-        return distances(drawn(refiner, samples, 10, cond=Cond(image=image)), real)
+        return distances(drawn(refiner, samples, steps, cond=Cond(image=image)), real)
 
-    once("mixture 10", by_mixture)
+    for steps in EVALUATIONS:
+        once(f"mixture {steps}", lambda s=steps: by_mixture(s))
     once("control", lambda: control(refiner, min(samples, 256)))
     once("own reconstruction", lambda: own_reconstruction(conditioner.model, held, pack))
     return facts
@@ -294,7 +295,8 @@ def main() -> None:
     facts = measure(runs, pack, result, options.samples, setting.refiners)
     facts["operations"] = costs
     write_json(result, facts)
-    picture(runs, ROOT / "docs" / f"diffusevae-{options.name}.png")
+    if options.name == "glyphs":
+        picture(runs, ROOT / "docs" / "diffusevae-glyphs.png")
     print(json.dumps(facts, indent=1))
 
 
