@@ -1,10 +1,14 @@
 """Toys of networks and of parts of them; `toys.py` makes them members of their families."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.denoiser import Denoiser
+from patchdiffusion.encoders import discriminator, perceptual
 from patchdiffusion.nets import legobody, routing, text
 from patchdiffusion.nets.base import Network, NetworkConfig
 from patchdiffusion.nets.layers import Conv, Linear
@@ -106,3 +110,21 @@ class OneLayer(legobody.RegionNetwork):
 
     def remove_head(self) -> None:
         del self.head
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyDistance(perceptual.PerceptualConfig):
+    """Difference in brightness."""
+
+    def build(self, teachers: Sequence[Denoiser], device: torch.device) -> perceptual.Distance:
+        return lambda x, y: (x - y).flatten(1).mean(1).abs()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyAdversary(discriminator.AdversaryConfig):
+    """Judges every pixel by its color."""
+
+    width: int = 4
+
+    def network(self, channels: int) -> nn.Module:
+        return nn.Sequential(Conv(channels, self.width, 1), nn.ReLU(), Conv(self.width, 1, 1))

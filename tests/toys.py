@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from toyconditions import ToyConditioner, ToyPrior
-from toynets import ToyBody, ToyNet, ToyText, ToyTokens
+from toynets import ToyAdversary, ToyBody, ToyDistance, ToyNet, ToyText, ToyTokens
 
 from patchdiffusion import (
     accel,
@@ -36,7 +36,6 @@ from patchdiffusion.guidance import threshold
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.losses import Batch, Loss, LossOut, Objective
 from patchdiffusion.nets import Network, heads, legoshape, routing, text
-from patchdiffusion.nets.layers import Conv
 from patchdiffusion.objectives.base import Addition, Materials, ObjectiveConfig
 from patchdiffusion.patches import Size
 from patchdiffusion.paths import per_sample
@@ -336,26 +335,6 @@ def toy(facts: recipes.Facts) -> config.TrainConfig:
 
 
 recipes.RECIPES["toy"] = toy
-
-# ---- Autoencoders ----
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyDistance(perceptual.PerceptualConfig):
-    """Difference in brightness."""
-
-    def build(self, teachers: Sequence[Denoiser], device: torch.device) -> perceptual.Distance:
-        return lambda x, y: (x - y).flatten(1).mean(1).abs()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ToyAdversary(discriminator.AdversaryConfig):
-    """Judges every pixel by its color."""
-
-    width: int = 4
-
-    def network(self, channels: int) -> nn.Module:
-        return nn.Sequential(Conv(channels, self.width, 1), nn.ReLU(), Conv(self.width, 1, 1))
 
 
 TOYS = (
