@@ -77,20 +77,20 @@ def main() -> None:
         pack = prepare_data(config.data)
         model = load_model(run)
         result = evaluated(model.autoencoder, pack, pack.some_held_out(HELD_OUT))
-        facts = {"steps": model.config.step, "batch": config.batch}
-        rows[name] = facts | {k: v for k, v in result.items() if k != "images"}
+        length = {"steps": model.config.step, "batch": config.batch}
+        rows[name] = length | {k: v for k, v in result.items() if k != "images"}
         shown = pack.some_held_out(HELD_OUT)[:12]
         x = pack.images[shown].movedim(-1, 1).float() / 127.5 - 1
         with torch.no_grad():
             y = model.autoencoder.decode(model.autoencoder.moments(x)[0])
         pictures += [x] * (not pictures) + [y]
-    facts = {
-        "script": "benchmarks/autoencoders.py",
-        "data": f"built-in glyphs at {SIDE} x {SIDE}, {HELD_OUT} held out",
-        "torch": torch.__version__,
-        "results": rows,
-    }
-    file.write_text(json.dumps(facts, indent=1) + "\n")
+        facts = {
+            "script": "benchmarks/autoencoders.py",
+            "data": f"built-in glyphs at {SIDE} x {SIDE}, {HELD_OUT} held out",
+            "torch": torch.__version__,
+            "results": rows,
+        }
+        file.write_text(json.dumps(facts, indent=1) + "\n")
     values = ((torch.cat(pictures) * 127.5 + 127.5).round().clamp(0, 255)).to(torch.uint8)
     picture = enlarge(grid(values.movedim(1, -1).numpy(), columns=12), 900)
     Image.fromarray(np.ascontiguousarray(picture[..., 0])).save(options.runs / "pictures.png")
