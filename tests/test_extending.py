@@ -57,7 +57,7 @@ LENGTH += " --preview.sample-steps 1 --preview.held-out 2 --preview.status 10000
 SAMPLED = (
     "--solver toy-solver --solver.short 0.1 --schedule toy-schedule --guidance toy-guidance "
     "--guidance.by 0.2 --threshold toy-threshold --accelerator toy-accelerator --steps 2 "
-    "--canvas toy-canvas --canvas.margin 3"
+    "--canvas toy-canvas --canvas.margin 3 --restore toy-restoration --restore.by 0.3"
 )
 TASK = "--task toy-task --task.gain 2 --network toy-net --data.columns toy-column --optim.lr 0.03"
 
@@ -95,6 +95,11 @@ def test_all_kinds_at_once(images: Path, tmp_path: Path, capsys: Capture) -> Non
         assert image.size == (10, 10)  # of 16 without 3 on either side
     assert tiny.digests(tmp_path / "toy") != tiny.digests(tmp_path / "plain")
     assert load(run).sample(1).shape == (1, 16, 16, 3)
+    picture = tmp_path / "plain" / "seed-00000000.png"
+    half = ("--operator", "toy-operator", "--way", "project", "--simulate", "--steps", 2)
+    works(capsys, "restore", run, picture, *half, "--out", tmp_path / "half")
+    with Image.open(tmp_path / "half" / "seed-00000000-measured.png") as image:
+        assert image.size == (16, 8)
 
 
 def test_a_task(images: Path, tmp_path: Path, capsys: Capture) -> None:

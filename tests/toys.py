@@ -34,13 +34,14 @@ from patchdiffusion.denoiser import Denoiser, PatchDenoiser, Wrapper, ask
 from patchdiffusion.encoders import discriminator, perceptual
 from patchdiffusion.guidance import threshold
 from patchdiffusion.guidance.base import Surroundings
+from patchdiffusion.guidance.operators import Operator
 from patchdiffusion.losses import Batch, Loss, LossOut, Objective
 from patchdiffusion.nets import Network, heads, legoshape, routing, text
 from patchdiffusion.objectives.base import Addition, Materials, ObjectiveConfig
 from patchdiffusion.patches import Size
 from patchdiffusion.paths import per_sample
 from patchdiffusion.rng import Draws
-from patchdiffusion.sampling import canvas
+from patchdiffusion.sampling import canvas, restoring
 from patchdiffusion.solvers import schedules
 from patchdiffusion.solvers.core import Method, Move, Step
 from patchdiffusion.system import families
@@ -303,6 +304,27 @@ class ToyCanvas:
         return PatchDenoiser(denoiser, around.canvas, self.place(around.canvas)[1])
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToyOperator(Operator):
+    """The upper half of an image."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x[:, :, : x.shape[2] // 2]
+
+    def image_size(self, measured: Size) -> Size:
+        return 2 * measured[0], measured[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyRestoration:
+    """Images that are known to be bright."""
+
+    by: float = 0.1
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return Brighter(denoiser, self.by)
+
+
 # ---- Data: a column; features of images ----
 
 
@@ -359,6 +381,8 @@ TOYS = (
     (threshold.Threshold, ToyThreshold),
     (accel.Accelerator, ToyAccelerator),
     (canvas.Canvas, ToyCanvas),
+    (restoring.Operators, ToyOperator),
+    (restoring.Restoration, ToyRestoration),
     (heads.Head, ToyHead),
     (config.Task, ToyTask),
     (perceptual.Perceptual, ToyDistance),
