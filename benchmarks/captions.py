@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from patchdiffusion import load
 from patchdiffusion.system.files import write_json
+from patchdiffusion.system.optional import require
 from patchdiffusion.system.png import enlarge, save_png
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,7 @@ def drawn(letter: str, color: str, size: str, rng: np.random.Generator) -> np.nd
     room = [max(SIDE * scale - length, 0) for length in (right - left, bottom - top)]
     x, y = (rng.uniform(0.1, 0.9) * r for r in room)
     gray = int(rng.integers(0, 50))
-    canvas = Image.new("RGB", (SIDE * scale,) * 2, (gray, gray, gray))
+    canvas = Image.new("RGB", (SIDE * scale, SIDE * scale), (gray, gray, gray))
     ink = tuple(int(np.clip(c + rng.integers(-12, 13), 0, 255)) for c in COLORS[color])
     ImageDraw.Draw(canvas).text((x - left, y - top), letter, fill=ink, font=face)
     return np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BOX))
@@ -232,24 +233,24 @@ def picture(run: Path, file: Path, options: argparse.Namespace) -> None:
 
 def encoder(folder: Path, data: Path, steps: int) -> None:
     """Train text and image encoder so that pairs agree (arXiv 2103.00020); keep that of texts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
-
+    tokenizers, transformers = (
+        require(name, extra="features") for name in ("tokenizers", "transformers")
+    )
     images, texts = read(data)
     words = sorted({word for text in texts for word in text.split()})
     names = {"[PAD]": 0, "[UNK]": 1, "[END]": 2} | {word: i + 3 for i, word in enumerate(words)}
-    raw = Tokenizer(models.WordLevel(names, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="[UNK]"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=raw, pad_token="[PAD]", unk_token="[UNK]", eos_token="[END]"
     )
     torch.manual_seed(0)
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=len(names), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=16, bos_token_id=1, eos_token_id=2,
         pad_token_id=0,
     )  # fmt: skip
-    tower, eyes = CLIPTextModel(config), Reader()
+    tower, eyes = transformers.CLIPTextModel(config), Reader()
     eyes[0], eyes[-1] = nn.Conv2d(3, 32, 3, padding=1), nn.Linear(128, 64)
     ids = tokenizer(texts, padding="max_length", max_length=8, return_tensors="pt")
     parameters = [*tower.parameters(), *eyes.parameters()]

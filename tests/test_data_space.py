@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from patchdiffusion.data.pack import Pack
-from patchdiffusion.data.space import STD, Pixels, Values, tally
+from patchdiffusion.data.space import STD, Pixels, Space, Values, tally
 from patchdiffusion.data.split import held_out
 from patchdiffusion.data.write import pack_writer
 from patchdiffusion.system.serialize import decode, encode
@@ -28,7 +28,7 @@ def measured(images: np.ndarray) -> Values:
     return found.space
 
 
-def network_units(space: Pixels | Values, images: np.ndarray) -> torch.Tensor:
+def network_units(space: Space, images: np.ndarray) -> torch.Tensor:
     return space.to_network(torch.from_numpy(images).movedim(-1, 1).to(torch.float32, copy=True))
 
 

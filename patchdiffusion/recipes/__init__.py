@@ -81,7 +81,7 @@ LATENT_FRACTIONS = (1.0, 0.5)
 
 
 def folder(facts: Facts) -> TrainConfig:
-    """Any images: settings by their resolution, number and the hardware. The default for a path.
+    """Any images: settings by their size, number and the hardware. The default.
 
     A CPU gets a small network, about an hour, and crops from small to large; a GPU the published
     networks: U-Nets to 64 pixels, and for many larger images a transformer on pixels, at a seventh
@@ -150,7 +150,7 @@ def glyphs(facts: Facts) -> TrainConfig:
 
 
 def cifar10(facts: Facts) -> TrainConfig:
-    """CIFAR-10 with the settings of EDM (arXiv 2206.00364, table 7), with patches, on a GPU."""
+    """CIFAR-10 as in EDM (arXiv 2206.00364, table 7), with patches, on a GPU."""
     return TrainConfig(
         name="cifar10",
         data=DataConfig(path=facts.path, flip=True),
@@ -162,7 +162,7 @@ def cifar10(facts: Facts) -> TrainConfig:
 
 
 def faces64(facts: Facts) -> TrainConfig:
-    """CelebA-64 and FFHQ-64 with the settings of Patch Diffusion, p = .5 (arXiv 2304.12526).
+    """CelebA-64 and FFHQ-64 as in Patch Diffusion, p = .5 (arXiv 2304.12526).
 
     200 million crops counted as images are 73.7 million full-image equivalents.
     """
@@ -181,7 +181,7 @@ def faces64(facts: Facts) -> TrainConfig:
 
 
 def meanflow(facts: Facts) -> TrainConfig:
-    """MeanFlow with patches, for samples of 1 to 4 evaluations; glyphs, or other images.
+    """MeanFlow with patches, for samples of 1 to 4 evaluations; any images.
 
     Coordinates are constant along the path, so that patches do not change its derivative.
     """
@@ -246,7 +246,7 @@ def autoencoder(facts: Facts) -> TrainConfig:
 
 
 def vae(facts: Facts) -> TrainConfig:
-    """Variational autoencoder with one vector for an image, for DiffuseVAE (arXiv 2201.00308).
+    """Autoencoder with one vector for an image, for DiffuseVAE (2201.00308).
 
     Its loss is the squared error of images in [0, 1] and the divergence of the posterior, both
     summed over an image. A CPU gets a narrow network, a GPU the published 512 dimensions.
@@ -271,7 +271,7 @@ def vae(facts: Facts) -> TrainConfig:
 
 
 def moving_glyphs(facts: Facts) -> TrainConfig:
-    """The built-in clips of moving characters: a transformer, on crops in space and time."""
+    """The built-in clips of moving characters, on crops in space and time."""
     return TrainConfig(
         name="moving-glyphs",
         data=DataConfig(path="moving-glyphs", channels=1),
