@@ -60,7 +60,7 @@ def test_training(typed: str, meant: str, capsys: Capture) -> None:
         ("--cfg 3", "--guidance cfg"),
         ("--guidance.weight 3", "--guidance cfg --guidance.weight 3"),
         ("--solver.churn.amount 3", "--solver.churn"),
-        ("--prompt cat", "--classes"),
+        ("--negative-prompt cat", "--negative"),
         ("-n 4", "--count"),
         ("--num-samples 4", "--count"),
         ("--num-inference-steps 4", "--steps"),

@@ -25,6 +25,10 @@ FLAGS = {
     "dit": "--network.width 32 --network.depth 2 --network.heads 2",
     "lego": "--network.width 16 --network.heads 2 --network.regions 4 8 --network.patches 2 4 "
     "--network.depths 1 2",
+    "kl": "--network.base 4 --network.mult 1 2 --network.blocks 1 --network.groups 2",
+    "vq": "--network.base 4 --network.mult 1 2 --network.blocks 1 --network.groups 2 "
+    "--network.codes 16",
+    "vae": "--network.base 8 --network.mult 1 2 --network.blocks 1 --network.side 16",
     "pixel-dit": "--network.width 32 --network.depth 2 --network.heads 2",
 }
 
@@ -52,7 +56,7 @@ def test_operations_are_those_of_a_real_pass(word: str, capsys: Capture) -> None
         int(side): float(macs) * 1e9
         for side, macs in re.findall(r"of (\d+)x\d+: ([\d.e-]+) GMAC", lines["cost"])
     }
-    assert len(found) > 1 and max(found) == 16
+    assert max(found) == 16 and len(found) > (0 if word == "vae" else 1)  # which sees no crops
     network = subject_of([*arguments, "--device", "cpu"], word).training.network.build()
     for side, macs in found.items():
         # Fused attention of a CPU is not counted; its products are.
@@ -61,7 +65,7 @@ def test_operations_are_those_of_a_real_pass(word: str, capsys: Capture) -> None
         assert macs == pytest.approx(counter.get_total_flops() / 2, rel=0.02)
     assert f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f}M" in lines["network"]
     assert lines["taps"].split() == list(network.taps)
-    assert set(lines["reads"].split()) == network.config.reads
+    assert set(lines["reads"].split()) == (network.config.reads or {"none"})
     assert lines["units"].startswith(f"{len(network.units())} ")
     assert "measured on" in lines["time"]
 

@@ -163,7 +163,7 @@ def test_a_run_on_measurements_samples_in_their_units(
 
     pixels = np.zeros((30, 16, 16), dtype=np.uint8)
     told = fails(capsys, "evaluate", run, "--samples", 0, "--held-out", 0, "--bits.images", 1)
-    assert "holds values; bits per dimension are those of 8-bit pixels" in told
+    assert "samples values; bits per dimension are those of 8-bit pixels" in told
     works(capsys, "evaluate", run, "--samples", 0, "--data", npy(tmp_path / "new.npy", pixels))
     works(capsys, "evaluate", tmp_path / "made", "--data", data, "--features.extractor",
           f"{__name__}:means", "--nearest", 1)  # fmt: skip

@@ -15,6 +15,7 @@ from torch import nn
 from patchdiffusion import RunConfig, SamplerConfig, TrainConfig, UNetConfig
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.denoiser import NetDenoiser
+from patchdiffusion.encoders.perceptual import LPIPS, ModelFeatures
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.losses import DenoisingLoss
 from patchdiffusion.noise import LogNormal
@@ -24,6 +25,7 @@ from patchdiffusion.parameterisation import EDM, V
 from patchdiffusion.plans import Stochastic
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import decode
+from patchdiffusion.train.autoencoding import AutoencoderTask
 from patchdiffusion.train.config import FREE
 from patchdiffusion.train.folder import (
     check_disk,
@@ -162,14 +164,20 @@ FREE_CHANGES = {
     "guard.rollbacks": {"guard": GuardConfig(rollbacks=3)},
     "objective.teacher": {"objective": ConsistencyConfig(teacher="elsewhere")},
     "ema.snapshots": {"ema": EMAConfig(snapshots=3)},
+    "task.perceptual.model": {"task": AutoencoderTask(perceptual=ModelFeatures(model="there"))},
+    "task.perceptual.vgg": {"task": AutoencoderTask(perceptual=LPIPS(vgg="there"))},
+    "task.perceptual.linear": {"task": AutoencoderTask(perceptual=LPIPS(linear="there"))},
 }
 
 
 @pytest.mark.parametrize("field", FREE)
 def test_some_fields_may_change(field: str, tmp_path: Path) -> None:
-    config = TrainConfig(objective=ConsistencyConfig(teacher="there"))
-    write_config(tmp_path, config)
+    config = TrainConfig(objective=ConsistencyConfig(teacher="here"))
     changed = replace(config, **FREE_CHANGES[field])
+    if isinstance(changed.task, AutoencoderTask):
+        kind = type(changed.task.perceptual)
+        config = replace(config, task=AutoencoderTask(perceptual=kind()))
+    write_config(tmp_path, config)
     assert changed != config
     assert is_same_run(tmp_path, changed)
 
