@@ -263,7 +263,8 @@ def facts(subject: Subject) -> list[tuple[str, str]]:
         units[type(unit).__name__] += 1
     lines.append(("units", ", ".join(f"{n} {name}" for name, n in units.items()) or "none"))
     lines.append(("taps", " ".join(network.taps) or "none"))
-    return [*lines, ("reads", " ".join(sorted(config.reads)) or "image and noise level alone")]
+    alone = "image and noise level" if config.makes == "denoiser" else "image"
+    return [*lines, ("reads", " ".join(sorted(config.reads)) or f"{alone} alone")]
 
 
 def _memory(subject: Subject, params: int, kept: float) -> str:
