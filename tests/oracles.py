@@ -225,11 +225,8 @@ class Little(nn.Module):
 TWO_STAGES = ("heun", "midpoint", "ralston", "dpmpp_2s")
 DETERMINISTIC = (*TWO_STAGES, "euler", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_published", "unipc", "ab2")
 
-# RePaint repeats its steps, which test_edit.py is about.
 SOLVERS: Mapping[str, Any] = {
-    name: member()
-    for name, member in words(Solver).items()
-    if issubclass(member, Method) and name != "repaint"
+    name: member() for name, member in words(Solver).items() if issubclass(member, Method)
 }
 
 # Every solver, and those with options as they are not by default.

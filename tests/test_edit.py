@@ -1,20 +1,24 @@
 """Edits: what is kept is kept, and samples near an image have the distribution they must have."""
 
 import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from commands import Capture, fails, works
+from commands import Capture, fails, refuses, works
 from PIL import Image
 
-from patchdiffusion import rng
+from patchdiffusion import load, rng
+from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.apps.edit import KeptPixels, sigma_of
+from patchdiffusion.apps.edit import KeptPixels, local_sample, sigma_of
 from patchdiffusion.sampling.config import SamplerConfig
 from patchdiffusion.sampling.driver import Start, sample
+from patchdiffusion.sampling.inpaint import known_pixels
 from patchdiffusion.solvers import Ancestral, Heun, RePaint, euler, solve
 from patchdiffusion.solvers.schedules import karras
 
@@ -200,3 +204,84 @@ def test_bad_input_is_one_line(
     Image.fromarray(read(pictures / "0.png")).save("a.png")
     Image.fromarray(read(pictures / "0.png")[:4, :4]).save("small.png")
     assert message in fails(capsys, *(finished if w == "RUN" else w for w in words.split()))
+
+
+def test_another_mask_is_another_request(
+    finished: Path, pictures: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the same command would go on with a mask that was painted over meanwhile."""
+    from patchdiffusion.cli import edit
+
+    mask = tmp_path / "mask.png"
+    shutil.copy(pictures.parent / "mask.png", mask)
+    command = (
+        "edit",
+        "inpaint",
+        finished,
+        pictures,
+        "--mask",
+        mask,
+        "--out",
+        tmp_path / "o",
+        *FAST,
+    )
+    original, calls = edit._edit, []
+
+    def once(*arguments: object) -> None:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        original(*arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(edit, "_edit", once)
+    fails(capsys, *command, code=130)
+    Image.fromarray(255 - read(mask)).save(mask)
+    monkeypatch.setattr(edit, "_edit", original)
+    assert "another command" in fails(capsys, *command)
+
+
+def test_a_mask_is_read_once_and_ratios_are_of_all_images(
+    finished: Path, pictures: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those restored before an interruption, too."""
+    from patchdiffusion.cli import restore
+    from patchdiffusion.sampling import restoring
+
+    read_masks: list[str] = []
+
+    def counted(mask: str, size: tuple[int, ...]) -> torch.Tensor:
+        read_masks.append(mask)
+        return known_pixels(mask, size)
+
+    monkeypatch.setattr(restoring, "known_pixels", counted)
+    command = ["restore", finished, pictures, "--operator", "inpaint", "--operator.mask"]
+    command += [pictures.parent / "mask.png", "--simulate", "--way", "independent", *FAST]
+    told = works(capsys, *command, "--out", tmp_path / "at once")
+    assert len(read_masks) == 2 * 3  # to measure, to restore, to compare
+    original, calls = restore._restore, []
+
+    def once(*arguments: object) -> None:
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        original(*arguments)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(restore, "_restore", once)
+    fails(capsys, *command, "--out", tmp_path / "parts", code=130)
+    monkeypatch.setattr(restore, "_restore", original)
+    again = works(capsys, *command, "--out", tmp_path / "parts")
+    assert told.splitlines()[-1].startswith("PSNR") and told.splitlines()[-1] in again
+
+
+def test_given_images_have_no_class_unless_one_is_named(finished: Path, pictures: Path) -> None:
+    pipeline, image = load(finished, device="cpu"), read(pictures / "0.png")
+    config = SamplerConfig(steps=3)
+    plain = local_sample(pipeline, image, 0.5, config=config)
+    none = local_sample(pipeline, image, 0.5, config=config, classes=[-1])
+    named = local_sample(pipeline, image, 0.5, config=config, classes=["b"])
+    assert np.array_equal(plain, none) and not np.array_equal(plain, named)
+    tiles = replace(config, canvas=Tiles(size=(99, 99)))
+    with refuses("99x99", "16x16"):
+        local_sample(pipeline, image, 0.5, config=tiles)
+    with refuses("mask", "4x4", "16x16"):
+        local_sample(pipeline, image, 0.5, known=np.ones((4, 4), bool))

@@ -57,7 +57,7 @@ LENGTH += " --preview.sample-steps 1 --preview.held-out 2 --preview.status 10000
 SAMPLED = (
     "--solver toy-solver --solver.short 0.1 --schedule toy-schedule --guidance toy-guidance "
     "--guidance.by 0.2 --threshold toy-threshold --accelerator toy-accelerator --steps 2 "
-    "--canvas toy-canvas --canvas.margin 3 --restore toy-restoration --restore.by 0.3"
+    "--canvas toy-canvas --canvas.margin 3"
 )
 TASK = "--task toy-task --task.gain 2 --network toy-net --data.columns toy-column --optim.lr 0.03"
 

@@ -77,12 +77,15 @@ def test_euler_and_heun_bit_for_bit(dtype: torch.dtype) -> None:
 
 @every_solver
 def test_evaluations_and_the_steps_handed_down(name: str) -> None:
-    """2n - 1 of two stages, else n."""
+    """2n - 1 of two stages, 5n - 4 of repeated steps, else n; the step to 0 takes one."""
     denoiser, levels = Gaussian(), karras(5)
     list(ALL[name](denoiser, torch.ones(2, 3), levels, noise=noise_of(keys(2), (3,))))
-    stages = (0, 1) if name.removeprefix("churned ") in TWO_STAGES else (0,)
-    assert len(stages) == SOLVERS[name.removeprefix("churned ").removesuffix(" 0.5")].stages
-    places = [(i, stage) for i in range(5) for stage in stages][: 9 if len(stages) == 2 else 5]
+    solver = SOLVERS[name.removeprefix("churned ").removesuffix(" 0.5")]
+    two = name.removeprefix("churned ") in TWO_STAGES
+    stages = range(5 if name == "repaint" else 2 if two else 1)
+    assert solver.stages == (2 if two else 1)
+    places = [(i, stage) for i in range(5) for stage in stages][: 4 * len(stages) + 1]
+    assert solver.evaluations(5) == len(places)
     run = denoiser.steps[0].run if denoiser.steps[0] else -1
     assert denoiser.steps == [Position(run, i, s, tuple(levels.tolist())) for i, s in places]
     if not name.startswith("churned"):

@@ -315,16 +315,6 @@ class ToyOperator(Operator):
         return 2 * measured[0], measured[1]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ToyRestoration:
-    """Images that are known to be bright."""
-
-    by: float = 0.1
-
-    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
-        return Brighter(denoiser, self.by)
-
-
 # ---- Data: a column; features of images ----
 
 
@@ -382,7 +372,6 @@ TOYS = (
     (accel.Accelerator, ToyAccelerator),
     (canvas.Canvas, ToyCanvas),
     (restoring.Operators, ToyOperator),
-    (restoring.Restoration, ToyRestoration),
     (heads.Head, ToyHead),
     (config.Task, ToyTask),
     (perceptual.Perceptual, ToyDistance),

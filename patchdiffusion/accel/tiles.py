@@ -260,8 +260,6 @@ class Tiles:
     """A canvas of any size, in windows of that of training (LEGO, arXiv 2310.06389)."""
 
     word: ClassVar[str] = "tiles"
-    enlarges: ClassVar[bool] = True
-    """The image is a larger one, and no region of that of training."""
 
     size: tuple[int, ...] | None = None
     """Height and width, or one number for a square; None is the size of training."""

@@ -20,7 +20,7 @@ from patchdiffusion.guidance.inverse import Fit
 from patchdiffusion.guidance.operators import Mask
 from patchdiffusion.guidance.reward import GradientGuidance
 from patchdiffusion.patches import Size, size_name
-from patchdiffusion.sampling.canvas import AutoCanvas
+from patchdiffusion.sampling.canvas import of_size
 from patchdiffusion.sampling.config import SamplerConfig
 from patchdiffusion.sampling.driver import Start
 from patchdiffusion.sampling.pictures import to_network
@@ -68,12 +68,7 @@ def inpaint(
     Gaussian, a few backward passes in each evaluation). Raises `ValueError` for shapes that do not
     fit and for a mask of one value.
     """
-    _check(pipeline, image)
-    if known.shape != image.shape[:2] or known.dtype != np.bool_:
-        raise ValueError(
-            f"the mask is {size_name(known.shape)} and the image {size_name(image.shape[:2])}; "
-            "they must be equal"
-        )
+    _check(pipeline, image, known)
     if known.all() or not known.any():
         what = "nothing is painted" if known.all() else "nothing is kept"
         raise ValueError(f"the mask has one value: {what}")
@@ -81,9 +76,9 @@ def inpaint(
     config = config or SamplerConfig()
     if by == "resampling" and isinstance(config.solver, AutoSolver):
         config = replace(config, solver=RePaint())
-    config = replace(config, restore=_Kept(x, where, by))  # pyright: ignore[reportArgumentType]
-    made = _sampled(pipeline, image.shape[:2], count, seed, classes, config)
-    return np.where(known[..., None], image, made)
+    kept = Kept(x, where, by)
+    images = _sampled(pipeline, image.shape[:2], count, seed, classes, config, kept)
+    return np.where(known[..., None], image, images)
 
 
 def outpaint(
@@ -110,10 +105,10 @@ def outpaint(
             f"an image of {size_name(inner)} at {corner} does not lie within {size_name(size)}"
         )
     inside = tuple(slice(c, c + b) for c, b in zip(corner, inner, strict=True))
-    whole, known = np.zeros((*size, image.shape[2]), image.dtype), np.zeros(size, bool)
-    whole[inside], known[inside] = image, True
+    canvas, known = np.zeros((*size, image.shape[2]), image.dtype), np.zeros(size, bool)
+    canvas[inside], known[inside] = image, True
     return inpaint(
-        pipeline, whole, known, count=count, seed=seed, by=by, classes=classes, config=config
+        pipeline, canvas, known, count=count, seed=seed, by=by, classes=classes, config=config
     )
 
 
@@ -134,20 +129,16 @@ def local_sample(
     images of the data it makes images of the data, which differ the more the larger sigma is.
     `known` [H, W] keeps pixels bit for bit; sigma 0 keeps all.
     """
-    _check(pipeline, image)
+    _check(pipeline, image, known)
     if not 0 <= sigma < math.inf:
         raise ValueError(f"sigma must be at least 0 and finite, not {sigma}")
     if sigma == 0:
         return np.repeat(image[None], count, axis=0)
     x = to_network(image, pipeline.model.config.space)
     start = Start(x.expand(count, *x.shape), sigma)
-    config = config or SamplerConfig()
-    if known is not None:
-        where = torch.from_numpy(known)
-        kept = _Kept(x, where, "replacement")
-        config = replace(config, restore=kept)  # pyright: ignore[reportArgumentType]
-    made = _sampled(pipeline, image.shape[:2], count, seed, classes, config, start)
-    return made if known is None else np.where(known[..., None], image, made)
+    kept = None if known is None else Kept(x, torch.from_numpy(known), "replacement")
+    images = _sampled(pipeline, image.shape[:2], count, seed, classes, config, kept, start)
+    return images if known is None else np.where(known[..., None], image, images)
 
 
 def sigma_of(strength: float) -> float:
@@ -163,16 +154,24 @@ def _sampled(
     count: int,
     seed: int,
     classes: Sequence[str | int] | None,
-    config: SamplerConfig,
+    config: SamplerConfig | None,
+    kept: "Kept | None",
     start: Start | None = None,
 ) -> np.ndarray:
-    config = replace(config, canvas=AutoCanvas(size=tuple(size)))
+    config = config or SamplerConfig()
     return pipeline.sample(
-        count, seed=seed, classes=classes, config=config, start=start, batch=count
+        count,
+        seed=seed,
+        classes=pipeline.unlabeled(classes),
+        config=replace(config, canvas=of_size(config.canvas, size)),
+        known=kept,
+        start=start,
+        batch=count,
     )
 
 
-def _check(pipeline: Pipeline, image: np.ndarray) -> None:
+def _check(pipeline: Pipeline, image: np.ndarray, known: np.ndarray | None = None) -> None:
+    """Raise `ValueError` unless model, image and mask fit each other."""
     model = pipeline.model.config
     if image.ndim != 3 or image.shape[2] != model.network.channels:
         raise ValueError(
@@ -181,11 +180,16 @@ def _check(pipeline: Pipeline, image: np.ndarray) -> None:
         )
     if model.space.random:
         raise ValueError(f"the model samples {model.space.word}; editing needs a model of pixels")
+    if known is not None and (known.shape != image.shape[:2] or known.dtype != np.bool_):
+        raise ValueError(
+            f"the mask is {size_name(known.shape)} ({known.dtype}), and the image "
+            f"{size_name(image.shape[:2])}; allowed is bool of the same size"
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
-    """The part of a sampler in which some pixels are known."""
+class Kept:
+    """Pixels of the images that are sampled: a `guidance.base.Part`."""
 
     image: Tensor
     known: Tensor

@@ -7,23 +7,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from patchdiffusion.apps import edit
-from patchdiffusion.cli.flags import flat, positional
+from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run, home
-from patchdiffusion.cli.remade import Remade, for_each, pictures_of, remaking
+from patchdiffusion.cli.remade import Remade, RemakingArguments, for_each, pictures_of, remaking
 from patchdiffusion.cli.words import did_you_mean
-from patchdiffusion.nets.base import Weights
-from patchdiffusion.sampling.config import SamplerConfig
 from patchdiffusion.sampling.inpaint import known_pixels
 from patchdiffusion.sampling.pictures import read_picture
-from patchdiffusion.sampling.pipeline import Pipeline, load
-from patchdiffusion.system.device import use_threads
+from patchdiffusion.sampling.pipeline import Pipeline
 
 Kind = Literal["inpaint", "outpaint", "local"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditArguments:
+class EditArguments(RemakingArguments):
     """Make parts of images anew, continue them beyond their borders, or vary them.
 
     inpaint: what a mask leaves white; outpaint: what surrounds an image, up to --size; local:
@@ -49,21 +46,6 @@ class EditArguments:
     by: edit.By = "resampling"
     """inpaint, outpaint: each step several times (RePaint); replacement: once; guidance: the
     posterior of a Gaussian with the network's own covariance, slower."""
-    count: int = 1
-    """Number of results for each image."""
-    seed: int = 0
-    """Seed of the first result."""
-    classes: tuple[str, ...] = ()
-    """Names or numbers of classes, used in turn."""
-    weights: Weights = "averaged"
-    """averaged: moving average of the weights; raw: weights as trained."""
-    out: Path | None = None
-    """Folder for the files; the default is edited/0001, 0002, ... in the folder of the run."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to sample on; auto is CUDA if available."""
-    threads: int | None = None
-    """CPU threads; None leaves it to PyTorch (one per core)."""
-    sampler: SamplerConfig = field(default_factory=SamplerConfig, metadata=flat("sampler"))
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -73,22 +55,21 @@ def main(arguments: Sequence[str]) -> None:
     check_run(run)
     _check(kind, options)
     files = pictures_of(words)
-    use_threads(options.threads)
-    pipeline = load(run, weights=options.weights, device=options.device)
-    settings = {
-        name: getattr(options, name)
-        for name in ("mask", "size", "corner", "strength", "sigma", "by", "count", "seed")
-    }
+    pipeline = options.pipeline(run)
+    names = ("mask", "size", "corner", "strength", "sigma", "by")
+    settings = {name: getattr(options, name) for name in names}
     texts = {
         **pipeline.texts(options.sampler),
-        "edit": json.dumps({"kind": kind, **settings, "classes": list(options.classes)}),
+        **options.settings(),
+        "edit": json.dumps({"kind": kind, **settings}),
     }
-
-    def make(file: Path, made: Remade) -> None:
-        _edit(kind, file, made, options, pipeline)
-
-    with remaking(home(run) / "edited", options.out, texts, files) as made:
-        for_each(files, made, make, _suffix(options.count - 1, options.count))
+    with remaking(home(run) / "edited", options.out, texts, files, options.mask) as made:
+        for_each(
+            files,
+            made,
+            lambda file: _edit(kind, file, made, options, pipeline),
+            lambda name: options.named(name, options.count - 1),
+        )
 
 
 def _subject(words: Sequence[str]) -> tuple[Kind, Path, Sequence[str]]:
@@ -109,8 +90,6 @@ def _subject(words: Sequence[str]) -> tuple[Kind, Path, Sequence[str]]:
 
 def _check(kind: Kind, options: EditArguments) -> None:
     """Raise `ValueError` unless the flags belong to what is done."""
-    if options.count < 1:
-        raise ValueError(f"count must be at least 1, not {options.count}")
     needs = {"inpaint": ("mask", "--mask FILE.png"), "outpaint": ("size", "--size H W")}
     if kind in needs and getattr(options, needs[kind][0]) is None:
         raise ValueError(f"edit {kind} needs {needs[kind][1]}")
@@ -150,8 +129,4 @@ def _edit(kind: Kind, file: Path, made: Remade, options: EditArguments, pipeline
         images = edit.local_sample(pipeline, image, sigma, known=known, **common)
     for number, result in enumerate(images):
         facts = {"source": file.name, "seed": str(options.seed + number)}
-        made.write(file.stem + _suffix(number, options.count), result, facts)
-
-
-def _suffix(number: int, count: int) -> str:
-    return f"-{number + 1}" if count > 1 else ""
+        made.write(options.named(file.stem, number), result, facts)

@@ -25,6 +25,10 @@ class Operator(ABC):
     def __call__(self, x: Tensor) -> Tensor:
         """The measurement of images [B, C, *S]."""
 
+    def ready(self, size: Size) -> "Operator":
+        """The operator on images of this size, with what it reads from files."""
+        return self
+
     def image_size(self, measured: Size) -> Size:
         """Size of the images whose measurement has this size; `ValueError` if there are none."""
         return measured

@@ -1,6 +1,6 @@
 """The sampled region of the canvas: the whole of it, a part, or more than it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.nets.picture import resized
-from patchdiffusion.patches import Size
+from patchdiffusion.patches import Size, size_name
 from patchdiffusion.sampling.inpaint import Inpaint
 
 Corner = tuple[int, ...]
@@ -95,7 +95,7 @@ def picture_on(canvas: "Canvas", image: Tensor, trained: Size) -> Tensor:
     """
     canvas = canvas.chosen(trained) if isinstance(canvas, AutoCanvas) else canvas
     size, corner = canvas.place(trained)
-    if getattr(canvas, "enlarges", False):
+    if isinstance(canvas, Tiles):
         return resized(image, size)
     for axis, (first, length) in enumerate(zip(corner, size, strict=True)):
         index = torch.arange(first, first + length, device=image.device)
@@ -105,3 +105,20 @@ def picture_on(canvas: "Canvas", image: Tensor, trained: Size) -> Tensor:
 
 Canvas = WholeCanvas | AutoCanvas | CanvasRegion | Tiles | Inpaint
 """The regions of `--canvas`; each is a `guidance.base.Part` with `place`."""
+
+
+def of_size(canvas: Canvas, size: Size) -> Canvas:
+    """A canvas for images of this size, with the other settings of the given one.
+
+    Raises `ValueError` for one of another size, and for one that has none.
+    """
+    if isinstance(canvas, WholeCanvas):
+        return AutoCanvas(size=size)
+    if isinstance(canvas, Inpaint):
+        raise ValueError("--canvas inpaint brings a picture of its own; leave it out")
+    if canvas.size not in (None, size):
+        raise ValueError(
+            f"canvas.size is {size_name(canvas.size)}, and the image is {size_name(size)}; leave "
+            "it out"
+        )
+    return replace(canvas, size=size)

@@ -19,14 +19,13 @@ from patchdiffusion.objectives.base import ObjectiveConfig
 from patchdiffusion.parameterisation import Parameterisation, Trainable
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.canvas import AutoCanvas, Canvas, CanvasRegion, WholeCanvas
-from patchdiffusion.sampling.restoring import NoMeasurement, Restoration
 from patchdiffusion.solvers import AutoSolver, Heun, Jumps, Method, SDEDPMpp2M, Solver
 from patchdiffusion.solvers.schedules import Karras, Schedule, ends, support
 from patchdiffusion.system import families
 from patchdiffusion.system.checks import finite, positive
 from patchdiffusion.system.families import word
 
-WRAPPING = ("accelerator", "guidance", "threshold", "canvas", "restore")
+WRAPPING = ("accelerator", "guidance", "threshold", "canvas")
 """The parts that wrap the denoiser, from the inside out."""
 
 
@@ -91,8 +90,6 @@ class SamplerConfig:
     noise_seed: int | None = None
     """Seed of the noise of all images, which then differ by their conditions alone; None is the
     seed of each."""
-    restore: Restoration = field(default_factory=NoMeasurement)
-    """Knowledge about the images; the command restore sets it."""
 
     def __post_init__(self) -> None:
         finite(self)
@@ -194,8 +191,6 @@ class SamplerConfig:
             raise ValueError(
                 f"--canvas {word(type(self.canvas))} needs a denoiser, and a few-step model jumps"
             )
-        if not isinstance(self.restore, NoMeasurement):
-            raise ValueError("restoration needs a denoiser, and a few-step model jumps")
         plain = SamplerConfig(threshold=NoThreshold())
         if isinstance(self.threshold, AutoThreshold):
             plain = SamplerConfig()
@@ -243,8 +238,15 @@ class SamplerConfig:
 
     # ---- The denoiser that is sampled ----
 
-    def wrap(self, denoiser: Denoiser, canvas: Size, sigmas: Tensor, models: Models) -> Denoiser:
-        """The denoiser in all its wrappers, in the order of `WRAPPING`.
+    def wrap(
+        self,
+        denoiser: Denoiser,
+        canvas: Size,
+        sigmas: Tensor,
+        models: Models,
+        known: Part | None = None,
+    ) -> Denoiser:
+        """The denoiser in all its wrappers, in the order of `WRAPPING`, then `known`.
 
         `sigmas` are the noise levels, `canvas` is the size that the model was trained on.
         """
@@ -253,4 +255,4 @@ class SamplerConfig:
         for name in WRAPPING:
             part: Part = getattr(self, name)
             denoiser = part.wrap(denoiser, around)
-        return denoiser
+        return denoiser if known is None else known.wrap(denoiser, around)

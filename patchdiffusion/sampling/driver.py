@@ -12,7 +12,7 @@ from patchdiffusion import rng
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.flowmap import FlowMap, PatchMap
-from patchdiffusion.guidance.base import Models
+from patchdiffusion.guidance.base import Models, Part
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.companions import Companions
@@ -71,6 +71,7 @@ def sample(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     law: NoiseLaw | None = None,
+    known: Part | None = None,
     progress: Callable[[int], object] | None = None,
     watch: Callable[[int], object] | None = None,
 ) -> Tensor:
@@ -80,9 +81,10 @@ def sample(
     `canvas` is the size the model was trained on, of which `config.canvas` may choose a region;
     `kind` resolves "auto" in the configuration, by default `Kind.of(model)`, and `models` loads
     those that guidance needs. The solver runs in `dtype`, within the noise levels of `law`, if any;
-    a flow map takes `config.count` jumps. `progress` is called with the number of images of each
-    batch, `watch` with the number of steps done in it. Raises `ValueError` for settings that do not
-    fit the model, and `NotFinite` for images that are not finite.
+    a flow map takes `config.count` jumps. `known` wraps the denoiser of whole images, for what is
+    known of them. `progress` is called with the number of images of each batch, `watch` with the
+    number of steps done in it. Raises `ValueError` for settings that do not fit the model, and
+    `NotFinite` for images that are not finite.
     """
     config = config or SamplerConfig()
     if start is not None:
@@ -91,10 +93,12 @@ def sample(
     config = config.resolved(kind).for_canvas(canvas, channels)
     size, corner = config.canvas.place(canvas)
     if isinstance(model, FlowMap):
+        if known is not None:
+            raise ValueError("edits and restoration need a denoiser, and a few-step model jumps")
         solve = functools.partial(_jump, PatchMap(model, canvas, corner), config)
     else:
         sigmas = config.sigmas(law)
-        wrapped = config.wrap(model, canvas, sigmas, models or Companions(device))
+        wrapped = config.wrap(model, canvas, sigmas, models or Companions(device), known)
         solve = functools.partial(_solve, wrapped, config, sigmas)
     done = [torch.empty(0, channels, *size)]
     for first in range(0, len(seeds), batch):

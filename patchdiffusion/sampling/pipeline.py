@@ -17,7 +17,7 @@ from torch import Tensor
 from patchdiffusion.cond import Cond
 from patchdiffusion.conditioners.base import Wish, fill
 from patchdiffusion.guidance import Guidance
-from patchdiffusion.guidance.base import Labeling
+from patchdiffusion.guidance.base import Labeling, Part
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.nets.own import Allowed
@@ -62,6 +62,7 @@ class Pipeline:
         prompts: str | Sequence[str | None] | None = None,
         negative: str | None = None,
         start: Start | None = None,
+        known: Part | None = None,
         config: SamplerConfig | None = None,
         batch: int = 64,
         progress: bool = False,
@@ -77,8 +78,9 @@ class Pipeline:
         has any, or the classifier that guides it, unless `cond` [count, ...] has labels. `prompts`
         are texts for models that read them, one or several, cycled through, too; an empty one is
         none. `negative` is a text that classifier-free guidance leads away from. What conditioners
-        make is made unless `cond` has it. `watch` is called after each step of a batch with the
-        number of steps done. Raises `ValueError` for a class or size that the model does not have.
+        make is made unless `cond` has it. `known` wraps the denoiser of whole images, for what is
+        known of them (`apps.edit`). `watch` is called after each step of a batch with the number of
+        steps done. Raises `ValueError` for a class or size that the model does not have.
         """
         _check_numbers(count, seed, batch)
         config = (config or SamplerConfig()).but(
@@ -105,6 +107,7 @@ class Pipeline:
                 canvas=self.model.config.canvas,
                 cond=cond,
                 start=start,
+                known=known,
                 config=config,
                 models=self.companions,
                 batch=batch,
@@ -191,6 +194,21 @@ class Pipeline:
         """A context in which the network computes in the precision of this pipeline."""
         low = self.precision == "bf16"
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=low)
+
+    def unlabeled(self, classes: Sequence[str | int] | None) -> Sequence[str | int] | None:
+        """Classes of images that are given: those that are named, else none.
+
+        Raises `ValueError` for a model that makes nothing without a class, if none is named.
+        """
+        model = self.model.config
+        if classes or not model.num_classes:
+            return classes
+        if not model.unconditional:
+            raise ValueError(
+                "this model was trained with label_dropout 0 and makes nothing without a class; "
+                "name that of the image: --classes"
+            )
+        return (-1,)
 
     def labeled(self, config: SamplerConfig) -> ModelConfig:
         """Facts about the model whose classes the samples have.

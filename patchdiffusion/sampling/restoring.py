@@ -1,10 +1,9 @@
-"""Restoration of images from a measurement, as the outermost part of a sampler."""
+"""Restoration of images from a measurement, as the outermost wrapper of a denoiser."""
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond
@@ -14,6 +13,7 @@ from patchdiffusion.guidance.inverse import Descend, Fit, Project
 from patchdiffusion.guidance.operators import Blur, Downsample, Mask, Operator, Tomography
 from patchdiffusion.guidance.reward import GradientGuidance
 from patchdiffusion.patches import Size, size_name
+from patchdiffusion.sampling.config import SamplerConfig
 from patchdiffusion.sampling.inpaint import known_pixels
 from patchdiffusion.solvers import Ancestral, AutoSolver
 
@@ -36,13 +36,10 @@ class Inpaint(Operator):
     """Picture of the size of the image: white is painted, black is kept."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._mask(tuple(x.shape[2:]))(x)
+        return self.ready(tuple(x.shape[2:]))(x)
 
-    def guess(self, y: Tensor) -> Tensor:
-        """Known pixels, and their mean elsewhere."""
-        return self._mask(tuple(y.shape[2:])).guess(y)
-
-    def _mask(self, size: Size) -> Mask:
+    def ready(self, size: Size) -> Mask:
+        """The mask, read from its file."""
         if self.mask is None:
             raise ValueError("in-painting needs a mask: --operator.mask FILE.png")
         return Mask(known_pixels(self.mask, size))
@@ -55,23 +52,9 @@ Way = Literal["fit", "independent", "project", "descend"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoMeasurement:
-    """Nothing is known of the image."""
+class Restoring:
+    """Settings of a restoration."""
 
-    word: ClassVar[str] = "none"
-
-    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
-        return denoiser
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Images that fit a measurement, which is given as a picture."""
-
-    word: ClassVar[str] = "measured"
-
-    picture: str | None = None
-    """File of the measurement, such as the reduced or the blurred image."""
     operator: Operators = field(default_factory=Downsample)
     """Operator that was measured."""
     way: Way = "fit"
@@ -91,34 +74,32 @@ class Measured:
         if self.iterations < 1:
             raise ValueError(f"iterations must be at least 1, not {self.iterations}")
 
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A measurement of the images that are sampled: a `guidance.base.Part`."""
+
+    operator: Operator
+    y: Tensor
+    """[1 or B, C, ...], in the units of the network."""
+    settings: Restoring
+
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
-        """Raises `ValueError` without a picture that fits the operator and the size."""
-        if self.picture is None:
-            raise ValueError("a restoration needs the picture of a measurement")
-        measured = self.operator(torch.zeros(1, 1, *around.size)).shape[2:]
-        picture = around.models.picture(self.picture, tuple(measured))
-        return guided(denoiser, self, self.operator.from_picture(picture[None]))
-
-
-def guided(
-    denoiser: Denoiser, settings: Measured, y: Tensor, operator: Operator | None = None
-) -> Denoiser:
-    """The denoiser of p(x0 | y) for a measurement [1 or B, C, ...] in the units of the network.
-
-    `operator` replaces that of the settings.
-    """
-    operator, noise = operator or settings.operator, settings.noise
-    if settings.way == "project":
-        project = Project(operator=operator, y=y, noise=noise, iterations=_FREE)
-        return GradientGuidance(denoiser, project, jacobian=False)
-    if settings.way == "descend":
-        return GradientGuidance(denoiser, Descend(operator=operator, y=y, noise=noise), clip=1.0)
-    free = Fit(operator=operator, y=y, noise=noise, iterations=_FREE)
-    independent = GradientGuidance(denoiser, free, jacobian=False, data_std=DATA_STD)
-    if settings.way == "independent":
-        return independent
-    own = Fit(operator=operator, y=y, noise=noise, iterations=settings.iterations)
-    return ByLevel(independent, GradientGuidance(denoiser, own), at=OWN_BELOW)
+        """The denoiser of p(x0 | y)."""
+        operator, y, noise = self.operator, self.y, self.settings.noise
+        match self.settings.way:
+            case "project":
+                guide = Project(operator=operator, y=y, noise=noise, iterations=_FREE)
+                return GradientGuidance(denoiser, guide, jacobian=False)
+            case "descend":
+                guide = Descend(operator=operator, y=y, noise=noise)
+                return GradientGuidance(denoiser, guide, clip=1.0)
+        free = Fit(operator=operator, y=y, noise=noise, iterations=_FREE)
+        independent = GradientGuidance(denoiser, free, jacobian=False, data_std=DATA_STD)
+        if self.settings.way == "independent":
+            return independent
+        own = Fit(operator=operator, y=y, noise=noise, iterations=self.settings.iterations)
+        return ByLevel(independent, GradientGuidance(denoiser, own), at=OWN_BELOW)
 
 
 class ByLevel(Wrapper):
@@ -137,18 +118,14 @@ class ByLevel(Wrapper):
         return ask(self.inner[0 if high else 1], x, sigma, cond, call)
 
 
-def usual(config: Any) -> Any:
+def usual(config: SamplerConfig) -> SamplerConfig:
     """A sampler for restoration: fresh noise, which forgets errors of earlier steps, if auto."""
     if not isinstance(config.solver, AutoSolver):
         return config
     return replace(config, solver=Ancestral(), steps=config.steps or STEPS)
 
 
-Restoration = NoMeasurement | Measured
-"""Knowledge about the sampled images; each is a `guidance.base.Part`."""
-
-
-def image_size(operator: Operators, measured: Size, name: str) -> Size:
+def image_size(operator: Operator, measured: Size, name: str) -> Size:
     """Size of the image with a measurement of this size; an error names the picture."""
     try:
         return operator.image_size(measured)
