@@ -1,19 +1,23 @@
 """Little images with captions, runs on them, and a frozen encoder that needs no package."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import pytest
 import tiny
 import torch
 from encoders import look_alike, write_look_alike
 from PIL import Image
 
 from patchdiffusion import TrainConfig
+from patchdiffusion.conditioners import ConditionerUnion
 from patchdiffusion.conditioners.captions import CaptionBytes
 from patchdiffusion.conditioners.encoded import CaptionTokens
 from patchdiffusion.encoders.text import TextEncoder, folder_of
 from patchdiffusion.nets.text import ByteText
+from patchdiffusion.system import families
 
 FEW = ("--count", 3, "--steps", 2)
 SHORT = "--clock steps --images 3 --batch 4 --preview.samples 1 --preview.grid 2 --threads 1"
@@ -62,6 +66,20 @@ def with_words(config: TrainConfig, folder: Path) -> TrainConfig:
     write_look_alike(folder)
     network = replace(config.network, attention=(1,), context=5)  # pyright: ignore[reportCallIssue]
     return replace(config, network=network, conditioners=(WordTokens(path=str(folder)),))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def joined() -> Iterator[None]:
+    """The encoder that needs no package is a member during these tests alone."""
+    families.add(ConditionerUnion, WordTokens)
+    yield
+    families.remove(ConditionerUnion, WordTokens)
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images with captions; do not change it."""
+    return write_captioned(tmp_path_factory.mktemp("captioned") / "images")
 
 
 def caption_of(file: Path, entry: str = "prompt") -> str | None:

@@ -228,6 +228,15 @@ def test_weights_of_tiles_sum_to_one(side: int) -> None:
     torch.testing.assert_close(total, torch.ones_like(total))
 
 
+def test_tiles_fade_linearly_into_their_neighbors() -> None:
+    """Two latents are shared, of 3 pixels each: a step instead of a ramp would be a seam."""
+    (first, fading), (second, rising) = axis_tiles(14, 8, 0.25, 3)
+    ramp = torch.arange(1, 13, 2, dtype=torch.float64) / 12
+    assert (first, second) == (0, 6)
+    torch.testing.assert_close(rising, torch.cat([ramp, torch.ones(18, dtype=torch.float64)]))
+    torch.testing.assert_close(fading, rising.flip(0))
+
+
 class Linear(torch.nn.Module):
     """A linear autoencoder of patches."""
 

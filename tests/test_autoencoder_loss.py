@@ -23,7 +23,7 @@ from patchdiffusion.nets.autoencoder import KLConfig, gaussian_kl
 from patchdiffusion.nets.quantize import VQConfig
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives.base import Materials
-from patchdiffusion.objectives.reconstruct import Reconstructor
+from patchdiffusion.objectives.reconstruct import Reconstructor, adaptive_weight
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team
 from patchdiffusion.train.autoencoding import AutoencoderTask
@@ -91,6 +91,20 @@ def test_gradients_on_the_last_layer_are_balanced() -> None:
     assert not out.scalars["adversarial weight"].requires_grad
     limited = Parts(replace(TASK, adversary=replace(GAN, limit=1e-3)))
     assert limited(batch()).scalars["adversarial weight"] == pytest.approx(1e-3)
+
+
+def test_the_balance_is_of_means_over_all_processes() -> None:
+    """|d nll| / (|d generator| + 1e-4) of the mean crop, for any number of equal processes."""
+
+    class Equal(Team):
+        def all_reduce(self, value: Tensor) -> Tensor:
+            return 3 * value
+
+    w = torch.ones(2, requires_grad=True)
+    nll, generator = w * torch.tensor([3.0, 4.0]), 1e-4 * w[:1].expand(2)
+    for team in (Team(), Equal()):
+        ratio = adaptive_weight(nll, generator, w, 1e9, team)
+        assert float(ratio) == pytest.approx(2.5 / 2e-4)  # means (1.5, 2) and (1e-4, 0)
 
 
 def test_one_backward_pass_trains_both_as_two_passes_would() -> None:
@@ -220,6 +234,18 @@ def test_codes_are_the_nearest_and_pass_gradients() -> None:
     torch.testing.assert_close(latents.z, vectors)
     expected = 1.25 * (vectors - encoded).square().flatten(1).mean(1)
     torch.testing.assert_close(latents.penalty, expected)
+    # the decoder's gradient is that of the latents, and none of it moves the table
+    weight = torch.randn_like(latents.z)
+    passed = torch.autograd.grad(
+        (weight * latents.z).sum(), [*network.parameters()], retain_graph=True, allow_unused=True
+    )
+    direct = torch.autograd.grad(
+        (weight * encoded).sum(), [*network.parameters()], retain_graph=True, allow_unused=True
+    )
+    for got, wanted in zip(passed, direct, strict=True):
+        assert (got is None) == (wanted is None)
+        if got is not None:
+            torch.testing.assert_close(got, wanted)
     # the commitment term alone moves the encoder, the other one the table
     table = network.quantize.embedding.weight
     (gz,) = torch.autograd.grad(latents.penalty.sum(), table, retain_graph=True)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,12 +11,11 @@ import pytest
 import sameruns
 import tiny
 import torch
-from captioned import FEW, SHORT, WordTokens, caption_of, with_bytes, with_words, write_captioned
+from captioned import FEW, SHORT, caption_of, joined, texts, with_bytes, with_words, write_captioned
 from commands import Capture, fails, names, refuses, works
 
 from patchdiffusion import Pipeline, TrainConfig, load
 from patchdiffusion.cond import Cond
-from patchdiffusion.conditioners import ConditionerUnion
 from patchdiffusion.conditioners.base import Wish
 from patchdiffusion.conditioners.captions import CaptionBytes, byte_tokens
 from patchdiffusion.data.options import DataConfig
@@ -26,23 +25,11 @@ from patchdiffusion.losses import Batch
 from patchdiffusion.recipes.captions import with_captions
 from patchdiffusion.rng import Draws
 from patchdiffusion.sampling.config import SamplerConfig
-from patchdiffusion.system import families
 from patchdiffusion.train import loop
 from patchdiffusion.train.report import read_log
 from patchdiffusion.train.setup import Training
 
-
-@pytest.fixture(autouse=True, scope="module")
-def joined() -> Iterator[None]:
-    """The encoder that needs no package is a member during these tests alone."""
-    families.add(ConditionerUnion, WordTokens)
-    yield
-    families.remove(ConditionerUnion, WordTokens)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_captioned(tmp_path_factory.mktemp("captioned") / "images")
+__all__ = ["joined", "texts"]  # fixtures
 
 
 @pytest.fixture(scope="module")

@@ -1,40 +1,26 @@
 """Captions by a frozen text encoder: computed once, and the same encoder when it is sampled."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from captioned import FEW, SHORT, WordTokens, with_words, write_captioned
+from captioned import FEW, SHORT, WordTokens, joined, texts, with_words, write_captioned
 from commands import Capture, fails, names, refuses, works
 from encoders import WORDS, little_encoder, look_alike, write_look_alike
 
 from patchdiffusion import load
-from patchdiffusion.conditioners import ConditionerUnion
 from patchdiffusion.conditioners.encoded import _opened
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.metrics.evaluate import Evaluation
 from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.sampling.config import SamplerConfig
-from patchdiffusion.system import families
 from patchdiffusion.train.report import read_log
 
-
-@pytest.fixture(autouse=True, scope="module")
-def joined() -> Iterator[None]:
-    """The encoder that needs no package is a member during these tests alone."""
-    families.add(ConditionerUnion, WordTokens)
-    yield
-    families.remove(ConditionerUnion, WordTokens)
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_captioned(tmp_path_factory.mktemp("captioned") / "images")
+__all__ = ["joined", "texts"]  # fixtures
 
 
 @pytest.fixture

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from patchdiffusion.data.space import Pixels, Values
 from patchdiffusion.encoders.lpips import SCALE, SHIFT, WIDTHS, LPIPSNetwork, load_lpips
-from patchdiffusion.encoders.perceptual import LPIPS, Edges, edge_distance, laplacian
+from patchdiffusion.encoders.perceptual import (
+    LPIPS,
+    Edges,
+    edge_distance,
+    laplacian,
+    normalized_distance,
+)
 from patchdiffusion.metrics.reconstruct import peak_of, psnr, sharpness, ssim
 
 
@@ -97,6 +103,14 @@ def test_files_of_lpips(files: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"text\.pth") as error:
         load_lpips(tmp_path / "text.pth", files[1])
     assert "\n" not in str(error.value)
+
+
+def test_features_have_the_scale_of_the_image_itself() -> None:
+    """mean (a - b)^2 / mean b^2, where b is the image: 9 for a = 4 b, whatever the scale of b."""
+    b = torch.rand(2, 5, 3, 3, generator=torch.Generator().manual_seed(0)) + 0.1
+    for scale in (1e-2, 1.0, 1e2):
+        distance = normalized_distance(4 * scale * b, scale * b)
+        torch.testing.assert_close(distance, torch.full((2,), 9.0))
 
 
 def test_edges() -> None:

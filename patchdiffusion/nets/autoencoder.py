@@ -5,7 +5,7 @@ published weights load. Shapes: B batch, C image channels, H and W height and wi
 channels, h = H / f and w = W / f for the factor f.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Generic, NamedTuple, Self, TypeVar
@@ -44,16 +44,16 @@ class Bottleneck(NamedTuple):
     """int64 [B, h, w], numbers of the codes of latents."""
 
 
-class Upkeep(nn.Module):
+class Upkeep(nn.Module, ABC):
     """State of an autoencoder in training that no gradient changes; saved in checkpoints."""
 
+    @abstractmethod
     def observe(self, latents: Bottleneck, draws: Draws) -> None:
         """Note the latents of some crops of a step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def after_step(self, applied: Tensor, team: Team) -> None:
         """Change state and network after an update; nothing may change if `applied` is 0."""
-        raise NotImplementedError
 
     def numbers(self) -> Mapping[str, Tensor]:
         """Values for the log, by name."""

@@ -17,6 +17,7 @@ from unittest import mock
 
 import driver
 import inject
+import pytest
 import tiny
 
 from patchdiffusion import cli
@@ -211,3 +212,25 @@ def same_run(folder: Path, other: Path) -> None:
     assert tiny.history(folder) == tiny.history(other)
     assert tiny.weights(folder) == tiny.weights(other)
     assert tiny.digests(folder / "samples") == tiny.digests(other / "samples")
+
+
+def near_run(folder: Path, other: Path) -> None:
+    """Losses and gradient norms are equal but for rounding, of sums in another order."""
+    for a, b in zip(tiny.history(folder), tiny.history(other), strict=True):
+        assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
+
+
+def check_killed_pair(images: Path, folder: Path, **spec: Any) -> tuple[Path, Path]:
+    """A run of two processes is that of one, and to the bit that of a pair killed and resumed.
+
+    Returns the folders of one process and of two.
+    """
+    one, two, killed = (folder / name for name in ("one", "two", "killed"))
+    kill = {"kind": "send", "name": "SIGKILL", "phase": "after", "step": 5}
+    assert alone(images, one, **spec).code == 0
+    for out, faults in ((two, []), (killed, [kill]), (killed, [])):
+        ended = drive(images, out, size=2, **spec, faults=faults)
+        assert [e.code for e in ended] == [-signal.SIGKILL if faults else 0] * 2, ended
+    same_run(killed, two)
+    near_run(one, two)
+    return one, two

@@ -16,7 +16,18 @@ import pytest
 import tiny
 import torch
 from commands import names
-from harness import LONG, SAVE_ALWAYS, alone, checkpoints, drive, same_run, status, torchrun
+from harness import (
+    LONG,
+    SAVE_ALWAYS,
+    alone,
+    check_killed_pair,
+    checkpoints,
+    drive,
+    near_run,
+    same_run,
+    status,
+    torchrun,
+)
 from safetensors.torch import load_file
 
 from patchdiffusion.nets.dit import DiTConfig
@@ -314,8 +325,7 @@ def test_few_step_models_on_two_processes(objective: str, images: Path, tmp_path
     assert harness.here(images, one, objective=objective).code == 0
     ended = drive(images, two, size=2, objective=objective)
     assert [e.code for e in ended] == [0, 0], ended
-    for a, b in zip(tiny.history(one), tiny.history(two), strict=True):
-        assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
+    near_run(one, two)
 
 
 @pytest.mark.parametrize("rule", [Route(), Sprint(), Mask()], ids=["route", "sprint", "mask"])
@@ -328,8 +338,7 @@ def test_tokens_that_skip_on_two_processes(
     assert harness.here(images, one, network=network).code == 0
     ended = drive(images, two, size=2, network=network, config={"micro_batch": 1})
     assert [e.code for e in ended] == [0, 0], ended
-    for a, b in zip(tiny.history(one), tiny.history(two), strict=True):
-        assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
+    near_run(one, two)
 
 
 SMALL = {"network.width": 16, "network.heads": 2, "network.depths": (1, 1, 1)}
@@ -354,23 +363,14 @@ def test_parts_of_a_network_on_two_processes(
     assert harness.here(images, one, **spec).code == 0
     ended = drive(images, two, size=2, **spec, run={"shard": shard})
     assert [e.code for e in ended] == [0, 0], ended
-    for a, b in zip(tiny.history(one), tiny.history(two), strict=True):
-        assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
+    near_run(one, two)
 
 
 def test_a_classifier_on_two_processes(images: Path, tmp_path: Path) -> None:
     """The weights of one process; those of an undisturbed pair, to the bit, if both are killed."""
-    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
     spec: dict[str, Any] = {"task": "classifier", "run": SAVE_ALWAYS}
     spec["config"] = {"images": 24.0, "network.num_classes": 0}
-    kill = {"kind": "send", "name": "SIGKILL", "phase": "after", "step": 5}
-    assert alone(images, one, **spec).code == 0
-    for out, faults in ((two, []), (killed, [kill]), (killed, [])):
-        ended = drive(images, out, size=2, **spec, faults=faults)
-        assert [e.code for e in ended] == [-signal.SIGKILL if faults else 0] * 2, ended
-    same_run(killed, two)
-    for a, b in zip(tiny.history(one), tiny.history(two), strict=True):
-        assert a[4] == pytest.approx(b[4], rel=1e-5) and a[6] == pytest.approx(b[6], rel=1e-4)
+    one, two = check_killed_pair(images, tmp_path, **spec)
     raw, other = (load_file(f / "model" / "raw.safetensors") for f in (one, two))
     assert raw.keys() == other.keys() and "head.weight" in raw
     for name, value in raw.items():
