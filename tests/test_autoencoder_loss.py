@@ -19,7 +19,7 @@ from patchdiffusion.encoders.discriminator import (
     generator_loss,
 )
 from patchdiffusion.losses import Batch, LossOut
-from patchdiffusion.nets.autoencoder import KLConfig, gaussian_kl
+from patchdiffusion.nets.autoencoder import Bottleneck, KLConfig, gaussian_kl
 from patchdiffusion.nets.quantize import VQConfig
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.objectives.base import Materials
@@ -234,20 +234,20 @@ def test_codes_are_the_nearest_and_pass_gradients() -> None:
     torch.testing.assert_close(latents.z, vectors)
     expected = 1.25 * (vectors - encoded).square().flatten(1).mean(1)
     torch.testing.assert_close(latents.penalty, expected)
-    # the decoder's gradient is that of the latents, and none of it moves the table
-    weight = torch.randn_like(latents.z)
-    passed = torch.autograd.grad(
-        (weight * latents.z).sum(), [*network.parameters()], retain_graph=True, allow_unused=True
-    )
-    direct = torch.autograd.grad(
-        (weight * encoded).sum(), [*network.parameters()], retain_graph=True, allow_unused=True
-    )
-    for got, wanted in zip(passed, direct, strict=True):
-        assert (got is None) == (wanted is None)
-        if got is not None:
-            torch.testing.assert_close(got, wanted)
-    # the commitment term alone moves the encoder, the other one the table
-    table = network.quantize.embedding.weight
+    # the decoder's gradient is that of the latents and moves no code, nor does the commitment
+    table, weight = network.quantize.embedding.weight, z.new_ones(()) + vectors.detach()
+    committed = 0.25 * (vectors.detach() - encoded).square().flatten(1).mean(1)
+    for loss, alone in (
+        ((weight * latents.z).sum(), (weight * encoded).sum()),
+        (latents.penalty.sum(), committed.sum()),
+    ):
+        parameter = network.encoder.conv_out.weight
+        (got,) = torch.autograd.grad(loss, parameter, retain_graph=True)
+        (expected,) = torch.autograd.grad(alone, parameter, retain_graph=True)
+        torch.testing.assert_close(got, expected)
+    through = torch.autograd.grad(latents.z.sum(), table, retain_graph=True, allow_unused=True)
+    assert through == (None,)
+    # the other term moves the table
     (gz,) = torch.autograd.grad(latents.penalty.sum(), table, retain_graph=True)
     pulled = torch.zeros_like(gz).index_add_(
         0, latents.codes.flatten(), (2 * (vectors - encoded)).movedim(1, -1).reshape(-1, 4)
@@ -324,3 +324,22 @@ def test_the_log_counts_codes_that_are_used_not_revived_ones() -> None:
     z = torch.zeros(6, 4, 3, 5)
     upkeep.observe(latents._replace(encoded=z, codes=codes), draws())
     assert float(upkeep.numbers()["codes used"]) == 2 / QUANTIZED.codes
+
+
+def test_revived_codes_stay_where_they_are_put() -> None:
+    """A skipped step revives none; after one that counts, the averages are those of new codes."""
+    network = replace(QUANTIZED, update="average", decay=0.5, revive=0.1, codes=4).build(seed=1)
+    table, upkeep = network.quantize.embedding.weight, network.upkeep()
+    start = table.detach().clone()
+    z = torch.randn(6, 4, 3, 5, generator=torch.Generator().manual_seed(0))
+    latents = Bottleneck(z, encoded=z, codes=torch.zeros(6, 3, 5).long())
+    upkeep.used.zero_()
+    for applied in (0.0, 1.0):
+        assert torch.equal(table.detach(), start) and not upkeep.used.any()
+        upkeep.observe(latents, draws())
+        upkeep.after_step(torch.tensor(applied), Team())
+    assert float(upkeep.used[0]) == 2.0  # code 0 is in use: half of four times equal use
+    assert torch.equal(upkeep.used[1:], torch.ones(3))
+    outputs = z.movedim(1, -1).reshape(-1, 1, 4)
+    assert (outputs == table.detach()).all(2).any(0).tolist() == [False, True, True, True]
+    torch.testing.assert_close(upkeep.average[:, 1:] / upkeep.average[:, :1], table.detach())
