@@ -4,22 +4,28 @@ import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from commands import Capture, fails, refuses, works
+from oracles import Oracle
 from PIL import Image
 
 from patchdiffusion import load, rng
 from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.analytic import GaussianMixture
-from patchdiffusion.apps.edit import KeptPixels, local_sample, sigma_of
+from patchdiffusion.apps import edit
+from patchdiffusion.apps.edit import Kept, KeptPixels, local_sample, sigma_of
+from patchdiffusion.guidance.base import Surroundings
+from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import SamplerConfig
 from patchdiffusion.sampling.driver import Start, sample
 from patchdiffusion.sampling.inpaint import known_pixels
-from patchdiffusion.solvers import Ancestral, Heun, RePaint, euler, solve
+from patchdiffusion.sampling.pipeline import Pipeline
+from patchdiffusion.solvers import Ancestral, AutoSolver, Heun, Method, RePaint, euler, solve
 from patchdiffusion.solvers.schedules import karras
 
 FAST = ("--steps", 3, "--device", "cpu", "--threads", 1)
@@ -80,6 +86,69 @@ def test_resampling_corrects_replacement() -> None:
 
     errors = [abs(mean(times) - rho) for times in (1, 8)]
     assert errors[1] < 0.35 * errors[0] and errors[0] > 0.1
+
+
+def test_a_repetition_starts_at_the_noise_level_of_its_step() -> None:
+    """For one image, 0, in closed form: noise of variance a^2 - b^2 leads from b back to a."""
+    a, b, x = 2.0, 1.0, torch.full((1, 1, 1, 1), 3.0)
+    drawn: list[int] = []
+
+    def noise(index: int) -> torch.Tensor:
+        drawn.append(index)
+        return torch.full_like(x, float(len(drawn)))
+
+    method: Method = RePaint(times=3)
+    zero = Oracle(lambda x, s, c: 0 * x)
+    first = next(s for s in method(zero, x, torch.tensor([a, b, 0.0]), noise=noise) if s.step == 1)
+    fresh, share = math.sqrt(a**2 - b**2), b / a
+    expected = ((3.0 * share + 1.0 * fresh) * share + 2.0 * fresh) * share
+    assert first.x.item() == pytest.approx(expected, rel=1e-6)
+    assert len(set(drawn)) == 2  # each with noise of its own
+
+
+def test_guidance_knows_what_is_kept() -> None:
+    """The other pixel has its mean given the noisy pair and the kept one, in closed form."""
+    cov = torch.tensor([[1, 0.9], [0.9, 1]], dtype=torch.float64)
+    law = GaussianMixture(torch.zeros(1, 1, 1, 2, dtype=torch.float64), cov[None])
+    image, known = torch.tensor([[[1.0, 0]]]).double(), torch.tensor([[True, False]])
+    x, sigma = torch.tensor([[[[-0.5, 0.3]]]]).double(), 0.8
+    around = Surroundings((1, 2), (0.01, 10.0), Companions())
+    precision = torch.linalg.inv(cov) + torch.eye(2) / sigma**2
+    precision[0, 0] += 1 / 0.01**2
+    exact = torch.linalg.solve(precision, x.flatten() / sigma**2 + image.flatten() / 0.01**2)
+    guided = Kept(image, known, "guidance").wrap(law, around)(x, sigma)
+    assert guided[..., 1].item() == pytest.approx(exact[1].item(), abs=1e-6)
+    assert guided[..., 0].item() == 1
+    replaced = Kept(image, known, "replacement").wrap(law, around)(x, sigma)
+    assert torch.equal(replaced[..., 1], law(x, sigma)[..., 1])
+
+
+def test_how_an_edit_is_sampled(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resampling takes RePaint unless a solver is set; what is kept is known to the sampler."""
+    calls: list[tuple[type, str | None]] = []
+
+    def sampled(self: Pipeline, count: int, **given: Any) -> np.ndarray:
+        kept = given["known"]
+        calls.append((type(given["config"].solver), kept and kept.by))
+        return np.zeros((1, *image.shape), np.uint8)
+
+    monkeypatch.setattr(Pipeline, "sample", sampled)
+    pipeline, image = load(finished), tiny.picture(0)
+    known = np.arange(image[..., 0].size).reshape(image.shape[:2]) % 2 == 0
+    edit.inpaint(pipeline, image, known)
+    edit.inpaint(pipeline, image, known, config=SamplerConfig(solver=Heun()))
+    edit.inpaint(pipeline, image, known, by="replacement")
+    edit.inpaint(pipeline, image, known, by="guidance")
+    edit.local_sample(pipeline, image, 0.3, known=known)
+    edit.local_sample(pipeline, image, 0.3)
+    assert calls == [
+        (RePaint, "resampling"),
+        (Heun, "resampling"),
+        (AutoSolver, "replacement"),
+        (AutoSolver, "guidance"),
+        (AutoSolver, "replacement"),
+        (AutoSolver, None),
+    ]
 
 
 def test_strengths() -> None:

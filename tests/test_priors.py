@@ -1,10 +1,17 @@
 """Priors of latent vectors: a mixture of one component is a Gaussian of equal moments."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from commands import refuses
+from safetensors.torch import save
 
+from patchdiffusion.conditioners.base import Wish
 from patchdiffusion.conditioners.priors import Mixture, Normal, fit_mixture
+from patchdiffusion.conditioners.reconstruction import PRIOR, Reconstruction, encoded
+from patchdiffusion.encoders.autoencoder import Autoencoder
 
 
 def test_one_component_has_the_empirical_moments() -> None:
@@ -51,3 +58,37 @@ def test_too_few_images_for_a_mixture() -> None:
         Mixture(components=2).fit(torch.ones(100, 2))
     with refuses("components", 0):
         Mixture(components=0)
+
+
+class Posteriors:
+    """A stand-in for an autoencoder: every image has the same posterior."""
+
+    factor = 4
+    latent_channels = 2
+    network = SimpleNamespace(config=SimpleNamespace(halvings=2))
+
+    def moments(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = torch.tensor([1.0, -2.0]).reshape(1, 2, 1, 1).repeat(len(x), 1, 1, 1)
+        return mean, 0.5 * torch.ones_like(mean)
+
+
+def test_a_prior_is_fitted_to_draws_of_posteriors() -> None:
+    """Not to their means, which are narrower; a function of the images, not of their batches."""
+    autoencoder, images = cast(Autoencoder, Posteriors()), torch.zeros(4000, 1, 4, 4)
+    z = encoded(autoencoder, iter([images]), 3000)
+    assert torch.equal(encoded(autoencoder, iter(images.split(1500)), 3000), z)
+    torch.testing.assert_close(z.mean(0), torch.tensor([1.0, -2.0]), rtol=0, atol=0.05)
+    torch.testing.assert_close(z.std(0), torch.tensor([0.5, 0.5]), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("prior", [Normal(), Mixture(components=2)])
+def test_temperature_is_about_the_mean_of_the_prior(
+    prior: Normal | Mixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Reconstruction, "_autoencoder", lambda *_: Posteriors())
+    generator = torch.Generator().manual_seed(0)
+    fitted = prior.fit(torch.randn(50, 2, generator=generator) + torch.tensor([3.0, 0.0]))
+    wish = Wish(torch.arange(5), (4, 4), kept={PRIOR: save(dict(fitted))})
+    plain, cold = (Reconstruction(prior=prior, temperature=t).latents(wish) for t in (1.0, 0.5))
+    mean = torch.zeros(2) if isinstance(prior, Normal) else fitted["weights"] @ fitted["means"]
+    torch.testing.assert_close(cold, (plain + mean.float()) / 2)
