@@ -139,9 +139,21 @@ def unchanged(batch: Batch, draws: Draws) -> Batch:
     return batch
 
 
-def changes(conditioners: Sequence[ConditionerConfig], materials: Materials) -> Change:
-    """The changes of several conditioners, one after another."""
-    parts = [conditioner.build(materials) for conditioner in conditioners]
+def changes(
+    conditioners: Sequence[ConditionerConfig],
+    materials: Materials,
+    sources: Tensor | None = None,
+) -> Change:
+    """The changes of several conditioners, one after another.
+
+    `sources` int64 [N] are the images whose texts are taken; None is the image itself.
+    """
+    parts = []
+    for conditioner in conditioners:
+        part = conditioner.build(materials)
+        if sources is not None and conditioner.reads_prompts:
+            part = _of_others(part, sources)
+        parts.append(part)
     parts = [part for part in parts if part is not unchanged]
     if not parts:
         return unchanged
@@ -152,6 +164,16 @@ def changes(conditioners: Sequence[ConditionerConfig], materials: Materials) -> 
         return batch
 
     return change
+
+
+def _of_others(change: Change, sources: Tensor) -> Change:
+    """A change that takes its texts from other images, int64 [N]."""
+
+    def changed(batch: Batch, draws: Draws) -> Batch:
+        other = sources.to(batch.index.device)[batch.index]
+        return replace(change(replace(batch, index=other), draws), index=batch.index)
+
+    return changed
 
 
 def conditioned(

@@ -223,6 +223,14 @@ def with_labels(columns: Iterable[Filled], labels: Tensor | None) -> tuple[Fille
     return others if labels is None else (Filled(Label(), labels), *others)
 
 
+def relabeled(columns: Iterable[Filled], labels: Tensor | None) -> tuple[Filled, ...]:
+    """Columns with other labels, if there are labels among them."""
+    name = Label().name
+    return tuple(
+        c if labels is None or c.column.name != name else Filled(c.column, labels) for c in columns
+    )
+
+
 class Texts(Sequence[str | None]):
     """Sequence of texts, stored as the bytes of all of them and the end of each."""
 

@@ -5,7 +5,7 @@ A new objective is a record that inherits `ObjectiveConfig`, writes `build`, and
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Never, Protocol, Self, TypeVar
@@ -119,6 +119,31 @@ class Materials:
         self.rates[name] = rate
 
 
+@dataclass(frozen=True, kw_only=True)
+class Annotations:
+    """Labels and captions of the images that are trained on."""
+
+    train: Tensor
+    """int64, indices of the training images."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes."""
+    labels: Tensor | None = None
+    """int64 [N], class of each image, -1 is none; None if no image has one."""
+    captions: Sequence[str | None] = ()
+    """Caption of each image, as in the data."""
+    sources: Tensor | None = None
+    """int64 [N], the image whose caption each one is trained with; None is its own."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Files that are kept with the model, by name."""
+
+
+def annotated(additions: "Iterable[Addition]", given: Annotations) -> Annotations:
+    """Annotations as several additions change them, one after another."""
+    for addition in additions:
+        given = addition.annotate(given)
+    return given
+
+
 class Addition(Protocol):
     """A record that builds a term or a change on top of any objective.
 
@@ -136,6 +161,10 @@ class Addition(Protocol):
 
     def check(self, config: Settings) -> None:
         """Raise `ValueError` for a configuration that it does not fit."""
+
+    def annotate(self, given: Annotations) -> Annotations:
+        """Labels and captions that training sees instead of the given ones, by default those."""
+        return given
 
     @abstractmethod
     def add(self, objective: Objective, materials: Materials) -> Objective:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.conditioners.base import changes, conditioned, text_of
+from patchdiffusion.data.columns import relabeled
 from patchdiffusion.data.feed import Feed, some_crops
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import extractor
@@ -18,7 +19,7 @@ from patchdiffusion.losses import AfterStep, Loss
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.count import count, training_flops
-from patchdiffusion.objectives.base import Materials
+from patchdiffusion.objectives.base import Annotations, Materials, annotated
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import PatchPlan
 from patchdiffusion.system import families
@@ -213,9 +214,15 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     flops = {size: round(training_flops(network, size, text) * share) for size in sizes}
     macs = count(network, canvas, text).macs
     ema = _place_network(network, config, run, team, device)
+    told = annotated(
+        config.additions,
+        Annotations(
+            train=pack.train, classes=pack.classes, labels=pack.labels, captions=pack.captions
+        ),
+    )
     feed = Feed(
         resident(pack.images, device),
-        task.columns(config, pack),
+        relabeled(task.columns(config, pack), told.labels),
         pack.train,
         space=pack.space,
         seed=config.seed,
@@ -238,11 +245,12 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         whole=feed.whole,
         examples=feed.examples,
         captions=pack.captions,
+        keep=dict(told.files),
         store=pack.path,
         device=device,
         team=team,
     )
-    change = changes(config.conditioners, materials)
+    change = changes(config.conditioners, materials, told.sources)
     objective = task.objective(config, conditioned(materials, change, feed.draws_of))
     if run.shard:  # the optimizer takes sharded weights or whole ones, not both
         for module in materials.learned.values():
