@@ -3,6 +3,7 @@
 from patchdiffusion.objectives.bricks import BricksConfig
 from patchdiffusion.objectives.consistency import ConsistencyConfig
 from patchdiffusion.objectives.contrast import ContrastConfig
+from patchdiffusion.objectives.corrupt import CorruptionConfig
 from patchdiffusion.objectives.ctm import CTMConfig
 from patchdiffusion.objectives.denoising import DenoisingConfig
 from patchdiffusion.objectives.meanflow import MeanFlowConfig
@@ -18,5 +19,5 @@ ObjectiveUnion = (
 )
 """The objectives of `--objective` and of model files."""
 
-AdditionUnion = ContrastConfig
+AdditionUnion = ContrastConfig | CorruptionConfig
 """The additions of `--additions`."""
