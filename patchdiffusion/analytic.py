@@ -162,6 +162,20 @@ class GaussianMixture(LowRankMixture):
         return cls(means, covs, torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64))
 
 
+def perturbed_class(mean: Tensor, cov: Tensor, gamma: float) -> GaussianMixture:
+    """The images that linear denoisers generate which saw their condition with noise.
+
+    For a class of mean [n] and covariance [n, n], each noise level has a denoiser that is linear in
+    image and condition, and was trained with the condition 1 + gamma xi, xi ~ N(0, 1). With the
+    condition 1 these are exact for N(mean / (1 + gamma^2), cov + kappa mean mean^T), kappa =
+    gamma^2 / (1 + gamma^2). In arXiv 2405.20494, lemma 2, kappa |mean|^2 I stands in the place of
+    the term of rank one, which no minimum of the loss has.
+    """
+    mean, cov = mean.double(), cov.double()
+    kappa = gamma**2 / (1 + gamma**2)
+    return GaussianMixture((mean * (1 - kappa))[None], (cov + kappa * mean[:, None] * mean)[None])
+
+
 def _other(labels: Tensor, classes: Tensor) -> Tensor:
     """True for the classes [K] that a label [B] excludes; -1 excludes none: bool [B, K]."""
     return (labels[:, None] >= 0) & (labels[:, None] != classes)

@@ -117,6 +117,7 @@ class LateEmbedding(nn.Module):
         super().__init__()
         base, width, classes = config.base, 4 * config.base, config.num_classes
         self.base = base
+        self.perturb = config.perturb
         self.label = Linear(classes, width, bias=False, init="normal") if classes else None
         self.augment = (
             Linear(config.augment_dim, base, bias=False, neutral=True)
@@ -139,7 +140,9 @@ class LateEmbedding(nn.Module):
                 h = h + self.jump(jump_features(cond, noise, self.base).to(dtype))
             h = self.layer1(F.silu(self.layer0(h)))
             if self.label is not None:
-                h = h + self.label(one_hot(cond.labels, self.label.in_features, h))
+                classes = self.label.in_features
+                e = self.label(one_hot(cond.labels, classes, h))
+                h = h + self.perturb.of_label(e, cond, classes)
             return F.silu(h)
 
 

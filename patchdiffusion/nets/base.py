@@ -6,13 +6,14 @@ Nothing outside this folder depends on the class of a network or of its configur
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
+from patchdiffusion.nets.perturb import NoPerturbation, Perturb
 from patchdiffusion.patches import Size
 from patchdiffusion.rng import seed_of
 from patchdiffusion.system import families
@@ -44,6 +45,8 @@ class NetworkConfig(ABC):
     """Kind of network: one for noisy images, or an `autoencoder.AutoencoderNetwork`."""
     pictures: ClassVar[bool] = False
     """True if it can be conditioned on a picture and a pooled embedding."""
+    perturbs: ClassVar[bool] = False
+    """True if its embedded conditions can be perturbed in training."""
 
     channels: int = 3
     """Channels of the image, in and out."""
@@ -62,6 +65,8 @@ class NetworkConfig(ABC):
     jump: bool = False
     """True if the network is conditioned on the length of a jump, for few-step models of two
     times."""
+    perturb: Perturb = field(default_factory=NoPerturbation)
+    """Noise on embedded classes and texts in training (CEP)."""
 
     def __post_init__(self) -> None:
         # The upper limits only catch slips: far below them a network fits no machine.
@@ -77,6 +82,12 @@ class NetworkConfig(ABC):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {self.dropout}")
+        if self.perturb.active and not self.perturbs:
+            word = families.word(type(self))
+            raise ValueError(
+                f"perturb must be none for {word}, not {families.word(type(self.perturb))}: "
+                "its conditions are not perturbed"
+            )
 
     def limit(self, name: str, least: int, most: int) -> None:
         """Raise `ValueError` unless a field lies in [least, most]."""
@@ -121,7 +132,7 @@ class NetworkConfig(ABC):
             "image": self.image_channels > 0,
             "extra": self.extra_dim > 0,
             "jump": self.jump,
-            "seed": self.dropout > 0,
+            "seed": self.dropout > 0 or self.perturb.active,
         }
         return frozenset(name for name, used in uses.items() if used)
 

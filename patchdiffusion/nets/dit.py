@@ -21,7 +21,7 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import Network, put
 from patchdiffusion.nets.ditshape import DiTShape
 from patchdiffusion.nets.ditsizes import MODERN, SIZES, jit, patch_for
-from patchdiffusion.nets.embed import Embedding, LateEmbedding, whole_canvas
+from patchdiffusion.nets.embed import Embedding, LateEmbedding, Switches, whole_canvas
 from patchdiffusion.nets.layers import Linear, pad_to_multiple
 from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.stages import Merge, Split
@@ -93,14 +93,12 @@ class DiT(Network[DiTConfig]):
     def __init__(self, config: DiTConfig, *, seed: int = 0):
         super().__init__(config)
         width, pixels = config.width, math.prod(config.patch)
+        classes, augment = config.num_classes, config.augment_dim
+        switches: Switches = {"jump": config.jump, "perturb": config.perturb}
         if config.embedding == "late":
-            self.embed = LateEmbedding(
-                width, config.num_classes, config.augment_dim, jump=config.jump
-            )
+            self.embed = LateEmbedding(width, classes, augment, **switches)
         else:
-            self.embed = Embedding(
-                width // 4, "positional", config.num_classes, config.augment_dim, jump=config.jump
-            )
+            self.embed = Embedding(width // 4, "positional", classes, augment, **switches)
         self.text = config.text.build()
         self.stem = _stem(config.channels * pixels, config.bottleneck, width)
         self.picture = self.pooled_extra = None
@@ -201,7 +199,7 @@ class DiT(Network[DiTConfig]):
         tokens = Tokens(h, self._embedded(noise, cond), grid, size, pos.expand(len(x), -1, -1))
         if self.registers is not None:
             tokens = tokens._replace(registers=self.registers.weight.expand(len(x), -1, -1))
-        cond = described(self.text, cond, len(x), x.device)
+        cond = described(self.text, cond, len(x), x.device, self.config.perturb)
         return with_context(tokens, cond, self.config.attends)
 
     def _embedded(self, noise: Tensor, cond: Cond) -> Tensor:
@@ -209,7 +207,8 @@ class DiT(Network[DiTConfig]):
         if noise.ndim == 1:
             return pooled(self.pooled_extra, self.embed(noise, cond), cond)
         levels = unfold(pad_to_multiple(noise, self.config.patch), self.config.patch).mean(-1)
-        some = Cond(labels=cond.labels, augment=cond.augment, extra=cond.extra, jump=cond.jump)
+        names = ("labels", "augment", "extra", "jump", "seed")
+        some = Cond(**{name: getattr(cond, name) for name in names})
         each = some.map(lambda field: field.repeat_interleave(levels.shape[1], dim=0))
         emb = pooled(self.pooled_extra, self.embed(levels.flatten(), each), each)
         return emb.unflatten(0, levels.shape)

@@ -18,6 +18,7 @@ class DiTShape(ContextShape):
     """Base of the configuration of DiT: its fields, their limits, and what follows from them."""
 
     pictures: ClassVar[bool] = True
+    perturbs: ClassVar[bool] = True
 
     patch: tuple[int, ...] = (0, 0)
     """Sides of the patches that become tokens: one for each axis of the data, 2 2 for images, or

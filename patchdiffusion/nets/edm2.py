@@ -189,6 +189,7 @@ class MPEmbedding(nn.Module):
         base, width = config.widths[0], max(config.widths)
         classes, augment = config.num_classes, config.augment_dim
         self.base = base
+        self.perturb = config.perturb
         self.fourier = MPFourier(base)
         self.noise = MPWeight(base, width)
         self.label = MPWeight(classes, width) if classes else None
@@ -202,7 +203,8 @@ class MPEmbedding(nn.Module):
             h = self.noise(self.fourier(noise).to(dtype))
             if self.label is not None:
                 classes = self.label.weight.shape[1]
-                h = mp_sum(h, self.label(one_hot(cond.labels, classes, h) * math.sqrt(classes)))
+                e = self.label(one_hot(cond.labels, classes, h) * math.sqrt(classes))
+                h = mp_sum(h, self.perturb.of_label(e, cond, classes))
             if self.augment is not None:
                 inputs = self.augment.in_features
                 h = h + self.augment(augmentation(cond, inputs, h)) / math.sqrt(inputs)

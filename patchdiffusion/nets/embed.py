@@ -5,7 +5,7 @@ embedding, K classes.
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from patchdiffusion.nets.layers import (
     normal,
     pad_even,
 )
+from patchdiffusion.nets.perturb import NONE, Perturb
 from patchdiffusion.patches import Region
 
 EmbeddingKind = Literal["positional", "fourier"]
@@ -58,6 +59,13 @@ class Fourier(nn.Module):
         return torch.cat([angle.sin(), angle.cos()], dim=1)
 
 
+class Switches(TypedDict):
+    """Keywords of the embeddings of a configuration."""
+
+    jump: bool
+    perturb: Perturb
+
+
 class Embedding(nn.Module):
     """Noise level, class, augmentation and jump as one vector, always in full precision.
 
@@ -77,11 +85,13 @@ class Embedding(nn.Module):
         augment_dim: int,
         *,
         jump: bool = False,
+        perturb: Perturb = NONE,
     ):
         super().__init__()
         width = 2 * base if kind == "fourier" else base
         self.base = base
         self.num_classes = num_classes
+        self.perturb = perturb
         self.fourier = Fourier(width) if kind == "fourier" else None
         self.label = Linear(num_classes, width) if num_classes else None
         self.augment = Linear(augment_dim, width, bias=False) if augment_dim else None
@@ -97,7 +107,8 @@ class Embedding(nn.Module):
             h = h.to(dtype)  # [B, D]
             if self.label is not None:
                 classes = one_hot(cond.labels, self.num_classes, h)
-                h = h + self.label(classes * math.sqrt(self.num_classes))
+                e = self.label(classes * math.sqrt(self.num_classes))
+                h = h + self.perturb.of_label(e, cond, self.num_classes)
             if self.augment is not None:
                 h = h + self.augment(augmentation(cond, self.augment.in_features, h))
             if self.jump is not None:
@@ -152,8 +163,18 @@ class LateEmbedding(nn.Module):
     role: ClassVar[Role] = "embedding"
     features: ClassVar[int] = 256
 
-    def __init__(self, width: int, num_classes: int, augment_dim: int, *, jump: bool = False):
+    def __init__(
+        self,
+        width: int,
+        num_classes: int,
+        augment_dim: int,
+        *,
+        jump: bool = False,
+        perturb: Perturb = NONE,
+    ):
         super().__init__()
+        self.num_classes = num_classes
+        self.perturb = perturb
         self.layer0 = Linear(self.features, width, init="normal", scale=0.02)
         self.layer1 = Linear(width, width, init="normal", scale=0.02)
         self.label = Labels(num_classes, width) if num_classes else None
@@ -167,7 +188,8 @@ class LateEmbedding(nn.Module):
             h = self.layer1(F.silu(self.layer0(self._waves(noise).to(dtype))))
             if self.label is not None:
                 none = torch.full(noise.shape[:1], -1, device=noise.device)
-                h = h + self.label(none if cond.labels is None else cond.labels)
+                e = self.label(none if cond.labels is None else cond.labels)
+                h = h + self.perturb.of_label(e, cond, self.num_classes)
             if self.augment is not None:
                 h = h + self.augment(augmentation(cond, self.augment.in_features, h))
             if self.jump is not None:

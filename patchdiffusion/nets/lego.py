@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import Network, put
 from patchdiffusion.nets.count import macs_of
-from patchdiffusion.nets.embed import Embedding, LateEmbedding, whole_canvas
+from patchdiffusion.nets.embed import Embedding, LateEmbedding, Switches, whole_canvas
 from patchdiffusion.nets.layers import pad_to_multiple
 from patchdiffusion.nets.legobody import RegionNetwork, Regions
 from patchdiffusion.nets.legoshape import LegoShape
@@ -93,10 +93,11 @@ class Lego(Network[LegoConfig]):
     def __init__(self, config: LegoConfig, *, seed: int = 0):
         super().__init__(config)
         width, classes, augment = config.width, config.num_classes, config.augment_dim
+        switches: Switches = {"jump": config.jump, "perturb": config.perturb}
         if config.embedding == "late":
-            self.embed = LateEmbedding(width, classes, augment, jump=config.jump)
+            self.embed = LateEmbedding(width, classes, augment, **switches)
         else:
-            self.embed = Embedding(width // 4, "positional", classes, augment, jump=config.jump)
+            self.embed = Embedding(width // 4, "positional", classes, augment, **switches)
         self.bricks = nn.ModuleList(
             Brick(config.body.build(config.outline(k)), f"bricks.{k}")
             for k in range(len(config.regions))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.legobody import Outline, TransformerBody
@@ -17,6 +17,8 @@ Body = TransformerBody | UNetBody
 @dataclass(frozen=True, kw_only=True)
 class LegoShape(NetworkConfig):
     """Base of the configuration of LEGO bricks: its fields, and what follows from them."""
+
+    perturbs: ClassVar[bool] = True
 
     regions: tuple[int, ...] = (4, 8, 0)
     """Sides of the regions that each brick works in, from the first brick to the last; 0 is the

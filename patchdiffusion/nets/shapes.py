@@ -31,6 +31,7 @@ class UNetShape(NetworkConfig):
     """Base of the configurations of U-Nets: levels, widths, attention and coordinates."""
 
     pictures: ClassVar[bool] = True
+    perturbs: ClassVar[bool] = True
 
     base: int = 128
     """Features at a multiplier of 1; a multiple of 4."""

@@ -15,6 +15,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.nets.base import Key, NetworkConfig, Role
 from patchdiffusion.nets.embed import positional
 from patchdiffusion.nets.layers import Linear, normal
+from patchdiffusion.nets.perturb import NONE, Perturb
 
 
 class TextConfig(ABC):
@@ -199,17 +200,23 @@ def _normalized(h: Tensor) -> Tensor:
     return F.layer_norm(h, h.shape[-1:], eps=1e-6)
 
 
-def described(text: nn.Module | None, cond: Cond, batch: int, device: torch.device) -> Cond:
-    """The condition with the context that a text encoder makes of its tokens; without one, itself.
+def described(
+    text: nn.Module | None, cond: Cond, batch: int, device: torch.device, perturb: Perturb = NONE
+) -> Cond:
+    """The condition with the context that a text encoder makes of its tokens, perturbed.
 
-    No tokens are empty texts: every parameter has a gradient, for which other processes wait.
+    Without an encoder the context is the given one. No tokens are empty texts: every parameter has
+    a gradient, for which other processes wait.
     """
     if text is None:
-        return cond
+        if cond.context is None or not perturb.active:
+            return cond
+        return replace(cond, context=perturb.of_context(cond.context, cond))
     tokens = cond.tokens
     if tokens is None:
         tokens = torch.zeros(batch, 1, dtype=torch.uint8, device=device)
     if tokens.ndim != 2 or len(tokens) != batch:
         raise ValueError(f"cond.tokens must be [{batch}, bytes], not {tuple(tokens.shape)}")
     context, mask = text(tokens)
+    context = perturb.of_context(context, cond, (tokens != 0).any(1))
     return replace(cond, context=context, context_mask=mask)

@@ -242,7 +242,9 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         config = self.config
         if not isinstance(config, ContextShape) or not config.attends:
             return None, None
-        return context_of(described(self.text, cond, len(x), x.device), config.attends, emb)
+        return context_of(
+            described(self.text, cond, len(x), x.device, config.perturb), config.attends, emb
+        )
 
     def remove_head(self) -> None:
         self.dec = nn.ModuleList()

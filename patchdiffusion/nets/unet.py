@@ -71,6 +71,7 @@ class SongUNet(UNet[UNetConfig, _SideInput]):
             config.num_classes,
             config.augment_dim,
             jump=config.jump,
+            perturb=config.perturb,
         )
         self.stem = Stem(config.channels, config.base, coordinates=config.position_channels)
         self.enc, skips = encoder(config.base, widths, config.blocks, self._block)

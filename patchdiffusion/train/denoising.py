@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from patchdiffusion.cond import CONDITIONS
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.space import shown
 from patchdiffusion.denoiser import NetDenoiser
@@ -60,6 +61,12 @@ class DenoiserTask(TaskConfig):
             raise ValueError(
                 f"preview.guidance is {guidance}, which few-step models do not support; "
                 "set --preview.guidance 1"
+            )
+        perturb = config.network.perturb
+        if perturb.active and config.network.reads.isdisjoint(CONDITIONS):
+            raise ValueError(
+                f"network.perturb is {families.word(type(perturb))}, which is noise on classes and "
+                "texts, and the network reads neither; leave it out"
             )
         if config.network.num_classes not in (0, classes):
             raise ValueError(
