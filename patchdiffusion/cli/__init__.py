@@ -68,6 +68,7 @@ COMMANDS = {
         "bench",
         "doctor",
         "info",
+        "speed",
         "bricks",
         "walk",
     )

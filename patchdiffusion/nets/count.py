@@ -1,11 +1,13 @@
 """Parameters and multiply-accumulates (MAC) of a network, counted without computing anything."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.nets.base import Network
@@ -52,6 +54,28 @@ def macs_of(module: nn.Module, *inputs: object) -> int:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         functional_call(module, shells, inputs)
     return counter.get_total_flops() // 2
+
+
+class MacCounter(TorchDispatchMode):
+    """Counts the multiply-accumulates of all that is computed in its context, as `count` does.
+
+    What is not computed, as by an accelerator, does not count.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0.0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            self.macs += sdpa_flop_count(*(x.shape for x in args[:3])) / 2
+        elif (flop := flop_registry.get(packet)) is not None:
+            self.macs += flop(*args, **(kwargs or {}), out_val=out) / 2
+        return out
 
 
 def training_flops(

@@ -1,0 +1,110 @@
+"""Comparison of samplers: counted operations, errors that vanish, and the line that is advised."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import tiny
+from commands import Capture, fails, works
+
+from patchdiffusion import SamplerConfig
+from patchdiffusion.guidance.cfg import ClassifierFree
+from patchdiffusion.metrics.speed import (
+    Point,
+    Speed,
+    advised,
+    draws_noise,
+    frontier,
+    operations,
+    seconds,
+)
+from patchdiffusion.nets.count import count
+from patchdiffusion.solvers import DDIM, Ancestral, DPMpp2M, Euler, Heun, SDEDPMpp2M, UniPC
+
+CPU = ("--device", "cpu", "--threads", 1)
+SHORT = (*CPU, "--count", 2, "--reference-steps", 12, "--repeats", 2)
+
+
+def test_operations_are_those_of_the_evaluations() -> None:
+    pipeline = tiny.pipeline()
+    one = count(pipeline.model.network, pipeline.model.config.canvas).macs
+    speed = Speed(pipeline=pipeline, count=2, classes=[0])
+    for solver, evaluations in ((Heun(), 7), (DPMpp2M(), 4)):
+        assert speed.macs(SamplerConfig(solver=solver, steps=4)) == evaluations * one
+    guided = SamplerConfig(solver=Euler(), steps=3, guidance=ClassifierFree(weight=2.0))
+    assert speed.macs(guided) == 2 * 3 * one
+
+
+def test_errors_vanish_with_steps() -> None:
+    speed = Speed(
+        pipeline=tiny.pipeline(),
+        count=3,
+        solvers=("heun", "euler"),
+        steps=(4, 16),
+        reference_steps=32,
+    )
+    exact, halved = speed.exact()
+    coarse, fine, euler, more = (p.error for p in speed.plain_points(exact))
+    assert fine < coarse and more < euler
+    assert halved <= fine < euler
+    assert speed.measure(speed.references[0], exact).error == 0
+
+
+def test_solvers_with_fresh_noise_follow_no_path() -> None:
+    assert [draws_noise(s) for s in (Heun(), DPMpp2M(), UniPC(), Euler())] == [False] * 4
+    assert [draws_noise(s) for s in (Ancestral(), SDEDPMpp2M(), DDIM(eta=1.0))] == [True] * 3
+
+
+def test_what_is_advised_is_beaten_by_nothing() -> None:
+    config = SamplerConfig(solver=Heun(), steps=2)
+    table = [(1.0, 9.0, 0.5), (2.0, 4.0, 0.2), (3.0, 3.0, 0.2), (4.0, 2.0, 0.3), (9.0, 9.0, 0.1)]
+    points = [Point(config, *row) for row in table]
+    assert frontier(points, operations) == [points[0], points[1], points[4]]
+    assert frontier(points, seconds) == [points[3], points[2], points[4]]
+    assert advised(points, 0.25) is points[2] and advised(points, 0.2) is points[2]
+    assert advised(points, 0.4) is points[3] and advised(points, 0.05) is None
+
+
+def test_the_command(finished: Path, tmp_path: Path, capsys: Capture) -> None:
+    """It writes a table and a chart beside the model, and the line that it gives works."""
+    run = shutil.copytree(finished, tmp_path / "my run")
+    told = works(
+        capsys, "speed", run, *SHORT, "--solvers", "heun", "dpmpp_2m", "--steps", 4, 18,
+        "--guidance", "cfg", "--guidance.weight", 3,
+    )  # fmt: skip
+    assert "left out  bricks: " in told and "heun           18" in told
+    line = next(x for x in told.splitlines() if x.startswith("patchdiffusion sample "))
+    assert "--guidance cfg --guidance.weight 3.0" in line
+    words = line.replace(f"'{run}'", "RUN").split()[1:]
+    works(capsys, *[run if w == "RUN" else w for w in words], "--count", 1, "--out", tmp_path / "x")
+    record = json.loads((run / "model" / "speed.json").read_text())
+    assert [(p["solver"], p["steps"]) for p in record["points"]][:2] == [("heun", 4), ("heun", 18)]
+    assert {p["accelerator"] for p in record["points"]} >= {"none"}
+    picture = (run / "model" / "speed.png").read_bytes()
+    assert struct.unpack(">I", picture[16:20])[0] > 500
+
+
+def test_nothing_is_written_by_a_dry_run(finished: Path, tmp_path: Path, capsys: Capture) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    assert "about" in works(capsys, "speed", run, *SHORT, "--dry-run")
+    assert not (run / "model" / "speed.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--solvers", "ancestral"), ("ancestral", "heun")),
+        (("--solvers", "hune"), ("hune", "heun")),
+        (("--steps", 1), ("steps", "1")),
+        (("--within", 0), ("within", "0")),
+        (("--count", 0), ("count", "0")),
+        (("--accelerators", "magic"), ("accelerators", "magic", "bricks")),
+    ],
+)
+def test_bad_input(
+    finished: Path, capsys: Capture, flags: tuple[object, ...], told: tuple[str, ...]
+) -> None:
+    line = fails(capsys, "speed", finished, *CPU, *flags)
+    assert all(part in line for part in told), line
