@@ -122,12 +122,12 @@ def walk(
         config = replace(config, noise_seed=seed)
     count = rows * columns
     wish = wish_of(pipeline, torch.arange(seed, seed + count))
-    made = latent_of(pipeline).of(latents.flatten(0, 1), wish)
-    if made.image is not None:
+    filled = latent_of(pipeline).of(latents.flatten(0, 1), wish)
+    if filled.image is not None:
         canvas = pipeline.sampler(config).canvas
-        made = replace(made, image=picture_on(canvas, made.image, wish.canvas))
+        filled = replace(filled, image=picture_on(canvas, filled.image, wish.canvas))
     each = None if labels is None else labels.repeat_interleave(columns)
-    cond = replace(made, labels=each) if each is not None else made
+    cond = replace(filled, labels=each) if each is not None else filled
     images = pipeline.sample(
         count, seed=seed, cond=cond, config=config, batch=batch, progress=progress
     )

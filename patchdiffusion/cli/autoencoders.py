@@ -108,5 +108,5 @@ def _extractor(
         return None, {}
     if channels not in CHANNELS or (channels == 4 and not pack.space.alpha):
         return None, {what: f"features are of gray and color, and these have {channels} channels"}
-    made = extractor_or_reason(name, weights=weights, device=device, team=Team())
-    return (None, {what: made}) if isinstance(made, str) else (made, {})
+    found = extractor_or_reason(name, weights=weights, device=device, team=Team())
+    return (None, {what: found}) if isinstance(found, str) else (found, {})

@@ -167,5 +167,5 @@ def _extractor(
         return None, f"features are of images of two axes, and these have {axes}"
     if channels not in CHANNELS or (channels == 4 and not pack.space.alpha):
         return None, f"features are of gray, color and alpha, and these have {channels} channels"
-    made = extractor_or_reason(name, weights=weights, device=device, team=team)
-    return (None, made) if isinstance(made, str) else (made, "")
+    found = extractor_or_reason(name, weights=weights, device=device, team=team)
+    return (None, found) if isinstance(found, str) else (found, "")

@@ -183,7 +183,7 @@ def _warn_of_size(size: Size, canvas: Size) -> None:
     if times > 4:
         print(
             f"warning: {size_name(size)} is {times:.0f} times the pixels of training "
-            f"({size_name(canvas)}), and takes that much more time and memory, attention more",
+            f"({size_name(canvas)}), and takes at least that much more time",
             file=sys.stderr,
         )
 
