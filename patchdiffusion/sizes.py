@@ -90,7 +90,7 @@ class PatchLaw:
         probs: dict[tuple[Size, int, NoiseLaw], float] = {}
         views = (self.pitches or itertools.repeat(1), self.percentiles or itertools.repeat(_ALL))
         for fraction, prob, pitch, levels in zip(self.fractions, self.probs, *views, strict=False):
-            size = _rounded(canvas, divisor, fraction, pitch)
+            size = rounded(canvas, divisor, fraction, pitch)
             view = (size, pitch, _noise(noise or LogNormal(), pitch, levels))
             probs[view] = probs.get(view, 0.0) + prob
         whole, power = math.prod(canvas), self._power(len(canvas))
@@ -105,7 +105,7 @@ class PatchLaw:
     def rounding(self, canvas: Size, divisor: int) -> str:
         """Clause about sizes that the divisor of a network changes by 5 % or more, else empty."""
         views = [
-            (f, pitch, _rounded(canvas, divisor, f, pitch))
+            (f, pitch, rounded(canvas, divisor, f, pitch))
             for f, prob, pitch in zip(
                 self.fractions, self.probs, self.pitches or itertools.repeat(1), strict=False
             )
@@ -128,7 +128,7 @@ class PatchLaw:
         return {"inverse_side": -1 / axes, "inverse_area": -1.0, "one": 0.0}[self.multiplier]
 
 
-def _rounded(canvas: Size, divisor: int, fraction: float, pitch: int) -> Size:
+def rounded(canvas: Size, divisor: int, fraction: float, pitch: int) -> Size:
     """A fraction of each side in pixels of the network, a multiple of its divisor."""
     if fraction == 1 and pitch == 1:
         return canvas

@@ -129,10 +129,9 @@ def _patches(training: Training) -> str:
     stages = training.plan.stages
     if len(stages) > 1:
         parts = []
-        for start, groups in stages:
-            names = " + ".join(forecast.name(group.size) for group in groups)
+        for start, kinds in stages:
             since = f" from {quantity(start * config.images)}" if start else ""
-            parts.append(names + since)
+            parts.append(forecast.names(kinds) + since)
         sizes = ", then ".join(parts)
     else:
         sizes = " + ".join(group.name for group in training.plan.groups)

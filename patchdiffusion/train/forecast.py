@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from patchdiffusion.patches import Size, size_name
-from patchdiffusion.plans import Clock, Group, PatchPlan, advance
+from patchdiffusion.plans import Clock, Group, Kinds, PatchPlan, advance
 
 PREVIEW_SHARE = 0.1
 """Largest share of the operations of a run that previews take if their number is not given."""
@@ -41,7 +41,7 @@ class Forecast:
     def _per_unit(self, stage: int, cost: StepCost) -> float:
         """Cost of the steps in which the clock advances by 1, in a stage of the plan."""
         stages = self.plan.stages
-        steps = ((1.0, stages[stage][1]),) if len(stages) > 1 else self.plan.kinds(self.clock)
+        steps = stages[stage][1] if len(stages) > 1 else self.plan.kinds(self.clock)
         total = sum(p * cost(groups) for p, groups in steps)
         return total / sum(p * advance(groups, self.plan.canvas, self.clock) for p, groups in steps)
 
@@ -62,18 +62,23 @@ class Forecast:
 
     def largest(self, now: float) -> Size:
         """The largest crops of the stages of the plan that have begun."""
-        stages = self.plan.stages if len(self.plan.stages) > 1 else ((0.0, self.plan.groups),)
-        begun = [groups for start, groups in stages if start * self.length <= now]
-        sizes = [group.size for groups in begun for group in groups]
+        if len(self.plan.stages) == 1:
+            return max((group.size for group in self.plan.groups), key=math.prod)
+        begun = [kinds for start, kinds in self.plan.stages if start * self.length <= now]
+        sizes = [group.size for kinds in begun for _, groups in kinds for group in groups]
         return max(sizes, key=math.prod)
 
     def next_stage(self, now: float) -> tuple[float, str] | None:
         """Clock time of the next change of crop sizes, and their names; None if never."""
-        for start, groups in self.plan.stages:
+        for start, kinds in self.plan.stages:
             if start * self.length > now:
-                names = (self.name(group.size) for group in groups)
-                return start * self.length, " + ".join(dict.fromkeys(names))
+                return start * self.length, self.names(kinds)
         return None
+
+    def names(self, kinds: Kinds) -> str:
+        """Sizes of crops of some kinds of step in words, each one once."""
+        names = (self.name(group.size) for _, groups in kinds for group in groups)
+        return " + ".join(dict.fromkeys(names))
 
     def name(self, size: Size) -> str:
         """Size of crops in words: `whole images` for those of the canvas."""

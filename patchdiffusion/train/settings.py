@@ -183,4 +183,6 @@ class Settings:
 
     def plan(self, canvas: Size) -> PatchPlan:
         """Patch plan on a canvas."""
-        return PatchPlan(canvas, self.batch, self.patches, self.network.divisor, self.noise)
+        return PatchPlan(
+            canvas, self.batch, self.patches, self.network.divisor, self.noise, self.clock
+        )
