@@ -14,6 +14,7 @@ batch, and names, sizes and costs follow from its kinds of steps.
 
 from dataclasses import dataclass, replace
 
+from patchdiffusion.multigrid import Multigrid
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.patches import Size
 from patchdiffusion.planbase import (
@@ -41,6 +42,7 @@ __all__ = [
     "Group",
     "Kinds",
     "Moment",
+    "Multigrid",
     "PatchPlan",
     "Patches",
     "Plan",
@@ -86,5 +88,5 @@ class ConstantPixels(RandomSize):
         )
 
 
-Patches = Stratified | Stochastic | Progressive | ConstantPixels
+Patches = Stratified | Stochastic | Progressive | ConstantPixels | Multigrid
 """The plans of `--patches`."""

@@ -17,7 +17,7 @@ MOST_LINES = 400
 LAYERS: tuple[str, ...] = (
     "system",
     "cond rng paths noise weighting preconditioning straight asymflow parameterisation",
-    "patches sizes plans denoiser classifier flowmap losses analytic",
+    "patches sizes planbase multigrid plans denoiser classifier flowmap losses analytic",
     "nets encoders",
     "solvers guidance accel objectives data conditioners model",
     "sampling metrics",

@@ -19,6 +19,7 @@ from patchdiffusion.plans import (
     Stratified,
     equivalents,
 )
+from patchdiffusion.sizes import PatchLaw
 from patchdiffusion.system import families
 
 LAW = LogNormal()
@@ -228,10 +229,12 @@ def test_joint_law_of_size_and_noise(cls: type[Stratified | ConstantPixels]) -> 
 def test_a_word_changes_the_mode_and_keeps_the_sizes() -> None:
     old = Progressive(loss_norm="mean", fractions=(1.0, 0.5), probs=(0.75, 0.25))
     for member in families.members(Patches):
+        if not issubclass(member, PatchLaw):
+            continue
         new = member().inherit(old, None)
         assert type(new) is member and families.copy_fields(old, new) == old
     assert list(families.words(Patches)) == [
-        "stratified", "stochastic", "progressive", "constant-pixels"
+        "stratified", "stochastic", "progressive", "constant-pixels", "multigrid"
     ]  # fmt: skip
 
 
@@ -261,7 +264,7 @@ def test_sizes_that_are_rounded_are_told(
 def test_stages_are_the_changes_of_a_progressive_plan() -> None:
     law = Progressive(fractions=(1.0, 0.5, 0.25), probs=(0.5, 0.3, 0.2))
     stages = PatchPlan((64, 64), 8, law, divisor=4).stages
-    assert [groups[0].size for _, groups in stages] == [(16, 16), (32, 32), (64, 64)]
+    assert [kinds[0][1][0].size for _, kinds in stages] == [(16, 16), (32, 32), (64, 64)]
     assert [start for start, _ in stages] == pytest.approx([0, 0.2, 0.5], abs=1e-5)
     for still in (Stratified(), Stochastic()):
         assert len(PatchPlan((64, 64), 8, still, divisor=4).stages) == 1
