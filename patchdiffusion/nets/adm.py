@@ -18,9 +18,10 @@ from patchdiffusion.nets.base import NetworkConfig, Role
 from patchdiffusion.nets.embed import Stem, angles, augmentation, jump_features, one_hot
 from patchdiffusion.nets.fused import dropout
 from patchdiffusion.nets.layers import Conv, Linear, Norm, Resample, resampled
+from patchdiffusion.nets.levels import decoder, encoder, middle
 from patchdiffusion.nets.shapes import BlockPosition, HeadedShape
 from patchdiffusion.nets.text import ContextShape
-from patchdiffusion.nets.topology import UNet, decoder, encoder, middle
+from patchdiffusion.nets.topology import UNet
 from patchdiffusion.system.device import full_precision
 
 EPS = 1e-5  # of all norms

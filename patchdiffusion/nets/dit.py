@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import Network, put
+from patchdiffusion.nets.cuts import Cut, Encoding, Passage
 from patchdiffusion.nets.ditshape import DiTShape
 from patchdiffusion.nets.ditsizes import MODERN, SIZES, jit, patch_for
 from patchdiffusion.nets.embed import Embedding, LateEmbedding, Switches, whole_canvas
@@ -27,6 +28,7 @@ from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.stages import Merge, Split
 from patchdiffusion.nets.text import described
 from patchdiffusion.nets.tokenblock import Registers, TokenBlock, for_tokens, modulated
+from patchdiffusion.nets.tokencuts import cut_of, encoder_blocks, passage
 from patchdiffusion.nets.tokens import (
     Tokens,
     centers,
@@ -272,6 +274,43 @@ class DiT(Network[DiTConfig]):
             put(tape, name, h[:, count:])
         registers = None if tokens.registers is None else h[:, :count]
         return tokens._replace(h=h[:, count:], registers=registers, values=values)
+
+    def cut(self, first: int | None = None, last: int | None = None) -> Cut:
+        """So many blocks at the start and at the end, by default a quarter of them each.
+
+        The first block gives its values to others and is never left out; a stage of fewer tokens is
+        left out as a whole, or not at all.
+        """
+        return cut_of(self.config.depth, self._fewer, first, last)
+
+    def opened(
+        self, x: Tensor, noise: Tensor, cond: Cond, cut: Cut, *, tape: Tape | None = None
+    ) -> Passage:
+        tokens = self.run(self.start(x, noise, cond, tape=tape), cond, 0, cut.first, tape=tape)
+        return passage(self, tokens, cond, (cut.first, self.config.depth - cut.last), tape)
+
+    def encoder_blocks(self, blocks: int | None = None) -> int:
+        """Number of blocks of the encoder, by default 9 of 14, as 18 of 28 in Faster Diffusion."""
+        return encoder_blocks(self.config.depth, self._fewer, blocks)
+
+    def encoded(
+        self, x: Tensor, noise: Tensor, cond: Cond, blocks: int, *, tape: Tape | None = None
+    ) -> Encoding:
+        tokens = self.run(self.start(x, noise, cond, tape=tape), cond, 0, blocks, tape=tape)
+
+        def decode(noise: Tensor, cond: Cond) -> Tensor:
+            several = tokens.repeated(len(noise))._replace(emb=self._embedded(noise, cond))
+            return self.finish(self.run(several, cond, blocks))
+
+        return Encoding((tokens.h,), decode)
+
+    @property
+    def _fewer(self) -> range:
+        """Blocks of a stage of fewer tokens, with the one before which these are split again."""
+        half = self.config.half
+        if half:
+            return range(half.start, half.stop + 1)
+        return range(0) if self.stage is None else self.stage.blocks
 
     def finish(self, tokens: Tokens, *, variance: bool = False) -> Tensor:
         """The output of the network from the last tokens: [B, C, *S].

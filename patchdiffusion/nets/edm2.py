@@ -17,6 +17,7 @@ from patchdiffusion.nets.base import NetworkConfig, Role
 from patchdiffusion.nets.embed import augmentation, exact_convolution, jump_features, one_hot
 from patchdiffusion.nets.fused import dropout
 from patchdiffusion.nets.layers import Conv, Linear, Resample, resampled
+from patchdiffusion.nets.levels import decoder, encoder, middle
 from patchdiffusion.nets.magnitude import (
     MPAttention,
     MPFourier,
@@ -28,7 +29,7 @@ from patchdiffusion.nets.magnitude import (
     normalize,
 )
 from patchdiffusion.nets.shapes import BlockPosition, HeadedShape
-from patchdiffusion.nets.topology import UNet, decoder, encoder, middle
+from patchdiffusion.nets.topology import UNet
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.system.device import full_precision
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import Network, put
 from patchdiffusion.nets.count import macs_of
+from patchdiffusion.nets.cuts import Cut, Kept, Passage, within
 from patchdiffusion.nets.embed import Embedding, LateEmbedding, Switches, whole_canvas
 from patchdiffusion.nets.layers import pad_to_multiple
 from patchdiffusion.nets.legobody import RegionNetwork, Regions
@@ -194,6 +195,51 @@ class Lego(Network[LegoConfig]):
             return out
         dropped = bernoulli(subkeys(cond.seed, f"brick {k}"), drop)
         return torch.where(dropped.view(-1, *(1,) * (out.ndim - 1)), below.to(out.dtype), out)
+
+    def cut(self, first: int | None = None, last: int | None = None) -> Cut:
+        """So many bricks at the start and at the end, by default all but the costliest one.
+
+        What is kept is the change that the bricks between them make to the output.
+        """
+        count, axes = self.num_bricks, self.config.axes
+        if count < 2:
+            raise ValueError("this network has a single brick, of which nothing can be kept")
+        costs = zip(self.config.depths, self.config.patches, strict=True)
+        tokens = [depth / patch**axes for depth, patch in costs]
+        costliest = max(range(count), key=lambda k: (tokens[k], k))
+        if first is None:
+            first = costliest if last is None else count - 1 - last
+        if last is None:
+            last = count - 1 - max(first, costliest)
+        first = within("first", first, 0, count - 1, f"of {count} bricks")
+        last = within("last", last, 0, count - 1 - first, f"of {count} bricks")
+        if not first + last:
+            raise ValueError(f"first and last must leave out some of the {count} bricks, not all")
+        return Cut(first, last)
+
+    def opened(
+        self, x: Tensor, noise: Tensor, cond: Cond, cut: Cut, *, tape: Tape | None = None
+    ) -> Passage:
+        inputs, size = self._inputs(x, noise, cond, tape), tuple(x.shape[2:])
+        end = self.num_bricks - cut.last
+
+        def run(below: Tensor, start: int, stop: int) -> Tensor:
+            for k in range(start, stop):
+                out = self._bricks()[k](inputs[k]._replace(below=below if k else None))
+                put(tape, f"bricks.{k}", _cropped(out, size))
+                below = self._passed(out, below, cond, k)
+            return below
+
+        shallow = run(torch.zeros_like(inputs[0].x), 0, cut.first)
+
+        def full() -> tuple[Tensor, Kept]:
+            deep = run(shallow, cut.first, end)
+            return _cropped(run(deep, end, self.num_bricks), size), (deep - shallow,)
+
+        def reuse(kept: Kept) -> Tensor:
+            return _cropped(run(shallow + kept[0], end, self.num_bricks), size)
+
+        return Passage(shallow, full, reuse)
 
     def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
         """Deep features of the last brick: [B, places, F]."""

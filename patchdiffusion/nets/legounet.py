@@ -13,9 +13,9 @@ from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.fused import join
 from patchdiffusion.nets.layers import Block, Conv, Norm
 from patchdiffusion.nets.legobody import BodyConfig, BrickStem, Outline, RegionNetwork, Regions
+from patchdiffusion.nets.levels import decoder, encoder, middle
 from patchdiffusion.nets.shapes import BlockPosition
 from patchdiffusion.nets.tokens import fold
-from patchdiffusion.nets.topology import decoder, encoder, middle
 from patchdiffusion.rng import bits
 
 

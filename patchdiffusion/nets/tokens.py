@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from patchdiffusion.cond import Cond
+from patchdiffusion.nets.cuts import repeated
 from patchdiffusion.system.device import full_precision
 
 FINEST = 64
@@ -82,6 +83,14 @@ class Tokens(NamedTuple):
         return self._replace(
             h=scatter(self.h, index, some.h), registers=some.registers, values=values
         )
+
+    def repeated(self, count: int) -> "Tokens":
+        """These tokens again and again, for `count` samples; the embedding as it is."""
+        fields = ("h", "pos", "registers", "values", "context", "context_mask", "kept")
+        given = {name: getattr(self, name) for name in fields}
+        several = {name: repeated(x, count) for name, x in given.items() if x is not None}
+        outer = None if self.outer is None else self.outer.repeated(count)
+        return self._replace(**several, outer=outer)
 
     def _with_registers(self, index: Tensor) -> Tensor:
         count = 0 if self.registers is None else self.registers.shape[1]

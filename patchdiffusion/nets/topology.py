@@ -6,9 +6,7 @@ E size of the embedding.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
-from dataclasses import replace
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor, nn
 
@@ -16,11 +14,13 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets import fused
 from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.base import Network, put
+from patchdiffusion.nets.cuts import Cut, Encoding, Kept, Passage, within
 from patchdiffusion.nets.embed import fourier_features, whole_canvas
 from patchdiffusion.nets.layers import Conv, Linear
+from patchdiffusion.nets.levels import Features
 from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.reader import Reader
-from patchdiffusion.nets.shapes import BlockPosition, UNetShape
+from patchdiffusion.nets.shapes import UNetShape
 from patchdiffusion.nets.text import ContextShape, described
 from patchdiffusion.nets.tokens import context_of
 from patchdiffusion.rng import subkeys
@@ -28,70 +28,6 @@ from patchdiffusion.rng import subkeys
 UNetLike = TypeVar("UNetLike", bound=UNetShape)
 SideInput = TypeVar("SideInput")
 """Further input of the encoder's levels beside the features, such as an input pyramid."""
-
-
-Factory = Callable[[BlockPosition, int, int], nn.Module]
-"""(position, features in, features out) -> a block, called with (h, emb, key, size): `UNet.run`."""
-
-
-class Features(NamedTuple):
-    """Output of the encoder, input of the decoder."""
-
-    h: Tensor
-    """[B, F, H', W'] after the middle."""
-    skips: tuple[Tensor, ...]
-    """Outputs of the stem and of every block of the encoder."""
-    sizes: tuple[tuple[int, int], ...]
-    """Height and width of each level."""
-    emb: Tensor
-    """[B, E]."""
-    context: Tensor | None = None
-    """[B, T, D], tokens of the condition."""
-    context_mask: Tensor | None = None
-    """bool [B, T], the tokens of the condition that count."""
-
-
-def encoder(
-    stem: int, widths: list[int], blocks: int, factory: Factory
-) -> tuple[nn.ModuleList, list[int]]:
-    """The levels of an encoder from full resolution down, and the width of every skip.
-
-    `stem` is the width of the input, `widths` that of each level.
-    """
-    levels, width, skips = nn.ModuleList(), stem, [stem]
-    for level, features in enumerate(widths):
-        stage = nn.ModuleDict()
-        if level > 0:
-            stage["down"] = factory(BlockPosition("enc", level, "down"), width, width)
-            skips.append(width)
-        for i in range(blocks):
-            position = BlockPosition("enc", level, str(i), last=i == blocks - 1)
-            stage[str(i)] = factory(position, width, features)
-            width = features
-            skips.append(width)
-        levels.append(stage)
-    return levels, skips
-
-
-def middle(width: int, level: int, factory: Factory) -> nn.ModuleDict:
-    """The two blocks between encoder and decoder, at the lowest level."""
-    positions = (BlockPosition("mid", level, "0"), BlockPosition("mid", level, "1", last=True))
-    return nn.ModuleDict({position.part: factory(position, width, width) for position in positions})
-
-
-def decoder(widths: list[int], skips: list[int], blocks: int, factory: Factory) -> nn.ModuleList:
-    """The levels of a decoder, in the order of the encoder; `skips` are those of `encoder`."""
-    levels, width, skips = nn.ModuleList(), widths[-1], list(skips)
-    for level, features in reversed(list(enumerate(widths))):
-        stage = nn.ModuleDict()
-        if level < len(widths) - 1:
-            stage["up"] = factory(BlockPosition("dec", level, "up"), width, width)
-        for i in range(blocks + 1):
-            position = BlockPosition("dec", level, str(i), last=i == blocks)
-            stage[str(i)] = factory(position, width + skips.pop(), features)
-            width = features
-        levels.insert(0, stage)
-    return levels
 
 
 class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
@@ -129,8 +65,8 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
 
     def _named_blocks(self) -> list[tuple[str, nn.Module]]:
         """All blocks by their names on the tape."""
-        enc = [(f"enc.{i}.{part}", b) for i, s in enumerate(self.enc) for part, b in _parts(s)]
-        dec = [(f"dec.{i}.{part}", b) for i, s in enumerate(self.dec) for part, b in _parts(s)]
+        enc = [(f"enc.{level}.{part}", block) for level, part, block in self._down()]
+        dec = [(f"dec.{level}.{part}", block) for level, part, block in self._up()]
         return [*enc, *((f"mid.{part}", b) for part, b in _parts(self.mid)), *dec]
 
     @abstractmethod
@@ -175,9 +111,8 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
 
     @property
     def taps(self) -> tuple[str, ...]:
-        enc = [f"enc.{i}.{part}" for i, stage in enumerate(self.enc) for part, _ in _parts(stage)]
-        levels = reversed(list(enumerate(self.dec)))
-        dec = [f"dec.{i}.{part}" for i, stage in levels for part, _ in _parts(stage)]
+        enc = [f"enc.{level}.{part}" for level, part, _ in self._down()]
+        dec = [f"dec.{level}.{part}" for level, part, _ in self._up()]
         return ("stem", *enc, *(f"mid.{part}" for part in self.mid), *dec)
 
     def units(self) -> list[nn.Module]:
@@ -194,9 +129,89 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
 
     def encode(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Features:
         """Stem, encoder and middle."""
+        features, _ = self._descend(*self._begun(x, noise, cond, tape), cond, tape)
+        return self._middle(features, cond, tape)
+
+    def decode(self, features: Features, cond: Cond, *, tape: Tape | None = None) -> Tensor:
+        """Decoder and head; of the condition it reads only the seed.
+
+        Replace `features.emb` to decode for another noise level.
+        """
+        return self.finish(self._ascend(features, cond, tape))
+
+    # ---- In parts ----
+
+    def cut(self, first: int | None = None, last: int | None = None) -> Cut:
+        """The stem and `first` blocks of the encoder, and the blocks that meet their outputs.
+
+        By default the blocks of full resolution, at most 3. What is kept is the input of the first
+        block of the decoder that meets them (DeepCache, arXiv 2312.00858).
+        """
+        if last is not None:
+            raise ValueError(
+                f"last must be left out for a U-Net, not {last}: the decoder starts where it meets "
+                "the first blocks"
+            )
+        usual = min(self.config.blocks, 3)
+        most = len(self._down())
+        blocks = "blocks of the encoder after the stem"
+        return Cut(within("first", usual if first is None else first, 0, most, blocks))
+
+    def opened(
+        self, x: Tensor, noise: Tensor, cond: Cond, cut: Cut, *, tape: Tape | None = None
+    ) -> Passage:
+        shallow, side = self._descend(*self._begun(x, noise, cond, tape), cond, tape, 0, cut.first)
+        turn = self._meeting(cut.first)
+
+        def full() -> tuple[Tensor, Kept]:
+            deep, _ = self._descend(shallow, side, cond, tape, cut.first)
+            h = self._ascend(self._middle(deep, cond, tape), cond, tape, 0, turn)
+            return reuse((h,)), (h,)
+
+        def reuse(kept: Kept) -> Tensor:
+            return self.finish(self._ascend(shallow._replace(h=kept[0]), cond, tape, turn))
+
+        return Passage(shallow.h, full, reuse)
+
+    def encoder_blocks(self, blocks: int | None = None) -> int:
+        """Number of blocks of the encoder, which cannot be chosen."""
+        if blocks is not None:
+            raise ValueError(
+                f"blocks must be left out for a U-Net, not {blocks}: its encoder is all of it"
+            )
+        return len(self._down())
+
+    def encoded(
+        self, x: Tensor, noise: Tensor, cond: Cond, blocks: int, *, tape: Tape | None = None
+    ) -> Encoding:
+        features = self.encode(x, noise, cond, tape=tape)
+
+        def decode(noise: Tensor, cond: Cond) -> Tensor:
+            emb = pooled(self.pooled_extra, self.embedding(noise, cond), cond)
+            return self.decode(features.repeated(len(noise))._replace(emb=emb), cond)
+
+        return Encoding((*features.skips, features.h), decode)
+
+    def _down(self) -> list[tuple[int, str, nn.Module]]:
+        """Blocks of the encoder, with their levels and parts."""
+        return [(level, *part) for level, stage in enumerate(self.enc) for part in _parts(stage)]
+
+    def _up(self) -> list[tuple[int, str, nn.Module]]:
+        """Blocks of the decoder, with their levels and parts."""
+        levels = reversed(list(enumerate(self.dec)))
+        return [(level, *part) for level, stage in levels for part in _parts(stage)]
+
+    def _meeting(self, block: int) -> int:
+        """Number of the block of the decoder that meets one of the encoder; 0 is the stem."""
+        meets = [i for i, (_, part, _) in enumerate(self._up()) if part != "up"]
+        return meets[-1 - block]
+
+    def _begun(
+        self, x: Tensor, noise: Tensor, cond: Cond, tape: Tape | None
+    ) -> tuple[Features, SideInput]:
+        """The stem."""
         emb = pooled(self.pooled_extra, self.embedding(noise, cond), cond)
         context, mask = self._context(cond, x, emb)
-        cond = replace(cond, context=context, context_mask=mask)
         self.check_shapes(x, cond)
         if self.picture is None:
             h, side = self.begin(x, cond)
@@ -204,34 +219,54 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
             picture = picture_of(self.config, x, cond)
             h, side = self.begin(shifted(self.config, x, picture), cond)
             h = h + self.pictured(picture)
-        skips, sizes = [put(tape, "stem", h)], []
-        for level, stage in enumerate(self.enc):
-            for part, block in stage.named_children():
-                name = f"enc.{level}.{part}"
-                h = self.run(name, block, h, emb, cond)
-                if part == "down":
-                    h, side = self.descend(level, h, side)
-                skips.append(put(tape, name, h))
-            sizes.append((h.shape[-2], h.shape[-1]))
-        for part, block in self.mid.named_children():
-            h = put(tape, f"mid.{part}", self.run(f"mid.{part}", block, h, emb, cond))
-        return Features(h, tuple(skips), tuple(sizes), emb, context, mask)
+        h = put(tape, "stem", h)
+        return Features(h, (h,), (_size(h),), emb, context, mask), side
 
-    def decode(self, features: Features, cond: Cond, *, tape: Tape | None = None) -> Tensor:
-        """Decoder and head; of the condition it reads only the seed.
+    def _descend(
+        self,
+        features: Features,
+        side: SideInput,
+        cond: Cond,
+        tape: Tape | None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> tuple[Features, SideInput]:
+        """The blocks start ... stop - 1 of the encoder, by default all; h is that of the last."""
+        h, skips, sizes = features.h, list(features.skips), list(features.sizes)
+        cond = features.told(cond)
+        for level, part, block in self._down()[start:stop]:
+            name = f"enc.{level}.{part}"
+            h = self.run(name, block, h, features.emb, cond)
+            if part == "down":
+                h, side = self.descend(level, h, side)
+                sizes.append(_size(h))
+            skips.append(put(tape, name, h))
+        return features._replace(h=h, skips=tuple(skips), sizes=tuple(sizes)), side
 
-        Replace `features.emb` to decode for another noise level.
-        """
-        cond = replace(cond, context=features.context, context_mask=features.context_mask)
-        h, skips = features.h, list(features.skips)
-        for level in reversed(range(len(self.dec))):
-            for part, block in self.dec[level].named_children():
-                if part != "up":
-                    h = self.join(h, skips.pop())
-                name = f"dec.{level}.{part}"
-                h = self.run(name, block, h, features.emb, cond, features.sizes[level])
-                h = put(tape, name, h)
-        return self.finish(h)
+    def _middle(self, features: Features, cond: Cond, tape: Tape | None) -> Features:
+        h, cond = features.h, features.told(cond)
+        for part, block in _parts(self.mid):
+            name = f"mid.{part}"
+            h = put(tape, name, self.run(name, block, h, features.emb, cond))
+        return features._replace(h=h)
+
+    def _ascend(
+        self,
+        features: Features,
+        cond: Cond,
+        tape: Tape | None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Tensor:
+        """The blocks start ... stop - 1 of the decoder, which meet the last of the skips first."""
+        h, skips, cond = features.h, list(features.skips), features.told(cond)
+        for level, part, block in self._up()[start:stop]:
+            if part != "up":
+                h = self.join(h, skips.pop())
+            name = f"dec.{level}.{part}"
+            h = self.run(name, block, h, features.emb, cond, features.sizes[level])
+            h = put(tape, name, h)
+        return h
 
     def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
         """Deep features, after the middle: [B, H' W', F]."""
@@ -286,6 +321,10 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         if reader not in self.readers:
             return h
         return self.readers[reader](h, cond.context, cond.context_mask)
+
+
+def _size(h: Tensor) -> tuple[int, int]:
+    return h.shape[-2], h.shape[-1]
 
 
 def _parts(stage: nn.Module) -> list[tuple[str, nn.Module]]:

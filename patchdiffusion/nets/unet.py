@@ -19,9 +19,10 @@ from patchdiffusion.nets.embed import (
 )
 from patchdiffusion.nets.fused import residual
 from patchdiffusion.nets.layers import Block, Conv, Norm
+from patchdiffusion.nets.levels import decoder, encoder, middle
 from patchdiffusion.nets.shapes import BlockPosition, UNetShape
 from patchdiffusion.nets.text import ContextShape
-from patchdiffusion.nets.topology import UNet, decoder, encoder, middle
+from patchdiffusion.nets.topology import UNet
 
 
 @dataclass(frozen=True, kw_only=True)
