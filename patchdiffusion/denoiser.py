@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,8 @@ class Wrapper(ABC):
     A subclass writes `denoise`, and `edges` if it changes abruptly with the noise level.
     """
 
+    keeps: ClassVar[bool] = False
+    """True if features of one step of a solver are used in later ones."""
     inner: tuple[Denoiser, ...]
     """The denoisers that it calls."""
 

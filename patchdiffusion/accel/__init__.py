@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from patchdiffusion.accel.bricks import Bricks
+from patchdiffusion.accel.deepcache import DeepCache
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.base import Surroundings
 
@@ -18,5 +19,5 @@ class NoAccelerator:
         return denoiser
 
 
-Accelerator = NoAccelerator | Bricks
+Accelerator = NoAccelerator | Bricks | DeepCache
 """The accelerators of `--accelerator`; each is a `guidance.base.Part`."""

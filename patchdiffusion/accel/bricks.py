@@ -5,7 +5,7 @@ can be left out of an evaluation (Zheng et al., ICLR 2024, arXiv 2310.06389): br
 at low noise, bricks of small regions at high noise.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, Protocol, runtime_checkable
@@ -13,13 +13,12 @@ from typing import ClassVar, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from patchdiffusion.accel.base import Accelerated, Meter, network_of
 from patchdiffusion.accel.brickplan import BrickSchedule, BrickTable, Subset, without
 from patchdiffusion.cond import Call, Cond, Tape
 from patchdiffusion.denoiser import (
     Denoiser,
     NetDenoiser,
-    Wrapper,
-    ask,
     expand_sigma,
     without_constant,
 )
@@ -27,7 +26,6 @@ from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.nets.base import Network
 from patchdiffusion.patches import Size
-from patchdiffusion.system import families
 from patchdiffusion.system.serialize import decode
 
 USUAL_BOUND = 0.03
@@ -66,16 +64,8 @@ class BrickStack(Protocol):
 
 def stack_of(denoiser: Denoiser) -> tuple[NetDenoiser, BrickStack]:
     """The denoiser of a network of bricks, and the network; `ValueError` for any other."""
-    network = denoiser.network if isinstance(denoiser, NetDenoiser) else None
-    if not isinstance(denoiser, NetDenoiser) or not isinstance(network, BrickStack):
-        name = type(denoiser if network is None else network).__name__
-        if isinstance(network, Network):
-            name = f"the network {families.word(type(network.config))}"
-        raise ValueError(
-            f"bricks can only be left out of a network that has some, and this is {name}; train "
-            "one with --network lego"
-        )
-    return denoiser, network
+    needs = "bricks can only be left out of a network that has some (train one with --network lego)"
+    return network_of(denoiser, BrickStack, needs)
 
 
 def outputs(
@@ -91,7 +81,7 @@ def _last(
     return outputs(stack, bricks, x, noise, cond, tape)[-1]
 
 
-class SkipBricks(Wrapper):
+class SkipBricks(Accelerated):
     """A network of bricks that evaluates, at each noise level, the bricks of a schedule.
 
     With all bricks it is the network bit for bit. The samples of a batch may differ in their noise
@@ -100,8 +90,10 @@ class SkipBricks(Wrapper):
     """
 
     def __init__(self, denoiser: Denoiser, schedule: BrickSchedule):
-        self.net, self.stack = stack_of(denoiser)
-        super().__init__(self.net)
+        net, self.stack = stack_of(denoiser)
+        super().__init__(net)
+        assert isinstance(net.network, Network)
+        self.meter = Meter(net.network, self.part)
         self.every: Subset = tuple(range(1, self.stack.num_bricks + 1))
         self.schedule = BrickSchedule.joined(schedule.edges, schedule.bricks)
         for subset in schedule.bricks:
@@ -139,10 +131,23 @@ class SkipBricks(Wrapper):
     def _evaluate(
         self, bricks: Subset, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call
     ) -> Tensor:
-        if bricks == self.every:
-            return ask(self.net, x, sigma, cond, call)
-        function = partial(_last, self.stack, bricks)
+        function = partial(self._counted, bricks)
         return self.net.denoise_with(function, x, sigma, cond, tape=call.tape)
+
+    def _counted(
+        self, bricks: Subset, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None
+    ) -> Tensor:
+        whole = bricks == self.every
+        self.meter.evaluated(len(x), len(x) if whole else 0, (x, noise, cond))
+        self.meter.add(bricks, len(x), (x, noise, cond))
+        if whole:
+            return self.net.raw(x, noise, cond, tape=tape)
+        return _last(self.stack, bricks, x, noise, cond, tape=tape)
+
+    def part(self, name: Hashable) -> Callable[..., object]:
+        """The bricks with these numbers."""
+        assert isinstance(name, tuple)
+        return partial(_last, self.stack, name, tape=None)
 
 
 # ---- As a part of a sampler ----

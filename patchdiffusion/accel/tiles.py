@@ -95,6 +95,12 @@ class TiledDenoiser(Wrapper):
         if not 0 <= overlap < 1:
             raise ValueError(f"the overlap of windows must lie in [0, 1), not {overlap}")
         super().__init__(denoiser)
+        if shift and any(part.keeps for part in self.walk() if isinstance(part, Wrapper)):
+            raise ValueError(
+                "windows that lie elsewhere in every step cannot reuse features of earlier ones, "
+                "as the accelerator does: use --canvas.no-shift --canvas.overlap .5, or "
+                "--accelerator none"
+            )
         self.canvas = canvas
         self.strides = tuple(max(1, round(side * (1 - overlap))) for side in canvas)
         self.overlap = overlap

@@ -4,12 +4,13 @@ import contextlib
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from patchdiffusion.accel.base import Spent
 from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.cli.claimed import check_out, claimed, resumable
 from patchdiffusion.cli.drawn import Drawn, batches, check_space
@@ -110,16 +111,21 @@ def main(arguments: Sequence[str]) -> None:
                 )
 
             drawn = _drawn(Path(team.on_main(claim)), options, pipeline, size)
-            _draw(drawn, options, pipeline, team)
+            spent = _draw(drawn, options, pipeline, team)
             if team.is_main:
                 drawn.finish()
+                if spent.evaluations:
+                    print(f"computed  {spent}")
                 if drawn.preview:
                     print(f"pictures show the channels {drawn.preview}")
                 print(f"{counted(options.count, 'image')} in {drawn.folder}")
 
 
-def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team) -> None:
-    """Draw the missing images; each process takes every `team.size`-th batch, or a part of each."""
+def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team) -> Spent:
+    """Draw the missing images; each process takes every `team.size`-th batch, or a part of each.
+
+    Returns the operations of all processes, as far as they are counted.
+    """
     missing = team.on_main(drawn.missing)
     canvas = options.sampler.canvas
     together = isinstance(canvas, Tiles) and canvas.split
@@ -130,6 +136,7 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
     done, steps = options.count - len(missing), pipeline.sampler(options.sampler).count
     if done and team.is_main:
         print(f"resume    {_written(drawn)}")
+    counted: list[Spent] = []
     with progress_bar(options.count, "image", disable=not team.is_main) as bar:
 
         def watch(step: int) -> None:
@@ -151,11 +158,14 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
                         config=options.sampler,
                         batch=len(part),
                         watch=watch,
+                        spent=counted.append,
                     )
                     if team.is_main or not together:
                         drawn.add(part.start, images, _names(labels, names))
                 team.gather(turn)
                 bar.update(sum(map(len, parts[turn : turn + own.size])))
+    every = team.gather(astuple(sum(counted, Spent())))
+    return sum((Spent(*one) for one in every), Spent())
 
 
 def _with_texts(options: SampleArguments) -> SampleArguments:

@@ -26,8 +26,8 @@ class Steering:
     multiplies their weights by exp(scale (r(D_k) - r(D_k-1))), which telescopes to exp(scale
     r(x0)). A group is resampled when its effective size falls below a share `least` of its size,
     and after the last step, so that the result is unweighted; scale 0 is the solver itself, bit for
-    bit. Weights restart if steering starts at a later step. The denoiser must have no cache, as
-    resampling moves particles within the batch.
+    bit. Weights restart if steering starts at a later step. Resampling moves particles within the
+    batch and starts a new trajectory, so that caches begin anew.
     """
 
     solver: Integrator

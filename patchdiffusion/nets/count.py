@@ -1,5 +1,6 @@
 """Parameters and multiply-accumulates (MAC) of a network, counted without computing anything."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,11 +50,29 @@ def count(network: Network, size: int | tuple[int, ...], cond: Cond | None = Non
 
 def macs_of(module: nn.Module, *inputs: object) -> int:
     """Multiply-accumulates of a module, whose weights may be on any device, for inputs on meta."""
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return macs_of_call(module, module, *inputs)
+
+
+def macs_of_call(network: nn.Module, function: Callable[..., object], *inputs: object) -> int:
+    """Multiply-accumulates of a function of a network, such as a part of it, as `macs_of`."""
+    call = _Call(network, function)
+    tensors = {**dict(call.named_parameters()), **dict(call.named_buffers())}
     shells = {name: torch.empty_like(x, device="meta") for name, x in tensors.items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        functional_call(module, shells, inputs)
+        functional_call(call, shells, inputs)
     return counter.get_total_flops() // 2
+
+
+class _Call(nn.Module):
+    """A function of a network as a module with its weights."""
+
+    def __init__(self, network: nn.Module, function: Callable[..., object]):
+        super().__init__()
+        self.network = network
+        self._function = (function,)  # not a second name of the network
+
+    def forward(self, *inputs: object) -> object:
+        return self._function[0](*inputs)
 
 
 class MacCounter(TorchDispatchMode):

@@ -30,7 +30,7 @@ class Passage:
     """A forward pass that stands in front of the inner part of a network."""
 
     signal: Tensor
-    """Features there, [B, ...]: the input of the inner part."""
+    """Features of the outer part, [B, ...]: how they change tells how the inner part does."""
     full: Callable[[], tuple[Tensor, Kept]]
     """Compute the output of the network, [B, C, *S], and what may be kept of the inner part.
 

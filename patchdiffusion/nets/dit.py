@@ -286,7 +286,7 @@ class DiT(Network[DiTConfig]):
     def opened(
         self, x: Tensor, noise: Tensor, cond: Cond, cut: Cut, *, tape: Tape | None = None
     ) -> Passage:
-        tokens = self.run(self.start(x, noise, cond, tape=tape), cond, 0, cut.first, tape=tape)
+        tokens = self.start(x, noise, cond, tape=tape)
         return passage(self, tokens, cond, (cut.first, self.config.depth - cut.last), tape)
 
     def encoder_blocks(self, blocks: int | None = None) -> int:

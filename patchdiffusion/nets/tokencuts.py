@@ -70,13 +70,15 @@ def check_stage(name: str, stage: range, first: int, end: int) -> None:
 
 
 def passage(
-    network: Blocks, tokens: Tokens, cond: Cond, cut: tuple[int, int], tape: Tape | None
+    network: Blocks, start: Tokens, cond: Cond, cut: tuple[int, int], tape: Tape | None
 ) -> Passage:
-    """The pass of tokens that stand before block cut[0]; the inner part ends before cut[1].
+    """The pass of tokens, whose inner part are the blocks cut[0] ... cut[1] - 1.
 
-    What is kept is the sum of what the inner blocks add to tokens and registers.
+    The signal is what the first blocks add to the tokens. What is kept is the sum of what the inner
+    blocks add to tokens and registers.
     """
     first, end = cut
+    tokens = network.run(start, cond, 0, first, tape=tape)
 
     def finished(deep: Tokens) -> Tensor:
         return network.finish(network.run(deep, cond, end, tape=tape))
@@ -94,4 +96,4 @@ def passage(
             registers = registers + kept[1]
         return finished(tokens._replace(h=tokens.h + kept[0], registers=registers))
 
-    return Passage(tokens.h, full, reuse)
+    return Passage(tokens.h - start.h, full, reuse)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
+from patchdiffusion.accel.base import Spent, spending
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.flowmap import FlowMap, PatchMap
@@ -74,6 +75,7 @@ def sample(
     known: Part | None = None,
     progress: Callable[[int], object] | None = None,
     watch: Callable[[int], object] | None = None,
+    spent: Callable[[Spent], object] | None = None,
 ) -> Tensor:
     """Sample one image per seed: float32 [N, C, *size] in about [-1, 1], on the CPU.
 
@@ -83,7 +85,8 @@ def sample(
     those that guidance needs. The solver runs in `dtype`, within the noise levels of `law`, if any;
     a flow map takes `config.count` jumps. `known` wraps the denoiser of whole images, for what is
     known of them. `progress` is called with the number of images of each batch, `watch` with the
-    number of steps done in it. Raises `ValueError` for settings that do not fit the model, and
+    number of steps done in it, `spent` at the end with the operations of the network, if an
+    accelerator counts them. Raises `ValueError` for settings that do not fit the model, and
     `NotFinite` for images that are not finite.
     """
     config = config or SamplerConfig()
@@ -95,7 +98,7 @@ def sample(
     if isinstance(model, FlowMap):
         if known is not None:
             raise ValueError("edits and restoration need a denoiser, and a few-step model jumps")
-        solve = functools.partial(_jump, PatchMap(model, canvas, corner), config)
+        wrapped, solve = None, functools.partial(_jump, PatchMap(model, canvas, corner), config)
     else:
         sigmas = config.sigmas(law)
         wrapped = config.wrap(model, canvas, sigmas, models or Companions(device), known)
@@ -120,6 +123,9 @@ def sample(
             raise NotFinite(torch.cat(done), int(finite.count), config, kind, law)
         if progress:
             progress(len(part_seeds))
+    counted = None if wrapped is None or spent is None else spending(wrapped)
+    if counted is not None and spent is not None:
+        spent(counted)
     return torch.cat(done)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchdiffusion.accel.base import Spent
 from patchdiffusion.cond import Cond
 from patchdiffusion.conditioners.base import Wish, fill
 from patchdiffusion.guidance import Guidance
@@ -67,6 +68,7 @@ class Pipeline:
         batch: int = 64,
         progress: bool = False,
         watch: Callable[[int], object] | None = None,
+        spent: Callable[[Spent], object] | None = None,
     ) -> np.ndarray:
         """Images of seeds seed ... seed + count - 1: [count, *S, C] in the space of the model.
 
@@ -80,7 +82,8 @@ class Pipeline:
         none. `negative` is a text that classifier-free guidance leads away from. What conditioners
         make is made unless `cond` has it. `known` wraps the denoiser of whole images, for what is
         known of them (`apps.edit`). `watch` is called after each step of a batch with the number of
-        steps done. Raises `ValueError` for a class or size that the model does not have.
+        steps done, `spent` at the end with the operations of an accelerated network. Raises
+        `ValueError` for a class or size that the model does not have.
         """
         _check_numbers(count, seed, batch)
         config = (config or SamplerConfig()).but(
@@ -115,6 +118,7 @@ class Pipeline:
                 law=self.model.config.noise,
                 progress=bar.update,
                 watch=watch,
+                spent=spent,
             )
         return self.model.config.space.to_values(images, self.model.device)
 
