@@ -84,6 +84,11 @@ class DeepCache:
         if self.published and self.center is None:
             raise ValueError("published is about the spacing around a center: give one")
 
+    @classmethod
+    def trials(cls) -> "tuple[DeepCache, ...]":
+        """Settings that `speed` tries."""
+        return tuple(cls(every=every) for every in (2, 3, 5))
+
     def full_steps(self, count: int) -> frozenset[int]:
         """Steps of so many with full evaluations; the first one is always among them."""
         if self.steps:

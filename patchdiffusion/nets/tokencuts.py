@@ -96,4 +96,5 @@ def passage(
             registers = registers + kept[1]
         return finished(tokens._replace(h=tokens.h + kept[0], registers=registers))
 
-    return Passage(tokens.h - start.h, full, reuse)
+    alike = tokens.h.shape == start.h.shape  # not within a stage of half resolution
+    return Passage(tokens.h - start.h if alike else tokens.h, full, reuse)
