@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from patchdiffusion.metrics.speed import (
     seconds,
 )
 from patchdiffusion.nets.count import count
+from patchdiffusion.objectives.meanflow import MeanFlowConfig
 from patchdiffusion.solvers import DDIM, Ancestral, DPMpp2M, Euler, Heun, SDEDPMpp2M, UniPC
 
 CPU = ("--device", "cpu", "--threads", 1)
@@ -84,6 +86,29 @@ def test_the_command(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     assert {p["accelerator"] for p in record["points"]} >= {"none"}
     picture = (run / "model" / "speed.png").read_bytes()
     assert struct.unpack(">I", picture[16:20])[0] > 500
+
+
+def test_samples_and_models_that_jump(
+    finished: Path, images: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    network = replace(tiny.NETWORK, jump=True)
+    few = tiny.run(
+        tiny.config(images, network=network, objective=MeanFlowConfig(), steps=1), tmp_path / "few"
+    )
+    short = (*SHORT, "--solvers", "euler", "--steps", 4, "--beside", few)
+    assert "--samples" in fails(capsys, "speed", run, *short)
+    told = works(
+        capsys, "speed", run, *short, "--samples", 6, "--features.extractor", "toys:ToyFeatures"
+    )
+    rows = [line for line in told.splitlines() if line.endswith(str(few))]
+    assert [row.split()[:2] for row in rows] == [["map", "1"], ["map", "2"], ["map", "4"]]
+    assert "best for their time by Frechet distance: " in told
+    points = json.loads((run / "model" / "speed.json").read_text())["points"]
+    jumps = [p for p in points if p["model"]]
+    assert [p["error"] for p in jumps] == [None] * 3
+    assert all(p["frechet"] > 0 for p in jumps)
+    assert "many steps" in fails(capsys, "speed", run, *short[:-1], finished, "--samples", 6)
 
 
 def test_nothing_is_written_by_a_dry_run(finished: Path, tmp_path: Path, capsys: Capture) -> None:

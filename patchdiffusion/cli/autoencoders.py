@@ -7,11 +7,10 @@ from typing import Any
 import torch
 
 from patchdiffusion.cli.compared import like, trained_on
+from patchdiffusion.cli.featuring import FeatureArguments, extractor_for
 from patchdiffusion.cli.places import check_file, home, new_file
-from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.data.source import is_run
-from patchdiffusion.encoders.features import CHANNELS, Extractor, extractor_or_reason
 from patchdiffusion.metrics.autoencode import evaluated
 from patchdiffusion.metrics.cards import data_card, features_card
 from patchdiffusion.model import Model, load_model
@@ -51,14 +50,11 @@ def evaluate(
     *,
     data: str | None,
     count: int,
-    features: tuple[str, Path | None],
+    features: FeatureArguments,
     batch: int,
     save: Path | None,
 ) -> None:
-    """Reconstruct held-out images, or `count` of other data; print a table, and write a file.
-
-    `features` are the name of the extractor and the file of its weights.
-    """
+    """Reconstruct held-out images, or `count` of other data; print a table, and write a file."""
     folder = home(path) / "evaluations"
     check_file(save or folder / "0001.json")
     pack = prepare_data(trained_on(path) if data is None else like(path, data))
@@ -68,7 +64,7 @@ def evaluate(
             f"{model.config.space.word}"
         )
     chosen = pack.some_held_out(count) if data is None else torch.arange(min(count, len(pack)))
-    extract, missing = _extractor(features, pack, model.device)
+    extract, reason = extractor_for(features, pack, model.device, Team())
     batch = min(batch, max(1, AT_ONCE // math.prod(pack.images.shape[1:-1])))
     with progress_bar(len(chosen), "image", name="reconstructed") as bar:
         result = evaluated(
@@ -78,6 +74,7 @@ def evaluate(
     card |= {"model": {"digest": model.digest, "equivalents": model.config.images}}
     if extract is not None:
         card |= features_card(extract, pack.pictures.shape[-1])
+    missing = {"rFID, rKID": reason} if reason else {}
     result = {**result, "left_out": missing, "card": card}
     print("\n".join(table(result)))
     file = save or new_file(folder, ".json")
@@ -97,16 +94,3 @@ def table(result: dict[str, Any]) -> list[str]:
         values = " ".join(f"{value:.3g}" for value in result["latents"][name][:16])
         lines.append(f"{'latents, ' + name.replace('_', ' '):<28}{values}")
     return lines + [f"not measured: {name} ({why})" for name, why in result["left_out"].items()]
-
-
-def _extractor(
-    features: tuple[str, Path | None], pack: Pack, device: torch.device
-) -> tuple[Extractor | None, dict[str, str]]:
-    name, weights = features
-    channels, what = pack.pictures.shape[-1], "rFID, rKID"
-    if name == "none":
-        return None, {}
-    if channels not in CHANNELS or (channels == 4 and not pack.space.alpha):
-        return None, {what: f"features are of gray and color, and these have {channels} channels"}
-    found = extractor_or_reason(name, weights=weights, device=device, team=Team())
-    return (None, {what: found}) if isinstance(found, str) else (found, {})

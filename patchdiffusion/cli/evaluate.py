@@ -11,32 +11,21 @@ import torch
 from patchdiffusion.cli.autoencoders import autoencoder_at, evaluate
 from patchdiffusion.cli.compared import compared
 from patchdiffusion.cli.evaluation_table import FULL, table
+from patchdiffusion.cli.featuring import FeatureArguments, extractor_for
 from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.measuring import BitsArguments, Measuring
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_file, check_run, home, new_file
-from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.source import is_run
-from patchdiffusion.encoders.features import CHANNELS, Extractor, extractor_or_reason
 from patchdiffusion.metrics.evaluate import Evaluation
 from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.sampling.pipeline import Pipeline, load
 from patchdiffusion.system.device import pick_device, use_threads
-from patchdiffusion.system.dist import Team, join
+from patchdiffusion.system.dist import join
 from patchdiffusion.system.files import write_json
 
 _ALL = 10**9
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureArguments:
-    """Feature extractor for the comparison of images."""
-
-    extractor: str = "inception"
-    """inception, inception-legacy, dinov2 or module:callable; none measures the loss only."""
-    weights: Path | None = None
-    """File or folder of the weights; None downloads published ones once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
             model,
             data=options.data,
             count=_ALL if options.full else options.config.held_out,
-            features=(options.features.extractor, options.features.weights),
+            features=options.features,
             batch=options.config.batch,
             save=options.save,
         )
@@ -117,7 +106,9 @@ def main(arguments: Sequence[str]) -> None:
         folder = Path("evaluations") if pipeline is None else home(path) / "evaluations"
         check_file(options.save or folder / "0001.json")
         sides = compared(path, pipeline, team, data=options.data, resolution=options.resolution)
-        extract, missing = _extractor(options, team, device, sides.richest)
+        extract, missing = None, ""
+        if config.samples:
+            extract, missing = extractor_for(options.features, sides.richest, device, team)
         evaluation = Evaluation(
             pack=sides.pack,
             config=config,
@@ -153,19 +144,3 @@ def _model(path: Path, options: EvaluateArguments, device: torch.device) -> Pipe
     if options.resolution is not None:
         raise ValueError(f"--resolution is for images, and {path} is a model; leave it out")
     return load(path, weights=options.weights, device=device, precision=options.precision)
-
-
-def _extractor(
-    options: EvaluateArguments, team: Team, device: torch.device, pack: Pack
-) -> tuple[Extractor | None, str]:
-    """Extractor, or None and the reason why there is none, "" if none was asked for."""
-    name, weights = options.features.extractor, options.features.weights
-    axes, channels = pack.pictures.ndim - 2, pack.pictures.shape[-1]
-    if name == "none" or not options.config.samples:
-        return None, ""
-    if axes != 2:
-        return None, f"features are of images of two axes, and these have {axes}"
-    if channels not in CHANNELS or (channels == 4 and not pack.space.alpha):
-        return None, f"features are of gray, color and alpha, and these have {channels} channels"
-    found = extractor_or_reason(name, weights=weights, device=device, team=team)
-    return (None, found) if isinstance(found, str) else (found, "")

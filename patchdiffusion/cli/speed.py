@@ -1,35 +1,35 @@
 """patchdiffusion speed RUN [options]"""
 
-import io
-import shlex
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
+from patchdiffusion.accel import Accelerator
+from patchdiffusion.cli.compared import compared
+from patchdiffusion.cli.featuring import FeatureArguments, extractor_for
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run
+from patchdiffusion.cli.speed_table import advice, chart, lines, shown
 from patchdiffusion.guidance import Guidance, NoGuidance
 from patchdiffusion.metrics.estimate import time_each
+from patchdiffusion.metrics.evaluate import Evaluation
+from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.metrics.speed import (
     SOLVERS,
     STEPS,
     Point,
     Speed,
-    advised,
-    beaten,
     facts,
-    frontier,
-    operations,
-    seconds,
 )
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.sampling.config import SamplerConfig
-from patchdiffusion.sampling.pipeline import load
+from patchdiffusion.sampling.pipeline import Pipeline, load
 from patchdiffusion.solvers import Heun
 from patchdiffusion.solvers.schedules import Karras, Schedule
 from patchdiffusion.system.device import use_threads
+from patchdiffusion.system.dist import Team
 from patchdiffusion.system.families import word
 from patchdiffusion.system.files import check_place, write_bytes
 from patchdiffusion.system.progress import progress_bar
@@ -38,8 +38,6 @@ from patchdiffusion.system.text import counted
 from patchdiffusion.train.log import duration
 
 FILE = "speed.json"
-USUAL = ("heun", 18)
-"""The sampler that others are measured by."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +75,13 @@ class SpeedArguments:
     """Steps of the exact images, by heun."""
     repeats: int = 3
     """Times that the best samplers are timed."""
+    samples: int = 0
+    """Number of samples for a Frechet distance of the best samplers; 0 measures none."""
+    features: FeatureArguments = field(default_factory=FeatureArguments)
+    beside: tuple[Path, ...] = ()
+    """Runs or models that jump (consistency, MeanFlow), to compare by their Frechet distance."""
+    data: str | None = None
+    """Real images for the Frechet distance; None is the training data of the run."""
     count: int = 16
     """Number of images, in one batch."""
     seed: int = 0
@@ -117,25 +122,27 @@ def main(arguments: Sequence[str]) -> None:
     print(_intention(speed, [word(type(a)) for a in accelerators]))
     for name, reason in refused.items():
         print(f"left out  {name}: {reason}")
+    beside = {
+        path: load(path, device=options.device, precision=options.precision)
+        for path in options.beside
+    }
+    for path, other in beside.items():
+        if not other.model.config.objective.few_step:
+            raise ValueError(f"{path} takes many steps; beside are models that jump")
+    evaluation = _evaluation(pipeline, options)
     if options.dry_run:
         return
     folder = pipeline.model.folder
     assert folder is not None
     check_place(folder)
-    plain = [*speed.references, *speed.plain()]
-    with progress_bar(speed.evaluations(plain), "evaluation", name="solvers") as bar:
-        measuring = replace(speed, progress=bar.update)
-        exact, halved = measuring.exact()
-        points = measuring.plain_points(exact)
-    if trials := speed.trials(points, accelerators):
-        with progress_bar(speed.evaluations(trials), "evaluation", name="accelerators") as bar:
-            measuring = replace(speed, progress=bar.update)
-            points += [measuring.measure(config, exact) for config in trials]
-    points = speed.timed(points)
-    usual = next((p for p in points if _is_usual(p)), None)
-    within = options.within or (usual.error if usual else None)
+    points, halved = _measured(speed, accelerators)
+    for path, other in beside.items():
+        alone = replace(speed, pipeline=other, solvers=(), accelerators=(), base=SamplerConfig())
+        points += alone.jumps(str(path))
+    if evaluation is not None:
+        points = _rated(points, evaluation, {"": pipeline} | {str(p): m for p, m in beside.items()})
     print("\n".join(lines(points, halved)))
-    print("\n".join(advice(points, within, usual, options)))
+    print("\n".join(advice(points, options.within, options.path, options.precision)))
     record = {
         "count": options.count,
         "precision": options.precision,
@@ -150,7 +157,53 @@ def main(arguments: Sequence[str]) -> None:
     print(f"written to {file} and {picture.name}")
 
 
-# ---- Texts ----
+def _measured(speed: Speed, accelerators: Sequence[Accelerator]) -> tuple[list[Point], float]:
+    """All samplers, and how far the exact images move with half of their steps."""
+    plain = [*speed.references, *speed.plain()]
+    with progress_bar(speed.evaluations(plain), "evaluation", name="solvers") as bar:
+        measuring = replace(speed, progress=bar.update)
+        exact, halved = measuring.exact()
+        points = measuring.plain_points(exact)
+    if trials := speed.trials(points, accelerators):
+        with progress_bar(speed.evaluations(trials), "evaluation", name="accelerators") as bar:
+            measuring = replace(speed, progress=bar.update)
+            points += [measuring.measure(config, exact) for config in trials]
+    return speed.timed(points), halved
+
+
+def _evaluation(pipeline: Pipeline, options: SpeedArguments) -> Evaluation | None:
+    """The comparison with real images; raises `ValueError` if it is asked for and impossible."""
+    if not options.samples:
+        if options.beside:
+            raise ValueError(
+                "models that jump follow no path and are compared by Frechet distance: give "
+                "--samples 1000"
+            )
+        return None
+    sides = compared(options.path, pipeline, Team(), data=options.data, resolution=None)
+    extract, reason = extractor_for(options.features, sides.richest, pipeline.model.device, Team())
+    if extract is None:
+        raise ValueError(f"no Frechet distance: {reason or 'the extractor is none'}")
+    config = EvaluationConfig(samples=options.samples, held_out=0)
+    return Evaluation(pack=sides.pack, config=config, extract=extract, compared=sides.colors)
+
+
+def _rated(
+    points: Sequence[Point], evaluation: Evaluation, models: Mapping[str, Pipeline]
+) -> list[Point]:
+    """The points, those that are shown and those of other models with their Frechet distance."""
+    chosen = {id(p) for p in shown(points)}
+    count = len(chosen) * evaluation.config.samples
+    out = []
+    with progress_bar(count, "image", name="Frechet distance") as bar:
+        for point in points:
+            if id(point) in chosen:
+                config = replace(evaluation.config, sampler=point.config)
+                rating = replace(evaluation, config=config, progress=bar.update)
+                distance = rating.by_features(models[point.model])["frechet_distance"]
+                point = replace(point, frechet=distance)
+            out.append(point)
+    return out
 
 
 def _intention(speed: Speed, accelerators: Sequence[str]) -> str:
@@ -164,123 +217,3 @@ def _intention(speed: Speed, accelerators: Sequence[str]) -> str:
     return (
         f"{text} on {counted(speed.count, 'image')}: about {duration(each * count * speed.count)}"
     )
-
-
-def _is_usual(point: Point) -> bool:
-    config = point.config
-    return (word(type(config.solver)), config.count) == USUAL and not point.accelerated
-
-
-def lines(points: Sequence[Point], halved: float) -> list[str]:
-    """The table of the samplers that no other betters, and of the usual one."""
-    out = ["solver      steps  accelerator                     GMAC  ms/image   error"]
-    best = {id(p): "" for cost in (operations, seconds) for p in frontier(points, cost)}
-    for point in sorted(points, key=seconds):
-        if id(point) in best or _is_usual(point):
-            config = point.config
-            mark = "  (usual)" if _is_usual(point) else ""
-            out.append(
-                f"{word(type(config.solver)):<12}{config.count:>5}  {_name(config.accelerator):<28}"
-                f"{point.macs / 1e9:>8.3g}{1e3 * point.seconds:>10.3g}{point.error:>8.2%}{mark}"
-            )
-    return [
-        *out,
-        f"{len(points) - len(best)} others are slower and no better; errors are relative to the "
-        f"deviation of the images; with half of their steps the exact ones move by {halved:.2%}",
-    ]
-
-
-def advice(
-    points: Sequence[Point], within: float | None, usual: Point | None, options: SpeedArguments
-) -> list[str]:
-    """Accelerators that do not pay, and the line to use."""
-    lost = list(beaten(points, seconds))
-    out = []
-    if lost:
-        verb = "does" if len(lost) == 1 else "do"
-        out.append(f"{', '.join(lost)} {verb} not pay here: fewer steps are faster at that error")
-    best = None if within is None else advised(points, within)
-    if best is None:
-        least = min(points, key=lambda p: p.error).error
-        asked = "" if within is None else f" up to {within:.2%}"
-        return [*out, f"no sampler has an error{asked}; the least is {least:.2%}: try more --steps"]
-    ratio = ""
-    if usual is not None and usual is not best:
-        ratio = f", {usual.seconds / best.seconds:.2g} times as fast as heun with 18 steps"
-    run = shlex.quote(str(options.path))
-    out.append(f"an error of {best.error:.2%} (allowed {within:.2%}){ratio}:")
-    return [*out, f"patchdiffusion sample {run} {' '.join(flags(best.config, options))}"]
-
-
-def flags(config: SamplerConfig, options: SpeedArguments) -> Iterator[str]:
-    """Flags of `sample` for a sampler."""
-    yield f"--solver {word(type(config.solver))} --steps {config.count}"
-    given = {"accelerator": config.accelerator}
-    given |= {"guidance": options.guidance, "schedule": options.schedule}
-    for name, record in given.items():
-        if record != getattr(SamplerConfig(), name):
-            yield f"--{name} {_name(record, f'--{name}.')}"
-    if options.precision != "fp32":
-        yield f"--precision {options.precision}"
-
-
-def _name(record: Any, prefix: str = "") -> str:
-    """Word of a record, and the fields that are not as usual."""
-    out, usual = [word(type(record))], type(record)()
-    for item in fields(record):
-        value = getattr(record, item.name)
-        if value != getattr(usual, item.name):
-            values = value if isinstance(value, tuple) else (value,)
-            out.append(f"{prefix}{item.name.replace('_', '-')} {' '.join(map(str, values))}")
-    return " ".join(out)
-
-
-def chart(points: Sequence[Point]) -> bytes:
-    """A chart of error by operations and by seconds: the content of a PNG file."""
-    from matplotlib.figure import Figure  # here: it takes half a second to import
-
-    figure = Figure(figsize=(9, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    kinds = dict.fromkeys(
-        (word(type(p.config.solver)), word(type(p.config.accelerator))) for p in points
-    )
-    for axes, cost, scale, label in (
-        (panels[0], operations, 1e-9, "GMAC for an image"),
-        (panels[1], seconds, 1e3, "milliseconds for an image"),
-    ):
-        for solver, accelerator in kinds:
-            own = [
-                p
-                for p in points
-                if (word(type(p.config.solver)), word(type(p.config.accelerator)))
-                == (solver, accelerator)
-            ]
-            plain = accelerator == "none"
-            axes.plot(
-                [scale * cost(p) for p in own],
-                [100 * p.error for p in own],
-                "-" if plain else "x",
-                marker="o" if plain else "x",
-                markersize=3 if plain else 4,
-                linewidth=1,
-                label=solver if plain else f"{solver}, {accelerator}",
-            )
-        best = frontier(points, cost)
-        axes.step(
-            [scale * cost(p) for p in best],
-            [100 * p.error for p in best],
-            where="post",
-            color="gray",
-            linewidth=4,
-            alpha=0.3,
-            label="best",
-        )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("error in % of the deviation")
-    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=120)
-    return stream.getvalue()

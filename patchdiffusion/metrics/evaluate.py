@@ -77,6 +77,11 @@ class Evaluation:
         result["card"] = self.card(pipeline)
         return result
 
+    def by_features(self, pipeline: Pipeline) -> dict[str, Any]:
+        """Metrics of samples by features alone, without copies and card."""
+        images = partial(self._sampled, pipeline)
+        return self._against(images, self._size(pipeline), copies_of=None)
+
     @property
     def compares(self) -> bool:
         """True if samples are to be compared with real images, as far as that is possible."""

@@ -46,9 +46,13 @@ class Point:
     """Multiply-accumulates for an image."""
     seconds: float
     """For an image, measured."""
-    error: float
-    """Root mean square distance from the exact images, relative to the deviation of their
-    values."""
+    error: float = math.nan
+    """Root mean square distance from the exact images, relative to the deviation of their values;
+    NaN for jumps, which follow no path."""
+    frechet: float | None = None
+    """Frechet distance of samples from real images, if that was measured."""
+    model: str = ""
+    """Folder of another model that is compared, or ""."""
 
     @property
     def accelerated(self) -> bool:
@@ -66,12 +70,29 @@ def seconds(point: Point) -> float:
     return point.seconds
 
 
-def frontier(points: Sequence[Point], cost: Callable[[Point], float]) -> list[Point]:
-    """The points that no other equals or betters in both cost and error, from the cheapest on."""
+def error(point: Point) -> float:
+    """Distance from the exact images."""
+    return point.error
+
+
+def frechet(point: Point) -> float:
+    """Frechet distance; NaN if it was not measured."""
+    return math.nan if point.frechet is None else point.frechet
+
+
+Quantity = Callable[[Point], float]
+
+
+def frontier(points: Sequence[Point], cost: Quantity, worth: Quantity = error) -> list[Point]:
+    """The points that no other equals or betters in both cost and worth, from the cheapest on.
+
+    `worth` is what should be small; points without it, NaN, are left out.
+    """
     best, out = math.inf, []
-    for point in sorted(points, key=lambda p: (cost(p), p.error)):
-        if point.error < best:
-            best = point.error
+    known = [point for point in points if not math.isnan(worth(point))]
+    for point in sorted(known, key=lambda p: (cost(p), worth(p))):
+        if worth(point) < best:
+            best = worth(point)
             out.append(point)
     return out
 
@@ -120,10 +141,6 @@ class Speed:
     """Called with the evaluations of each sampler that is done."""
 
     def __post_init__(self) -> None:
-        if not self.pipeline.model.config.objective.denoises:
-            raise ValueError(
-                "a consistency model jumps and follows no path; see evaluate for its quality"
-            )
         for name in ("count", "reference_steps", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -135,6 +152,11 @@ class Speed:
                     f"{families.word(type(solver))} follows no path of which the end is known; "
                     f"compared are solvers such as {', '.join(SOLVERS)}"
                 )
+        if self.solvers and not self.pipeline.model.config.objective.denoises:
+            raise ValueError(
+                "a consistency model jumps and follows no path; compare it with a denoiser: "
+                "speed RUN --beside MODEL"
+            )
         for word in self.accelerators:
             families.create(Accelerator, word, "accelerators")
 
@@ -223,6 +245,16 @@ class Speed:
             for accelerator in accelerators
         ]
 
+    def jumps(self, model: str, counts: Sequence[int] = (1, 2, 4)) -> list[Point]:
+        """A few-step model with these numbers of jumps; its folder is named in the points."""
+        configs = [self.pipeline.sampler(SamplerConfig(solver=Jumps(), steps=n)) for n in counts]
+        self.draw(configs[0])  # first-time work
+        out = []
+        for config in configs:
+            times = [self.draw(config)[1] for _ in range(self.repeats)]
+            out.append(Point(config, self.macs(config), statistics.median(times), model=model))
+        return out
+
     def timed(self, points: Sequence[Point]) -> list[Point]:
         """The points, those of the frontiers with the median of several times, in turns."""
         chosen = {id(p) for cost in (operations, seconds) for p in frontier(points, cost)}
@@ -262,11 +294,13 @@ def facts(point: Point) -> dict[str, Any]:
         "accelerator": families.word(type(config.accelerator)),
         "macs": point.macs,
         "seconds": point.seconds,
-        "error": point.error,
+        "error": None if math.isnan(point.error) else point.error,
+        "frechet": point.frechet,
+        "model": point.model,
     }
 
 
-def beaten(points: Sequence[Point], cost: Callable[[Point], float]) -> Iterator[str]:
+def beaten(points: Sequence[Point], cost: Quantity) -> Iterator[str]:
     """Words of accelerators without a point on the frontier."""
     on = {type(p.config.accelerator) for p in frontier(points, cost)}
     for kind in dict.fromkeys(type(p.config.accelerator) for p in points if p.accelerated):
