@@ -192,9 +192,13 @@ def choose(record: T, flag_words: FlagWords, path: tuple[str, ...] = ()) -> T:
         for slot in _inside(config, path):
             if slot.name not in flag_words or slot.kind not in ("family", "several"):
                 continue
-            words = flag_words[slot.name]
+            words, route = flag_words[slot.name], slot.path[len(path) :]
+            if not hasattr(
+                _get(config, route[:-1]), route[-1]
+            ):  # inside a member that another one has replaced
+                continue
             try:
-                config = _chosen(config, record, slot, slot.path[len(path) :], words)
+                config = _chosen(config, record, slot, route, words)
             except ValueError as error:
                 errors[slot.name] = error
         if config == before:
