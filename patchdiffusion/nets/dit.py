@@ -121,6 +121,7 @@ class DiT(Network[DiTConfig]):
         self.merge = Merge(width, config.axes) if config.half_blocks else None
         self.split = Split(width, config.axes) if config.half_blocks else None
         self.stage = config.tokens.build(width, config.depth)
+        self.summary = config.self_condition.build(width, width, config.axes)
         self.out_modulation = Linear(width, 2 * width, scale=0.0, role="modulation")
         outputs = config.channels * pixels * (2 if config.learned_variance else 1)
         self.head = Linear(width, outputs, scale=0.0, role="head")
@@ -233,25 +234,40 @@ class DiT(Network[DiTConfig]):
             if self.merge is not None and blocks[0] == self.config.half[0]:
                 tokens = self.merge(tokens)
             if self.split is not None and blocks[0] == self.config.half[-1] + 1:
-                tokens = self.split(tokens)
+                tokens = self.split(tokens)._replace(summary=tokens.summary)
             if self.stage is not None and blocks.start == self.stage.blocks.start:
                 tokens = self.stage.enter(tokens, cond.seed)
             tokens = self._run(tokens, blocks, cond, tape)
+            if self.summary is not None and blocks.stop == self._pooled_after:
+                places = tokens.pos if tokens.outer is None else tokens.outer.pos
+                tokens = tokens._replace(summary=self.summary(tokens.h, places))
             if self.stage is not None and blocks.stop == self.stage.blocks.stop:
-                tokens = self.stage.leave(tokens, cond.seed)
+                tokens = self.stage.leave(tokens, cond.seed)._replace(summary=tokens.summary)
         return tokens
 
     def _stretches(self, first: int, last: int) -> Iterator[range]:
         """The blocks first ... last - 1, in parts of the same tokens."""
         part = self.config.half if self.stage is None else self.stage.blocks
-        cuts = [c for c in (part.start, part.stop) if part and first < c < last]
-        for start, stop in itertools.pairwise([first, *cuts, last]):
+        cuts = {c for c in (part.start, part.stop) if part and first < c < last}
+        if first < self._pooled_after < last:
+            cuts.add(self._pooled_after)
+        for start, stop in itertools.pairwise([first, *sorted(cuts), last]):
             if start < stop:
                 yield range(start, stop)
 
+    @property
+    def _pooled_after(self) -> int:
+        return self.config.self_condition.after(self.config.depth)
+
+    def _conditioned(self, tokens: Tokens) -> Tensor:
+        """The embedding that blocks see, with the summary of earlier features if there is one."""
+        if self.summary is None:
+            return tokens.emb
+        return self.summary.conditioned(tokens.emb, tokens.summary)
+
     def _run(self, tokens: Tokens, blocks: range, cond: Cond, tape: Tape | None) -> Tokens:
         h, values, config = tokens.h, tokens.values, self.config
-        emb = tokens.emb
+        emb = self._conditioned(tokens)
         if self.modulation is not None:
             with full_precision(emb):
                 emb = self.modulation(emb)
@@ -324,7 +340,7 @@ class DiT(Network[DiTConfig]):
                 "selected ones back by Tokens.scatter"
             )
         with full_precision(tokens.emb):
-            shift, scale = for_tokens(self.out_modulation(tokens.emb)).chunk(2, dim=-1)
+            shift, scale = for_tokens(self.out_modulation(self._conditioned(tokens))).chunk(2, -1)
         h = self.head(modulated(tokens.h, shift, scale, self.config.norm))
         x = fold(h, tokens.grid, self.config.patch)
         x = x[(..., *(slice(side) for side in tokens.size))]

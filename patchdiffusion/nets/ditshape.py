@@ -6,6 +6,7 @@ from typing import ClassVar, Literal, Self, get_args
 
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.routing import AllTokens, Routing
+from patchdiffusion.nets.selfcondition import NoSelfConditioning, SelfCondition
 from patchdiffusion.nets.text import ContextShape
 from patchdiffusion.nets.tokenblock import MlpKind, ModulationKind, NormKind
 from patchdiffusion.patches import Size
@@ -60,6 +61,8 @@ class DiTShape(ContextShape):
     tokens."""
     tokens: Routing = field(default_factory=AllTokens)
     """Tokens that pass through all blocks in training, which is cheaper with fewer of them."""
+    self_condition: SelfCondition = field(default_factory=NoSelfConditioning)
+    """Pooled features of the network itself that condition its later blocks (DDAE++)."""
     learned_variance: bool = False
     """True if there are output channels for a variance, which is not used; for published
     weights."""
@@ -99,6 +102,7 @@ class DiTShape(ContextShape):
                 f"not {self.half_blocks}"
             )
         self.tokens.check(self.depth, self.half_blocks)
+        self.self_condition.after(self.depth)
 
     def inherit(self, old: NetworkConfig, config: object) -> Self:
         """A copy with the contract's fields and, for equal sides of the patch, the axes of old."""

@@ -76,6 +76,8 @@ class Features(NamedTuple):
     """[B, T, D], tokens of the condition."""
     context_mask: Tensor | None = None
     """bool [B, T], the tokens of the condition that count."""
+    summary: Tensor | None = None
+    """[B, E], summary of the features, see `selfcondition.PooledFeatures`."""
 
     def told(self, cond: Cond) -> Cond:
         """A condition with these tokens."""
@@ -83,10 +85,11 @@ class Features(NamedTuple):
 
     def repeated(self, count: int) -> "Features":
         """These features again and again, for `count` samples; the embedding as it is."""
-        context, mask = self.context, self.context_mask
+        context, mask, summary = self.context, self.context_mask, self.summary
         return self._replace(
             h=repeated(self.h, count),
             skips=tuple(repeated(skip, count) for skip in self.skips),
             context=None if context is None else repeated(context, count),
             context_mask=None if mask is None else repeated(mask, count),
+            summary=None if summary is None else repeated(summary, count),
         )

@@ -1,11 +1,12 @@
 """Shapes of U-Nets: what the configurations of DDPM++, ADM and EDM2 share."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.layers import Resample
+from patchdiffusion.nets.selfcondition import NoSelfConditioning, SelfCondition
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class UNetShape(NetworkConfig):
     """True if the network is conditioned on the canvas coordinates of every pixel."""
     fourier_features: int = 0
     """Number of frequencies of sines and cosines of the coordinates; 0 is the coordinates."""
+    self_condition: SelfCondition = field(default_factory=NoSelfConditioning)
+    """Pooled features of the network itself that condition its later blocks (DDAE++)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +60,12 @@ class UNetShape(NetworkConfig):
         if any(not 0 <= level < self.levels for level in self.attention):
             raise ValueError(
                 f"attention must be levels in [0, {self.levels - 1}], not {self.attention}"
+            )
+
+        block = getattr(self.self_condition, "block", 0)
+        if block:
+            raise ValueError(
+                f"self_condition.block must be 0 for a U-Net, whose middle is pooled, not {block}"
             )
 
     @property

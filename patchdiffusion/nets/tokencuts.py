@@ -75,7 +75,7 @@ def passage(
     """The pass of tokens, whose inner part are the blocks cut[0] ... cut[1] - 1.
 
     The signal is what the first blocks add to the tokens. What is kept is the sum of what the inner
-    blocks add to tokens and registers.
+    blocks add to tokens and registers, and the summary of features that they make.
     """
     first, end = cut
     tokens = network.run(start, cond, 0, first, tape=tape)
@@ -88,13 +88,18 @@ def passage(
         added = [deep.h - tokens.h]
         if deep.registers is not None and tokens.registers is not None:
             added.append(deep.registers - tokens.registers)
+        if tokens.summary is None and deep.summary is not None:
+            added.append(deep.summary)
         return finished(deep), tuple(added)
 
     def reuse(kept: Kept) -> Tensor:
-        registers = tokens.registers
+        registers, summary = tokens.registers, tokens.summary
         if registers is not None:
             registers = registers + kept[1]
-        return finished(tokens._replace(h=tokens.h + kept[0], registers=registers))
+        if len(kept) > 1 + (registers is not None):
+            summary = kept[-1]
+        deep = tokens._replace(h=tokens.h + kept[0], registers=registers, summary=summary)
+        return finished(deep)
 
     alike = tokens.h.shape == start.h.shape  # not within a stage of half resolution
     return Passage(tokens.h - start.h if alike else tokens.h, full, reuse)

@@ -51,6 +51,8 @@ class Tokens(NamedTuple):
     """bool [B, T'], the tokens of the condition that count."""
     outer: "Tokens | None" = None
     """Tokens before the current stage: of half resolution, or of some of the tokens."""
+    summary: Tensor | None = None
+    """[B, E], summary of the features of an earlier block, see `selfcondition.PooledFeatures`."""
     kept: Tensor | None = None
     """int64 [B, T], places in `outer` of the tokens that pass through the current stage alone."""
 
@@ -81,12 +83,16 @@ class Tokens(NamedTuple):
         if values is not None and some.values is not None:
             values = scatter(values, self._with_registers(index), some.values)
         return self._replace(
-            h=scatter(self.h, index, some.h), registers=some.registers, values=values
+            h=scatter(self.h, index, some.h),
+            registers=some.registers,
+            values=values,
+            summary=some.summary,
         )
 
     def repeated(self, count: int) -> "Tokens":
         """These tokens again and again, for `count` samples; the embedding as it is."""
-        fields = ("h", "pos", "registers", "values", "context", "context_mask", "kept")
+        fields = ("h", "pos", "registers", "values", "context", "context_mask")
+        fields += ("summary", "kept")
         given = {name: getattr(self, name) for name in fields}
         several = {name: repeated(x, count) for name, x in given.items() if x is not None}
         outer = None if self.outer is None else self.outer.repeated(count)

@@ -20,6 +20,7 @@ from patchdiffusion.nets.layers import Conv, Linear
 from patchdiffusion.nets.levels import Features
 from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.reader import Reader
+from patchdiffusion.nets.selfcondition import PooledFeatures
 from patchdiffusion.nets.shapes import UNetShape
 from patchdiffusion.nets.text import ContextShape, described
 from patchdiffusion.nets.tokens import context_of
@@ -42,6 +43,8 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     """Convolution of the picture that the network is conditioned on."""
     pooled_extra: Linear | None
     """Layer of the pooled embedding that it is conditioned on."""
+    summary: PooledFeatures | None
+    """Layers behind the features that condition the decoder."""
     text: nn.Module | None
     """Text encoder inside the network."""
     readers: nn.ModuleDict | None
@@ -78,12 +81,13 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         """Features of level 0, and the side input of level 1; `ValueError` for wrong shapes."""
 
     def add_conditions(self, stem: int, emb: int) -> None:
-        """Make the parts for picture, pooled embedding and texts, if there are any.
+        """Make the parts for picture, pooled embedding, texts and own features, if there are any.
 
         The widths are those of the stem and the embedding.
         """
         self._add_readers()
         config = self.config
+        self.summary = config.self_condition.build(config.widths[-1], emb, config.axes)
         self.picture = self.pooled_extra = None
         if config.image_channels:
             self.picture = Conv(config.image_channels, stem, bias=False, neutral=True, role="stem")
@@ -165,11 +169,15 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
 
         def full() -> tuple[Tensor, Kept]:
             deep, _ = self._descend(shallow, side, cond, tape, cut.first)
-            h = self._ascend(self._middle(deep, cond, tape), cond, tape, 0, turn)
-            return reuse((h,)), (h,)
+            deep = self._middle(deep, cond, tape)
+            h = self._ascend(deep, cond, tape, 0, turn)
+            kept = (h,) if deep.summary is None else (h, deep.summary)
+            return reuse(kept), kept
 
         def reuse(kept: Kept) -> Tensor:
-            return self.finish(self._ascend(shallow._replace(h=kept[0]), cond, tape, turn))
+            h, summary = kept if len(kept) == 2 else (*kept, None)
+            features = shallow._replace(h=h, summary=summary)
+            return self.finish(self._ascend(features, cond, tape, turn))
 
         return Passage(shallow.h, full, reuse)
 
@@ -248,7 +256,12 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         for part, block in _parts(self.mid):
             name = f"mid.{part}"
             h = put(tape, name, self.run(name, block, h, features.emb, cond))
-        return features._replace(h=h)
+        if self.summary is None:
+            return features._replace(h=h)
+        pos = cond.pos if self.config.coordinates else None
+        pos = whole_canvas(features.skips[0]) if pos is None else pos
+        summary = self.summary(h.flatten(2).mT, pos.flatten(2).mT)
+        return features._replace(h=h, summary=summary)
 
     def _ascend(
         self,
@@ -260,11 +273,14 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     ) -> Tensor:
         """The blocks start ... stop - 1 of the decoder, which meet the last of the skips first."""
         h, skips, cond = features.h, list(features.skips), features.told(cond)
+        emb = features.emb
+        if self.summary is not None:
+            emb = self.summary.conditioned(emb, features.summary)
         for level, part, block in self._up()[start:stop]:
             if part != "up":
                 h = self.join(h, skips.pop())
             name = f"dec.{level}.{part}"
-            h = self.run(name, block, h, features.emb, cond, features.sizes[level])
+            h = self.run(name, block, h, emb, cond, features.sizes[level])
             h = put(tape, name, h)
         return h
 
@@ -283,6 +299,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
 
     def remove_head(self) -> None:
         self.dec = nn.ModuleList()
+        self.summary = None
         if self.readers is not None:
             names = [name for name in self.readers if name.startswith("dec_")]
             for name in names:
