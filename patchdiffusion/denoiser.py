@@ -116,6 +116,15 @@ class Wrapper(ABC):
         """
         return (*self.edges, *(edge for part in self.inner for edge in discontinuities(part)))
 
+    def before_step(self, x: Tensor, position: Position) -> Tensor:
+        """The noisy image that a step of a solver begins with, changed by those of `inner`.
+
+        By default as it is. A solver calls it once in each step, on the outermost denoiser.
+        """
+        for part in self.inner:
+            x = part.before_step(x, position) if isinstance(part, Wrapper) else x
+        return x
+
     def walk(self) -> Iterator[Denoiser]:
         """Iterate over this denoiser and all those inside it."""
         yield self

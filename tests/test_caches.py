@@ -1,12 +1,22 @@
 """Caches of a network: exact where they are neutral, counted, begun anew, and under guidance."""
 
 import itertools
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
+from accelerated import (
+    CANVAS,
+    LABELS,
+    NETS,
+    SIGMAS,
+    calls_of,
+    denoiser,
+    middle,
+    noisy,
+    solved,
+    wrapped,
+)
 from commands import Capture, fails, refuses, works
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -19,65 +29,20 @@ from patchdiffusion.accel.deepcache import DeepCache, centered, uniform
 from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Position
-from patchdiffusion.denoiser import Denoiser, NetDenoiser, PatchDenoiser
+from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.auto import AutoGuidance
-from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.guidance.cfg import CFG, Unconditional
 from patchdiffusion.guidance.reward import GradientGuidance, Tilt
-from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.count import count
 from patchdiffusion.nets.cuts import Cuttable
-from patchdiffusion.nets.dit import DiTConfig
-from patchdiffusion.nets.lego import LegoConfig
-from patchdiffusion.nets.unet import UNetConfig
-from patchdiffusion.parameterisation import EDM
-from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.solvers import Churn, DPMpp2M, Euler, Heun, Method, UniPC, solve
-from patchdiffusion.solvers.schedules import karras
-
-CANVAS = (8, 12)
-LABELS = torch.tensor([0, 1])
-SIGMAS = karras(6, 0.02, 20.0)
-NETS: dict[str, NetworkConfig] = {
-    "unet": UNetConfig(base=4, mult=(1, 2), blocks=1, attention=(), num_classes=2, channels=1),
-    "dit": DiTConfig(
-        width=16, depth=4, heads=2, patch=(4, 4), num_classes=2, channels=1, registers=1
-    ),
-    "lego": LegoConfig(
-        **{"width": 16, "heads": 2, "regions": (4, 0), "patches": (2, 4), "depths": (1, 1)},
-        **{"num_classes": 2, "channels": 1, "canvas": CANVAS},
-    ),
-}
-
-
-def denoiser(name: str = "unet") -> NetDenoiser:
-    network = NETS[name].build().eval()
-    tiny.randomize(network)
-    return NetDenoiser(network, EDM())
-
-
-def noisy(count: int = 2, seed: int = 1) -> Tensor:
-    return 20 * torch.randn(count, 1, *CANVAS, generator=torch.Generator().manual_seed(seed))
 
 
 def cached(net: Denoiser, **fields: object) -> Cached:
     """DeepCache, by default in every third of the steps of `SIGMAS`."""
-    levels = SIGMAS.tolist()
-    around = Surroundings(CANVAS, (levels[-2], levels[0]), Companions(), tuple(levels))
-    wrapped = DeepCache(**fields).wrap(net, around)  # pyright: ignore[reportArgumentType]
-    assert isinstance(wrapped, Cached)
-    return wrapped
-
-
-def solved(model: Denoiser, solver: Method | None = None, x: Tensor | None = None) -> Tensor:
-    start = noisy() if x is None else x
-    cond = Cond(labels=torch.arange(len(start)) % 2)
-
-    def noise(index: int) -> Tensor:
-        return torch.full_like(start, (-1.0) ** index)
-
-    whole = PatchDenoiser(model, CANVAS)
-    return solve(solver or Euler(), whole, start, SIGMAS, cond=cond, noise=noise)
+    model = wrapped(net, DeepCache(**fields))  # pyright: ignore[reportArgumentType]
+    assert isinstance(model, Cached)
+    return model
 
 
 # ---- Schedules ----
@@ -138,23 +103,9 @@ def test_reuse_at_the_same_place_is_the_network(name: str) -> None:
     assert spent is not None and (spent.evaluations, spent.full) == (4, 2)
 
 
-def inner_calls(net: NetDenoiser) -> Callable[[], int]:
-    """Counts the calls of the middle of a U-Net."""
-    calls: list[int] = []
-    block = next(net.network.mid.children())  # pyright: ignore
-    block.register_forward_hook(lambda *_: calls.append(1))
-
-    def since() -> int:
-        found = len(calls)
-        calls.clear()
-        return found
-
-    return since
-
-
 def test_skipped_blocks_are_not_called() -> None:
     net = denoiser()
-    calls = inner_calls(net)
+    calls = calls_of(middle(net))
     for solver, fields, expected in (
         (Euler(), {"every": 1}, 6),
         (Euler(), {"every": 3}, 2),
@@ -206,7 +157,7 @@ def test_interleaved_trajectories_do_not_mix() -> None:
 def test_a_pause_outside_of_a_guidance_interval_is_noticed() -> None:
     """Steps 2, 3 and 4 are guided; both slots begin in full, and step 5 knows of full step 4."""
     net = denoiser()
-    calls, levels = inner_calls(net), SIGMAS.tolist()
+    calls, levels = calls_of(middle(net)), SIGMAS.tolist()
     guided = CFG(cached(net, every=4), 2.0, interval=(levels[5] * 1.01, levels[1] * 0.99))
     solved(guided)
     assert calls() == 4  # in the steps 0, 2, 4 and 5

@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from patchdiffusion.accel.bricks import Bricks
 from patchdiffusion.accel.deepcache import DeepCache
+from patchdiffusion.accel.encoder import FasterDiffusion
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.base import Surroundings
 
@@ -19,5 +20,5 @@ class NoAccelerator:
         return denoiser
 
 
-Accelerator = NoAccelerator | Bricks | DeepCache
+Accelerator = NoAccelerator | Bricks | DeepCache | FasterDiffusion
 """The accelerators of `--accelerator`; each is a `guidance.base.Part`."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.cond import Call, Cond, Position
-from patchdiffusion.denoiser import Denoiser, ask, discontinuities
+from patchdiffusion.denoiser import Denoiser, Wrapper, ask, discontinuities
 
 History = tuple[Tensor, ...]
 Noise = Callable[[int], Tensor]  # index of the step -> standard normal [B, C, *S]
@@ -146,6 +146,8 @@ class Method(ABC):
         trajectory, levels = next(_RUNS), tuple(sigmas.tolist())
         resets = {*resets, *crossings(sigmas, discontinuities(denoiser))}
         for i in range(first, len(levels) - 1):
+            if isinstance(denoiser, Wrapper):
+                x = denoiser.before_step(x, Position(trajectory, i, 0, levels))
             kept = () if i in resets or levels[i + 1] == 0 else history
             step = Step(trajectory, denoiser, cond, noise, levels, i, kept)
             x, denoised, history = self.move(step, x)

@@ -1,0 +1,103 @@
+"""Steps in which an encoder is evaluated: even ones, published lists, and those that it needs."""
+
+import itertools
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from patchdiffusion import rng
+from patchdiffusion.cond import Cond
+from patchdiffusion.denoiser import NetDenoiser
+from patchdiffusion.nets.base import Network
+from patchdiffusion.nets.cuts import Encoder, Encoding
+from patchdiffusion.solvers.core import towards
+
+Keys = frozenset[int]
+
+MEASURED = 8
+"""Images of the trajectory by which `needed` steps are found."""
+
+PUBLISHED: dict[str, tuple[int, str, tuple[int, ...]]] = {
+    "ddim-50": (50, "U-Net", (0, 1, 2, 3, 5, 10, 15, 25, 35)),
+    "dpm-20": (20, "U-Net", (0, 1, 2, 3, 5, 10, 15)),
+    "dit-250": (
+        250,
+        "transformer",
+        tuple(i for i in range(250) if not (1 <= i < 230 and i % 10 < 6)),
+    ),
+}
+"""Lists of Faster Diffusion: number of steps, kind of network, steps (0 is the noisiest)."""
+
+_NEEDED: weakref.WeakKeyDictionary[nn.Module, dict[tuple, Keys]] = weakref.WeakKeyDictionary()
+
+
+def even(steps: int, count: int) -> Keys:
+    """So many of the steps, evenly spaced, from 0."""
+    return frozenset(i * steps // count for i in range(count))
+
+
+def by_change(changes: Sequence[float], count: int) -> Keys:
+    """About `count` steps between which features change alike.
+
+    `changes` are the relative squared changes at each step since the one before. Step 0, and the
+    first steps at which the sum of their square roots reaches k / count of the total.
+    """
+    sums = list(itertools.accumulate(max(change, 0.0) ** 0.5 for change in changes))
+    total = sums[-1]
+    if total == 0:
+        return even(len(changes), count)
+    reached = (k * total / count * (1 - 1e-12) for k in range(1, count))
+    return frozenset({0, *(next(i for i, s in enumerate(sums) if s >= r) for r in reached)})
+
+
+@torch.no_grad()
+def changes(
+    net: NetDenoiser, blocks: int, sigmas: Sequence[float], shape: tuple[int, ...]
+) -> list[float]:
+    """Relative squared changes of the features of an encoder at each step of Euler's method.
+
+    Sums over its levels of mean |E_i - E_(i-1)|^2 / mean |E_i|^2, for `MEASURED` images [C, *S] of
+    fixed seeds, of the classes in turn.
+    """
+    network = net.network
+    assert isinstance(network, Encoder) and isinstance(network, Network)
+    device = next(network.parameters()).device
+    seeds = torch.arange(MEASURED, device=device)
+    x = rng.normal(rng.keys(0, "key steps", 0, seeds), shape).float() * sigmas[0]
+    classes = network.config.num_classes
+    cond = Cond(labels=seeds % classes if classes else None)
+    found, before = [0.0], None
+    for i, sigma in enumerate(sigmas[:-1]):
+        inner, noise, filled, scales = net.scaled(x, sigma, cond)
+        encoding: Encoding = network.encoded(inner, noise, filled, blocks)
+        if before is not None:
+            found.append(sum(map(_change, encoding.features, before)))
+        before = encoding.features
+        denoised = scales.denoised(x, encoding.decode(noise, filled))
+        x = towards(denoised, x, sigmas[i + 1] / sigma)
+    return found
+
+
+def _change(now: Tensor, before: Tensor) -> float:
+    difference = (now - before).double().square().mean() / now.double().square().mean()
+    return float(difference.nan_to_num())
+
+
+def needed(
+    net: NetDenoiser, blocks: int, sigmas: tuple[float, ...], shape: tuple[int, ...], count: int
+) -> Keys:
+    """About `count` steps at which a network needs its encoder, measured once for a schedule."""
+    network = net.network
+    versions = sum(0 if p.is_inference() else p._version for p in network.parameters())
+    known = _NEEDED.setdefault(network, {})
+    key = (blocks, sigmas, shape, count, versions)
+    if key not in known:
+        known[key] = by_change(changes(net, blocks, sigmas, shape), count)
+    return known[key]
+
+
+def measurements(network: nn.Module) -> int:
+    """Number of times that `needed` was measured for a network."""
+    return len(_NEEDED.get(network, {}))
