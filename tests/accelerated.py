@@ -51,9 +51,14 @@ def wrapped(net: Denoiser, part: Accelerator) -> Denoiser:
     return part.wrap(net, around)
 
 
-def solved(model: Denoiser, solver: Method | None = None, x: Tensor | None = None) -> Tensor:
+def solved(
+    model: Denoiser,
+    solver: Method | None = None,
+    x: Tensor | None = None,
+    cond: Cond | None = None,
+) -> Tensor:
     start = noisy() if x is None else x
-    cond = Cond(labels=torch.arange(len(start)) % 2)
+    cond = cond or Cond(labels=torch.arange(len(start)) % 2)
 
     def noise(index: int) -> Tensor:
         return torch.full_like(start, (-1.0) ** index)

@@ -4,6 +4,7 @@ An accelerator is a record whose `wrap` evaluates nothing and raises `ValueError
 for models that it does not fit. After sampling, `spending` says how many operations it took.
 """
 
+import itertools
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable
@@ -42,19 +43,32 @@ class Spent:
     """Evaluations of the network, those of each sample of a batch by themselves."""
     full: int = 0
     """Evaluations that were computed in full."""
+    steps: tuple[tuple[int, int], ...] = ()
+    """Evaluations in each step of a solver, and those of them that were full."""
 
     def __add__(self, other: "Spent") -> "Spent":
+        pairs = itertools.zip_longest(self.steps, other.steps, fillvalue=(0, 0))
         return Spent(
             self.macs + other.macs,
             self.plain + other.plain,
             self.evaluations + other.evaluations,
             self.full + other.full,
+            tuple((a + c, b + d) for (a, b), (c, d) in pairs),
         )
 
     @property
     def share(self) -> float:
         """MAC relative to those without the accelerator; 1 if nothing was evaluated."""
         return self.macs / self.plain if self.plain else 1.0
+
+    @property
+    def summary(self) -> str:
+        """Text for the steps, from 0, that were computed in full, of all or a share of images."""
+        parts = []
+        for step, (count, full) in enumerate(self.steps):
+            if full:
+                parts.append(f"{step}" if full == count else f"{step} ({full / count:.0%})")
+        return f"full in steps {' '.join(parts)} of {len(self.steps)}"
 
     def __str__(self) -> str:
         return (
@@ -95,6 +109,7 @@ class Meter:
         self._samples: dict[tuple[Hashable, ...], Sample] = {}
         self._costs: dict[tuple[Hashable, tuple[Hashable, ...]], int] = {}
         self.evaluations = self.full = 0
+        self._steps: dict[int, tuple[int, int]] = {}
 
     def add(self, part: Hashable, count: int, inputs: tuple[Tensor, Tensor, Cond]) -> None:
         """Count a part that was computed for so many samples."""
@@ -107,12 +122,22 @@ class Meter:
         """The sum of what was counted; the part "plain" are evaluations, not operations."""
         costs = {key: count * self._cost(key) for key, count in self._counts.items()}
         plain = sum(cost for (part, _), cost in costs.items() if part == "plain")
-        return Spent(sum(costs.values()) - plain, plain, self.evaluations, self.full)
+        steps = tuple(self._steps.get(i, (0, 0)) for i in range(max(self._steps, default=-1) + 1))
+        return Spent(sum(costs.values()) - plain, plain, self.evaluations, self.full, steps)
 
-    def evaluated(self, count: int, full: int, inputs: tuple[Tensor, Tensor, Cond]) -> None:
-        """Count evaluations of so many samples, of which some were computed in full."""
+    def evaluated(
+        self,
+        count: int,
+        full: int,
+        inputs: tuple[Tensor, Tensor, Cond],
+        step: int | None = None,
+    ) -> None:
+        """Count evaluations of so many samples, of which some were full, in a step of a solver."""
         self.evaluations += count
         self.full += full
+        if step is not None:
+            done = self._steps.get(step, (0, 0))
+            self._steps[step] = (done[0] + count, done[1] + full)
         self.add("plain", count, inputs)
 
     def _cost(self, key: tuple[Hashable, tuple[Hashable, ...]]) -> int:

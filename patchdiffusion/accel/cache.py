@@ -37,6 +37,8 @@ class Memory:
     """When they were computed, in steps: float64 [B] on the CPU."""
     signal: Tensor | None = None
     """Features of the outer part at the latest of them."""
+    before: Tensor | None = None
+    """Features of the outer part at the last evaluation."""
     index: int = -1
     """Last step in which samples were computed in full."""
     facts: dict[str, Tensor] = field(default_factory=dict)
@@ -129,8 +131,9 @@ class Cached(Accelerated):
         if full.any():
             memory.index = now.index
         self.schedule.done(memory, now, full)
+        memory.before = passage.signal.detach()
         self.memories.drop(call.position)
-        self.meter.evaluated(count, int(full.sum()), inputs)
+        self.meter.evaluated(count, int(full.sum()), inputs, now.index)
         return scales.denoised(x, output)
 
     def _chosen(self, memory: Memory, now: Moment, passage: Passage, count: int) -> Tensor:

@@ -108,7 +108,7 @@ class Propagated(Accelerated):
             output = memory.ready.pop(_NOW)
         else:
             output = memory.ready[level]
-        self.meter.evaluated(count, count if full else 0, inputs)
+        self.meter.evaluated(count, count if full else 0, inputs, where.index)
         self.memories.drop(where)
         return scales.denoised(x, output)
 

@@ -4,7 +4,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str]) -> None:
             if team.is_main:
                 drawn.finish()
                 if spent.evaluations:
-                    print(f"computed  {spent}")
+                    print(f"computed  {spent}" + (f", {spent.summary}" if spent.steps else ""))
                 if drawn.preview:
                     print(f"pictures show the channels {drawn.preview}")
                 print(f"{counted(options.count, 'image')} in {drawn.folder}")
@@ -164,8 +164,7 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
                         drawn.add(part.start, images, _names(labels, names))
                 team.gather(turn)
                 bar.update(sum(map(len, parts[turn : turn + own.size])))
-    every = team.gather(astuple(sum(counted, Spent())))
-    return sum((Spent(*one) for one in every), Spent())
+    return sum(team.gather(sum(counted, Spent())), Spent())
 
 
 def _with_texts(options: SampleArguments) -> SampleArguments:
