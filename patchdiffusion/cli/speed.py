@@ -200,8 +200,10 @@ def _rated(
             if id(point) in chosen:
                 config = replace(evaluation.config, sampler=point.config)
                 rating = replace(evaluation, config=config, progress=bar.update)
-                distance = rating.by_features(models[point.model])["frechet_distance"]
-                point = replace(point, frechet=distance)
+                found = rating.by_features(models[point.model])
+                point = replace(
+                    point, frechet=found["frechet_distance"], kernel=found["kernel_distance"]
+                )
             out.append(point)
     return out
 

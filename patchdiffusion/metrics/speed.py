@@ -51,6 +51,8 @@ class Point:
     NaN for jumps, which follow no path."""
     frechet: float | None = None
     """Frechet distance of samples from real images, if that was measured."""
+    kernel: float | None = None
+    """Kernel distance (KID) of the same samples."""
     model: str = ""
     """Folder of another model that is compared, or ""."""
 
@@ -296,6 +298,7 @@ def facts(point: Point) -> dict[str, Any]:
         "seconds": point.seconds,
         "error": None if math.isnan(point.error) else point.error,
         "frechet": point.frechet,
+        "kernel": point.kernel,
         "model": point.model,
     }
 
