@@ -11,6 +11,8 @@ import tiny
 from commands import Capture, fails, works
 
 from patchdiffusion import SamplerConfig
+from patchdiffusion.accel.base import Spent
+from patchdiffusion.accel.deepcache import DeepCache
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.metrics.speed import (
     Point,
@@ -23,20 +25,34 @@ from patchdiffusion.metrics.speed import (
 )
 from patchdiffusion.nets.count import count
 from patchdiffusion.objectives.meanflow import MeanFlowConfig
+from patchdiffusion.sampling.pipeline import Pipeline
 from patchdiffusion.solvers import DDIM, Ancestral, DPMpp2M, Euler, Heun, SDEDPMpp2M, UniPC
 
 CPU = ("--device", "cpu", "--threads", 1)
 SHORT = (*CPU, "--count", 2, "--reference-steps", 12, "--repeats", 2)
 
 
+def count_of(pipeline: Pipeline) -> int:
+    return count(pipeline.model.network, pipeline.model.config.canvas).macs
+
+
 def test_operations_are_those_of_the_evaluations() -> None:
     pipeline = tiny.pipeline()
-    one = count(pipeline.model.network, pipeline.model.config.canvas).macs
+    one = count_of(pipeline)
     speed = Speed(pipeline=pipeline, count=2, classes=[0])
     for solver, evaluations in ((Heun(), 7), (DPMpp2M(), 4)):
         assert speed.macs(SamplerConfig(solver=solver, steps=4)) == evaluations * one
     guided = SamplerConfig(solver=Euler(), steps=3, guidance=ClassifierFree(weight=2.0))
     assert speed.macs(guided) == 2 * 3 * one
+
+
+def test_an_accelerator_counts_what_is_counted_here() -> None:
+    """Operations of all that was computed, and the sum of the parts that it says it computed."""
+    pipeline, spent = tiny.pipeline(), list[Spent]()
+    config = SamplerConfig(solver=Euler(), steps=6, accelerator=DeepCache(every=3))
+    pipeline.sample(1, classes=[0], config=config, spent=spent.append)
+    macs = Speed(pipeline=pipeline, classes=[0]).macs(config)
+    assert macs == spent[0].macs < spent[0].plain == 6 * count_of(pipeline)
 
 
 def test_errors_vanish_with_steps() -> None:
@@ -74,6 +90,7 @@ def test_the_command(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     run = shutil.copytree(finished, tmp_path / "my run")
     told = works(
         capsys, "speed", run, *SHORT, "--solvers", "heun", "dpmpp_2m", "--steps", 4, 18,
+        "--accelerators", "bricks", "deepcache",
         "--guidance", "cfg", "--guidance.weight", 3,
     )  # fmt: skip
     assert "left out  bricks: " in told and "heun           18" in told

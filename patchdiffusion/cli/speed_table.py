@@ -131,7 +131,7 @@ def chart(points: Sequence[Point]) -> bytes:
             axes.plot(
                 [scale * cost(p) for p in own],
                 [100 * p.error for p in own],
-                "-" if plain else "x",
+                linestyle="-" if plain else "",
                 marker="o" if plain else "x",
                 markersize=3 if plain else 4,
                 linewidth=1,
