@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -30,6 +31,7 @@ from patchdiffusion.nets.text import described
 from patchdiffusion.nets.tokenblock import Registers, TokenBlock, for_tokens, modulated
 from patchdiffusion.nets.tokencuts import cut_of, encoder_blocks, passage
 from patchdiffusion.nets.tokens import (
+    AttentionMemory,
     Tokens,
     centers,
     fold,
@@ -283,8 +285,9 @@ class DiT(Network[DiTConfig]):
             name, key = f"blocks.{i}", None
             if cond.seed is not None and config.dropout > 0:
                 key = subkeys(cond.seed, name)  # hashed outside: one compiled block serves all
+            attended = None if tokens.memory is None else partial(tokens.memory.attend, i)
             h, given = self.blocks[i](
-                h, emb, key, turn, values, tokens.context, tokens.context_mask
+                h, emb, key, turn, values, tokens.context, tokens.context_mask, attended
             )
             values = values if given is None else given
             put(tape, name, h[:, count:])
@@ -339,9 +342,36 @@ class DiT(Network[DiTConfig]):
                 f"the output needs {math.prod(tokens.grid)} tokens, not {tokens.h.shape[1]}; put "
                 "selected ones back by Tokens.scatter"
             )
-        with full_precision(tokens.emb):
-            shift, scale = for_tokens(self.out_modulation(self._conditioned(tokens))).chunk(2, -1)
-        h = self.head(modulated(tokens.h, shift, scale, self.config.norm))
-        x = fold(h, tokens.grid, self.config.patch)
+        x = fold(self._patches(tokens), tokens.grid, self.config.patch)
         x = x[(..., *(slice(side) for side in tokens.size))]
         return x if variance else x[:, : self.config.channels]
+
+    def _patches(self, tokens: Tokens) -> Tensor:
+        """The output at the patches of tokens, with the channels of the variance."""
+        with full_precision(tokens.emb):
+            shift, scale = for_tokens(self.out_modulation(tokens.emb)).chunk(2, dim=-1)
+        return self.head(modulated(tokens.h, shift, scale, self.config.norm))
+
+    def check_some(self) -> None:
+        """Raise `ValueError` if some of the tokens cannot be computed without the others."""
+        if self.config.half:
+            raise ValueError(
+                "network.half_blocks merges neighboring tokens, so that none can be left out"
+            )
+
+    def some(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        cond: Cond,
+        *,
+        index: Tensor | None = None,
+        memory: AttentionMemory | None = None,
+    ) -> Tensor:
+        tokens = self.start(x, noise, cond)._replace(memory=memory)
+        if memory is not None:
+            memory.index = None if index is None else tokens.with_registers(index)
+        if index is not None:
+            tokens = tokens.select(index)
+        patches = self._patches(self.run(tokens, cond))
+        return patches[..., : self.config.channels * math.prod(self.config.patch)]

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens (registers included), D features of a token, E size of
 n heads, d = D / n.
 """
 
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -58,6 +59,9 @@ class Gain(nn.Module):
 
 # ---- Attention ----
 
+Attended = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Keys and values [B, n, T, d] of tokens -> those that they attend to, [B, n, T', d]."""
+
 
 class TokenAttention(nn.Module):
     """Multi-head self-attention of tokens: [B, T, D] -> [B, T, D].
@@ -91,11 +95,16 @@ class TokenAttention(nn.Module):
             nn.init.constant_(self.mix, 0.5)
 
     def forward(
-        self, h: Tensor, turn: Tensor | None = None, values: Tensor | None = None
+        self,
+        h: Tensor,
+        turn: Tensor | None = None,
+        values: Tensor | None = None,
+        attended: Attended | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """h [B, T, D], `tokens.rotation`, given values [B, T, D] -> output, values it gives.
 
-        Of h [B, P, T, D], the tokens of P regions attend to those of their own region.
+        Of h [B, P, T, D], the tokens of P regions attend to those of their own region. `attended`
+        makes the keys and values to attend to of those of the tokens.
         """
         if h.ndim > 3:
             out, first_values = self(h.flatten(0, 1), turn, values)
@@ -110,6 +119,8 @@ class TokenAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if turn is not None:
             q, k = rotate(q, turn), rotate(k, turn)
+        if attended is not None:
+            k, v = attended(k, v)
         h = F.scaled_dot_product_attention(q, k, v)
         return self.proj(h.transpose(1, 2).flatten(2)), given
 
@@ -240,6 +251,7 @@ class TokenBlock(nn.Module):
         values: Tensor | None = None,
         context: Tensor | None = None,
         mask: Tensor | None = None,
+        attended: Attended | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """h [B, T, D], emb [B, E] or [B, T, E] -> [B, T, D] and the values its attention gives.
 
@@ -249,7 +261,7 @@ class TokenBlock(nn.Module):
         with full_precision(emb):
             parts = for_tokens(self.modulation(emb)).chunk(6, dim=-1)  # each [B, 1 or T, D]
         shift, scale, gate = parts[:3]
-        out, given = self.attention(modulated(h, shift, scale, self.norm), turn, values)
+        out, given = self.attention(modulated(h, shift, scale, self.norm), turn, values, attended)
         h = h + gate * self._dropped(out, key, "attention")
         if self.context is not None and context is not None:
             out = self.context(normalized(h, self.norm), context, mask)

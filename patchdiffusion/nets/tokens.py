@@ -53,6 +53,8 @@ class Tokens(NamedTuple):
     """Tokens before the current stage: of half resolution, or of some of the tokens."""
     summary: Tensor | None = None
     """[B, E], summary of the features of an earlier block, see `selfcondition.PooledFeatures`."""
+    memory: "AttentionMemory | None" = None
+    """Keys and values of tokens that are not among these."""
     kept: Tensor | None = None
     """int64 [B, T], places in `outer` of the tokens that pass through the current stage alone."""
 
@@ -72,7 +74,7 @@ class Tokens(NamedTuple):
             pos=_gather(self.pos, index),
             values=None
             if self.values is None
-            else _gather(self.values, self._with_registers(index)),
+            else _gather(self.values, self.with_registers(index)),
             outer=outer,
             kept=None if self.kept is None else self.kept.gather(1, index),
         )
@@ -81,7 +83,7 @@ class Tokens(NamedTuple):
         """All tokens, with those at an index [B, K] replaced by `some`, which were selected."""
         values = self.values
         if values is not None and some.values is not None:
-            values = scatter(values, self._with_registers(index), some.values)
+            values = scatter(values, self.with_registers(index), some.values)
         return self._replace(
             h=scatter(self.h, index, some.h),
             registers=some.registers,
@@ -98,10 +100,34 @@ class Tokens(NamedTuple):
         outer = None if self.outer is None else self.outer.repeated(count)
         return self._replace(**several, outer=outer)
 
-    def _with_registers(self, index: Tensor) -> Tensor:
+    def with_registers(self, index: Tensor) -> Tensor:
+        """Places of the registers, which are first, and of the tokens at an index [B, K]."""
         count = 0 if self.registers is None else self.registers.shape[1]
         first = torch.arange(count, device=index.device).expand(len(index), -1)
         return torch.cat([first, index + count], dim=1)
+
+
+class AttentionMemory:
+    """Keys and values of all tokens in every block, some of which are computed anew.
+
+    Without an index all are kept as they are computed. With the places of some tokens (registers
+    included) int64 [B, K], theirs replace those that were kept, and attention is to all.
+    """
+
+    def __init__(self) -> None:
+        self.index: Tensor | None = None
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values to attend to in a block, for those of the present tokens [B, n, K, d]."""
+        if self.index is not None:
+            where = self.index[:, None, :, None].expand(-1, *k.shape[1:2], -1, k.shape[-1])
+            k, v = (
+                old.scatter(2, where, new)
+                for old, new in zip(self._kept[block], (k, v), strict=True)
+            )
+        self._kept[block] = (k.detach(), v.detach())
+        return k, v
 
 
 def with_context(tokens: Tokens, cond: Cond, features: int) -> Tokens:
