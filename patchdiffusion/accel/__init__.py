@@ -6,6 +6,7 @@ from typing import ClassVar
 from patchdiffusion.accel.bricks import Bricks
 from patchdiffusion.accel.deepcache import DeepCache
 from patchdiffusion.accel.encoder import FasterDiffusion
+from patchdiffusion.accel.regions import Regions
 from patchdiffusion.accel.residual import Residual
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.base import Surroundings
@@ -21,5 +22,5 @@ class NoAccelerator:
         return denoiser
 
 
-Accelerator = NoAccelerator | Bricks | DeepCache | FasterDiffusion | Residual
+Accelerator = NoAccelerator | Bricks | DeepCache | FasterDiffusion | Residual | Regions
 """The accelerators of `--accelerator`; each is a `guidance.base.Part`."""
