@@ -8,6 +8,7 @@ from patchdiffusion.objectives.ctm import CTMConfig
 from patchdiffusion.objectives.denoising import DenoisingConfig
 from patchdiffusion.objectives.meanflow import MeanFlowConfig
 from patchdiffusion.objectives.patchforcing import PatchForcingConfig
+from patchdiffusion.objectives.selfdistill import SelfDistillationConfig
 
 ObjectiveUnion = (
     DenoisingConfig
@@ -19,5 +20,5 @@ ObjectiveUnion = (
 )
 """The objectives of `--objective` and of model files."""
 
-AdditionUnion = ContrastConfig | CorruptionConfig
+AdditionUnion = ContrastConfig | CorruptionConfig | SelfDistillationConfig
 """The additions of `--additions`."""

@@ -1,0 +1,165 @@
+"""Contrast of two views of an image: features of one are recognized among averages of others.
+
+After the contrastive branch of DDAE++ (Xiang et al., arXiv 2505.10999), whose code is not public: a
+reconstruction from its description. The noise level, temperature, weight and layers are ours.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from patchdiffusion.cond import Call, Cond, Tape
+from patchdiffusion.denoiser import Denoiser, ask
+from patchdiffusion.losses import Batch, LossOut, Objective
+from patchdiffusion.nets.base import Network, NetworkConfig, initialize
+from patchdiffusion.nets.layers import Linear
+from patchdiffusion.objectives.base import Addition, Materials, Settings
+from patchdiffusion.patches import Region
+from patchdiffusion.rng import Draws
+from patchdiffusion.system import families
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfDistillationConfig(Addition):
+    """Contrast of two crops of an image, after DDAE++: a reconstruction (2505.10999)."""
+
+    word: ClassVar[str] = "self-distill"
+    counts: ClassVar[bool] = True
+
+    weight: float = 0.05
+    """Weight of the term; 0 is none."""
+    temperature: float = 0.2
+    """Temperature of the softmax over the images of a pass."""
+    sigma: float = 0.1
+    """Noise level of both views, in data units."""
+    features: int = 64
+    """Features that are compared, behind two learned layers."""
+    tap: str = ""
+    """Activation that is pooled; empty is that of the middle, as --network.self-condition does."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < float("inf"):
+            raise ValueError(f"weight must be >= 0 and finite, not {self.weight}")
+        for name in ("temperature", "sigma"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be > 0 and finite, not {getattr(self, name)}")
+        if not 2 <= self.features <= 65536:
+            raise ValueError(f"features must lie in [2, 65536], not {self.features}")
+
+    @property
+    def passes(self) -> float:
+        """Two passes forward and backward, and two forward."""
+        return 8.0 if self.weight else 0.0
+
+    def check(self, config: Settings) -> None:
+        """Raise `ValueError` for an objective whose network is no denoiser."""
+        if not config.objective.denoises:
+            word = families.word(type(config.objective))
+            raise ValueError(
+                f"additions self-distill is for denoisers, and {word} trains none; use "
+                "--objective denoising"
+            )
+        if not hasattr(config.network, "self_condition"):
+            word = families.word(type(config.network))
+            raise ValueError(
+                f"additions self-distill pools features of a transformer or U-Net, not of {word}; "
+                "use --network dit or unet"
+            )
+
+    def add(self, objective: Objective, materials: Materials) -> Objective:
+        """The objective with the term; at weight 0 the objective itself.
+
+        Raises `ValueError` for an activation that the network does not have.
+        """
+        if not self.weight:
+            return objective
+        network = materials.network
+        tap = self.tap or middle(network)
+        if tap not in network.taps:
+            raise ValueError(
+                f"additions self-distill: tap must be one of {', '.join(network.taps)}, not {tap}"
+            )
+        head = nn.Sequential(
+            Linear(_width(network, tap), 2 * self.features),
+            nn.SiLU(),
+            Linear(2 * self.features, self.features),
+        )
+        initialize(head, 0)
+        materials.learn("self-distill", head)
+        return SelfDistilled(objective, self, tap, head, materials.average, materials.view)
+
+
+@dataclass(frozen=True, eq=False)
+class SelfDistilled:
+    """An objective, and weight times the cross entropy of recognizing an image by another crop.
+
+    2 tau CE(q k^T / tau), the mean of both directions (MoCo v3, arXiv 2104.02057): q are features
+    of the network, k those of its average behind the same layers without a gradient. The other
+    images are those of the pass, so that the term, other than the loss, depends on their number.
+    """
+
+    objective: Objective
+    config: SelfDistillationConfig
+    tap: str
+    head: nn.Module
+    average: Callable[[], Denoiser]
+    view: Callable[[Batch, str], Batch]
+
+    def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
+        out = self.objective(denoiser, batch, draws)
+        views = (batch, self.view(batch, "self-distill"))
+        student = [self.features(denoiser, view, draws, i) for i, view in enumerate(views)]
+        with torch.no_grad():
+            average = self.average()
+            teacher = [self.features(average, view, draws, i) for i, view in enumerate(views)]
+        tau, own = (
+            self.config.temperature,
+            torch.arange(len(batch.images), device=draws.index.device),
+        )
+        pairs = ((student[0], teacher[1]), (student[1], teacher[0]))
+        terms = [2 * tau * F.cross_entropy(q @ k.mT / tau, own) for q, k in pairs]
+        term = torch.stack(terms).mean()
+        total = self.config.weight * term
+        if out.batch_loss is not None:
+            total = total + out.batch_loss
+        scalars = {**out.scalars, "self-distill": term.detach()}
+        reported = out.per_sample if out.reported is None else out.reported
+        return replace(out, batch_loss=total, scalars=scalars, reported=reported)
+
+    def features(self, denoiser: Denoiser, view: Batch, draws: Draws, number: int) -> Tensor:
+        """Features of length 1 of noisy crops without a condition: [B, F]."""
+        x = view.images
+        noise = draws.normal(f"self-distill {number}", tuple(x.shape[1:]))
+        tape, cond = Tape((self.tap,)), Cond(pos=view.cond.pos, augment=view.cond.augment)
+        sigma = torch.full((len(x),), self.config.sigma, device=x.device)
+        ask(denoiser, x + self.config.sigma * noise, sigma, cond, Call(tape=tape))
+        h = tape.activations[self.tap]
+        h = h.flatten(2).mT if h.ndim > 3 else h  # [B, T, D]
+        pooled = F.layer_norm(h.float(), h.shape[-1:], eps=1e-6).mean(1)
+        return F.normalize(self.head(pooled), dim=1)
+
+
+def middle(network: Network) -> str:
+    """The activation that self-conditioning pools, or that in the middle of all."""
+    config: NetworkConfig = network.config
+    rule = getattr(config, "self_condition", None)
+    depth = getattr(config, "depth", 0)
+    if depth and rule is not None:
+        return f"blocks.{(rule.after(depth) or max(depth // 2, 1)) - 1}"
+    return "mid.1" if "mid.1" in network.taps else network.taps[len(network.taps) // 2]
+
+
+@torch.no_grad()
+def _width(network: Network, tap: str) -> int:
+    """Number of features of an activation."""
+    config, weight = network.config, next(network.parameters())
+    size = (max(config.divisor, 8),) * config.axes
+    x = torch.zeros(1, config.channels, *size, device=weight.device, dtype=weight.dtype)
+    tape, pos = Tape((tap,)), Region.whole(size).pos(x)
+    network(x, x.new_zeros(1), Cond(pos=pos), tape=tape)
+    h = tape.activations[tap]
+    return h.shape[1] if h.ndim > 3 else h.shape[-1]
