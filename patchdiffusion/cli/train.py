@@ -18,6 +18,7 @@ from patchdiffusion.cli.values import NONE
 from patchdiffusion.data.source import is_run, whole
 from patchdiffusion.data.store import packs_aside
 from patchdiffusion.recipes.captions import with_captions
+from patchdiffusion.system import families
 from patchdiffusion.system.device import pick_device
 from patchdiffusion.system.serialize import decode, encode
 from patchdiffusion.train.config import RunConfig, TrainConfig
@@ -101,6 +102,14 @@ def _check_code(config: TrainConfig, arguments: Sequence[str]) -> None:
             f"preview.extractor of the stored configuration is {name}, which is code; to execute "
             f"it add --preview.extractor {name}, else --preview.extractor inception"
         )
+    for addition in config.additions:
+        for name in addition.code:
+            if not any(name in argument for argument in arguments):
+                word = families.word(type(addition))
+                raise ValueError(
+                    f"additions.{word} of the stored configuration names {name}, which is code; to "
+                    f"execute it add --additions {word} with it"
+                )
 
 
 def _with_whole_paths(config: TrainConfig) -> TrainConfig:
@@ -110,7 +119,15 @@ def _with_whole_paths(config: TrainConfig) -> TrainConfig:
     weights = config.preview.extractor_weights
     preview = replace(config.preview, extractor_weights=weights and whole(weights))
     objective, task = config.objective.located(), config.task.located()
-    return replace(config, data=data, preview=preview, objective=objective, task=task)
+    additions = tuple(addition.located() for addition in config.additions)
+    return replace(
+        config,
+        data=data,
+        preview=preview,
+        objective=objective,
+        additions=additions,
+        task=task,
+    )
 
 
 def parsed(

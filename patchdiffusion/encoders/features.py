@@ -34,7 +34,7 @@ _RESIZES = {
     "inception": "antialiased bicubic, clipped to [0, 255] as in clean-fid,",
     "inception-legacy": "TensorFlow 1 bilinear, as in the first FID,",
 }
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 CHANNELS = (1, 3, 4)
@@ -202,7 +202,7 @@ def _dinov2(path: Path | None, device: torch.device) -> Extractor:
         reason = " ".join(str(error).split())
         raise Unavailable(f"the weights of DINOv2 are missing: {reason}") from error
     net = net.eval().requires_grad_(False).to(device)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in _IMAGENET)
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in IMAGENET)
     side = 224
 
     def function(images: Tensor) -> Tensor:
@@ -212,11 +212,11 @@ def _dinov2(path: Path | None, device: torch.device) -> Extractor:
 
     how = "antialiased bicubic, clipped to [0, 255]"
     facts = {"resize": f"{how}, to {side} x {side}", "values": "ImageNet mean and std"}
-    facts["weights"] = f"{source} {_digest(net)}"
+    facts["weights"] = f"{source} {digest_of_weights(net)}"
     return Extractor("dinov2", function, device, facts)
 
 
-def _digest(net: torch.nn.Module) -> str:
+def digest_of_weights(net: torch.nn.Module) -> str:
     """Digest of the names and values of all weights, whatever file they are from."""
     digest = hashlib.sha256()
     for name, value in net.state_dict().items():
@@ -226,22 +226,30 @@ def _digest(net: torch.nn.Module) -> str:
 
 
 def _custom(name: str, device: torch.device) -> Extractor:
+    network, facts = custom(name, device)
+
+    def function(images: Tensor) -> Any:
+        return network(images.movedim(-1, 1))
+
+    return Extractor(name, function, device, facts)
+
+
+def custom(name: str, device: torch.device) -> tuple[Any, dict[str, str]]:
+    """Result of a function module:callable, a module frozen and in place, and its digest.
+
+    Raises `ValueError` in one line if there is none.
+    """
     path, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # as for `python -m`: imports from the current folder
     try:
         module = importlib.import_module(path)
         network: Any = getattr(module, attribute)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"the extractor {name} cannot be loaded: {error}") from error
     if not callable(network):
         raise ValueError(f"{name}() must return a function of images, not {type(network).__name__}")
     if isinstance(network, torch.nn.Module):
         network = network.eval().requires_grad_(False).to(device)
     file = getattr(module, "__file__", None)
-    facts = {} if file is None else {"code": sha256(Path(file))[:16]}
-
-    def function(images: Tensor) -> Any:
-        return network(images.movedim(-1, 1))
-
-    return Extractor(name, function, device, facts)
+    return network, {} if file is None else {"code": sha256(Path(file))[:16]}

@@ -249,10 +249,11 @@ class Network(nn.Module, ABC, Generic[Config]):
         """Names of the activations that it puts on the tape, in order."""
         return ()
 
-    def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
+    def features(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """Deep features of every location, for heads of other tasks: [B, locations, F].
 
-        Raises `ValueError` for a network that has none.
+        The activations before them are put on the tape. Raises `ValueError` for a network that has
+        none.
         """
         raise ValueError(f"{type(self).__name__} has no features for another head")
 

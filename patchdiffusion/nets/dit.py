@@ -173,9 +173,9 @@ class DiT(Network[DiTConfig]):
         mask = mask.scatter(1, kept, True)[..., None].expand(-1, -1, math.prod(patch))
         return fold(mask, grid, patch)[(..., *(slice(side) for side in size))]
 
-    def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
+    def features(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """Deep features, after the last block: [B, T, D]."""
-        return self.run(self.start(x, noise, cond), cond).h
+        return self.run(self.start(x, noise, cond, tape=tape), cond, tape=tape).h
 
     def remove_head(self) -> None:
         del self.out_modulation, self.head

@@ -85,12 +85,16 @@ class ClassifierNetwork(Network[NetworkConfig]):
     def units(self) -> list[nn.Module]:
         return self.trunk.units()
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        return self.trunk.taps
+
     def after_step(self, applied: Tensor) -> None:
         self.trunk.after_step(applied)
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """x [B, C, *S], noise [B] -> logits [B, K]; no dropout unless `cond.seed` is given."""
-        h = self.norm(self.trunk.features(x, noise, cond))  # [B, P, F]
+        h = self.norm(self.trunk.features(x, noise, cond, tape=tape))  # [B, P, F]
         weights = self.attention(h).softmax(dim=1)  # [B, P, queries]
         return self.head((weights.mT @ h).flatten(1))
 

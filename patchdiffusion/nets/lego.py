@@ -241,9 +241,9 @@ class Lego(Network[LegoConfig]):
 
         return Passage(shallow, full, reuse)
 
-    def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
+    def features(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """Deep features of the last brick: [B, places, F]."""
-        inputs, *others = self._inputs(x, noise, cond)
+        inputs, *others = self._inputs(x, noise, cond, tape)
         for k, (brick, above) in enumerate(zip(self._bricks()[:-1], others, strict=True)):
             below = torch.zeros_like(inputs.x) if inputs.below is None else inputs.below
             inputs = above._replace(below=self._passed(brick(inputs), below, cond, k))

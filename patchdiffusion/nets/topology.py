@@ -284,9 +284,9 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
             h = put(tape, name, h)
         return h
 
-    def features(self, x: Tensor, noise: Tensor, cond: Cond) -> Tensor:
+    def features(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """Deep features, after the middle: [B, H' W', F]."""
-        return self.encode(x, noise, cond).h.flatten(2).mT
+        return self.encode(x, noise, cond, tape=tape).h.flatten(2).mT
 
     def _context(self, cond: Cond, x: Tensor, emb: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Tokens of the condition and their mask, after one that means that there are none."""

@@ -8,18 +8,20 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Never, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Never, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.encoders.features import Extractor, extractor
+from patchdiffusion.encoders.maps import NoImages, Trained, Whole, no_model
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.losses import AfterStep, Batch, LossOut, Objective
 from patchdiffusion.nets.base import Network, NetworkConfig
 from patchdiffusion.noise import Law, LogNormal, NoiseLaw
 from patchdiffusion.parameterisation import EDM, Parameterisation, Precond
+from patchdiffusion.patches import Size
 from patchdiffusion.plans import Group
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team
@@ -101,6 +103,16 @@ class Materials:
     """Folder of the data, for what is computed of them once; None keeps nothing."""
     folder: Path | None = None
     """Folder of a saved model, which has the files that it needs; None for a run."""
+    images: Whole = field(default_factory=NoImages)
+    """All images of the data, whole and as they are, by the index in the data."""
+    model: Callable[[str], Trained] = no_model
+    """Loads a trained model of any kind from a run or its folder, for features; frozen."""
+    digests: list[str] = field(default_factory=list)
+    """Digests of frozen files that the loss depends on, which a resumed run must have, too."""
+    rehearsal: bool = False
+    """True if steps are tried only: nothing is written, and numbers that take long are zeros."""
+    seed: int = 0
+    """Random seed of the run, for initial weights of learned modules."""
     learned: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     """Modules that are trained with the network, by name; see `learn`."""
     rates: dict[str, float] = field(default_factory=dict)
@@ -153,11 +165,22 @@ class Addition(Protocol):
 
     counts: ClassVar[bool] = False
     """True if its term is one of the pixels that count alone, see `Batch.counted`."""
+    shards: ClassVar[bool] = True
+    """True if it can be trained with `--shard`."""
 
     @property
     def passes(self) -> float:
         """Forward passes of a training step beside those of the objective."""
         return 0.0
+
+    @property
+    def code(self) -> tuple[str, ...]:
+        """Functions as module:callable that it executes, which files of a run alone cannot name."""
+        return ()
+
+    def located(self) -> Self:
+        """A copy with absolute paths of its files, so that a run may resume in any folder."""
+        return self
 
     def check(self, config: Settings) -> None:
         """Raise `ValueError` for a configuration that it does not fit."""
@@ -249,6 +272,30 @@ class Distilled(ObjectiveConfig, Protocol):
         (path,) = self.teachers or (None,)
         changes = {} if path is None else {"teacher": str(expanded(path).resolve())}
         return replace(self, **changes)
+
+
+@runtime_checkable
+class Costly(Protocol):
+    """An objective or addition that computes beside the network that is trained."""
+
+    def operations(self, size: Size) -> float:
+        """Operations to train on one crop of a size, beside those of the network."""
+        ...
+
+
+@runtime_checkable
+class Told(Protocol):
+    """An objective or addition with facts that no configuration has."""
+
+    @property
+    def told(self) -> str:
+        """Facts for the first lines of a run."""
+        ...
+
+
+def stages_of(objective: Any) -> tuple[Any, ...]:
+    """An objective and what its additions made of it, in order."""
+    return objective.stages if isinstance(objective, Stages) else (objective,)
 
 
 def with_additions(

@@ -125,4 +125,4 @@ class DenoiserTask(TaskConfig):
         return config.objective.teachers
 
     def shards(self, config: Settings) -> bool:
-        return config.objective.shards
+        return config.objective.shards and all(a.shards for a in config.additions)

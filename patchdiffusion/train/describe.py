@@ -8,6 +8,7 @@ import torch
 from patchdiffusion.data.mirror import mirror_line
 from patchdiffusion.data.pack import CAPTIONS
 from patchdiffusion.data.summary import data_lines
+from patchdiffusion.objectives.base import Told, stages_of
 from patchdiffusion.patches import size_name
 from patchdiffusion.system import families
 from patchdiffusion.system.text import counted, share
@@ -49,6 +50,10 @@ def describe(training: Training) -> None:
         ("length", _length(training, disk)),
     ):
         training.log.say(f"{name:<10}{text}")
+        if name == "training":
+            for part in stages_of(training.objective):
+                if isinstance(part, Told):
+                    training.log.say(f"{'':<10}{part.told}")
     tokens = training.config.network.num_tokens(training.canvas)
     if rounding := training.plan.rounding:
         one = len(training.plan.groups) == 1

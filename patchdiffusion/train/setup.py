@@ -14,12 +14,13 @@ from patchdiffusion.conditioners.base import changes, conditioned, text_of
 from patchdiffusion.data.columns import relabeled
 from patchdiffusion.data.feed import Feed, some_crops
 from patchdiffusion.data.pack import Pack
+from patchdiffusion.data.whole import WholeImages
 from patchdiffusion.encoders.features import extractor
 from patchdiffusion.losses import AfterStep, Loss
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.count import count, training_flops
-from patchdiffusion.objectives.base import Annotations, Materials, annotated
+from patchdiffusion.objectives.base import Annotations, Costly, Materials, annotated, stages_of
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import PatchPlan
 from patchdiffusion.system import families
@@ -190,12 +191,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     task.check(config, pack)
     check_team(config, team.size)
     if run.shard and not task.shards(config):
-        only = f"--task {families.word(type(task))}" if task.own_loss else ""
-        raise ValueError(
-            f"--shard is not supported by {only}; leave out --shard"
-            if only
-            else "--shard is supported by --objective denoising only; leave out --shard"
-        )
+        raise ValueError(f"--shard is {_unsharded(config)}; leave out --shard")
     if run.shard and not config.optim.shardable:
         word = families.word(type(config.optim))
         raise ValueError(f"--shard is not supported by --optim {word}; use --optim adamw")
@@ -247,11 +243,17 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         captions=pack.captions,
         keep=dict(told.files),
         store=pack.path,
+        images=WholeImages(pack),
+        model=lambda path: load_model(path, device=device),
+        rehearsal=run.dry_run,
+        seed=config.seed,
         device=device,
         team=team,
     )
     change = changes(config.conditioners, materials, told.sources)
     objective = task.objective(config, conditioned(materials, change, feed.draws_of))
+    costly = [part for part in stages_of(objective) if isinstance(part, Costly)]
+    flops = {s: f + round(sum(c.operations(s) for c in costly)) for s, f in flops.items()}
     if run.shard:  # the optimizer takes sharded weights or whole ones, not both
         for module in materials.learned.values():
             shard(module, [], team, device)
@@ -299,7 +301,8 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         learned=materials.learned,
         kept=materials.keep,
         carried={n: f for c in config.conditioners for n, f in c.carried().items()},
-        teacher=" ".join((*(model.digest for model in teachers), *task.digests())) or None,
+        teacher=" ".join((*(m.digest for m in teachers), *task.digests(), *materials.digests))
+        or None,
         ema=ema,
         stepper=stepper,
         phases=phases,
@@ -312,6 +315,16 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         state=TrainState(),
         meter=Meter(),
     )
+
+
+def _unsharded(config: TrainConfig) -> str:
+    """The part of a run that cannot be sharded, in words."""
+    if config.task.own_loss:
+        return f"not supported by --task {families.word(type(config.task))}"
+    if not config.objective.shards:
+        return "supported by --objective denoising only"
+    words = [families.word(type(a)) for a in config.additions if not a.shards]
+    return f"not supported by --additions {' '.join(words)}"
 
 
 def _teacher(path: Path, config: TrainConfig, pack: Pack, device: torch.device) -> Model:
