@@ -100,18 +100,31 @@ class PatchForcingLoss:
     def levels(self, draws: Draws, law: NoiseLaw, size: Size) -> Tensor:
         """Noise level of each pixel of crops of a size, constant on tokens: float32 [B, 1, *S]."""
         grid = tuple(-(-side // p) for side, p in zip(size, self.patch, strict=True))
-        sigma = token_levels(self.loss.levels(draws, law), draws, grid, self.spread)[:, None]
-        for axis, (side, p) in enumerate(zip(size, self.patch, strict=True), start=2):
-            sigma = sigma.repeat_interleave(p, dim=axis).narrow(axis, 0, side)
-        return sigma
+        levels = token_levels(self.loss.levels(draws, law), draws, grid, self.spread)
+        return on_pixels(levels, self.patch, size)
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
-        shape = tuple(batch.images.shape[1:])
-        sigma = self.levels(draws, batch.noise, shape[1:])
-        weight = self.loss.weighting(sigma)
-        estimate = estimated(denoiser, batch, draws.normal("noise", shape), sigma, weight)
-        error = weight * (estimate.denoised - batch.images).square()
-        return LossOut(per_sample=pixel_mean(error, batch.counted))
+        sigma = self.levels(draws, batch.noise, tuple(batch.images.shape[2:]))
+        return LossOut(per_sample=token_error(self.loss, denoiser, batch, draws, sigma))
+
+
+def on_pixels(levels: Tensor, patch: tuple[int, ...], size: Size) -> Tensor:
+    """Noise level of each pixel of images of a size from those of tokens [B, *grid]: [B, 1, *S]."""
+    sigma = levels[:, None]
+    for axis, (side, p) in enumerate(zip(size, patch, strict=True), start=2):
+        sigma = sigma.repeat_interleave(p, dim=axis).narrow(axis, 0, side)
+    return sigma
+
+
+def token_error(
+    loss: DenoisingLoss, denoiser: Denoiser, batch: Batch, draws: Draws, sigma: Tensor
+) -> Tensor:
+    """Weighted squared error of crops at a map of noise levels [B, 1, *S]: [B]."""
+    weight = loss.weighting(sigma)
+    noise = draws.normal("noise", tuple(batch.images.shape[1:]))
+    estimate = estimated(denoiser, batch, noise, sigma, weight)
+    error = weight * (estimate.denoised - batch.images).square()
+    return pixel_mean(error, batch.counted)
 
 
 def token_levels(least: Tensor, draws: Draws, grid: Size, spread: float) -> Tensor:
