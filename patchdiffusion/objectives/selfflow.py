@@ -140,7 +140,8 @@ class TwoLevels:
 
     def levels(self, draws: Draws, law: NoiseLaw) -> tuple[Tensor, Tensor]:
         """The level of most tokens, and that of the others: float32 [B] each, from one law."""
-        second = law.icdf(draws.stratified("second sigma")).to(torch.float32)
+        # Not stratified: the order of samples would make it a function of the first one.
+        second = law.icdf(draws.uniform("second sigma")).to(torch.float32)
         return self.loss.levels(draws, law), second
 
     def sigma(self, draws: Draws, law: NoiseLaw, size: Size) -> Tensor:

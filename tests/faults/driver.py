@@ -20,6 +20,7 @@ import torch
 from patchdiffusion import cli, recipes
 from patchdiffusion.nets import Network
 from patchdiffusion.nets.dit import DiTConfig
+from patchdiffusion.objectives import AdditionUnion
 from patchdiffusion.recipes.captions import with_captions
 from patchdiffusion.system import families
 from patchdiffusion.system.place import leave, place
@@ -47,6 +48,11 @@ def carry_out(spec: Mapping[str, Any]) -> int:
     if word := spec.get("captions"):
         config = with_captions(config, word)
     config = recipes.with_objective(config, spec.get("objective", "denoising"))
+    additions = (
+        decode(families.choose(AdditionUnion, word, "additions"), fields)
+        for word, fields in spec.get("additions", {}).items()
+    )
+    config = replace(config, additions=tuple(additions))
     task = families.choose(Task, spec.get("task", "denoiser"), "task")()
     config = tiny.change(replace(config, task=task), spec.get("config", {}))
 
