@@ -29,6 +29,7 @@ from patchdiffusion.objectives import AlignConfig, ConsistencyConfig
 from patchdiffusion.objectives.align import AlignLoss, factor_of
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.rng import Draws
+from patchdiffusion.train.report import read_log
 
 ENCODER = "mapped:brightness"
 
@@ -296,12 +297,16 @@ def test_projectors() -> None:
 
 
 def config(images: Path, **changes: object) -> TrainConfig:
-    addition = AlignConfig(encoder=(ENCODER,), **changes)  # pyright: ignore[reportArgumentType]
+    addition = replace(AlignConfig(encoder=(ENCODER,)), **changes)  # pyright: ignore[reportArgumentType]
     return replace(tiny.config(images, network=DIT), additions=(addition,))
 
 
 def test_an_interrupted_run_is_the_same_run(images: Path, tmp_path: Path) -> None:
-    straight = check_resumed(config(images), tmp_path)
+    both = config(
+        images, encoder=(ENCODER, ENCODER), pca=4, target_norm="spatial", projector="conv"
+    )
+    straight = check_resumed(both, tmp_path)
+    assert all(-1 <= r["scalars"]["align"] <= 1 for r in read_log(straight) if r["kind"] == "status")
     neutral = tiny.run(config(images, weight=0.0), tmp_path / "neutral")
     plain = tiny.run(replace(config(images), additions=()), tmp_path / "plain")
     assert tiny.weights(neutral) == tiny.weights(plain) != tiny.weights(straight)

@@ -86,11 +86,11 @@ class FeatureStore:
         """Pixels of a place along each axis."""
         return tuple(e / g for e, g in zip(self.extent, self.grid, strict=True))
 
-    def of(self, index: Tensor) -> Tensor:
-        """Features of images, int64 [B]: float16 [B, *G, D] on the device of the index."""
-        if self.values.numel() * 2 <= RESIDENT and self.values.device != index.device:
-            self.values = self.values.to(index.device)
-        return self.values[index.to(self.values.device)].to(index.device)
+    def of(self, index: Tensor, device: torch.device) -> Tensor:
+        """Features of images, int64 [B]: float16 [B, *G, D] on a device."""
+        if self.values.numel() * 2 <= RESIDENT and self.values.device != device:
+            self.values = self.values.to(device)
+        return self.values[index.to(self.values.device)].to(device)
 
     def crop(
         self, index: Tensor, box: Tensor, flip: Tensor, grid: Size, cell: Sequence[float]
@@ -101,7 +101,7 @@ class FeatureStore:
         their sides in pixels of the canvas. Interpolated linearly between the centers of the
         stored places, and constant beyond the outermost.
         """
-        values = self.of(index).float()
+        values, flip = self.of(index, box.device).float(), flip.to(box.device)
         n = len(self.canvas)
         for axis in range(n):
             steps = torch.arange(grid[axis], device=box.device, dtype=torch.float64) + 0.5

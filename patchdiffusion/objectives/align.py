@@ -231,9 +231,7 @@ class AlignLoss:
         """The term of one encoder, for features [B, D, *G] at the tap: float32 [B]."""
         p = enlarged(target.projector(h), target.factor)
         cell = [c / target.factor * batch.pitch for c in self.tap.cell]
-        y = target.store.crop(
-            batch.index.to(p.device), batch.box, batch.flip.to(p.device), p.shape[2:], cell
-        )
+        y = target.store.crop(batch.index, batch.box, batch.flip, tuple(p.shape[2:]), cell)
         with torch.autocast(p.device.type, enabled=False):
             y, p = (F.normalize(x.float().flatten(2), dim=1) for x in (y, p))  # [B, D, places]
             loss = -(y * p).sum(1).mean(1)
