@@ -95,6 +95,11 @@ def main(arguments: Sequence[str]) -> None:
         )
         return
     with join() as team:  # which gives each process a device of its own
+        if team.size > 1 and config.sampler.splits:
+            raise ValueError(
+                "guidance.split and canvas.split are for sample: evaluate gives every process "
+                "images of its own"
+            )
         pipeline = _model(path, options, device)
         if pipeline is None and options.data is None:
             raise ValueError(

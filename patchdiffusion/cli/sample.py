@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from patchdiffusion.accel.base import Spent
-from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.cli.claimed import check_out, claimed, resumable
 from patchdiffusion.cli.drawn import Drawn, batches, check_space
 from patchdiffusion.cli.flags import flat, positional, read
@@ -127,8 +126,7 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
     Returns the operations of all processes, as far as they are counted.
     """
     missing = team.on_main(drawn.missing)
-    canvas = options.sampler.canvas
-    together = isinstance(canvas, Tiles) and canvas.split
+    together = options.sampler.splits
     own = Team() if together else team  # the processes that have batches of their own
     size = min(options.batch, -(-len(missing) // own.size) or 1)
     parts = batches(missing, size)

@@ -13,6 +13,8 @@ from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.guidance.extrapolate import Extrapolation, Strength
 from patchdiffusion.guidance.interval import Interval
 from patchdiffusion.guidance.published import INTERVALS
+from patchdiffusion.system.dist import Team
+from patchdiffusion.system.place import place
 
 
 class CFG(Wrapper):
@@ -33,13 +35,16 @@ class CFG(Wrapper):
         channels: int | None = None,
         drops: tuple[str, ...] = CONDITIONS,
         negative: Cond | None = None,
+        team: Team | None = None,
     ):
         """Guide where interval[0] < sigma <= interval[1]; elsewhere it is D_cond.
 
         There, a level that is a number (as in solvers) costs one evaluation. `rescale` and
         `channels` are those of `Extrapolation`; published DiT models guide 3 of 4 channels.
         `drops` names the fields of the condition that D_null lacks; those that `negative`, of
-        batch 1, gives have its values instead, for all samples.
+        batch 1, gives have its values instead, for all samples. Of a team of two processes, which
+        work on the same images, rank 0 evaluates D_cond and rank 1 D_null: equal to the two passes
+        of one process. Raises `ValueError` for a larger team.
         """
         super().__init__(denoiser)
         if sum(isinstance(part, CFG) for part in self.walk()) > 1:
@@ -48,6 +53,12 @@ class CFG(Wrapper):
         self.interval = Interval.of(interval)
         self.drops = drops
         self.negative = negative
+        self.team = team or Team()
+        if self.team.size > 2:
+            raise ValueError(
+                "guidance.split divides the conditional and the unconditional half among 2 "
+                f"processes, not {self.team.size}: torchrun --nproc-per-node 2"
+            )
 
     @property
     def edges(self) -> tuple[float, ...]:
@@ -65,19 +76,40 @@ class CFG(Wrapper):
             )
         if self.interval.excludes(sigma):
             return ask(self.inner[0], x, sigma, cond, call)
+        halves = self._divided if self.team.size == 2 else self._together
+        conditional, unconditional = halves(x, sigma, cond, call)
+        guided = self.extrapolate(conditional, unconditional)
+        return self.interval.choose(sigma, guided, conditional)
+
+    def _together(
+        self, x: Tensor, sigma: Tensor | float, cond: Cond, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """D_cond and D_null in one batch."""
         both = ask(
             self.inner[0],
             torch.cat([x, x]),
             torch.cat([sigma, sigma]) if isinstance(sigma, Tensor) and sigma.ndim else sigma,
-            self._both(cond, x),
+            Cond.cat(*self._both(cond, x)),
             _twice(call),
         )
         conditional, unconditional = both.chunk(2)
-        guided = self.extrapolate(conditional, unconditional)
-        return self.interval.choose(sigma, guided, conditional)
+        return conditional, unconditional
 
-    def _both(self, cond: Cond, x: Tensor) -> Cond:
-        """The condition of D_cond, then that of D_null, in one batch."""
+    def _divided(
+        self, x: Tensor, sigma: Tensor | float, cond: Cond, call: Call
+    ) -> tuple[Tensor, Tensor]:
+        """D_cond by rank 0 and D_null by rank 1."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("halves of guidance on two processes have no gradient; do not split")
+        rank = self.team.place.rank
+        one = ask(self.inner[0], x, sigma, self._both(cond, x)[rank], call.within("cfg").untaped())
+        both = one.new_zeros(2, *one.shape)
+        both[rank] = one
+        conditional, unconditional = self.team.all_reduce(both)
+        return conditional, unconditional
+
+    def _both(self, cond: Cond, x: Tensor) -> tuple[Cond, Cond]:
+        """The condition of D_cond and that of D_null."""
         null = cond.without(*self.drops)
         if self.negative is not None:
             one = self.negative.to(x.device)
@@ -86,7 +118,7 @@ class CFG(Wrapper):
             absent = {name: getattr(none, name) for name in given if not cond.gives(name)}
             cond = replace(cond, **{name: _for_all(v, x) for name, v in absent.items()})
             null = replace(null, **{name: _for_all(v, x) for name, v in given.items()})
-        return cond.cat(null)
+        return cond, null
 
 
 def _for_all(value: Tensor, x: Tensor) -> Tensor:
@@ -124,6 +156,9 @@ class ClassifierFree(Strength):
 
     negative: str = ""
     """Text to lead away from (negative prompt), for models of captions; empty is no text."""
+    split: bool = False
+    """Evaluate the conditional half on one process and the other one on a second one of torchrun,
+    which work on the same images."""
 
     def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
         """Raises `ValueError` for a model without classes, or never trained without its own."""
@@ -138,4 +173,5 @@ class ClassifierFree(Strength):
             channels=self.channels,
             drops=tuple(dict.fromkeys((*CONDITIONS, *around.models.drops()))),
             negative=around.models.prompt(self.negative) if self.negative else None,
+            team=Team(place()) if self.split else None,
         )

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from patchdiffusion.accel import Accelerator, NoAccelerator
+from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.data.space import Space
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper
 from patchdiffusion.flowmap import FlowMap
@@ -94,6 +95,8 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         finite(self)
         positive(self, "temperature")
+        if self._splits_canvas and self._splits_guidance:
+            raise ValueError("canvas.split and guidance.split exclude each other: give one of them")
         self._levels(for_size(self.schedule, 4096))  # raises for impossible values
 
     @property
@@ -203,6 +206,19 @@ class SamplerConfig:
         """The solver of a resolved configuration."""
         assert not isinstance(self.solver, AutoSolver)
         return self.solver
+
+    @property
+    def splits(self) -> bool:
+        """True if the processes of torchrun divide each image, and not the images."""
+        return self._splits_canvas or self._splits_guidance
+
+    @property
+    def _splits_canvas(self) -> bool:
+        return isinstance(self.canvas, Tiles) and self.canvas.split
+
+    @property
+    def _splits_guidance(self) -> bool:
+        return isinstance(self.guidance, ClassifierFree) and self.guidance.split
 
     @property
     def evaluations(self) -> int:
