@@ -2,6 +2,7 @@
 
     python benchmarks/alignment.py                    # an encoder, then all methods, two seeds each
     python benchmarks/alignment.py --methods none align --seeds 0 --images 20000
+    python benchmarks/alignment.py --show ENCODER     # only a picture of features under crops
 
 Trains a classifier as encoder, then the same small transformer under each method, one process
 after the other. The probe is a linear classifier (ridge regression on one-hot labels) of the mean
@@ -27,9 +28,13 @@ from patchdiffusion.cli.train import chosen
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.data.prepare import prepare
+from patchdiffusion.data.whole import WholeImages
+from patchdiffusion.encoders.featurestore import FeatureStore, components
+from patchdiffusion.encoders.maps import EncoderOptions, map_encoder
 from patchdiffusion.model import load_model
 from patchdiffusion.nets.tapmaps import as_map
 from patchdiffusion.system.files import write_json
+from patchdiffusion.system.png import enlarge, grid, save_png
 from patchdiffusion.train.loop import train
 from patchdiffusion.train.report import read_log
 
@@ -41,6 +46,7 @@ ENCODER += " --network.num-classes 0 --patches stratified --patches.fractions 1.
 STUDENT = "--network dit --network.patch 2 2 --network.width 64 --network.depth 6 --optim.lr 1e-3"
 STUDENT += " --network.num-classes 0 --patches stratified --patches.fractions 1 0.5"
 STUDENT += " --patches.probs 0.5 0.5"
+PICTURE = Path(__file__).parents[1] / "docs" / "alignment.png"
 METHODS = {
     "none": "",
     "align": "--additions align --additions.align.encoder ENCODER",
@@ -108,6 +114,37 @@ def facts_of(records: list[Any]) -> dict[str, Any]:
     return facts
 
 
+def show(run: Path, picture: Path) -> None:
+    """Draw images, the features of an encoder, and what crops are told of them, as colors."""
+    images = WholeImages(prepare("glyphs", resolution=16))
+    encoder = map_encoder(str(run), images, EncoderOptions(layer="enc.1.0"), model=load_model)
+    index = torch.arange(6) * len(images) // 6 + 40
+    maps = encoder(index)
+    flat = maps.flatten(0, -2).double()
+    flat = flat - flat.mean(0)
+    colors = (flat @ components(flat.T @ flat, 3)).unflatten(0, maps.shape[:-1])
+    low, high = colors.flatten(0, 2).quantile(torch.tensor([0.02, 0.98]).double(), dim=0)
+    colors = ((colors - low) / (high - low)).clamp(0, 1)
+    store = FeatureStore(colors.half(), images.canvas, encoder.extent)
+    whole = images.pictures(index).expand(-1, -1, -1, 3)
+    rows = [whole, _large(colors)]
+    for flip in (False, True):  # the upper left quarter of the image, and of the mirrored one
+        seen = whole.flip(2) if flip else whole
+        crop = seen[:, 1:9, 2:10]
+        box = torch.tensor([1, 2, 8, 8]).expand(len(index), -1)
+        flips = torch.full((len(index),), flip)
+        part = store.crop(torch.arange(len(index)), box, flips, (4, 4), (2, 2)).movedim(1, -1)
+        rows += [crop.repeat_interleave(2, 1).repeat_interleave(2, 2), _large(part)]
+    save_png(picture, enlarge(grid(torch.cat(rows).numpy(), columns=len(index)), 600))
+
+
+def _large(colors: Tensor) -> Tensor:
+    """Colors of places in [0, 1], [N, h, w, 3], as pictures of 16 x 16."""
+    factor = 16 // colors.shape[1]
+    large = colors.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    return (large * 255).round().to(torch.uint8)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -118,7 +155,10 @@ def main() -> None:
     parser.add_argument("--encoder", type=int, default=30_000, help="length of the encoder's run")
     parser.add_argument("--work", type=Path, default=Path("runs/alignment"))
     parser.add_argument("--out", type=Path, default=RESULT, help="file of the results")
+    parser.add_argument("--show", type=Path, help="run of a classifier: only draw its features")
     options = parser.parse_args()
+    if options.show:
+        return show(options.show, PICTURE)
     pack = prepare("glyphs", options.work / "glyphs", resolution=16, holdout=0.0966)
     facts = json.loads(options.out.read_text()) if options.out.exists() else {}
     encoder = options.work / f"encoder-{options.encoder}"
