@@ -3,6 +3,7 @@
     python benchmarks/alignment.py                    # an encoder, then all methods, two seeds each
     python benchmarks/alignment.py --methods none align --seeds 0 --images 20000
     python benchmarks/alignment.py --show ENCODER     # only a picture of features under crops
+    python benchmarks/alignment.py --table            # only the results so far
 
 Trains a classifier as encoder, then the same small transformer under each method, one process
 after the other. The probe is a linear classifier (ridge regression on one-hot labels) of the mean
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -114,6 +116,29 @@ def facts_of(records: list[Any]) -> dict[str, Any]:
     return facts
 
 
+def table(facts: dict[str, Any]) -> str:
+    """Results as a table: means over seeds, and differences from runs without a term."""
+    lines = ["| method | seeds | held-out loss | best probe | probe at blocks.1 | operations |"]
+    lines.append("|---|---|---|---|---|---|")
+    plain = facts["runs"]["none"]
+    for method, runs in facts["runs"].items():
+        both = [seed for seed in runs if seed in plain]
+
+        def mean(read: Callable[[Any], float], of: dict[str, Any], both: list[str] = both) -> float:
+            return sum(read(of[seed]) for seed in both) / max(len(both), 1)
+
+        loss, before = (mean(lambda r: r["held_out"]["loss"], of) for of in (runs, plain))
+        best, best_before = (mean(lambda r: max(r["probe"].values()), of) for of in (runs, plain))
+        first, first_before = (mean(lambda r: r["probe"]["blocks.1"], of) for of in (runs, plain))
+        cost, cost_before = (mean(lambda r: r["tflop"], of) for of in (runs, plain))
+        lines.append(
+            f"| {method} | {len(both)} | {loss:.4f} ({loss / before - 1:+.1%}) | "
+            f"{best:.1%} ({100 * (best - best_before):+.1f}) | "
+            f"{first:.1%} ({100 * (first - first_before):+.1f}) | {cost / cost_before:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def show(run: Path, picture: Path) -> None:
     """Draw images, the features of an encoder, and what crops are told of them, as colors."""
     images = WholeImages(prepare("glyphs", resolution=16))
@@ -156,7 +181,10 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/alignment"))
     parser.add_argument("--out", type=Path, default=RESULT, help="file of the results")
     parser.add_argument("--show", type=Path, help="run of a classifier: only draw its features")
+    parser.add_argument("--table", action="store_true", help="only print the results")
     options = parser.parse_args()
+    if options.table:
+        return print(table(json.loads(options.out.read_text())))
     if options.show:
         return show(options.show, PICTURE)
     pack = prepare("glyphs", options.work / "glyphs", resolution=16, holdout=0.0966)
