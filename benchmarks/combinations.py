@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 
 from patchdiffusion import RunConfig
 from patchdiffusion.cli.train import chosen
@@ -38,8 +40,10 @@ NETWORKS = {
     "lego": "--network.regions 8 0 --network.patches 4 4 --network.depths 1 1 "
     "--network.width 16 --network.heads 2",
 }
-NEEDS = {"patch-forcing": "dit", "bricks": "lego"}
+NEEDS = {"patch-forcing": "dit", "self-flow": "dit", "bricks": "lego"}
 """Networks without which an objective trains nothing."""
+FURTHER = {"align": "--additions.align.encoder combinations:Cells"}
+"""Flags without which a part is incomplete."""
 SWITCHES = {
     "perturb": "--network.perturb uniform",
     "self-condition": "--network.self-condition features",
@@ -75,7 +79,8 @@ def parts() -> dict[str, list[Part]]:
             for word in families.words(family)
         ]
     found["additions"] = [
-        Part("additions", word, f"--additions {word}") for word in families.words(AdditionUnion)
+        Part("additions", word, f"--additions {word} {FURTHER.get(word, '')}")
+        for word in families.words(AdditionUnion)
     ]
     found["switch"] = [Part("switch", word, flags) for word, flags in SWITCHES.items()]
     return found
@@ -86,6 +91,13 @@ def pairs() -> Iterator[tuple[Part, Part]]:
     for (name, one), (other_name, other) in itertools.combinations(parts().items(), 2):
         assert name != other_name
         yield from itertools.product(one, other)
+
+
+class Cells:
+    """Mean colors of 4 x 4 pixels, an encoder to align to: uint8 [B, 3, H, W] -> [B, 3, h, w]."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(images.float() / 255, 4)
 
 
 def write_images(folder: Path, count: int = 40, side: int = 16) -> Path:
