@@ -1,6 +1,7 @@
 """Canvases in windows of the size of training, and the seams that fixed windows leave."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -12,14 +13,8 @@ from oracles import Oracle
 from torch import Tensor
 
 from patchdiffusion import Cond, SamplerConfig, sample
-from patchdiffusion.accel.tiles import (
-    Coordinates,
-    TiledDenoiser,
-    Tiles,
-    shifted_starts,
-    starts,
-    window_coordinates,
-)
+from patchdiffusion.accel.tiles import TiledDenoiser, Tiles
+from patchdiffusion.accel.windows import Coordinates, shifted_starts, starts, window_coordinates
 from patchdiffusion.analytic import GaussianField
 from patchdiffusion.cond import Call, Position
 from patchdiffusion.data.decode import decoded
@@ -27,6 +22,7 @@ from patchdiffusion.denoiser import Denoiser, PatchDenoiser
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.metrics.seams import seam_ratio
 from patchdiffusion.paths import per_sample
+from patchdiffusion.plans import Stratified
 from patchdiffusion.solvers import Heun
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.place import Place
@@ -121,6 +117,32 @@ def test_a_denoiser_of_pixels_has_no_windows(overlap: float, shift: bool) -> Non
     tiled = TiledDenoiser(oracle, CANVAS, kind="pitch", overlap=overlap, shift=shift)
     got = tiled(x, sigma, position=at(2, 4, 5, 6).position)
     torch.testing.assert_close(got, PatchDenoiser(oracle, CANVAS)(x, sigma))
+
+
+def test_windows_smaller_than_the_images_of_training() -> None:
+    """They are told their place on the canvas of training; a field is denoised in blocks."""
+    oracle = Oracle(lambda x, s, c: x / (1 + per_sample(s, x)) + placed(c))
+    x, position = drawn(2, 2, 9, 20), at(2, 4, 5).position
+    for overlap in (0.0, 0.5):
+        canvas = Tiles(window=CANVAS, overlap=overlap)
+        tiled = canvas.tiled(oracle, (9, 20))
+        assert tiled.kind == "pitch" and canvas.place((9, 20))[0] == (9, 20)
+        expected = PatchDenoiser(oracle, (9, 20))(x, 0.3)
+        torch.testing.assert_close(tiled(x, 0.3, position=position), expected)
+    field = GaussianField((8, 12))
+    blocks = Tiles(window=(4, 6), shift=False).tiled(field.crop((4, 6)), (8, 12))
+    x = drawn(2, 1, 8, 12)
+    rows = [[field.crop((4, 6))(b, 0.3) for b in row.split(6, 3)] for row in x.split(4, 2)]
+    expected = torch.cat([torch.cat(row, 3) for row in rows], 2)
+    torch.testing.assert_close(blocks(x, 0.3), expected)
+    assert Tiles(window=(4,), wraps="x").tiled(field, (8, 12)).kind == "periodic"
+    assert Tiles(window=(8, 12)).tiled(field, (8, 12)).kind == "window"
+    with refuses("8x14", "8x12"):
+        Tiles(window=(8, 14)).place((8, 12))
+    with refuses("4x6", "4x5"):
+        Tiles(size=(4, 5), window=(4, 6)).place((8, 12))
+    with refuses("window", "0"):
+        Tiles(window=(0,))
 
 
 def test_windows_that_are_moved_inside_leave_no_fixed_border() -> None:
@@ -266,6 +288,25 @@ def test_a_wide_picture(finished: Path, tmp_path: Path, capsys: Capture) -> None
         TiledDenoiser(Oracle(lambda x, s, c: x), CANVAS, overlap=1.5)
     with refuses("4x6", "3x6"):
         TiledDenoiser(Oracle(lambda x, s, c: x), CANVAS)(drawn(1, 1, 3, 6), 1.0)
+
+
+def test_a_model_of_crops_alone(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Never shown a whole image, it samples, edits and restores whole ones in windows."""
+    law = Stratified(fractions=(0.5,), probs=(1.0,))
+    run = tiny.run(replace(tiny.config(images), patches=law), tmp_path / "run")
+    windows = ["--canvas", "tiles", "--canvas.window", 8, "--canvas.overlap", 0.25, "--steps", 2]
+    works(capsys, "sample", run, *windows, "--count", 2, "--out", tmp_path / "out")
+    (file, _) = sorted((tmp_path / "out").glob("seed-*.png"))
+    assert decoded(file.read_bytes(), file.name).image.shape == (16, 16, 3)
+    settings = ["--features.extractor", "none", "--held-out", 0, "--samples", 2]
+    out = works(capsys, "evaluate", run, *settings, *windows)
+    assert "windows of 8x8 every 6x6" in out
+    works(capsys, "edit", "local", run, file, *windows, "--out", tmp_path / "edited")
+    works(capsys, "restore", run, file, "--simulate", *windows, "--out", tmp_path / "restored")
+    for folder in ("edited", "restored"):
+        assert any((tmp_path / folder).rglob("*.png"))
+    told = fails(capsys, "sample", run, "--canvas", "tiles", "--canvas.window", 24)
+    assert names(told, "24x24", "16x16", "canvas.window")
 
 
 # ---- Images that go on at their opposite border ----

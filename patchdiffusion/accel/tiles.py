@@ -15,65 +15,25 @@ import torch
 from torch import Tensor
 
 from patchdiffusion import rng
+from patchdiffusion.accel.windows import Coordinates, shifted_starts, starts, window_coordinates
 from patchdiffusion.cond import Call, Cond
 from patchdiffusion.denoiser import Denoiser, Wrapper, ask
 from patchdiffusion.guidance.base import Surroundings
-from patchdiffusion.patches import Size, coordinates, pixel_indices, size_name
+from patchdiffusion.patches import Size, pixel_indices, size_name
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.place import place
 
 AT_ONCE = 64
 """Windows that are evaluated together, unless a batch has more images."""
 
-Coordinates = Literal["window", "pitch", "clamp", "periodic", "whole"]
-
-
-def starts(side: int, window: int, stride: int) -> Tensor:
-    """Evenly spaced starts of windows that cover an axis, at most `stride` apart: int64 [T]."""
-    count = math.ceil((side - window) / stride) + 1
-    return torch.arange(count) * (side - window) // max(count - 1, 1)
-
-
-def shifted_starts(side: int, window: int, stride: int, offset: Tensor) -> Tensor:
-    """Starts of windows `stride` apart from offsets in [0, stride): int64 [B] -> [B, T].
-
-    The first ones may lie before the axis and the last ones reach over its end, or lie behind it.
-    """
-    if side == window:
-        return torch.zeros_like(offset)[:, None]
-    count = math.ceil((side - window) / stride) + 2
-    first = offset[:, None] - stride
-    return first + torch.arange(count, device=offset.device) * stride
-
-
-def window_coordinates(
-    kind: Coordinates, corner: Tensor, window: Size, canvas: Size, size: Size
-) -> Tensor:
-    """Coordinates of windows with these corners [B, n]: float32 [B, n, *window].
-
-    `canvas` is the size of training, and `size` that of the image. window: as if each were a whole
-    image; pitch: that of training, beyond [-1, 1]; clamp: the same, within; periodic: the canvas of
-    training repeated; whole: [-1, 1] over the image.
-    """
-    if kind == "window":
-        return coordinates(torch.zeros_like(corner), window, window)
-    if kind == "whole":
-        return coordinates(corner, window, size)
-    if kind == "periodic":
-        table = coordinates(torch.zeros_like(corner[:1]), canvas, canvas)[0]  # [n, *canvas]
-        index = (i % side for i, side in zip(pixel_indices(corner, window), canvas, strict=True))
-        return table[(slice(None), *index)].movedim(0, 1)
-    pos = coordinates(corner, window, canvas)
-    return pos.clamp(-1, 1) if kind == "clamp" else pos
-
 
 class TiledDenoiser(Wrapper):
-    """A denoiser of images larger than the canvas of training, by windows of that size.
+    """A denoiser of images in windows of the size of training, or smaller ones.
 
     Pixels in several windows get the mean of their estimates, weighted towards the middle of a
     window if these overlap by plan. With `shift` the windows lie elsewhere in every step of a
     solver, as a function of the step and of the seed of each image. Along the axes in `wrap`
-    windows go on at the opposite border. An image of the size of the canvas is denoised as it is,
+    windows go on at the opposite border. An image of the size of a window is denoised as it is,
     unless it wraps. Raises `ValueError` for a smaller one.
 
     Memory beside the image and two copies of it is that of `AT_ONCE` windows. The processes of a
@@ -85,13 +45,14 @@ class TiledDenoiser(Wrapper):
         denoiser: Denoiser,
         canvas: Size,
         *,
+        window: Size | None = None,
         overlap: float = 0.0,
         shift: bool = True,
         kind: Coordinates = "window",
         wrap: Collection[int] = (),
         team: Team | None = None,
     ):
-        """`overlap` is the share of a window that the next one covers, in [0, 1)."""
+        """`window` None is the canvas; `overlap` in [0, 1) is the share of one in the next."""
         if not 0 <= overlap < 1:
             raise ValueError(f"the overlap of windows must lie in [0, 1), not {overlap}")
         super().__init__(denoiser)
@@ -102,7 +63,8 @@ class TiledDenoiser(Wrapper):
                 "--accelerator none"
             )
         self.canvas = canvas
-        self.strides = tuple(max(1, round(side * (1 - overlap))) for side in canvas)
+        self.window = window or canvas
+        self.strides = tuple(max(1, round(side * (1 - overlap))) for side in self.window)
         self.overlap = overlap
         self.shift = shift
         self.kind: Coordinates = kind
@@ -117,7 +79,7 @@ class TiledDenoiser(Wrapper):
         key = None if position is None else rng.keys(0, "tiles", position.index, seeds.to(device))
         axes = []
         for axis, (side, window, stride) in enumerate(
-            zip(size, self.canvas, self.strides, strict=True)
+            zip(size, self.window, self.strides, strict=True)
         ):
             offset = None if key is None else rng.integers(rng.subkeys(key, f"axis {axis}"), stride)
             if axis in self.wrap:
@@ -137,7 +99,7 @@ class TiledDenoiser(Wrapper):
 
     def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
         size, count = tuple(x.shape[2:]), len(x)
-        _check_size(size, self.canvas)
+        _check_size(size, self.window)
         place = self.places(size, count, call, x.device)
         corner = self._inside(place, size)
         flat, moved = (
@@ -150,7 +112,7 @@ class TiledDenoiser(Wrapper):
         for number, part in enumerate(parts):
             if number % self.team.size != self.team.place.rank:
                 continue
-            windows = Windows(part % count, flat[part], self.canvas, size)
+            windows = Windows(part % count, flat[part], self.window, size)
             denoised = ask(
                 self.inner[0],
                 windows.cut(x),
@@ -159,7 +121,7 @@ class TiledDenoiser(Wrapper):
                 _of_windows(call, windows.image, number),
             )
             if corner.shape[1] == 1 and not self.wrap:
-                return denoised  # the canvas of training, and no weights that round
+                return denoised  # one window, and no weights that round
             self._add(denoised, windows, moved[part], total, norm)
         total, norm = self.team.all_reduce(total), self.team.all_reduce(norm)
         return (total / norm).movedim(-1, 1)
@@ -168,13 +130,13 @@ class TiledDenoiser(Wrapper):
         """First pixels of windows that are moved to lie inside the image, or go around it."""
         axes = [
             place[..., axis] if axis in self.wrap else place[..., axis].clamp(0, side - window)
-            for axis, (side, window) in enumerate(zip(size, self.canvas, strict=True))
+            for axis, (side, window) in enumerate(zip(size, self.window, strict=True))
         ]
         return torch.stack(axes, -1)
 
     def _condition(self, cond: Cond, windows: "Windows") -> Cond:
         """The condition of each window; a map of the size of the image is cut as it is."""
-        pos = window_coordinates(self.kind, windows.corner, self.canvas, self.canvas, windows.size)
+        pos = window_coordinates(self.kind, windows.corner, self.window, self.canvas, windows.size)
         image, pos = cond.image, pos.to(windows.corner.device)
         cut = image is not None and tuple(image.shape[2:]) == windows.size
         taken = replace(cond, pos=None, image=None if cut else image).take(windows.image)
@@ -198,14 +160,14 @@ class TiledDenoiser(Wrapper):
             norm[index] += weight[some]
 
     def _weight(self, moved: Tensor, dtype: torch.dtype) -> Tensor:
-        """Weight of each pixel of windows that were moved inside by [B, n]: [B, *canvas].
+        """Weight of each pixel of windows that were moved inside by [B, n]: [B, *window].
 
         1 where a window lies without that, or with overlap the product over axes of the square of
         the distance to its border; else 0. Estimates near a border are worst: on a Gaussian field
         the square leaves a half to a fifth of the error of the distance itself, the cube no less.
         """
-        weight = torch.ones(len(moved), *(1 for _ in self.canvas), dtype=dtype, device=moved.device)
-        for pixel, side in zip(pixel_indices(moved, self.canvas), self.canvas, strict=True):
+        weight = torch.ones(len(moved), *(1 for _ in self.window), dtype=dtype, device=moved.device)
+        for pixel, side in zip(pixel_indices(moved, self.window), self.window, strict=True):
             inside = torch.minimum(pixel + 0.5, side - pixel - 0.5).clamp(min=0).to(dtype)
             weight = weight * (inside.square() if self.overlap else (inside > 0).to(dtype))
         return weight
@@ -269,6 +231,9 @@ class Tiles:
 
     size: tuple[int, ...] | None = None
     """Height and width, or one number for a square; None is the size of training."""
+    window: tuple[int, ...] | None = None
+    """Height and width of windows, or one number for a square; None is the size of training. That
+    of the crops for a model that never saw a whole image."""
     shift: bool = True
     """Place the windows elsewhere in every step, by the seed, so that their borders leave no
     seams."""
@@ -279,16 +244,20 @@ class Tiles:
     that tile."""
     split: bool = False
     """Divide the windows of each image among the processes of torchrun, not the images."""
-    coordinates: Coordinates = "window"
+    coordinates: Literal["auto", "window", "pitch", "clamp", "periodic", "whole"] = "auto"
     """window: each window is a whole image; pitch: coordinates go on as in training; clamp: the
-    same, but end at the border; periodic: they repeat; whole: they are stretched over the image."""
+    same, but end at the border; periodic: they repeat; whole: they are stretched over the image.
+    auto: window, or for windows smaller than the images of training pitch, if these wrap periodic.
+    """
 
     def __post_init__(self) -> None:
-        if self.size is not None and (not self.size or min(self.size) < 1):
-            raise ValueError(f"a size needs positive height and width, not {self.size}")
+        for name in ("size", "window"):
+            value = getattr(self, name)
+            if value is not None and (not value or min(value) < 1):
+                raise ValueError(f"a {name} needs positive height and width, not {value}")
         if not 0 <= self.overlap < 1:
             raise ValueError(f"overlap must lie in [0, 1), not {self.overlap}")
-        if self.wraps != "none" and self.coordinates not in ("window", "periodic"):
+        if self.wraps != "none" and self.coordinates in ("pitch", "clamp", "whole"):
             raise ValueError(
                 f"coordinates {self.coordinates} end at the borders, where windows that wrap go "
                 "on; allowed are window and periodic"
@@ -297,23 +266,43 @@ class Tiles:
     def place(self, canvas: Size) -> tuple[Size, tuple[int, ...]]:
         """Size of the samples, and the position of their first pixel on the canvas.
 
-        Raises `ValueError` for a size below that of training.
+        Raises `ValueError` for a size below that of a window, and a window above that of training.
         """
-        size = self.size or canvas
-        if len(size) == 1:
-            size *= len(canvas)
-        if len(size) != len(canvas):
-            raise ValueError(f"the size of a canvas needs {len(canvas)} numbers, not {size}")
-        _check_size(size, canvas)
+        size, window = (_sides(side, canvas) for side in (self.size, self.window))
+        if any(a > b for a, b in zip(window, canvas, strict=True)):
+            raise ValueError(
+                f"windows of {size_name(window)} are larger than the images of training, "
+                f"{size_name(canvas)}; canvas.window must be at most that"
+            )
+        _check_size(size, window)
         return size, (0,) * len(canvas)
 
-    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+    def tiled(self, denoiser: Denoiser, canvas: Size) -> TiledDenoiser:
+        """The denoiser in windows, for a canvas of training."""
+        window, kind = _sides(self.window, canvas), self.coordinates
+        if kind == "auto":
+            parts = "pitch" if self.wraps == "none" else "periodic"
+            kind = "window" if window == canvas else parts
         return TiledDenoiser(
             denoiser,
-            around.canvas,
+            canvas,
+            window=window,
             overlap=self.overlap,
             shift=self.shift,
-            kind=self.coordinates,
-            wrap=[len(around.canvas) - 1 - i for i, c in enumerate("xy") if c in self.wraps],
+            kind=kind,
+            wrap=[len(canvas) - 1 - i for i, c in enumerate("xy") if c in self.wraps],
             team=Team(place()) if self.split else None,
         )
+
+    def wrap(self, denoiser: Denoiser, around: Surroundings) -> Denoiser:
+        return self.tiled(denoiser, around.canvas)
+
+
+def _sides(given: tuple[int, ...] | None, canvas: Size) -> Size:
+    """Length of each axis: those of training, one for all, or each."""
+    size = given or canvas
+    if len(size) == 1:
+        size *= len(canvas)
+    if len(size) != len(canvas):
+        raise ValueError(f"the size of a canvas needs {len(canvas)} numbers, not {size}")
+    return size

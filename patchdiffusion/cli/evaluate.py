@@ -35,15 +35,16 @@ class EvaluateArguments:
     For an autoencoder: PSNR, SSIM, distances (rFID) of reconstructions, statistics of latents.
     For another model: loss on held-out images, bits per dimension (--bits.images), and a comparison
     of samples with real images (Frechet, kernel and sliced distance, precision, recall, density,
-    coverage, copies). Measures that are not possible are listed, with the reason. The quick
-    default shows a trend; --full is the protocol of publications. The same command resumes one that
-    was interrupted, to the same numbers. Also under torchrun.
+    coverage, copies); of larger images than those of training (--size 128) the seams of windows.
+    Measures that are not possible are listed, with the reason. The quick default shows a trend;
+    --full is the protocol of publications. The same command resumes one that was interrupted, to
+    the same numbers. Also under torchrun.
     """
 
     example: ClassVar[str] = "patchdiffusion evaluate runs/photos --full"
     common: ClassVar[str] = (
         "full samples held-out data resolution features.extractor features.weights bits.images "
-        "steps solver guidance weights seed batch save device threads"
+        "steps solver guidance canvas weights seed batch save device threads"
     )
 
     path: Path = field(default=Path(), metadata=positional("RUN"))

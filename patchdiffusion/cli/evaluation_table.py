@@ -16,6 +16,7 @@ ROWS = {
     "density": "density",
     "coverage": "coverage",
     "copy_rate": "copies",
+    "seam_ratio": "seam ratio",
 }
 
 
@@ -42,6 +43,8 @@ def table(result: dict[str, Any]) -> list[str]:
             spread = result.get(f"{name}_std")
             error = "" if not spread else f" +- {spread:.3g}"
             lines.append(f"{label:<28}{result[name]:.4g}{error}")
+    if seams := result.get("seams"):
+        lines.append(_about_seams(seams, card))
     if "extractor" in card:
         facts = ", ".join(str(v) for v in card["extractor"].values())
         height, width, _ = card["data"]["size"]
@@ -61,6 +64,21 @@ def table(result: dict[str, Any]) -> list[str]:
         )
     lines += [f"not measured: {name} ({why})" for name, why in result["left_out"].items()]
     return lines
+
+
+def _about_seams(seams: dict[str, Any], card: dict[str, Any]) -> str:
+    """Line about the windows between which steps were measured."""
+    windows = card["seams"]
+    place = "in one place"
+    if windows["moving"]:
+        place = f"elsewhere in each step, farthest from 1 of {seams['steps']} at noise level "
+        place += f"{seams['sigma']:.3g}"
+    each = ", ".join(f"{axis} {ratio:.3f}" for axis, ratio in seams["axes"].items())
+    ends = "".join(f", ends of {axis} {ratio:.3f}" for axis, ratio in seams.get("ends", {}).items())
+    return (
+        f"at windows of {windows['windows']} every {windows['apart']} ({place}), 1 is no seam: "
+        f"{each}{ends}; {card['samples']:,} samples"
+    )
 
 
 def _error(measured: dict[str, Any]) -> str:

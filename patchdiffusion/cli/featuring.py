@@ -15,7 +15,8 @@ class FeatureArguments:
     """Feature extractor for the comparison of images."""
 
     extractor: str = "inception"
-    """inception, inception-legacy, dinov2 or module:callable; none measures the loss only."""
+    """inception, inception-legacy, dinov2 or module:callable; none measures the loss only, and the
+    seams of larger images."""
     weights: Path | None = None
     """File or folder of the weights; None downloads published ones once."""
 

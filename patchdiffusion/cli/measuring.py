@@ -25,7 +25,7 @@ _KINDS = {
     "losses": ("losses",),
     "likelihoods": ("likelihoods",),
     "real images": ("real",),
-    "samples": ("samples/features", "samples/images", "samples/copies"),
+    "samples": ("samples/features", "samples/images", "samples/copies", "samples/seams"),
 }
 """Results that are kept of an evaluation, and the folders of their parts."""
 

@@ -45,6 +45,8 @@ def present(
     if "canvas" in known and short:
         kind = "tiles" if "wrap" in short else "region" if "corner" in short else "auto"
         flags.setdefault("canvas", [kind])
+        if "wrap" in short:
+            flags.setdefault("canvas.overlap", ["0.25"])  # as windows of `auto` do
         for name in short:
             words = flags.pop(name)
             sides = [side for word in words for side in word.split("x")]  # 64x96

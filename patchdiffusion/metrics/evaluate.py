@@ -21,6 +21,7 @@ from patchdiffusion.metrics.memorise import CopyCounter
 from patchdiffusion.metrics.options import EvaluationConfig, Swept
 from patchdiffusion.metrics.reference import Featurizer, Reference
 from patchdiffusion.metrics.samples import Samples
+from patchdiffusion.metrics.seams import Seams, seams_of
 from patchdiffusion.objectives.base import Materials
 from patchdiffusion.patches import Size, size_name
 from patchdiffusion.sampling.pipeline import Pipeline
@@ -68,10 +69,10 @@ class Evaluation:
             result["held_out" if trained_on else "loss"] = self.loss(pipeline)
         elif self.config.held_out:
             result["left_out"]["held-out loss"] = self._no_loss(pipeline) or "no image was held out"
-        if self.compares:
+        if self.draws(pipeline) or self.compares:
             of = self.pack.train if trained_on else None
-            images = partial(self._sampled, pipeline)
-            metrics = self._against(images, self._size(pipeline), copies_of=of)
+            images, seams = partial(self._sampled, pipeline), self.seams(pipeline)
+            metrics = self._against(images, self._size(pipeline), copies_of=of, seams=seams)
             result["left_out"] |= metrics.pop("left_out")
             result |= metrics
         result["card"] = self.card(pipeline)
@@ -89,6 +90,8 @@ class Evaluation:
 
     def draws(self, pipeline: Pipeline) -> bool:
         """True if a model is sampled: not if nothing could be measured of its samples."""
+        if self.seams(pipeline) is not None:
+            return True
         return self.compares and (
             self.extract is not None
             or (
@@ -96,6 +99,10 @@ class Evaluation:
                 and not self._no_copies(self.pack.train, self._size(pipeline))
             )
         )
+
+    def seams(self, pipeline: Pipeline) -> Seams | None:
+        """Seams of the samples, if these are made in windows."""
+        return seams_of(pipeline, self.config.sampler) if self.config.samples else None
 
     def _size(self, pipeline: Pipeline) -> Size:
         """Size of the samples."""
@@ -263,6 +270,7 @@ class Evaluation:
         *,
         count: int | None = None,
         copies_of: Tensor | None,
+        seams: Seams | None = None,
     ) -> dict[str, Any]:
         """Compare samples of a size with the real images; count copies of those at `copies_of`.
 
@@ -273,8 +281,8 @@ class Evaluation:
         if copies_of is not None and not reason:
             counter = CopyCounter(self.pack.pictures, copies_of, self.pack.space.pictured)
         real = None if self.extract is None else self.reference.gathered()
-        mine, copies = None, 0
-        if self.extract is not None or counter is not None:
+        mine, copies, steps = None, 0, None
+        if self.extract is not None or counter is not None or seams is not None:
             samples = Samples(
                 images,
                 numbers=self.team.shard(total),
@@ -282,24 +290,38 @@ class Evaluation:
                 space=self.pack.space,
                 features=None if self.extract is None else self.reference.features,
                 counter=counter,
+                seams=seams,
                 progress=self.progress,
                 kept=self.kept.within("samples"),
                 keep_images=count is None,
             )
-            mine, copies = samples.measure()
+            mine, copies, steps = samples.measure()
         if real is not None:
             together = Gathered.together(self.team.gather(mine))
             metrics |= compare(real, together, nearest=self.config.nearest)
             if "precision" not in metrics:
                 few = f"{self.config.nearest} nearest neighbors need more images of each kind"
                 left_out["precision, recall, density, coverage"] = few
-        else:
+        elif self.missing:
             left_out[BY_FEATURES] = self.missing
         if counter is not None:
             metrics["copy_rate"] = sum(self.team.gather(copies)) / total
-        else:
+        elif self.compares:
             left_out["copies"] = reason
+        if seams is not None:
+            metrics |= self._seams_measured(seams, steps, left_out)
         return {**metrics, "left_out": left_out}
+
+    def _seams_measured(
+        self, seams: Seams, steps: Tensor | None, left_out: dict[str, str]
+    ) -> dict[str, Any]:
+        """Ratios of the samples of all processes; a reason in `left_out` if there are none."""
+        gathered = [part for part in self.team.gather(steps) if part is not None]
+        seeds = torch.arange(self.config.seed, self.config.seed + sum(map(len, gathered)))
+        ratios = seams.measured(torch.cat(gathered), seeds)
+        if not ratios:
+            left_out["seams"] = "windows begin or end at every pixel"
+        return ratios
 
     def _no_copies(self, of: Tensor | None, size: Size) -> str:
         """Reason why copies of images with these indices are not counted, or ""."""
@@ -349,6 +371,8 @@ class Evaluation:
                 card["sampler"] = encode(pipeline.sampler(config.sampler))
                 if pipeline.companions.digests:
                     card["guides"] = pipeline.companions.digests
+                if (seams := self.seams(pipeline)) is not None:
+                    card["seams"] = seams.card()
                 card["label_law"] = self.label_law(pipeline)
                 if (prompts := self.prompts(pipeline, range(config.samples))) is not None:
                     card["captions"] = f"those of the data, {sum(map(bool, prompts))} with a text"

@@ -1,4 +1,4 @@
-"""Images that are compared with real ones: their features and copies, kept batch by batch."""
+"""Images that are measured: their features, copies and seams, kept batch by batch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,12 +12,13 @@ from patchdiffusion.data.space import Space
 from patchdiffusion.metrics.compare import Gathered
 from patchdiffusion.metrics.memorise import CopyCounter
 from patchdiffusion.metrics.reference import Featurizer
+from patchdiffusion.metrics.seams import Seams
 from patchdiffusion.system.parts import Parts, in_batches
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Images of one process, drawn or read by their numbers, whose features or copies are wanted.
+    """Images of one process, drawn or read by their numbers, that are measured.
 
     Whatever is kept is not computed again, and the results are the same bit for bit.
     """
@@ -29,24 +30,27 @@ class Samples:
     space: Space
     features: Featurizer | None
     counter: CopyCounter | None
+    seams: Seams | None
     progress: Callable[[int], object]
     kept: Parts
-    """Features and counts, and images as long as they are needed."""
+    """Features, counts and steps, and images as long as they are needed."""
     keep_images: bool
     """True for images that take long to make again."""
 
-    def measure(self) -> tuple[Gathered | None, int]:
-        """Features of all images, None without any, and the number of copies among them."""
+    def measure(self) -> tuple[Gathered | None, int, Tensor | None]:
+        """Features of all images, None without any, the number of copies, and steps of `Seams`."""
         counts: list[int] = []
-        gathered = Gathered.of(self._measured(counts))
-        return gathered, sum(counts)
+        steps: list[Tensor] = []
+        gathered = Gathered.of(self._measured(counts, steps))
+        return gathered, sum(counts), torch.cat(steps) if steps else None
 
-    def _measured(self, counts: list[int]) -> Iterator[Tensor]:
+    def _measured(self, counts: list[int], steps: list[Tensor]) -> Iterator[Tensor]:
         """Iterate over features; `counts` gets the copies of each block of batches."""
         lasting = self.features is None or self.features.lasting
         features = self.kept.within("features") if lasting else Parts()
         counted = self.kept.within("copies")
-        needed_later = self.keep_images and (self.counter is not None or not lasting)
+        more = self.counter is not None or self.seams is not None
+        needed_later = self.keep_images and (more or not lasting)
         images = self.kept.within("images") if needed_later else Parts()
 
         @lru_cache(maxsize=1)
@@ -62,6 +66,9 @@ class Samples:
             for numbers in in_batches(block, self.batch):
                 if self.features is not None:
                     yield features.once(numbers, features_of)
+                if (seams := self.seams) is not None:
+                    read = self.kept.within("seams")
+                    steps.append(read.once(numbers, lambda n, seams=seams: seams.steps_of(made(n))))
                 if self.counter is not None and count is None:
                     waiting.append(made(numbers))
                 self.progress(len(numbers))
