@@ -121,13 +121,12 @@ def main() -> None:
     for run in options.runs:
         done = facts.setdefault("models", {}).setdefault(run.name, {})
         done |= {"samples": options.samples, "steps": options.steps}
-        for moving in (False, True):
-            for overlap in OVERLAPS[:4]:
-                name = f"overlap {overlap:g}, {'moving' if moving else 'fixed'}"
-                if name not in done:
-                    done[name] = of_model(run, overlap, moving, options.samples, options.steps)
-                    write_json(FILE, facts)
-                    print(run.name, name, json.dumps(done[name]), flush=True)
+        for overlap, moving in ((0.0, False), *((overlap, True) for overlap in OVERLAPS[:4])):
+            name = f"overlap {overlap:g}, {'moving' if moving else 'fixed'}"
+            if name not in done:
+                done[name] = of_model(run, overlap, moving, options.samples, options.steps)
+                write_json(FILE, facts)
+                print(run.name, name, json.dumps(done[name]), flush=True)
 
 
 if __name__ == "__main__":
