@@ -97,12 +97,11 @@ class Seams:
                 at = torch.zeros_like(row, dtype=torch.bool)
                 at[:, 0] = True
                 ends[_name(axis, len(rows))] = _ratio(row, at, ~torch.zeros_like(at))[0]
-        details = {
-            "axes": axes,
-            "sigma": sigma,
-            "steps": len(found),
-            **({"ends": ends} if ends else {}),
-        }
+        details: dict[str, Any] = {"axes": axes}
+        if self.tiled.shift:
+            details |= {"sigma": sigma, "steps": len(found)}
+        if ends:
+            details["ends"] = ends
         return {"seam_ratio": mean, "seam_ratio_std": error, "seams": details}
 
     def card(self) -> dict[str, Any]:
