@@ -1,4 +1,4 @@
-"""Where the windows of a canvas lie, and what they are told of their place."""
+"""Places of the windows of a canvas, and their coordinates."""
 
 import math
 from typing import Literal
