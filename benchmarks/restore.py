@@ -16,8 +16,9 @@ import importlib.util
 import json
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from patchdiffusion.guidance.operators import Blur, Downsample, Mask, Operator, 
 from patchdiffusion.sampling.canvas import CanvasRegion
 from patchdiffusion.sampling.pictures import to_network
 from patchdiffusion.sampling.pipeline import load
+from patchdiffusion.sampling.restoring import Way
 from patchdiffusion.system.files import write_json
 from patchdiffusion.system.png import enlarge, grid, save_png
 
@@ -128,12 +130,12 @@ def without_model(
 
 
 def sampled(
-    run: Path, operator: Operator, clean: Tensor, y: Tensor, samples: int
+    run: Path, operator: Operator, clean: Tensor, y: Tensor, samples: int, ways: Sequence[Way]
 ) -> tuple[dict[str, Any], list[Tensor]]:
     """PSNR of samples by each way, and pictures: one sample of the last way, the mean of all."""
     model, facts = load(run, device="cpu").model, {}
     made = torch.empty(0)
-    for way in ("independent", "fit"):
+    for way in ways:
         each = []
         begin = time.process_time()
         for one in y:
@@ -181,6 +183,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=ROOT.parent / "docs" / "restore.png")
     parser.add_argument("--region", type=int)
     parser.add_argument("--only", nargs="*", default=[], help="operators, of all by default")
+    parser.add_argument("--ways", nargs="+", choices=get_args(Way), default=["independent", "fit"])
     parser.add_argument("--without-model", action="store_true")
     options = parser.parse_args()
     pack = Pack.open(options.pack)
@@ -194,11 +197,13 @@ def main() -> None:
         result = results.setdefault(name, {})
         y = operator(clean)
         y = y + NOISE * torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-        if options.without_model or "fit" not in result or not options.picture.exists():
+        if options.without_model or options.ways[-1] not in result or not options.picture.exists():
             measured, shown = without_model(operator, clean, y)
             result |= measured
             if not options.without_model:
-                measured, more = sampled(options.run, operator, clean, y, options.samples)
+                measured, more = sampled(
+                    options.run, operator, clean, y, options.samples, options.ways
+                )
                 result |= measured
                 rows.append(torch.cat([clean[:2], *(x[:2] for x in (*shown, *more))]))
                 facts["samples"] = options.samples
