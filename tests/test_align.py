@@ -306,7 +306,9 @@ def test_an_interrupted_run_is_the_same_run(images: Path, tmp_path: Path) -> Non
         images, encoder=(ENCODER, ENCODER), pca=4, target_norm="spatial", projector="conv"
     )
     straight = check_resumed(both, tmp_path)
-    assert all(-1 <= r["scalars"]["align"] <= 1 for r in read_log(straight) if r["kind"] == "status")
+    assert all(
+        -1 <= r["scalars"]["align"] <= 1 for r in read_log(straight) if r["kind"] == "status"
+    )
     neutral = tiny.run(config(images, weight=0.0), tmp_path / "neutral")
     plain = tiny.run(replace(config(images), additions=()), tmp_path / "plain")
     assert tiny.weights(neutral) == tiny.weights(plain) != tiny.weights(straight)

@@ -182,6 +182,20 @@ def test_a_rule_for_tokens(images: Path, tmp_path: Path, capsys: Capture) -> Non
     works(capsys, "sample", runs[0], "--count", 1, "--steps", 1)
 
 
+def test_conditions_inside_a_network(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Noise on embedded classes, and features that condition later blocks."""
+    run = tmp_path / "run"
+    small = "--network dit --network.width 16 --network.depth 2 --network.heads 2"
+    flags = f"{small} --network.perturb toy-perturbation --network.perturb.share .5 "
+    flags += f"--network.self-condition toy-self-conditioning {LENGTH}"
+    works(capsys, "train", images, "--out", run, *flags.split())
+    stored = read_json(run / "config.json")["network"]
+    assert stored["perturb"] == {"type": "ToyPerturbation", "share": 0.5}
+    assert stored["self_condition"] == {"type": "ToySelfConditioning", "hidden": 8}
+    works(capsys, "train", run, "--images", "8")
+    works(capsys, "sample", run, "--count", 1, "--steps", 1)
+
+
 def test_a_network_of_regions(images: Path, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     flags = f"--network lego --network.width 16 --network.body toy-body {LENGTH}"

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from toyconditions import ToyConditioner, ToyPrior
+from toyconditions import ToyConditioner, ToyPerturbation, ToyPrior, ToySelfConditioning
 from toynets import ToyAdversary, ToyBody, ToyDistance, ToyNet, ToyText, ToyTokens
 
 from patchdiffusion import (
@@ -36,7 +36,15 @@ from patchdiffusion.guidance import threshold
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.guidance.operators import Operator
 from patchdiffusion.losses import Batch, Loss, LossOut, Objective
-from patchdiffusion.nets import Network, heads, legoshape, routing, text
+from patchdiffusion.nets import (
+    Network,
+    heads,
+    legoshape,
+    perturb,
+    routing,
+    selfcondition,
+    text,
+)
 from patchdiffusion.objectives.base import Addition, Materials, ObjectiveConfig
 from patchdiffusion.patches import Size
 from patchdiffusion.paths import per_sample
@@ -354,6 +362,8 @@ TOYS = (
     (routing.Routing, ToyTokens),
     (legoshape.Body, ToyBody),
     (text.Text, ToyText),
+    (perturb.Perturb, ToyPerturbation),
+    (selfcondition.SelfCondition, ToySelfConditioning),
     (noise.Law, ToyLaw),
     (parameterisation.Parameterisation, ToyPrecond),
     (objectives.ObjectiveUnion, ToyObjective),
