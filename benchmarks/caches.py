@@ -143,8 +143,8 @@ def draw(result: dict[str, Any], file: Path) -> None:
         axis.set_title(name)
         axis.set_xlabel("share of the operations")
         axis.set_yscale("log")
+        axis.legend(fontsize=8)
     axes[0][0].set_ylabel("error to the images without")
-    axes[0][0].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
 
