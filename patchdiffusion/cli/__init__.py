@@ -7,6 +7,7 @@ import ast
 import errno
 import importlib.util
 import io
+import keyword
 import os
 import select
 import sys
@@ -44,13 +45,19 @@ def _command(name: str) -> Command:
 
     def main(arguments: Sequence[str]) -> None:
         with _starting(name):
-            module = import_module(f"{__name__}.{name}")
+            module = import_module(f"{__name__}.{_module(name)}")
         module.main(arguments)
 
     def arguments() -> object:
-        return getattr(import_module(f"{__name__}.{name}"), f"{name.title()}Arguments")()
+        module = import_module(f"{__name__}.{_module(name)}")
+        return getattr(module, f"{name.title()}Arguments")()
 
     return Command(main, arguments)
+
+
+def _module(command: str) -> str:
+    """Name of the module of a command, which is no word of Python."""
+    return f"{command}_" if keyword.iskeyword(command) else command
 
 
 COMMANDS = {
@@ -65,6 +72,7 @@ COMMANDS = {
         "packs",
         "report",
         "average",
+        "import",
         "bench",
         "doctor",
         "info",
@@ -134,7 +142,7 @@ def usage() -> str:
 
 def _summary(name: str) -> str:
     """First line of the help of a command, read from its file without importing it."""
-    tree = ast.parse(Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8"))
+    tree = ast.parse(Path(__file__).with_name(f"{_module(name)}.py").read_text(encoding="utf-8"))
     classes = (node for node in tree.body if isinstance(node, ast.ClassDef))
     record = next(node for node in classes if node.name == f"{name.title()}Arguments")
     return (ast.get_docstring(record) or "").split("\n")[0]

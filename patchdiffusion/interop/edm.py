@@ -1,8 +1,8 @@
 """Loading of published weights of EDM and Patch Diffusion: DDPM++, NCSN++ and ADM.
 
-Takes plain state dicts, as from safetensors; the pickles that the authors publish contain code and
-are never opened. Published names like `model.enc.64x64_block0.conv0.weight` hold resolutions of the
-training canvas, those of this library hold levels.
+Takes plain state dicts; `checkpoints` reads them from published files. Published names like
+`model.enc.64x64_block0.conv0.weight` hold resolutions of the training canvas, those of this library
+hold levels.
 """
 
 import re
@@ -128,7 +128,8 @@ def _shape(published: Mapping[str, Tensor], base: int, last: str, kind: str) -> 
         raise ValueError(f"the network takes {inputs} channels and returns {channels}: unsupported")
     blocks = sum(f"enc.{top}_block{i}.conv0.weight" in published for i in range(100))
     mult, attention = [], []
-    while (first := f"enc.{resolution}x{resolution}_block0") + ".conv0.weight" in published:
+    while resolution and f"enc.{resolution}x{resolution}_block0.conv0.weight" in published:
+        first = f"enc.{resolution}x{resolution}_block0"
         if f"{first}.qkv.weight" in published:
             attention.append(len(mult))
         mult.append(published[f"{first}.conv0.weight"].shape[0] // base)

@@ -91,7 +91,8 @@ def edm2_config(
     stem = published[f"enc.{side}x{side}_conv.weight"]
     blocks = sum(f"enc.{side}x{side}_block{i}.conv_res0.weight" in published for i in range(100))
     widths, attention = [], []
-    while (first := f"enc.{side}x{side}_block0") + ".conv_res0.weight" in published:
+    while side and f"enc.{side}x{side}_block0.conv_res0.weight" in published:
+        first = f"enc.{side}x{side}_block0"
         if f"{first}.attn_qkv.weight" in published:
             attention.append(len(widths))
         widths.append(published[f"{first}.conv_res0.weight"].shape[0])
