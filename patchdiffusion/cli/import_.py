@@ -29,7 +29,7 @@ class ImportArguments:
     and safetensors. The model samples as any other, and a training can start from it.
     """
 
-    example: ClassVar[str] = "patchdiffusion import edm-cifar10.pkl --out models/cifar10"
+    example: ClassVar[str] = "patchdiffusion import edm.pkl --out models/edm"
 
     file: Path = field(default=Path(), metadata=positional("FILE"))
     """File with the weights: .pkl, .pt, .pth or .safetensors."""

@@ -66,8 +66,8 @@ def read_published(path: str | os.PathLike[str], *, weights: str | None = None) 
             if start[8:9] == b"{":
                 return Published(_safe(stream.read(), weights), digest)
             contents = _contents(stream, start, size)
-        part, value, parts = _chosen(contents, weights)
-        tensors, kind, keywords = _weights(contents, value)
+            part, value, parts = _chosen(contents, weights)
+            tensors, kind, keywords = _weights(contents, value)
         return Published(_unwrapped(tensors), digest, part, parts, kind, keywords)
     except (ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from None

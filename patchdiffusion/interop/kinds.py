@@ -30,7 +30,7 @@ _SLACK = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Unsaid:
-    """What weights do not say; None is what the published networks have."""
+    """Settings that weights do not tell; None is the value of the published networks."""
 
     heads: int | None = None
     """Heads of the attention of a transformer."""
@@ -49,7 +49,7 @@ class _Rule:
     """True if it was trained without its classes as well."""
 
 
-def kind_of(tensors: Mapping[str, Tensor]) -> Kind:
+def kind_of(tensors: Mapping[str, Tensor], unsaid: Unsaid) -> Kind:
     """The kind of weights by their names; `ValueError` for others."""
     names = {re.sub(r"\d+", "#", name.removeprefix("model.")) for name in tensors}
     if any(name.endswith("#.x_embedder.proj.weight") for name in names):
@@ -59,7 +59,7 @@ def kind_of(tensors: Mapping[str, Tensor]) -> Kind:
     if any(name.endswith(".conv_res#.weight") for name in names):
         return "edm2"
     if "enc.#x#_conv.weight" in names:
-        return "patch-diffusion" if _edm(tensors, Unsaid(), 0.0).coordinates else "edm"
+        return "patch-diffusion" if _edm(tensors, unsaid, 0.0).coordinates else "edm"
     shown = ", ".join(sorted(tensors)[:3]) or "none"
     raise ValueError(
         f"no known network has tensors named like {shown}; allowed: {', '.join(_RULES)}"
@@ -89,7 +89,7 @@ def _imported(
     for name, value in tensors.items():
         if not value.is_floating_point() or not value.isfinite().all():
             raise ValueError(f"{name[:100]} has entries that are no finite numbers")
-    found = kind_of(tensors)
+    found = kind_of(tensors, unsaid)
     if kind is not None and kind != found:
         raise ValueError(f"kind is {kind}, and these are the weights of {found}")
     rule = _RULES[found]
