@@ -30,6 +30,7 @@ from patchdiffusion.objectives.denoising import DenoisingConfig
 from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowLoss, MeanFlowMap
 from patchdiffusion.parameterisation import EDM, FlowMatching
 from patchdiffusion.recipes import Facts
+from patchdiffusion.sizes import PatchLaw
 from patchdiffusion.solvers import Euler, Heun, Jumps
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import decode, encode
@@ -366,6 +367,7 @@ def test_the_recipe(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyP
     assert "recipe    meanflow: MeanFlow with patches" in told and "24x24" in told
     given = recipes.find("meanflow")(Facts(classes=3))
     assert isinstance(given.objective, MeanFlowConfig) and given.network.jump
+    assert isinstance(given.patches, PatchLaw)
     assert len(given.patches.fractions) > 1  # patches, whose coordinates do not move
     assert given.preview == replace(PreviewConfig(), status=40, samples=4, sample_steps=2)
 

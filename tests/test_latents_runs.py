@@ -26,6 +26,7 @@ from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.model import load_model
 from patchdiffusion.recipes import Facts
 from patchdiffusion.sampling.config import SamplerConfig
+from patchdiffusion.sizes import PatchLaw
 
 __all__ = ["known"]  # a fixture
 TINY = "--network.base 4 --network.mult 1 2 --network.blocks 1 --network.attention"
@@ -136,6 +137,7 @@ def test_the_recipe_for_latents():
     for device in ("cpu", "cuda"):
         facts = Facts(canvas=(128, 128), channels=4, count=50_000, latents=True, device=device)
         chosen = recipes.folder(facts)
+        assert isinstance(chosen.patches, PatchLaw)
         assert chosen.patches.fractions == (1.0, 0.5) and chosen.patches.probs == (0.5, 0.5)
         assert chosen.network.channels == 4 and chosen.precond.sigma_data == 0.5  # pyright: ignore
         assert type(chosen.network) is type(
