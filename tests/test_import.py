@@ -149,7 +149,14 @@ def test_types_and_views_of_tensors(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["ddpmpp-patch-64-crop16x32", "ncsnpp-32-labels", "edm2-32-labels", "lego-pg-16-labels"]
+    "name",
+    [
+        "ddpmpp-patch-64-crop16x32",
+        "ncsnpp-32-labels",
+        "adm-patch-latent-32-labels",
+        "edm2-32-labels",
+        "lego-pg-16-labels",
+    ],
 )
 def test_reference_outputs(name: str, tmp_path: Path) -> None:
     weights, t = weights_and_tensors(golden(name))
