@@ -45,7 +45,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run of four steps with checkpoints after each; copy it to change it."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
-    return tiny.run(tiny.config(images), folder, save_minutes=0.0, keep=9)
+    run = tiny.run(tiny.config(images), folder, save_minutes=0.0, keep=9)
+    there = sorted(run.iterdir())
+    yield run
+    assert sorted(run.iterdir()) == there, "a test wrote to the run that all share"

@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,9 +281,10 @@ def test_what_does_not_fit_is_refused_without_evaluating() -> None:
         cached(denoiser(), center=9.0)
 
 
-def test_on_the_command_line(capsys: Capture, finished: object) -> None:
+def test_on_the_command_line(capsys: Capture, finished: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
     flags = ["--count", 3, "--batch", 2, "--steps", 4, "--accelerator", "deepcache"]
-    told = works(capsys, "sample", finished, *flags, "--accelerator.every", 2)
+    told = works(capsys, "sample", finished, *flags, *out, "--accelerator.every", 2)
     line = next(line for line in told.splitlines() if line.startswith("computed"))
     assert "12 of 21 evaluations" in line, line
     assert "first" in fails(capsys, "sample", finished, *flags, "--accelerator.first", 99)

@@ -1,5 +1,7 @@
 """Faster Diffusion: encoders in key steps, decoders in all, alone and many at once."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerated import SIGMAS, calls_of, denoiser, middle, noisy, solved, wrapped
@@ -204,7 +206,8 @@ def test_what_does_not_fit_is_refused() -> None:
         propagated(denoiser(), steps=(0, 6))
 
 
-def test_on_the_command_line(capsys: Capture, finished: object) -> None:
+def test_on_the_command_line(capsys: Capture, finished: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
     flags = ["--count", 3, "--steps", 4, "--accelerator", "faster-diffusion", "--solver", "euler"]
-    told = works(capsys, "sample", finished, *flags, "--accelerator.parallel")
+    told = works(capsys, "sample", finished, *flags, *out, "--accelerator.parallel")
     assert "6 of 12 evaluations" in told

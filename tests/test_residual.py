@@ -1,5 +1,7 @@
 """The cache that looks at the change of the first blocks, for each image by itself."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from accelerated import NETS, calls_of, denoiser, middle, noisy, solved, wrapped
@@ -153,7 +155,8 @@ def test_what_does_not_fit_is_refused() -> None:
         residual(denoiser(), first=0)
 
 
-def test_on_the_command_line(capsys: Capture, finished: object) -> None:
+def test_on_the_command_line(capsys: Capture, finished: Path, tmp_path: Path) -> None:
+    out = ("--out", tmp_path / "out")
     flags = ["--count", 2, "--steps", 4, "--accelerator", "residual", "--solver", "euler"]
-    told = works(capsys, "sample", finished, *flags, "--accelerator.threshold", 1000)
+    told = works(capsys, "sample", finished, *flags, *out, "--accelerator.threshold", 1000)
     assert "4 of 8 evaluations in full, full in steps 0 1 of 4" in told

@@ -24,6 +24,7 @@ from patchdiffusion.nets.lego import LegoConfig
 from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
 from patchdiffusion.objectives.bricks import BricksConfig
 from patchdiffusion.objectives.patchforcing import PatchForcingConfig
+from patchdiffusion.objectives.selfflow import SelfFlowConfig
 from patchdiffusion.parameterisation import EDM, EpsDDPM, EpsVP, FlowAsym, Parameterisation
 from patchdiffusion.sampling.config import Kind
 from patchdiffusion.sampling.driver import sample
@@ -40,7 +41,7 @@ CHOICES = [*members(Parameterisation), *members(ObjectiveUnion)]
 @pytest.mark.parametrize("choice", CHOICES, ids=[word(choice) for choice in CHOICES])
 def test_the_grid_of_a_run_is_what_it_samples(choice: type, images: Path, tmp_path: Path) -> None:
     config = tiny.config(images, steps=2)
-    if choice is PatchForcingConfig:
+    if choice in (PatchForcingConfig, SelfFlowConfig):
         config = tiny.change(config, {"network": DiTConfig(width=16, depth=2, heads=2)})
     if choice is BricksConfig:
         config = tiny.change(config, {"network": LEGO})
