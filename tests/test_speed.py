@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from commands import Capture, fails, works
+from torch import Tensor
 
 from patchdiffusion import SamplerConfig
 from patchdiffusion.accel.base import Spent
@@ -22,6 +24,7 @@ from patchdiffusion.metrics.speed import (
     frontier,
     operations,
     seconds,
+    sparing,
 )
 from patchdiffusion.nets.count import count
 from patchdiffusion.objectives.meanflow import MeanFlowConfig
@@ -85,6 +88,13 @@ def test_what_is_advised_is_beaten_by_nothing() -> None:
     assert advised(points, 0.4) is points[3] and advised(points, 0.05) is None
 
 
+def test_an_accelerator_that_spares_nothing_is_left_out() -> None:
+    plain = Point(SamplerConfig(solver=Heun(), steps=4), 9.0, 1.0, 0.1)
+    config = replace(plain.config, accelerator=DeepCache())
+    even, less = Point(config, 9.0, 0.9, 0.1), Point(config, 5.0, 0.9, 0.1)
+    assert sparing([even, less], [plain]) == [less]
+
+
 def test_the_command(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     """It writes a table and a chart beside the model, and the line that it gives works."""
     run = shutil.copytree(finished, tmp_path / "my run")
@@ -105,6 +115,14 @@ def test_the_command(finished: Path, tmp_path: Path, capsys: Capture) -> None:
     assert struct.unpack(">I", picture[16:20])[0] > 500
 
 
+class Means:
+    """An extractor: the mean of each color of uint8 [B, 3, H, W], and of its squares."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.flatten(2).float() / 255
+        return torch.cat([x.mean(2), x.square().mean(2)], dim=1)
+
+
 def test_samples_and_models_that_jump(
     finished: Path, images: Path, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -116,7 +134,7 @@ def test_samples_and_models_that_jump(
     short = (*SHORT, "--solvers", "euler", "--steps", 4, "--beside", few)
     assert "--samples" in fails(capsys, "speed", run, *short)
     told = works(
-        capsys, "speed", run, *short, "--samples", 6, "--features.extractor", "toys:ToyFeatures"
+        capsys, "speed", run, *short, "--samples", 6, "--features.extractor", "test_speed:Means"
     )
     rows = [line for line in told.splitlines() if line.endswith(str(few))]
     assert [row.split()[:2] for row in rows] == [["map", "1"], ["map", "2"], ["map", "4"]]

@@ -22,6 +22,7 @@ from patchdiffusion.metrics.speed import (
     Point,
     Speed,
     facts,
+    sparing,
 )
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.sampling.config import SamplerConfig
@@ -167,7 +168,8 @@ def _measured(speed: Speed, accelerators: Sequence[Accelerator]) -> tuple[list[P
     if trials := speed.trials(points, accelerators):
         with progress_bar(speed.evaluations(trials), "evaluation", name="accelerators") as bar:
             measuring = replace(speed, progress=bar.update)
-            points += [measuring.measure(config, exact) for config in trials]
+            tried = [measuring.measure(config, exact) for config in trials]
+        points += sparing(tried, points)
     return speed.timed(points), halved
 
 

@@ -303,6 +303,12 @@ def facts(point: Point) -> dict[str, Any]:
     }
 
 
+def sparing(tried: Sequence[Point], plain: Sequence[Point]) -> list[Point]:
+    """Accelerated points that take fewer operations than the same sampler without accelerator."""
+    macs = {(type(p.config.solver), p.config.count): p.macs for p in plain}
+    return [p for p in tried if p.macs < macs[type(p.config.solver), p.config.count]]
+
+
 def beaten(points: Sequence[Point], cost: Quantity) -> Iterator[str]:
     """Words of accelerators without a point on the frontier."""
     on = {type(p.config.accelerator) for p in frontier(points, cost)}
