@@ -7,18 +7,19 @@ for models that it does not fit. After sampling, `spending` says how many operat
 import itertools
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from patchdiffusion.cond import Cond, Position
-from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper
+from patchdiffusion.cond import Call, Cond, Position
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper, ask
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.count import macs_of_call
+from patchdiffusion.preconditioning import Affine
 from patchdiffusion.system import families
 
 T = TypeVar("T")
@@ -78,6 +79,20 @@ class Spent:
         )
 
 
+class Scaled(NamedTuple):
+    """The inputs of a network for a batch, and the scales of its output."""
+
+    x: Tensor
+    noise: Tensor
+    cond: Cond
+    scales: Affine
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Cond]:
+        """The arguments of the network."""
+        return self.x, self.noise, self.cond
+
+
 class Sample(NamedTuple):
     """Arguments of a network for one sample, on the meta device."""
 
@@ -95,8 +110,8 @@ class Sample(NamedTuple):
     @property
     def shapes(self) -> tuple[Hashable, ...]:
         """All that the cost depends on."""
-        given = ((name, value) for name, value in vars(self.cond).items() if value is not None)
-        return (self.x.shape, self.noise.shape, *((name, value.shape) for name, value in given))
+        fields = ((name, value) for name, value in vars(self.cond).items() if value is not None)
+        return (self.x.shape, self.noise.shape, *((name, value.shape) for name, value in fields))
 
 
 class Meter:
@@ -175,6 +190,30 @@ class Accelerated(Wrapper):
         """The function of (x, noise, cond) that a counted part of the network computes."""
 
 
+class Stepwise(Accelerated):
+    """One that keeps state between the steps of a solver.
+
+    Outside of a solver, and with a tape, it is the network. The part "full" is the whole network.
+    """
+
+    keeps: ClassVar[bool] = True
+
+    @abstractmethod
+    def step(
+        self, x: Tensor, sigma: Tensor | float, cond: Cond | None, scaled: Scaled, where: Position
+    ) -> Tensor:
+        """The clean image in an evaluation of a solver; `scaled` are the inputs of the network."""
+
+    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
+        scaled = Scaled(*self.net.scaled(x, sigma, cond))
+        if call.position is None or call.tape is not None:
+            self.meter.evaluated(len(x), len(x), scaled.inputs)
+            self.meter.add("full", len(x), scaled.inputs)
+            return ask(self.net, x, sigma, cond, call)
+        refuse_gradients(x)
+        return self.step(x, sigma, cond, scaled, call.position)
+
+
 def spending(denoiser: Denoiser) -> Spent | None:
     """Operations of the accelerated networks in a denoiser, so far; None without any."""
     parts = denoiser.walk() if isinstance(denoiser, Wrapper) else ()
@@ -197,6 +236,14 @@ def network_of(denoiser: Denoiser, contract: type[N], needs: str) -> tuple[NetDe
             name = f"the network {families.word(type(network.config))}"
         raise ValueError(f"{needs}, and this is {name}")
     return denoiser, network
+
+
+def check_steps(steps: Sequence[int], count: int) -> None:
+    """Raise `ValueError` for steps beyond those of a trajectory of so many."""
+    if steps and max(steps) >= count:
+        raise ValueError(
+            f"accelerator.steps must lie in [0, {count - 1}] for {count} steps, not be {max(steps)}"
+        )
 
 
 # ---- State ----

@@ -7,20 +7,20 @@ network has changed (`residual`). The outer part always sees the noisy image of 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from patchdiffusion.accel.base import (
-    Accelerated,
     Memories,
     Meter,
+    Scaled,
+    Stepwise,
     network_of,
-    refuse_gradients,
 )
-from patchdiffusion.cond import Call, Cond, Position
-from patchdiffusion.denoiser import Denoiser, NetDenoiser, ask
+from patchdiffusion.cond import Cond, Position
+from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.cuts import Cut, Cuttable, Kept, Passage
 
@@ -72,7 +72,7 @@ class CacheSchedule(ABC):
 
     @abstractmethod
     def full(self, memory: Memory, now: Moment, signal: Tensor) -> Tensor | bool:
-        """Whether to compute in full, for all samples or each, bool [B] on the CPU.
+        """True for samples to compute in full: one answer for all, or each, bool [B] on the CPU.
 
         `signal` [B, ...] are the features of the outer part. It is only asked if something is kept.
         """
@@ -96,15 +96,13 @@ class FixedSteps(CacheSchedule):
         return now.index == last and (now.stage == 0 or self.refresh == "all")
 
 
-class Cached(Accelerated):
+class Cached(Stepwise):
     """A network in parts, of which the inner one is computed when a schedule says so.
 
     Computed in full in every evaluation it is the network bit for bit; so it is outside of a
     solver, and with a tape. State belongs to a trajectory. Raises `ValueError` for a network that
     does not run in parts.
     """
-
-    keeps: ClassVar[bool] = True
 
     def __init__(self, denoiser: Denoiser, schedule: CacheSchedule, cut: Cut | None = None):
         net, self.parts = cuttable(denoiser)
@@ -116,15 +114,11 @@ class Cached(Accelerated):
         assert isinstance(net.network, Network)
         self.meter = Meter(net.network, self.part)
 
-    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
-        inner, noise, filled, scales = self.net.scaled(x, sigma, cond)
-        inputs, count = (inner, noise, filled), len(x)
-        if call.position is None or call.tape is not None:
-            self.meter.evaluated(count, count, inputs)
-            self.meter.add("full", count, inputs)
-            return ask(self.net, x, sigma, cond, call)
-        refuse_gradients(x)
-        memory, now = self.memories.at(call.position, x), Moment.of(call.position)
+    def step(
+        self, x: Tensor, sigma: Tensor | float, cond: Cond | None, scaled: Scaled, where: Position
+    ) -> Tensor:
+        inputs, count = scaled.inputs, len(x)
+        memory, now = self.memories.at(where, x), Moment.of(where)
         passage = self.parts.opened(*inputs, self.cut)
         full = self._chosen(memory, now, passage, count)
         output = self._output(passage, memory, now, full, inputs)
@@ -132,9 +126,9 @@ class Cached(Accelerated):
             memory.index = now.index
         self.schedule.done(memory, now, full)
         memory.before = passage.signal.detach()
-        self.memories.drop(call.position)
+        self.memories.drop(where)
         self.meter.evaluated(count, int(full.sum()), inputs, now.index)
-        return scales.denoised(x, output)
+        return scaled.scales.denoised(x, output)
 
     def _chosen(self, memory: Memory, now: Moment, passage: Passage, count: int) -> Tensor:
         if not memory.kept or now.index < memory.index:

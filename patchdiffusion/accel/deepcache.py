@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from patchdiffusion.accel.base import check_steps
 from patchdiffusion.accel.cache import Cached, FixedSteps, Refresh, cuttable
 from patchdiffusion.denoiser import Denoiser
 from patchdiffusion.guidance.base import Surroundings
@@ -30,12 +31,12 @@ def centered(
     if published:
         low, high = complex(-center) ** (1 / power), complex(steps - center) ** (1 / power)
         line = (low + (high - low) * i / count for i in range(count))
-        found = {math.floor(math.trunc((point**power).real) + center) for point in line}
+        chosen = {math.floor(math.trunc((point**power).real) + center) for point in line}
     else:
         low, high = _signed(-center, 1 / power), _signed(steps - center, 1 / power)
         points = (low + (high - low) * i / count for i in range(count))
-        found = {math.floor(_signed(point, power) + center) for point in points}
-    return frozenset({0} | {step for step in found if 0 <= step < steps})
+        chosen = {math.floor(_signed(point, power) + center) for point in points}
+    return frozenset({0} | {step for step in chosen if 0 <= step < steps})
 
 
 def _signed(a: float, power: float) -> float:
@@ -101,11 +102,7 @@ class DeepCache:
         """Raises `ValueError` for a network that does not run in parts, and for such blocks."""
         _, parts = cuttable(denoiser)
         count = len(around.schedule) - 1
-        if self.steps and max(self.steps) >= count:
-            raise ValueError(
-                f"accelerator.steps must lie in [0, {count - 1}] for {count} steps, not be "
-                f"{max(self.steps)}"
-            )
+        check_steps(self.steps, count)
         if self.center is not None and self.center >= count:
             raise ValueError(
                 f"accelerator.center must be below {count} for {count} steps, not {self.center:g}"

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from patchdiffusion.accel import keysteps
 from patchdiffusion.accel.base import (
-    Accelerated,
     Memories,
     Meter,
+    Scaled,
+    Stepwise,
+    check_steps,
     network_of,
-    refuse_gradients,
 )
-from patchdiffusion.cond import Call, Cond, Position
-from patchdiffusion.denoiser import Denoiser, NetDenoiser, ask
+from patchdiffusion.cond import Cond, Position
+from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.cuts import Encoder, Encoding
-from patchdiffusion.nets.topology import UNet
 
 USUAL_STEPS = 50
 """Steps for which the amount of injected noise is published."""
@@ -50,7 +50,7 @@ class Noise:
     eps: Tensor | None = None
 
 
-class Propagated(Accelerated):
+class Propagated(Stepwise):
     """A network whose encoder is evaluated in key steps, and decoded at all noise levels.
 
     With all steps as keys it is the network bit for bit; so it is outside of a solver, and with a
@@ -59,8 +59,6 @@ class Propagated(Accelerated):
     below `inject_below` on, each step begins with a little of the first noise, inject sqrt(1 +
     sigma^2) eps, times 50 / steps. Raises `ValueError` for a network without an encoder.
     """
-
-    keeps: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -83,14 +81,10 @@ class Propagated(Accelerated):
         self.memories, self.starts = Memories(Memory), Memories(Noise)
         self.meter = Meter(net.network, self.part)
 
-    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
-        inner, noise, filled, scales = self.net.scaled(x, sigma, cond)
-        inputs, count, where = (inner, noise, filled), len(x), call.position
-        if where is None or call.tape is not None:
-            self.meter.evaluated(count, count, inputs)
-            self.meter.add("whole", count, inputs)
-            return ask(self.net, x, sigma, cond, call)
-        refuse_gradients(x)
+    def step(
+        self, x: Tensor, sigma: Tensor | float, cond: Cond | None, scaled: Scaled, where: Position
+    ) -> Tensor:
+        inputs, count = scaled.inputs, len(x)
         memory = self.memories.at(where, x)
         keys = self._keys(where, inputs)
         memory.corrects = memory.corrects or where.stage > 0
@@ -110,7 +104,7 @@ class Propagated(Accelerated):
             output = memory.ready[level]
         self.meter.evaluated(count, count if full else 0, inputs, where.index)
         self.memories.drop(where)
-        return scales.denoised(x, output)
+        return scaled.scales.denoised(x, output)
 
     def _keys(self, where: Position, inputs: tuple[Tensor, Tensor, Cond]) -> keysteps.Keys:
         if not isinstance(self.keys, int):
@@ -120,7 +114,7 @@ class Propagated(Accelerated):
         before = keysteps.measurements(self.net.network)
         keys = keysteps.needed(*arguments)
         if keysteps.measurements(self.net.network) > before:
-            self.meter.add("whole", keysteps.MEASURED * (len(where.sigmas) - 1), inputs)
+            self.meter.add("full", keysteps.MEASURED * (len(where.sigmas) - 1), inputs)
         return keys
 
     def _ahead(
@@ -151,7 +145,7 @@ class Propagated(Accelerated):
         outputs = memory.encoding.decode(noise, filled).split(len(x))
         memory.ready |= dict(zip((_NOW, *ahead), outputs, strict=True))
         # A decoding is what the whole costs more than the encoder.
-        self.meter.add("whole", len(noise), inputs)
+        self.meter.add("full", len(noise), inputs)
         self.meter.add("encode", -len(noise), inputs)
 
     def before_step(self, x: Tensor, position: Position) -> Tensor:
@@ -169,7 +163,7 @@ class Propagated(Accelerated):
         return x + amount * (1 + sigma**2) ** 0.5 * eps
 
     def part(self, name: Hashable) -> Callable[..., object]:
-        """encode: the encoder; whole: encoder and decoder."""
+        """encode: the encoder; full: encoder and decoder."""
         if name == "encode":
             return self._encoded
         return lambda x, noise, cond: self._encoded(x, noise, cond).decode(noise, cond)
@@ -255,14 +249,11 @@ class FasterDiffusion:
         """Raises `ValueError` for a network without an encoder, and for steps that are not."""
         net, _ = encoding_network(denoiser)
         count = len(around.schedule) - 1
-        if self.steps and max(self.steps) >= count:
-            raise ValueError(
-                f"accelerator.steps must lie in [0, {count - 1}] for {count} steps, not be "
-                f"{max(self.steps)}"
-            )
+        check_steps(self.steps, count)
         if self.keys in keysteps.PUBLISHED:
             steps, kind, _ = keysteps.PUBLISHED[self.keys]
-            this = "U-Net" if isinstance(net.network, UNet) else "transformer"
+            assert isinstance(net.network, Network)
+            this = "transformer" if net.network.config.token_size else "U-Net"
             if (steps, kind) != (count, this):
                 raise ValueError(
                     f"keys {self.keys} was made for {steps} steps of a {kind}, not {count} of a "

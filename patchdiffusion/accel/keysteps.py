@@ -91,11 +91,11 @@ def needed(
     """About `count` steps at which a network needs its encoder, measured once for a schedule."""
     network = net.network
     versions = sum(0 if p.is_inference() else p._version for p in network.parameters())
-    known = _NEEDED.setdefault(network, {})
+    measured = _NEEDED.setdefault(network, {})
     key = (blocks, sigmas, shape, count, versions)
-    if key not in known:
-        known[key] = by_change(changes(net, blocks, sigmas, shape), count)
-    return known[key]
+    if key not in measured:
+        measured[key] = by_change(changes(net, blocks, sigmas, shape), count)
+    return measured[key]
 
 
 def measurements(network: nn.Module) -> int:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.accel.base import (
-    Accelerated,
     Memories,
     Meter,
+    Scaled,
+    Stepwise,
     network_of,
-    refuse_gradients,
 )
-from patchdiffusion.cond import Call, Cond, Position
-from patchdiffusion.denoiser import Denoiser, NetDenoiser, ask, noise_level
+from patchdiffusion.cond import Cond, Position
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, noise_level
 from patchdiffusion.guidance.base import Surroundings
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.layers import pad_to_multiple
@@ -102,7 +102,7 @@ def select(score: Tensor, drops: Tensor, count: int, prefer: Prefer, starvation:
     return priority.argsort(dim=1, descending=True, stable=True)[:, :count]
 
 
-class RegionAdaptive(Accelerated):
+class RegionAdaptive(Stepwise):
     """A transformer that computes some of its tokens in each step.
 
     With a ratio of 1, and in steps that are not adaptive, it is the network bit for bit; so it is
@@ -110,8 +110,6 @@ class RegionAdaptive(Accelerated):
     image in the step before, so that both halves of guidance choose alike. Corrections of a step
     compute the tokens of its first evaluation. Raises `ValueError` for networks without tokens.
     """
-
-    keeps: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -140,17 +138,13 @@ class RegionAdaptive(Accelerated):
         self.memories = Memories(Memory)
         self.meter = Meter(net.network, self.part)
 
-    def denoise(self, x: Tensor, sigma: Tensor | float, cond: Cond | None, call: Call) -> Tensor:
-        inner, noise, filled, scales = self.net.scaled(x, sigma, cond)
-        arguments, count, where = (inner, noise, filled), len(x), call.position
-        if where is None or call.tape is not None:
-            self.meter.evaluated(count, count, arguments)
-            self.meter.add("all", count, arguments)
-            return ask(self.net, x, sigma, cond, call)
-        refuse_gradients(x)
+    def step(
+        self, x: Tensor, sigma: Tensor | float, cond: Cond | None, scaled: Scaled, where: Position
+    ) -> Tensor:
+        inputs, count = scaled.inputs, len(x)
         memory = self.memories.at(where, x)
         self._choose(memory, x, where)
-        denoised = scales.denoised(x, self._computed(memory, arguments))
+        denoised = scaled.scales.denoised(x, self._computed(memory, inputs))
         level = per_sample(noise_level(sigma, x), x)
         slope = (x - denoised) / level
         if memory.active is not None and memory.slope is not None:
@@ -158,17 +152,17 @@ class RegionAdaptive(Accelerated):
             denoised = torch.where(mask, denoised, x - level * memory.slope)
             slope = torch.where(mask, slope, memory.slope)
         memory.slope, memory.index = slope.detach(), where.index
-        self.meter.evaluated(count, count if memory.active is None else 0, arguments, where.index)
+        self.meter.evaluated(count, count if memory.active is None else 0, inputs, where.index)
         self.memories.drop(where)
         return denoised
 
     def _choose(self, memory: Memory, x: Tensor, where: Position) -> None:
         """The tokens of this step, at its first evaluation."""
         index, sigma = where.index, where.sigmas[where.index]
-        known = memory.slope is not None and 0 <= memory.index <= index
-        if known and where.stage > 0 and memory.index == index:
+        goes_on = memory.slope is not None and 0 <= memory.index <= index
+        if goes_on and where.stage > 0 and memory.index == index:
             return
-        if known and memory.x is not None and memory.sigma != sigma:
+        if goes_on and memory.x is not None and memory.sigma != sigma:
             movement = (x - memory.x) / (sigma - memory.sigma)
         else:
             movement = memory.slope
@@ -176,7 +170,7 @@ class RegionAdaptive(Accelerated):
         grid = [-(-side // p) for side, p in zip(x.shape[2:], self.patch, strict=True)]
         total = math.prod(grid)
         some = min(total, math.ceil(self.ratio * total))
-        dense = not known or index < self.start or index in self.resets or some == total
+        dense = not goes_on or index < self.start or index in self.resets or some == total
         if dense or movement is None:
             memory.active = None
             return
@@ -193,7 +187,7 @@ class RegionAdaptive(Accelerated):
         if memory.active is None:
             memory.attention = AttentionMemory() if self.attend else None
             patches = self.tokens.some(*inputs, memory=memory.attention)
-            self.meter.add("all", count, inputs)
+            self.meter.add("full", count, inputs)
         else:
             index = memory.active
             some = self.tokens.some(*inputs, index=index, memory=memory.attention)
@@ -201,7 +195,7 @@ class RegionAdaptive(Accelerated):
             patches = patches.scatter(1, index[..., None].expand(-1, -1, some.shape[-1]), some)
             # A part that attends to kept tokens is traced behind all of them, which do not count.
             self.meter.add(index.shape[1], count, inputs)
-            self.meter.add("all", -count if self.attend else 0, inputs)
+            self.meter.add("full", -count if self.attend else 0, inputs)
         return self._image(patches, x)
 
     def _tokens(self, x: Tensor) -> int:
@@ -220,7 +214,7 @@ class RegionAdaptive(Accelerated):
         return self._image(mask.expand(-1, -1, math.prod(self.patch)), x)
 
     def part(self, name: Hashable) -> Callable[..., object]:
-        """all: all tokens; a number: so many, after all of them if they attend to them."""
+        """full: all tokens; a number: so many, after all of them if they attend to them."""
         if not isinstance(name, int):
             return self.tokens.some
 
