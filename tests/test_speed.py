@@ -5,6 +5,7 @@ import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import tiny
@@ -118,7 +119,10 @@ def test_the_command(finished: Path, tmp_path: Path, capsys: Capture) -> None:
 class Means:
     """An extractor: the mean of each color of uint8 [B, 3, H, W], and of its squares."""
 
+    seen: ClassVar[int] = 0
+
     def __call__(self, images: Tensor) -> Tensor:
+        Means.seen += len(images)
         x = images.flatten(2).float() / 255
         return torch.cat([x.mean(2), x.square().mean(2)], dim=1)
 
@@ -131,6 +135,7 @@ def test_samples_and_models_that_jump(
     few = tiny.run(
         tiny.config(images, network=network, objective=MeanFlowConfig(), steps=1), tmp_path / "few"
     )
+    Means.seen = 0
     short = (*SHORT, "--solvers", "euler", "--steps", 4, "--beside", few)
     assert "--samples" in fails(capsys, "speed", run, *short)
     told = works(
@@ -143,6 +148,8 @@ def test_samples_and_models_that_jump(
     jumps = [p for p in points if p["model"]]
     assert [p["error"] for p in jumps] == [None] * 3
     assert all(p["frechet"] > 0 for p in jumps)
+    rated = sum(p["frechet"] is not None for p in points)
+    assert Means.seen == 40 + 6 * rated  # the real images once
     assert "many steps" in fails(capsys, "speed", run, *short[:-1], finished, "--samples", 6)
 
 

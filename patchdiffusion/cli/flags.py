@@ -193,10 +193,8 @@ def choose(record: T, flag_words: FlagWords, path: tuple[str, ...] = ()) -> T:
             if slot.name not in flag_words or slot.kind not in ("family", "several"):
                 continue
             words, route = flag_words[slot.name], slot.path[len(path) :]
-            if not hasattr(
-                _get(config, route[:-1]), route[-1]
-            ):  # inside a member that another one has replaced
-                continue
+            if not hasattr(_get(config, route[:-1]), route[-1]):
+                continue  # it is inside a member that another one has replaced
             try:
                 config = _chosen(config, record, slot, route, words)
             except ValueError as error:

@@ -196,13 +196,13 @@ def _rated(
     """The points, those that are shown and those of other models with their Frechet distance."""
     chosen = {id(p) for p in shown(points)}
     count = len(chosen) * evaluation.config.samples
-    out = []
+    out, real = [], evaluation.reference.gathered()
     with progress_bar(count, "image", name="Frechet distance") as bar:
         for point in points:
             if id(point) in chosen:
                 config = replace(evaluation.config, sampler=point.config)
                 rating = replace(evaluation, config=config, progress=bar.update)
-                found = rating.by_features(models[point.model])
+                found = rating.by_features(models[point.model], real)
                 point = replace(
                     point, frechet=found["frechet_distance"], kernel=found["kernel_distance"]
                 )

@@ -73,6 +73,16 @@ class Surroundings:
     """Size of the images that are sampled."""
 
 
+@runtime_checkable
+class Splitting(Protocol):
+    """A part whose work on each image the processes of torchrun may divide."""
+
+    @property
+    def split(self) -> bool:
+        """True if they do."""
+        ...
+
+
 class Part(Protocol):
     """A part of a sampler that changes the denoiser, such as guidance or a threshold."""
 

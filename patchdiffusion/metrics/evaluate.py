@@ -78,10 +78,13 @@ class Evaluation:
         result["card"] = self.card(pipeline)
         return result
 
-    def by_features(self, pipeline: Pipeline) -> dict[str, Any]:
-        """Metrics of samples by features alone, without copies and card."""
+    def by_features(self, pipeline: Pipeline, real: Gathered) -> dict[str, Any]:
+        """Metrics of samples by features alone, without copies and card.
+
+        `real` are the features of `reference`, which several models may share.
+        """
         images = partial(self._sampled, pipeline)
-        return self._against(images, self._size(pipeline), copies_of=None)
+        return self._against(images, self._size(pipeline), copies_of=None, real=real)
 
     @property
     def compares(self) -> bool:
@@ -271,6 +274,7 @@ class Evaluation:
         count: int | None = None,
         copies_of: Tensor | None,
         seams: Seams | None = None,
+        real: Gathered | None = None,
     ) -> dict[str, Any]:
         """Compare samples of a size with the real images; count copies of those at `copies_of`.
 
@@ -280,7 +284,8 @@ class Evaluation:
         reason, counter = self._no_copies(copies_of, size), None
         if copies_of is not None and not reason:
             counter = CopyCounter(self.pack.pictures, copies_of, self.pack.space.pictured)
-        real = None if self.extract is None else self.reference.gathered()
+        if real is None and self.extract is not None:
+            real = self.reference.gathered()
         mine, copies, steps = None, 0, None
         if self.extract is not None or counter is not None or seams is not None:
             samples = Samples(

@@ -26,6 +26,10 @@ class TapMap:
     cell: tuple[float, ...]
     """Pixels of a place along each axis."""
 
+    def places(self, size: Size) -> int:
+        """Number of places of a crop of a size."""
+        return math.prod(math.ceil(side / c) for side, c in zip(size, self.cell, strict=True))
+
 
 def _grids(size: Size, tokens: Size) -> Iterator[tuple[Size, Size]]:
     """Grids of an image from the finest, of pixels or tokens, to a single place, and their cells.

@@ -211,10 +211,7 @@ class AlignLoss:
 
     def operations(self, size: Size) -> float:
         """Operations of the projectors for one crop of a size, forward and backward."""
-        places = 1.0
-        for side, cell in zip(size, self.tap.cell, strict=True):
-            places *= -(-side // cell)
-        return 6.0 * places * sum(target.projector.macs for target in self.targets)
+        return 6.0 * self.tap.places(size) * sum(t.projector.macs for t in self.targets)
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         out, (h,) = recorded(self.objective, denoiser, batch, draws, (self.tap.name,), self.tokens)

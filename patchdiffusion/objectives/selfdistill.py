@@ -17,8 +17,9 @@ from patchdiffusion.denoiser import Denoiser, ask
 from patchdiffusion.losses import Batch, LossOut, Objective
 from patchdiffusion.nets.base import Network, NetworkConfig, initialize
 from patchdiffusion.nets.layers import Linear
+from patchdiffusion.nets.tapmaps import chosen, tap_maps
 from patchdiffusion.objectives.base import Addition, Materials, Settings
-from patchdiffusion.patches import Region
+from patchdiffusion.objectives.taps import full_size
 from patchdiffusion.rng import Draws
 from patchdiffusion.system import families
 
@@ -78,19 +79,16 @@ class SelfDistillationConfig(Addition):
         if not self.weight:
             return objective
         network = materials.network
-        tap = self.tap or middle(network)
-        if tap not in network.taps:
-            raise ValueError(
-                f"additions self-distill: tap must be one of {', '.join(network.taps)}, not {tap}"
-            )
+        maps = tap_maps(network.config.build, full_size(materials))
+        tap = chosen(network.taps, maps, self.tap, lambda: middle(network))
         head = nn.Sequential(
-            Linear(_width(network, tap), 2 * self.features),
+            Linear(tap.features, 2 * self.features),
             nn.SiLU(),
             Linear(2 * self.features, self.features),
         )
         initialize(head, 0)
         materials.learn("self-distill", head)
-        return SelfDistilled(objective, self, tap, head, materials.average, materials.view)
+        return SelfDistilled(objective, self, tap.name, head, materials.average, materials.view)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +114,8 @@ class SelfDistilled:
         with torch.no_grad():
             average = self.average()
             teacher = [self.features(average, view, draws, i) for i, view in enumerate(views)]
-        tau, own = (
-            self.config.temperature,
-            torch.arange(len(batch.images), device=draws.index.device),
-        )
+        tau = self.config.temperature
+        own = torch.arange(len(batch.images), device=draws.index.device)
         pairs = ((student[0], teacher[1]), (student[1], teacher[0]))
         terms = [2 * tau * F.cross_entropy(q @ k.mT / tau, own) for q, k in pairs]
         term = torch.stack(terms).mean()
@@ -151,15 +147,3 @@ def middle(network: Network) -> str:
     if depth and rule is not None:
         return f"blocks.{(rule.after(depth) or max(depth // 2, 1)) - 1}"
     return "mid.1" if "mid.1" in network.taps else network.taps[len(network.taps) // 2]
-
-
-@torch.no_grad()
-def _width(network: Network, tap: str) -> int:
-    """Number of features of an activation."""
-    config, weight = network.config, next(network.parameters())
-    size = (max(config.divisor, 8),) * config.axes
-    x = torch.zeros(1, config.channels, *size, device=weight.device, dtype=weight.dtype)
-    tape, pos = Tape((tap,)), Region.whole(size).pos(x)
-    network(x, x.new_zeros(1), Cond(pos=pos), tape=tape)
-    h = tape.activations[tap]
-    return h.shape[1] if h.ndim > 3 else h.shape[-1]

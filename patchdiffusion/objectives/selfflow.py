@@ -25,6 +25,7 @@ from patchdiffusion.nets.projector import Projector
 from patchdiffusion.nets.tapmaps import TapMap, as_map, at_depth, chosen, tap_maps
 from patchdiffusion.noise import NoiseLaw
 from patchdiffusion.objectives.base import C, Materials, ObjectiveConfig, Settings
+from patchdiffusion.objectives.denoising import DenoisingConfig
 from patchdiffusion.objectives.layersync import negative_cosine
 from patchdiffusion.objectives.patchforcing import on_pixels, token_error
 from patchdiffusion.objectives.taps import full_size, recorded, with_term
@@ -69,13 +70,7 @@ class SelfFlowConfig(ObjectiveConfig):
 
     def prefers(self, config: C) -> C:
         """The noise law of the parameterisation, a network of one time, previews by a solver."""
-        return replace(
-            config,
-            objective=self,
-            noise=config.precond.default_noise(),
-            network=replace(config.network, jump=False),
-            preview=replace(config.preview, sample_steps=type(config.preview)().sample_steps),
-        )
+        return replace(DenoisingConfig().prefers(config), objective=self)
 
     def check(self, config: Settings) -> None:
         """Raise `ValueError` for a network that reads one noise level per image."""
@@ -185,10 +180,7 @@ class SelfFlowLoss:
 
     def operations(self, size: Size) -> float:
         """Operations of the projector for one crop of a size, forward and backward."""
-        places = 1.0
-        for side, cell in zip(size, self.early.cell, strict=True):
-            places *= -(-side // cell)
-        return 6.0 * places * self.projector.macs
+        return 6.0 * self.early.places(size) * self.projector.macs
 
     def __call__(self, denoiser: Denoiser, batch: Batch, draws: Draws) -> LossOut:
         names = (self.early.name,)

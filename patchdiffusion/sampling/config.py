@@ -7,12 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from patchdiffusion.accel import Accelerator, NoAccelerator
-from patchdiffusion.accel.tiles import Tiles
 from patchdiffusion.data.space import Space
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, Wrapper
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.guidance import Guidance, NoGuidance
-from patchdiffusion.guidance.base import Models, Part, Surroundings
+from patchdiffusion.guidance.base import Models, Part, Splitting, Surroundings
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.guidance.threshold import AutoThreshold, Clamp, NoThreshold, Threshold
 from patchdiffusion.noise import NoiseLaw, for_size
@@ -95,8 +94,9 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         finite(self)
         positive(self, "temperature")
-        if self._splits_canvas and self._splits_guidance:
-            raise ValueError("canvas.split and guidance.split exclude each other: give one of them")
+        if len(parts := self._splitting) > 1:
+            flags = " and ".join(f"{name}.split" for name in parts)
+            raise ValueError(f"{flags} exclude each other: give one of them")
         self._levels(for_size(self.schedule, 4096))  # raises for impossible values
 
     @property
@@ -210,15 +210,12 @@ class SamplerConfig:
     @property
     def splits(self) -> bool:
         """True if the processes of torchrun divide each image, and not the images."""
-        return self._splits_canvas or self._splits_guidance
+        return bool(self._splitting)
 
     @property
-    def _splits_canvas(self) -> bool:
-        return isinstance(self.canvas, Tiles) and self.canvas.split
-
-    @property
-    def _splits_guidance(self) -> bool:
-        return isinstance(self.guidance, ClassifierFree) and self.guidance.split
+    def _splitting(self) -> list[str]:
+        parts = ((name, getattr(self, name)) for name in WRAPPING)
+        return [name for name, part in parts if isinstance(part, Splitting) and part.split]
 
     @property
     def evaluations(self) -> int:

@@ -44,16 +44,13 @@ def describe(training: Training) -> None:
     for name, text in (
         ("network", _network(training)),
         ("training", _training(training)),
+        *(("", part.told) for part in stages_of(training.objective) if isinstance(part, Told)),
         ("patches", _patches(training)),
         ("optimizer", _optimizer(training)),
         ("previews", _previews(training)),
         ("length", _length(training, disk)),
     ):
         training.log.say(f"{name:<10}{text}")
-        if name == "training":
-            for part in stages_of(training.objective):
-                if isinstance(part, Told):
-                    training.log.say(f"{'':<10}{part.told}")
     tokens = training.config.network.num_tokens(training.canvas)
     if rounding := training.plan.rounding:
         one = len(training.plan.groups) == 1
