@@ -179,6 +179,7 @@ def aligned(weight: float = 0.5, **changes: object) -> AlignLoss:
 
 def test_the_term_is_the_mean_cosine() -> None:
     loss, batch = aligned(tap="blocks.0"), batch_of(3, (8, 8), corner=(4, 8))
+    batch = replace(batch, flip=torch.tensor([True, False, True]))
     denoiser = NetDenoiser(alive(DIT), EDM())
     out = loss(denoiser, batch, draws(3))
     base = DenoisingLoss()(denoiser, batch, draws(3))
@@ -203,6 +204,7 @@ def test_the_manifold_term_compares_all_pairs_of_places() -> None:
     loss, batch = aligned(tap="blocks.0", manifold=3.0), batch_of(2, (4, 4), corner=(4, 8))
     (target,) = loss.targets
     h = rng.normal(rng.keys(0, "h", 0, torch.arange(2)), (DIT.width, 2, 2))
+    h[1] = h[1, :, :1, :1]  # all places alike, which those of the encoder are not
     p = target.projector(h).flatten(2)
     y = target.store.crop(batch.index, batch.box, batch.flip, (2, 2), (2, 2)).flatten(2)
 

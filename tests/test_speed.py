@@ -1,12 +1,14 @@
 """Comparison of samplers: counted operations, errors that vanish, and the line that is advised."""
 
 import json
+import math
 import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -21,6 +23,7 @@ from patchdiffusion.metrics.speed import (
     Point,
     Speed,
     advised,
+    distance,
     draws_noise,
     frontier,
     operations,
@@ -72,6 +75,19 @@ def test_errors_vanish_with_steps() -> None:
     assert fine < coarse and more < euler
     assert halved <= fine < euler
     assert speed.measure(speed.references[0], exact).error == 0
+
+
+def test_distances_are_relative_to_the_deviation() -> None:
+    exact = np.array([0.0, 4.0])
+    assert distance(np.array([0.0, 7.0]), exact) == pytest.approx(3 / math.sqrt(2) / 2)
+
+
+def test_accelerators_are_tried_with_the_solvers_that_are_best_without() -> None:
+    speed = Speed(pipeline=tiny.pipeline(), solvers=("heun", "euler"), steps=(4, 8))
+    errors = {(Heun, 4): 0.3, (Heun, 8): 0.1, (Euler, 4): 0.4, (Euler, 8): 0.35}
+    plain = [Point(c, float(c.count), 1.0, errors[type(c.solver), c.count]) for c in speed.plain()]
+    tried = speed.trials(plain, [DeepCache(every=2), DeepCache(every=3)])
+    assert [(type(c.solver), c.count) for c in tried] == [(Heun, 4)] * 2 + [(Heun, 8)] * 2
 
 
 def test_solvers_with_fresh_noise_follow_no_path() -> None:

@@ -12,6 +12,7 @@ from patchdiffusion.interop.kinds import Kind, Unsaid, imported
 from patchdiffusion.model import ModelConfig, save_model
 from patchdiffusion.nets import base
 from patchdiffusion.patches import size_name
+from patchdiffusion.system import families
 from patchdiffusion.system.files import check_place
 from patchdiffusion.system.serialize import encode
 
@@ -102,7 +103,7 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
 
 def _tell(kind: str, published: Published, config: ModelConfig, network: base.Network) -> None:
     channels, classes = config.network.channels, config.num_classes
-    lines = {"kind": kind, "network": type(config.network).__name__.removesuffix("Config")}
+    lines = {"kind": kind, "network": families.word(type(config.network))}
     if published.part:
         others = [part for part in published.parts if part != published.part]
         more = f" (also there: {', '.join(others[:10])})" if others else ""
