@@ -166,18 +166,35 @@ def test_guidance_in_one_batch_and_in_two_passes_are_equal(solver: Method) -> No
     torch.testing.assert_close(together, apart, atol=1e-3, rtol=1e-3)
 
 
-def test_both_halves_of_guidance_compute_the_same_tokens() -> None:
-    model, chosen = regions(transformer()), []
-    choose = model._choose
+def watching(model: RegionAdaptive) -> list[torch.Tensor]:
+    """A list that is filled with the tokens of each step that computes some of them."""
+    chosen, choose = [], model._choose
 
     def watched(memory, x, where) -> None:
         choose(memory, x, where)
-        chosen.append(memory.active)
+        if memory.active is not None:
+            chosen.append(memory.active)
 
     model._choose = watched
+    return chosen
+
+
+def test_both_halves_of_guidance_compute_the_same_tokens() -> None:
+    model = regions(transformer())
+    chosen = watching(model)
     solved(CFG(model, 3.0))
-    halves = [index.chunk(2) for index in chosen if index is not None]
+    halves = [index.chunk(2) for index in chosen]
     assert len(halves) == 5 and all(torch.equal(a, b) for a, b in halves)
+
+
+def test_starvation_is_that_of_the_settings() -> None:
+    """Half of the tokens in each step: with it all had their turn after three, without it not."""
+    for starvation, all_of_them in ((1e6, True), (0.0, False)):
+        model = regions(transformer(), starvation=starvation)
+        chosen = watching(model)
+        solved(model)
+        seen = torch.cat(chosen[:3], dim=1)[0].unique()
+        assert (len(seen) == 2 * chosen[0].shape[1]) == all_of_them
 
 
 def test_every_trajectory_begins_anew_and_images_are_their_own() -> None:
