@@ -11,11 +11,10 @@ from sameruns import check_resumed
 
 from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.nets.dit import DiTConfig
-from patchdiffusion.nets.lego import LegoConfig
-from patchdiffusion.nets.selfcondition import FeatureSelfConditioning
+from patchdiffusion.nets.tapmaps import halfway, tap_maps
 from patchdiffusion.objectives import MeanFlowConfig
 from patchdiffusion.objectives.base import Stages
-from patchdiffusion.objectives.selfdistill import SelfDistillationConfig, SelfDistilled, middle
+from patchdiffusion.objectives.selfdistill import SelfDistillationConfig, SelfDistilled
 from patchdiffusion.train import loop
 from patchdiffusion.train.setup import Training
 
@@ -67,11 +66,10 @@ def test_the_term_is_the_cross_entropy_of_the_pass(
     assert all(p.grad is not None for p in loss.head.parameters())
 
 
-def test_the_pooled_block_is_that_of_self_conditioning() -> None:
-    assert middle(DIT.build()) == "blocks.0"
-    with_block = replace(DIT, self_condition=FeatureSelfConditioning(block=2))
-    assert middle(with_block.build()) == "blocks.1"
-    assert middle(tiny.NETWORK.build()) == "mid.1"
+def test_the_pooled_activation_is_that_in_the_middle() -> None:
+    for network, name in ((DIT, "blocks.1"), (tiny.NETWORK, "mid.0")):
+        maps = tap_maps(network.build, (16, 16))
+        assert halfway(network.build().taps, maps) == name
 
 
 def test_weight_0_is_the_run_without_it(images: Path, tmp_path: Path) -> None:
@@ -104,8 +102,6 @@ def test_what_does_not_fit_is_refused(images: Path, tmp_path: Path) -> None:
     ):
         with refuses(*parts):
             replace(DISTILL, **changes)
-    with refuses("self-distill", "lego"):
-        tiny.config(images, network=LegoConfig(), additions=(DISTILL,))
     with refuses("tap", "blocks.9"):
         config = tiny.config(images, network=DIT, additions=(replace(DISTILL, tap="blocks.9"),))
         tiny.training(config, tmp_path)

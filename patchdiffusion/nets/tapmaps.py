@@ -128,6 +128,11 @@ def at_depth(names: Sequence[str], maps: Mapping[str, TapMap], share: float) -> 
     return (before or after[:1] or list(maps)[:1])[-1]
 
 
+def halfway(names: Sequence[str], maps: Mapping[str, TapMap]) -> str:
+    """The tap in the middle of a network, with down-sampling or without; `names` are all taps."""
+    return middle(maps) if coarsens(maps) else at_depth(names, maps, 1 / 2)
+
+
 def chosen(
     names: Sequence[str], maps: Mapping[str, TapMap], tap: str, default: Callable[[], str]
 ) -> TapMap:

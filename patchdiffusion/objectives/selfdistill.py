@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from patchdiffusion.cond import Call, Cond, Tape
 from patchdiffusion.denoiser import Denoiser, ask
 from patchdiffusion.losses import Batch, LossOut, Objective
-from patchdiffusion.nets.base import Network, NetworkConfig, initialize
+from patchdiffusion.nets.base import initialize
 from patchdiffusion.nets.layers import Linear
-from patchdiffusion.nets.tapmaps import chosen, tap_maps
+from patchdiffusion.nets.tapmaps import chosen, halfway, tap_maps
 from patchdiffusion.objectives.base import Addition, Materials, Settings
 from patchdiffusion.objectives.taps import full_size
 from patchdiffusion.rng import Draws
@@ -40,7 +40,7 @@ class SelfDistillationConfig(Addition):
     features: int = 64
     """Features that are compared, behind two learned layers."""
     tap: str = ""
-    """Activation that is pooled; empty is that of the middle, as --network.self-condition does."""
+    """Activation that is pooled; empty is that in the middle of the network."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < float("inf"):
@@ -64,12 +64,6 @@ class SelfDistillationConfig(Addition):
                 f"additions self-distill is for denoisers, and {word} trains none; use "
                 "--objective denoising"
             )
-        if not hasattr(config.network, "self_condition"):
-            word = families.word(type(config.network))
-            raise ValueError(
-                f"additions self-distill pools features of a transformer or U-Net, not of {word}; "
-                "use --network dit or unet"
-            )
 
     def add(self, objective: Objective, materials: Materials) -> Objective:
         """The objective with the term; at weight 0 the objective itself.
@@ -80,7 +74,7 @@ class SelfDistillationConfig(Addition):
             return objective
         network = materials.network
         maps = tap_maps(network.config.build, full_size(materials))
-        tap = chosen(network.taps, maps, self.tap, lambda: middle(network))
+        tap = chosen(network.taps, maps, self.tap, lambda: halfway(network.taps, maps))
         head = nn.Sequential(
             Linear(tap.features, 2 * self.features),
             nn.SiLU(),
@@ -137,13 +131,3 @@ class SelfDistilled:
         h = h.flatten(2).mT if h.ndim > 3 else h  # [B, T, D]
         pooled = F.layer_norm(h.float(), h.shape[-1:], eps=1e-6).mean(1)
         return F.normalize(self.head(pooled), dim=1)
-
-
-def middle(network: Network) -> str:
-    """The activation that self-conditioning pools, or that in the middle of all."""
-    config: NetworkConfig = network.config
-    rule = getattr(config, "self_condition", None)
-    depth = getattr(config, "depth", 0)
-    if depth and rule is not None:
-        return f"blocks.{(rule.after(depth) or max(depth // 2, 1)) - 1}"
-    return "mid.1" if "mid.1" in network.taps else network.taps[len(network.taps) // 2]
