@@ -15,7 +15,7 @@ from patchdiffusion import rng
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
 from patchdiffusion.losses import denoising_error
-from patchdiffusion.nets.adapters import CoordinateStem
+from patchdiffusion.nets.coordinates import CoordinateStem
 
 
 class Adapter(nn.Module):

@@ -6,7 +6,7 @@ from commands import refuses
 from torch import Tensor, nn
 
 from patchdiffusion import EDM, Cond, NetDenoiser, PatchDenoiser
-from patchdiffusion.nets.adapters import CoordinateStem
+from patchdiffusion.nets.coordinates import CoordinateStem
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

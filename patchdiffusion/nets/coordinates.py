@@ -1,4 +1,4 @@
-"""Adapters: a few new parameters on an existing network."""
+"""Coordinates as a further input of an existing network."""
 
 import torch
 from torch import Tensor, nn
