@@ -38,6 +38,8 @@ class Cond:
     """[B], percentile of the noise level in its law, filled in by the denoiser."""
     jump: Tensor | None = None
     """[B], length t - s of a flow-map jump, in its own units; 0 or None is a denoiser."""
+    adapters: Tensor | None = None
+    """float32 [B, K], factor of each of K adapters of a network; None is 1."""
     seed: Tensor | None = None
     """int64 [B], keys of draws inside the network such as dropout; None is evaluation."""
 

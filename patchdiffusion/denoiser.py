@@ -246,9 +246,16 @@ class NetDenoiser(nn.Module):
         cond = cond or Cond()
         if self.law is not None and sigma.ndim == 1:
             cond = replace(cond, percentile=self.law.cdf(sigma).to(torch.float32))
+        prepare(self.network, sigma, cond)
         scales = self.precond.on(self.network).scales(sigma)
         inner = (per_sample(scales.inner, x) * x).to(torch.float32)
         return inner, scales.noise.to(torch.float32), cond, scales
+
+
+def prepare(network: nn.Module, sigma: Tensor, cond: Cond) -> None:
+    """Tell a network the noise levels, [B] or a map, of the evaluation that comes, if it asks."""
+    if (told := getattr(network, "prepare", None)) is not None:
+        told(sigma, cond)
 
 
 def noise_patch(network: nn.Module) -> tuple[int, ...] | None:

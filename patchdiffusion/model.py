@@ -20,6 +20,7 @@ from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.encoders.autoencoder import Autoencoder
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.nets import Network, base, own
+from patchdiffusion.nets.adapters import Adapter, AllWeights
 from patchdiffusion.nets.autoencoder import AutoencoderNetwork
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.nets.heads import Head, OwnHead
@@ -45,6 +46,8 @@ class ModelConfig:
     """Configuration of a saved model: everything but its weights."""
 
     network: Network
+    adapter: Adapter = field(default_factory=AllWeights)
+    """Small change of a network that was trained before, with its own weights."""
     head: Head = field(default_factory=OwnHead)
     """Output head of the network, which decides the kind of model."""
     precond: Parameterisation
@@ -304,6 +307,7 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     network = config.head.build(config.network)
     config.precond.attach(network, config.network.channels)
+    config.adapter.attach(network)
     try:
         tensors, state = load(data), network.state_dict()
         network.load_state_dict(tensors)

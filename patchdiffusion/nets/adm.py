@@ -155,6 +155,7 @@ class AdaptiveBlock(nn.Module):
     """
 
     role: ClassVar[Role] = "conv"
+    branches: ClassVar[tuple[str, ...]] = ("conv1",)
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ class Attention(nn.Module):
     """
 
     role: ClassVar[Role] = "attention"
+    branches: ClassVar[tuple[str, ...]] = ("proj",)
 
     def __init__(
         self,

@@ -187,16 +187,27 @@ class NetworkConfig(ABC):
 Config = TypeVar("Config", bound=NetworkConfig)
 
 
+class Prepared(nn.Module):
+    """Parts of a network that depend on sigma, not only on what the network is told of it."""
+
+    def at(self, sigma: Tensor, cond: Cond) -> None:
+        """Set them for noise levels sigma, [B] or a map, and a condition."""
+
+
 class Network(nn.Module, ABC, Generic[Config]):
     """Base of networks: pure functions (x, noise, cond) -> output, independent of diffusion.
 
     The attribute `role` of a module inside is that of its parameters; `is_neutral` marks an
     addition that contributes nothing at the start, since its (last) weights are zero there.
+    Adapters read `branches`, names of layers whose outputs are added to the features, `modulates`,
+    the parts (shift, scale or gate) of the output of a layer, by its name, and `uncalled`, names of
+    layers whose weights are used without a call.
     """
 
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        self.adapters: Prepared | None = None
         self._positional = "pos" in config.reads
 
     @abstractmethod
@@ -207,6 +218,11 @@ class Network(nn.Module, ABC, Generic[Config]):
         """Initialize all weights as a function of the seed alone, equal on every device."""
         initialize(self, seed)
         return self
+
+    def prepare(self, sigma: Tensor, cond: Cond) -> None:
+        """Set what depends on sigma, [B] or a map, before an evaluation: strengths of adapters."""
+        if self.adapters is not None:
+            self.adapters.at(sigma, cond)
 
     def check_shapes(self, x: Tensor, cond: Cond) -> None:
         """Raise `ValueError` if the channels of x or the shape of `cond.pos` do not fit."""

@@ -94,6 +94,8 @@ class DiT(Network[DiTConfig]):
     and for a part of the tokens, see `Tokens`.
     """
 
+    modulates: ClassVar[Mapping[str, tuple[str, ...]]] = {"out_modulation": ("shift", "scale")}
+
     def __init__(self, config: DiTConfig, *, seed: int = 0):
         super().__init__(config)
         width, pixels = config.width, math.prod(config.patch)

@@ -148,8 +148,10 @@ class MPUNet(UNet[EDM2Config, None]):
         return self.out_conv(h)
 
     def after_step(self, applied: Tensor) -> None:
-        """Normalize all weights (forced weight normalization)."""
+        """Normalize all weights that are trained (forced weight normalization)."""
         for module in self.modules():
+            if isinstance(module, MPWeight | Conv | Linear) and not module.weight.requires_grad:
+                continue
             if isinstance(module, MPWeight):
                 module.normalize_weight(applied)
             elif isinstance(module, Conv | Linear):
@@ -160,6 +162,7 @@ class MPStem(nn.Module):
     """The first convolution: of the image and ones, and in float32 of the coordinates."""
 
     role: ClassVar[Role] = "stem"
+    uncalled: ClassVar[tuple[str, ...]] = ("coordinates",)
 
     def __init__(self, channels: int, width: int, coordinates: int):
         super().__init__()
@@ -222,6 +225,7 @@ class MPBlock(nn.Module):
     """
 
     role: ClassVar[Role] = "conv"
+    branches: ClassVar[tuple[str, ...]] = ("conv1",)
 
     def __init__(
         self,

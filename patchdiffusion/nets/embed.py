@@ -148,9 +148,12 @@ class Labels(nn.Module):
                 self.weight.copy_(0.02 * normal(self.weight.shape, key("weight")))
 
     def forward(self, labels: Tensor) -> Tensor:
+        return F.embedding(self.rows(labels), self.weight)
+
+    def rows(self, labels: Tensor) -> Tensor:
+        """The row of each label, the last for none: [B] -> [B]."""
         none = len(self.weight) - 1
-        known = (labels >= 0) & (labels < none)
-        return F.embedding(torch.where(known, labels, none), self.weight)
+        return torch.where((labels >= 0) & (labels < none), labels, none)
 
 
 class LateEmbedding(nn.Module):
@@ -243,6 +246,7 @@ class Stem(nn.Module):
     """
 
     role: ClassVar[Role] = "stem"
+    uncalled: ClassVar[tuple[str, ...]] = ("coordinates",)
 
     def __init__(
         self,

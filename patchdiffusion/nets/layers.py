@@ -3,7 +3,7 @@
 Shapes: B batch, C channels, H and W height and width (any size), E size of the embedding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -126,6 +126,8 @@ class Norm(nn.GroupNorm):
         most = max(1, min(32, channels // 4))
         groups = groups or next(g for g in range(most, 0, -1) if channels % g == 0)
         super().__init__(groups, channels, eps)
+        self.change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+        """Gain and bias of adapters, as a function of those of the norm."""
 
     def draw(self, key: Key) -> None:
         self.reset_parameters()  # ones and zeros
@@ -141,7 +143,9 @@ class Norm(nn.GroupNorm):
     ) -> Tensor:
         """Normalize [B, C, H, W] + shift [B, C], then SiLU if `silu`, then dropout if key [B]."""
         settings = {"groups": self.num_groups, "eps": self.eps, "silu": silu, "drop": drop}
-        return group_norm(input, self.weight, self.bias, shift, key, **settings)
+        affine = self.weight, self.bias
+        weight, bias = affine if self.change is None else self.change(*affine)
+        return group_norm(input, weight, bias, shift, key, **settings)
 
 
 # ---- Resampling ----
@@ -208,6 +212,7 @@ class Block(nn.Module):
     """
 
     role: ClassVar[Role] = "conv"
+    branches: ClassVar[tuple[str, ...]] = ("conv1",)
 
     def __init__(
         self,

@@ -159,6 +159,7 @@ class BrickStem(nn.Module):
     """
 
     role: ClassVar[Role] = "stem"
+    uncalled: ClassVar[tuple[str, ...]] = ("coordinates",)
 
     def __init__(self, outline: Outline, width: int):
         super().__init__()
@@ -234,6 +235,8 @@ class RegionTransformer(RegionNetwork):
 
     Shifts, scales and gates are computed once for an image, and are those of all its regions.
     """
+
+    modulates: ClassVar[dict[str, tuple[str, ...]]] = {"out_modulation": ("shift", "scale")}
 
     def __init__(self, config: TransformerBody, outline: Outline):
         super().__init__()

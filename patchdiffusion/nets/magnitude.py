@@ -121,6 +121,7 @@ class MPAttention(nn.Module):
     """
 
     role: ClassVar[Role] = "attention"
+    branches: ClassVar[tuple[str, ...]] = ("proj",)
 
     def __init__(self, channels: int, num_heads: int):
         super().__init__()

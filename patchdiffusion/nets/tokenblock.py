@@ -72,6 +72,7 @@ class TokenAttention(nn.Module):
     """
 
     role: ClassVar[Role] = "attention"
+    branches: ClassVar[tuple[str, ...]] = ("proj",)
 
     def __init__(
         self,
@@ -130,6 +131,7 @@ class ContextAttention(nn.Module):
 
     role: ClassVar[Role] = "attention"
     is_neutral: ClassVar[bool] = True
+    branches: ClassVar[tuple[str, ...]] = ("proj",)
 
     def __init__(
         self,
@@ -216,6 +218,8 @@ class TokenBlock(nn.Module):
     """
 
     role: ClassVar[Role] = "mlp"
+    branches: ClassVar[tuple[str, ...]] = ("layer1",)
+    modulates: ClassVar[dict[str, tuple[str, ...]]] = {"modulation": ("shift", "scale", "gate") * 2}
 
     def __init__(
         self,

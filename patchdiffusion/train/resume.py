@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from patchdiffusion.system import families
 from patchdiffusion.system.errors import Stop
 from patchdiffusion.system.files import cache_dir, check_place, check_writable, is_held, lock
 from patchdiffusion.system.serialize import encode, few
@@ -125,6 +126,12 @@ def _existing(training: Training, weights: dict[str, Tensor]) -> bool:
     allow = run.allow_config_change
     exists = not fresh and is_same_run(folder, training.config, allow_change=allow)
     check_place(folder)
+    if not (exists or training.config.adapter.trains_all or run.start_from):
+        word = families.word(type(training.config.adapter))
+        raise ValueError(
+            f"adapter {word} changes a trained network: name it by --start-from RUN, or use "
+            f"patchdiffusion adapt RUN DATA --adapter {word}"
+        )
     if run.start_from is not None and not exists:
         weights.update(weights_of(run.start_from, training))
     describe(training)

@@ -8,6 +8,7 @@ from patchdiffusion.conditioners import ConditionerUnion
 from patchdiffusion.conditioners.base import check_all
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.nets import Network
+from patchdiffusion.nets.adapters import Adapter, AllWeights
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.noise import Law, LogNormal, for_size
 from patchdiffusion.objectives import AdditionUnion, DenoisingConfig, ObjectiveUnion
@@ -121,6 +122,8 @@ class Settings:
     data: DataConfig = field(default_factory=DataConfig)
     network: Network = field(default_factory=UNetConfig)
     """Network architecture."""
+    adapter: Adapter = field(default_factory=AllWeights)
+    """Weights that are trained: all, or few that change a frozen network, that of --start-from."""
     precond: Parameterisation = field(default_factory=EDM)
     """Parameterisation: what the network predicts. Sets the default noise law and loss weight."""
     noise: Law = field(default_factory=LogNormal)

@@ -120,6 +120,7 @@ class Training:
         """Configuration saved with the model, which is needed to load it."""
         return ModelConfig(
             network=self.config.network,
+            adapter=self.config.adapter,
             head=self.config.task.head(self.pack),
             precond=self.config.precond,
             noise=self.config.noise,
@@ -367,6 +368,7 @@ def _new_network(config: TrainConfig, pack: Pack, team: Team, device: torch.devi
     config.precond.attach(network, config.network.channels)
     config.precond.fit(network, crops)
     network.to(device)
+    config.adapter.attach(network, seed=config.seed)
     for name, buffer in network.named_buffers():
         if name not in former:
             team.broadcast(buffer)  # processes may round differently
