@@ -77,7 +77,8 @@ class Affine(Change):
 class Branch(Change):
     """a (y - b) + b' + s U act(V x): a low-rank branch, with a scale and a bias if they are wanted.
 
-    V of a convolution has its kernel, U is 1 x 1. U, a and b' are zero at first and s is 1.
+    A layer without a bias gets none. V of a convolution has its kernel, U is 1 x 1. U, a and b' are
+    zero at first and s is 1.
     """
 
     def __init__(
@@ -96,7 +97,8 @@ class Branch(Change):
         self.down = nn.Parameter(torch.empty(rank, *layer.weight.shape[1:]))
         self.up = nn.Parameter(torch.empty(outs, rank))
         self.scale = nn.Parameter(torch.zeros(outs)) if affine else None
-        self.shift = nn.Parameter(torch.zeros(outs)) if affine else None
+        biased = affine and bias_of(layer) is not None
+        self.shift = nn.Parameter(torch.zeros(outs)) if biased else None
         self.gain = nn.Parameter(torch.ones(())) if affine else None
 
     def draw(self, key: Key) -> None:
@@ -122,11 +124,11 @@ class Branch(Change):
 
     def forward(self, layer: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         d = self.low_rank(layer, x)
-        if self.scale is None or self.shift is None:
-            return d
         bias = bias_of(layer)
-        plain = y if bias is None else y - outputs(bias, layer, y)
-        return d + plain * outputs(self.scale, layer, y) + outputs(self.shift, layer, y)
+        if self.scale is not None:
+            plain = y if bias is None else y - outputs(bias, layer, y)
+            d = d + plain * outputs(self.scale, layer, y)
+        return d if self.shift is None else d + outputs(self.shift, layer, y)
 
     def product(self) -> Tensor:
         """s U V, in the shape of the weights of the layer."""
@@ -137,9 +139,10 @@ class Branch(Change):
         if self.relu:
             return super().merged(layer)
         weight, bias = layer.weight, bias_of(layer)
-        if self.scale is not None and self.shift is not None:
+        if self.scale is not None:
             weight = weight * (1 + self.scale).reshape(-1, *[1] * (weight.ndim - 1))
-            bias = None if bias is None else bias + self.shift
+        if bias is not None and self.shift is not None:
+            bias = bias + self.shift
         return weight + self.product(), bias
 
 
