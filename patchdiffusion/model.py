@@ -124,6 +124,8 @@ class Model:
     folder: Path | None = None
     """Folder that it was loaded from."""
     weights: Weights = "averaged"
+    adapters: tuple[tuple[str, float, str], ...] = ()
+    """Names, strengths and digests of adapters that change it."""
 
     def record(self, name: str) -> dict[str, Any] | None:
         """Facts about these weights in a file of the model folder; None if there are none.

@@ -64,6 +64,8 @@ COMMANDS = {
     name: _command(name)
     for name in (
         "train",
+        "adapt",
+        "merge",
         "sample",
         "restore",
         "edit",

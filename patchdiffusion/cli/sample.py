@@ -61,6 +61,8 @@ class SampleArguments:
     """File of texts, one on each line, instead of --prompt."""
     negative: str | None = None
     """Text to lead away from, by --guidance cfg."""
+    adapter: tuple[str, ...] = ()
+    """Adapters that change the model, with a strength if it is not 1: runs/new, or runs/new:0.7."""
     weights: Weights = "averaged"
     """averaged: moving average of the weights; raw: weights as trained."""
     out: Path | None = None
@@ -88,7 +90,11 @@ def main(arguments: Sequence[str]) -> None:
     with join(MEETING) as team:  # which gives each process a device of its own
         team.patience(LONGEST_WORK)
         pipeline = load(
-            path, weights=options.weights, device=options.device, precision=options.precision
+            path,
+            weights=options.weights,
+            device=options.device,
+            precision=options.precision,
+            adapters=options.adapter,
         )
         team.agree("the processes disagree", {"model": pipeline.model.digest}, code=2)
         batch = min(options.batch, options.count)

@@ -95,6 +95,11 @@ class Subject:
         return recipes.find(words[0]), "", words[0]
 
     @property
+    def resumes(self) -> bool:
+        """True if there is a run of that name, which goes on."""
+        return self._existing() is not None
+
+    @property
     def data(self) -> DataConfig:
         """Preparation of the images by the recipe."""
         data = self.recipe(Facts(path=self.images)).data

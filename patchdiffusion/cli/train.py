@@ -91,7 +91,7 @@ def chosen(arguments: Sequence[str]) -> Iterator[TrainArguments]:
             check_run(choice.run.start_from, "start_from")
         if not choice.print_config:
             _check_code(choice.training, typed)
-        yield replace(choice, training=_with_whole_paths(choice.training))
+        yield replace(choice, training=with_whole_paths(choice.training))
 
 
 def _check_code(config: TrainConfig, arguments: Sequence[str]) -> None:
@@ -112,7 +112,7 @@ def _check_code(config: TrainConfig, arguments: Sequence[str]) -> None:
                 )
 
 
-def _with_whole_paths(config: TrainConfig) -> TrainConfig:
+def with_whole_paths(config: TrainConfig) -> TrainConfig:
     """Configuration with absolute paths, to resume the run from any folder."""
     autoencoder = config.data.autoencoder and whole(config.data.autoencoder)
     data = replace(config.data, path=whole(config.data.path), autoencoder=autoencoder)

@@ -8,7 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
 from torch import nn
@@ -143,11 +143,16 @@ class AdapterConfig(ABC):
         attach(network, name, changes, Part(strength, low, high))
 
     def prefers(self, config: Any) -> Any:
-        """The configuration with this adapter, and the learning rate of few parameters."""
-        optim = config.optim
-        if not self.trains_all:
-            optim = replace(optim, lr=1e-3, weight_decay=0.0)
+        """The configuration with this adapter, and a learning rate that suits trained weights."""
+        lr = 1e-4 if self.trains_all else 1e-3
+        optim = replace(config.optim, lr=lr, weight_decay=0.0)
         return replace(config, adapter=self, optim=optim)
+
+    def inherit(self, old: "AdapterConfig", first: object) -> Self:
+        """A copy with the classes and noise levels of the adapter that it replaces."""
+        if self.trains_all:
+            return replace(self, classes=False)
+        return replace(self, classes=old.classes, levels=self.levels or old.levels)
 
 
 def label_names(network: Network) -> set[str]:

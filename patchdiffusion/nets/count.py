@@ -100,10 +100,21 @@ class MacCounter(TorchDispatchMode):
 def training_flops(
     network: Network, size: int | tuple[int, ...], cond: Cond | None = None
 ) -> float:
-    """FLOP to train on one image of `size`: 2 per MAC; backward is twice the forward pass.
+    """FLOP to train on one image of `size`, see `flops_per_mac`.
 
     With a seed, as in training: a network may leave out some of its tokens then. `cond` is that of
     `count`.
     """
     seed = torch.empty(1, dtype=torch.int64, device="meta")
-    return 6.0 * count(network, size, replace(cond or Cond(), seed=seed)).macs
+    macs = count(network, size, replace(cond or Cond(), seed=seed)).macs
+    return flops_per_mac(network) * macs
+
+
+def flops_per_mac(network: nn.Module) -> float:
+    """FLOP of training for a MAC of the network: 6, as backward is twice the forward pass.
+
+    Frozen weights have no gradient of their own, which is half of the backward pass.
+    """
+    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+    trained = sum(n for n, is_trained in sizes if is_trained) / max(sum(n for n, _ in sizes), 1)
+    return 4.0 + 2.0 * trained

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.accel.base import Spent
+from patchdiffusion.adapted import load_adapted
 from patchdiffusion.cond import Cond
 from patchdiffusion.conditioners.base import Wish, fill
 from patchdiffusion.guidance import Guidance
 from patchdiffusion.guidance.base import Labeling, Part
-from patchdiffusion.model import Model, ModelConfig, load_model
+from patchdiffusion.model import Model, ModelConfig
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.nets.own import Allowed
 from patchdiffusion.patches import Size, size_name
@@ -190,6 +191,8 @@ class Pipeline:
             "weights": self.model.weights,
             "sampler": json.dumps(encode(self.sampler(config))),
         }
+        if self.model.adapters:
+            texts["adapters"] = json.dumps(self.model.adapters)
         if self.companions.digests:
             texts["guides"] = json.dumps(self.companions.digests)
         return texts
@@ -290,8 +293,12 @@ def load(
     device: torch.device | str = "auto",
     precision: Literal["fp32", "bf16"] = "fp32",
     allow: Sequence[Allowed] = (),
+    adapters: Sequence[str | tuple[str, float]] = (),
 ) -> Pipeline:
-    """Load a run or model folder, ready to sample; see `load_model` for `allow` and errors."""
-    model = load_model(path, weights=weights, device=pick_device(device), allow=allow)
+    """Load a run or model folder, ready to sample; see `load_model` for `allow` and errors.
+
+    `adapters` are folders, with strengths in tuples or after a colon: ("runs/new", 0.7).
+    """
+    model = load_adapted(path, adapters, weights=weights, device=pick_device(device), allow=allow)
     model.require("denoiser")
     return Pipeline(model, precision)

@@ -73,12 +73,16 @@ def _network(training: Training) -> str:
     network, cut = training.config.network, ""
     if tokens := network.num_tokens(training.canvas):
         cut = f"{counted(tokens, 'token')} of {size_name(network.token_size)} per image, "
+    adapter, trained = training.config.adapter, ""
+    if not adapter.trains_all:
+        count = sum(p.numel() for p in training.network.parameters() if p.requires_grad)
+        trained = f", {count:,} of them trained by the adapter {families.word(type(adapter))}"
     rest = training.training_share
     reduced = f", {rest:.2f} of it in training" if rest < 0.995 else ""
     return (
         f"{families.word(type(network))}, {cut}"
-        f"{training.parameters / 1e6:.2f}M parameters, {training.macs / 1e9:.3g} GMAC per image"
-        f"{reduced}; "
+        f"{training.parameters / 1e6:.2f}M parameters{trained}, {training.macs / 1e9:.3g} GMAC per "
+        f"image{reduced}; "
         f"{training.precision} on {training.device}, "
         f"{counted(torch.get_num_threads(), 'thread')}{shared}; "
         f"{training.engine['kernels']}"

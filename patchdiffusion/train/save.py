@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from patchdiffusion.adapted import files_of
 from patchdiffusion.model import save_model
 from patchdiffusion.system.dist import is_sharded, local
 from patchdiffusion.system.errors import Stop
@@ -231,14 +232,14 @@ def _write(training: Training, full: Groups, record: RunFacts) -> str:
 
 
 def _write_model(training: Training, full: Groups) -> None:
-    averaged = full["weights"] | full[MAIN]
-    folder = training.folder / "model"
+    averaged, config = full["weights"] | full[MAIN], training.model_config
+    folder, adapter = training.folder / "model", files_of(config, training.network, averaged)
     save_model(
         folder,
-        training.model_config,
+        config,
         averaged,
         full["weights"],
-        carried=training.kept | training.carried,
+        carried=training.kept | training.carried | adapter,
     )
     # The files of this run from now on, whatever becomes of those that it was started with.
     training.carried = {name: folder / name for name in training.carried}

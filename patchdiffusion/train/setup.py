@@ -19,7 +19,7 @@ from patchdiffusion.encoders.features import extractor
 from patchdiffusion.losses import AfterStep, Loss
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
-from patchdiffusion.nets.count import count, training_flops
+from patchdiffusion.nets.count import count, flops_per_mac, training_flops
 from patchdiffusion.objectives.base import Annotations, Costly, Materials, annotated, stages_of
 from patchdiffusion.patches import Size
 from patchdiffusion.plans import PatchPlan
@@ -144,13 +144,14 @@ class Training:
 
     @property
     def parameters(self) -> int:
-        """Number of trained parameters."""
+        """Number of parameters of the network."""
         return sum(p.numel() for p in self.network.parameters())
 
     @property
     def training_share(self) -> float:
         """Operations of the network in training relative to those of sampling, for whole images."""
-        return self.flops[self.canvas] / (6 + 2 * self.config.task.passes(self.config)) / self.macs
+        passes = 1 + self.config.task.passes(self.config) / 3
+        return self.flops[self.canvas] / (flops_per_mac(self.network) * passes) / self.macs
 
     @property
     def total_steps(self) -> int:
