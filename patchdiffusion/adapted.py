@@ -192,6 +192,19 @@ def with_adapters(
     return replace(model, config=config, network=network, adapters=tuple(used))
 
 
+def using(model: Model, strengths: Mapping[str, float]) -> Model:
+    """The model with other strengths of its adapters, by name; its network is the same object.
+
+    Raises `ValueError` for an adapter that it has not.
+    """
+    attached = attached_to(model.network)
+    if attached is None:
+        raise ValueError("the model has no adapters: load it with some")
+    attached.use(strengths)
+    used = [(name, strengths.get(name, old), digest) for name, old, digest in model.adapters]
+    return replace(model, adapters=tuple(used))
+
+
 def _with_classes(model: Model, owner: SavedAdapter) -> tuple[ModelConfig, Network]:
     """Configuration and network with the classes of an adapter."""
     facts = owner.facts

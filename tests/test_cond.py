@@ -25,6 +25,7 @@ def full(batch: int = 3) -> Cond:
         extra=torch.linspace(3, 4, batch * 7).reshape(batch, 7),
         percentile=torch.linspace(0, 1, batch),
         jump=torch.linspace(4, 5, batch),
+        adapters=torch.linspace(5, 6, batch * 2).reshape(batch, 2),
         seed=count + 77,
     )
 

@@ -19,7 +19,7 @@ LAYERS: tuple[str, ...] = (
     "cond rng paths noise weighting preconditioning straight asymflow parameterisation",
     "patches sizes planbase multigrid plans denoiser classifier flowmap losses analytic",
     "nets encoders",
-    "solvers guidance accel objectives data conditioners model",
+    "solvers guidance accel objectives data conditioners model adapted",
     "sampling metrics",
     "train",
     "apps interop",

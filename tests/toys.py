@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from toyadapters import ToyAdapter
 from toyconditions import ToyConditioner, ToyPerturbation, ToyPrior, ToySelfConditioning
 from toynets import ToyAdversary, ToyBody, ToyDistance, ToyNet, ToyText, ToyTokens
 
@@ -38,6 +39,7 @@ from patchdiffusion.guidance.operators import Operator
 from patchdiffusion.losses import Batch, Loss, LossOut, Objective
 from patchdiffusion.nets import (
     Network,
+    adapters,
     heads,
     legoshape,
     perturb,
@@ -359,6 +361,7 @@ recipes.RECIPES["toy"] = toy
 
 TOYS = (
     (Network, ToyNet),
+    (adapters.Adapter, ToyAdapter),
     (routing.Routing, ToyTokens),
     (legoshape.Body, ToyBody),
     (text.Text, ToyText),

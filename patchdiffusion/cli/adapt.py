@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,7 +31,7 @@ class AdaptArguments:
     The same command again resumes the run.
     """
 
-    example: ClassVar[str] = "patchdiffusion adapt runs/photos ./drawings --adapter lora"
+    example: ClassVar[str] = "patchdiffusion adapt runs/photos ./drawings"
     common: ClassVar[str] = (
         "adapter images batch optim.lr patches data.flip seed name out device threads max-hours "
         "fresh print-config dry-run"
@@ -39,7 +39,9 @@ class AdaptArguments:
 
     subject: tuple[str, ...] = field(default=(), metadata=positional("RUN DATA"))
     """Folder of the run or model, and a folder, zip, array or pack of images."""
-    training: TrainConfig = field(default_factory=TrainConfig, metadata=flat("training"))
+    training: TrainConfig = field(
+        default_factory=lambda: TrainConfig(adapter=LoRA()), metadata=flat("training")
+    )
     run: RunConfig = field(default_factory=RunConfig, metadata=flat("run"))
     print_config: bool = False
     """Print all settings as JSON, for train --config, and stop."""
@@ -49,8 +51,7 @@ def main(arguments: Sequence[str]) -> None:
     """Build the configuration from that of the model, the images and flags, and train."""
     words, flag_words = read(arguments)
     if not words or "help" in flag_words:  # or what is missing
-        training = replace(TrainConfig(), adapter=LoRA())
-        parse(AdaptArguments(training=training), arguments, "adapt")
+        parse(AdaptArguments(), arguments, "adapt")
     if len(words) != 2:
         given = " ".join(words) or "nothing"
         raise ValueError(f"adapt needs a run and images: {AdaptArguments.example}; not {given}")

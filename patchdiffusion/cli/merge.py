@@ -21,7 +21,7 @@ class MergeArguments:
     not linear, with a range of noise levels, or of edm2 have no such weights.
     """
 
-    example: ClassVar[str] = "patchdiffusion merge runs/photos --adapter runs/new:0.7 --out merged"
+    example: ClassVar[str] = "patchdiffusion merge runs/new --out merged"
 
     path: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run or model."""

@@ -45,6 +45,15 @@ class Attached(Prepared):
         self.parts[name] = part
         self._now[name] = part.strength
 
+    def use(self, strengths: Mapping[str, float]) -> None:
+        """Give adapters other strengths, by name; `ValueError` for one that is not there."""
+        for name, strength in strengths.items():
+            if name not in self.parts:
+                listed = ", ".join(self.parts)
+                raise ValueError(f"there is no adapter {name}; allowed are {listed}")
+            self.parts[name] = self.parts[name]._replace(strength=strength)
+            self._now[name] = strength
+
     def at(self, sigma: Tensor, cond: Cond) -> None:
         """Set the strengths for noise levels [B] or a map, and a condition with `adapters`."""
         for number, (name, part) in enumerate(self.parts.items()):

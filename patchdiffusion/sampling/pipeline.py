@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from patchdiffusion.accel.base import Spent
-from patchdiffusion.adapted import load_adapted
+from patchdiffusion.adapted import load_adapted, using
 from patchdiffusion.cond import Cond
 from patchdiffusion.conditioners.base import Wish, fill
 from patchdiffusion.guidance import Guidance
@@ -43,6 +43,10 @@ class Pipeline:
 
     model: Model
     precision: Literal["fp32", "bf16"] = "fp32"
+
+    def using(self, strengths: Mapping[str, float]) -> "Pipeline":
+        """This pipeline with other strengths of its adapters, by name, at once."""
+        return replace(self, model=using(self.model, strengths))
 
     @cached_property
     def companions(self) -> Companions:
