@@ -61,7 +61,9 @@ def held_out(run: Path) -> tuple[float, float]:
 
 def run(options: argparse.Namespace) -> None:
     """Train the base, then adapt it by all adapters that have no result."""
-    facts = json.loads(RESULT.read_text()) if RESULT.exists() else {"runs": {}}
+    facts: dict[str, Any] = {"runs": {}}
+    if RESULT.exists():
+        facts = json.loads(RESULT.read_text())
     base = options.work / "base"
     call("train", options.base, *BASE.split(), *COMMON.split(), "--images", options.images[0],
          "--out", base)  # fmt: skip
