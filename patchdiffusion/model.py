@@ -38,7 +38,10 @@ from patchdiffusion.system.files import (
     unsealed,
     write_json,
 )
+from patchdiffusion.system.hub import HubName, hub_name, snapshot
 from patchdiffusion.system.serialize import decode, encode
+
+WEIGHT_FILES: Mapping[Weights, str] = {"averaged": "model.safetensors", "raw": "raw.safetensors"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,14 +250,16 @@ def load_model(
     device: torch.device | str = "cpu",
     allow: Sequence[own.Allowed] = (),
 ) -> Model:
-    """Load a model from its folder or from that of a run, which may still be training.
+    """Load a model from its folder, from that of a run, or from the hub, as user/name@revision.
 
-    A network that is none of ours is stored by the path of its class: `allow` has the class, or
-    such a network. Raises `ValueError` in one line if there is none or if a file is damaged.
+    A run may still be training. A network that is none of ours is stored by the path of its class:
+    `allow` has the class, or such a network. Raises `ValueError` in one line if there is none or if
+    a file is damaged.
     """
     if allow:
         own.allow(*allow)
-    folder = Path(path)
+    name = hub_name(os.fspath(path))
+    folder = Path(path) if name is None else _from_hub(name, path, weights)
     if (folder / "model").is_dir() or (folder / "log.jsonl").exists():
         folder = folder / "model"
     for patience in (0.1, 0.3, 1.0, 0.0):
@@ -269,6 +274,21 @@ def load_model(
                 ) from error
             time.sleep(patience if folder.with_name("model.tmp").exists() else 0)
     raise AssertionError("unreachable")
+
+
+def _from_hub(name: HubName, path: str | os.PathLike[str], weights: Weights) -> Path:
+    """Folder of a model in the cache of the hub; `ValueError` if it is none of ours."""
+    missing = f"{path} does not exist, and no such model could be had from the hub"
+    facts = read_json(snapshot(name, "model", ["config.json"], missing) / "config.json")
+    digests = facts.get("sha256") if isinstance(facts, dict) else None
+    if not isinstance(digests, dict) or facts.get("format") != 1:
+        raise ValueError(f"{path} on the hub is no model of patchdiffusion, which can be loaded")
+    unused = {"model.safetensors", "raw.safetensors"} - {WEIGHT_FILES[weights]}
+    files = [file for file in digests if file not in unused]
+    folder = snapshot(name, "model", ["config.json", *files], missing)
+    if not (folder / WEIGHT_FILES[weights]).exists():
+        raise ValueError(f"{path} on the hub has no {weights} weights, {WEIGHT_FILES[weights]}")
+    return folder
 
 
 def load_classifier(
@@ -288,7 +308,7 @@ def _read(folder: Path, weights: Weights, device: torch.device | str) -> Model:
     facts = read_json(folder / "config.json")
     if not isinstance(facts, dict) or facts.get("format") != 1:
         raise ValueError(f"{folder / 'config.json'} is not a model configuration of format 1")
-    file = folder / {"averaged": "model.safetensors", "raw": "raw.safetensors"}[weights]
+    file = folder / WEIGHT_FILES[weights]
     digests = facts.get("sha256")
     recorded = digests.get(file.name) if isinstance(digests, dict) else None
     data = file.read_bytes()

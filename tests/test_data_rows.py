@@ -104,7 +104,7 @@ def test_a_pack_of_rows_trains(tmp_path: Path) -> None:
 
 
 def test_data_that_cannot_be() -> None:
-    with refuses("generator", "[i]"):
+    with refuses("generator", "once"):
         as_source(p for p in PICTURES)
     with refuses("no images"):
         as_source([])

@@ -75,6 +75,7 @@ COMMANDS = {
         "report",
         "average",
         "import",
+        "push",
         "bench",
         "doctor",
         "info",

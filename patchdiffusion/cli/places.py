@@ -8,6 +8,7 @@ from pathlib import Path
 
 from patchdiffusion.cli.words import did_you_mean, question
 from patchdiffusion.system.files import check_place, expanded
+from patchdiffusion.system.hub import hub_name
 
 _MAX_RUNS = 8  # listed in an error
 
@@ -23,11 +24,13 @@ def refuse_urls(arguments: Sequence[str]) -> None:
 
 
 def check_run(path: Path, option: str = "") -> None:
-    """Raise `ValueError` that lists existing runs unless a run or model is at a path.
+    """Raise `ValueError` that lists existing runs unless a run or model may be at a path.
+
+    A name on the hub may be.
 
     The message names the option that the path belongs to, if there is one.
     """
-    if (path / "config.json").exists() or (path / "model").is_dir():
+    if (path / "config.json").exists() or (path / "model").is_dir() or hub_name(str(path)):
         return
     if path.is_file():
         wrong = "is a file, not the folder of a run or model"
@@ -40,7 +43,12 @@ def check_run(path: Path, option: str = "") -> None:
 
 
 def home(path: Path) -> Path:
-    """Folder for samples and evaluations of a run or model: the run of RUN/model, else itself."""
+    """Folder for samples and evaluations of a run or model: the run of RUN/model, else itself.
+
+    Of a model on the hub it is one of its name here.
+    """
+    if name := hub_name(str(path)):
+        return Path(name.short)
     of_run = path.name == "model" and (path.parent / "config.json").exists()
     return path.parent if of_run else path
 

@@ -35,6 +35,9 @@ class PrepareArguments:
     labels: LabelSource = "auto"
     """Class labels; auto: from a table beside the images, else from folders unless their names
     look like dates or parts; folders: from any folders; off: none."""
+    fields: tuple[str, ...] = ()
+    """Columns of tables (parquet, Arrow) whose names do not tell: image=NAME label=NAME
+    caption=NAME."""
     space: SpaceName = "auto"
     """pixels: 8 bits; values: 16 bits and floats in their own units; auto: inferred."""
     range: tuple[float, float] | None = None
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str]) -> None:
     """Prepare, and print the report."""
     options = parse(PrepareArguments(), arguments, "prepare")
     pack = prepare(
-        open_source(options.path, options.labels),
+        open_source(options.path, options.labels, options.fields),
         options.out,
         resolution=options.resolution,
         channels=options.channels,

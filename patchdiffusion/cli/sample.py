@@ -34,7 +34,7 @@ MEETING = 2.0
 
 @dataclass(frozen=True, kw_only=True)
 class SampleArguments:
-    """Sample images from a run, also while it trains, or from a model.
+    """Sample images from a run, also while it trains, or from a model, also on the hub.
 
     Seeds are SEED, SEED + 1, ...; the same seed gives the same image for any batch size. Files are
     written to a new folder, batch by batch, with their seed and the digest of the model; the same
@@ -48,7 +48,7 @@ class SampleArguments:
     )
 
     path: Path = field(default=Path(), metadata=positional("RUN"))
-    """Folder of a run or model."""
+    """Folder of a run or model, or user/name on the hub."""
     count: int = 16
     """Number of images."""
     seed: int = 0

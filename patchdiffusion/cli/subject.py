@@ -11,7 +11,7 @@ from patchdiffusion.cli.parse import parse_some
 from patchdiffusion.cli.places import unknown_subject
 from patchdiffusion.data.options import DataConfig
 from patchdiffusion.data.prepare import prepare_data
-from patchdiffusion.data.source import is_run, is_there, whole
+from patchdiffusion.data.source import is_run, is_there, name_of, whole
 from patchdiffusion.patches import size_name
 from patchdiffusion.recipes import Facts, Recipe
 from patchdiffusion.system.files import expanded
@@ -85,11 +85,15 @@ class Subject:
             )
         images = str(path.resolve()) if is_data else words[-1]
         stem = Path(os.path.abspath(path)).name.split(".")[0] or "run"  # of a link its own
+        if not is_data and is_there(words[-1]):
+            stem = name_of(words[-1])
         if len(words) == 2:
             _check_recipe_comes_first(words)
             return recipes.find(words[0]), images, f"{stem}-{words[0]}"
         if is_data:
             return recipes.folder, images, stem
+        if words[0] not in recipes.RECIPES and is_there(words[0]):  # on the hub, or a pattern
+            return recipes.folder, words[0], stem
         if words[0] not in recipes.RECIPES:
             raise ValueError(unknown_subject(words[0], list(recipes.RECIPES)))
         return recipes.find(words[0]), "", words[0]

@@ -30,7 +30,7 @@ class Captions:
             return self.texts.get(key), ()
         file = self.files[key]
         try:
-            return _text(read(file)), ()
+            return text_of(read(file)), ()
         except BadImage as error:
             return None, (f"{file} is left out: {error.reason}",)
         except ValueError as error:
@@ -42,12 +42,16 @@ def find_captions(
     texts: Collection[str],
     tables: Sequence[str],
     read: Callable[[str], bytes],
+    others: Mapping[str, str] | None = None,
 ) -> Captions:
-    """Captions of images: `texts` are the names of .txt files, `tables` those of tables."""
+    """Captions of images: `texts` are the names of .txt files, `tables` those of tables.
+
+    `others` are captions of images in tables of labels, for images that have no other one.
+    """
     stems = {same_form(text[: -len(TEXT)]): text for text in texts}
     stem_of = {key: same_form(key.rpartition(".")[0]) for key in keys}
     files = {key: stems[stem] for key, stem in stem_of.items() if stem in stems}
-    captions: dict[str, str] = {}
+    captions = dict(others or {})
     notes: list[str] = []
     images = {same_form(key): key for key in keys}
     for table in tables:
@@ -85,7 +89,7 @@ def _rows(table: str, read: Callable[[str], bytes]) -> Iterator[tuple[str, str] 
                 continue  # a table of something else
             if not isinstance(row["text"], str):
                 raise ValueError(f"its text is of type {type(row['text']).__name__}")
-            text = _text(row["text"].encode())
+            text = text_of(row["text"].encode())
         except ValueError as error:
             yield f"{table} line {number} is left out: {error}"
             continue
@@ -94,7 +98,7 @@ def _rows(table: str, read: Callable[[str], bytes]) -> Iterator[tuple[str, str] 
             yield f"{folder}/{name}" if folder else name, text
 
 
-def _text(content: bytes) -> str | None:
+def text_of(content: bytes) -> str | None:
     """Decoded and stripped text, None if empty; raises `ValueError` unless it is UTF-8."""
     if len(content) > _MAX_BYTES:
         raise ValueError(f"{len(content)} bytes; allowed are {_MAX_BYTES}")

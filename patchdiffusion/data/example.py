@@ -1,7 +1,8 @@
 """The contract of a data set: a `Source` of `Example`s, and `BadImage` for one that fails."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -54,8 +55,10 @@ class Source(Protocol):
 
     More attributes are used if they are there: `stamp`, a string that changes when the data
     change, so that a pack can be reused; `notes`, lines for the report; `ignored`, the number of
-    files ignored by kind; and `examples(i)`, all images of file i if it may hold several, of which
-    `source[i]` is the first. `source[i]` raises `BadImage` if image i is unusable.
+    files ignored by kind; `examples(i)`, all images of file i if it may hold several, of which
+    `source[i]` is the first; and `fetch(i)` of a source that is read in order by one thread, which
+    reads entry i and returns a function that any thread decodes it with. `source[i]` raises
+    `BadImage` if image i is unusable.
     """
 
     @property
@@ -77,3 +80,17 @@ def examples_of(source: Source, index: int) -> Iterable[Example | BadImage]:
     """All examples of one entry of a source: the pages of a file, usually one."""
     several = getattr(source, "examples", None)
     return (source[index],) if several is None else several(index)
+
+
+def entry_of(source: Source, index: int) -> Callable[[], Iterable[Example | BadImage]]:
+    """Function that decodes an entry of a source, in any thread.
+
+    A source that is read in order is read here; call it for one entry after the other.
+    """
+    fetch = getattr(source, "fetch", None)
+    return partial(examples_of, source, index) if fetch is None else fetch(index)
+
+
+def has_fetch(source: Source) -> bool:
+    """True for a source that is read in order by one thread, and decoded by any."""
+    return hasattr(source, "fetch")

@@ -10,10 +10,11 @@ from pathlib import Path
 from patchdiffusion.data.captions import TABLES, TEXT, Captions, find_captions
 from patchdiffusion.data.decode import EXTENSIONS, Decoded, images_of
 from patchdiffusion.data.example import BadImage, Example
-from patchdiffusion.data.labels import LabelSource, find_labels, natural
+from patchdiffusion.data.labels import Labels, LabelSource, find_labels, natural
 from patchdiffusion.data.limits import MAX_BYTES, member_content
 from patchdiffusion.data.listing import Entry, Listing, list_folder, list_zip, suffix
 from patchdiffusion.data.splits import HELD_OUT, TEST, TRAIN
+from patchdiffusion.data.tables import Table
 from patchdiffusion.system.text import counted
 from patchdiffusion.system.trust import read_regular
 
@@ -75,9 +76,14 @@ class FileSource:
         )
 
 
-def folder_source(path: Path, labels: LabelSource = "auto") -> FileSource:
-    """All images below a folder; symbolic links are followed, each real folder once."""
-    listing = list_folder(path)
+def folder_source(
+    path: Path, labels: LabelSource = "auto", listing: Listing | None = None
+) -> FileSource:
+    """All images below a folder; symbolic links are followed, each real folder once.
+
+    `listing` are its files, if they are listed already.
+    """
+    listing = list_folder(path) if listing is None else listing
 
     def read(key: str) -> bytes:
         try:
@@ -88,7 +94,7 @@ def folder_source(path: Path, labels: LabelSource = "auto") -> FileSource:
         except OSError as error:
             raise BadImage(key, error.strerror or type(error).__name__) from error
 
-    return _source(path.resolve().name, path, listing, read, labels)
+    return file_source(path.resolve().name, path, listing, read, labels)
 
 
 def zip_source(path: Path, labels: LabelSource = "auto") -> FileSource:
@@ -108,22 +114,29 @@ def zip_source(path: Path, labels: LabelSource = "auto") -> FileSource:
         except Exception as error:  # CRC, truncation, encryption and each compression's own
             raise BadImage(key, f"cannot be read from the zip: {error}") from error
 
-    return _source(path.stem, path, listing, read, labels)
+    return file_source(path.stem, path, listing, read, labels)
 
 
-def _source(
+def file_source(
     name: str,
     path: Path,
     listing: Listing,
     read: Callable[[str], bytes],
     source: LabelSource,
+    members: Table | None = None,
 ) -> FileSource:
+    """Source of listed files; `members` is a table of their labels and captions, if there is one.
+
+    Raises `ValueError` if there are no images among them.
+    """
     if not listing.images:
-        for entry in (*listing.texts, *listing.tables):
+        for entry in (*listing.texts, *listing.tables, *listing.shards):
             listing.ignored[suffix(entry.key)] += 1
         others = ", ".join(f"{kind} {count}" for kind, count in listing.ignored.most_common())
         content = f"no images, only other files ({others})" if others else "no images"
         raise ValueError(f"{path} holds {content}; images end in {' '.join(sorted(EXTENSIONS))}")
+    for entry in listing.shards:
+        listing.ignored[suffix(entry.key)] += 1
     entries = sorted(listing.images, key=lambda entry: natural(entry.key))
     if grids := _grids([entry.key for entry in entries]):
         entries = [entry for entry in entries if entry.key not in grids]
@@ -131,14 +144,14 @@ def _source(
     keys = [entry.key for entry in entries]
     tables = sorted(entry.key for entry in listing.tables)
     try:
-        labeled = find_labels(keys, tables, read, source)
+        labeled = find_labels(keys, tables, read, source, members)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     splits = labeled.splits or (None,) * len(keys)
     left_out = HELD_OUT in splits  # else the test images are those that are held out
     kept = [i for i, split in enumerate(splits) if not (left_out and split == TEST)]
     keys = tuple(keys[i] for i in kept)
-    captions, texts = _captions(listing, keys, read, labeled.used)
+    captions, texts = _captions(listing, keys, read, labeled)
     notes = (*listing.notes, *captions.notes, *labeled.notes)
     if gone := len(splits) - len(kept):
         images = counted(gone, "test image is", "test images are")
@@ -169,16 +182,17 @@ def _source(
 
 
 def _captions(
-    listing: Listing, keys: Sequence[str], read: Callable[[str], bytes], used: frozenset[str]
+    listing: Listing, keys: Sequence[str], read: Callable[[str], bytes], labeled: Labels
 ) -> tuple[Captions, list[Entry]]:
     """Captions of images, and the files that hold them; other files are ignored and counted."""
     texts = [entry.key for entry in sorted(listing.texts)]
     tables = [e.key for e in sorted(listing.tables) if e.key.rpartition("/")[2] in TABLES]
-    captions = find_captions(keys, [t for t in texts if t.endswith(TEXT)], tables, read)
-    names = {*captions.files.values(), *tables}
+    texts = [text for text in texts if text.endswith(TEXT)]
+    captions = find_captions(keys, texts, tables, read, labeled.captions)
+    names = {*captions.files.values(), *tables, *labeled.captioned}
     others = sorted((*listing.texts, *listing.tables))
     for entry in others:
-        if entry.key not in names | used:
+        if entry.key not in names | labeled.used:
             listing.ignored[suffix(entry.key)] += 1
     return captions, [entry for entry in others if entry.key in names]
 

@@ -1,4 +1,4 @@
-"""Labels and splits of image files: from tables beside them, else from the folders they lie in.
+"""Labels, splits and captions of images: from tables beside them, labels else from their folders.
 
 Folders called train and val or test are splits, and the folders below them classes. Folders whose
 names look like dates, numbered parts or cameras are classes only if `source` is "folders".
@@ -6,8 +6,8 @@ names look like dates, numbered parts or cameras are classes only if `source` is
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Literal
 
@@ -31,7 +31,11 @@ class Labels:
     """train, val or test; None without splits."""
     notes: tuple[str, ...] = ()
     used: frozenset[str] = frozenset()
-    """Names of the tables that are used."""
+    """Names of the tables that are used for labels."""
+    captions: Mapping[str, str] = field(default_factory=dict)
+    """Captions of images in the tables."""
+    captioned: frozenset[str] = frozenset()
+    """Names of the tables that are used for captions."""
 
 
 def natural(text: str) -> tuple[list[str | tuple[int, str]], str]:
@@ -153,24 +157,49 @@ def find_labels(
     tables: Sequence[str],
     read: Callable[[str], bytes],
     source: LabelSource = "auto",
+    members: Table | None = None,
 ) -> Labels:
-    """Labels and splits of images, from the tables that name them, else from their folders.
+    """Labels, splits and captions of images, from the tables that name them; or from their folders.
 
-    Raises `ValueError` for a `dataset.json` at the top that is of another form or misses images.
+    `members` is a table that was read already. Raises `ValueError` for a `dataset.json` at the top
+    that is of another form or misses images.
     """
+    readable, notes = _readable(keys, tables, read, strict=source == "auto")
+    if members is not None:
+        readable.insert(0, members)
+    captions: dict[str, str] = {}
+    for table in reversed(readable):  # the first counts
+        captions |= table.captions
+    captioned = frozenset(table.name for table in readable if table.captions)
     if source != "auto":
-        return folder_labels(keys, source)
+        labeled = folder_labels(keys, source)
+    else:
+        labeled = _labeled(keys, readable)
+        labeled = replace(labeled, notes=(*notes, *labeled.notes))
+    return replace(labeled, captions=captions, captioned=captioned)
+
+
+def _readable(
+    keys: Sequence[str], tables: Sequence[str], read: Callable[[str], bytes], *, strict: bool
+) -> tuple[list[Table], list[str]]:
+    """Tables that name images, and notes about those that cannot be read."""
     names, readable, notes = Names(keys), [], []
     for name in sorted(tables, key=lambda name: (not name.endswith(LABEL_FILE), name)):
         try:
             table = read_table(name, read, names)
         except ValueError as error:
-            if name == LABEL_FILE:
+            if name == LABEL_FILE and strict:
                 raise
             notes.append(f"{error}; it is ignored")
             continue
         if table is not None:
             readable.append(table)
+    return readable, notes
+
+
+def _labeled(keys: Sequence[str], readable: Sequence[Table]) -> Labels:
+    """Labels and splits by tables, else by folders."""
+    notes: list[str] = []
     by_folder = folder_labels(keys)
     exact = [table for table in readable if table.exact]
     for table in exact:
@@ -178,7 +207,7 @@ def find_labels(
     chosen = exact or [table for table in readable if table.labels and table.column is not None]
     labeled = _by_tables(chosen, keys)
     if labeled is None:
-        notes += [_unused(table) for table in readable]
+        notes += [_unused(table) for table in readable if not table.captions]
         labeled = by_folder
     else:
         splits = [note for note in by_folder.notes if note.startswith("splits")]
@@ -221,9 +250,8 @@ def _by_tables(tables: Sequence[Table], keys: Sequence[str]) -> Labels | None:
     used = frozenset(table.name for table in tables)
     if not labeled_cells:
         return Labels(notes=(f"no labels: {where} gives none",), used=used)
-    classes, number = _classes(
-        [labeled_cells[key] for key in keys if key in labeled_cells], tables[0]
-    )
+    cells_used = [labeled_cells[key] for key in keys if key in labeled_cells]
+    classes, number = classes_of(set(cells_used), len(cells_used), tables[0])
     if classes is None:
         return None
     labels = tuple(
@@ -245,13 +273,16 @@ def _by_tables(tables: Sequence[Table], keys: Sequence[str]) -> Labels | None:
     return Labels(labels, classes, None, tuple(notes), used)
 
 
-def _classes(cells: Sequence[Cell], table: Table) -> tuple[tuple[str, ...] | None, dict[Cell, int]]:
+def classes_of(
+    distinct: set[Cell], count: int, table: Table
+) -> tuple[tuple[str, ...] | None, dict[Cell, int]]:
     """Class names and the index of each label, or None if the labels cannot be classes.
 
-    Numbers are class indices, in tables other than `dataset.json` only if they leave few gaps.
+    `count` is the number of images that have one. Numbers are class indices, in tables other than
+    `dataset.json` only if they leave few gaps.
     """
-    distinct, exact = set(cells), table.exact
-    if not table.named and len(distinct) == len(cells):  # names or numbers of images
+    exact = table.exact
+    if not table.named and len(distinct) == count:  # names or numbers of images
         return None, {}
     if all(isinstance(c, int) or re.fullmatch(r"\d{1,9}(\.0+)?", str(c)) for c in distinct):
         numbers: dict[Cell, int] = {
@@ -264,7 +295,7 @@ def _classes(cells: Sequence[Cell], table: Table) -> tuple[tuple[str, ...] | Non
             return tuple(str(i) for i in range(largest + 1)), numbers
     texts = {c: str(c) for c in distinct}
     measured = all(re.fullmatch(r"-?\d*\.\d+(e[-+]?\d+)?", t.lower()) for t in texts.values())
-    many = len(distinct) > 20 and 2 * len(distinct) > len(cells)
+    many = len(distinct) > 20 and 2 * len(distinct) > count
     if not exact and (measured or many):
         return None, {}
     classes = tuple(sorted(set(texts.values()), key=natural))

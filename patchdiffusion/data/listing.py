@@ -17,6 +17,8 @@ from patchdiffusion.data.limits import member_content
 from patchdiffusion.data.tables import is_table
 from patchdiffusion.system.text import printable
 
+SHARDS = (".tar", ".parquet", ".arrow")
+"""Extensions of files that hold many images with their labels and captions."""
 _MAX_DEPTH = 64
 """Number of nested folders; deeper ones are reported as not read."""
 _LARGEST_CONFIG = 2**20
@@ -39,6 +41,8 @@ class Listing:
     """Text files, which may hold captions."""
     tables: list[Entry] = field(default_factory=list)
     """Tables, which may hold labels or captions."""
+    shards: list[Entry] = field(default_factory=list)
+    """Archives and tables that hold images themselves, by their names."""
     ignored: Counter[str] = field(default_factory=Counter)
     """Number of ignored files and folders, by kind."""
     notes: list[str] = field(default_factory=list)
@@ -53,6 +57,8 @@ class Listing:
             self.texts.append(entry)
         elif suffix(entry.key) in EXTENSIONS:
             self.images.append(entry)
+        elif suffix(entry.key) in SHARDS:
+            self.shards.append(entry)
         else:
             self.ignored[suffix(entry.key)] += 1
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from patchdiffusion.data.augment import Augmentation
 from patchdiffusion.data.columns import Column, ColumnBase, all_columns
-from patchdiffusion.data.example import Source
+from patchdiffusion.data.example import Source, has_fetch
 from patchdiffusion.data.files import FileSource
 from patchdiffusion.data.frame import MAX_SIDE, MIN_SIDE, Fit
 from patchdiffusion.data.labels import LabelSource
@@ -36,6 +36,9 @@ class DataConfig:
     labels: LabelSource = "auto"
     """Class labels; auto: from a table beside the images, else from folders unless their names
     look like dates or parts; folders: from any folders; off: none."""
+    fields: tuple[str, ...] = ()
+    """Columns of tables (parquet, Arrow) whose names do not tell: image=NAME label=NAME
+    caption=NAME."""
     space: SpaceName = "auto"
     """pixels: 8 bits; values: 16 bits and floats in their own units, never clipped; auto: values
     if most images are floats or wide integers and some of them do not fit into pixels."""
@@ -183,7 +186,8 @@ def check_enlarge(value: float) -> None:
 def count_workers(workers: int | None, source: Source) -> int:
     """Number of decoding threads; by default 1 for sources that may not be thread-safe."""
     if workers is None:
-        return min(os.cpu_count() or 1, _MAX_WORKERS) if isinstance(source, FileSource) else 1
+        is_safe = isinstance(source, FileSource) or has_fetch(source)
+        return min(os.cpu_count() or 1, _MAX_WORKERS) if is_safe else 1
     if workers < 1:
         raise ValueError(f"workers is {workers}; allowed is 1 or more")
     return workers

@@ -158,7 +158,7 @@ def prepare_data(data: DataConfig) -> Pack:
     autoencoder the result are latents, also of mirrored images if `data.flip` asks for these, or
     if the default recipe would.
     """
-    source = open_source(data.path, data.labels)
+    source = open_source(data.path, data.labels, data.fields)
     images = source.source if isinstance(source, Unlabeled) else source
     if isinstance(images, Pack) and isinstance(images.space, Latents):
         return _latents_of(images, images.space, data)
@@ -186,6 +186,7 @@ def _latents_of(pack: Pack, space: Latents, data: DataConfig) -> Pack:
         "space": ("pixels",),
         "columns": (),
         "range": (),
+        "fields": (),
     }
     for name, values in allowed.items():
         if (value := getattr(data, name)) not in (getattr(plain, name), *values):

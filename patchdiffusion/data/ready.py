@@ -1,16 +1,27 @@
 """Read and fit all images of a source, in order, by several threads."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 
 from patchdiffusion.data.columns import ColumnBase, Stored
-from patchdiffusion.data.example import MAX_LABEL, BadImage, Example, Source, examples_of
+from patchdiffusion.data.example import (
+    MAX_LABEL,
+    BadImage,
+    Example,
+    Source,
+    entry_of,
+    has_fetch,
+)
 from patchdiffusion.data.frame import Fitted, Frame, Plan, usable, with_channels
 
+Entry = Callable[[], Iterable[Example | BadImage]]
+"""Decodes an entry of a source: see `entry_of`."""
 _TASK = 32
+_FETCHED = 4
+"""Entries of a task that are read before it runs, so that they are in memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,34 +47,35 @@ def results(
 ) -> Iterator[list[Ready | BadImage]]:
     """Images of each entry of a source, in order; few tasks are in flight, to save memory."""
 
-    def task(indices: Iterable[int]) -> list[list[Ready | BadImage]]:
-        return [ready(source, index, plan, columns) for index in indices]
+    def task(entries: Iterable[Entry]) -> list[list[Ready | BadImage]]:
+        return [ready(source, entry, plan, columns) for entry in entries]
 
     if workers == 1:
         for index in range(len(source)):
-            yield ready(source, index, plan, columns)
+            yield ready(source, entry_of(source, index), plan, columns)
         return
     several = plan.frame.fit == "windows" or getattr(source, "has_stacks", False)
-    size, most = (1, 4) if several else (_TASK, 2)
+    size, most = (1, 4) if several else (_FETCHED if has_fetch(source) else _TASK, 2)
     starts = iter(range(0, len(source), size))
     flying: deque[Future[list[list[Ready | BadImage]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         while True:
             for start in islice(starts, most * workers - len(flying)):
                 stop = min(start + size, len(source))
-                flying.append(pool.submit(task, range(start, stop)))
+                entries = [entry_of(source, index) for index in range(start, stop)]
+                flying.append(pool.submit(task, entries))
             if not flying:
                 return
             yield from flying.popleft().result()
 
 
 def ready(
-    source: Source, index: int, plan: Plan, columns: Sequence[ColumnBase]
+    source: Source, entry: Entry, plan: Plan, columns: Sequence[ColumnBase]
 ) -> list[Ready | BadImage]:
     """All images of one entry of a source, or why they cannot be used."""
     made: list[Ready | BadImage] = []
     try:
-        for example in examples_of(source, index):
+        for example in entry():
             if isinstance(example, BadImage):
                 made.append(example)
             else:

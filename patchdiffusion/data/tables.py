@@ -1,4 +1,4 @@
-"""Labels in files beside images: `dataset.json` as EDM writes it, CSV, TSV and JSON lines.
+"""Labels and captions in tables beside images: `dataset.json` of EDM, CSV, TSV, JSON lines.
 
 A table speaks of the images below its folder. Names match whatever their Unicode form; names of
 rows may leave out folders and the extension where that is not ambiguous, as tables of Kaggle do.
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from patchdiffusion.data.captions import TABLES as CAPTION_TABLES
+from patchdiffusion.data.captions import text_of
 from patchdiffusion.data.example import BadImage
 from patchdiffusion.data.splits import split_of
 from patchdiffusion.system.files import parse_json
@@ -23,6 +24,8 @@ LABEL_COLUMNS = (
     *("label_id", "category_id", "species", "breed", "diagnosis", "y"),
 )
 """Names of columns that hold classes; the first one found is used."""
+CAPTION_COLUMNS = ("caption", "captions", "text", "prompt", "description")
+"""Names of columns that hold texts about images; the first one found is used."""
 SPLIT_COLUMNS = ("split", "set", "subset", "partition")
 """Names of columns that hold train, val or test."""
 _LOOKED_AT = 200
@@ -38,6 +41,7 @@ class Table:
     name: str
     labels: dict[str, Cell] = field(default_factory=dict)
     splits: dict[str, str] = field(default_factory=dict)
+    captions: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     """Names of images that do not exist."""
     column: str | None = None
@@ -180,10 +184,13 @@ def _from_rows(name: str, rows: list[Mapping[str, Cell]], names: Names) -> Table
     low = {column.casefold().replace(" ", "_"): column for column in head if column != files}
     table.column = next((low[c] for c in LABEL_COLUMNS if c in low), None)
     split = next((low[c] for c in SPLIT_COLUMNS if c in low), None)
+    texts = next((low[c] for c in CAPTION_COLUMNS if c in low), None)
     if table.column is None and len(head) == 2:  # the image, and what it is
         other = next(c for c in head if c != files)
-        if not (other == "text" and PurePosixPath(name).name in CAPTION_TABLES):
+        if other != texts:
             table.column, table.named = other, False
+    if texts == "text" and PurePosixPath(name).name in CAPTION_TABLES:
+        texts = None  # which is read with a complaint about each line that cannot be used
     for row in rows:
         cell = row.get(files)
         key = names.find(cell, folder) if isinstance(cell, str) else None
@@ -194,6 +201,16 @@ def _from_rows(name: str, rows: list[Mapping[str, Cell]], names: Names) -> Table
             value = row.get(table.column)
             value = value.strip() if isinstance(value, str) else value
             table.labels[key] = None if value == "" else value
+        if texts is not None and (text := _caption(row.get(texts))):
+            table.captions[key] = text
         if split and (kind := split_of(str(row.get(split)))):
             table.splits[key] = kind
     return table
+
+
+def _caption(cell: Cell) -> str | None:
+    """Text of a cell; None if it cannot be a caption."""
+    try:
+        return text_of(cell.encode()) if isinstance(cell, str) else None
+    except ValueError:  # too long, or no text
+        return None

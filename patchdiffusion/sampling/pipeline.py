@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from patchdiffusion.sampling.canvas import picture_on
 from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import Start, sample
+from patchdiffusion.sampling.publish import push
 from patchdiffusion.solvers import Jumps, Solver
 from patchdiffusion.solvers.schedules import Schedule
 from patchdiffusion.system.device import pick_device
@@ -47,6 +48,17 @@ class Pipeline:
     def using(self, strengths: Mapping[str, float]) -> "Pipeline":
         """This pipeline with other strengths of its adapters, by name, at once."""
         return replace(self, model=using(self.model, strengths))
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str, *, revision: str | None = None, **options: Any
+    ) -> "Pipeline":
+        """The model user/name on the hub, or in a folder; `options` are those of `load`."""
+        return load(name if revision is None else f"{name}@{revision}", **options)
+
+    def push_to_hub(self, name: str, *, private: bool = False, raw: bool = False) -> str:
+        """Push the model to the hub as user/name, with a card; see `publish.push`."""
+        return push(self.model, name, private=private, raw=raw)
 
     @cached_property
     def companions(self) -> Companions:
@@ -299,7 +311,7 @@ def load(
     allow: Sequence[Allowed] = (),
     adapters: Sequence[str | tuple[str, float]] = (),
 ) -> Pipeline:
-    """Load a run or model folder, ready to sample; see `load_model` for `allow` and errors.
+    """Load a run, a model folder or user/name on the hub, ready to sample; see `load_model`.
 
     `adapters` are folders, with strengths in tuples or after a colon: ("runs/new", 0.7).
     """
