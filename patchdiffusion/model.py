@@ -279,10 +279,14 @@ def load_model(
 def _from_hub(name: HubName, path: str | os.PathLike[str], weights: Weights) -> Path:
     """Folder of a model in the cache of the hub; `ValueError` if it is none of ours."""
     missing = f"{path} does not exist, and no such model could be had from the hub"
-    facts = read_json(snapshot(name, "model", ["config.json"], missing) / "config.json")
-    digests = facts.get("sha256") if isinstance(facts, dict) else None
+    file = snapshot(name, "model", ["config.json"], missing) / "config.json"
+    facts = read_json(file) if file.exists() else None
+    facts = facts if isinstance(facts, dict) else {}
+    digests = facts.get("sha256")
     if not isinstance(digests, dict) or facts.get("format") != 1:
-        raise ValueError(f"{path} on the hub is no model of patchdiffusion, which can be loaded")
+        raise ValueError(
+            f"{path} on the hub is no model of patchdiffusion: its config.json is none"
+        )
     unused = {"model.safetensors", "raw.safetensors"} - {WEIGHT_FILES[weights]}
     files = [file for file in digests if file not in unused]
     folder = snapshot(name, "model", ["config.json", *files], missing)

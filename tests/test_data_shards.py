@@ -267,7 +267,7 @@ def test_columns_that_are_named(tmp_path: Path) -> None:
     ):
         with refuses(*parts):
             open_source(path, fields=wrong)
-    with refuses("fields", "images"):
+    with refuses("fields", "glyphs"):
         open_source("glyphs", fields=named)
 
 

@@ -69,7 +69,9 @@ def test_there_and_back(server: Hub, run: Path, tmp_path: Path, capsys: Capture)
     assert (out / "grid.png").is_file()
     with refuses("raw.safetensors"):
         load_model("me/photos", weights="raw")
-    pipeline.push_to_hub("me/other@small", raw=True)
+    with refuses("raw.safetensors"):
+        pipeline.push_to_hub("me/other@small", raw=True)
+    local.push_to_hub("me/other@small", raw=True)
     raw = load_model("me/other@small", weights="raw")
     assert raw.digest == load_model(run, weights="raw").digest
     with refuses("me/other", "config.json"):

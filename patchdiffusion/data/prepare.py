@@ -3,7 +3,7 @@
 import json
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -45,7 +45,7 @@ _BYTES_PER_IMAGE = 256  # names, labels and checksums, generously
 
 
 def prepare(
-    data: Source | Rows | str | Path,
+    data: Source | Rows | Iterable[object] | Callable[[], Iterable[object]] | str | Path,
     out: str | Path | None = None,
     *,
     name: str = "images",
@@ -68,8 +68,8 @@ def prepare(
 ) -> Pack:
     """Decode images into a pack at `out`, by default in `cache_dir()`, and open it.
 
-    `data` is a path, an array, rows such as (image, label), or any other `Source`: see
-    `open_source` and `as_source`, to which `name` and the names of the `classes` go.
+    `data` is a path, an array, rows such as (image, label), a stream of them, or any other
+    `Source`: see `open_source` and `as_source`, to which `name` and the names of the `classes` go.
     `resolution` is a side or (height, width); None is the common size up to 128, else the power
     of two below the median of the smaller side, at most 64. `channels` None is 1 if every image
     is gray, else 3; 4 keeps alpha. `space` "pixels" converts everything to 8 bits, "values" keeps

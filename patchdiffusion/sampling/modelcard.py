@@ -1,5 +1,6 @@
 """The card of a model on the hub, `README.md`, written from its run."""
 
+import html
 import json
 import math
 import re
@@ -191,4 +192,4 @@ def _rights() -> str:
 
 def _text(text: str) -> str:
     """Text of outside that cannot be taken for Markdown or HTML."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!])", r"\\\1", printable(text))
+    return re.sub(r"([\\`*_{}\[\]|#!])", r"\\\1", html.escape(printable(text), quote=False))

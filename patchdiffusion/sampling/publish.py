@@ -61,6 +61,8 @@ def stage(model: Model, name: str, folder: Path, *, raw: bool = False) -> None:
     source, run = model.folder, _run_of(model.folder)
     facts = read_json(source / CONFIG)
     for file in ("model.safetensors", *([_RAW] if raw else []), *_carried(facts)):
+        if not (source / file).is_file():
+            raise ValueError(f"{source} has no {file}, which cannot be pushed")
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         link_or_copy(source / file, folder / file)
     digests = dict(facts["sha256"])
