@@ -86,8 +86,9 @@ def array_source(path: Path) -> ArraySource:
                 labels = _pick(path, loaded, _LABEL_KEYS) if _has(loaded, _LABEL_KEYS) else None
     except (OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-    except (ValueError, MemoryError) as error:
-        raise ValueError(f"{path} is refused: {error}") from error
+    except Exception as error:  # the reader of the header raises almost anything
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{path} is refused: {reason}") from error
     array = _layout(path, array)
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{path} is of type {array.dtype}; allowed are bool, integers and floats")
@@ -141,7 +142,9 @@ def _has(loaded: Mapping[str, np.ndarray], names: tuple[str, ...]) -> bool:
 def _pick(path: Path, loaded: Mapping[str, np.ndarray], names: tuple[str, ...]) -> np.ndarray:
     for name in names:
         if name in loaded:
-            return loaded[name]
+            if not isinstance(array := loaded[name], np.ndarray):
+                raise ValueError(f"{name} is no array")
+            return array
     raise ValueError(f"it holds {', '.join(loaded) or 'nothing'}; allowed are {', '.join(names)}")
 
 

@@ -22,7 +22,9 @@ from patchdiffusion.system.trust import open_regular
 Kind = Literal["image", "number", "text", "other"]
 
 BATCH = 32
-"""Rows that are read at a time."""
+"""Rows that are read at a time, at most."""
+_BATCH_BYTES = 2**28
+"""Bytes to which they may unpack: a dictionary can hold one value for all rows."""
 _MOST_ROWS = 2**40
 _HUGGING_FACE = b"huggingface"
 _MAGIC = b"ARROW1\0\0"
@@ -109,6 +111,9 @@ class Schema:
 class ParquetTable(Schema):
     """Table in a file of parquet."""
 
+    batch: int
+    """Rows that are read at a time."""
+
     def __init__(self, key: str, path: Path):
         file = self._open(path)
         facts, size = file.metadata, path.stat().st_size
@@ -122,6 +127,9 @@ class ParquetTable(Schema):
                 raise ValueError(f"group {number} of its rows is larger than the file")
             if reason := bomb(group.total_byte_size, packed):
                 raise ValueError(reason)
+        chunks = [g.column(i).total_uncompressed_size for g in groups for i in range(g.num_columns)]
+        most = max(1, min(BATCH, _BATCH_BYTES // max(*chunks, 1, 1)))
+        object.__setattr__(self, "batch", most)
         ends = tuple(itertools.accumulate(rows))
         super().__init__(key, path, ends, _mark(path), *_described(file.schema_arrow))
 
@@ -137,7 +145,7 @@ class ParquetTable(Schema):
             for group in range(self.group_of(row), len(self.ends)):
                 start = self.start(group)
                 for batch in file.iter_batches(
-                    BATCH, row_groups=[group], columns=list(columns), use_threads=False
+                    self.batch, row_groups=[group], columns=list(columns), use_threads=False
                 ):
                     yield start, batch
                     start += len(batch)

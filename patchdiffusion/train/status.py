@@ -106,10 +106,20 @@ class Status:
             memory=peak_memory(training.device),
             **({"scalars": others} if others else {}),
         )
-        shown = {"loss": loss, "grad norm": means.get("grad norm"), "images per second": rate}
-        shown |= {f"loss/{size}": value for size, value in sizes.items()}
-        training.log.trackers.numbers(shown | others, state.step)
         share = flops_rate / (self.peak * training.team.size)
+        shown = {
+            "train/loss": loss,
+            "train/gradient norm": means.get("grad norm"),
+            "train/learning rate": training.stepper.update.lr,
+            "train/skipped steps": state.skipped,
+            "progress/images seen": training.now,
+            "speed/images per second": rate,
+            "speed/share of peak (%)": 100 * share,
+            "memory/peak (GiB)": peak_memory(training.device) / 2**30,
+        }
+        shown |= {f"loss by size/{size}": value for size, value in sizes.items()}
+        shown |= {f"train/{name}": value for name, value in others.items()}
+        training.log.trackers.numbers(shown, state.step)
         done = f"{quantity(training.now)}/{quantity(config.images)}"
         error = "none" if loss is None else f"{loss:.4f}"
         problem = f"  NOT SAVED: {self.saver.problem}" if self.saver.problem else ""
@@ -264,7 +274,9 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
     else:
         log.trackers.picture(path, state.step)
     if shown.numbers:
-        log.trackers.numbers(shown.numbers, state.step)
+        log.trackers.numbers(
+            {f"preview/{name}": value for name, value in shown.numbers.items()}, state.step
+        )
     log.say(f"        samples/{path.name}{shown.text}" + (f"  ({stage})" if stage else ""))
     for warning in shown.warnings:
         log.say(f"warning: {warning}")

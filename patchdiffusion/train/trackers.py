@@ -3,6 +3,7 @@
 `log.jsonl` is the complete record. An error of a tracker never stops a run.
 """
 
+import json
 import queue
 import threading
 import time
@@ -30,19 +31,44 @@ class TensorBoard:
     def __init__(self, folder: Path, config: Mapping[str, Any]):
         require("tensorboard", extra="log")
         self._writer = require("torch.utils.tensorboard", extra="log").SummaryWriter(str(folder))
+        content = json.dumps(dict(config), indent=2)
+        self._writer.add_text("configuration", "".join(f"    {x}\n" for x in content.splitlines()))
+        self._settings(config)
+
+    def _settings(self, config: Mapping[str, Any]) -> None:
+        """Columns of the tab of hyperparameters, beside the last values of some numbers."""
+        summary = require("torch.utils.tensorboard.summary", extra="log")
+        shown = dict.fromkeys(("train/loss", "preview/held-out loss"), 0.0)
+        for record in summary.hparams(flat(config), shown):
+            self._writer.file_writer.add_summary(record)
 
     def numbers(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()  # every few seconds at most; a killed run keeps what is written
 
     def picture(self, path: Path, step: int) -> None:
         with Image.open(path) as image:
             self._writer.add_image(
                 "samples", np.asarray(image.convert("RGB")), step, dataformats="HWC"
             )
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
+
+
+def flat(config: Mapping[str, Any], outer: str = "") -> dict[str, str | bool | int | float]:
+    """Values of a nested configuration by names such as optim.lr; lists as text, None as none."""
+    values: dict[str, str | bool | int | float] = {}
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            values |= flat(value, f"{outer}{name}.")
+        elif isinstance(value, bool | int | float | str):
+            values[outer + name] = value
+        else:
+            values[outer + name] = "none" if value is None else json.dumps(value)
+    return values
 
 
 class WeightsAndBiases:
@@ -60,7 +86,8 @@ class WeightsAndBiases:
         self._run.log(dict(values), step=step)
 
     def picture(self, path: Path, step: int) -> None:
-        self._run.log({"samples": self._api.Image(str(path))}, step=step)
+        image = self._api.Image(str(path), caption=f"{path.stem.lstrip('0') or 0} images seen")
+        self._run.log({"samples": image}, step=step)
 
     def close(self) -> None:
         self._run.finish()
