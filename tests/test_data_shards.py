@@ -301,7 +301,7 @@ def test_members_of_archives(tmp_path: Path) -> None:
     assert [source[i].key[:3] for i in (0, 7)] == ["x-0", "x-1"] and len(source) == 8
 
 
-GROWTH = """
+GROWTH = r"""
 import re, sys
 from patchdiffusion.data.prepare import prepare
 from patchdiffusion.data.source import open_source
@@ -314,7 +314,7 @@ def rows():
 data = rows if sys.argv[2] == "stream" else open_source(sys.argv[2])
 pack = prepare(data, sys.argv[4], resolution=16, workers=2, progress=False)
 with open("/proc/self/status") as stream:  # getrusage has the peak of the parent, too
-    print(len(pack), int(re.search("VmHWM:\\s+(\\d+)", stream.read())[1]) // 1024)
+    print(len(pack), int(re.search(r"VmHWM:\s+(\d+)", stream.read())[1]) // 1024)
 """
 
 

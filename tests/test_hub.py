@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,8 @@ def test_staged_files_are_those_of_the_run(run: Path, tmp_path: Path) -> None:
     assert {p: p.read_bytes() for p in sorted((run / "model").iterdir())} == before
     with refuses("user/name", "./me"):
         push(load_model(run), "./me")
+    with refuses("new", "merge"):
+        stage(replace(load_model(run), adapters=(("new", 1.0, "digest"),)), "me/photos", tmp_path)
     with refuses("averaged"):
         stage(load_model(run, weights="raw"), "me/photos", tmp_path)
 

@@ -116,6 +116,6 @@ def _below(path: Path, outer: Path) -> str:
 
 
 def common_name(paths: Sequence[Path]) -> str:
-    """What the names of files have in common, or that of their folder."""
+    """Common start of the names of files, or else the name of their folder."""
     stem = re.split(r"[-_.]?\d+($|-of-)", paths[0].stem)[0] if len(paths) > 1 else paths[0].stem
     return stem or paths[0].resolve().parent.name or "images"

@@ -58,6 +58,12 @@ def stage(model: Model, name: str, folder: Path, *, raw: bool = False) -> None:
     """Write the files that are pushed to an empty folder."""
     if model.folder is None or model.weights != "averaged":
         raise ValueError("a model is pushed from its folder, with its averaged weights")
+    if model.adapters:
+        named = ", ".join(name for name, *_ in model.adapters)
+        raise ValueError(
+            f"the model is changed by adapters, {named}; make a model of both by "
+            "patchdiffusion merge, and push that"
+        )
     source, run = model.folder, _run_of(model.folder)
     facts = read_json(source / CONFIG)
     for file in ("model.safetensors", *([_RAW] if raw else []), *_carried(facts)):

@@ -94,7 +94,7 @@ def _library(why: str) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """What is wrong and what helps, in one line, about an error of `huggingface_hub`."""
+    """One line about an error of `huggingface_hub`: the problem, and the remedy."""
     errors = require("huggingface_hub.errors", extra="hub")
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and len(chain) < 20:
