@@ -376,6 +376,16 @@ def test_refusals(tmp_path: Path) -> None:
         open_source(tmp_path / "b.parquet")
     with refuses("texts.tar", "b.parquet", "archives and tables"):
         open_source(tmp_path)
+    for name in ("../a.png", "/a.png", "C:\\a.png"):
+        with refuses("out.tar", "leads outside"):
+            open_source(tar(tmp_path / "out.tar", {name: png(0)}))
+    content = tar(tmp_path / "out.tar", {"a.png": png(0)}).read_bytes()
+    (tmp_path / "out.tar").write_bytes(content[:1000])
+    with refuses("out.tar", "cut short", "a.png"):
+        open_source(tmp_path / "out.tar")
+    (tmp_path / "out.tar").write_bytes(content[:1536] + content)
+    with refuses("out.tar", "occurs twice"):
+        open_source(tmp_path / "out.tar")
     with refuses("list_iterator", "only once"):
         prepare(iter(rows()), progress=False)
     made = table(range(4))
