@@ -62,6 +62,7 @@ BASES: dict[str, tuple[str, str, str, str, str, str]] = {
         "sigma / ((1 + sigma**2) * (0.1 + 19.9 * t))",
     ),
     "ddpm": ("1", "-sigma", "1 / sqrt(1 + sigma**2)", "i", "1 / sigma**2", "discrete"),
+    "betas": ("1", "-sigma", "1 / sqrt(1 + sigma**2)", "i", "1 / sigma**2", "discrete"),
     "v": (
         "1 / (1 + sigma**2)",
         "-sigma / sqrt(1 + sigma**2)",

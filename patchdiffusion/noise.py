@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from patchdiffusion.betas import BetaSteps
 from patchdiffusion.paths import DDPM, PATHS, Table, check_table, table_sigmas
 from patchdiffusion.system.checks import MOST
 
@@ -176,7 +177,7 @@ class DDPMSteps:
         return ((index.clamp(0, self.steps - 1) + 0.5) / self.steps).to(sigma.dtype)
 
 
-Law = LogNormal | LogitNormal | LogUniform | UniformTime | DDPMSteps
+Law = LogNormal | LogitNormal | LogUniform | UniformTime | DDPMSteps | BetaSteps
 """The noise laws of `--noise` and of model files."""
 
 

@@ -30,6 +30,7 @@ from patchdiffusion.paths import (
 )
 from patchdiffusion.preconditioning import Precond, Scales, Trainable, check_time_scale
 from patchdiffusion.straight import FlowMatching, FlowX0
+from patchdiffusion.tabled import OnBetas
 from patchdiffusion.weighting import (
     EDMWeight,
     EpsWeight,
@@ -95,12 +96,15 @@ class EpsVP(Trainable):
     """The network predicts eps on a VP path: DDPM in continuous time (arXiv 2011.13456)."""
 
     word: ClassVar[str] = "eps"
-    predicts_eps: ClassVar[bool] = True
     steps: int = 1000
     """c_noise = (steps - 1) t, the time scale of the discrete model."""
 
     def __post_init__(self) -> None:
         _check_steps(self.steps)
+
+    @property
+    def predicts_eps(self) -> bool:
+        return True
 
     def scales(self, sigma: Tensor) -> Scales:
         inner = (sigma**2 + 1).rsqrt()
@@ -118,7 +122,6 @@ class EpsDDPM(Trainable):
     """The network predicts eps, conditioned on the discrete step (DDPM, arXiv 2006.11239)."""
 
     word: ClassVar[str] = "ddpm"
-    predicts_eps: ClassVar[bool] = True
     table: Table = "linear"
     """linear: beta from 1e-4 to .02 if there are 1000 steps; cosine: that of improved DDPM."""
     steps: int = 1000
@@ -128,6 +131,10 @@ class EpsDDPM(Trainable):
 
     def __post_init__(self) -> None:
         check_table(self.table, self.steps)
+
+    @property
+    def predicts_eps(self) -> bool:
+        return True
 
     def scales(self, sigma: Tensor) -> Scales:
         step = DDPM(table=self.table, steps=self.steps).index(sigma)
@@ -189,7 +196,9 @@ class X0(Trainable):
         return MinSNRWeight()
 
 
-Parameterisation = EDM | EpsVP | EpsDDPM | V | X0 | FlowMatching | FlowX0 | FlowAsym | TrigFlow
+Parameterisation = (
+    EDM | EpsVP | EpsDDPM | V | X0 | FlowMatching | FlowX0 | FlowAsym | TrigFlow | OnBetas
+)
 """The parameterisations of `--precond` and of model files."""
 
 

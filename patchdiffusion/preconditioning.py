@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -68,8 +68,10 @@ class Precond(Protocol):
 class Trainable(Precond, ABC):
     """Base of the parameterisations of `--precond`, with their default weight and noise law."""
 
-    predicts_eps: ClassVar[bool] = False
-    """True if the network predicts eps, whose error is sigma times as large in the image."""
+    @property
+    def predicts_eps(self) -> bool:
+        """True if the network predicts eps, whose error is sigma times as large in the image."""
+        return False
 
     @abstractmethod
     def scales(self, sigma: Tensor) -> Scales:

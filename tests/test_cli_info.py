@@ -28,6 +28,7 @@ FLAGS = {
     "kl": "--network.base 4 --network.mult 1 2 --network.blocks 1 --network.groups 2",
     "vq": "--network.base 4 --network.mult 1 2 --network.blocks 1 --network.groups 2 "
     "--network.codes 16",
+    "diffusers": "",
     "vae": "--network.base 8 --network.mult 1 2 --network.blocks 1 --network.side 16",
     "pixel-dit": "--network.width 32 --network.depth 2 --network.heads 2",
 }

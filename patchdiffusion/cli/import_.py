@@ -1,17 +1,20 @@
 """patchdiffusion import FILE --out MODEL"""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
-from patchdiffusion.interop.checkpoints import Published, read_published
+from patchdiffusion.interop.checkpoints import read_published
+from patchdiffusion.interop.diffusersfolder import imported_folder
 from patchdiffusion.interop.kinds import Kind, Unsaid, imported
+from patchdiffusion.interop.schedulers import sampler_of
 from patchdiffusion.model import ModelConfig, save_model
 from patchdiffusion.nets import base
 from patchdiffusion.patches import size_name
+from patchdiffusion.sampling.config import SamplerConfig
 from patchdiffusion.system import families
 from patchdiffusion.system.files import check_place
 from patchdiffusion.system.serialize import encode
@@ -27,13 +30,14 @@ class ImportArguments:
     """Turn a published checkpoint into a model, without executing anything in it.
 
     Files of EDM, EDM2, Patch Diffusion, LEGO and DiT are read: pickles, files of torch (.pt, .pth)
-    and safetensors. The model samples as any other, and a training can start from it.
+    and safetensors; and folders of diffusers: UNet2DModel, UNet2DConditionModel and
+    DiTTransformer2DModel. The model samples as any other, and a training can start from it.
     """
 
     example: ClassVar[str] = "patchdiffusion import edm.pkl --out models/edm"
 
     file: Path = field(default=Path(), metadata=positional("FILE"))
-    """File with the weights: .pkl, .pt, .pth or .safetensors."""
+    """File with the weights: .pkl, .pt, .pth or .safetensors; or a folder of diffusers."""
     out: Path | None = None
     """Folder to write the model to, which must not exist; the default is models/NAME."""
     kind: Literal["auto", "edm", "edm2", "patch-diffusion", "lego", "dit"] = "auto"
@@ -51,8 +55,16 @@ class ImportArguments:
 def main(arguments: Sequence[str]) -> None:
     """Read the checkpoint and write the model."""
     options = parse(ImportArguments(), arguments, "import")
-    out = options.out or Path("models") / options.file.stem
+    out = options.out or Path("models") / options.file.resolve().stem
     _check(options, out)
+    if options.file.is_dir():
+        _import_folder(options, out)
+    else:
+        _import_file(options, out)
+    print(f"train on  patchdiffusion train ./photos --config {out / SETTINGS} --start-from {out}")
+
+
+def _import_file(options: ImportArguments, out: Path) -> None:
     published = read_published(options.file, weights=options.weights)
     kind: Kind | None = None if options.kind == "auto" else options.kind
     unsaid = Unsaid(heads=options.heads, head_width=options.head_width, side=options.side)
@@ -69,20 +81,51 @@ def main(arguments: Sequence[str]) -> None:
         "weights": published.part,
         "class": published.kind,
     }
+    _save(out, config, network, facts)
+    weights = ""
+    if published.part:
+        others = [part for part in published.parts if part != published.part]
+        weights = published.part + (f" (also there: {', '.join(others[:10])})" if others else "")
+    _tell(name, weights, published.digest, config, network)
+    print(f"written to {out}")
+    print(f"sample    patchdiffusion sample {out}")
+
+
+def _import_folder(options: ImportArguments, out: Path) -> None:
+    for name in ("weights", "heads", "head_width"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} is for files, and {options.file} says it")
+    if options.kind != "auto":
+        raise ValueError(f"--kind is for files, and {options.file} says it; leave it out")
+    with imported_folder(options.file, side=options.side) as found:
+        facts = {
+            "file": options.file.resolve().name,
+            "sha256": found.digest,
+            "kind": "diffusers",
+            "class": found.kind,
+            "scheduler": dict(found.scheduler),
+        }
+        _save(out, found.config, found.network, facts)
+        _tell(found.kind, "", found.digest, found.config, found.network)
+        flags = " ".join(_flags(sampler_of(found.scheduler, steps=50), SamplerConfig()))
+    print(f"written to {out}")
+    print(f"sample    patchdiffusion sample {out}")
+    print(f"or, as its scheduler without noise does: patchdiffusion sample {out} {flags}")
+
+
+def _save(out: Path, config: ModelConfig, network: base.Network, facts: dict[str, Any]) -> None:
     state = network.state_dict()
     notes = {NOTE: facts, SETTINGS: _settings(config)}
     save_model(out, config, averaged=state, raw=state, notes=notes)
-    _tell(name, published, config, network)
-    print(f"written to {out}")
-    print(f"sample    patchdiffusion sample {out}")
-    print(f"train on  patchdiffusion train ./photos --config {out / SETTINGS} --start-from {out}")
 
 
 def _check(options: ImportArguments, out: Path) -> None:
-    """Raise an error for a file that is missing or a place that is taken."""
-    if not options.file.is_file():
-        wrong = "is a folder" if options.file.is_dir() else "is no file"
-        raise ValueError(f"{options.file} {wrong}; give a .pkl, .pt, .pth or .safetensors file")
+    """Raise an error for a source that is missing or a place that is taken."""
+    if not options.file.exists():
+        raise ValueError(
+            f"{options.file} is no file; give a .pkl, .pt, .pth or .safetensors file, or a folder "
+            "of diffusers"
+        )
     if out.exists() or out.is_symlink():
         raise ValueError(f"{out} exists, and nothing is overwritten; use another --out")
     for name in ("heads", "head_width", "side"):
@@ -90,6 +133,23 @@ def _check(options: ImportArguments, out: Path) -> None:
         if value is not None and not 1 <= value <= 2**16:
             raise ValueError(f"{name} is {value}; allowed are 1 to {2**16}")
     check_place(out.parent)
+
+
+def _flags(record: Any, usual: Any, prefix: str = "--") -> Iterator[str]:
+    """Flags that change one record into another."""
+    for item in fields(record):
+        name = prefix + item.name.replace("_", "-")
+        value, before = getattr(record, item.name), getattr(usual, item.name)
+        if value == before:
+            continue
+        if not is_dataclass(value):
+            values = value if isinstance(value, tuple) else (value,)
+            yield " ".join([name, *map(str, values)])
+            continue
+        if type(value) is not type(before):
+            yield f"{name} {families.word(type(value))}"
+            before = type(value)()
+        yield from _flags(value, before, f"{name}.")
 
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
@@ -101,17 +161,17 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
     return {"network": network, "precond": table["precond"], "noise": table["noise"]}
 
 
-def _tell(kind: str, published: Published, config: ModelConfig, network: base.Network) -> None:
+def _tell(kind: str, weights: str, digest: str, config: ModelConfig, network: base.Network) -> None:
     channels, classes = config.network.channels, config.num_classes
     lines = {"kind": kind, "network": families.word(type(config.network))}
-    if published.part:
-        others = [part for part in published.parts if part != published.part]
-        more = f" (also there: {', '.join(others[:10])})" if others else ""
-        lines["weights"] = f"{published.part}{more}"
+    if weights:
+        lines["weights"] = weights
     lines["parameters"] = f"{sum(p.numel() for p in network.parameters()):,}"
     lines["images"] = f"{size_name(config.canvas)}, {channels} channels"
-    if channels > 3:
+    if config.space.described:
+        lines["latents"] = config.space.described
+    elif channels > 3:
         lines["images"] += "; latents, written as such: no decoder belongs to the file"
     lines["classes"] = f"{classes}" if classes else "none"
-    lines["digest"] = f"sha256 {published.digest}"
+    lines["digest"] = f"sha256 {digest}"
     print("\n".join(f"{name:<12}{text}" for name, text in lines.items()))

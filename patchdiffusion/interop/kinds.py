@@ -103,18 +103,18 @@ def _imported(
         precond=precond,
         noise=_noise(found, network_config.channels) or precond.default_noise(),
         canvas=(side, side),
-        space=_space(network_config.channels),
+        space=plain_space(network_config.channels),
         unconditional=rule.unconditional or not network_config.num_classes,
         data=data,
     )
-    _check_size(network_config, tensors)
+    check_size(network_config, tensors)
     network = config.head.build(config.network)
     config.precond.attach(network, config.network.channels)
     rule.load(network, tensors)
     return found, config, network.eval().requires_grad_(False)
 
 
-def _check_size(config: Network, tensors: Mapping[str, Tensor]) -> None:
+def check_size(config: Network, tensors: Mapping[str, Tensor]) -> None:
     """Raise `ValueError`, before anything is allocated, for a network much larger than its file."""
     with torch.device("meta"):
         built = config.build().state_dict().values()
@@ -141,7 +141,8 @@ def _noise(kind: Kind, channels: int) -> LogNormal | None:
     return None
 
 
-def _space(channels: int) -> Space:
+def plain_space(channels: int) -> Space:
+    """Pixels for images, and the units of the network for what has more channels."""
     if channels <= 3:
         return Pixels()
     numbers = {"mean": 0.0, "scale": 1.0, "black": -2.0, "white": 2.0}

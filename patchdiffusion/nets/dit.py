@@ -101,8 +101,9 @@ class DiT(Network[DiTConfig]):
         width, pixels = config.width, math.prod(config.patch)
         classes, augment = config.num_classes, config.augment_dim
         switches: Switches = {"jump": config.jump, "perturb": config.perturb}
-        if config.embedding == "late":
-            self.embed = LateEmbedding(width, classes, augment, **switches)
+        if config.embedding != "early":
+            last = 127 if config.embedding == "diffusers" else 128
+            self.embed = LateEmbedding(width, classes, augment, **switches, last=last)
         else:
             self.embed = Embedding(width // 4, "positional", classes, augment, **switches)
         self.text = config.text.build()

@@ -12,6 +12,7 @@ from patchdiffusion.nets.tokenblock import MlpKind, ModulationKind, NormKind
 from patchdiffusion.patches import Size
 
 Positions = Literal["coordinates", "sincos", "rope"]
+EmbeddingPlace = Literal["early", "late", "diffusers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,9 @@ class DiTShape(ContextShape):
     positions: Positions = "coordinates"
     """coordinates: features of the canvas coordinates; sincos: those of the published table, in
     tokens; rope: coordinates, and queries and keys are rotated by them as well."""
-    embedding: Literal["early", "late"] = "early"
+    embedding: EmbeddingPlace = "early"
     """Classes are added to the noise features before two layers (early, as in EDM) or after them
-    (late, as in DiT)."""
+    (late, as in DiT; diffusers: the same with the frequencies of its DiTTransformer2DModel)."""
     modulation: ModulationKind = "full"
     """Shifts, scales and gates of each block: a full matrix, one that all blocks share with an
     offset for each, or one of low rank."""
@@ -76,7 +77,7 @@ class DiTShape(ContextShape):
         self.limit("registers", 0, 1024)
         self.limit("bottleneck", 0, 16384)
         kinds = {"mlp": MlpKind, "norm": NormKind, "positions": Positions}
-        kinds |= {"embedding": Literal["early", "late"], "modulation": ModulationKind}
+        kinds |= {"embedding": EmbeddingPlace, "modulation": ModulationKind}
         for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
                 allowed = ", ".join(get_args(kind))

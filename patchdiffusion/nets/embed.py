@@ -174,10 +174,13 @@ class LateEmbedding(nn.Module):
         *,
         jump: bool = False,
         perturb: Perturb = NONE,
+        last: int = 128,
     ):
+        """Frequencies fall from 1, by 1e-4 in `last` of them: 128 in DiT, 127 in diffusers."""
         super().__init__()
         self.num_classes = num_classes
         self.perturb = perturb
+        self.last = last
         self.layer0 = Linear(self.features, width, init="normal", scale=0.02)
         self.layer1 = Linear(width, width, init="normal", scale=0.02)
         self.label = Labels(num_classes, width) if num_classes else None
@@ -200,10 +203,8 @@ class LateEmbedding(nn.Module):
             return F.silu(h)
 
     def _waves(self, noise: Tensor) -> Tensor:
-        """Cosines, then sines, of frequencies from 1 to almost 1e-4: [B] -> [B, features]."""
-        half = self.features // 2
-        steps = torch.arange(half, device=noise.device, dtype=torch.float32) / half
-        angle = noise[:, None] * torch.exp(steps * -math.log(10000))
+        """Cosines, then sines, of frequencies from 1 to about 1e-4: [B] -> [B, features]."""
+        angle = angles(noise, self.features // 2, last=self.last)
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 

@@ -5,12 +5,13 @@ or end at them, as of guidance, include them.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from patchdiffusion.betas import Betas
 from patchdiffusion.noise import NoiseLaw, Shift, check_range, check_shift, shift_number
 from patchdiffusion.paths import DDPM, PATHS
 
@@ -84,13 +85,7 @@ def ddpm_table(n: int, sigma_min: float = 0.01, sigma_max: float = 150.0, *, tab
     ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64)
     low, high = table.index(ends).clamp(0, table.steps - 1)
     times = (low + _ramp(n) * (high - low)).round() / (table.steps - 1)
-    levels = _grid(table.sigma(times), sigma_min, sigma_max)
-    if not bool((levels.diff() < 0).all()):
-        raise ValueError(
-            f"the ddpm table of {table.steps} steps has no {n} levels from sigma {sigma_min:g} to "
-            f"{sigma_max:g}; use fewer steps"
-        )
-    return levels
+    return _distinct(_grid(table.sigma(times), sigma_min, sigma_max), table.steps, "ddpm")
 
 
 # ---- As parts of a configuration ----
@@ -181,7 +176,21 @@ class TableSpaced:
         return ddpm_table(n, low, high, table=DDPM(table=self.table, steps=self.steps))
 
 
-Schedule = Karras | LogSpaced | TimeSpaced | Quadratic | FlowSpaced | TableSpaced
+@dataclass(frozen=True, kw_only=True)
+class BetaSpaced:
+    """Levels of any table of betas, at evenly spaced steps of it (DDIM, arXiv 2010.02502)."""
+
+    word: ClassVar[str] = "betas"
+    betas: Betas = field(default_factory=Betas)
+
+    def sigmas(self, n: int, low: float, high: float) -> Tensor:
+        _check_grid(n, low, high)
+        first, last = self.betas.index(torch.tensor([low, high], dtype=torch.float64))
+        steps = (first + _ramp(n) * (last - first)).round().long()
+        return _distinct(_grid(self.betas.at(steps), low, high), self.betas.steps, "betas")
+
+
+Schedule = Karras | LogSpaced | TimeSpaced | Quadratic | FlowSpaced | TableSpaced | BetaSpaced
 """The schedules of `--schedule`; each is a `Spacing`."""
 
 
@@ -225,6 +234,16 @@ def _grid(levels: Tensor, sigma_min: float, sigma_max: float) -> Tensor:
         levels[-1] = sigma_min
     levels[0] = sigma_max
     return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+
+
+def _distinct(levels: Tensor, steps: int, kind: str) -> Tensor:
+    """The levels themselves; `ValueError` if a table has not so many between their ends."""
+    if not bool((levels.diff() < 0).all()):
+        raise ValueError(
+            f"the {kind} table of {steps} steps has no {len(levels) - 1} levels from sigma "
+            f"{levels[-2]:g} to {levels[0]:g}; use fewer steps"
+        )
+    return levels
 
 
 def _check_rho(rho: float) -> None:
