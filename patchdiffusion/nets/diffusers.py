@@ -149,7 +149,7 @@ class DiffusersNetwork(Network[DiffusersConfig]):
         if self.config.coordinates:
             pos = whole_canvas(x) if cond.pos is None else cond.pos
             pos = pad_to_multiple(pos, (factor, factor)).to(inner.dtype)
-            inner = torch.cat([inner, pos.expand(len(x), -1, -1, -1)], dim=1)
+            inner = torch.cat([inner, pos.expand(x.shape[0], -1, -1, -1)], dim=1)
         arguments: dict[str, Tensor] = {}
         if self.config.num_classes:
             labels = cond.labels
@@ -158,7 +158,7 @@ class DiffusersNetwork(Network[DiffusersConfig]):
         if self.config.context:
             context = cond.context
             if context is None:
-                context = x.new_zeros(len(x), 1, self.config.context)
+                context = x.new_zeros(x.shape[0], 1, self.config.context)
             arguments["encoder_hidden_states"] = context
             if cond.context is not None and cond.context_mask is not None:
                 arguments["encoder_attention_mask"] = cond.context_mask

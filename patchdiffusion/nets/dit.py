@@ -204,10 +204,10 @@ class DiT(Network[DiTConfig]):
         if self.picture is not None and picture is not None:
             h = h + self.picture(unfold(pad_to_multiple(picture, patch), patch))
         h = put(tape, "stem", h + places)
-        tokens = Tokens(h, self._embedded(noise, cond), grid, size, pos.expand(len(x), -1, -1))
+        tokens = Tokens(h, self._embedded(noise, cond), grid, size, pos.expand(x.shape[0], -1, -1))
         if self.registers is not None:
-            tokens = tokens._replace(registers=self.registers.weight.expand(len(x), -1, -1))
-        cond = described(self.text, cond, len(x), x.device, self.config.perturb)
+            tokens = tokens._replace(registers=self.registers.weight.expand(x.shape[0], -1, -1))
+        cond = described(self.text, cond, x.shape[0], x.device, self.config.perturb)
         return with_context(tokens, cond, self.config.attends)
 
     def _embedded(self, noise: Tensor, cond: Cond) -> Tensor:
@@ -321,7 +321,7 @@ class DiT(Network[DiTConfig]):
         tokens = self.run(self.start(x, noise, cond, tape=tape), cond, 0, blocks, tape=tape)
 
         def decode(noise: Tensor, cond: Cond) -> Tensor:
-            several = tokens.repeated(len(noise))._replace(emb=self._embedded(noise, cond))
+            several = tokens.repeated(noise.shape[0])._replace(emb=self._embedded(noise, cond))
             return self.finish(self.run(several, cond, blocks))
 
         return Encoding((tokens.h,), decode)

@@ -119,7 +119,7 @@ class Embedding(nn.Module):
 def one_hot(labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
     """1 for the class of each sample, none for labels outside [0, K): [B] -> like [B, K]."""
     if labels is None:
-        return like.new_zeros(len(like), num_classes)
+        return like.new_zeros(like.shape[0], num_classes)
     classes = torch.arange(num_classes, device=labels.device)
     return (labels[:, None] == classes).to(like.dtype)
 
@@ -127,7 +127,7 @@ def one_hot(labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
 def augmentation(cond: Cond, size: int, like: Tensor) -> Tensor:
     """Augmentation parameters, zero if there are none: like [B, size]."""
     # None is zero: every parameter has a gradient, for which other processes wait.
-    return like.new_zeros(len(like), size) if cond.augment is None else cond.augment.to(like.dtype)
+    return like.new_zeros(like.shape[0], size) if cond.augment is None else cond.augment.to(like.dtype)
 
 
 def jump_features(cond: Cond, noise: Tensor, width: int) -> Tensor:

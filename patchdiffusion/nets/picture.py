@@ -31,10 +31,10 @@ def picture_of(config: NetworkConfig, x: Tensor, cond: Cond) -> Tensor:
     """
     channels, image = config.image_channels, cond.image
     if image is None:  # zeros: every parameter has a gradient, for which other processes wait
-        return x.new_zeros(len(x), channels, *x.shape[2:])
-    if image.ndim != x.ndim or image.shape[:2] != (len(x), channels):
+        return x.new_zeros(x.shape[0], channels, *x.shape[2:])
+    if image.ndim != x.ndim or image.shape[:2] != (x.shape[0], channels):
         raise ValueError(
-            f"cond.image must be {[len(x), channels]} and {x.ndim - 2} sides for this network, "
+            f"cond.image must be {[x.shape[0], channels]} and {x.ndim - 2} sides for this network, "
             f"not {list(image.shape)}; network.image_channels is the number of its channels"
         )
     return resized(image, tuple(x.shape[2:])).to(x.dtype)

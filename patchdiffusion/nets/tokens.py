@@ -155,7 +155,7 @@ def context_of(cond: Cond, features: int, like: Tensor) -> tuple[Tensor | None, 
         )
     if not features:
         return None, None
-    none = like.new_zeros(len(like), 1, features)
+    none = like.new_zeros(like.shape[0], 1, features)
     if context is None:
         return none, None
     if mask is not None:

@@ -196,7 +196,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
 
         def decode(noise: Tensor, cond: Cond) -> Tensor:
             emb = pooled(self.pooled_extra, self.embedding(noise, cond), cond)
-            return self.decode(features.repeated(len(noise))._replace(emb=emb), cond)
+            return self.decode(features.repeated(noise.shape[0])._replace(emb=emb), cond)
 
         return Encoding((*features.skips, features.h), decode)
 
@@ -294,7 +294,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         if not isinstance(config, ContextShape) or not config.attends:
             return None, None
         return context_of(
-            described(self.text, cond, len(x), x.device, config.perturb), config.attends, emb
+            described(self.text, cond, x.shape[0], x.device, config.perturb), config.attends, emb
         )
 
     def remove_head(self) -> None:
