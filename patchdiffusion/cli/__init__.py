@@ -76,6 +76,7 @@ COMMANDS = {
         "average",
         "import",
         "push",
+        "export",
         "bench",
         "doctor",
         "info",

@@ -11,6 +11,7 @@ from patchdiffusion.interop.checkpoints import read_published
 from patchdiffusion.interop.diffusersfolder import imported_folder
 from patchdiffusion.interop.kinds import Kind, Unsaid, imported
 from patchdiffusion.interop.schedulers import sampler_of
+from patchdiffusion.interop.singlefile import load_single, single_config
 from patchdiffusion.model import ModelConfig, save_model
 from patchdiffusion.nets import base
 from patchdiffusion.patches import size_name
@@ -65,6 +66,9 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _import_file(options: ImportArguments, out: Path) -> None:
+    if (single := single_config(options.file)) is not None:
+        _import_single(options, out, single)
+        return
     published = read_published(options.file, weights=options.weights)
     kind: Kind | None = None if options.kind == "auto" else options.kind
     unsaid = Unsaid(heads=options.heads, head_width=options.head_width, side=options.side)
@@ -91,12 +95,33 @@ def _import_file(options: ImportArguments, out: Path) -> None:
     print(f"sample    patchdiffusion sample {out}")
 
 
-def _import_folder(options: ImportArguments, out: Path) -> None:
-    for name in ("weights", "heads", "head_width"):
+def _import_single(options: ImportArguments, out: Path, config: ModelConfig) -> None:
+    """Import a file of `export --to safetensors`, which has its configuration."""
+    _refuse_details(options, "side")
+    published = read_published(options.file)
+    try:
+        network = load_single(config, published.tensors)
+    except ValueError as error:
+        raise ValueError(f"{options.file}: {error}") from error
+    facts = {"file": options.file.name, "sha256": published.digest, "kind": "patchdiffusion"}
+    _save(out, config, network, facts)
+    _tell("patchdiffusion", "", published.digest, config, network)
+    print(f"written to {out}")
+    print(f"sample    patchdiffusion sample {out}")
+
+
+def _refuse_details(options: ImportArguments, *more: str) -> None:
+    """Raise an error for details about files without a configuration."""
+    for name in ("weights", "heads", "head_width", *more):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} is for files, and {options.file} says it")
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag} is for other files, and {options.file} says it")
     if options.kind != "auto":
-        raise ValueError(f"--kind is for files, and {options.file} says it; leave it out")
+        raise ValueError(f"--kind is for other files, and {options.file} says it; leave it out")
+
+
+def _import_folder(options: ImportArguments, out: Path) -> None:
+    _refuse_details(options)
     with imported_folder(options.file, side=options.side) as found:
         facts = {
             "file": options.file.resolve().name,

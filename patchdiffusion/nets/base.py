@@ -137,6 +137,11 @@ class NetworkConfig(ABC):
         return frozenset(name for name, used in uses.items() if used)
 
     @property
+    def read_features(self) -> int:
+        """Features of the tokens in `cond.context` that it reads; 0 for none."""
+        return 0
+
+    @property
     def noise_patch(self) -> tuple[int, ...] | None:
         """Sides of the patches that may have noise levels of their own; None if one level is read.
 

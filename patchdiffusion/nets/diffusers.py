@@ -70,8 +70,8 @@ class DiffusersConfig(NetworkConfig):
             if self.keywords.get(name) not in (*allowed, None):
                 value = self.keywords[name]
                 raise ValueError(f"{name} is {value!r}, and only {allowed[0]!r} is supported here")
-        if not isinstance(self.context, int):
-            raise ValueError(f"cross_attention_dim must be one number, not {self.context}")
+        if not isinstance(self.read_features, int):
+            raise ValueError(f"cross_attention_dim must be one number, not {self.read_features}")
         if self.coordinates and not self.can_have_coordinates:
             raise ValueError(
                 f"coordinates must be false for blocks that add the image to features, not true: "
@@ -90,8 +90,7 @@ class DiffusersConfig(NetworkConfig):
         return table
 
     @property
-    def context(self) -> int:
-        """Features of the tokens of a condition; 0 for a network without."""
+    def read_features(self) -> int:
         if self.kind == "UNet2DModel":
             return 0
         return self.keywords.get("cross_attention_dim", 1280)
@@ -118,7 +117,7 @@ class DiffusersConfig(NetworkConfig):
     @property
     def reads(self) -> frozenset[str]:
         names = {"pos"} if self.coordinates else set()
-        names |= {"context", "context_mask"} if self.context else set()
+        names |= {"context", "context_mask"} if self.read_features else set()
         return super().reads | names
 
     def inherit(self, old: NetworkConfig, config: object) -> Self:
@@ -155,10 +154,10 @@ class DiffusersNetwork(Network[DiffusersConfig]):
             labels = cond.labels
             none = torch.full(noise.shape, -1, device=x.device) if labels is None else labels
             arguments["class_labels"] = none
-        if self.config.context:
+        if self.config.read_features:
             context = cond.context
             if context is None:
-                context = x.new_zeros(x.shape[0], 1, self.config.context)
+                context = x.new_zeros(x.shape[0], 1, self.config.read_features)
             arguments["encoder_hidden_states"] = context
             if cond.context is not None and cond.context_mask is not None:
                 arguments["encoder_attention_mask"] = cond.context_mask

@@ -119,6 +119,10 @@ class ContextShape(NetworkConfig):
         return self.text.features or self.context
 
     @property
+    def read_features(self) -> int:
+        return self.context
+
+    @property
     def reads(self) -> frozenset[str]:
         names = {"tokens"} if self.text.features else set()
         names |= {"context", "context_mask"} if self.context else set()
