@@ -1,4 +1,4 @@
-"""What leaves the library is the same function elsewhere."""
+"""Exported models are the same function elsewhere."""
 
 import json
 from dataclasses import replace

@@ -16,7 +16,8 @@ MOST_LINES = 400
 # file or a folder; files within one folder may import each other, but not in circles.
 LAYERS: tuple[str, ...] = (
     "system",
-    "cond rng paths betas noise weighting preconditioning straight tabled asymflow parameterisation",
+    "cond rng paths betas",
+    "noise weighting preconditioning straight tabled asymflow parameterisation",
     "patches sizes planbase multigrid plans denoiser classifier flowmap losses analytic",
     "nets encoders",
     "solvers guidance accel objectives data conditioners model adapted",

@@ -26,7 +26,7 @@ class ExportArguments:
     configuration in one file.
     """
 
-    example: ClassVar[str] = "patchdiffusion export runs/photos --to diffusers --out photos"
+    example: ClassVar[str] = "patchdiffusion export runs/a --to onnx"
 
     path: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run or model."""

@@ -62,7 +62,7 @@ class Traced:
     """The sides of images must be multiples of it."""
 
     def facts(self, model: Model) -> dict[str, Any]:
-        """What a reader of the file should know."""
+        """Facts for readers of the file: inputs, free axes, configuration."""
         config = model.config
         return {
             "format": 1,
