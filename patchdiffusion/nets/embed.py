@@ -127,7 +127,9 @@ def one_hot(labels: Tensor | None, num_classes: int, like: Tensor) -> Tensor:
 def augmentation(cond: Cond, size: int, like: Tensor) -> Tensor:
     """Augmentation parameters, zero if there are none: like [B, size]."""
     # None is zero: every parameter has a gradient, for which other processes wait.
-    return like.new_zeros(like.shape[0], size) if cond.augment is None else cond.augment.to(like.dtype)
+    if cond.augment is None:
+        return like.new_zeros(like.shape[0], size)
+    return cond.augment.to(like.dtype)
 
 
 def jump_features(cond: Cond, noise: Tensor, width: int) -> Tensor:
