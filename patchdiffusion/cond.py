@@ -194,6 +194,11 @@ class Tape:
             raise ValueError(f"the loss {name!r} was put on the tape twice")
         self.losses[name] = scalar
 
+    def add_loss(self, name: str, scalar: Tensor) -> None:
+        """Add to an auxiliary loss, which is that of several parts of one pass."""
+        name = self._prefix + name
+        self.losses[name] = self.losses[name] + scalar if name in self.losses else scalar
+
     def want(self, *names: str) -> None:
         """Record the activations of these names, too."""
         self.wants |= set(names)

@@ -237,11 +237,12 @@ def _fitted(
 def facts(subject: Subject) -> list[tuple[str, str]]:
     """Lines about a network, each with a name."""
     config, network, model = subject.config, subject.network, subject.model
-    params = subject.costs[subject.canvas].params
+    whole = subject.costs[subject.canvas]
+    params = whole.params
     classes = counted(config.num_classes, "class", "classes")
     about = f"{counted(config.channels, 'channel')}, {classes}"
     word = families.word(type(config))
-    lines = [("network", f"{word}, {params / 1e6:.2f}M parameters, {about}")]
+    lines = [("network", f"{word}, {whole.parameters_text}, {about}")]
     if model is not None:
         lines.append(
             (

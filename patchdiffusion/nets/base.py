@@ -290,6 +290,22 @@ class Network(nn.Module, ABC, Generic[Config]):
             roles[name] = role
         return roles
 
+    @property
+    def idle(self) -> int:
+        """Number of parameters that one token does not use: those of experts it is not sent to.
+
+        The sum of the attributes `idle` of the modules inside.
+        """
+        parts = (module for module in self.modules() if not isinstance(module, Network))
+        return sum(getattr(module, "idle", 0) for module in parts)
+
+    def adopted(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of another network for this one: by its names, if it can make its own of them.
+
+        By default they are as they are.
+        """
+        return weights
+
     def after_step(self, applied: Tensor) -> None:
         """Change weights after each update, before they are averaged; by default nothing.
 

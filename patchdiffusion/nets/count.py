@@ -22,9 +22,22 @@ class Count:
     """Multiply-accumulates of one forward pass of one image; 2 FLOP each."""
     params: int
     """Trained parameters."""
+    idle: int = 0
+    """Those of experts that a token does not pass through, see `Network.idle`."""
+
+    @property
+    def active(self) -> int:
+        """Parameters that are used for one token."""
+        return self.params - self.idle
+
+    @property
+    def parameters_text(self) -> str:
+        """Number of parameters, and of active ones if these are fewer."""
+        active = f", {self.active / 1e6:.2f}M active" if self.idle else ""
+        return f"{self.params / 1e6:.2f}M parameters{active}"
 
     def __str__(self) -> str:
-        return f"{self.params / 1e6:.2f}M parameters, {self.macs / 1e9:.3g} GMAC"
+        return f"{self.parameters_text}, {self.macs / 1e9:.3g} GMAC"
 
 
 def count(network: Network, size: int | tuple[int, ...], cond: Cond | None = None) -> Count:
@@ -39,13 +52,13 @@ def count(network: Network, size: int | tuple[int, ...], cond: Cond | None = Non
     shape = (1, network.config.channels, *sides)
     x, noise = torch.empty(shape, device="meta"), torch.empty(1, device="meta")
     try:
-        return Count(macs=macs_of(network, x, noise, cond), params=params)
+        return Count(macs=macs_of(network, x, noise, cond), params=params, idle=network.idle)
     except (RuntimeError, NotImplementedError):  # a network of somebody's own may have to compute
         device = next(network.parameters()).device
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             given = cond.map(lambda x: torch.zeros_like(x, device=device))
             network(torch.zeros(shape, device=device), torch.zeros(1, device=device), given)
-    return Count(macs=counter.get_total_flops() // 2, params=params)
+    return Count(macs=counter.get_total_flops() // 2, params=params, idle=network.idle)
 
 
 def macs_of(module: nn.Module, *inputs: object) -> int:

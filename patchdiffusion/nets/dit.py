@@ -28,7 +28,13 @@ from patchdiffusion.nets.layers import Linear, pad_to_multiple
 from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.stages import Merge, Split
 from patchdiffusion.nets.text import described
-from patchdiffusion.nets.tokenblock import Registers, TokenBlock, for_tokens, modulated
+from patchdiffusion.nets.tokenblock import (
+    Around,
+    Registers,
+    TokenBlock,
+    for_tokens,
+    modulated,
+)
 from patchdiffusion.nets.tokencuts import cut_of, encoder_blocks, passage
 from patchdiffusion.nets.tokens import (
     AttentionMemory,
@@ -281,18 +287,18 @@ class DiT(Network[DiTConfig]):
             h = torch.cat([tokens.registers, h], dim=1)
             if emb.ndim == 3:  # registers have no noise level, and take the mean of the tokens
                 emb = torch.cat([emb.mean(1, keepdim=True).expand(-1, count, -1), emb], dim=1)
-        turn = None
+        around = Around(context=tokens.context, mask=tokens.context_mask)
         if config.positions == "rope":
             turn = rotation(tokens.pos, config.width // config.heads, count)
+            around = around._replace(turn=turn)
         for i in blocks:
             name, key = f"blocks.{i}", None
             if cond.seed is not None and config.dropout > 0:
                 key = subkeys(cond.seed, name)  # hashed outside: one compiled block serves all
             attended = None if tokens.memory is None else partial(tokens.memory.attend, i)
-            h, given = self.blocks[i](
-                h, emb, key, turn, values, tokens.context, tokens.context_mask, attended
-            )
-            values = values if given is None else given
+            out = self.blocks[i](h, emb, key, around._replace(values=values, attended=attended))
+            h = out.h
+            values = values if out.values is None else out.values
             put(tape, name, h[:, count:])
         registers = None if tokens.registers is None else h[:, :count]
         return tokens._replace(h=h[:, count:], registers=registers, values=values)

@@ -104,4 +104,4 @@ def _width(network: Network) -> int:
     """Number of features of a location."""
     config = network.config
     x = torch.zeros(1, config.channels, *(config.divisor,) * config.axes)
-    return network.features(x, torch.zeros(1), Cond()).shape[-1]
+    return network.features(x, torch.zeros(1), Cond(percentile=torch.zeros(1))).shape[-1]

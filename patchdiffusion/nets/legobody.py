@@ -20,7 +20,7 @@ from patchdiffusion.cond import Tape
 from patchdiffusion.nets.base import Role
 from patchdiffusion.nets.embed import whole_canvas
 from patchdiffusion.nets.layers import Linear
-from patchdiffusion.nets.tokenblock import MlpKind, NormKind, TokenBlock, modulated
+from patchdiffusion.nets.tokenblock import Around, MlpKind, NormKind, TokenBlock, modulated
 from patchdiffusion.nets.tokens import (
     centers,
     fold,
@@ -268,9 +268,9 @@ class RegionTransformer(RegionNetwork):
 
     def features(self, regions: Regions) -> Tensor:
         h = self.stem(regions) + self._places(regions)  # [B, P, T, D]
-        emb, turn = regions.emb[:, None, None], self._turn(regions)
+        emb, around = regions.emb[:, None, None], Around(turn=self._turn(regions))
         for i, block in enumerate(self.blocks):
-            h, _ = block(h, emb, regions.keys(f"blocks.{i}"), turn)
+            h = block(h, emb, regions.keys(f"blocks.{i}"), around).h
             regions.record(f"blocks.{i}", self._maps(h, regions), tokens=True)
         return h
 

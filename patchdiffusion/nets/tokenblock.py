@@ -5,7 +5,7 @@ n heads, d = D / n.
 """
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -211,6 +211,33 @@ def for_tokens(features: Tensor) -> Tensor:
     return features if features.ndim > 2 else features[:, None]
 
 
+class Around(NamedTuple):
+    """Inputs of a block beside the tokens and their embedding; all may be missing."""
+
+    turn: Tensor | None = None
+    """Rotation of queries and keys, `tokens.rotation`."""
+    values: Tensor | None = None
+    """[B, T, D], values of the first attention, for one that mixes them in."""
+    context: Tensor | None = None
+    """[B, T', D'], tokens of a condition."""
+    mask: Tensor | None = None
+    """bool [B, T'], the tokens of the condition that count."""
+    attended: Attended | None = None
+    """Function that makes the keys and values to attend to."""
+
+
+NOTHING = Around()
+
+
+class BlockOut(NamedTuple):
+    """Output of a block."""
+
+    h: Tensor
+    """[B, T, D]."""
+    values: Tensor | None = None
+    """[B, T, D], values that its attention gives to later ones."""
+
+
 class TokenBlock(nn.Module):
     """Attention and an MLP, each between a modulated norm and a gate that starts at zero.
 
@@ -247,32 +274,26 @@ class TokenBlock(nn.Module):
         self.layer1 = Linear(hidden, width)
 
     def forward(
-        self,
-        h: Tensor,
-        emb: Tensor,
-        key: Tensor | None = None,
-        turn: Tensor | None = None,
-        values: Tensor | None = None,
-        context: Tensor | None = None,
-        mask: Tensor | None = None,
-        attended: Attended | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, h: Tensor, emb: Tensor, key: Tensor | None = None, around: Around = NOTHING
+    ) -> BlockOut:
         """h [B, T, D], emb [B, E] or [B, T, E] -> [B, T, D] and the values its attention gives.
 
         Of h [B, P, T, D], with emb [B, 1, 1, E], attention stays within each of P regions.
-        `key` int64 [B] are the keys of the dropout; the rest is as in the attentions.
+        `key` int64 [B] are the keys of the dropout.
         """
         with full_precision(emb):
             parts = for_tokens(self.modulation(emb)).chunk(6, dim=-1)  # each [B, 1 or T, D]
         shift, scale, gate = parts[:3]
-        out, given = self.attention(modulated(h, shift, scale, self.norm), turn, values, attended)
+        out, given = self.attention(
+            modulated(h, shift, scale, self.norm), around.turn, around.values, around.attended
+        )
         h = h + gate * self._dropped(out, key, "attention")
-        if self.context is not None and context is not None:
-            out = self.context(normalized(h, self.norm), context, mask)
+        if self.context is not None and around.context is not None:
+            out = self.context(normalized(h, self.norm), around.context, around.mask)
             h = h + self._dropped(out, key, "context")
         shift, scale, gate = parts[3:]
         out = self.layer1(self._inner(modulated(h, shift, scale, self.norm)))
-        return h + gate * self._dropped(out, key, "mlp"), given
+        return BlockOut(h + gate * self._dropped(out, key, "mlp"), given)
 
     def _inner(self, h: Tensor) -> Tensor:
         h = self.layer0(h)

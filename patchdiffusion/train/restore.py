@@ -135,13 +135,15 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     """Averaged weights of a run or model from which a new run starts.
 
     They may lack the neutral parameters of the network, such as those of coordinates or of a jump:
-    these add nothing, so the function is the same. With another number of classes the parameters of
+    these add nothing, so the function is the same. A network may make its own of others, such as
+    experts of an MLP, see `Network.adopted`. With another number of classes the parameters of
     labels are not taken. Raises `ValueError` if anything else differs, including what the
     network predicts.
     """
     model = load_model(path)
     _check_meaning(path, model, training)
-    weights, own = model.network.state_dict(), _tensors(training.network)
+    own = _tensors(training.network)
+    weights = dict(training.network.adopted(model.network.state_dict()))
     classes = model.config.network.num_classes, training.config.network.num_classes
     labels: set[str] = set()
     if classes[0] != classes[1]:
