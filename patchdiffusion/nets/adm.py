@@ -17,7 +17,7 @@ from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.base import NetworkConfig, Role
 from patchdiffusion.nets.embed import Stem, angles, augmentation, jump_features, one_hot
 from patchdiffusion.nets.fused import dropout
-from patchdiffusion.nets.layers import Conv, Linear, Norm, Resample, resampled
+from patchdiffusion.nets.layers import Conv, Linear, Norm, Resample, beside, resampled
 from patchdiffusion.nets.levels import decoder, encoder, middle
 from patchdiffusion.nets.shapes import BlockPosition, HeadedShape
 from patchdiffusion.nets.text import ContextShape
@@ -32,6 +32,7 @@ class ADMConfig(HeadedShape, ContextShape):
     """The U-Net ADM; the defaults suit a CPU: 1.4M parameters."""
 
     word: ClassVar[str] = "adm"
+    gated: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
         "adm-64": {
             "base": 192,
@@ -46,6 +47,10 @@ class ADMConfig(HeadedShape, ContextShape):
     mult: tuple[int, ...] = (1, 2, 2)
     blocks: int = 1
     attention: tuple[int, ...] = (2,)
+
+    @property
+    def smooth_in_noise(self) -> bool:
+        return not self.task_routing.reads
 
     def inherit(self, old: NetworkConfig, config: object) -> Self:
         """A copy with channels and classes of the network it replaces, and dropout unless set."""
@@ -184,6 +189,7 @@ class AdaptiveBlock(nn.Module):
         emb: Tensor,
         key: Tensor | None = None,
         size: tuple[int, int] = (0, 0),
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """x [B, C, H, W], emb [B, E] -> [B, cout, H', W']; the arguments are those of `Block`."""
         h = self.conv0(resampled(self.norm0(x, silu=True), self.resample, size))
@@ -195,4 +201,7 @@ class AdaptiveBlock(nn.Module):
             h = dropout(h, key, self.drop)
         x = resampled(x, self.resample, size)
         x = self.conv1(h) + (x if self.skip is None else self.skip(x))
-        return x if self.attention is None else x + self.attention(x)
+        x = x if self.attention is None else x + self.attention(x)
+        return (
+            x if hidden is None else x + beside(self.skip, resampled(hidden, self.resample, size))
+        )

@@ -270,6 +270,11 @@ class Network(nn.Module, ABC, Generic[Config]):
         """Names of the activations that it puts on the tape, in order."""
         return ()
 
+    @property
+    def expert_taps(self) -> tuple[str, ...]:
+        """Names under which it puts the experts of its tokens on the tape: bool [B, T, n] each."""
+        return ()
+
     def features(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """Deep features of every location, for heads of other tasks: [B, locations, F].
 

@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import Network, put
 from patchdiffusion.nets.cuts import Cut, Encoding, Passage
+from patchdiffusion.nets.ditblocks import block_of, record, stem_of
 from patchdiffusion.nets.ditshape import DiTShape
 from patchdiffusion.nets.ditsizes import MODERN, SIZES, jit, patch_for
 from patchdiffusion.nets.embed import Embedding, LateEmbedding, Switches, whole_canvas
+from patchdiffusion.nets.experts import place_features
+from patchdiffusion.nets.gates import percentiles
 from patchdiffusion.nets.layers import Linear, pad_to_multiple
 from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.stages import Merge, Split
@@ -31,7 +34,6 @@ from patchdiffusion.nets.text import described
 from patchdiffusion.nets.tokenblock import (
     Around,
     Registers,
-    TokenBlock,
     for_tokens,
     modulated,
 )
@@ -48,6 +50,7 @@ from patchdiffusion.nets.tokens import (
     unfold,
     with_context,
 )
+from patchdiffusion.nets.upcycle import upcycled
 from patchdiffusion.patches import Size
 from patchdiffusion.rng import subkeys
 from patchdiffusion.system.device import full_precision
@@ -84,15 +87,6 @@ def for_canvas(canvas: Size, **changes: object) -> DiTConfig:
     return replace(DiTConfig(patch=tuple(sides), **MODERN), **changes)
 
 
-def _stem(pixels: int, bottleneck: int, width: int) -> nn.Module:
-    """Embedding of patches, through fewer features if there is a bottleneck."""
-    if not bottleneck:
-        return Linear(pixels, width, role="stem")
-    return nn.Sequential(
-        Linear(pixels, bottleneck, bias=False, role="stem"), Linear(bottleneck, width, role="stem")
-    )
-
-
 class DiT(Network[DiTConfig]):
     """DiT with adaLN-zero blocks: at the start every block is the identity, the output zero.
 
@@ -113,7 +107,7 @@ class DiT(Network[DiTConfig]):
         else:
             self.embed = Embedding(width // 4, "positional", classes, augment, **switches)
         self.text = config.text.build()
-        self.stem = _stem(config.channels * pixels, config.bottleneck, width)
+        self.stem = stem_of(config.channels * pixels, config.bottleneck, width)
         self.picture = self.pooled_extra = None
         if config.image_channels:
             inputs = config.image_channels * pixels
@@ -128,7 +122,8 @@ class DiT(Network[DiTConfig]):
             if config.modulation == "shared"
             else None
         )
-        self.blocks = nn.ModuleList(self._block(i) for i in range(config.depth))
+        self.blocks = nn.ModuleList(block_of(config, i) for i in range(config.depth))
+        self.gates = config.task_routing.build([width] * config.depth)
         self.merge = Merge(width, config.axes) if config.half_blocks else None
         self.split = Split(width, config.axes) if config.half_blocks else None
         self.stage = config.tokens.build(width, config.depth)
@@ -138,29 +133,21 @@ class DiT(Network[DiTConfig]):
         self.head = Linear(width, outputs, scale=0.0, role="head")
         self.init(seed)
 
-    def _block(self, index: int) -> TokenBlock:
-        config = self.config
-        first = index in (0, *config.half[:1])  # of its stage
-        return TokenBlock(
-            config.width,
-            config.heads,
-            config.mlp_ratio,
-            drop=config.dropout,
-            norm=config.norm,
-            mlp=config.mlp,
-            kind=config.modulation,
-            qk_norm=config.qk_norm,
-            gives=config.value_residual and first,
-            mixes=config.value_residual and not first,
-            context=config.attends,
-        )
-
     @property
     def taps(self) -> tuple[str, ...]:
         return ("stem", *(f"blocks.{i}" for i in range(self.config.depth)))
 
     def units(self) -> list[nn.Module]:
-        return list(self.blocks)
+        return [*self.blocks, *(self.gates.units() if self.gates is not None else ())]
+
+    @property
+    def expert_taps(self) -> tuple[str, ...]:
+        with_experts = (i for i, block in enumerate(self.blocks) if block.experts is not None)
+        return tuple(f"blocks.{i}.experts" for i in with_experts)
+
+    def adopted(self, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Weights of another transformer; MLPs are copied into the experts of this one."""
+        return upcycled(self.config, weights) if self.expert_taps else weights
 
     def forward(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """x [B, C, *S], noise [B] -> [B, C, *S]; no dropout unless `cond.seed` is given.
@@ -236,11 +223,15 @@ class DiT(Network[DiTConfig]):
         *,
         tape: Tape | None = None,
     ) -> Tokens:
-        """Apply the blocks first ... last - 1, by default all; of `cond` they read only the seed.
+        """Apply the blocks first ... last - 1, by default all.
+
+        Of `cond` they read only the seed and the percentile.
 
         Tokens may be a part of those of the image in any order, outside the stage of half
         resolution. Registers are not on the tape, nor tokens that skip a block in training.
         """
+        if self.gates is not None and first == 0 and tape is not None and torch.is_grad_enabled():
+            self.gates.put_losses(tape, percentiles(cond, tokens.h))
         for blocks in self._stretches(first, self.config.depth if last is None else last):
             if self.merge is not None and blocks[0] == self.config.half[0]:
                 tokens = self.merge(tokens)
@@ -291,14 +282,25 @@ class DiT(Network[DiTConfig]):
         if config.positions == "rope":
             turn = rotation(tokens.pos, config.width // config.heads, count)
             around = around._replace(turn=turn)
+        if self.config.experts.chooses:
+            around = around._replace(places=place_features(tokens.pos, count))
+        gates = None if self.gates is None else self.gates.begin(percentiles(cond, h))
         for i in blocks:
             name, key = f"blocks.{i}", None
             if cond.seed is not None and config.dropout > 0:
                 key = subkeys(cond.seed, name)  # hashed outside: one compiled block serves all
             attended = None if tokens.memory is None else partial(tokens.memory.attend, i)
-            out = self.blocks[i](h, emb, key, around._replace(values=values, attended=attended))
-            h = out.h
+            around = around._replace(values=values, attended=attended)
+            if self.gates is None:
+                out = self.blocks[i](h, emb, key, around)
+                h = out.h
+            else:
+                gate = self.gates(i, h, gates)
+                out = self.blocks[i](gate * h, emb, key, around)
+                h = out.h + (1 - gate) * h
             values = values if out.values is None else out.values
+            if out.routed is not None and tape is not None:
+                record(config.experts, f"{name}.experts", out.routed, count, tape)
             put(tape, name, h[:, count:])
         registers = None if tokens.registers is None else h[:, :count]
         return tokens._replace(h=h[:, count:], registers=registers, values=values)
@@ -366,6 +368,11 @@ class DiT(Network[DiTConfig]):
         if self.config.half:
             raise ValueError(
                 "network.half_blocks merges neighboring tokens, so that none can be left out"
+            )
+        if self.config.experts.needs_all_tokens:
+            raise ValueError(
+                "network.experts choice compares the tokens of an image, so that none can be left "
+                "out"
             )
 
     def some(

@@ -5,10 +5,13 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Self, get_args
 
 from patchdiffusion.nets.base import NetworkConfig
+from patchdiffusion.nets.experts import MlpExperts, MlpShape, NoExperts
+from patchdiffusion.nets.gates import NoTaskRouting
 from patchdiffusion.nets.routing import AllTokens, Routing
 from patchdiffusion.nets.selfcondition import NoSelfConditioning, SelfCondition
+from patchdiffusion.nets.taskrouting import TaskRouting
 from patchdiffusion.nets.text import ContextShape
-from patchdiffusion.nets.tokenblock import MlpKind, ModulationKind, NormKind
+from patchdiffusion.nets.tokenblock import MlpKind, ModulationKind, NormKind, hidden_features
 from patchdiffusion.patches import Size
 
 Positions = Literal["coordinates", "sincos", "rope"]
@@ -64,6 +67,10 @@ class DiTShape(ContextShape):
     """Tokens that pass through all blocks in training, which is cheaper with fewer of them."""
     self_condition: SelfCondition = field(default_factory=NoSelfConditioning)
     """Pooled features of the network itself that condition its later blocks (DDAE++)."""
+    task_routing: TaskRouting = field(default_factory=NoTaskRouting)
+    """Features that blocks see at a noise level: all, a share (DTR), or by experts (Switch-DiT)."""
+    experts: MlpExperts = field(default_factory=NoExperts)
+    """MLPs of each block, of which every token uses a few."""
     learned_variance: bool = False
     """True if there are output channels for a variance, which is not used; for published
     weights."""
@@ -103,6 +110,11 @@ class DiTShape(ContextShape):
                 f"not {self.half_blocks}"
             )
         self.tokens.check(self.depth, self.half_blocks)
+        if (hidden := self.mlp_shape.hidden) and self.experts.hidden(hidden) < 1:
+            raise ValueError(
+                f"experts must have hidden features, and {hidden} of the MLP are divided among too "
+                "many; use a wider network, or experts.size"
+            )
         self.self_condition.after(self.depth)
 
     def inherit(self, old: NetworkConfig, config: object) -> Self:
@@ -129,15 +141,25 @@ class DiTShape(ContextShape):
     @property
     def reads(self) -> frozenset[str]:
         seed = {"seed"} if self.tokens.is_random else set()
-        return super().reads | {"pos"} | seed
+        return super().reads | {"pos"} | seed | self.task_routing.reads
+
+    @property
+    def mlp_shape(self) -> MlpShape:
+        """Shape of the MLP of a block."""
+        hidden = hidden_features(self.width, self.mlp_ratio, self.mlp)
+        return MlpShape(self.width, hidden, self.mlp == "swiglu", self.axes)
+
+    @property
+    def smooth_in_noise(self) -> bool:
+        return not (self.experts.chooses or self.task_routing.reads)
 
     @property
     def masks(self) -> bool:
         return self.tokens.masks
 
     @property
-    def noise_patch(self) -> tuple[int, ...]:
-        return self.patch
+    def noise_patch(self) -> tuple[int, ...] | None:
+        return None if self.task_routing.reads else self.patch
 
     @property
     def half(self) -> range:

@@ -205,6 +205,11 @@ def resampled(x: Tensor, kind: Resample, size: tuple[int, int], *, smooth: bool 
 # ---- The residual block ----
 
 
+def beside(skip: Conv | None, hidden: Tensor) -> Tensor:
+    """Features beside a block that its branches do not see, through its skip without the bias."""
+    return hidden if skip is None else F.conv2d(hidden, skip.weight)
+
+
 class Block(nn.Module):
     """A residual block (EDM, arXiv 2206.00364, appendix F): two convolutions, embedding between.
 
@@ -243,11 +248,12 @@ class Block(nn.Module):
         emb: Tensor,
         key: Tensor | None = None,
         size: tuple[int, int] = (0, 0),
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """x [B, C, H, W], emb [B, E] -> [B, cout, H', W'].
 
         `key` int64 [B] are the keys of the dropout, None is no dropout; `size` is H', W' of a block
-        that up-samples.
+        that up-samples; `hidden` is a part of the features that passes beside the branches.
         """
         h = self.conv0(self._sampled(self.norm0(x, silu=True), size))
         with full_precision(emb):
@@ -255,7 +261,8 @@ class Block(nn.Module):
         h = self.conv1(self.norm1(h, shift, silu=True, key=key, drop=self.drop))
         x = self._sampled(x, size)
         x = residual(h, x if self.skip is None else self.skip(x))
-        return x if self.attention is None else residual(x, self.attention(x))
+        x = x if self.attention is None else residual(x, self.attention(x))
+        return x if hidden is None else x + beside(self.skip, self._sampled(hidden, size))
 
     def _sampled(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return resampled(x, self.resample, size, smooth=self.smooth)

@@ -5,8 +5,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from patchdiffusion.nets.base import NetworkConfig
+from patchdiffusion.nets.gates import NoTaskRouting
 from patchdiffusion.nets.layers import Resample
 from patchdiffusion.nets.selfcondition import NoSelfConditioning, SelfCondition
+from patchdiffusion.nets.taskrouting import TaskRouting
+from patchdiffusion.system import families
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class UNetShape(NetworkConfig):
 
     pictures: ClassVar[bool] = True
     perturbs: ClassVar[bool] = True
+    gated: ClassVar[bool] = False
+    """True if its blocks can be gated by the noise level."""
 
     base: int = 128
     """Features at a multiplier of 1; a multiple of 4."""
@@ -48,9 +53,15 @@ class UNetShape(NetworkConfig):
     """Number of frequencies of sines and cosines of the coordinates; 0 is the coordinates."""
     self_condition: SelfCondition = field(default_factory=NoSelfConditioning)
     """Pooled features of the network itself that condition its later blocks (DDAE++)."""
+    task_routing: TaskRouting = field(default_factory=NoTaskRouting)
+    """Features that blocks see at a noise level: all, or a share (DTR)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.task_routing.reads and not (self.gated and self.task_routing.in_unets):
+            word, rule = families.word(type(self)), families.word(type(self.task_routing))
+            allowed = "none or dtr" if self.gated else "none"
+            raise ValueError(f"task_routing must be {allowed} for {word}, not {rule}")
         self.limit("blocks", 1, 64)
         self.limit("fourier_features", 0, 16)
         if not 4 <= self.base <= 4096 or self.base % 4:
@@ -89,7 +100,8 @@ class UNetShape(NetworkConfig):
 
     @property
     def reads(self) -> frozenset[str]:
-        return super().reads | ({"pos"} if self.coordinates else set())
+        pos = {"pos"} if self.coordinates else set()
+        return super().reads | pos | self.task_routing.reads
 
 
 @dataclass(frozen=True, kw_only=True)

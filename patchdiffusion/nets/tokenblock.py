@@ -174,6 +174,14 @@ def hidden_features(width: int, ratio: int, mlp: MlpKind) -> int:
     return hidden
 
 
+def activated(h: Tensor, gated: bool) -> Tensor:
+    """GELU, or one half of the features times SiLU of the other: [..., 2 D] -> [..., D]."""
+    if not gated:
+        return F.gelu(h, approximate="tanh")
+    gate, h = h.chunk(2, dim=-1)
+    return F.silu(gate) * h
+
+
 # ---- Modulation ----
 
 
@@ -224,9 +232,20 @@ class Around(NamedTuple):
     """bool [B, T'], the tokens of the condition that count."""
     attended: Attended | None = None
     """Function that makes the keys and values to attend to."""
+    places: Tensor | None = None
+    """[B, T, P], features of the places of tokens, for the gates of experts."""
 
 
 NOTHING = Around()
+
+
+class Routed(NamedTuple):
+    """Experts of the tokens in a block."""
+
+    scores: Tensor
+    """float32 [B, T, n], probabilities of n experts."""
+    chosen: Tensor
+    """bool [B, T, n], True for the experts of each token."""
 
 
 class BlockOut(NamedTuple):
@@ -236,6 +255,8 @@ class BlockOut(NamedTuple):
     """[B, T, D]."""
     values: Tensor | None = None
     """[B, T, D], values that its attention gives to later ones."""
+    routed: Routed | None = None
+    """Experts of the tokens, of a block that has experts."""
 
 
 class TokenBlock(nn.Module):
@@ -262,7 +283,9 @@ class TokenBlock(nn.Module):
         gives: bool = False,
         mixes: bool = False,
         context: int = 0,
+        experts: nn.Module | None = None,
     ):
+        """`experts` take the place of the MLP: (h, places) -> h, `Routed`."""
         super().__init__()
         self.drop, self.gated = drop, mlp == "swiglu"
         self.norm: NormKind = norm
@@ -270,8 +293,10 @@ class TokenBlock(nn.Module):
         self.modulation = modulation(width, 6, kind)
         self.attention = TokenAttention(width, heads, qk_norm=qk_norm, gives=gives, mixes=mixes)
         self.context = ContextAttention(width, heads, context, qk_norm=qk_norm) if context else None
-        self.layer0 = Linear(width, 2 * hidden if self.gated else hidden)
-        self.layer1 = Linear(hidden, width)
+        self.experts = experts
+        if experts is None:
+            self.layer0 = Linear(width, 2 * hidden if self.gated else hidden)
+            self.layer1 = Linear(hidden, width)
 
     def forward(
         self, h: Tensor, emb: Tensor, key: Tensor | None = None, around: Around = NOTHING
@@ -292,15 +317,12 @@ class TokenBlock(nn.Module):
             out = self.context(normalized(h, self.norm), around.context, around.mask)
             h = h + self._dropped(out, key, "context")
         shift, scale, gate = parts[3:]
-        out = self.layer1(self._inner(modulated(h, shift, scale, self.norm)))
-        return BlockOut(h + gate * self._dropped(out, key, "mlp"), given)
-
-    def _inner(self, h: Tensor) -> Tensor:
-        h = self.layer0(h)
-        if not self.gated:
-            return F.gelu(h, approximate="tanh")
-        gate, h = h.chunk(2, dim=-1)
-        return F.silu(gate) * h
+        inner, routed = modulated(h, shift, scale, self.norm), None
+        if self.experts is None:
+            out = self.layer1(activated(self.layer0(inner), self.gated))
+        else:
+            out, routed = self.experts(inner, around.places)
+        return BlockOut(h + gate * self._dropped(out, key, "mlp"), given, routed)
 
     def _dropped(self, h: Tensor, key: Tensor | None, name: str) -> Tensor:
         if key is None or self.drop == 0:

@@ -16,6 +16,7 @@ from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.base import Network, put
 from patchdiffusion.nets.cuts import Cut, Encoding, Kept, Passage, within
 from patchdiffusion.nets.embed import fourier_features, whole_canvas
+from patchdiffusion.nets.gates import Gates, percentiles
 from patchdiffusion.nets.layers import Conv, Linear
 from patchdiffusion.nets.levels import Features
 from patchdiffusion.nets.picture import picture_of, pooled, shifted
@@ -45,6 +46,8 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     """Layer of the pooled embedding that it is conditioned on."""
     summary: PooledFeatures | None
     """Layers behind the features that condition the decoder."""
+    gates: Gates | None
+    """Shares of the features that blocks see at a noise level."""
     text: nn.Module | None
     """Text encoder inside the network."""
     readers: nn.ModuleDict | None
@@ -81,13 +84,14 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         """Features of level 0, and the side input of level 1; `ValueError` for wrong shapes."""
 
     def add_conditions(self, stem: int, emb: int) -> None:
-        """Make the parts for picture, pooled embedding, texts and own features, if there are any.
+        """Make the parts for conditions, own features and gates, if there are any.
 
         The widths are those of the stem and the embedding.
         """
         self._add_readers()
         config = self.config
         self.summary = config.self_condition.build(config.widths[-1], emb, config.axes)
+        self.gates = config.task_routing.build([])
         self.picture = self.pooled_extra = None
         if config.image_channels:
             self.picture = Conv(config.image_channels, stem, bias=False, neutral=True, role="stem")
@@ -137,7 +141,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         return self._middle(features, cond, tape)
 
     def decode(self, features: Features, cond: Cond, *, tape: Tape | None = None) -> Tensor:
-        """Decoder and head; of the condition it reads only the seed.
+        """Decoder and head; of the condition it reads only the seed and the percentile.
 
         Replace `features.emb` to decode for another noise level.
         """
@@ -331,7 +335,11 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         key = None
         if cond.seed is not None and self.config.dropout > 0:
             key = subkeys(cond.seed, name)
-        h = block(h, emb, key, size)
+        if self.gates is None:
+            h = block(h, emb, key, size)
+        else:
+            gate = self.gates(0, h, self.gates.begin(percentiles(cond, h)))
+            h = block(gate * h, emb, key, size, (1 - gate) * h)
         if self.readers is None or cond.context is None:
             return h
         reader = name.replace(".", "_")

@@ -5,7 +5,7 @@ Shapes: B batch, C image channels, H and W height and width (any size), E size o
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -29,6 +29,8 @@ from patchdiffusion.nets.topology import UNet
 class UNetConfig(UNetShape, ContextShape):
     """A U-Net (DDPM++, NCSN++); the defaults are DDPM++ for 64 x 64 images, without dropout."""
 
+    gated: ClassVar[bool] = True
+
     embedding: EmbeddingKind = "positional"
     """Noise features: positional (DDPM++) or random Fourier frequencies (NCSN++)."""
     encoder: Literal["standard", "residual"] = "standard"
@@ -47,7 +49,7 @@ class UNetConfig(UNetShape, ContextShape):
 
     @property
     def smooth_in_noise(self) -> bool:
-        return self.embedding == "positional"
+        return self.embedding == "positional" and not self.task_routing.reads
 
     def build(self, *, seed: int = 0) -> "SongUNet":
         return SongUNet(self, seed=seed)

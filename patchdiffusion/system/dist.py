@@ -153,6 +153,18 @@ class Team:
             _set_pg_timeout(timedelta(minutes=minutes))
 
 
+def over_ranks(value: Tensor) -> Tensor:
+    """Sum of a tensor over all processes, without its gradient; itself in a single process.
+
+    For statistics inside of networks, which are trained by all processes in step.
+    """
+    if not c10d.is_available() or not c10d.is_initialized() or c10d.get_world_size() == 1:
+        return value
+    value = value.detach().clone()
+    c10d.all_reduce(value)
+    return value
+
+
 @contextmanager
 def join(minutes: float = 30.0) -> Iterator[Team]:
     """Context of the process group of a run; `minutes` is the time to wait for other processes.
