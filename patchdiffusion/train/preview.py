@@ -38,6 +38,8 @@ class Shown:
     """Training images for comparison with the picture, uint8 [H, W, C]."""
     notes: Mapping[str, str] = field(default_factory=dict)
     """Text entries of the picture."""
+    charts: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """Further pictures, uint8 [H, W, 3], by the end of their names, such as experts."""
 
 
 class Preview(Protocol):

@@ -19,7 +19,7 @@ h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; font-size: 1.2rem; }
 .facts { color: #666; margin-top: .3rem; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; }
 figure { margin: 0; flex: 1 1 14rem; max-width: 28rem; }
-figure.chart { flex-basis: 19rem; }
+figure.chart { flex-basis: 19rem; } .whole figure { max-width: none; }
 figure img, svg { width: 100%; height: auto; image-rendering: pixelated; }
 figcaption { color: #666; font-size: .85rem; }
 table { border-collapse: collapse; } td { padding: .15rem 1.5rem .15rem 0; }
@@ -31,6 +31,12 @@ REFRESH = 60
 
 _STATUS = {"preempted": "stopped; the same command resumes it"}
 """Words of the report for states; others are those of `run.json`."""
+
+_CHARTS = {
+    "experts": "Share of each expert in the tokens of held-out images, a row for each block: over "
+    "the canvas, by noise level, and by class if the network has classes.",
+}
+"""Captions of further pictures of previews."""
 
 _NAMED = ("time", "images", "copy_rate", "distance")
 """Numbers of a preview that are shown in words of their own, or elsewhere; others by their names.
@@ -139,6 +145,12 @@ def _pictures(folder: Path, previews: list[Record]) -> Iterable[str]:
         step = -(-len(earlier) // 4)
         yield "<h2>The same, earlier</h2>"
         yield f'<div class="row">{"".join(_figure(folder, r) for r in earlier[::step])}</div>'
+    for name in shown[-1].get("charts", ()):
+        if name in files:
+            title = name.removesuffix(".png").partition("-")[2]
+            yield f"<h2>{html.escape(title.capitalize())}</h2>"
+            chart = _image(folder / "samples" / name, _CHARTS.get(title, title))
+            yield f'<div class="whole">{chart}</div>'
 
 
 def _figure(folder: Path, record: Record) -> str:

@@ -23,15 +23,18 @@ from patchdiffusion.guidance import NoGuidance
 from patchdiffusion.guidance.cfg import ClassifierFree
 from patchdiffusion.metrics.compare import Gathered
 from patchdiffusion.metrics.evaluate import COPY_LIMIT, Evaluation, sample_labels
+from patchdiffusion.metrics.experts import ExpertMeter, ExpertUsage
 from patchdiffusion.metrics.frechet import Moments, frechet_distance
 from patchdiffusion.metrics.heldout import held_out_losses, summarize
 from patchdiffusion.metrics.memorise import copy_rate
 from patchdiffusion.metrics.options import SEED, EvaluationConfig
+from patchdiffusion.nets.base import Network
 from patchdiffusion.patches import Size
 from patchdiffusion.sampling.config import Kind, SamplerConfig
 from patchdiffusion.sampling.driver import NotFinite, sample
 from patchdiffusion.system.device import autocast
 from patchdiffusion.system.png import enlarge, grid
+from patchdiffusion.train.expertchart import expert_picture
 from patchdiffusion.train.preview import (
     Abandoned,
     Ending,
@@ -57,7 +60,10 @@ class SamplePreview:
     def show(self, model: NetDenoiser, ending: Ending = bool) -> Shown:
         """Grid of samples, with measurements."""
         samples = self.draw(model, ending)
-        facts = self.measure(model, samples, ending)
+        facts, charts = self.measure(model, samples, ending), {}
+        if (usage := facts.pop("experts", None)) is not None:
+            facts |= usage.facts
+            charts["experts"] = expert_picture(usage, self.scene.config.network, self._canvas)
         notes = {"seeds": f"0-{self.scene.config.preview.grid - 1}"}
         if reads_captions(self.scene.config):
             index = self._images(range(len(samples))).tolist()
@@ -87,7 +93,12 @@ class SamplePreview:
             warnings=warnings,
             notes=notes,
             reference=reference,
+            charts=charts,
         )
+
+    @property
+    def _canvas(self) -> Size:
+        return self.scene.sizes[0]
 
     def _real_images(self) -> np.ndarray:
         """Training images, as many as the grid has, evenly spread over the data."""
@@ -175,7 +186,10 @@ class SamplePreview:
     def measure(
         self, denoiser: NetDenoiser, samples: Tensor, ending: Ending = bool
     ) -> dict[str, Any]:
-        """Held-out loss (total, by noise level, by size), rate of copies, and Frechet distance."""
+        """Held-out loss (total, by noise level, by size), rate of copies, and Frechet distance.
+
+        Of a network with experts also their `ExpertUsage`.
+        """
         scene, facts = self.scene, {}
         config, pack, team = scene.config, scene.pack, scene.team
         held = pack.some_held_out(config.preview.held_out)
@@ -199,7 +213,10 @@ class SamplePreview:
                     )
                 return torch.stack(list(by_size.values()))
 
-            table = scene.everywhere(lambda: losses(denoiser, scene.sizes))
+            meter = self._meter(denoiser)
+            table = scene.everywhere(lambda: losses(meter or denoiser, scene.sizes))
+            if meter is not None:
+                facts["experts"] = ExpertUsage.of(team.gather(meter.tables))
             loss = summarize(dict(zip(scene.sizes, torch.cat(table, dim=2), strict=True)))
             facts["held_out"] = {"loss": loss.total, "bands": loss.bands, "sizes": loss.sizes}
             earlier = {}
@@ -215,6 +232,14 @@ class SamplePreview:
         if self.extract is not None:
             facts["distance"] = self._distance(denoiser, self.extract, ending)
         return facts
+
+    def _meter(self, denoiser: NetDenoiser) -> ExpertMeter | None:
+        """Denoiser that counts the experts of tokens, if there are any to be shown."""
+        config, network = self.scene.config, denoiser.network
+        if not (config.preview.experts and isinstance(network, Network) and network.expert_taps):
+            return None
+        classes = config.network.num_classes
+        return ExpertMeter(denoiser, network.expert_taps, config.noise, self._canvas, classes)
 
     @cached_property
     def _real(self) -> Moments:

@@ -93,6 +93,8 @@ class PreviewConfig:
     """Classifier-free guidance weight for the grids."""
     held_out: int = 256
     """Number of held-out images for the loss measured with every grid; 0 measures none."""
+    experts: bool = True
+    """Draw which experts the tokens of held-out images use, if the network has any."""
     distance: int = 0
     """Number of samples for the Frechet distance measured with every grid; 0 measures none."""
     extractor: str = "inception"

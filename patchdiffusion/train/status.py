@@ -256,7 +256,9 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
         log.say(f"        samples/{path.name} will be drawn when the run is resumed")
         return False
     try:
-        if training.team.is_main:  # last: it says that all is done
+        if training.team.is_main:  # the picture last: it says that all is done
+            for name, chart in shown.charts.items():
+                save_png(path.with_name(f"{path.stem}-{name}.png"), chart, {})
             save_png(path, shown.picture, {**shown.notes, "software": "patchdiffusion"})
             if shown.reference is not None:
                 save_png(training.folder / REFERENCE, shown.reference)
@@ -268,6 +270,8 @@ def show_samples(training: Training, ending: Ending = bool) -> bool:
     if not _is_recorded(training):
         facts = {"stage": stage} if stage else {}
         facts |= {"images": training.now, "picture": path.name, **shown.facts}
+        if shown.charts:
+            facts["charts"] = [f"{path.stem}-{name}.png" for name in shown.charts]
         log.record("preview", step=state.step, **facts)
     if problem:
         log.say(f"warning: cannot write samples/{path.name}: {problem}")
