@@ -149,7 +149,7 @@ def _pictures(folder: Path, previews: list[Record]) -> Iterable[str]:
         if name in files:
             title = name.removesuffix(".png").partition("-")[2]
             yield f"<h2>{html.escape(title.capitalize())}</h2>"
-            chart = _image(folder / "samples" / name, _CHARTS.get(title, title))
+            chart = _image(folder / "samples" / name, _CHARTS.get(title) or title)
             yield f'<div class="whole">{chart}</div>'
 
 
