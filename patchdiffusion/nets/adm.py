@@ -17,7 +17,7 @@ from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.base import NetworkConfig, Role
 from patchdiffusion.nets.embed import Stem, angles, augmentation, jump_features, one_hot
 from patchdiffusion.nets.fused import dropout
-from patchdiffusion.nets.layers import Conv, Linear, Norm, Resample, beside, resampled
+from patchdiffusion.nets.layers import Conv, Linear, Norm, Resample, resampled
 from patchdiffusion.nets.levels import decoder, encoder, middle
 from patchdiffusion.nets.shapes import BlockPosition, HeadedShape
 from patchdiffusion.nets.text import ContextShape
@@ -189,7 +189,7 @@ class AdaptiveBlock(nn.Module):
         emb: Tensor,
         key: Tensor | None = None,
         size: tuple[int, int] = (0, 0),
-        hidden: Tensor | None = None,
+        whole: Tensor | None = None,
     ) -> Tensor:
         """x [B, C, H, W], emb [B, E] -> [B, cout, H', W']; the arguments are those of `Block`."""
         h = self.conv0(resampled(self.norm0(x, silu=True), self.resample, size))
@@ -199,9 +199,6 @@ class AdaptiveBlock(nn.Module):
         h = F.silu(torch.addcmul(shift.to(h.dtype), h, (scale + 1).to(h.dtype)))
         if key is not None and self.drop > 0:
             h = dropout(h, key, self.drop)
-        x = resampled(x, self.resample, size)
+        x = resampled(x if whole is None else whole, self.resample, size)
         x = self.conv1(h) + (x if self.skip is None else self.skip(x))
-        x = x if self.attention is None else x + self.attention(x)
-        return (
-            x if hidden is None else x + beside(self.skip, resampled(hidden, self.resample, size))
-        )
+        return x if self.attention is None else x + self.attention(x)

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from patchdiffusion.nets.experts import TopK
 from patchdiffusion.noise import LogitNormal, size_shift
 from patchdiffusion.patches import Size
 
@@ -15,7 +16,8 @@ MODERN: Mapping[str, Any] = {"norm": "rms", "mlp": "swiglu", "positions": "rope"
 def _presets() -> dict[str, dict[str, Any]]:
     """Published sizes, with the parts of newer transformers, and with a stage of half resolution.
 
-    The last one has the stages of U-REPA (arXiv 2503.18414) in XL, like ones in the other sizes.
+    The last one has the stages of U-REPA (arXiv 2503.18414) in XL, like ones in the other sizes;
+    beside them those with experts (DiT-MoE-8E2A, arXiv 2407.11633).
     """
     sizes = {
         "s": (384, 12, 6, 16, 8),
@@ -32,6 +34,13 @@ def _presets() -> dict[str, dict[str, Any]]:
             fields |= {} if kind == "dit" else MODERN
             fields |= {"depth": u_depth, "half_blocks": half} if kind == "u-dit" else {}
             found[f"{kind}-{name}/{patch}"] = fields
+    experts = TopK(size=1.5, shared=0.5, place=False)  # of 4 D hidden features, shared of 2 D
+    for name, size in itertools.product(sizes, (2, 4)):
+        found[f"dit-moe-{name}/{size}"] = {
+            **found[f"dit-{name}/{size}"],
+            "mlp": "swiglu",
+            "experts": experts,
+        }
     return found | _pixels({**MODERN, "embedding": "late"})
 
 

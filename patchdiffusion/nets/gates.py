@@ -2,8 +2,10 @@
 
 Each rule of `--network.task-routing` is a record that builds a module of gates m. A residual block
 z + F(z) then becomes z + F(m z): the gate changes the input of its branches only, and features pass
-beside them as they are. A noise level is told by its percentile in the noise law, `percentile` of
-`Cond`, so that equal steps are equal shares of the training, and samplers may take any levels.
+beside them as they are. In the blocks of U-Nets the convolutions see gated features, and the skip,
+also one that changes the width, and attention see all of them. A noise level is told by its
+percentile in the noise law, `percentile` of `Cond`, so that equal steps are equal shares of the
+training, and samplers may take any levels.
 
 Shapes: B batch, T tokens, D features, C channels.
 """

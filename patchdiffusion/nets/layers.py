@@ -205,11 +205,6 @@ def resampled(x: Tensor, kind: Resample, size: tuple[int, int], *, smooth: bool 
 # ---- The residual block ----
 
 
-def beside(skip: Conv | None, hidden: Tensor) -> Tensor:
-    """Features beside a block that its branches do not see, through its skip without the bias."""
-    return hidden if skip is None else F.conv2d(hidden, skip.weight)
-
-
 class Block(nn.Module):
     """A residual block (EDM, arXiv 2206.00364, appendix F): two convolutions, embedding between.
 
@@ -248,21 +243,20 @@ class Block(nn.Module):
         emb: Tensor,
         key: Tensor | None = None,
         size: tuple[int, int] = (0, 0),
-        hidden: Tensor | None = None,
+        whole: Tensor | None = None,
     ) -> Tensor:
         """x [B, C, H, W], emb [B, E] -> [B, cout, H', W'].
 
         `key` int64 [B] are the keys of the dropout, None is no dropout; `size` is H', W' of a block
-        that up-samples; `hidden` is a part of the features that passes beside the branches.
+        that up-samples. `whole` [B, C, H, W] takes the place of x beside the branch, if x is gated.
         """
         h = self.conv0(self._sampled(self.norm0(x, silu=True), size))
         with full_precision(emb):
             shift = self.affine(emb)
         h = self.conv1(self.norm1(h, shift, silu=True, key=key, drop=self.drop))
-        x = self._sampled(x, size)
+        x = self._sampled(x if whole is None else whole, size)
         x = residual(h, x if self.skip is None else self.skip(x))
-        x = x if self.attention is None else residual(x, self.attention(x))
-        return x if hidden is None else x + beside(self.skip, self._sampled(hidden, size))
+        return x if self.attention is None else residual(x, self.attention(x))
 
     def _sampled(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return resampled(x, self.resample, size, smooth=self.smooth)

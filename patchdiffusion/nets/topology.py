@@ -339,7 +339,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
             h = block(h, emb, key, size)
         else:
             gate = self.gates(0, h, self.gates.begin(percentiles(cond, h)))
-            h = block(gate * h, emb, key, size, (1 - gate) * h)
+            h = block(gate * h, emb, key, size, h)
         if self.readers is None or cond.context is None:
             return h
         reader = name.replace(".", "_")

@@ -1,7 +1,7 @@
 """Picture of the experts of a network: by place, noise level and class, a row for each block."""
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from patchdiffusion.metrics.experts import ExpertUsage
 from patchdiffusion.nets.base import NetworkConfig
@@ -36,7 +36,7 @@ def expert_picture(usage: ExpertUsage, config: NetworkConfig, canvas: Size) -> n
         for axis, values in zip(row, place[:experts], strict=False):
             shown = axis.imshow(_map(values, config, canvas), **limits)
         for axis, quantity in zip(row[experts:], tables, strict=True):
-            axis.imshow(usage.shares(block, quantity)[:experts], aspect="auto", **limits)
+            axis.imshow(usage.shares(block, quantity)[:experts].numpy(), aspect="auto", **limits)
         row[0].set_ylabel(block.removeprefix("blocks."), rotation=0, ha="right", va="center")
     for number, axis in enumerate(drawn[0][:experts]):
         axis.set_title(str(number), fontsize=8)
@@ -61,10 +61,10 @@ def _spread(blocks: list[str]) -> list[str]:
     return [blocks[round(i * last / (MOST_BLOCKS - 1))] for i in range(MOST_BLOCKS)]
 
 
-def _map(values: torch.Tensor, config: NetworkConfig, canvas: Size) -> torch.Tensor:
+def _map(values: Tensor, config: NetworkConfig, canvas: Size) -> np.ndarray:
     """Values of all tokens [T] as a map over the last two axes of the canvas."""
     sides = [-(-side // p) for side, p in zip(canvas, config.token_size, strict=True)]
     if values.numel() != np.prod(sides):  # a stage of half resolution
         sides = [-(-side // 2) for side in sides]
     grid = values.reshape([1, 1, *sides][-max(2, len(sides)) :])
-    return grid.flatten(0, -3).mean(0) if grid.ndim > 2 else grid
+    return (grid.flatten(0, -3).mean(0) if grid.ndim > 2 else grid).numpy()
