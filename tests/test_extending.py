@@ -196,6 +196,25 @@ def test_conditions_inside_a_network(images: Path, tmp_path: Path, capsys: Captu
     works(capsys, "sample", run, "--count", 1, "--steps", 1)
 
 
+def test_gates_and_experts(images: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Features that blocks see at a noise level, and MLPs that tokens are sent to."""
+    run = tmp_path / "run"
+    small = "--network dit --network.width 16 --network.depth 2 --network.heads 2"
+    flags = f"{small} --network.task-routing toy-gates --network.task-routing.least .25 "
+    flags += f"--network.experts toy-experts {LENGTH}"
+    works(capsys, "train", images, "--out", run, *flags.split())
+    stored = read_json(run / "config.json")["network"]
+    assert stored["task_routing"] == {"type": "ToyGates", "least": 0.25}
+    assert stored["experts"]["type"] == "ToyExperts"
+    works(capsys, "train", run, "--images", "8")
+    works(capsys, "sample", run, "--count", 1, "--steps", 1)
+    shown = [r for r in read_log(run) if r["kind"] == "preview"][-1]
+    assert shown["bits_of_place"] == pytest.approx(1) and shown["least_load"] == 1
+    told = fails(capsys, "train", images, *small.split(), *["--network.experts", "toy-experts"],
+                 "--network.experts.count", 3)  # fmt: skip
+    assert "count must be 2 for toy-experts, not 3" in told
+
+
 def test_a_network_of_regions(images: Path, tmp_path: Path, capsys: Capture) -> None:
     run = tmp_path / "run"
     flags = f"--network lego --network.width 16 --network.body toy-body {LENGTH}"

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+import toyrouting
 from torch import Tensor, nn
 from toyadapters import ToyAdapter
 from toyconditions import ToyConditioner, ToyPerturbation, ToyPrior, ToySelfConditioning
@@ -389,6 +390,7 @@ TOYS = (
     (config.Task, ToyTask),
     (perceptual.Perceptual, ToyDistance),
     (discriminator.Adversary, ToyAdversary),
+    *toyrouting.TOYS,
 )
 
 for _family, _member in TOYS:

@@ -52,9 +52,9 @@ class UNetShape(NetworkConfig):
     fourier_features: int = 0
     """Number of frequencies of sines and cosines of the coordinates; 0 is the coordinates."""
     self_condition: SelfCondition = field(default_factory=NoSelfConditioning)
-    """Pooled features of the network itself that condition its later blocks (DDAE++)."""
+    """Pooled features for later blocks (DDAE++)."""
     task_routing: TaskRouting = field(default_factory=NoTaskRouting)
-    """Features that blocks see at a noise level: all, or a share (DTR)."""
+    """Features that blocks see."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
