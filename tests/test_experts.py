@@ -231,10 +231,10 @@ def test_copies_of_an_mlp_compute_what_it_does(where: str) -> None:
     plain = DIT.build()
     tiny.randomize(plain)
     rule = TopK(size=1, renormalize=True, where=where)  # pyright: ignore[reportArgumentType]
-    routed = replace(DIT, experts=rule).build()
+    routed: Any = replace(DIT, experts=rule).build()
     routed.load_state_dict(dict(routed.adopted(plain.state_dict())))
     torch.testing.assert_close(routed(*inputs()), plain(*inputs()), rtol=1e-5, atol=1e-6)
-    gates = [b.experts.gate.weight for b in routed.blocks if b.experts is not None]  # pyright: ignore
+    gates = [b.experts.gate.weight for b in routed.blocks if b.experts is not None]
     assert len(gates) == (2 if where == "all" else 1)
     assert all(g.std().item() == pytest.approx(0.02, rel=0.01) for g in gates)
     # With those that are trained already nothing changes.
@@ -300,7 +300,8 @@ def test_compiled_blocks_are_the_same(rule: Mixture) -> None:
 
 @BOTH
 def test_resumed_it_is_the_same_run(rule: Mixture, images: Path, tmp_path: Path) -> None:
-    network = DiTConfig(width=16, depth=2, heads=2, num_classes=2, experts=replace(rule, count=4))
+    four: Any = replace(rule, count=4)
+    network = DiTConfig(width=16, depth=2, heads=2, num_classes=2, experts=four)
     straight = check_resumed(tiny.config(images, network=network, precision="bf16"), tmp_path)
     shown = [r for r in read_log(straight) if r["kind"] == "preview"][-1]
     assert 0 <= shown["least_load"] <= 1 and shown["bits_of_noise"] >= 0

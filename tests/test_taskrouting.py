@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,7 +52,7 @@ def inputs(batch: int = 3) -> tuple[Tensor, Tensor, Cond]:
     return drawn(batch, 3, 8, 8), torch.linspace(-1, 1, batch), Cond(labels=labels, percentile=u)
 
 
-def pair(config: NetworkConfig, rule: object) -> tuple[torch.nn.Module, torch.nn.Module]:
+def pair(config: NetworkConfig, rule: object) -> tuple[Any, Any]:
     """A network with random weights, and the same with a rule."""
     plain, routed = config.build(), replace(config, task_routing=rule).build()  # pyright: ignore
     tiny.randomize(plain)
@@ -349,7 +350,7 @@ def test_the_prior_falls_in_training(images: Path, tmp_path: Path) -> None:
     grid = torch.linspace(0, 1, 50)
 
     def prior() -> float:
-        built = training.network.gates  # pyright: ignore[reportAttributeAccessIssue]
+        built: Any = training.network.gates
         return prior_loss(built.usage(grid), torch.arange(50), top=2, alpha=4.0).item()
 
     before = prior()
