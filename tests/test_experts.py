@@ -1,6 +1,8 @@
 """Mixtures of experts: DiT-MoE, expert choice, balance over the whole batch, upcycling."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from commands import Capture, fails, refuses, works
 from little import drawn
 from PIL import Image
+from safetensors.torch import load_file
 from sameruns import check_resumed
 from torch import Tensor
 
@@ -307,6 +310,24 @@ def test_resumed_it_is_the_same_run(rule: Mixture, images: Path, tmp_path: Path)
     assert 0 <= shown["least_load"] <= 1 and shown["bits_of_noise"] >= 0
     with Image.open(straight / "samples" / shown["charts"][0]) as picture:
         assert min(picture.size) > 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shard", [[], ["--shard"]], ids=["replicas", "shards"])
+def test_two_processes_train_as_one(shard: list[str], images: Path, tmp_path: Path) -> None:
+    """With balance over the tokens of both, and the prior of Switch-DiT."""
+    flags = f"-m patchdiffusion train {images} --network dit --network.width 16 --network.depth 2 "
+    flags += "--network.heads 2 --network.experts top-k --network.task-routing switch --device cpu "
+    flags += "--network.task-routing.tasks 20 --clock steps --images 3 --batch 4 --threads 1 "
+    flags += "--precision fp32 --preview.grid 2 --preview.sample-steps 1 --out"
+    two = "-m torch.distributed.run --nproc-per-node 2 --master-port 0 --standalone"
+    runs = {"one": flags, "two": f"{two} {flags}"}
+    for name, words in runs.items():
+        told = [*words.split(), str(tmp_path / name), *(shard if name == "two" else [])]
+        subprocess.run([sys.executable, *told], check=True, capture_output=True)
+    one, other = (load_file(tmp_path / name / "model" / "raw.safetensors") for name in runs)
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_dense_run_is_a_start(images: Path, tmp_path: Path, capsys: Capture) -> None:
