@@ -77,8 +77,8 @@ class SelfFlowConfig(ObjectiveConfig):
         if config.network.noise_patch is None:
             raise ValueError(
                 "self-flow gives some tokens another noise level, and the network "
-                f"{word(type(config.network))} reads one for the image; use --network dit, or "
-                "--additions layersync"
+                f"{word(type(config.network))} reads one for the image; use --network dit without "
+                "task-routing, or --additions layersync"
             )
 
     def of_another_precond(self) -> Self:
