@@ -145,8 +145,8 @@ class MeanFlowConfig(ObjectiveConfig):
             raise ValueError("meanflow needs a network of two times: set --network.jump")
         if not network.smooth_in_noise:
             raise ValueError(
-                "meanflow needs --network.embedding positional, and no task-routing and experts: the "
-                "derivatives of this network in the noise level are too large"
+                "meanflow needs --network.embedding positional, and no task-routing and experts: "
+                "the derivatives of this network in the noise level are too large"
             )
         if self.guided and not network.num_classes:
             raise ValueError(

@@ -64,7 +64,8 @@ class PatchForcingConfig(ObjectiveConfig):
         if config.network.noise_patch is None:
             raise ValueError(
                 "patch-forcing gives every token a noise level of its own, and the network "
-                f"{word(type(config.network))} reads one for the image; use --network dit without task-routing"
+                f"{word(type(config.network))} reads one for the image; use --network dit "
+                "without task-routing"
             )
 
     def of_another_precond(self) -> Self:
