@@ -82,12 +82,13 @@ COMMANDS = {
         "info",
         "speed",
         "bricks",
+        "distill",
         "walk",
     )
 }
 
 
-SHARED = ("train", "sample", "evaluate", "bench")
+SHARED = ("train", "distill", "sample", "evaluate", "bench")
 """Commands whose work the processes of `torchrun` share."""
 
 
@@ -121,7 +122,7 @@ def _interrupt(*_: object) -> None:
 
 def _interrupted(command: str) -> int:
     """Exit code after a signal when there is nothing to save."""
-    if command != "train":
+    if command not in ("train", "distill"):
         return _fail("interrupted", 130)
     if place().is_main:
         print("stopped   the same command goes on")

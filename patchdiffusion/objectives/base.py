@@ -31,12 +31,16 @@ Fields = dict[str, Field[Any]]
 
 
 class PreviewSettings(Protocol):
-    """The field of `PreviewConfig` that an objective may set."""
+    """The fields of `PreviewConfig` that an objective reads or sets."""
 
     __dataclass_fields__: ClassVar[Fields]
 
     @property
     def sample_steps(self) -> int: ...
+    @property
+    def distance(self) -> int: ...
+    @property
+    def extractor(self) -> str: ...
 
 
 class Settings(Protocol):
@@ -59,6 +63,18 @@ class Settings(Protocol):
 
 
 C = TypeVar("C", bound=Settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """The settings that suit an objective which starts from a trained model."""
+
+    lr: float
+    """Learning rate relative to that of the teacher's run."""
+    images: float
+    """Length relative to that of the teacher's run."""
+    whole: bool = False
+    """True if it is trained on whole images only."""
 
 
 def _no_feed(batch: Batch, stream: str) -> Never:
@@ -208,6 +224,8 @@ class ObjectiveConfig(Protocol):
     """True if its loss is that of the pixels that count alone, see `Batch.counted`."""
     shards: ClassVar[bool] = True
     """True if it can be trained with `--shard`."""
+    distillation: ClassVar[Distillation | None] = None
+    """Settings to distill a trained model by; None if it does not learn from one."""
 
     def prefers(self, config: C) -> C:
         """The configuration with this objective and the noise law, network ... that it prefers."""
@@ -246,6 +264,20 @@ class ObjectiveConfig(Protocol):
         """The noise levels that a step draws, for error reports: [B], or None if unknown."""
         return None
 
+    @property
+    def jumps(self) -> int:
+        """Number of jumps of a sample where none is chosen, of a flow map."""
+        return 2
+
+    @property
+    def minimized(self) -> tuple[str, ...]:
+        """Extractors whose distance training minimizes, so that alone it measures nothing."""
+        return ()
+
+    def taught(self, config: C, teacher: Path) -> C:
+        """The configuration that distills a model, from that of the run which trained it."""
+        return self.prefers(config)
+
     @abstractmethod
     def build(self, materials: Materials) -> Objective:
         """The loss: (denoiser, batch, draws) -> `LossOut`."""
@@ -272,6 +304,10 @@ class Distilled(ObjectiveConfig, Protocol):
         (path,) = self.teachers or (None,)
         changes = {} if path is None else {"teacher": str(expanded(path).resolve())}
         return replace(self, **changes)
+
+    def taught(self, config: C, teacher: Path) -> C:
+        """The configuration that distills a model, which becomes the teacher."""
+        return replace(self, teacher=str(teacher)).prefers(config)
 
 
 @runtime_checkable

@@ -15,7 +15,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser
 from patchdiffusion.losses import Batch, LossOut
 from patchdiffusion.noise import LogNormal, NoiseLaw, check_range
-from patchdiffusion.objectives.base import C, Distilled, Materials, Settings
+from patchdiffusion.objectives.base import C, Distillation, Distilled, Materials, Settings
 from patchdiffusion.objectives.discrete import Levels, heun_step
 from patchdiffusion.parameterisation import EDM, Parameterisation, Precond, Scales
 from patchdiffusion.paths import VE, Path, per_sample
@@ -125,6 +125,7 @@ class ConsistencyConfig(Distilled):
     few_step: ClassVar[bool] = True
     denoises: ClassVar[bool] = False
     shards: ClassVar[bool] = False
+    distillation: ClassVar[Distillation | None] = Distillation(lr=0.3, images=0.5)
 
     def __post_init__(self) -> None:
         check_range(self.sigma_min, self.sigma_max)

@@ -16,7 +16,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
 from patchdiffusion.losses import Batch, LossOut, estimated, squared_error
 from patchdiffusion.noise import check_range
-from patchdiffusion.objectives.base import C, Distilled, Materials, Settings
+from patchdiffusion.objectives.base import C, Distillation, Distilled, Materials, Settings
 from patchdiffusion.objectives.discrete import Levels, heun_step
 from patchdiffusion.parameterisation import EDM, Parameterisation
 from patchdiffusion.paths import VE, Path, per_sample
@@ -57,6 +57,7 @@ class CTMConfig(Distilled):
     few_step: ClassVar[bool] = True
     estimates: ClassVar[bool] = True
     shards: ClassVar[bool] = False
+    distillation: ClassVar[Distillation | None] = Distillation(lr=0.3, images=0.5)
     sigma_min: float = 0.002
     """Smallest noise level of the jumps that are trained."""
     sigma_max: float = 80.0

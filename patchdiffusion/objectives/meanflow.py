@@ -9,6 +9,7 @@ t - s, by `cond.jump`; at jump 0 it is the velocity, of which `FlowMatching` mak
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path as Folder
 from typing import ClassVar, Literal
 
 import torch
@@ -18,7 +19,7 @@ from patchdiffusion.cond import CONDITIONS, Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
 from patchdiffusion.losses import Batch, LossOut
 from patchdiffusion.noise import LogitNormal, LogNormal, NoiseLaw
-from patchdiffusion.objectives.base import C, Materials, ObjectiveConfig, Settings
+from patchdiffusion.objectives.base import C, Distillation, Distilled, Materials, Settings
 from patchdiffusion.objectives.tangent import derivative
 from patchdiffusion.parameterisation import EDM, FlowMatching, Parameterisation
 from patchdiffusion.paths import Flow, Path, per_sample
@@ -68,8 +69,8 @@ class MeanFlowMap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanFlowConfig(ObjectiveConfig):
-    """MeanFlow; the first time is drawn by the noise law, as t = sigma / (1 + sigma)."""
+class MeanFlowConfig(Distilled):
+    """MeanFlow, with or without a teacher; the first time is sigma / (1 + sigma) of the law."""
 
     word: ClassVar[str] = "meanflow"
     same: float = 0.75
@@ -88,9 +89,12 @@ class MeanFlowConfig(ObjectiveConfig):
     """Share of the network's velocity with the label in the target velocity."""
     tangent: Literal["data", "network"] = "data"
     """Direction of the derivative: eps - x0, or the network's velocity (improved MeanFlow)."""
+    teacher: str | None = None
+    """Run or model whose velocity replaces eps - x0 (distillation); None is training."""
 
     few_step: ClassVar[bool] = True
     shards: ClassVar[bool] = False
+    distillation: ClassVar[Distillation | None] = Distillation(lr=1.0, images=0.5)
 
     def __post_init__(self) -> None:
         if not 0 <= self.same <= 1 or not 0 <= self.mix < 1:
@@ -125,6 +129,10 @@ class MeanFlowConfig(ObjectiveConfig):
             network=replace(config.network, jump=True),
             preview=replace(config.preview, sample_steps=2),
         )
+
+    def taught(self, config: C, teacher: Folder) -> C:
+        """The configuration that distills a model, which becomes the teacher."""
+        return super().taught(replace(config, precond=EDM()), teacher)
 
     def precond(self, chosen: Parameterisation) -> FlowMatching:
         """Flow matching, for its network as a denoiser, whatever the configuration has."""
@@ -161,7 +169,7 @@ class MeanFlowConfig(ObjectiveConfig):
 
     def build(self, materials: Materials) -> "MeanFlowLoss":
         """The MeanFlow loss."""
-        return MeanFlowLoss(config=self)
+        return MeanFlowLoss(config=self, teacher=next(iter(materials.teachers), None))
 
     def product(self, denoiser: NetDenoiser) -> MeanFlowMap:
         """The flow map along the mean velocity."""
@@ -169,10 +177,9 @@ class MeanFlowConfig(ObjectiveConfig):
 
     @property
     def passes(self) -> float:
-        """Two for each derivative, one for each further velocity."""
-        return (
-            2 * (1 - self.same) + (self.tangent == "network") + self.guided * (1 + (self.mix > 0))
-        )
+        """Two for each derivative, one for each further velocity and for a teacher."""
+        further = (self.tangent == "network") + (self.teacher is not None)
+        return 2 * (1 - self.same) + further + self.guided * (1 + (self.mix > 0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +191,8 @@ class MeanFlowLoss:
     """
 
     config: MeanFlowConfig
+    teacher: Denoiser | None = None
+    """Estimates E[x0 | x], from which the velocity follows; None takes that of the sample."""
 
     def times(self, draws: Draws, law: NoiseLaw) -> tuple[Tensor, Tensor]:
         """Two times of each sample, the larger one first: float32 [B] each."""
@@ -206,7 +215,7 @@ class MeanFlowLoss:
         noise = draws.normal("noise", tuple(images.shape[1:]))
         z = images + per_sample(t, images) * (noise - images)
         with torch.no_grad():
-            v = self._velocity(network, z, t, cond, noise - images)
+            v = self._velocity(network, z, t, cond, self._taught(z, t, cond, noise - images))
             along = v
             if config.tangent == "network":  # whose output may be of low precision
                 along = mean_velocity(network, z, t, t, cond).to(z.dtype)
@@ -214,6 +223,15 @@ class MeanFlowLoss:
         square = (mean_velocity(network, z, t, s, cond) - target).square().flatten(1).mean(1)
         loss = square / (square.detach() + config.eps) ** config.power
         return LossOut(per_sample=loss, scalars={"velocity error": square.detach().mean()})
+
+    def _taught(self, z: Tensor, t: Tensor, cond: Cond, v: Tensor) -> Tensor:
+        """The teacher's estimate of eps - x0 at z; without a teacher v, that of the sample."""
+        if self.teacher is None:
+            return v
+        wide = per_sample(t.clamp(max=1 - 1e-4), z)
+        sigma = (wide / (1 - wide)).flatten()
+        estimate = self.teacher(z / (1 - wide), sigma, replace(cond, seed=None))
+        return (z - estimate) / wide  # z = (1 - t) x0 + t eps
 
     def _velocity(self, network: Raw, z: Tensor, t: Tensor, cond: Cond, v: Tensor) -> Tensor:
         """w v + (1 - w - k) u(z, t, t | null) + k u(z, t, t | label), v without a label."""

@@ -41,6 +41,8 @@ class Kind:
     """True if it predicts eps, whose errors are sigma times as large in the image."""
     bounded: bool = True
     """True if its images lie in [-1, 1], as pixels do and values do not."""
+    jumps: int = Jumps.usual_steps
+    """Number of jumps of a few-step model where none is chosen."""
 
     @classmethod
     def trained(cls, objective: ObjectiveConfig, precond: Parameterisation, space: Space) -> "Kind":
@@ -51,6 +53,7 @@ class Kind:
             flow_map=few,
             eps=not few and precond.predicts_eps,
             bounded=space.limits is not None,
+            jumps=objective.jumps,
         )
 
     @classmethod
@@ -70,7 +73,7 @@ class SamplerConfig:
     solver: Solver = field(default_factory=AutoSolver)
     """Numerical method of the steps."""
     steps: int | None = None
-    """Number of steps; None is 18, or 2 for few-step models."""
+    """Number of steps; None is 18, or for few-step models 2 or those they were trained for."""
     schedule: Schedule = field(default_factory=Karras)
     """Spacing of the noise levels."""
     sigma_min: float | None = None
@@ -174,7 +177,8 @@ class SamplerConfig:
                 "model samples unbounded values: use --threshold none"
             )
         chosen = replace(self, solver=solver, threshold=threshold)
-        return replace(chosen, steps=chosen.count)
+        usual = kind.jumps if isinstance(solver, Jumps) else chosen.count
+        return replace(chosen, steps=usual if self.steps is None else self.steps)
 
     def for_canvas(self, canvas: Size, channels: int) -> "SamplerConfig":
         """A copy whose schedule has no shift by size, for a model trained on a canvas."""

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from patchdiffusion.system import families
 from patchdiffusion.system.errors import Stop
-from patchdiffusion.system.files import cache_dir, check_place, check_writable, is_held, lock
+from patchdiffusion.system.files import (
+    cache_dir,
+    check_place,
+    check_writable,
+    expanded,
+    is_held,
+    lock,
+)
 from patchdiffusion.system.serialize import encode, few
 from patchdiffusion.system.text import counted
 from patchdiffusion.system.trust import check_links
@@ -90,7 +97,9 @@ def begin(training: Training, held: contextlib.ExitStack) -> None:
         start_from(training, weights)
     team.on_main(lambda: write_config(folder, training.config))
     if saved is None:
-        training.log.record("start", data=training.pack.fingerprint, **training.engine)
+        start = run.start_from
+        origin = {} if start is None else {"start_from": str(expanded(start).resolve())}
+        training.log.record("start", data=training.pack.fingerprint, **origin, **training.engine)
 
 
 def rehearse(training: Training) -> None:
