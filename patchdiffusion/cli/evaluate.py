@@ -11,7 +11,7 @@ import torch
 from patchdiffusion.cli.autoencoders import autoencoder_at, evaluate
 from patchdiffusion.cli.compared import compared
 from patchdiffusion.cli.evaluation_table import FULL, table
-from patchdiffusion.cli.featuring import FeatureArguments, extractor_for
+from patchdiffusion.cli.featuring import FeatureArguments, check_measures, extractor_for
 from patchdiffusion.cli.flags import flat, positional
 from patchdiffusion.cli.measuring import BitsArguments, Measuring
 from patchdiffusion.cli.parse import parse
@@ -109,6 +109,9 @@ def main(arguments: Sequence[str]) -> None:
         if pipeline is None and options.bits.images:
             images = options.bits.images
             raise ValueError(f"{path} holds no model, which --bits.images {images} is about")
+        if pipeline is not None and config.samples:
+            minimized = pipeline.model.config.objective.minimized
+            check_measures(options.features.extractor, minimized, path)
         folder = Path("evaluations") if pipeline is None else home(path) / "evaluations"
         check_file(options.save or folder / "0001.json")
         sides = compared(path, pipeline, team, data=options.data, resolution=options.resolution)

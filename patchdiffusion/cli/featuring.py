@@ -1,5 +1,6 @@
 """The feature extractor that a command compares images by."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,16 @@ class FeatureArguments:
     seams of larger images."""
     weights: Path | None = None
     """File or folder of the weights; None downloads published ones once."""
+
+
+def check_measures(name: str, minimized: Sequence[str], path: Path) -> None:
+    """Raise `ValueError` for an extractor whose distance the training of a model minimized."""
+    if name.removesuffix("-legacy") in [other.removesuffix("-legacy") for other in minimized]:
+        raise ValueError(
+            f"{path} was trained to match the features {name}, whose distance alone says nothing "
+            "of its images; choose others: --features.extractor inception, dinov2, "
+            "module:callable, or none"
+        )
 
 
 def extractor_for(

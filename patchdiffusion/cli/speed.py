@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from patchdiffusion.accel import Accelerator
+from patchdiffusion.cli.children import children_lines
 from patchdiffusion.cli.compared import compared
-from patchdiffusion.cli.featuring import FeatureArguments, extractor_for
+from patchdiffusion.cli.featuring import FeatureArguments, check_measures, extractor_for
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run
@@ -123,6 +124,8 @@ def main(arguments: Sequence[str]) -> None:
     print(_intention(speed, [word(type(a)) for a in accelerators]))
     for name, reason in refused.items():
         print(f"left out  {name}: {reason}")
+    for line in children_lines(options.path, options.beside):
+        print(line)
     beside = {
         path: load(path, device=options.device, precision=options.precision)
         for path in options.beside
@@ -130,6 +133,7 @@ def main(arguments: Sequence[str]) -> None:
     for path, other in beside.items():
         if not other.model.config.objective.few_step:
             raise ValueError(f"{path} takes many steps; beside are models that jump")
+        check_measures(options.features.extractor, other.model.config.objective.minimized, path)
     evaluation = _evaluation(pipeline, options)
     if options.dry_run:
         return
