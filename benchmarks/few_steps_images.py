@@ -4,7 +4,7 @@
     python benchmarks/few_steps_images.py --features features.safetensors --data cifar10-train.zip
 
 Trains a small denoiser of glyphs (or other images) at 16 x 16, then one student by each objective
-with as many operations as half of the teacher's. Measures the energy distance of samples from the
+with a quarter of the operations of the teacher's. Measures the energy distance of samples from the
 training images in features of a small classifier (benchmarks/small_features.py), for 1, 2, 4 and 8
 evaluations, beside the best plain solver of the teacher. Results are written after every row to
 benchmarks/results/few-steps-NAME.json, and the figure to docs/few-steps-NAME.png; what is there is
@@ -44,7 +44,9 @@ ROOT = Path(__file__).parents[1]
 STEPS = (1, 2, 4, 8)
 """Evaluations of the network for an image."""
 SOLVERS = ("euler", "heun", "dpmpp_2m", "unipc")
-COUNT = 1000
+COUNT = 500
+SHARE = 1 / 4
+"""Operations of the training of a student, relative to that of the teacher."""
 SHOWN = 6
 """Images of the figure for each model and number of evaluations."""
 BASE = "teacher, best solver"
@@ -114,13 +116,13 @@ def trained(config: TrainConfig, work: Path, start: Path | None = None) -> Path:
 
 
 def student_config(config: TrainConfig, folder: Path, student: Student) -> TrainConfig:
-    """Configuration that takes half of the operations of the teacher's training."""
+    """Configuration with `SHARE` of the operations of the training of the teacher."""
     new = distilled(config, student.word, folder)
     objective = replace(new.objective, **student.changes)
     new = replace(objective.prefers(new), patches=WHOLE)
     cost = 1 + objective.passes / 3
     name = f"{config.name}-{student.row.replace(' ', '-')}-{'-'.join(map(str, student.steps))}"
-    return replace(new, name=name, images=round(config.images / 2 / cost))
+    return replace(new, name=name, images=round(config.images * SHARE / cost))
 
 
 # ---- What is measured ----
@@ -223,7 +225,7 @@ def main() -> None:
     )
     parser.add_argument("--data", default="glyphs", help="images, or glyphs")
     parser.add_argument("--features", type=Path, required=True, help="weights of the classifier")
-    parser.add_argument("--images", type=int, default=12_000, help="length of the teacher's run")
+    parser.add_argument("--images", type=int, default=16_000, help="length of the teacher's run")
     parser.add_argument("--work", type=Path, default=Path("runs") / "few-steps")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -237,6 +239,7 @@ def main() -> None:
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "images of the teacher": options.images,
+        "share of its operations": SHARE,
         "samples": COUNT,
     }
     config = teacher(options.data, name, options.images)

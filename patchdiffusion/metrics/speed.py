@@ -247,8 +247,12 @@ class Speed:
             for accelerator in accelerators
         ]
 
-    def jumps(self, model: str, counts: Sequence[int] = (1, 2, 4)) -> list[Point]:
-        """A few-step model with these numbers of jumps; its folder is named in the points."""
+    def jumps(self, model: str, counts: Sequence[int] = ()) -> list[Point]:
+        """A few-step model with these numbers of jumps; its folder is named in the points.
+
+        None are those of its objective.
+        """
+        counts = counts or self.pipeline.model.config.objective.jump_counts
         configs = [self.pipeline.sampler(SamplerConfig(solver=Jumps(), steps=n)) for n in counts]
         self.draw(configs[0])  # first-time work
         out = []

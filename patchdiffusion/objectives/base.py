@@ -270,6 +270,11 @@ class ObjectiveConfig(Protocol):
         return 2
 
     @property
+    def jump_counts(self) -> tuple[int, ...]:
+        """Numbers of jumps that a comparison tries, of a flow map."""
+        return (1, 2, 4)
+
+    @property
     def minimized(self) -> tuple[str, ...]:
         """Extractors whose distance training minimizes, so that alone it measures nothing."""
         return ()

@@ -167,6 +167,11 @@ class BootConfig(Distilled):
         """One."""
         return 1
 
+    @property
+    def jump_counts(self) -> tuple[int, ...]:
+        """One, as further jumps are impossible."""
+        return (1,)
+
     def prefers(self, config: C) -> C:
         """A network of one time, previews in one step."""
         return replace(

@@ -84,6 +84,11 @@ class MMDConfig(ObjectiveConfig):
         return max(self.steps)
 
     @property
+    def jump_counts(self) -> tuple[int, ...]:
+        """The numbers that are trained."""
+        return tuple(sorted(set(self.steps)))
+
+    @property
     def minimized(self) -> tuple[str, ...]:
         """The features that are matched."""
         return (self.features,)

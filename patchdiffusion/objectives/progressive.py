@@ -71,6 +71,11 @@ class ProgressiveConfig(Distilled):
         """Steps of the last round."""
         return self.last
 
+    @property
+    def jump_counts(self) -> tuple[int, ...]:
+        """Steps of the last round, for which alone it is trained."""
+        return (self.last,)
+
     def prefers(self, config: C) -> C:
         """A network of one time, previews in the steps of the last round."""
         return replace(

@@ -43,7 +43,7 @@ def distilled(config: TrainConfig, word: str, teacher: Path) -> TrainConfig:
     changed = member().taught(plain, teacher)
     return replace(
         changed,
-        name=f"{config.name}-{word}",
+        name=f"{teacher.name}-{word}",
         optim=replace(config.optim, lr=config.optim.lr * suits.lr),
         patches=WHOLE if suits.whole else config.patches,
         images=round(config.images * suits.images),
