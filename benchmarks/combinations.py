@@ -13,6 +13,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.objectives import AdditionUnion, ObjectiveUnion
 from patchdiffusion.plans import Patches
 from patchdiffusion.system import families
-from patchdiffusion.train.loop import one_step
+from patchdiffusion.train.loop import one_step, train
 from patchdiffusion.train.setup import assemble
 
 COMMON = "--batch 4 --clock steps --images 4 --device cpu --threads 1 --precision fp32"
@@ -42,8 +43,13 @@ NETWORKS = {
 }
 NEEDS = {"patch-forcing": "dit", "self-flow": "dit", "bricks": "lego"}
 """Networks without which an objective trains nothing."""
-FURTHER = {"align": "--additions.align.encoder combinations:Cells"}
-"""Flags without which a part is incomplete."""
+FURTHER = {
+    "align": "--additions.align.encoder combinations:Cells",
+    "boot": "--objective.teacher TEACHER",
+    "progressive": "--objective.teacher TEACHER",
+    "mmd": "--objective.bank 4",
+}
+"""Flags without which a part is incomplete; TEACHER is a denoiser of the images."""
 SWITCHES = {
     "perturb": "--network.perturb uniform",
     "self-condition": "--network.self-condition features",
@@ -73,9 +79,9 @@ class Part:
 def parts() -> dict[str, list[Part]]:
     """Choices of each family."""
     found = {"network": [Part("network", w, f"--network {w} {f}", w) for w, f in NETWORKS.items()]}
-    for name, family in (("objective", ObjectiveUnion), ("patches", Patches)):
+    for name, family, further in (("objective", ObjectiveUnion, FURTHER), ("patches", Patches, {})):
         found[name] = [
-            Part(name, word, f"--{name} {word}", NEEDS.get(word, ""))
+            Part(name, word, f"--{name} {word} {further.get(word, '')}", NEEDS.get(word, ""))
             for word in families.words(family)
         ]
     found["additions"] = [
@@ -110,12 +116,22 @@ def write_images(folder: Path, count: int = 40, side: int = 16) -> Path:
     return folder
 
 
+@cache
+def teacher(data: Path) -> Path:
+    """A denoiser of the images, of one step."""
+    with chosen([str(data), *f"{COMMON} --network unet {UNET}".split()]) as arguments:
+        out = data.parent / "teacher"
+        return train(arguments.training, RunConfig(out=out, device="cpu", threads=1))
+
+
 def trained(flags: str, data: Path) -> tuple[float, float]:
     """Loss of two steps with these flags, and a sum of all weights after them.
 
     Raises `ValueError` in one line for what does not go together.
     """
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        if "TEACHER" in flags:
+            flags = flags.replace("TEACHER", str(teacher(data)))
         with chosen([str(data), *flags.split()]) as arguments:
             config = arguments.training
         run = RunConfig(out=data.parent / "run", device="cpu", threads=1, dry_run=True)

@@ -31,8 +31,9 @@ from patchdiffusion.data.prepare import prepare_data
 from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.nets import unet
 from patchdiffusion.objectives.discrepancy import energy, mmd2
+from patchdiffusion.plans import WHOLE
 from patchdiffusion.recipes import Facts, glyphs
-from patchdiffusion.recipes.distilled import WHOLE, distilled, starts_with
+from patchdiffusion.recipes.distilled import distilled, starts_with
 from patchdiffusion.sampling.config import SamplerConfig
 from patchdiffusion.sampling.pipeline import Pipeline, load
 from patchdiffusion.solvers import Solver

@@ -49,6 +49,7 @@ __all__ = [
     "Progressive",
     "Stochastic",
     "Stratified",
+    "WHOLE",
     "advance",
     "equivalents",
 ]
@@ -87,6 +88,9 @@ class ConstantPixels(RandomSize):
             for k, i in zip(sizes, images, strict=True)
         )
 
+
+WHOLE = Stratified(fractions=(1.0,), probs=(1.0,))
+"""Whole images only."""
 
 Patches = Stratified | Stochastic | Progressive | ConstantPixels | Multigrid
 """The plans of `--patches`."""

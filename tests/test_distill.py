@@ -22,7 +22,8 @@ from patchdiffusion.objectives.boot import BootConfig
 from patchdiffusion.objectives.meanflow import MeanFlowConfig, MeanFlowLoss
 from patchdiffusion.objectives.mmd import MMDConfig
 from patchdiffusion.objectives.progressive import ProgressiveConfig
-from patchdiffusion.recipes.distilled import WHOLE, distilled, distilling
+from patchdiffusion.plans import WHOLE
+from patchdiffusion.recipes.distilled import distilled, distilling
 from patchdiffusion.train.folder import stored_config
 from patchdiffusion.train.report import read_log
 

@@ -30,7 +30,7 @@ from patchdiffusion.objectives.discrepancy import (
 )
 from patchdiffusion.objectives.mmd import Matched, MMDConfig, MMDLoss
 from patchdiffusion.parameterisation import EDM
-from patchdiffusion.recipes.distilled import WHOLE
+from patchdiffusion.plans import WHOLE
 from patchdiffusion.solvers import euler, solve
 from patchdiffusion.solvers.schedules import karras
 from patchdiffusion.system.dist import Team
@@ -166,12 +166,11 @@ def test_the_reported_loss_is_never_near_zero() -> None:
     space = Matched.of(PIXELS, "energy", normal(64, (4,)).float())
     loss = MMDLoss(config=MMDConfig(steps=(1, 2)), trained=space, held_out=space)
     denoiser: Any = Gaussian(0.0, 1.0)
-    for step in range(2):
+    for step, calls in ((0, 1), (1, 3)):  # one step of the sampler, then two
         out = loss(denoiser, batch(torch.zeros(6, 4)), draws(6, step))
         assert out.reported is not None and float(out.reported.min()) > 0.5
-        assert len(denoiser.batches) == (1, 3)[step]  # one step of the sampler, then two
-    names = list(out.scalars)
-    assert names == ["mmd pixels", "mmd pixels (held out)"]
+        assert len(denoiser.batches) == calls
+        assert list(out.scalars) == ["mmd pixels", "mmd pixels (held out)"]
 
 
 class Two(Team):
@@ -264,8 +263,9 @@ def test_what_it_brings_and_what_it_refuses(images: Path, tmp_path: Path) -> Non
     config = recipes.with_objective(tiny.config(images), "mmd")
     assert config.preview.sample_steps == 4 and config.objective.jumps == 4
     assert config.objective.minimized == ("random",)
+    assert config.patches == WHOLE
     with refuses("mmd", "--patches.fractions"):
-        tiny.training(config, tmp_path)
+        tiny.training(replace(config, patches=tiny.LAW), tmp_path)
     wrong: list[dict[str, Any]] = [
         {"steps": (0, 2)}, {"steps": ()}, {"kernel": "line"}, {"bank": 1}, {"features": "pixels"},
     ]  # fmt: skip

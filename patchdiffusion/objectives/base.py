@@ -73,8 +73,6 @@ class Distillation:
     """Learning rate relative to that of the teacher's run."""
     images: float
     """Length relative to that of the teacher's run."""
-    whole: bool = False
-    """True if it is trained on whole images only."""
 
 
 def _no_feed(batch: Batch, stream: str) -> Never:

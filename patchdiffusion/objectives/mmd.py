@@ -26,6 +26,7 @@ from patchdiffusion.objectives.chain import EulerMap
 from patchdiffusion.objectives.discrepancy import Kernel, KernelName, kernel_of, mmd2, within
 from patchdiffusion.objectives.discrete import Levels
 from patchdiffusion.patches import size_name
+from patchdiffusion.plans import WHOLE
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team
 
@@ -38,7 +39,7 @@ class MMDConfig(ObjectiveConfig):
     few_step: ClassVar[bool] = True
     denoises: ClassVar[bool] = False
     shards: ClassVar[bool] = False
-    distillation: ClassVar[Distillation | None] = Distillation(lr=0.1, images=0.25, whole=True)
+    distillation: ClassVar[Distillation | None] = Distillation(lr=0.1, images=0.25)
 
     steps: tuple[int, ...] = (4,)
     """Steps of the sampler; several are trained in turn."""
@@ -94,10 +95,11 @@ class MMDConfig(ObjectiveConfig):
         return (self.features,)
 
     def prefers(self, config: C) -> C:
-        """A network of one time, previews in the largest number of steps."""
+        """A network of one time, whole images, previews in the largest number of steps."""
         return replace(
             config,
             objective=self,
+            patches=WHOLE,  # pyright: ignore[reportCallIssue]
             network=replace(config.network, jump=False),
             preview=replace(config.preview, sample_steps=max(self.steps)),
         )

@@ -4,13 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from patchdiffusion.objectives import ObjectiveUnion
-from patchdiffusion.plans import Stratified
 from patchdiffusion.system import families
 from patchdiffusion.train.config import TrainConfig
 from patchdiffusion.train.denoising import DenoiserTask
-
-WHOLE = Stratified(fractions=(1.0,), probs=(1.0,))
-"""Whole images only."""
 
 
 def distilling() -> tuple[str, ...]:
@@ -45,7 +41,6 @@ def distilled(config: TrainConfig, word: str, teacher: Path) -> TrainConfig:
         changed,
         name=f"{teacher.name}-{word}",
         optim=replace(config.optim, lr=config.optim.lr * suits.lr),
-        patches=WHOLE if suits.whole else config.patches,
         images=round(config.images * suits.images),
     )
 
