@@ -352,8 +352,8 @@ def test_an_objective_is_chosen_by_a_word(
     assert "objective" in fails(capsys, "train", run, "--objective", "denoising")
     assert "objective.same: 0.5 -> 0.25" in fails(capsys, "train", run, "--objective.same", "0.25")
     for arguments, message in (
-        (["--objective", "magic"], "--objective must be one of bricks, consistency, ctm"),
-        (["--objective"], "--objective needs one word of bricks, consistency, ctm"),
+        (["--objective", "magic"], "--objective must be one of boot, bricks, consistency"),
+        (["--objective"], "--objective needs one word of boot, bricks, consistency"),
         (["--objective.same", "0.5"], "unknown flag --objective.same"),
         (["--objective", "meanflow", "--objective.same", "7"], "same"),
         (["--objective=meanflow", "--network.no-jump"], "set --network.jump"),
