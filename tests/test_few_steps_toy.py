@@ -64,7 +64,8 @@ def test_the_page_has_the_numbers_of_the_script(toy: ModuleType) -> None:
     one, many = (rows["flow matching, Euler"][toy.STEPS.index(n)] for n in (1, 20))
     for name, row in rows.items():  # what the slow test demands of a new training
         plain = name.startswith(("flow", "exact"))
-        assert plain or (row[0] <= 2 * many and row[0] < one / 3), name
+        most = 3 * many if name == "MMD-DDM" else 2 * many  # for several numbers of steps at once
+        assert plain or (row[0] <= most and row[0] < one / 3), name
 
 
 # ---- Targets of distillation ----

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from patchdiffusion.nets.adapters import AllWeights
 from patchdiffusion.objectives import ObjectiveUnion
 from patchdiffusion.system import families
 from patchdiffusion.train.config import TrainConfig
@@ -35,7 +36,8 @@ def distilled(config: TrainConfig, word: str, teacher: Path) -> TrainConfig:
             f"--task {families.word(type(config.task))} --objective "
             f"{families.word(type(config.objective))}"
         )
-    plain = replace(config, additions=(), preview=replace(config.preview, guidance=1.0))
+    preview = replace(config.preview, guidance=1.0)
+    plain = replace(config, additions=(), adapter=AllWeights(), preview=preview)
     changed = member().taught(plain, teacher)
     return replace(
         changed,
