@@ -13,6 +13,7 @@ import torch
 from commands import Capture, fails, works
 from oracles import batch, draws, gaussian, normal
 from PIL import Image
+from torch import Tensor
 
 from patchdiffusion import SamplerConfig, TrainConfig, load
 from patchdiffusion.cli.children import children
@@ -29,6 +30,14 @@ from patchdiffusion.train.report import read_log
 
 KINDS = ("boot", "mmd", "progressive")
 SMALL = ("--images", 8, "--preview.samples", 1, "--preview.grid", 2, "--device", "cpu")
+
+
+class Means:
+    """Mean and deviation of each color, an extractor: [B, 3, H, W] -> [B, 6]."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.float().flatten(2)
+        return torch.cat([x.mean(2), x.std(2)], dim=1)
 
 
 def config(images: Path, teacher: Path, word: str, **changes: Any) -> TrainConfig:
@@ -132,7 +141,7 @@ def test_distill_is_a_run_beside_the_teacher(
     told = works(capsys, "speed", run, "--dry-run", "--count", 1)
     assert "few steps" in told and "--beside" in told and "finished-boot, boot, 1" in told
     assert "1" in works(capsys, "evaluate", "finished-boot", "--features.extractor",
-                        "toys:ToyFeatures", "--samples", 4)  # fmt: skip
+                        "test_distill:Means", "--samples", 4)  # fmt: skip
 
 
 def test_bad_input_is_one_line(run: Path, capsys: Capture, tmp_path: Path) -> None:
@@ -153,12 +162,12 @@ def test_bad_input_is_one_line(run: Path, capsys: Capture, tmp_path: Path) -> No
 def test_what_was_trained_is_not_reported_alone(
     images: Path, finished: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    objective = MMDConfig(features="toys:ToyFeatures", steps=(1,), bank=4)
+    objective = MMDConfig(features="test_distill:Means", steps=(1,), bank=4)
     few = replace(config(images, finished, "mmd"), objective=objective)
     out = tiny.run(few, tmp_path / "run")
     (scalars,) = {tuple(r["scalars"]) for r in read_log(out) if r["kind"] == "status"}
-    assert "mmd toys:ToyFeatures" in scalars and "mmd pixels (held out)" in scalars
-    told = fails(capsys, "evaluate", out, "--features.extractor", "toys:ToyFeatures")
+    assert "mmd test_distill:Means" in scalars and "mmd pixels (held out)" in scalars
+    told = fails(capsys, "evaluate", out, "--features.extractor", "test_distill:Means")
     assert "says nothing" in told and "--features.extractor" in told
 
 

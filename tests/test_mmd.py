@@ -36,6 +36,15 @@ from patchdiffusion.solvers.schedules import karras
 from patchdiffusion.system.dist import Team
 from patchdiffusion.system.place import Place
 
+
+class Means:
+    """Mean and deviation of each color, an extractor: [B, 3, H, W] -> [B, 6]."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        x = images.float().flatten(2)
+        return torch.cat([x.mean(2), x.std(2)], dim=1)
+
+
 PIXELS = Embedding("pixels", "pixels", lambda x: x.flatten(1))
 TWICE = Embedding("twice", "twice", lambda x: 2 * x.flatten(1))
 
@@ -237,14 +246,14 @@ def test_random_features_are_of_any_images(shape: tuple[int, ...]) -> None:
 
 
 def test_features_of_pictures_need_pictures() -> None:
-    with refuses("toys:ToyFeatures", "random"):
-        embedding("toys:ToyFeatures", NoImages(), extractor=extractor)
+    with refuses("test_mmd:Means", "random"):
+        embedding("test_mmd:Means", NoImages(), extractor=extractor)
     with pytest.raises(ValueError, match="unknown extractor 'nothing'"):
         embedding("nothing", NoImages(), extractor=extractor)
 
 
 def test_a_run_and_an_extractor_are_features(images: Path, finished: Path, tmp_path: Path) -> None:
-    objective = MMDConfig(features=str(finished), held_out="toys:ToyFeatures", steps=(1,), bank=4)
+    objective = MMDConfig(features=str(finished), held_out="test_mmd:Means", steps=(1,), bank=4)
     config = replace(tiny.config(images), patches=WHOLE)
     training = tiny.training(replace(objective.prefers(config), batch=4), tmp_path / "run")
     loss = training.objective
