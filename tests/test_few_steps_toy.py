@@ -84,6 +84,8 @@ def test_the_page_has_the_targets(ring: ModuleType) -> None:
     page = (Path(__file__).parents[1] / "docs" / "few-steps.md").read_text()
     result = json.loads(ring.RESULT.read_text())
     check_targets(result)
+    mean, flow = (result[f"{name}, energy distance"]["1"] for name in ("MeanFlow", "flow matching"))
+    assert mean < flow / 5 and f"{mean:.4f}" in page and f"{flow:.4f}" in page
     for name, row in result.items():
         if "MMD" in name or "BOOT" in name:
             assert all(f"{value:.4f}" in page for value in row.values()), name
