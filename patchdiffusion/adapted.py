@@ -22,7 +22,7 @@ from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.adapters import Adapter, AllWeights, label_names
 from patchdiffusion.nets.attached import attached_to, merged
 from patchdiffusion.nets.base import Network
-from patchdiffusion.system.files import folder_atomic, read_json, sealed, unsealed, write_json
+from patchdiffusion.system.files import folder_atomic, read_json, sealed, unsealed
 from patchdiffusion.system.serialize import decode, encode
 
 FOLDER = "adapter"
@@ -141,14 +141,18 @@ def _name_of(path: Path) -> str:
     return parts[-1].replace(".", "_") if parts else FOLDER
 
 
-def save_adapter(model: Path | str, out: Path | str) -> None:
-    """Write the adapter of a run or model to a folder of its own, atomically."""
-    adapter = load_adapter(model)
-    data = save(adapter.tensors)
-    facts = replace(adapter.facts, sha256=hashlib.sha256(data).hexdigest())
-    with folder_atomic(Path(out)) as temporary:
-        (temporary / FILES[1]).write_bytes(data)
-        write_json(temporary / FILES[0], sealed({"format": 1, **encode(facts)}))
+def save_files(
+    out: Path,
+    config: ModelConfig,
+    adapter: Adapter,
+    network: Network,
+    weights: Mapping[str, Tensor],
+) -> None:
+    """Write the adapter of a network, with all of its weights, to a folder, atomically."""
+    files = files_of(replace(config, adapter=adapter), network, weights)
+    with folder_atomic(out) as temporary:
+        for name, data in files.items():
+            (temporary / Path(name).name).write_bytes(data)
 
 
 # ---- Models with adapters ----
@@ -242,12 +246,16 @@ def _fill(network: Network, name: str, adapter: SavedAdapter) -> None:
         ) from error
 
 
-def merged_model(model: Model) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Configuration and weights of a model without adapters that computes the same.
-
-    Raises `ValueError` if no weights do.
-    """
-    return replace(model.config, adapter=AllWeights()), merged(model.network)
+def merged_model(model: Model) -> Model:
+    """A model without adapters that computes the same; `ValueError` if no weights do."""
+    if attached_to(model.network) is None:
+        return model
+    config = replace(model.config, adapter=AllWeights())
+    network = config.head.build(config.network)
+    config.precond.attach(network, config.network.channels)
+    network.load_state_dict(merged(model.network))
+    network = network.to(model.device).eval().requires_grad_(False)
+    return replace(model, config=config, network=network, adapters=())
 
 
 def chosen(words: Sequence[str]) -> list[tuple[SavedAdapter, float]]:

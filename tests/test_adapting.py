@@ -13,7 +13,7 @@ import torch
 from commands import Capture, fails, refuses, works
 from toyadapters import ToyAdapter
 
-from patchdiffusion import load, load_model
+from patchdiffusion import cli, load, load_model
 from patchdiffusion.adapted import OWN, load_adapter
 from patchdiffusion.nets.adapters import Adapter, AllWeights, LoRA
 from patchdiffusion.system import families
@@ -152,6 +152,31 @@ def test_strengths_change_without_a_new_network(finished: Path, adapted: Path) -
     assert np.array_equal(pipeline.using({"adapted": 1.0}).sample(2, steps=2), whole)
     with refuses("other", "adapted"):
         pipeline.using({"other": 1.0})
+
+
+@pytest.mark.parametrize("word", ["lora", "dora"])
+def test_peft_and_back(
+    word: str, finished: Path, images: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Written in the layout of peft and read again: the same samples."""
+    run, out, back = tmp_path / "run", tmp_path / "out", tmp_path / "back"
+    flags = ("--adapter", word, "--adapter.rank", 2, "--adapter.alpha", 3)
+    works(capsys, "adapt", finished, images, *flags, "--out", run, *LENGTH.split())
+    works(capsys, "export", run, "--to", "peft", "--out", out)
+    facts = json.loads((out / "adapter_config.json").read_text())
+    assert facts["r"] == 2 and facts["lora_alpha"] == 3 and facts["use_dora"] == (word == "dora")
+    works(capsys, "import", out, "--base", finished, "--out", back)
+    ours, theirs = samples(finished, str(run)), samples(finished, str(back))
+    assert abs(ours.astype(int) - theirs).max() <= 1 and not np.array_equal(ours, samples(finished))
+    assert "--base RUN" in fails(capsys, "import", out, "--out", tmp_path / "x")
+    assert "peft reads lora" in fails(capsys, "export", finished, "--to", "peft", "--out", "y")
+
+
+def test_what_leaves_has_the_adapter_in_its_weights(adapted: Path, tmp_path: Path) -> None:
+    file, model = tmp_path / "adapted.safetensors", tmp_path / "model"
+    assert cli.main(["export", str(adapted), "--to", "safetensors", "--out", str(file)]) == 0
+    assert cli.main(["import", str(file), "--out", str(model)]) == 0
+    assert abs(samples(model).astype(int) - samples(adapted)).max() <= 1
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""patchdiffusion export RUN --to diffusers|safetensors|torch|onnx"""
+"""patchdiffusion export RUN --to diffusers|safetensors|torch|onnx|peft"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, get_args
 
+from patchdiffusion.adapted import merged_model
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run
@@ -12,18 +13,19 @@ from patchdiffusion.model import Model, load_model
 from patchdiffusion.nets.base import Weights
 from patchdiffusion.system.files import check_place, write_atomic
 
-Form = Literal["diffusers", "safetensors", "torch", "onnx"]
+Form = Literal["diffusers", "safetensors", "torch", "onnx", "peft"]
 SUFFIXES = {"safetensors": ".safetensors", "torch": ".pt2", "onnx": ".onnx"}
 """Ends of the names of files, by form."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments:
-    """Write a model for other programs: diffusers, safetensors, torch.export or ONNX.
+    """Write a model for other programs: diffusers, safetensors, torch.export, ONNX or peft.
 
     A folder of diffusers samples; a program for torch or ONNX is the denoiser D(x, sigma), with
     any batch size and, if the network permits it, any size of images; safetensors has weights and
-    configuration in one file.
+    configuration in one file. The adapter of a run is merged into the weights; peft is the adapter
+    alone.
     """
 
     example: ClassVar[str] = "patchdiffusion export runs/a --to onnx"
@@ -31,7 +33,8 @@ class ExportArguments:
     path: Path = field(default=Path(), metadata=positional("RUN"))
     """Folder of a run or model."""
     to: Form = "diffusers"
-    """diffusers: folder of a pipeline; safetensors: one file; torch: .pt2; onnx: .onnx."""
+    """diffusers: folder of a pipeline; safetensors: one file; torch: .pt2; onnx: .onnx; peft:
+    folder of the LoRA or DoRA of a run."""
     out: Path | None = None
     """Folder or file to write, which must not exist; the default is exported/NAME."""
     weights: Weights = "averaged"
@@ -60,6 +63,12 @@ def main(arguments: Sequence[str]) -> None:
 def _write(model: Model, form: Form, out: Path) -> list[str]:
     """Write a model in a form; returns lines about the result."""
     # Each of these imports takes a second.
+    if form == "peft":
+        from patchdiffusion.interop.peftadapter import export_peft
+
+        export_peft(model, out)
+        return []
+    model = merged_model(model)
     if form == "diffusers":
         from patchdiffusion.interop.diffusersout import export_diffusers
 

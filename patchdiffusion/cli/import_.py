@@ -7,18 +7,22 @@ from typing import Any, ClassVar, Literal
 
 from patchdiffusion.cli.flags import positional
 from patchdiffusion.cli.parse import parse
+from patchdiffusion.cli.places import check_run
 from patchdiffusion.interop.checkpoints import read_published
 from patchdiffusion.interop.diffusersfolder import imported_folder
 from patchdiffusion.interop.kinds import Kind, Unsaid, imported
+from patchdiffusion.interop.peft import CONFIG
+from patchdiffusion.interop.peftadapter import import_peft
 from patchdiffusion.interop.schedulers import sampler_of
 from patchdiffusion.interop.singlefile import load_single, single_config
-from patchdiffusion.model import ModelConfig, save_model
+from patchdiffusion.model import ModelConfig, load_model, save_model
 from patchdiffusion.nets import base
 from patchdiffusion.patches import size_name
 from patchdiffusion.sampling.config import SamplerConfig
 from patchdiffusion.system import families
 from patchdiffusion.system.files import check_place
 from patchdiffusion.system.serialize import encode
+from patchdiffusion.system.text import counted
 
 NOTE = "imported.json"
 """File of a model with the source of its weights."""
@@ -51,6 +55,8 @@ class ImportArguments:
     """Features of an attention head of ADM and EDM2; the default is that of the file, or 64."""
     side: int | None = None
     """Height and width of the images, for a file that does not say it."""
+    base: Path | None = None
+    """Run or model that a LoRA or DoRA of peft changes, whose folder is FILE."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -58,6 +64,11 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(ImportArguments(), arguments, "import")
     out = options.out or Path("models") / options.file.resolve().stem
     _check(options, out)
+    if (options.file / CONFIG).is_file():
+        _import_adapter(options, out)
+        return
+    if options.base is not None:
+        raise ValueError(f"--base is for folders of peft, and {options.file} has no {CONFIG}")
     if options.file.is_dir():
         _import_folder(options, out)
     else:
@@ -136,6 +147,17 @@ def _import_folder(options: ImportArguments, out: Path) -> None:
     print(f"written to {out}")
     print(f"sample    patchdiffusion sample {out}")
     print(f"or, as its scheduler without noise does: patchdiffusion sample {out} {flags}")
+
+
+def _import_adapter(options: ImportArguments, out: Path) -> None:
+    """Import a folder of peft as an adapter of a model."""
+    _refuse_details(options, "side")
+    if options.base is None:
+        raise ValueError(f"{options.file} changes a model; name it: --base RUN")
+    check_run(options.base)
+    count = import_peft(options.file, load_model(options.base), out)
+    print(f"written to {out}, which changes {counted(count, 'layer')}")
+    print(f"sample    patchdiffusion sample {options.base} --adapter {out}")
 
 
 def _save(out: Path, config: ModelConfig, network: base.Network, facts: dict[str, Any]) -> None:

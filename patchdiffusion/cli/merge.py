@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(
             f"{options.path} has no adapter; name one that changes it: --adapter runs/new"
         )
-    config, weights = merged_model(model)
-    save_model(out, config, averaged=weights, raw=weights, carried=model.carried)
+    plain = merged_model(model)
+    weights = plain.network.state_dict()
+    save_model(out, plain.config, averaged=weights, raw=weights, carried=model.carried)
     print(f"{' and '.join(attached.parts)} merged into the model {out}")

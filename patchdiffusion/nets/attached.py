@@ -45,6 +45,12 @@ class Attached(Prepared):
         self.parts[name] = part
         self._now[name] = part.strength
 
+    def change(self, name: str, path: str) -> Trained | None:
+        """The change of a layer by an adapter; None if it changes others."""
+        own = cast(nn.ModuleDict, self.changes[name])
+        key = path.replace(".", "/")
+        return cast(Trained, own[key]) if key in own else None
+
     def use(self, strengths: Mapping[str, float]) -> None:
         """Give adapters other strengths, by name; `ValueError` for one that is not there."""
         for name, strength in strengths.items():
