@@ -4,6 +4,7 @@ import csv
 import io
 import itertools
 import json
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
