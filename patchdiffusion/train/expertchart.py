@@ -41,7 +41,7 @@ def expert_picture(usage: ExpertUsage, config: NetworkConfig, canvas: Size) -> n
     for number, axis in enumerate(drawn[0][:experts]):
         axis.set_title(str(number), fontsize=8)
     for axis, quantity in zip(drawn[0][experts:], tables, strict=True):
-        axis.set_title("noise level, least first" if quantity == "noise" else quantity, fontsize=8)
+        axis.set_title("less to more noise" if quantity == "noise" else quantity, fontsize=8)
     for axis in drawn.flat:
         axis.set_xticks([])
         axis.set_yticks([])
