@@ -215,7 +215,7 @@ def test_others_make_it_another_run(
 def test_every_field_is_either_free_or_compared() -> None:
     free = {path.split(".")[0] for path in FREE}
     compared = {"network", "precond", "noise", "patches", "ema", "clock", "batch", "seed"}
-    compared |= {"label_dropout", "precision", "data", "optim"}
+    compared |= {"label_dropout", "precision", "data", "optim", "adapter"}
     compared |= {"guard", "objective", "additions", "conditioners", "task"}
     assert free | compared == {f.name for f in dataclasses.fields(TrainConfig)}
 

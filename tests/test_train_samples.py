@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ from patchdiffusion.metrics.options import EvaluationConfig
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.lego import LegoConfig
 from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
+from patchdiffusion.objectives.boot import BootConfig
 from patchdiffusion.objectives.bricks import BricksConfig
 from patchdiffusion.objectives.patchforcing import PatchForcingConfig
+from patchdiffusion.objectives.progressive import ProgressiveConfig
 from patchdiffusion.objectives.selfflow import SelfFlowConfig
 from patchdiffusion.parameterisation import EDM, EpsDDPM, EpsVP, FlowAsym, Parameterisation
 from patchdiffusion.sampling.config import Kind
@@ -39,13 +42,18 @@ CHOICES = [*members(Parameterisation), *members(ObjectiveUnion)]
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=[word(choice) for choice in CHOICES])
-def test_the_grid_of_a_run_is_what_it_samples(choice: type, images: Path, tmp_path: Path) -> None:
+def test_the_grid_of_a_run_is_what_it_samples(
+    choice: type, images: Path, finished: Path, tmp_path: Path
+) -> None:
     config = tiny.config(images, steps=2)
     if choice in (PatchForcingConfig, SelfFlowConfig):
         config = tiny.change(config, {"network": DiTConfig(width=16, depth=2, heads=2)})
     if choice is BricksConfig:
         config = tiny.change(config, {"network": LEGO})
-    chosen = FlowAsym(patch=(2, 2)) if choice is FlowAsym else choice()
+    fields: dict[str, Any] = {"patch": (2, 2)} if choice is FlowAsym else {}
+    if choice in (BootConfig, ProgressiveConfig):
+        fields = {"teacher": str(finished)}
+    chosen = choice(**fields)
     config = chosen.prefers(config)
     run = tiny.run(config, tmp_path / "run")
     pipeline = load(run, device="cpu")

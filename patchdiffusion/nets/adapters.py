@@ -122,8 +122,9 @@ class AdapterConfig(ABC):
             return network
         self.add(network, "adapter", 1.0, seed=seed)
         if self.classes:
+            labels = label_names(network)
             for name, parameter in network.named_parameters():
-                if name in label_names(network):
+                if name in labels:
                     parameter.requires_grad_(True)
         return network
 

@@ -73,6 +73,8 @@ class Distillation:
     """Learning rate relative to that of the teacher's run."""
     images: float
     """Length relative to that of the teacher's run."""
+    law: bool = False
+    """True if the noise law stays that of the teacher."""
 
 
 def _no_feed(batch: Batch, stream: str) -> Never:

@@ -121,7 +121,7 @@ class BootConfig(Distilled):
     few_step: ClassVar[bool] = True
     denoises: ClassVar[bool] = False
     shards: ClassVar[bool] = False
-    distillation: ClassVar[Distillation | None] = Distillation(lr=0.3, images=0.5)
+    distillation: ClassVar[Distillation | None] = Distillation(lr=0.3, images=0.5, law=True)
 
     teacher: str | None = None
     """Run or model whose denoiser is distilled."""
@@ -173,10 +173,11 @@ class BootConfig(Distilled):
         return (1,)
 
     def prefers(self, config: C) -> C:
-        """A network of one time, previews in one step."""
+        """The noise law of the parameterisation, a network of one time, previews in one step."""
         return replace(
             config,
             objective=self,
+            noise=config.precond.default_noise(),
             network=replace(config.network, jump=False),
             preview=replace(config.preview, sample_steps=1),
         )

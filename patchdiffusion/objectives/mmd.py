@@ -39,7 +39,7 @@ class MMDConfig(ObjectiveConfig):
     few_step: ClassVar[bool] = True
     denoises: ClassVar[bool] = False
     shards: ClassVar[bool] = False
-    distillation: ClassVar[Distillation | None] = Distillation(lr=0.1, images=0.25)
+    distillation: ClassVar[Distillation | None] = Distillation(lr=0.1, images=0.25, law=True)
 
     steps: tuple[int, ...] = (4,)
     """Steps of the sampler; several are trained in turn."""
@@ -95,10 +95,11 @@ class MMDConfig(ObjectiveConfig):
         return (self.features,)
 
     def prefers(self, config: C) -> C:
-        """A network of one time, whole images, previews in the largest number of steps."""
+        """The usual noise law, a network of one time, whole images, previews in most steps."""
         return replace(
             config,
             objective=self,
+            noise=config.precond.default_noise(),
             patches=WHOLE,  # pyright: ignore[reportCallIssue]
             network=replace(config.network, jump=False),
             preview=replace(config.preview, sample_steps=max(self.steps)),

@@ -30,7 +30,7 @@ class ProgressiveConfig(Distilled):
     few_step: ClassVar[bool] = True
     denoises: ClassVar[bool] = False
     shards: ClassVar[bool] = False
-    distillation: ClassVar[Distillation | None] = Distillation(lr=0.3, images=0.5)
+    distillation: ClassVar[Distillation | None] = Distillation(lr=0.3, images=0.5, law=True)
 
     teacher: str | None = None
     """Run or model whose denoiser is distilled in the first round."""
@@ -77,10 +77,11 @@ class ProgressiveConfig(Distilled):
         return (self.last,)
 
     def prefers(self, config: C) -> C:
-        """A network of one time, previews in the steps of the last round."""
+        """The noise law of the parameterisation, a network of one time, previews in few steps."""
         return replace(
             config,
             objective=self,
+            noise=config.precond.default_noise(),
             network=replace(config.network, jump=False),
             preview=replace(config.preview, sample_steps=self.last),
         )

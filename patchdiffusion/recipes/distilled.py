@@ -42,6 +42,7 @@ def distilled(config: TrainConfig, word: str, teacher: Path) -> TrainConfig:
     return replace(
         changed,
         name=f"{teacher.name}-{word}",
+        noise=config.noise if suits.law else changed.noise,
         optim=replace(config.optim, lr=config.optim.lr * suits.lr),
         images=round(config.images * suits.images),
     )
