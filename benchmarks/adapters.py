@@ -4,7 +4,7 @@
     python benchmarks/adapters.py show
 
 Trains a transformer on the images of --base (packs of 32 x 32), then adapts it to those of --target
-by each adapter with two learning rates, on the same crops. The held-out loss is that of whole
+by each adapter with three learning rates, on the same crops. The held-out loss is that of whole
 images of the target. The same command resumes; results are written to
 benchmarks/results/adapters.json after each run. `show` prints a table, of the better rate, and
 draws docs/adapters.png. Times are not measured; operations are counted.
@@ -30,19 +30,19 @@ COMMON += " --preview.held-out 358 --data.no-flip --batch 16 --optim.schedule.co
 BASE = "--network dit --network.patch 4 --network.width 96 --network.depth 6 --network.heads 4"
 BASE += " --network.num-classes 0 --optim.lr 1e-3 --preview.samples 1"
 ADAPTERS = {
-    "bitfit": ("--adapter bitfit", (3e-3, 1e-2)),
-    "difffit": ("--adapter difffit", (3e-3, 1e-2)),
+    "bitfit": ("--adapter bitfit", (3e-3, 1e-2, 3e-2)),
+    "difffit": ("--adapter difffit", (3e-3, 1e-2, 3e-2)),
     "difffit, lower rate": ("--adapter difffit", (3e-4,)),
-    "difffit, all blocks": ("--adapter difffit --adapter.depth all", (3e-3, 1e-2)),
-    "lora 1": ("--adapter lora --adapter.rank 1", (1e-3, 3e-3)),
-    "lora 4": ("--adapter lora --adapter.rank 4", (1e-3, 3e-3)),
+    "difffit, all blocks": ("--adapter difffit --adapter.depth all", (3e-3, 1e-2, 3e-2)),
+    "lora 1": ("--adapter lora --adapter.rank 1", (1e-3, 3e-3, 1e-2)),
+    "lora 4": ("--adapter lora --adapter.rank 4", (1e-3, 3e-3, 1e-2)),
     "lora 4, attention": (
         "--adapter lora --adapter.rank 4 --adapter.roles attention",
-        (1e-3, 3e-3),
+        (1e-3, 3e-3, 1e-2),
     ),
-    "dora 4": ("--adapter dora --adapter.rank 4", (1e-3, 3e-3)),
-    "diffscaler 4": ("--adapter diffscaler --adapter.rank 4", (1e-3, 3e-3)),
-    "full": ("--adapter full", (3e-4, 1e-3)),
+    "dora 4": ("--adapter dora --adapter.rank 4", (1e-3, 3e-3, 1e-2)),
+    "diffscaler 4": ("--adapter diffscaler --adapter.rank 4", (1e-3, 3e-3, 1e-2)),
+    "full": ("--adapter full", (3e-4, 1e-3, 3e-3)),
 }
 
 

@@ -88,7 +88,7 @@ COMMANDS = {
 }
 
 
-SHARED = ("train", "distill", "sample", "evaluate", "bench")
+SHARED = ("train", "adapt", "distill", "sample", "evaluate", "bench")
 """Commands whose work the processes of `torchrun` share."""
 
 
