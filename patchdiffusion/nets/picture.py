@@ -54,8 +54,8 @@ def pooled(layer: Linear | None, emb: Tensor, cond: Cond) -> Tensor:
         return emb
     extra, width = cond.extra, layer.in_features
     if extra is None:
-        extra = emb.new_zeros(len(emb), width)
-    if extra.shape != (len(emb), width):
+        extra = emb.new_zeros(emb.shape[0], width)
+    if extra.shape != (emb.shape[0], width):
         raise ValueError(
             f"cond.extra must be {[len(emb), width]} for this network, not {list(extra.shape)}; "
             "network.extra_dim is its width"

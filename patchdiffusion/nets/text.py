@@ -219,7 +219,7 @@ def described(
     tokens = cond.tokens
     if tokens is None:
         tokens = torch.zeros(batch, 1, dtype=torch.uint8, device=device)
-    if tokens.ndim != 2 or len(tokens) != batch:
+    if tokens.ndim != 2 or tokens.shape[0] != batch:
         raise ValueError(f"cond.tokens must be [{batch}, bytes], not {tuple(tokens.shape)}")
     context, mask = text(tokens)
     context = perturb.of_context(context, cond, (tokens != 0).any(1))

@@ -159,7 +159,7 @@ def context_of(cond: Cond, features: int, like: Tensor) -> tuple[Tensor | None, 
     if context is None:
         return none, None
     if mask is not None:
-        mask = torch.cat([mask.new_ones(len(mask), 1), mask], dim=1)
+        mask = torch.cat([mask.new_ones(mask.shape[0], 1), mask], dim=1)
     return torch.cat([none, context.to(none.dtype)], dim=1), mask
 
 
