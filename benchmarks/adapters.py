@@ -25,6 +25,7 @@ from patchdiffusion.train.report import read_log
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "adapters.json"
 PICTURE = HERE.parent / "docs" / "adapters.png"
+MARKERS = "os^vD<>ph"
 COMMON = "--threads 1 --device cpu --precision fp32 --preview.grid 1 --preview.sample-steps 1"
 COMMON += " --preview.held-out 358 --data.no-flip --batch 16 --optim.schedule.cooldown 0.2"
 BASE = "--network dit --network.patch 4 --network.width 96 --network.depth 6 --network.heads 4"
@@ -120,13 +121,13 @@ def show(options: argparse.Namespace) -> None:
             f"| {r['adapter']} | {r['parameters']:,} | {r['rate']:g} | {r['held_out']:.4f} | "
             f"{r['held_out'] / full['held_out']:.3f} | {r['tflop'] / full['tflop']:.2f} |"
         )
-        axes.plot(r["parameters"], r["held_out"], "o", color="C0")
-        axes.annotate(r["adapter"], (r["parameters"], r["held_out"]), fontsize=8,
-                      xytext=(4, 4), textcoords="offset points")  # fmt: skip
+        if "lower" not in r["adapter"]:
+            marker = MARKERS[len(axes.lines) % len(MARKERS)]
+            axes.plot(r["parameters"], r["held_out"], marker, ms=7, ls="", label=r["adapter"])
     axes.set_xscale("log")
     axes.set_xlabel("trained parameters")
     axes.set_ylabel("held-out loss of the new images")
-    axes.margins(x=0.15, y=0.12)
+    axes.legend(fontsize=8, frameon=False, ncols=2)
     figure.savefig(PICTURE, dpi=110)
     print(PICTURE)
 
