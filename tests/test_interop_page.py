@@ -155,11 +155,7 @@ def test_import(
 EXPORTS = [row for row in ROWS if row[1].startswith("export")]
 
 
-TRACED = [pytest.param(row, marks=pytest.mark.slow) if re.search("torch|onnx", row[1]) else row
-          for row in EXPORTS]  # fmt: skip
-
-
-@pytest.mark.parametrize("row", TRACED, ids=lambda row: row[0][:20])
+@pytest.mark.parametrize("row", EXPORTS, ids=lambda row: row[0][:20])
 def test_export(
     row: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
