@@ -191,8 +191,8 @@ def loads(training: Any) -> Tensor:
 
 
 @pytest.mark.slow
-def test_no_expert_starves_with_the_balance_loss(images: Path, tmp_path: Path) -> None:
-    """From gates that send nearly all tokens to one expert."""
+def test_the_balance_loss_evens_the_use_of_experts(images: Path, tmp_path: Path) -> None:
+    """From gates that differ; one seed, 120 steps."""
     shares = []
     for balance in (0.05, 0.0):
         rule = TopK(count=4, top=1, balance=balance, place=False)
@@ -205,7 +205,7 @@ def test_no_expert_starves_with_the_balance_loss(images: Path, tmp_path: Path) -
         for _ in range(120):
             loop.one_step(training)
         shares.append(loads(training))
-    assert shares[0].min() > 0.05 and shares[1].min() < 0.02
+    assert shares[0].min() > max(0.15, float(shares[1].min()))
 
 
 # ---- A network ----
