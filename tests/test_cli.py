@@ -100,7 +100,7 @@ def test_help_is_read_in_a_minute(
     monkeypatch.setenv("COLUMNS", str(columns))
     text = works(capsys, command, "--help")
     assert " ... [" not in text
-    assert len(text.splitlines()) <= (180 if columns < 80 else 138)
+    assert len(text.splitlines()) <= (172 if columns < 80 else 132)
     assert max(map(len, text.splitlines())) <= columns
     record: Any = cli.COMMANDS[command].arguments()
     assert f"example: {record.example}" in text

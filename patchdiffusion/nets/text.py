@@ -95,7 +95,7 @@ class ContextShape(NetworkConfig):
     """Features of the tokens of a condition that the network attends to, such as those of a text
     encoder; 0 is none."""
     text: Text = field(default_factory=NoText)
-    """Text encoder inside the network, which makes the tokens of the condition."""
+    """Text encoder inside the network."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

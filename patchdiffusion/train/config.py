@@ -19,7 +19,7 @@ class TrainConfig(Settings):
     """Configuration that identifies a run: with the same data it gives the same model."""
 
     task: Task = field(default_factory=DenoiserTask)
-    """Kind of model that is trained."""
+    """Kind of model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

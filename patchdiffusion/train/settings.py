@@ -125,17 +125,17 @@ class Settings:
     network: Network = field(default_factory=UNetConfig)
     """Network architecture."""
     adapter: Adapter = field(default_factory=AllWeights)
-    """Weights that are trained: all, or few that change a frozen network, that of --start-from."""
+    """Few trained weights on a frozen network, or all."""
     precond: Parameterisation = field(default_factory=EDM)
-    """Parameterisation: what the network predicts. Sets the default noise law and loss weight."""
+    """What the network predicts. Sets the default noise law and loss weight."""
     noise: Law = field(default_factory=LogNormal)
-    """Distribution of the noise level in training."""
+    """Law of the noise level in training."""
     objective: ObjectiveUnion = field(default_factory=DenoisingConfig)
-    """Training objective, of a denoiser or of a few-step model."""
+    """Training objective."""
     additions: tuple[AdditionUnion, ...] = ()
-    """Additions to the objective, applied in this order."""
+    """Additions to the objective, in this order."""
     conditioners: tuple[ConditionerUnion, ...] = ()
-    """Conditions made from the images in training, and from seeds or texts in sampling."""
+    """Conditions made of images in training, of seeds or texts in sampling."""
     patches: Patches = field(default_factory=Stratified)
     """Patch plan: crop sizes and their numbers in a step."""
     optim: Optimizer = field(default_factory=AdamW)
