@@ -50,6 +50,8 @@ FURTHER = {
     "mmd": "--objective.bank 4",
 }
 """Flags without which a part is incomplete; TEACHER is a denoiser of the images."""
+WHOLE = {"mmd": "--patches stratified --patches.fractions 1 --patches.probs 1"}
+"""Flags of parts that train on whole images, unless the other one is a plan."""
 SWITCHES = {
     "perturb": "--network.perturb uniform",
     "self-condition": "--network.self-condition features",
@@ -149,6 +151,8 @@ def flags_of(*chosen_parts: Part) -> str:
     named = [part.network for part in chosen_parts if part.network]
     network = "unet" if not named else named[0]
     flags = [COMMON, *(part.flags for part in chosen_parts)]
+    if all(part.family != "patches" for part in chosen_parts):
+        flags += [WHOLE[part.word] for part in chosen_parts if part.word in WHOLE]
     if all(part.family != "network" for part in chosen_parts):
         flags.insert(0, f"--network {network} {NETWORKS[network]}")
     return " ".join(flags)

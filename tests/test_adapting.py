@@ -14,7 +14,7 @@ from commands import Capture, fails, refuses, works
 from toyadapters import ToyAdapter
 
 from patchdiffusion import cli, load, load_model
-from patchdiffusion.adapted import OWN, load_adapter
+from patchdiffusion.adapted import OWN, load_adapter, merged_model
 from patchdiffusion.nets.adapters import Adapter, AllWeights, LoRA
 from patchdiffusion.system import families
 from patchdiffusion.train.config import TrainConfig
@@ -170,6 +170,18 @@ def test_peft_and_back(
     assert abs(ours.astype(int) - theirs).max() <= 1 and not np.array_equal(ours, samples(finished))
     assert "--base RUN" in fails(capsys, "import", out, "--out", tmp_path / "x")
     assert "peft reads lora" in fails(capsys, "export", finished, "--to", "peft", "--out", "y")
+
+
+def test_a_run_starts_from_the_model_with_its_adapter(
+    adapted: Path, images: Path, tmp_path: Path
+) -> None:
+    run = tiny.run(tiny.config(images, steps=1), tmp_path / "run", start_from=adapted)
+    start = tiny.run(adapting(images), tmp_path / "again", start_from=adapted)
+    assert load_adapter(start).facts.base != load_adapter(adapted).facts.base
+    merged = merged_model(load_model(adapted)).network.state_dict()
+    frozen = load_model(start).network.state_dict()
+    assert all(torch.equal(frozen[name], value) for name, value in merged.items())
+    assert load_model(run).config.adapter == AllWeights()
 
 
 def test_what_leaves_has_the_adapter_in_its_weights(adapted: Path, tmp_path: Path) -> None:

@@ -272,9 +272,9 @@ def test_what_it_brings_and_what_it_refuses(images: Path, tmp_path: Path) -> Non
     config = recipes.with_objective(tiny.config(images), "mmd")
     assert config.preview.sample_steps == 4 and config.objective.jumps == 4
     assert config.objective.minimized == ("random",)
-    assert config.patches == WHOLE
+    assert config.patches == tiny.LAW != WHOLE
     with refuses("mmd", "--patches.fractions"):
-        tiny.training(replace(config, patches=tiny.LAW), tmp_path)
+        tiny.training(config, tmp_path)
     wrong: list[dict[str, Any]] = [
         {"steps": (0, 2)}, {"steps": ()}, {"kernel": "line"}, {"bank": 1}, {"features": "pixels"},
     ]  # fmt: skip

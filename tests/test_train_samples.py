@@ -25,10 +25,12 @@ from patchdiffusion.nets.lego import LegoConfig
 from patchdiffusion.objectives import DenoisingConfig, ObjectiveUnion
 from patchdiffusion.objectives.boot import BootConfig
 from patchdiffusion.objectives.bricks import BricksConfig
+from patchdiffusion.objectives.mmd import MMDConfig
 from patchdiffusion.objectives.patchforcing import PatchForcingConfig
 from patchdiffusion.objectives.progressive import ProgressiveConfig
 from patchdiffusion.objectives.selfflow import SelfFlowConfig
 from patchdiffusion.parameterisation import EDM, EpsDDPM, EpsVP, FlowAsym, Parameterisation
+from patchdiffusion.plans import WHOLE
 from patchdiffusion.sampling.config import Kind
 from patchdiffusion.sampling.driver import sample
 from patchdiffusion.solvers import Heun, SDEDPMpp2M
@@ -55,6 +57,8 @@ def test_the_grid_of_a_run_is_what_it_samples(
         fields = {"teacher": str(finished)}
     chosen = choice(**fields)
     config = chosen.prefers(config)
+    if choice is MMDConfig:
+        config = replace(config, patches=WHOLE)
     run = tiny.run(config, tmp_path / "run")
     pipeline = load(run, device="cpu")
     steps = config.preview.sample_steps

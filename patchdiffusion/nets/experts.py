@@ -73,6 +73,8 @@ class Experts(nn.Module, ABC):
             features = shape.axes * (1 + 2 * OCTAVES)
             self.at = Linear(features, rule.count, bias=False, neutral=True, role="modulation")
         self.mlps = nn.ModuleList(Mlp(shape, hidden) for _ in range(rule.count))
+        # Compiled blocks read their weights.
+        self.uncalled = tuple(f"mlps.{i}.layer{j}" for i in range(rule.count) for j in (0, 1))
         common = round(rule.shared * hidden)
         self.shared = Mlp(shape, common) if common else None
         each = sum(p.numel() for p in self.mlps[0].parameters())

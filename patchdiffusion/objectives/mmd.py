@@ -10,6 +10,7 @@ Features that are matched measure the model no more: the discrepancy in others i
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path as Folder
 from typing import ClassVar, get_args
 
 import torch
@@ -95,15 +96,18 @@ class MMDConfig(ObjectiveConfig):
         return (self.features,)
 
     def prefers(self, config: C) -> C:
-        """The usual noise law, a network of one time, whole images, previews in most steps."""
+        """The noise law of the parameterisation, a network of one time, previews in most steps."""
         return replace(
             config,
             objective=self,
             noise=config.precond.default_noise(),
-            patches=WHOLE,  # pyright: ignore[reportCallIssue]
             network=replace(config.network, jump=False),
             preview=replace(config.preview, sample_steps=max(self.steps)),
         )
+
+    def taught(self, config: C, teacher: Folder) -> C:
+        """The configuration that finetunes a model, on whole images."""
+        return replace(super().taught(config, teacher), patches=WHOLE)  # pyright: ignore[reportCallIssue]
 
     def check(self, config: Settings) -> None:
         """Raise `ValueError` for a preview that reports the matched features only."""

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from patchdiffusion.adapted import merged_model
 from patchdiffusion.model import Model, load_model
-from patchdiffusion.nets.base import Network
+from patchdiffusion.nets.adapters import label_names
 from patchdiffusion.system.dist import Team, is_sharded, local
 from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import checkpoint
@@ -132,7 +133,7 @@ def empty_moments(update: Update, network: nn.Module, names: Sequence[str]) -> d
 
 
 def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
-    """Averaged weights of a run or model from which a new run starts.
+    """Averaged weights of a run or model from which a new run starts, with its adapter in them.
 
     They may lack the neutral parameters of the network, such as those of coordinates or of a jump:
     these add nothing, so the function is the same. A network may make its own of others, such as
@@ -140,14 +141,14 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     labels are not taken. Raises `ValueError` if anything else differs, including what the
     network predicts.
     """
-    model = load_model(path)
+    model = merged_model(load_model(path))
     _check_meaning(path, model, training)
     own = _tensors(training.network)
     weights = dict(training.network.adopted(model.network.state_dict()))
     classes = model.config.network.num_classes, training.config.network.num_classes
     labels: set[str] = set()
     if classes[0] != classes[1]:
-        labels = _label_names(model.network) | _label_names(training.network)
+        labels = label_names(model.network) | label_names(training.network)
         weights = {name: value for name, value in weights.items() if name not in labels}
     wrong = [name for name in weights if name not in own or weights[name].shape != own[name].shape]
     wrong += sorted(set(own) - set(weights) - training.network.neutral() - labels)
@@ -159,12 +160,6 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     but = f"; {classes[0]} classes are now {classes[1]}, whose parameters are new" if labels else ""
     training.log.say(f"start     from the averaged weights of {path} ({model.digest}){but}")
     return weights
-
-
-def _label_names(network: Network) -> set[str]:
-    """Names of the tensors that a network has only with classes."""
-    without = replace(network.config, num_classes=0).build()
-    return set(_tensors(network)) - set(_tensors(without))
 
 
 def _check_meaning(path: Path, model: Model, training: Training) -> None:

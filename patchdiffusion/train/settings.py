@@ -127,7 +127,7 @@ class Settings:
     adapter: Adapter = field(default_factory=AllWeights)
     """Few trained weights on a frozen network, or all."""
     precond: Parameterisation = field(default_factory=EDM)
-    """What the network predicts. Sets the default noise law and loss weight."""
+    """Prediction of the network. Sets the default noise law and loss weight."""
     noise: Law = field(default_factory=LogNormal)
     """Law of the noise level in training."""
     objective: ObjectiveUnion = field(default_factory=DenoisingConfig)
