@@ -260,7 +260,7 @@ def merged_model(model: Model) -> Model:
 
 def chosen(words: Sequence[str]) -> list[tuple[SavedAdapter, float]]:
     """Adapters by words such as runs/new or runs/new:0.7, with their strengths."""
-    found = []
+    uses = []
     for word in words:
         path, colon, number = word.rpartition(":")
         strength = 1.0
@@ -274,8 +274,8 @@ def chosen(words: Sequence[str]) -> list[tuple[SavedAdapter, float]]:
                     f"--adapter {word} must be an adapter and a finite strength, such as {path}:0.7"
                 )
             word = path
-        found.append((load_adapter(word), strength))
-    return found
+        uses.append((load_adapter(word), strength))
+    return uses
 
 
 def load_adapted(

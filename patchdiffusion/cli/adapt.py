@@ -53,8 +53,8 @@ def main(arguments: Sequence[str]) -> None:
     if not words or "help" in flag_words:  # or what is missing
         parse(AdaptArguments(), arguments, "adapt")
     if len(words) != 2:
-        given = " ".join(words) or "nothing"
-        raise ValueError(f"adapt needs a run and images: {AdaptArguments.example}; not {given}")
+        typed = " ".join(words) or "nothing"
+        raise ValueError(f"adapt needs a run and images: {AdaptArguments.example}; not {typed}")
     path, rest = Path(words[0]), list(arguments[2:])
     check_run(path)
     model = load_model(path).config

@@ -27,12 +27,12 @@ def children(run: Path) -> Iterator[tuple[Path, TrainConfig]]:
 
 def children_lines(run: Path, beside: Sequence[Path]) -> Iterator[str]:
     """Lines about the few-step models of a run, and the command that compares them."""
-    found = list(children(run))
-    for folder, config in found:
+    runs = list(children(run))
+    for folder, config in runs:
         steps = config.objective.jumps
         yield f"few steps {folder}, {word(type(config.objective))}, {steps} by default"
     there = {expanded(path).resolve() for path in beside}
-    if missing := [str(folder) for folder, _ in found if folder not in there]:
+    if missing := [str(folder) for folder, _ in runs if folder not in there]:
         yield (
             f"compare them by: patchdiffusion speed {run} --samples 1000 --beside "
             f"{' '.join(missing)}"

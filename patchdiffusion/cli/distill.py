@@ -83,8 +83,8 @@ def _defaults(path: Path, flag_words: dict[str, list[str]]) -> tuple[TrainConfig
         )
     name = flag_words.get("name", [config.name])
     out = folder.parent / (name[0] if len(name) == 1 else config.name)
-    given = flag_words.get("out", [])
-    stored = stored_config(expanded(given[0]) if given else out)
+    folders = flag_words.get("out", [])
+    stored = stored_config(expanded(folders[0]) if folders else out)
     if stored is not None and "fresh" not in flag_words:
         config = stored
     start = folder if starts_with(config, teacher) else None

@@ -2,22 +2,11 @@
 
 from typing import Any
 
+from patchdiffusion.sampling.modelcard import RESULTS
 from patchdiffusion.system.text import counted
 
 FULL = 50_000
 """Number of samples of published Frechet distances."""
-
-ROWS = {
-    "frechet_distance": "Frechet distance",
-    "kernel_distance": "kernel distance",
-    "sliced_distance": "sliced distance",
-    "precision": "precision",
-    "recall": "recall",
-    "density": "density",
-    "coverage": "coverage",
-    "copy_rate": "copies",
-    "seam_ratio": "seam ratio",
-}
 
 
 def table(result: dict[str, Any]) -> list[str]:
@@ -38,7 +27,7 @@ def table(result: dict[str, Any]) -> list[str]:
             f"{counted(settings['steps'], 'step')}, "
             f"{settings['method']})"
         )
-    for name, label in ROWS.items():
+    for name, label in RESULTS.items():
         if name in result:
             spread = result.get(f"{name}_std")
             error = "" if not spread else f" +- {spread:.3g}"

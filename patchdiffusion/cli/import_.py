@@ -133,17 +133,17 @@ def _refuse_details(options: ImportArguments, *more: str) -> None:
 
 def _import_folder(options: ImportArguments, out: Path) -> None:
     _refuse_details(options)
-    with imported_folder(options.file, side=options.side) as found:
+    with imported_folder(options.file, side=options.side) as source:
         facts = {
             "file": options.file.resolve().name,
-            "sha256": found.digest,
+            "sha256": source.digest,
             "kind": "diffusers",
-            "class": found.kind,
-            "scheduler": dict(found.scheduler),
+            "class": source.kind,
+            "scheduler": dict(source.scheduler),
         }
-        _save(out, found.config, found.network, facts)
-        _tell(found.kind, "", found.digest, found.config, found.network)
-        flags = " ".join(_flags(sampler_of(found.scheduler, steps=50), SamplerConfig()))
+        _save(out, source.config, source.network, facts)
+        _tell(source.kind, "", source.digest, source.config, source.network)
+        flags = " ".join(_flags(sampler_of(source.scheduler, steps=50), SamplerConfig()))
     print(f"written to {out}")
     print(f"sample    patchdiffusion sample {out}")
     print(f"or, as its scheduler without noise does: patchdiffusion sample {out} {flags}")

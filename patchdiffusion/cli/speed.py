@@ -206,9 +206,9 @@ def _rated(
             if id(point) in chosen:
                 config = replace(evaluation.config, sampler=point.config)
                 rating = replace(evaluation, config=config, progress=bar.update)
-                found = rating.by_features(models[point.model], real)
+                rated = rating.by_features(models[point.model], real)
                 point = replace(
-                    point, frechet=found["frechet_distance"], kernel=found["kernel_distance"]
+                    point, frechet=rated["frechet_distance"], kernel=rated["kernel_distance"]
                 )
             out.append(point)
     return out

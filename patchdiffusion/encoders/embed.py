@@ -73,9 +73,9 @@ def embedding(
         if not is_of_transformers(folder):
             return Embedding(name, digest, function)
     else:
-        found = extractor(name)
-        function = found.function
-        digest = hashlib.sha256(repr(sorted(found.facts.items())).encode()).hexdigest()[:16]
+        frozen = extractor(name)
+        function = frozen.function
+        digest = hashlib.sha256(repr(sorted(frozen.facts.items())).encode()).hexdigest()[:16]
     limits = getattr(images.space, "limits", None)
     if limits is None or getattr(images.space, "alpha", False) or len(images.canvas) != 2:
         raise ValueError(

@@ -218,15 +218,15 @@ def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Tensors of each module."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        found = next((p for p in _PARTS if key.removesuffix(".weight") == _stem(key, p)), None)
-        if found is None or not key.startswith(_PREFIX):
+        part = next((p for p in _PARTS if key.removesuffix(".weight") == _stem(key, p)), None)
+        if part is None or not key.startswith(_PREFIX):
             raise ValueError(
                 f"{key[:80]!r} is no part of an adapter; names are {_PREFIX}NAME.{_DOWN}, .{_UP} "
                 f"and .{_MAGNITUDE}"
             )
-        module = _stem(key, found).removeprefix(_PREFIX)
-        module = module.removesuffix(found.removesuffix(".weight")).removesuffix(".")
-        parts.setdefault(module, {})[found] = value
+        module = _stem(key, part).removeprefix(_PREFIX)
+        module = module.removesuffix(part.removesuffix(".weight")).removesuffix(".")
+        parts.setdefault(module, {})[part] = value
     if not parts:
         raise ValueError("it holds no changes of weights")
     return parts

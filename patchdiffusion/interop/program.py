@@ -142,15 +142,15 @@ def _traced(model: Model, denoiser: NetDenoiser, size: Size, free: bool) -> Trac
             spatial = axes if name == "image" else (1,) if any_length else ()
             shapes.append({0: Dim.AUTO, **dict.fromkeys(spatial, Dim.AUTO)})
         more = (tuple(shapes[2:]),) if conditions else ()
-        found = torch.export.export(program, inputs, dynamic_shapes=(*shapes[:2], *more))
+        exported = torch.export.export(program, inputs, dynamic_shapes=(*shapes[:2], *more))
     names = ("x", "sigma", *conditions)
-    users = set(found.graph_signature.user_inputs)
-    values = [node.meta["val"] for node in found.graph.nodes if node.name in users]
+    users = set(exported.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in exported.graph.nodes if node.name in users]
     dynamic = {
         name: tuple(axis for axis, side in enumerate(value.shape) if not isinstance(side, int))
         for name, value in zip(names, values, strict=True)
     }
-    return Traced(found, names, dynamic, max(model.config.network.divisor, 1))
+    return Traced(exported, names, dynamic, max(model.config.network.divisor, 1))
 
 
 def save_torch(trace: Traced, model: Model, path: Path) -> None:

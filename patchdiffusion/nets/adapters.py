@@ -203,7 +203,7 @@ class BitFit(AdapterConfig):
                 )
 
     def changes(self, network: Network) -> Changes:
-        found: Changes = {}
+        changes: Changes = {}
         scaled = inside(network, self.depth) if self.scales != "none" else set()
         last = listed(network, "branches")
         for path, layer, role in layers(network):
@@ -213,9 +213,11 @@ class BitFit(AdapterConfig):
                 count += self.scales == "all" and role == "attention"  # of the layer itself
             shift = bias_of(layer) is not None
             if count or shift:
-                found[path] = Affine(len(layer.weight), count, shift=shift)
-                found[path].role = role
-        return found | self._labels(network) | (self._norms(network, found) if self.norms else {})
+                changes[path] = Affine(len(layer.weight), count, shift=shift)
+                changes[path].role = role
+        return (
+            changes | self._labels(network) | (self._norms(network, changes) if self.norms else {})
+        )
 
     def _labels(self, network: Network) -> Changes:
         """Changes of the vectors of classes, unless they are trained themselves."""
@@ -231,12 +233,12 @@ class BitFit(AdapterConfig):
             change.role = "embedding"
         return out
 
-    def _norms(self, network: Network, found: Mapping[str, Trained]) -> Changes:
+    def _norms(self, network: Network, changes: Mapping[str, Trained]) -> Changes:
         """Changes of norms; without parameters of their own with those of the biases there."""
         modules = dict(network.named_modules())
         out: Changes = {p: NormChange(m) for p, m in modules.items() if isinstance(m, Norm)}
         for path, layout, features in modulated(network):
-            first = found.get(path)
+            first = changes.get(path)
             change = Modulated(features, layout, first if isinstance(first, Change) else None)
             change.role = "modulation"
             out[path] = change
@@ -284,7 +286,7 @@ class LoRA(AdapterConfig):
         return self.alpha / self.rank if self.alpha else 1.0
 
     def changes(self, network: Network) -> Changes:
-        found: Changes = {}
+        changes: Changes = {}
         for path, layer, role in layers(network):
             if role in self.roles:
                 most = min(len(layer.weight), layer.weight[0].numel())
@@ -292,9 +294,9 @@ class LoRA(AdapterConfig):
                     raise ValueError(
                         f"adapter.rank must be at most {most}, the rank of {path}, not {self.rank}"
                     )
-                found[path] = self.change(layer)
-                found[path].role = role
-        return found
+                changes[path] = self.change(layer)
+                changes[path].role = role
+        return changes
 
     def change(self, layer: Layer) -> Branch:
         """The change of a layer."""

@@ -164,10 +164,10 @@ def some_images(materials: Materials, count: int) -> Tensor:
             if left <= 0:
                 return
 
-    found = list(parts())
-    if sum(map(len, found)) < 2:
+    images = list(parts())
+    if sum(map(len, images)) < 2:
         raise ValueError("mmd needs at least 2 training images to compare with")
-    return torch.cat(found).to(materials.device)
+    return torch.cat(images).to(materials.device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ GRID = "samples.png"
 METRICS = "evaluation.json"
 """Name of the evaluation in the repository."""
 
-_VALUES = {
+RESULTS = {
     "frechet_distance": "Frechet distance",
     "kernel_distance": "kernel distance",
     "sliced_distance": "sliced distance",
@@ -27,8 +27,10 @@ _VALUES = {
     "recall": "recall",
     "density": "density",
     "coverage": "coverage",
-    "copy_rate": "copies of training images",
+    "copy_rate": "copies",
+    "seam_ratio": "seam ratio",
 }
+"""Results of an evaluation, by their names in its file, with those for people."""
 _MOST_CLASSES = 100
 
 
@@ -164,7 +166,7 @@ def _metrics(evaluation: Mapping[str, Any] | None) -> Iterator[str]:
             yield f"| {label} | {held['loss']:.4f} +- {held['standard_error']:.2g}, {images} |"
     if isinstance(bits := evaluation.get("bits"), dict):
         yield f"| bits per dimension | {bits['bits_per_dim']:.4f} |"
-    for name, label in _VALUES.items():
+    for name, label in RESULTS.items():
         value = evaluation.get(name)
         if isinstance(value, float | int) and math.isfinite(value):
             yield f"| {label} | {value:.4g} |"
