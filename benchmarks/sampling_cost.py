@@ -13,14 +13,15 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from small_features import extractor
+from torch import Tensor
 
 from patchdiffusion import cli
-from patchdiffusion.encoders.features import Extractor
 from patchdiffusion.system.files import write_json
 
 OUT = Path(__file__).parent / "results" / "sampling-cost.json"
@@ -29,9 +30,10 @@ FILE = "PATCHDIFFUSION_FEATURES"
 """Variable of the environment with the file of the features."""
 
 
-def features() -> Extractor:
-    """The extractor of `speed`."""
-    return extractor(Path(os.environ[FILE]))
+def features() -> Callable[[Tensor], Tensor]:
+    """The extractor of `speed`: uint8 [B, 3, H, W] -> [B, D]."""
+    extract = extractor(Path(os.environ[FILE]))
+    return lambda images: extract(images.movedim(1, -1))
 
 
 def record_of(run: Path) -> dict[str, Any] | None:

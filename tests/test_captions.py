@@ -256,8 +256,8 @@ def test_any_network_that_reads_texts_takes_captions(
     flags = (*few.split(), *small.split(), "--captions", "bytes", "--out", tmp_path / "dit")
     works(capsys, "train", texts, *flags)
     assert load(tmp_path / "dit").model.config.network.reads >= {"tokens"}
-    wrong = ("train", texts, "--captions", "bytes", "--network", "edm2")
-    assert names(fails(capsys, *wrong), "caption-bytes", "--network.text")
+    wrong = ("train", texts, "--captions", "bytes", "--network", "lego", "--network.body", "unet")
+    assert names(fails(capsys, *wrong), "body unet", "texts", "body transformer")
     wrong = ("train", "classifier", texts, "--captions", "bytes", "--dry-run")
     assert "captions" in fails(capsys, *wrong)
 

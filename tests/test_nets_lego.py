@@ -19,6 +19,7 @@ from patchdiffusion.nets.legobody import TransformerBody
 from patchdiffusion.nets.legodit import lego_of_dit
 from patchdiffusion.nets.legosizes import SIZES
 from patchdiffusion.nets.legounet import UNetBody
+from patchdiffusion.nets.text import ByteText
 from patchdiffusion.parameterisation import EDM
 from patchdiffusion.patches import Region
 from patchdiffusion.rng import keys
@@ -269,7 +270,7 @@ def test_sizes_as_published(name: str) -> None:
 
 @pytest.mark.parametrize("size", [16, (16, 24), (10, 7)])
 def test_costs_of_bricks_add_up(size: int | tuple[int, ...]) -> None:
-    for config in (PG, UNETS):
+    for config in (PG, UNETS, replace(PG, text=ByteText(width=8, heads=2))):
         network = config.build()
         assert sum(network.macs_of_bricks(size)) == count(network, size).macs
 
@@ -290,12 +291,14 @@ def test_small_sizes_are_for_any_canvas() -> None:
     [
         replace(DIT, positions="sincos", num_classes=3, learned_variance=True),
         replace(DIT, embedding="early", jump=True, augment_dim=2),
-        replace(MODERN, registers=0, value_residual=False, context=0),
+        replace(MODERN, registers=0, value_residual=False),
     ],
 )
 def test_a_dit_is_a_brick(config: DiTConfig) -> None:
     dit = alive_dit(config)
     x, noise, cond = inputs(8, 12)
+    if config.context:
+        cond = replace(cond, context=drawn(2, 4, config.context))
     expected = dit(x, noise, cond)
     one = lego_of_dit(dit, (8, 12))
     assert one.num_bricks == 1

@@ -14,9 +14,12 @@ from patchdiffusion.guidance.cfg import CFG
 from patchdiffusion.nets.adm import ADMConfig
 from patchdiffusion.nets.base import Network, initialize
 from patchdiffusion.nets.dit import DiTConfig
-from patchdiffusion.nets.text import ByteText, TextTower
+from patchdiffusion.nets.edm2 import EDM2Config
+from patchdiffusion.nets.lego import LegoConfig
+from patchdiffusion.nets.text import ByteText, MPTextTower, TextTower
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.parameterisation import EDM
+from patchdiffusion.system import families
 
 TEXT = ByteText(width=8, depth=2, heads=2)
 READING = replace(LITTLE, text=TEXT)
@@ -24,9 +27,11 @@ NETWORKS = [
     LITTLE,
     UNetConfig(base=8, mult=(1, 2), blocks=1, attention=(1,)),
     ADMConfig(base=8, mult=(1, 2), blocks=1, attention=(1,), head_width=8),
+    EDM2Config(base=8, mult=(1, 2), blocks=1, attention=(1,), head_width=8),
+    LegoConfig(regions=(4, 8), patches=(2, 2), depths=(1, 1), width=16, heads=2, canvas=(8, 8)),
 ]
-each_network = pytest.mark.parametrize("config", NETWORKS, ids=["dit", "unet", "adm"])
-Reads = DiTConfig | UNetConfig | ADMConfig
+each_network = pytest.mark.parametrize("config", NETWORKS, ids=lambda c: families.word(type(c)))
+Reads = DiTConfig | UNetConfig | ADMConfig | EDM2Config | LegoConfig
 
 
 def learned(config: Reads) -> Network:
@@ -44,7 +49,7 @@ def tokens(*texts: str, length: int = 12) -> Tensor:
     return torch.tensor(rows, dtype=torch.uint8)
 
 
-def tower() -> TextTower:
+def tower() -> TextTower | MPTextTower:
     built = TEXT.build()
     initialize(built, 0)
     return built

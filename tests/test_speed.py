@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -168,6 +169,20 @@ def test_samples_and_models_that_jump(
     rated = sum(p["frechet"] is not None for p in points)
     assert Means.seen == 40 + 6 * rated  # the real images once
     assert "many steps" in fails(capsys, "speed", run, *short[:-1], finished, "--samples", 6)
+
+
+def shapeless() -> Callable[[Tensor], Tensor]:
+    """An extractor of one number for a batch, which is none."""
+    return lambda images: images.float().mean()
+
+
+def test_an_extractor_fails_before_anything_is_measured(
+    finished: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    monkeypatch.setattr(Speed, "exact", lambda self: pytest.fail("samplers were measured first"))
+    flags = ("--samples", 6, "--features.extractor", "test_speed:shapeless")
+    assert "shapeless" in fails(capsys, "speed", run, *SHORT, *flags)
 
 
 def test_nothing_is_written_by_a_dry_run(finished: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -63,7 +63,7 @@ class ToyText(text.TextConfig):
     def features(self) -> int:
         return self.width
 
-    def build(self) -> "Letters":
+    def build(self, *, keeps_magnitude: bool = False) -> "Letters":
         return Letters(self.width)
 
 

@@ -14,6 +14,7 @@ from patchdiffusion.cli.parse import parse
 from patchdiffusion.cli.places import check_run
 from patchdiffusion.cli.speed_table import advice, chart, lines, shown
 from patchdiffusion.guidance import Guidance, NoGuidance
+from patchdiffusion.metrics.compare import Gathered
 from patchdiffusion.metrics.estimate import time_each
 from patchdiffusion.metrics.evaluate import Evaluation
 from patchdiffusion.metrics.options import EvaluationConfig
@@ -140,12 +141,15 @@ def main(arguments: Sequence[str]) -> None:
     folder = pipeline.model.folder
     assert folder is not None
     check_place(folder)
+    # First, since measuring takes minutes and an extractor may fail.
+    real = None if evaluation is None else evaluation.reference.gathered()
     points, halved = _measured(speed, accelerators)
     for path, other in beside.items():
         alone = replace(speed, pipeline=other, solvers=(), accelerators=(), base=SamplerConfig())
         points += alone.jumps(str(path))
-    if evaluation is not None:
-        points = _rated(points, evaluation, {"": pipeline} | {str(p): m for p, m in beside.items()})
+    if evaluation is not None and real is not None:
+        models = {"": pipeline} | {str(p): m for p, m in beside.items()}
+        points = _rated(points, evaluation, real, models)
     print("\n".join(lines(points, halved)))
     print("\n".join(advice(points, options.within, options.path, options.precision)))
     record = {
@@ -195,12 +199,15 @@ def _evaluation(pipeline: Pipeline, options: SpeedArguments) -> Evaluation | Non
 
 
 def _rated(
-    points: Sequence[Point], evaluation: Evaluation, models: Mapping[str, Pipeline]
+    points: Sequence[Point],
+    evaluation: Evaluation,
+    real: Gathered,
+    models: Mapping[str, Pipeline],
 ) -> list[Point]:
     """The points, those that are shown and those of other models with their Frechet distance."""
     chosen = {id(p) for p in shown(points)}
     count = len(chosen) * evaluation.config.samples
-    out, real = [], evaluation.reference.gathered()
+    out = []
     with progress_bar(count, "image", name="Frechet distance") as bar:
         for point in points:
             if id(point) in chosen:

@@ -19,8 +19,10 @@ from patchdiffusion.nets.fused import dropout
 from patchdiffusion.nets.layers import Conv, Linear, Resample, resampled
 from patchdiffusion.nets.levels import decoder, encoder, middle
 from patchdiffusion.nets.magnitude import (
+    BRANCH,
     MPAttention,
     MPFourier,
+    MPReader,
     MPWeight,
     limit_weight,
     mp_cat,
@@ -29,12 +31,11 @@ from patchdiffusion.nets.magnitude import (
     normalize,
 )
 from patchdiffusion.nets.shapes import BlockPosition, HeadedShape
+from patchdiffusion.nets.text import ContextShape, Text
 from patchdiffusion.nets.topology import UNet
 from patchdiffusion.noise import LogNormal
 from patchdiffusion.system.device import full_precision
 
-BRANCH = 0.3
-"""Share of a branch in a sum, `t` of `mp_sum`."""
 LARGEST = 256.0
 """Activations are clipped to plus or minus this."""
 LOG_VARIANCE = 128
@@ -56,7 +57,7 @@ def _published(base: int, dropout: float = 0.0) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDM2Config(HeadedShape):
+class EDM2Config(HeadedShape, ContextShape):
     """The magnitude-preserving U-Net of EDM2; the defaults suit a CPU: 1.2M parameters."""
 
     word: ClassVar[str] = "edm2"
@@ -133,6 +134,14 @@ class MPUNet(UNet[EDM2Config, None]):
 
     def begin(self, x: Tensor, cond: Cond) -> tuple[Tensor, None]:
         return self.stem(x, self.positions(x, cond)), None
+
+    def text_encoder(self, text: Text) -> nn.Module | None:
+        return text.build(keeps_magnitude=True)
+
+    def reader(self, attention: nn.Module | None, context: int) -> nn.Module | None:
+        if not isinstance(attention, MPAttention):
+            return None
+        return MPReader(attention.proj.weight.shape[0], attention.num_heads, context)
 
     def pictured(self, picture: Tensor) -> Tensor:
         return super().pictured(picture) / math.sqrt(9 * self.config.image_channels)

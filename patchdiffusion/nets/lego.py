@@ -11,6 +11,7 @@ Shapes: B batch, C image channels, n spatial axes, *S their lengths, E size of t
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -18,14 +19,16 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import Network, put
-from patchdiffusion.nets.count import macs_of
+from patchdiffusion.nets.count import macs_of_call
 from patchdiffusion.nets.cuts import Cut, Kept, Passage, within
 from patchdiffusion.nets.embed import Embedding, LateEmbedding, Switches, whole_canvas
 from patchdiffusion.nets.layers import pad_to_multiple
 from patchdiffusion.nets.legobody import RegionNetwork, Regions
 from patchdiffusion.nets.legoshape import LegoShape
 from patchdiffusion.nets.legosizes import SIZES
+from patchdiffusion.nets.text import described
 from patchdiffusion.nets.tiling import Tiling
+from patchdiffusion.nets.tokens import context_of
 from patchdiffusion.patches import Size
 from patchdiffusion.rng import bernoulli, subkeys
 
@@ -61,9 +64,11 @@ class Brick(nn.Module):
 
     def cut(self, inputs: "Inputs") -> Regions:
         """The input of its body."""
-        x, below, pos, emb, where, key, tape = inputs
+        x, below, pos, emb, where, key, tape, context, mask = inputs
         z = None if below is None else where.cut(below)
-        return Regions(where.cut(x), z, where.cut(pos), emb, where.grid, key, tape, self.name)
+        return Regions(
+            where.cut(x), z, where.cut(pos), emb, where.grid, key, tape, self.name, context, mask
+        )
 
 
 class Inputs(NamedTuple):
@@ -82,6 +87,10 @@ class Inputs(NamedTuple):
     key: Tensor | None = None
     """int64 [B], keys of the dropout; None is none."""
     tape: Tape | None = None
+    context: Tensor | None = None
+    """[B, T', D'], tokens of a condition."""
+    mask: Tensor | None = None
+    """bool [B, T'], the tokens of the condition that count."""
 
 
 class Lego(Network[LegoConfig]):
@@ -99,6 +108,7 @@ class Lego(Network[LegoConfig]):
             self.embed = LateEmbedding(width, classes, augment, **switches)
         else:
             self.embed = Embedding(width // 4, "positional", classes, augment, **switches)
+        self.text = config.text.build()
         self.bricks = nn.ModuleList(
             Brick(config.body.build(config.outline(k)), f"bricks.{k}")
             for k in range(len(config.regions))
@@ -179,10 +189,16 @@ class Lego(Network[LegoConfig]):
         x, pos = pad_to_multiple(x, multiple), pad_to_multiple(pos, multiple)
         key = cond.seed if self.config.dropout > 0 else None
         emb = self.embed(noise, cond)
+        context, mask = self._context(cond, emb)
         return [
-            Inputs(x, None, pos, emb, where, key, tape)
+            Inputs(x, None, pos, emb, where, key, tape, context, mask)
             for where in self._tilings(tuple(x.shape[2:]))
         ]
+
+    def _context(self, cond: Cond, emb: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens of the condition and their mask, after one that means that there are none."""
+        cond = described(self.text, cond, emb.shape[0], emb.device, self.config.perturb)
+        return context_of(cond, self.config.attends, emb)
 
     def _tilings(self, size: Size) -> list[Tiling]:
         """Places of the regions of each brick in padded images of a size."""
@@ -258,21 +274,24 @@ class Lego(Network[LegoConfig]):
 
         Their sum is `count(network, size).macs`.
         """
-        axes = self.config.axes
-        sides = (size,) * axes if isinstance(size, int) else size
-        multiple = math.lcm(*self.config.patches)
-        padded = tuple(-(-side // multiple) * multiple for side in sides)
-        x = torch.empty(1, self.config.channels, *padded, device="meta")
-        pos = torch.empty(1, axes, *padded, device="meta")
-        emb = torch.empty(1, self.config.width, device="meta")
-        noise = torch.empty(1, device="meta")
+        sides = (size,) * self.config.axes if isinstance(size, int) else size
+        inputs = (
+            torch.empty(1, self.config.channels, *sides, device="meta"),
+            torch.empty(1, device="meta"),
+        )
+
+        def shared(x: Tensor, noise: Tensor) -> list[Inputs]:
+            return self._inputs(x, noise, Cond())
+
+        def through(k: int, x: Tensor, noise: Tensor) -> Tensor:
+            given = shared(x, noise)[k]
+            return self._bricks()[k](given._replace(below=given.x if k else None))
+
+        rest = macs_of_call(self, shared, *inputs)
         costs = [
-            macs_of(brick, Inputs(x, x if k else None, pos, emb, where))
-            for k, (brick, where) in enumerate(
-                zip(self._bricks(), self._tilings(padded), strict=True)
-            )
+            macs_of_call(self, partial(through, k), *inputs) - rest for k in range(self.num_bricks)
         ]
-        return (costs[0] + macs_of(self.embed, noise, Cond()), *costs[1:])
+        return (costs[0] + rest, *costs[1:])
 
 
 def _cropped(x: Tensor, size: Size) -> Tensor:

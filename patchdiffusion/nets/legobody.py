@@ -55,6 +55,10 @@ class Regions(NamedTuple):
     tape: Tape | None = None
     name: str = ""
     """Name of the brick on the tape."""
+    context: Tensor | None = None
+    """[B, T', D'], tokens of a condition."""
+    mask: Tensor | None = None
+    """bool [B, T'], the tokens of the condition that count."""
 
     @property
     def sides(self) -> Size:
@@ -98,6 +102,8 @@ class Outline:
     dropout: float
     is_first: bool
     """True if there is no brick below it."""
+    context: int = 0
+    """Features of the tokens of a condition that it attends to; 0 is none."""
 
     @property
     def patches(self) -> Size:
@@ -253,6 +259,7 @@ class RegionTransformer(RegionNetwork):
                 norm=config.norm,
                 mlp=config.mlp,
                 qk_norm=config.qk_norm,
+                context=outline.context,
             )
             for _ in range(outline.depth)
         )
@@ -268,7 +275,8 @@ class RegionTransformer(RegionNetwork):
 
     def features(self, regions: Regions) -> Tensor:
         h = self.stem(regions) + self._places(regions)  # [B, P, T, D]
-        emb, around = regions.emb[:, None, None], Around(turn=self._turn(regions))
+        emb = regions.emb[:, None, None]
+        around = Around(turn=self._turn(regions), context=regions.context, mask=regions.mask)
         for i, block in enumerate(self.blocks):
             h = block(h, emb, regions.keys(f"blocks.{i}"), around).h
             regions.record(f"blocks.{i}", self._maps(h, regions), tokens=True)

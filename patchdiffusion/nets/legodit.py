@@ -15,7 +15,7 @@ _POSITIONS: dict[str, Positions] = {
     "coordinates": "coordinates",
     "rope": "rope",
 }
-_ALIKE = ("width", "heads", "mlp_ratio", "embedding")
+_ALIKE = ("width", "heads", "mlp_ratio", "embedding", "context", "text")
 
 
 def lego_of_dit(
@@ -40,7 +40,8 @@ def lego_of_dit(
     weights = lego.state_dict()
     weights |= {name: torch.zeros_like(weights[name]) for name in _extra(weights, last)}
     for name, value in network.state_dict().items():
-        whole = name if name.startswith("embed.") else f"{last}.{_renamed(name)}"
+        shared = name.startswith(("embed.", "text."))
+        whole = name if shared else f"{last}.{_renamed(name)}"
         weights[whole] = value[: len(weights[whole])]  # without the channels of a variance
     lego.load_state_dict(weights)
     return lego

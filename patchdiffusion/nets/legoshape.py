@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 from patchdiffusion.nets.base import NetworkConfig
 from patchdiffusion.nets.legobody import Outline, TransformerBody
 from patchdiffusion.nets.legounet import UNetBody
+from patchdiffusion.nets.text import ContextShape
 from patchdiffusion.patches import Size, size_name
 
 Body = TransformerBody | UNetBody
@@ -15,7 +16,7 @@ Body = TransformerBody | UNetBody
 
 
 @dataclass(frozen=True, kw_only=True)
-class LegoShape(NetworkConfig):
+class LegoShape(ContextShape):
     """Base of the configuration of LEGO bricks: its fields, and what follows from them."""
 
     perturbs: ClassVar[bool] = True
@@ -91,6 +92,7 @@ class LegoShape(NetworkConfig):
             mlp_ratio=self.mlp_ratio,
             dropout=self.dropout,
             is_first=index == 0,
+            context=self.attends,
         )
 
     def inherit(self, old: NetworkConfig, config: object) -> Self:

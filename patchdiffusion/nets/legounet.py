@@ -41,6 +41,8 @@ class UNetBody(BodyConfig):
             raise ValueError(
                 f"body unet is for images of 2 axes, not {outline.axes}; use body transformer"
             )
+        if outline.context:
+            raise ValueError("body unet reads no texts and no context; use body transformer")
 
     def build(self, outline: Outline) -> "RegionUNet":
         return RegionUNet(self, outline)

@@ -16,6 +16,8 @@ from patchdiffusion.nets.layers import normal
 from patchdiffusion.system.dist import local
 
 EPS = 1e-4
+BRANCH = 0.3
+"""Share of a branch in a sum, `t` of `mp_sum`."""
 
 
 def normalize(x: Tensor, *dims: int) -> Tensor:
@@ -136,6 +138,60 @@ class MPAttention(nn.Module):
         q, k, v = normalize(qkv.transpose(-1, -2).contiguous(), -1).unbind(1)  # each [B, n, N, d]
         h = F.scaled_dot_product_attention(q, k, v)
         return self.proj(h.transpose(-1, -2).reshape(b, c, height, width))
+
+
+class MPReader(nn.Module):
+    """Attention of pixels to the tokens of a condition, which adds nothing at the start.
+
+    A gain g of its output a is learned: (x + g a) / sqrt(1 + g^2) keeps the magnitude.
+    """
+
+    role: ClassVar[Role] = "attention"
+    is_neutral: ClassVar[bool] = True
+    branches: ClassVar[tuple[str, ...]] = ("proj",)
+
+    def __init__(self, channels: int, num_heads: int, context: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q = MPWeight(channels, channels, 1)
+        self.kv = MPWeight(context, 2 * channels)
+        self.proj = MPWeight(channels, channels, 1, gain=True)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, C, H, W], context [B, T, D], mask bool [B, T] -> [B, C, H, W]."""
+        q = self.q(x).flatten(2).unflatten(1, (self.num_heads, -1)).mT  # [B, n, N, d]
+        kv = self.kv(normalize(context, -1)).unflatten(-1, (2, self.num_heads, -1))
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind()  # each [B, n, T, d]
+        where = None if mask is None else mask[:, None, None]
+        q, k, v = (normalize(part.contiguous(), -1) for part in (q, k, v))
+        h = F.scaled_dot_product_attention(q, k, v, where)
+        h = self.proj(h.mT.flatten(1, 2).unflatten(2, x.shape[2:]))
+        assert self.proj.gain is not None
+        return (x + h) / (1 + self.proj.gain.square()).sqrt().to(x.dtype)
+
+
+class MPTokenBlock(nn.Module):
+    """Attention among the tokens that count, and an MLP, as branches of `mp_sum`."""
+
+    role: ClassVar[Role] = "attention"
+    branches: ClassVar[tuple[str, ...]] = ("proj", "layer1")
+
+    def __init__(self, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = MPWeight(width, 3 * width)
+        self.proj = MPWeight(width, width)
+        self.layer0 = MPWeight(width, 4 * width, role="mlp")
+        self.layer1 = MPWeight(4 * width, width, role="mlp")
+
+    def forward(self, h: Tensor, where: Tensor) -> Tensor:
+        """h [B, T, D], where bool [B, T] -> [B, T, D]."""
+        h = normalize(h, -1)
+        qkv = self.qkv(h).unflatten(-1, (3, self.num_heads, -1))  # [B, T, 3, n, d]
+        q, k, v = normalize(qkv.permute(2, 0, 3, 1, 4).contiguous(), -1).unbind()
+        out = F.scaled_dot_product_attention(q, k, v, where[:, None, None])
+        h = mp_sum(h, self.proj(out.transpose(1, 2).flatten(2)), BRANCH)
+        return mp_sum(h, self.layer1(mp_silu(self.layer0(h))), BRANCH)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 Shapes: B batch, L bytes, T = L + 1 tokens, D features of a token.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Self
@@ -15,6 +16,7 @@ from patchdiffusion.cond import Cond
 from patchdiffusion.nets.base import Key, NetworkConfig, Role
 from patchdiffusion.nets.embed import positional
 from patchdiffusion.nets.layers import Linear, normal
+from patchdiffusion.nets.magnitude import MPTokenBlock, MPWeight, mp_sum, normalize
 from patchdiffusion.nets.perturb import NONE, Perturb
 
 
@@ -27,10 +29,11 @@ class TextConfig(ABC):
         """Features of the tokens that it makes; 0 for none."""
 
     @abstractmethod
-    def build(self) -> nn.Module | None:
+    def build(self, *, keeps_magnitude: bool = False) -> nn.Module | None:
         """The module, without initial weights: `Cond.tokens` [B, L] -> context [B, T, D], mask.
 
-        The mask bool [B, T] says which tokens count, in any number that depends on L alone.
+        The mask bool [B, T] says which tokens count, in any number that depends on L alone. One
+        that keeps magnitudes has the layers of EDM2, which its learning rate is made for.
         """
 
 
@@ -45,7 +48,7 @@ class NoText(TextConfig):
         """0."""
         return 0
 
-    def build(self) -> None:
+    def build(self, *, keeps_magnitude: bool = False) -> None:
         """None."""
         return None
 
@@ -78,9 +81,9 @@ class ByteText(TextConfig):
         """Features of the tokens that it makes."""
         return self.width
 
-    def build(self) -> "TextTower":
+    def build(self, *, keeps_magnitude: bool = False) -> "TextTower | MPTextTower":
         """The transformer, without initial weights."""
-        return TextTower(self)
+        return MPTextTower(self) if keeps_magnitude else TextTower(self)
 
 
 Text = NoText | ByteText
@@ -191,13 +194,46 @@ class TextTower(nn.Module):
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, L], filled up with 0 -> context [B, T, D] and mask bool [B, T]."""
-        where = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens != 0], dim=1)
-        tokens = F.pad(tokens, (1, 0))
-        places = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
-        h = self.table(tokens) + positional(places, self.width)
+        tokens, where = _after_start(tokens)
+        h = self.table(tokens) + _places(tokens, self.width)
         for block in self.blocks:
             h = block(h, where)
         return _normalized(h), where
+
+
+class MPTextTower(nn.Module):
+    """The same of layers that keep the magnitude, as EDM2 does (arXiv 2312.02696)."""
+
+    role: ClassVar[Role] = "embedding"
+    is_neutral: ClassVar[bool] = True
+
+    def __init__(self, config: ByteText):
+        super().__init__()
+        self.width = config.width
+        self.table = MPWeight(256, config.width)
+        self.blocks = nn.ModuleList(
+            MPTokenBlock(config.width, config.heads) for _ in range(config.depth)
+        )
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B, L], filled up with 0 -> context [B, T, D] and mask bool [B, T]."""
+        tokens, where = _after_start(tokens)
+        one_hot = F.one_hot(tokens.long(), 256).to(self.table.weight.dtype)
+        h = mp_sum(self.table(16 * one_hot), math.sqrt(2) * _places(tokens, self.width))
+        for block in self.blocks:
+            h = block(h, where)
+        return normalize(h, -1), where
+
+
+def _after_start(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Bytes after the start of all texts, and which of them are in the text: [B, L + 1] both."""
+    where = torch.cat([torch.ones_like(tokens[:, :1], dtype=torch.bool), tokens != 0], dim=1)
+    return F.pad(tokens, (1, 0)), where
+
+
+def _places(tokens: Tensor, width: int) -> Tensor:
+    places = torch.arange(tokens.shape[1], device=tokens.device, dtype=torch.float32)
+    return positional(places, width)
 
 
 def _normalized(h: Tensor) -> Tensor:

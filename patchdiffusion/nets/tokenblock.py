@@ -151,7 +151,12 @@ class ContextAttention(nn.Module):
         self.k_norm = Gain(width // num_heads) if qk_norm else None
 
     def forward(self, h: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """h [B, T, D], context [B, T', D'], mask bool [B, T'] -> [B, T, D]."""
+        """h [B, T, D], context [B, T', D'], mask bool [B, T'] -> [B, T, D].
+
+        Also of the tokens of P regions, h [B, P, T, D].
+        """
+        if h.ndim > 3:
+            return self(h.flatten(1, 2), context, mask).unflatten(1, h.shape[1:3])
         q = self.q(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, n, T, d]
         kv = self.kv(context).unflatten(-1, (2, self.num_heads, -1))  # [B, T', 2, n, d]
         k, v = kv.permute(2, 0, 3, 1, 4).unbind()

@@ -23,7 +23,7 @@ from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.reader import Reader
 from patchdiffusion.nets.selfcondition import PooledFeatures
 from patchdiffusion.nets.shapes import UNetShape
-from patchdiffusion.nets.text import ContextShape, described
+from patchdiffusion.nets.text import ContextShape, Text, described
 from patchdiffusion.nets.tokens import context_of
 from patchdiffusion.rng import subkeys
 
@@ -61,13 +61,22 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         config = self.config
         self.text = self.readers = None
         if isinstance(config, ContextShape) and config.attends:
-            self.text = config.text.build()
+            self.text = self.text_encoder(config.text)
             self.readers = nn.ModuleDict()
             for name, block in self._named_blocks():
-                attention = getattr(block, "attention", None)
-                if isinstance(attention, Attention):
-                    reader = Reader(attention.proj.out_channels, config.attends)
+                reader = self.reader(getattr(block, "attention", None), config.attends)
+                if reader is not None:
                     self.readers[name.replace(".", "_")] = reader
+
+    def text_encoder(self, text: Text) -> nn.Module | None:
+        """The text encoder inside the network."""
+        return text.build()
+
+    def reader(self, attention: nn.Module | None, context: int) -> nn.Module | None:
+        """Attention to a condition of so many features, after a block with this self-attention."""
+        if not isinstance(attention, Attention):
+            return None
+        return Reader(attention.proj.out_channels, context)
 
     def _named_blocks(self) -> list[tuple[str, nn.Module]]:
         """All blocks by their names on the tape."""

@@ -22,7 +22,9 @@ def with_captions(config: TrainConfig, encoder: str) -> TrainConfig:
     network = config.network
     if not isinstance(network, ContextShape):
         word = families.word(type(network))
-        raise ValueError(f"network {word} reads no captions; use --network unet, adm or dit")
+        raise ValueError(
+            f"network {word} reads no captions; use --network unet, adm, edm2, dit or lego"
+        )
     inside = {w: member for w, member in families.words(Text).items() if member is not NoText}
     if encoder in inside:
         if type(network.text) is inside[encoder] and there:
