@@ -28,7 +28,7 @@ from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
 from patchdiffusion.encoders.embed import Embedding
 from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.losses import Batch, DenoisingLoss, Objective
-from patchdiffusion.nets.base import initialize
+from patchdiffusion.nets.base import initialize, put
 from patchdiffusion.nets.embed import positional
 from patchdiffusion.nets.layers import Linear
 from patchdiffusion.noise import LogNormal, NoiseLaw
@@ -76,7 +76,7 @@ class MLP(nn.Module):
         h = torch.cat([x, *features], dim=1)
         for layer in self.layers:
             h = torch.nn.functional.silu(layer(h))
-        return self.out(h)
+        return self.out(put(tape, "features", h))
 
 
 def train(
@@ -88,15 +88,20 @@ def train(
     lr: float = 2e-3,
     seed: int = 0,
     start: nn.Module | None = None,
+    learned: nn.Module | None = None,
 ) -> NetDenoiser:
-    """Train by an objective, a function of the averaged denoiser; returns the averaged denoiser."""
+    """Train by an objective, a function of the averaged denoiser; returns the averaged denoiser.
+
+    `learned` is trained with the network.
+    """
     network, average = MLP(seed), MLP(seed).requires_grad_(False)
     if start is not None:
         network.load_state_dict(start.state_dict())
         average.load_state_dict(start.state_dict())
     trained, averaged = NetDenoiser(network, precond), NetDenoiser(average, precond)
     loss = objective(averaged)
-    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    more = [] if learned is None else list(learned.parameters())
+    optimizer = torch.optim.Adam([*network.parameters(), *more], lr=lr)
     for step in range(steps):
         progress = step / steps
         for group in optimizer.param_groups:

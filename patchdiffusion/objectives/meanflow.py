@@ -1,9 +1,10 @@
 """MeanFlow: a network of the mean velocity between any two times of the straight path.
 
 Geng, Deng, Bai, Kolter, He, "Mean Flows for One-step Generative Modeling" (arXiv 2505.13447), with
-the tangent of "Improved Mean Flows" (2512.02012) as an option. z_t = (1 - t) x0 + t eps, noise at
-t = 1, velocity v = eps - x0. The network F(z, t, cond) is conditioned on the length of the jump,
-t - s, by `cond.jump`; at jump 0 it is the velocity, of which `FlowMatching` makes a denoiser.
+the tangent and the auxiliary head of "Improved Mean Flows" (2512.02012) as options. z_t = (1 - t)
+x0 + t eps, noise at t = 1, velocity v = eps - x0. The network F(z, t, cond) is conditioned on the
+length of the jump, t - s, by `cond.jump`; at jump 0 it is the velocity, of which `FlowMatching`
+makes a denoiser.
 """
 
 import math
@@ -16,15 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.cond import CONDITIONS, Cond
-from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
-from patchdiffusion.losses import Batch, LossOut
+from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma, prepare
+from patchdiffusion.losses import Batch, LossOut, squared_error
 from patchdiffusion.noise import LogitNormal, LogNormal, NoiseLaw
 from patchdiffusion.objectives.base import C, Distillation, Distilled, Materials, Settings
 from patchdiffusion.objectives.tangent import derivative
+from patchdiffusion.objectives.velocityhead import (
+    Head,
+    learned_velocity,
+    still_velocity,
+    velocity_head,
+    with_tap,
+)
 from patchdiffusion.parameterisation import EDM, FlowMatching, Parameterisation
+from patchdiffusion.patches import Size
 from patchdiffusion.paths import Flow, Path, per_sample
 from patchdiffusion.rng import Draws
 
+LATEST = 1 - 1e-4
+"""The largest time whose noise level is asked for; that of 1 is infinite."""
 Raw = Callable[[Tensor, Tensor, Cond], Tensor]
 """A network: z [B, C, *S], time [B] and a condition -> the shape of z."""
 
@@ -63,8 +74,9 @@ class MeanFlowMap:
         self, z: Tensor, t: Tensor | float, s: Tensor | float, cond: Cond | None = None
     ) -> Tensor:
         """z [B, C, *S] at time t to s, both [B] or scalars; the network computes in float32."""
-        t, s = expand_sigma(t, z), expand_sigma(s, z)
-        u = mean_velocity(self.network, z.float(), t.float(), s.float(), cond or Cond())
+        t, s, cond = expand_sigma(t, z), expand_sigma(s, z), cond or Cond()
+        prepare(self.network, Flow().sigma(t.clamp(max=LATEST)).float(), cond)
+        u = mean_velocity(self.network, z.float(), t.float(), s.float(), cond)
         return (z - per_sample(t - s, z) * u).to(z.dtype)
 
 
@@ -87,8 +99,13 @@ class MeanFlowConfig(Distilled):
     """Guidance weight of the target velocity; with mix, the scale is guidance / (1 - mix)."""
     mix: float = 0.0
     """Share of the network's velocity with the label in the target velocity."""
-    tangent: Literal["data", "network"] = "data"
-    """Direction of the derivative: eps - x0, or the network's velocity (improved MeanFlow)."""
+    tangent: Literal["data", "network", "head"] = "data"
+    """Direction of the derivative: data, eps - x0, or improved MeanFlow: network, its velocity, or
+    head, that of a second output, which is trained beside it."""
+    head_weight: float = 1.0
+    """Weight of the error of that output, if tangent is head."""
+    head_tap: str = ""
+    """Activation that it reads, of those that patchdiffusion info lists; empty is the last one."""
     teacher: str | None = None
     """Run or model whose velocity replaces eps - x0 (distillation); None is training."""
 
@@ -108,6 +125,16 @@ class MeanFlowConfig(Distilled):
             )
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"meanflow needs guidance >= 0 and finite, not {self.guidance}")
+        if not 0 < self.head_weight < math.inf:
+            raise ValueError(
+                f"meanflow needs head_weight > 0 and finite, not {self.head_weight}; "
+                "leave the head out by --objective.tangent network"
+            )
+        if self.head_tap and self.tangent != "head":
+            raise ValueError(
+                f"head_tap is {self.head_tap}, and tangent is {self.tangent}, which has no head: "
+                "add --objective.tangent head"
+            )
         if self.eps > 2**24:
             raise ValueError(
                 f"meanflow needs eps <= 2^24, as no loss in float32 changes larger ones, not "
@@ -168,8 +195,9 @@ class MeanFlowConfig(Distilled):
             )
 
     def build(self, materials: Materials) -> "MeanFlowLoss":
-        """The MeanFlow loss."""
-        return MeanFlowLoss(config=self, teacher=next(iter(materials.teachers), None))
+        """The MeanFlow loss, with its head if there is one."""
+        head = velocity_head(materials, self.head_tap) if self.tangent == "head" else None
+        return MeanFlowLoss(config=self, teacher=next(iter(materials.teachers), None), head=head)
 
     def product(self, denoiser: NetDenoiser) -> MeanFlowMap:
         """The flow map along the mean velocity."""
@@ -178,7 +206,7 @@ class MeanFlowConfig(Distilled):
     @property
     def passes(self) -> float:
         """Two for each derivative, one for each further velocity and for a teacher."""
-        further = (self.tangent == "network") + (self.teacher is not None)
+        further = (self.tangent != "data") + (self.teacher is not None)
         return 2 * (1 - self.same) + further + self.guided * (1 + (self.mix > 0))
 
 
@@ -193,6 +221,15 @@ class MeanFlowLoss:
     config: MeanFlowConfig
     teacher: Denoiser | None = None
     """Estimates E[x0 | x], from which the velocity follows; None takes that of the sample."""
+    head: Head | None = None
+    """Output of the velocity, of tangent head; trained with the network by its own error."""
+
+    def __post_init__(self) -> None:
+        if (self.config.tangent == "head") != (self.head is not None):
+            raise ValueError(
+                f"tangent is {self.config.tangent}, and the loss has {self.head} as its head; "
+                "tangent head needs one, others none"
+            )
 
     def times(self, draws: Draws, law: NoiseLaw) -> tuple[Tensor, Tensor]:
         """Two times of each sample, the larger one first: float32 [B] each."""
@@ -209,6 +246,8 @@ class MeanFlowLoss:
         """The loss of the network of a `NetDenoiser`; `ValueError` for other denoisers."""
         if not isinstance(denoiser, NetDenoiser):
             raise ValueError(f"MeanFlow trains a NetDenoiser, not a {type(denoiser).__name__}")
+        if self.head is not None:
+            denoiser = with_tap(denoiser, self.head)
         network, config = denoiser.raw, self.config
         t, s = self.times(draws, batch.noise)
         images, cond = batch.images, batch.cond
@@ -219,16 +258,30 @@ class MeanFlowLoss:
             along = v
             if config.tangent == "network":  # whose output may be of low precision
                 along = mean_velocity(network, z, t, t, cond).to(z.dtype)
+            if self.head is not None:
+                along = still_velocity(denoiser, self.head, z, t, cond)
             target = v - per_sample(t - s, z) * slope(network, z, t, s, cond, along)
         square = (mean_velocity(network, z, t, s, cond) - target).square().flatten(1).mean(1)
-        loss = square / (square.detach() + config.eps) ** config.power
-        return LossOut(per_sample=loss, scalars={"velocity error": square.detach().mean()})
+        loss, scalars = self._adaptive(square), {"velocity error": square.detach().mean()}
+        if self.head is not None:
+            error = squared_error(learned_velocity(denoiser, self.head, z), v)
+            loss = loss + config.head_weight * self._adaptive(error)
+            scalars["head error"] = error.detach().mean()
+        return LossOut(per_sample=loss, scalars=scalars)
+
+    def operations(self, size: Size) -> float:
+        """Operations of the head for one crop of a size."""
+        return 0.0 if self.head is None else self.head.operations(size)
+
+    def _adaptive(self, square: Tensor) -> Tensor:
+        """Squared errors [B] with the adaptive weights."""
+        return square / (square.detach() + self.config.eps) ** self.config.power
 
     def _taught(self, z: Tensor, t: Tensor, cond: Cond, v: Tensor) -> Tensor:
         """The teacher's estimate of eps - x0 at z; without a teacher v, that of the sample."""
         if self.teacher is None:
             return v
-        wide = per_sample(t.clamp(max=1 - 1e-4), z)
+        wide = per_sample(t.clamp(max=LATEST), z)
         sigma = (wide / (1 - wide)).flatten()
         estimate = self.teacher(z / (1 - wide), sigma, replace(cond, seed=None))
         return (z - estimate) / wide  # z = (1 - t) x0 + t eps
