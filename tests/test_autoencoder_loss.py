@@ -22,8 +22,9 @@ from patchdiffusion.losses import Batch, LossOut
 from patchdiffusion.nets.autoencoder import Bottleneck, KLConfig, gaussian_kl
 from patchdiffusion.nets.quantize import VQConfig
 from patchdiffusion.noise import LogNormal
+from patchdiffusion.objectives.adversarial import adaptive_weight
 from patchdiffusion.objectives.base import Materials
-from patchdiffusion.objectives.reconstruct import Reconstructor, adaptive_weight
+from patchdiffusion.objectives.reconstruct import Reconstructor
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team
 from patchdiffusion.train.autoencoding import AutoencoderTask

@@ -1,4 +1,4 @@
-"""Discriminators of patches, against which autoencoders are trained (PatchGAN, arXiv 1611.07004).
+"""Discriminators of patches, against which other networks are trained (PatchGAN, arXiv 1611.07004).
 
 Shapes: B batch, C channels, H and W sides of images, h and w those of the logits.
 """
@@ -8,9 +8,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from patchdiffusion.encoders.embed import WIDTHS, random_weight
 from patchdiffusion.nets.base import initialize
 from patchdiffusion.nets.layers import Conv
 from patchdiffusion.patches import Size, size_name
@@ -20,6 +22,7 @@ from patchdiffusion.system.checks import positive
 Form = Literal["hinge", "nonsaturating"]
 Norm = Literal["none", "group", "batch"]
 
+FLAG = "--task.adversary"
 _SLOPE = 0.2  # of leaky ReLUs
 _HE = (6 / (1 + _SLOPE**2)) ** 0.5
 
@@ -30,22 +33,25 @@ class NoAdversary:
 
     word: ClassVar[str] = "none"
 
-    def check(self, size: Size) -> None:
+    def check(self, size: Size, flag: str = FLAG) -> None:
         """Fits all crops."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdversaryConfig(ABC):
-    """Base of discriminators, whose gradient is balanced with that of the reconstruction."""
+    """Base of discriminators, whose gradient is balanced with that of the other losses."""
 
     weight: float = 0.5
-    """Norm of its gradient on the last layer, relative to that of the reconstruction."""
+    """Norm of its gradient on the last layer, relative to that of the other losses; the factor of
+    its loss if it is not balanced."""
+    balanced: bool = True
+    """Balance its gradient with that of the other losses."""
     start: float = 0.25
     """Share of the run after which it counts."""
     warmup: float = 0.1
     """Share of the run before that in which the discriminator alone is trained."""
     rate: float = 0.2
-    """Learning rate of the discriminator relative to that of the autoencoder."""
+    """Learning rate of the discriminator relative to that of the network."""
     form: Form = "hinge"
     """hinge: the loss of Lim & Ye (arXiv 1705.02894); nonsaturating: that of the first GANs."""
     limit: float = 1.0
@@ -64,8 +70,8 @@ class AdversaryConfig(ABC):
                 f"not {self.start}, {self.warmup} and {self.r1}"
             )
 
-    def check(self, size: Size) -> None:
-        """Raise `ValueError` for crops that it cannot judge."""
+    def check(self, size: Size, flag: str = FLAG) -> None:
+        """Raise `ValueError` for crops that it cannot judge; `flag` is that of the record."""
         return None
 
     @abstractmethod
@@ -101,7 +107,7 @@ class PatchGAN(AdversaryConfig):
         if self.norm == "group" and self.width % 8:
             raise ValueError(f"width must be a multiple of 8 for group norms, not {self.width}")
 
-    def check(self, size: Size) -> None:
+    def check(self, size: Size, flag: str = FLAG) -> None:
         """Raise `ValueError` for crops that are too small for its layers."""
         least = 3 * 2**self.layers
         if min(size) < least:
@@ -109,15 +115,32 @@ class PatchGAN(AdversaryConfig):
             raise ValueError(
                 f"a discriminator of {self.layers} layers needs crops of at least {least} pixels, "
                 f"not {size_name(size)}; use "
-                + (f"--task.adversary.layers {fits}" if fits else "--task.adversary none")
+                + (f"{flag}.layers {fits}" if fits else f"{flag} none")
             )
 
     def network(self, channels: int) -> "PatchDiscriminator":
         return PatchDiscriminator(channels, self.width, self.layers, self.norm)
 
 
-Adversary = PatchGAN | NoAdversary
-"""Discriminators of `--task.adversary`."""
+@dataclass(frozen=True, kw_only=True)
+class FeatureHeads(AdversaryConfig):
+    """Small heads on the features of a fixed network at three resolutions, for few images."""
+
+    word: ClassVar[str] = "feature-heads"
+
+    width: int = 32
+    """Hidden features of a head."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "width")
+
+    def network(self, channels: int) -> "FeatureDiscriminator":
+        return FeatureDiscriminator(channels, self.width)
+
+
+Adversary = PatchGAN | FeatureHeads | NoAdversary
+"""Discriminators of `--task.adversary` and `--objective.adversary`."""
 
 
 class PatchDiscriminator(nn.Module):
@@ -134,6 +157,36 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class FeatureDiscriminator(nn.Module):
+    """Two layers of each place on the features of three fixed random convolutions.
+
+    Images [B, C, H, W] -> logits [B, 1, 3 h, w], h and w a quarter of H and W, rounded up. As the
+    features are not trained, heads of few weights do not learn a handful of images by heart.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__()
+        heads: list[nn.Module] = []
+        for number, (below, features) in enumerate(itertools.pairwise((channels, *WIDTHS))):
+            weight = random_weight(number, features, below, 2)
+            self.register_buffer(f"weight{number}", weight, persistent=False)
+            hidden = Conv(features, width, 1, init="kaiming", scale=_HE, role="conv")
+            out = Conv(width, 1, 1, init="kaiming", scale=_HE, role="conv")
+            heads.append(nn.Sequential(hidden, nn.LeakyReLU(_SLOPE), out))
+        self.heads = nn.ModuleList(heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps: list[Tensor] = []
+        for number in range(len(self.heads)):
+            weight = self.get_buffer(f"weight{number}").to(x.dtype)
+            x = F.conv2d(x, weight, padding=1, stride=1 if number == 0 else 2)
+            x = F.leaky_relu(x, _SLOPE)
+            maps.append(x)
+        size = tuple(x.shape[2:])
+        pooled = [F.adaptive_avg_pool2d(h, size) for h in maps]
+        return torch.cat([head(h) for head, h in zip(self.heads, pooled, strict=True)], dim=2)
 
 
 def _conv(cin: int, cout: int, stride: int, norm: Norm) -> Conv:

@@ -102,7 +102,7 @@ def random_features(x: Tensor) -> Tensor:
     axes, below, out = x.ndim - 2, x.shape[1], []
     convolution = _CONVOLUTIONS[axes - 1]
     for number, width in enumerate(WIDTHS):
-        weight = _weight(number, width, below, axes).to(x)
+        weight = random_weight(number, width, below, axes).to(x)
         x = F.leaky_relu(convolution(x, weight, padding=1, stride=1 if number == 0 else 2), 0.2)
         flat = x.flatten(2)
         out += [flat.mean(2), (flat.var(2, correction=0) + 1e-6).sqrt()]
@@ -110,7 +110,8 @@ def random_features(x: Tensor) -> Tensor:
     return torch.cat(out, dim=1)
 
 
-def _weight(number: int, width: int, below: int, axes: int) -> Tensor:
+def random_weight(number: int, width: int, below: int, axes: int) -> Tensor:
+    """Weights of a layer of `random_features`, from `below` to `width` channels."""
     shape = (below, *(3,) * axes)
     keys = rng.keys(0, "random features", number, torch.arange(width))
     return rng.normal(keys, shape) * math.sqrt(2 / math.prod(shape))

@@ -334,6 +334,15 @@ class Told(Protocol):
         ...
 
 
+@runtime_checkable
+class Phased(Protocol):
+    """An objective or addition whose gradients differ between parts of the run."""
+
+    def phase(self, progress: float) -> str:
+        """Part of the run at a share of it, for the guard; empty for the usual one."""
+        ...
+
+
 def stages_of(objective: Any) -> tuple[Any, ...]:
     """An objective and what its additions made of it, in order."""
     return objective.stages if isinstance(objective, Stages) else (objective,)
@@ -365,3 +374,7 @@ class Stages:
         for stage in self.stages:
             if isinstance(stage, AfterStep):
                 stage.after_step(applied)
+
+    def phase(self, progress: float) -> str:
+        """Part of the run, by which typical gradients differ, of all stages that have some."""
+        return "".join(s.phase(progress) for s in self.stages if isinstance(s, Phased))

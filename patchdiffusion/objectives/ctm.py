@@ -1,8 +1,8 @@
 """Consistency trajectory models: one network that jumps between any two noise levels.
 
-Kim et al. (arXiv 2310.02279), without the adversarial term, in the VE frame. The network g(x, t, s)
-is an EDM denoiser conditioned on the relative length of the jump, 1 - s / t, by `cond.jump`; at
-jump 0 it is E[x0 | x].
+Kim et al. (arXiv 2310.02279), in the VE frame, with their adversarial term as an option. The
+network g(x, t, s) is an EDM denoiser conditioned on the relative length of the jump, 1 - s / t, by
+`cond.jump`; at jump 0 it is E[x0 | x].
 """
 
 import math
@@ -14,15 +14,20 @@ from torch import Tensor
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.denoiser import Denoiser, NetDenoiser, expand_sigma
+from patchdiffusion.encoders.discriminator import Adversary, AdversaryConfig, NoAdversary
 from patchdiffusion.losses import Batch, LossOut, estimated, squared_error
 from patchdiffusion.noise import check_range
+from patchdiffusion.objectives.adversarial import AdversarialTerm, adversarial_term, check_axes
 from patchdiffusion.objectives.base import C, Distillation, Distilled, Materials, Settings
 from patchdiffusion.objectives.discrete import Levels, heun_step
 from patchdiffusion.parameterisation import EDM, Parameterisation
+from patchdiffusion.patches import Size
 from patchdiffusion.paths import VE, Path, per_sample
 from patchdiffusion.rng import Draws, integers
 from patchdiffusion.solvers.schedules import karras
 from patchdiffusion.weighting import EDMWeight, Weighting
+
+FLAG = "--objective.adversary"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +57,7 @@ class TrajectoryMap:
 
 @dataclass(frozen=True, kw_only=True)
 class CTMConfig(Distilled):
-    """Consistency trajectory models without the adversarial loss; distillation with a teacher."""
+    """Consistency trajectory models, with an adversary or without; distillation with a teacher."""
 
     few_step: ClassVar[bool] = True
     estimates: ClassVar[bool] = True
@@ -68,6 +73,8 @@ class CTMConfig(Distilled):
     """Most grid steps of the solver before the jump that it is compared with."""
     denoising: float = 1.0
     """Weight of the denoising loss, beside the error of the jumps."""
+    adversary: Adversary = field(default_factory=NoAdversary)
+    """Discriminator of images and the ends of jumps."""
     teacher: str | None = None
     """Run or model whose denoiser the solver uses (distillation); None is the averaged weights."""
 
@@ -95,6 +102,7 @@ class CTMConfig(Distilled):
         self.precond(config.precond)
         if "jump" not in config.network.reads:
             raise ValueError("ctm needs a network of two times: set --network.jump")
+        check_axes(self.adversary, config.network.axes, FLAG)
 
     def precond(self, chosen: Parameterisation) -> EDM:
         """EDM's; `ValueError` for any other."""
@@ -105,16 +113,24 @@ class CTMConfig(Distilled):
     @property
     def passes(self) -> float:
         """3 of the jump with its backward pass, 2 of the target's jump with gradients to its input,
-        2 without gradients, and 2 for each step of the solver."""
-        return 3.0 + 2.0 + 2.0 + 2.0 * self.steps
+        2 without gradients, and 2 for each step of the solver; 2 for the balance of an adversary,
+        which are gradients to that input."""
+        adversary = self.adversary
+        balanced = isinstance(adversary, AdversaryConfig) and adversary.balanced
+        balance = 2 * (1 - adversary.start) if balanced else 0.0
+        return 3.0 + 2.0 + 2.0 + 2.0 * self.steps + balance
 
     def build(self, materials: Materials) -> "TrajectoryLoss":
-        """The loss, with the averaged weights as target."""
+        """The loss, with the averaged weights as target and a discriminator if there is one.
+
+        Raises `ValueError` for crops that the discriminator cannot judge.
+        """
         return TrajectoryLoss(
             config=self,
             target=materials.average(),
             teacher=next(iter(materials.teachers), None),
             weighting=materials.precond.default_weighting(),
+            adversary=adversarial_term(self.adversary, materials, FLAG),
         )
 
     def product(self, denoiser: NetDenoiser) -> TrajectoryMap:
@@ -128,7 +144,8 @@ class TrajectoryLoss:
 
     A jump from t to s must agree with a solver from t to u and a jump from u to s; both results are
     compared after a last jump to 0 with the weights of the target, through which the gradient flows
-    into the first jump. The levels t > u >= s are on the grid of EDM.
+    into the first jump. The levels t > u >= s are on the grid of EDM. The adversary tells that end
+    from images; its gradient is balanced with that of the error of the jumps.
     """
 
     config: CTMConfig
@@ -138,6 +155,7 @@ class TrajectoryLoss:
     """Estimates E[x0 | x] in the solver; None is g(x, t, t) of the target."""
     weighting: Weighting = field(default_factory=EDMWeight)
     """Weight of the denoising loss."""
+    adversary: AdversarialTerm | None = None
 
     def times(self, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Grid indices of the levels t > u >= s: int64 [B] each."""
@@ -163,11 +181,28 @@ class TrajectoryLoss:
             goal = target(target(solved, u, s, cond), s, 0.0, cond)
         end = target(student(x, t, s, cond), s, 0.0, cond)
         square = squared_error(end, goal)
-        return LossOut(
+        out = LossOut(
             per_sample=square + estimate.weight * error,
             scalars={"trajectory error": square.detach().mean()},
             estimate=estimate,
         )
+        if self.adversary is None:
+            return out
+        more, shown = self.adversary(images, end, square, batch.progress)
+        return replace(
+            out,
+            per_sample=out.per_sample + more,
+            scalars={**out.scalars, **shown},
+            reported=out.per_sample.detach(),
+        )
+
+    def phase(self, progress: float) -> str:
+        """Part of the run, by which typical gradients differ; see `Adversarial.phase`."""
+        return "" if self.adversary is None else self.adversary.phase(progress)
+
+    def operations(self, size: Size) -> float:
+        """Operations of the discriminator for one crop of a size."""
+        return 0.0 if self.adversary is None else self.adversary.operations(size)
 
     def _level(self, index: Tensor) -> Tensor:
         grid = Levels(sigma_min=self.config.sigma_min, sigma_max=self.config.sigma_max)

@@ -13,28 +13,20 @@ One backward pass trains both: the generator term sees the discriminator through
 the discriminator sees constant reconstructions.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from patchdiffusion.cond import Tape
-from patchdiffusion.encoders.discriminator import (
-    AdversaryConfig,
-    discriminator_loss,
-    generator_loss,
-)
 from patchdiffusion.encoders.perceptual import Distance
 from patchdiffusion.losses import Batch, LossOut
 from patchdiffusion.nets.autoencoder import AutoencoderNetwork, Bottleneck, Noise, Upkeep
 from patchdiffusion.nets.layers import pad_to_multiple
+from patchdiffusion.objectives.adversarial import Adversarial
 from patchdiffusion.rng import Draws
 from patchdiffusion.system.dist import Team
-
-EPS = 1e-4  # of the norm of the gradient of the generator
 
 PixelError = Literal["l1", "l2"]
 
@@ -84,43 +76,6 @@ class LogVariance(nn.Module):
 
 
 @dataclass(frozen=True, eq=False)
-class Adversarial:
-    """Discriminator and settings of the adversarial loss."""
-
-    config: AdversaryConfig
-    network: nn.Module
-
-    def counts(self, progress: float) -> bool:
-        """True if the autoencoder is trained against it, at this share of the run."""
-        return progress >= self.config.start
-
-    def learns(self, progress: float) -> bool:
-        """True if it is trained itself."""
-        return progress >= self.config.start - self.config.warmup
-
-    def fooled(self, reconstruction: Tensor) -> Tensor:
-        """Loss of the generator [B], through constant weights of the discriminator."""
-        constant = {name: p.detach() for name, p in self.network.named_parameters()}
-        logits = functional_call(self.network, constant, (reconstruction,))
-        return generator_loss(logits, self.config.form)
-
-    def told_apart(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Loss of the discriminator [B], with constant images."""
-        loss = discriminator_loss(self.network(real), self.network(fake.detach()), self.config.form)
-        if not self.config.r1:
-            return loss
-        x = real.detach().requires_grad_()
-        with torch.autocast(x.device.type, enabled=False):
-            means = self.network(x).flatten(1).mean(1)
-            (slope,) = torch.autograd.grad(means.sum(), x, create_graph=True)
-        return loss + 0.5 * self.config.r1 * slope.square().flatten(1).sum(1)
-
-    def idle(self) -> Tensor:
-        """Zero that keeps its weights in the graph, which DistributedDataParallel needs."""
-        return torch.stack([p.sum() for p in self.network.parameters()]).sum() * 0.0
-
-
-@dataclass(frozen=True, eq=False)
 class ReconstructionLoss:
     """The loss of an autoencoder and its discriminator; see the module."""
 
@@ -135,9 +90,7 @@ class ReconstructionLoss:
 
     def phase(self, progress: float) -> str:
         """Part of the run, by which typical gradients differ: none, warm-up or adversary."""
-        if self.adversary is None or not self.adversary.learns(progress):
-            return ""
-        return " adversary" if self.adversary.counts(progress) else " discriminator"
+        return "" if self.adversary is None else self.adversary.phase(progress)
 
     def after_step(self, applied: Tensor) -> None:
         """Let the autoencoder update what no gradient changes, such as averages of a codebook."""
@@ -164,7 +117,8 @@ class ReconstructionLoss:
         if isinstance(self.log_variance, LogVariance):
             scalars["log-variance"] = s
         if self.adversary is not None:
-            more, told = self._adversarial(model, x, y, nll, batch.progress)
+            last = model.network.last_weight
+            more, told = self.adversary.losses(x, y, nll, last, batch.progress, self.team)
             loss, scalars = loss + more, {**scalars, **told}
         scalars = {name: value.detach() for name, value in scalars.items()}
         return LossOut(loss, scalars, reported=errors.detach())
@@ -178,38 +132,3 @@ class ReconstructionLoss:
             scalars["perceptual"] = distance.mean()
             error = error + self.perceptual_weight * distance
         return error, scalars
-
-    def _adversarial(
-        self, model: Reconstructor, x: Tensor, y: Tensor, nll: Tensor, progress: float
-    ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Losses of generator and discriminator [B], or a scalar 0 before its time."""
-        adversary = self.adversary
-        assert adversary is not None
-        if not adversary.learns(progress):
-            return adversary.idle(), {}
-        loss = adversary.told_apart(x, y)
-        scalars = {"discriminator": loss.mean()}
-        if adversary.counts(progress):
-            fooled = adversary.fooled(y)
-            last, limit = model.network.last_weight, adversary.config.limit
-            balance = adaptive_weight(nll, fooled, last, limit, self.team)
-            loss = loss + adversary.config.weight * balance * fooled
-            scalars |= {"generator": fooled.mean(), "adversarial weight": balance}
-        return loss, scalars
-
-
-def adaptive_weight(
-    nll: Tensor, generator: Tensor, weight: Tensor, limit: float, team: Team
-) -> Tensor:
-    """lambda of the module, a constant scalar: ratio of the gradients of two losses [B].
-
-    Of the means over the crops of a pass on all processes, so that these agree.
-    """
-    gradients = [
-        torch.autograd.grad(loss.sum(), weight, retain_graph=True)[0].float()
-        for loss in (nll, generator)
-    ]
-    count = torch.full((1,), float(len(nll)), device=weight.device)
-    flat = team.all_reduce(torch.cat([*(g.flatten() for g in gradients), count]))
-    of_nll, of_generator = (flat[:-1] / flat[-1]).chunk(2)
-    return (of_nll.norm() / (of_generator.norm() + EPS)).clamp(max=limit)

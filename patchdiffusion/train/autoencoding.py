@@ -15,9 +15,9 @@ from patchdiffusion.metrics.reconstruct import peak_of, psnr
 from patchdiffusion.nets.autoencoder import AutoencoderNetwork
 from patchdiffusion.nets.count import count, macs_of
 from patchdiffusion.nets.heads import AutoencoderHead
+from patchdiffusion.objectives.adversarial import Adversarial
 from patchdiffusion.objectives.base import Materials
 from patchdiffusion.objectives.reconstruct import (
-    Adversarial,
     LogVariance,
     PixelError,
     ReconstructionLoss,
