@@ -184,7 +184,7 @@ class FeatureDiscriminator(nn.Module):
             x = F.conv2d(x, weight, padding=1, stride=1 if number == 0 else 2)
             x = F.leaky_relu(x, _SLOPE)
             maps.append(x)
-        size = tuple(x.shape[2:])
+        size = (x.shape[2], x.shape[3])
         pooled = [F.adaptive_avg_pool2d(h, size) for h in maps]
         return torch.cat([head(h) for head, h in zip(self.heads, pooled, strict=True)], dim=2)
 

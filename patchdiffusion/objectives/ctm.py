@@ -116,8 +116,9 @@ class CTMConfig(Distilled):
         2 without gradients, and 2 for each step of the solver; 2 for the balance of an adversary,
         which are gradients to that input."""
         adversary = self.adversary
-        balanced = isinstance(adversary, AdversaryConfig) and adversary.balanced
-        balance = 2 * (1 - adversary.start) if balanced else 0.0
+        balance = 0.0
+        if isinstance(adversary, AdversaryConfig) and adversary.balanced:
+            balance = 2 * (1 - adversary.start)
         return 3.0 + 2.0 + 2.0 + 2.0 * self.steps + balance
 
     def build(self, materials: Materials) -> "TrajectoryLoss":
