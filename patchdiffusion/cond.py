@@ -40,6 +40,10 @@ class Cond:
     """[B], length t - s of a flow-map jump, in its own units; 0 or None is a denoiser."""
     adapters: Tensor | None = None
     """float32 [B, K], factor of each of K adapters of a network; None is 1."""
+    control: Tensor | None = None
+    """[B, Cc, *S], maps for branches that control a network, in [0, 1]; None is no control."""
+    instruction: Tensor | None = None
+    """float32 [B, D], instructions of maps, for branches of several kinds of maps."""
     seed: Tensor | None = None
     """int64 [B], keys of draws inside the network such as dropout; None is evaluation."""
 

@@ -26,6 +26,8 @@ def full(batch: int = 3) -> Cond:
         percentile=torch.linspace(0, 1, batch),
         jump=torch.linspace(4, 5, batch),
         adapters=torch.linspace(5, 6, batch * 2).reshape(batch, 2),
+        control=torch.linspace(0, 1, batch * 3 * 4 * 6).reshape(batch, 3, 4, 6),
+        instruction=torch.linspace(6, 7, batch * 5).reshape(batch, 5),
         seed=count + 77,
     )
 

@@ -1,4 +1,4 @@
-"""A toy of adapters."""
+"""Toys of adapters: one, and a map for a branch that controls."""
 
 from dataclasses import dataclass
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from patchdiffusion.nets.adapters import AdapterConfig, Changes, layers
 from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.changes import Change
+from patchdiffusion.nets.controlmaps import ControlMap
 
 
 class ToyChange(Change):
@@ -35,3 +36,13 @@ class ToyAdapter(AdapterConfig):
                 found[path] = ToyChange()
                 found[path].role = role
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyMap(ControlMap):
+    """The brightness of every pixel."""
+
+    gain: float = 1.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (self.gain * x.mean(1, keepdim=True)).clamp(0, 1)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import toyrouting
 from torch import Tensor, nn
-from toyadapters import ToyAdapter
+from toyadapters import ToyAdapter, ToyMap
 from toyconditions import ToyConditioner, ToyPerturbation, ToyPrior, ToySelfConditioning
 from toynets import ToyAdversary, ToyBody, ToyDistance, ToyNet, ToyText, ToyTokens
 
@@ -41,6 +41,7 @@ from patchdiffusion.losses import Batch, Loss, LossOut, Objective
 from patchdiffusion.nets import (
     Network,
     adapters,
+    controlmaps,
     heads,
     legoshape,
     perturb,
@@ -363,6 +364,7 @@ recipes.RECIPES["toy"] = toy
 TOYS = (
     (Network, ToyNet),
     (adapters.Adapter, ToyAdapter),
+    (controlmaps.ControlMaps, ToyMap),
     (routing.Routing, ToyTokens),
     (legoshape.Body, ToyBody),
     (text.Text, ToyText),

@@ -137,11 +137,14 @@ class TiledDenoiser(Wrapper):
     def _condition(self, cond: Cond, windows: "Windows") -> Cond:
         """The condition of each window; a map of the size of the image is cut as it is."""
         pos = window_coordinates(self.kind, windows.corner, self.window, self.canvas, windows.size)
-        image, pos = cond.image, pos.to(windows.corner.device)
-        cut = image is not None and tuple(image.shape[2:]) == windows.size
-        taken = replace(cond, pos=None, image=None if cut else image).take(windows.image)
-        map_ = windows.cut(image) if cut and image is not None else taken.image
-        return replace(taken, pos=pos, image=map_)
+        maps = {name: getattr(cond, name) for name in ("image", "control")}
+        whole = {
+            name: windows.cut(x)
+            for name, x in maps.items()
+            if x is not None and tuple(x.shape[2:]) == windows.size
+        }
+        others = replace(cond, pos=None, **dict.fromkeys(whole)).take(windows.image)
+        return replace(others, pos=pos.to(windows.corner.device), **whole)
 
     def _add(
         self, denoised: Tensor, windows: "Windows", moved: Tensor, total: Tensor, norm: Tensor

@@ -89,4 +89,5 @@ def _config(
     config = subject.config(arguments)
     if subject.resumes:
         return config
-    return adapting(config, model, prepare_data(config.data), LoRA())
+    adapter = model.adapter if model.adapter.maps else LoRA()
+    return adapting(config, model, prepare_data(config.data), adapter)

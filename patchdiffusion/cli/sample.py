@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor
 
 from patchdiffusion.accel.base import Spent
+from patchdiffusion.adapted import digest_of
 from patchdiffusion.cli.claimed import check_out, claimed, resumable
 from patchdiffusion.cli.drawn import Drawn, batches, check_space
 from patchdiffusion.cli.flags import flat, positional, read
@@ -63,6 +64,17 @@ class SampleArguments:
     """Text to lead away from, by --guidance cfg."""
     adapter: tuple[str, ...] = ()
     """Adapters that change the model, with a strength if it is not 1: runs/new, or runs/new:0.7."""
+    control: tuple[str, ...] = ()
+    """Branches that pictures control, with a strength if it is not 1: runs/edges, or
+    runs/edges:0.7."""
+    image: tuple[str, ...] = ()
+    """Pictures for the branches, used in turn: they see the edges, or whatever their map is."""
+    map: tuple[str, ...] = ()
+    """Maps themselves instead of --image, of the size of the samples; one for each branch."""
+    condition: str = ""
+    """Map of a branch that has several, such as edges; the default is its first."""
+    instruction: str = ""
+    """Text about the map instead of --condition, for a map that the branch was not trained on."""
     weights: Weights = "averaged"
     """averaged: moving average of the weights; raw: weights as trained."""
     out: Path | None = None
@@ -94,7 +106,7 @@ def main(arguments: Sequence[str]) -> None:
             weights=options.weights,
             device=options.device,
             precision=options.precision,
-            adapters=options.adapter,
+            adapters=(*options.adapter, *options.control),
         )
         team.agree("the processes disagree", {"model": pipeline.model.digest}, code=2)
         batch = min(options.batch, options.count)
@@ -103,6 +115,7 @@ def main(arguments: Sequence[str]) -> None:
             1, options.classes or None, config=options.sampler
         )  # raises for unknown classes
         pipeline.filled(Cond(), 1, options.seed, options.prompt or None)  # and for texts
+        cond = _condition(options, pipeline)
         root = home(path) / "generated"
         if team.is_main:
             _warn_of_size(size, pipeline.model.config.canvas)
@@ -112,11 +125,13 @@ def main(arguments: Sequence[str]) -> None:
             def claim() -> str:
                 check_space(options.out or root, _bytes(options, pipeline, size))
                 return str(
-                    held.enter_context(claimed(root, options.out, _request(options, pipeline)))
+                    held.enter_context(
+                        claimed(root, options.out, _request(options, pipeline, cond))
+                    )
                 )
 
             drawn = _drawn(Path(team.on_main(claim)), options, pipeline, size)
-            spent = _draw(drawn, options, pipeline, team)
+            spent = _draw(drawn, options, pipeline, team, cond)
             if team.is_main:
                 drawn.finish()
                 if spent.evaluations:
@@ -126,7 +141,9 @@ def main(arguments: Sequence[str]) -> None:
                 print(f"{counted(options.count, 'image')} in {drawn.folder}")
 
 
-def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team) -> Spent:
+def _draw(
+    drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team, cond: Cond
+) -> Spent:
     """Draw the missing images; each process takes every `team.size`-th batch, or a part of each.
 
     Returns the operations of all processes, as far as they are counted.
@@ -157,7 +174,7 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
                     images = pipeline.sample(
                         len(part),
                         seed=options.seed + part.start,
-                        cond=Cond(labels=labels),
+                        cond=replace(cond.take(slice(part.start, part.stop)), labels=labels),
                         prompts=drawn.prompts_of(part),
                         config=options.sampler,
                         batch=len(part),
@@ -169,6 +186,25 @@ def _draw(drawn: Drawn, options: SampleArguments, pipeline: Pipeline, team: Team
                 team.gather(turn)
                 bar.update(sum(map(len, parts[turn : turn + own.size])))
     return sum(team.gather(sum(counted, Spent())), Spent())
+
+
+def _condition(options: SampleArguments, pipeline: Pipeline) -> Cond:
+    """Condition of all samples by the pictures for branches; empty for a model without any."""
+    if not (options.image or options.map):
+        if pipeline.model.network.controls:
+            raise ValueError(
+                "the model has a branch that is controlled by pictures: give some by --image FILE, "
+                "or maps by --map FILE"
+            )
+        return Cond()
+    return pipeline.controlled(
+        options.count,
+        options.image,
+        maps=options.map,
+        condition=options.condition,
+        instruction=options.instruction,
+        config=options.sampler,
+    )
 
 
 def _with_texts(options: SampleArguments) -> SampleArguments:
@@ -221,8 +257,10 @@ def _bytes(options: SampleArguments, pipeline: Pipeline, size: Size) -> int:
     return values * (1 if model.space.pictured.word == "pixels" else 8)
 
 
-def _request(options: SampleArguments, pipeline: Pipeline) -> dict[str, Any]:
+def _request(options: SampleArguments, pipeline: Pipeline, cond: Cond) -> dict[str, Any]:
     """Settings on which the images depend; a folder with equal ones is resumed."""
+    tensors = {"control": cond.control, "instruction": cond.instruction}
+    control = {name: x for name, x in tensors.items() if x is not None}
     return {
         **pipeline.texts(options.sampler),
         "count": options.count,
@@ -231,6 +269,7 @@ def _request(options: SampleArguments, pipeline: Pipeline) -> dict[str, Any]:
         **({"prompts": list(options.prompt)} if options.prompt else {}),
         "singles": options.singles,
         "precision": options.precision,
+        **({"control": digest_of(control)} if control else {}),
     }
 
 

@@ -74,6 +74,11 @@ class Subject:
     @staticmethod
     def _named(words: Sequence[str]) -> tuple[Recipe, str, str]:
         """Recipe, images, and name of their run."""
+        if words[0] == "control" and not expanded("control").exists():
+            raise ValueError(
+                "a branch is trained beside a model that it controls: patchdiffusion adapt RUN "
+                "DATA --adapter control --adapter.condition edges"
+            )
         if len(words) > 2:
             raise ValueError(f"{words[2]!r} is one argument too many after a recipe and data")
         path = expanded(words[-1])

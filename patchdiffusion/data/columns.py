@@ -174,7 +174,15 @@ class Map(ColumnBase):
         return average_pool(x, factor).movedim(1, -1).contiguous()
 
 
-Column = Label | Caption | Vector | Map
+@dataclass(frozen=True, kw_only=True)
+class Depth(Map):
+    """Depth of every pixel, of cat.depth.png beside cat.png."""
+
+    name: str = "depth"
+    fills: str | None = None
+
+
+Column = Label | Caption | Vector | Map | Depth
 AUTOMATIC: tuple[ColumnBase, ...] = (Label(), Caption())
 """Columns that a pack always stores if images have them."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from patchdiffusion.data.captions import TABLES, TEXT, Captions, find_captions
 from patchdiffusion.data.decode import EXTENSIONS, Decoded, images_of
+from patchdiffusion.data.depths import find_depths, read_depth
 from patchdiffusion.data.example import BadImage, Example
 from patchdiffusion.data.labels import Labels, LabelSource, find_labels, natural
 from patchdiffusion.data.limits import MAX_BYTES, member_content
@@ -34,6 +35,8 @@ class FileSource:
     notes: tuple[str, ...] = ()
     ignored: dict[str, int] = field(default_factory=dict)
     captions: Captions = field(default_factory=Captions)
+    depths: dict[str, str] = field(default_factory=dict)
+    """Depth file of each image that has one."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -62,6 +65,7 @@ class FileSource:
         key = self.keys[index]
         label = None if self.labels is None else self.labels[index]
         caption, complaints = self.captions.of(key, self.read)
+        depth = self.depths.get(key)
         return Example(
             content.image,
             label,
@@ -73,6 +77,7 @@ class FileSource:
             held_out=None if self.held_out is None else self.held_out[index],
             caption=caption,
             complaints=complaints,
+            columns={"depth": read_depth(depth, self.read)} if depth else {},
         )
 
 
@@ -141,6 +146,10 @@ def file_source(
     if grids := _grids([entry.key for entry in entries]):
         entries = [entry for entry in entries if entry.key not in grids]
         listing.ignored["grid of samples"] = len(grids)
+    depths = find_depths([entry.key for entry in entries])
+    beside = set(depths.values())
+    aside = [entry for entry in entries if entry.key in beside]
+    entries = [entry for entry in entries if entry.key not in beside]
     keys = [entry.key for entry in entries]
     tables = sorted(entry.key for entry in listing.tables)
     try:
@@ -164,7 +173,7 @@ def file_source(
     # What is usual has the stamp that it had before there was anything else.
     extra = () if held is None else (held,)
     digest.update(repr((labels, labeled.classes, *extra)).encode())
-    for entry in texts:
+    for entry in (*texts, *aside):
         digest.update(repr(tuple(entry)).encode())
     ignored = dict(listing.ignored.most_common())
     return FileSource(
@@ -178,6 +187,7 @@ def file_source(
         notes,
         ignored,
         captions,
+        depths,
     )
 
 

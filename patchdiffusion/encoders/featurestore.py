@@ -184,10 +184,18 @@ def stored(
 
 def _folder(encoder: MapEncoder, images: Whole, preparation: Preparation, store: Path) -> Path:
     key = json.dumps([encoder.digest, asdict(preparation)])
-    name = f"features-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    return folder_beside(store, "features", key, images.fingerprint)
+
+
+def folder_beside(store: Path, kind: str, key: str, fingerprint: str) -> Path:
+    """Folder of what is made once of data: beside its other files, or in the cache.
+
+    `key` is all that it depends on, `fingerprint` that of the data.
+    """
+    name = f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if (store / name).is_dir() or os.access(store, os.W_OK):
         return store / name
-    return cache_dir() / "features" / f"{images.fingerprint[:16]}-{name}"
+    return cache_dir() / kind / f"{fingerprint[:16]}-{name}"
 
 
 def _check_room(folder: Path, needed: int) -> None:
@@ -234,14 +242,19 @@ def _write(
 
 def _read(folder: Path, shape: Sequence[int]) -> Tensor | None:
     """Features in a folder; None if there are none, or those of other images."""
+    return read_beside(folder, "features.bin", "<f2", shape)
+
+
+def read_beside(folder: Path, name: str, dtype: str, shape: Sequence[int]) -> Tensor | None:
+    """An array that is mapped from a file; None if it is missing, or of another shape."""
     try:
         facts = read_json(folder / "facts.json")
-        size = (folder / "features.bin").stat().st_size
+        size = (folder / name).stat().st_size
     except (OSError, ValueError):
         return None
-    if facts.get("shape") != list(shape) or size != 2 * math.prod(shape):
+    if facts.get("shape") != list(shape) or size != np.dtype(dtype).itemsize * math.prod(shape):
         return None
-    values = np.memmap(folder / "features.bin", "<f2", "r", shape=tuple(shape))
+    values = np.memmap(folder / name, dtype, "r", shape=tuple(shape))
     with warnings.catch_warnings():
         # Read-only on purpose: a private writable mapping would count as memory in full.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.conditioners.base import Change, changes, unchanged
-from patchdiffusion.data.columns import used, with_labels
+from patchdiffusion.data.columns import with_labels
+from patchdiffusion.data.controls import control_of, read_columns
 from patchdiffusion.data.feed import Feed
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.encoders.features import Extractor
@@ -145,11 +146,12 @@ class Evaluation:
         """Noise level and loss of a part of these whole images: float64 [2, len(part)]."""
         model = pipeline.model.config
         labels = model.labels_of(self.pack.labels, self.pack.classes)
+        columns = with_labels(self.pack.columns, labels)
         with pipeline.autocast():
             losses = held_out_losses(
                 pipeline.model.denoiser,
                 self.pack.images,
-                used(with_labels(self.pack.columns, labels), model.network.reads),
+                read_columns(columns, model, self.pack),
                 chosen,
                 space=model.space,
                 law=model.noise,
@@ -209,6 +211,7 @@ class Evaluation:
         images = pipeline.sample(
             len(numbers),
             seed=self.config.seed + numbers.start,
+            cond=control_of(pipeline.model.config.adapter, self.pack, numbers),
             classes=None if labels is None else labels[numbers.start : numbers.stop],
             prompts=self.prompts(pipeline, numbers),
             config=self.config.sampler,

@@ -5,18 +5,20 @@ The weights of the network are neither changed nor copied: layers are followed b
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond
 from patchdiffusion.nets.base import Network, Prepared
 from patchdiffusion.nets.changes import Change, Layer, NormChange, Trained, bias_of
+from patchdiffusion.nets.controlbranch import BRANCH, Controls, Strength
+from patchdiffusion.nets.controlmaps import COLORS
 from patchdiffusion.nets.layers import Norm
 from patchdiffusion.nets.magnitude import MPWeight
-
-Strength = float | Tensor
-"""Factor of the differences of an adapter, for all samples or for each, [B]."""
+from patchdiffusion.patches import Size
 
 
 class Part(NamedTuple):
@@ -44,6 +46,20 @@ class Attached(Prepared):
         self.changes[name] = nn.ModuleDict({p.replace(".", "/"): c for p, c in changes.items()})
         self.parts[name] = part
         self._now[name] = part.strength
+
+    @property
+    def controls(self) -> Controls:
+        own = ((name, cast(nn.ModuleDict, changes)) for name, changes in self.changes.items())
+        return [(changes[BRANCH], self._now[name]) for name, changes in own if BRANCH in changes]
+
+    def units(self) -> list[nn.Module]:
+        return [unit for branch, _ in self.controls for unit in branch.units()]
+
+    def counted_with(self, cond: Cond, size: Size) -> Cond:
+        if not self.controls or cond.control is not None:
+            return cond
+        channels = sum(COLORS * branch.count for branch, _ in self.controls)
+        return replace(cond, control=torch.empty(1, channels, *size, device="meta"))
 
     def change(self, name: str, path: str) -> Trained | None:
         """The change of a layer by an adapter; None if it changes others."""
@@ -137,7 +153,7 @@ def attach(network: Network, name: str, changes: Mapping[str, Trained], part: Pa
         network.adapters = attached
     for path in changes:
         key = path.replace(".", "/")
-        if key in before:
+        if key in before or path == BRANCH:
             continue
         layer = network.get_submodule(path)
         if isinstance(layer, Norm):
@@ -167,6 +183,11 @@ def merged(network: Network) -> dict[str, Tensor]:
                 f"the adapter {name} acts at some noise levels, so it cannot be merged"
             )
         for key, change in cast(nn.ModuleDict, own).items():
+            if key == BRANCH:
+                raise ValueError(
+                    f"the adapter {name} cannot be merged: it is a branch beside the network, "
+                    "which no weights replace"
+                )
             path = key.replace("/", ".")
             layer = network.get_submodule(path)
             try:

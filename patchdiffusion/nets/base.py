@@ -5,7 +5,7 @@ Nothing outside this folder depends on the class of a network or of its configur
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
@@ -198,6 +198,19 @@ class Prepared(nn.Module):
     def at(self, sigma: Tensor, cond: Cond) -> None:
         """Set them for noise levels sigma, [B] or a map, and a condition."""
 
+    @property
+    def controls(self) -> Sequence[tuple[Any, float | Tensor]]:
+        """Branches beside the network, each with its strength: see `controlbranch`."""
+        return ()
+
+    def units(self) -> list[nn.Module]:
+        """Repeated blocks, compiled one by one as those of the network."""
+        return []
+
+    def counted_with(self, cond: Cond, size: Size) -> Cond:
+        """The condition of one image on meta with what these parts read, to count operations."""
+        return cond
+
 
 class Network(nn.Module, ABC, Generic[Config]):
     """Base of networks: pure functions (x, noise, cond) -> output, independent of diffusion.
@@ -228,6 +241,18 @@ class Network(nn.Module, ABC, Generic[Config]):
         """Set what depends on sigma, [B] or a map, before an evaluation: strengths of adapters."""
         if self.adapters is not None:
             self.adapters.at(sigma, cond)
+
+    @property
+    def controls(self) -> Sequence[tuple[Any, float | Tensor]]:
+        """Branches beside it, which are given `cond.control`, each with its strength."""
+        return () if self.adapters is None else self.adapters.controls
+
+    def control_branch(self, blocks: int = 0) -> nn.Module:
+        """A new `controlbranch.ControlBranch`: a copy of its first blocks, 0 for the usual number.
+
+        Raises `ValueError` for a network that cannot have one.
+        """
+        raise ValueError(f"{type(self).__name__} has no place for a branch that controls it")
 
     def check_shapes(self, x: Tensor, cond: Cond) -> None:
         """Raise `ValueError` if the channels of x or the shape of `cond.pos` do not fit."""

@@ -50,6 +50,7 @@ def count(network: Network, size: int | tuple[int, ...], cond: Cond | None = Non
     sides = (size,) * network.config.axes if isinstance(size, int) else size
     params = sum(p.numel() for p in network.parameters())
     shape = (1, network.config.channels, *sides)
+    cond = cond if network.adapters is None else network.adapters.counted_with(cond, sides)
     x, noise = torch.empty(shape, device="meta"), torch.empty(1, device="meta")
     try:
         return Count(macs=macs_of(network, x, noise, cond), params=params, idle=network.idle)

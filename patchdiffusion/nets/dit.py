@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import Network, put
+from patchdiffusion.nets.controlbranch import TokenBranch, added_to, additions, copied, hints_of
 from patchdiffusion.nets.cuts import Cut, Encoding, Passage
 from patchdiffusion.nets.ditblocks import block_of, record, stem_of
 from patchdiffusion.nets.ditshape import DiTShape
@@ -31,12 +32,7 @@ from patchdiffusion.nets.layers import Linear, pad_to_multiple
 from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.stages import Merge, Split
 from patchdiffusion.nets.text import described
-from patchdiffusion.nets.tokenblock import (
-    Around,
-    Registers,
-    for_tokens,
-    modulated,
-)
+from patchdiffusion.nets.tokenblock import Around, BlockOut, Registers, for_tokens, modulated
 from patchdiffusion.nets.tokencuts import cut_of, encoder_blocks, passage
 from patchdiffusion.nets.tokens import (
     AttentionMemory,
@@ -44,7 +40,10 @@ from patchdiffusion.nets.tokens import (
     centers,
     fold,
     grid_positions,
+    of_tokens,
+    pixels_of,
     position_features,
+    registered,
     rotation,
     table_features,
     unfold,
@@ -162,12 +161,8 @@ class DiT(Network[DiTConfig]):
     def counted(self, cond: Cond, size: Size) -> Tensor | None:
         if self.stage is None or cond.seed is None or not self.config.masks:
             return None
-        patch = self.config.patch
-        grid = tuple(-(-side // p) for side, p in zip(size, patch, strict=True))
-        kept = self.stage.choose(cond.seed, math.prod(grid))
-        mask = torch.zeros(len(kept), math.prod(grid), dtype=torch.bool, device=kept.device)
-        mask = mask.scatter(1, kept, True)[..., None].expand(-1, -1, math.prod(patch))
-        return fold(mask, grid, patch)[(..., *(slice(side) for side in size))]
+        kept = self.stage.choose(cond.seed, self.config.num_tokens(size))
+        return pixels_of(kept, self.config.patch, size)
 
     def features(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """Deep features, after the last block: [B, T, D]."""
@@ -198,6 +193,7 @@ class DiT(Network[DiTConfig]):
             h = h + self.picture(unfold(pad_to_multiple(picture, patch), patch))
         h = put(tape, "stem", h + places)
         tokens = Tokens(h, self._embedded(noise, cond), grid, size, pos.expand(x.shape[0], -1, -1))
+        tokens = tokens._replace(hints=hints_of(self.controls, cond, x.shape[0], size, places))
         if self.registers is not None:
             tokens = tokens._replace(registers=self.registers.weight.expand(x.shape[0], -1, -1))
         cond = described(self.text, cond, x.shape[0], x.device, self.config.perturb)
@@ -208,9 +204,7 @@ class DiT(Network[DiTConfig]):
         if noise.ndim == 1:
             return pooled(self.pooled_extra, self.embed(noise, cond), cond)
         levels = unfold(pad_to_multiple(noise, self.config.patch), self.config.patch).mean(-1)
-        names = ("labels", "augment", "extra", "jump", "seed")
-        some = Cond(**{name: getattr(cond, name) for name in names})
-        each = some.map(lambda field: field.repeat_interleave(levels.shape[1], dim=0))
+        each = of_tokens(cond, levels.shape[1])
         emb = pooled(self.pooled_extra, self.embed(levels.flatten(), each), each)
         return emb.unflatten(0, levels.shape)
 
@@ -268,16 +262,12 @@ class DiT(Network[DiTConfig]):
         return self.summary.conditioned(tokens.emb, tokens.summary)
 
     def _run(self, tokens: Tokens, blocks: range, cond: Cond, tape: Tape | None) -> Tokens:
-        h, values, config = tokens.h, tokens.values, self.config
+        values, config = tokens.values, self.config
         emb = self._conditioned(tokens)
         if self.modulation is not None:
             with full_precision(emb):
                 emb = self.modulation(emb)
-        count = 0 if tokens.registers is None else tokens.registers.shape[1]
-        if tokens.registers is not None:
-            h = torch.cat([tokens.registers, h], dim=1)
-            if emb.ndim == 3:  # registers have no noise level, and take the mean of the tokens
-                emb = torch.cat([emb.mean(1, keepdim=True).expand(-1, count, -1), emb], dim=1)
+        h, emb, count = registered(tokens, emb)
         around = Around(context=tokens.context, mask=tokens.context_mask)
         if config.positions == "rope":
             turn = rotation(tokens.pos, config.width // config.heads, count)
@@ -285,25 +275,40 @@ class DiT(Network[DiTConfig]):
         if self.config.experts.chooses:
             around = around._replace(places=place_features(tokens.pos, count))
         gates = None if self.gates is None else self.gates.begin(percentiles(cond, h))
-        for i in blocks:
-            name, key = f"blocks.{i}", None
+
+        def step(i: int, block: nn.Module, h: Tensor, values: Tensor | None, name: str) -> BlockOut:
+            key = None
             if cond.seed is not None and config.dropout > 0:
                 key = subkeys(cond.seed, name)  # hashed outside: one compiled block serves all
             attended = None if tokens.memory is None else partial(tokens.memory.attend, i)
-            around = around._replace(values=values, attended=attended)
+            now = around._replace(values=values, attended=attended)
             if self.gates is None:
-                out = self.blocks[i](h, emb, key, around)
-                h = out.h
-            else:
-                gate = self.gates(i, h, gates)
-                out = self.blocks[i](gate * h, emb, key, around)
-                h = out.h + (1 - gate) * h
-            values = values if out.values is None else out.values
+                return block(h, emb, key, now)
+            gate = self.gates(i, h, gates)
+            out = block(gate * h, emb, key, now)
+            return out._replace(h=out.h + (1 - gate) * h)
+
+        added = tokens.added
+        for i in blocks:
+            name = f"blocks.{i}"
+            if 0 < i <= len(added):
+                h = added_to(h, added[i - 1])
+            out = step(i, self.blocks[i], h, values, name)
+            h, values = out.h, values if out.values is None else out.values
+            if i == 0 and tokens.hints:
+                added = additions(self.controls, tokens.hints, h, step)
             if out.routed is not None and tape is not None:
                 record(config.experts, f"{name}.experts", out.routed, count, tape)
             put(tape, name, h[:, count:])
         registers = None if tokens.registers is None else h[:, :count]
+        tokens = tokens._replace(hints=(), added=added)
         return tokens._replace(h=h[:, count:], registers=registers, values=values)
+
+    def control_branch(self, blocks: int = 0) -> TokenBranch:
+        config, fresh = self.config, self.config.build()
+        count = copied(blocks, min([config.depth, *config.half[:1]]), config.depth)
+        parts = fresh.stem, list(fresh.blocks)[:count]
+        return TokenBranch(*parts, config.width, config.patch, config.channels)
 
     def cut(self, first: int | None = None, last: int | None = None) -> Cut:
         """So many blocks at the start and at the end, by default a quarter of them each.
@@ -365,6 +370,8 @@ class DiT(Network[DiTConfig]):
 
     def check_some(self) -> None:
         """Raise `ValueError` if some of the tokens cannot be computed without the others."""
+        if self.controls:
+            raise ValueError("a branch controls the network, and needs all of its tokens")
         if self.config.half:
             raise ValueError(
                 "network.half_blocks merges neighboring tokens, so that none can be left out"

@@ -6,7 +6,7 @@ embedding.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -61,6 +61,14 @@ def decoder(widths: list[int], skips: list[int], blocks: int, factory: Factory) 
     return levels
 
 
+def skip_widths(stem: int, widths: list[int], blocks: int) -> list[int]:
+    """Features of every skip of such an encoder, and of the middle."""
+    out = [stem]
+    for level, features in enumerate(widths):
+        out += out[-1:] * (level > 0) + [features] * blocks
+    return [*out, widths[-1]]
+
+
 class Features(NamedTuple):
     """Output of the encoder, input of the decoder."""
 
@@ -78,6 +86,8 @@ class Features(NamedTuple):
     """bool [B, T], the tokens of the condition that count."""
     summary: Tensor | None = None
     """[B, E], summary of the features, see `selfcondition.PooledFeatures`."""
+    branches: tuple[tuple["Features", Any], ...] = ()
+    """Features and side input of each branch that controls the network."""
 
     def told(self, cond: Cond) -> Cond:
         """A condition with these tokens."""
@@ -92,4 +102,5 @@ class Features(NamedTuple):
             context=None if context is None else repeated(context, count),
             context_mask=None if mask is None else repeated(mask, count),
             summary=None if summary is None else repeated(summary, count),
+            branches=tuple((f.repeated(count), side) for f, side in self.branches),
         )

@@ -21,6 +21,15 @@ FASTEST = 32
 """Quarter turns of the fastest rotation across the canvas; the slowest makes one."""
 
 
+class Hint(NamedTuple):
+    """Start of a branch that controls a network: its embedded map, and the weights of its parts."""
+
+    h: Tensor
+    """[B, T, D], or [B, F, H, W] of a U-Net."""
+    gate: Tensor | None = None
+    """[B, n], see `divcontrol.DivertedBranch`."""
+
+
 class Tokens(NamedTuple):
     """State between blocks: tokens with their places, the condition, and the layout.
 
@@ -57,6 +66,10 @@ class Tokens(NamedTuple):
     """Keys and values of tokens that are not among these."""
     kept: Tensor | None = None
     """int64 [B, T], places in `outer` of the tokens that pass through the current stage alone."""
+    hints: tuple[Hint, ...] = ()
+    """Start of each branch that controls the network, before its first block."""
+    added: tuple[Tensor, ...] = ()
+    """[B, T, D] each, what branches add to the tokens before the blocks 1, 2 ..."""
 
     @property
     def is_whole(self) -> bool:
@@ -77,6 +90,8 @@ class Tokens(NamedTuple):
             else _gather(self.values, self.with_registers(index)),
             outer=outer,
             kept=None if self.kept is None else self.kept.gather(1, index),
+            hints=tuple(hint._replace(h=_gather(hint.h, index)) for hint in self.hints),
+            added=tuple(_gather(part, index) for part in self.added),
         )
 
     def scatter(self, index: Tensor, some: "Tokens") -> "Tokens":
@@ -98,7 +113,8 @@ class Tokens(NamedTuple):
         given = {name: getattr(self, name) for name in fields}
         several = {name: repeated(x, count) for name, x in given.items() if x is not None}
         outer = None if self.outer is None else self.outer.repeated(count)
-        return self._replace(**several, outer=outer)
+        added = tuple(repeated(part, count) for part in self.added)
+        return self._replace(**several, outer=outer, added=added)
 
     def with_registers(self, index: Tensor) -> Tensor:
         """Places of the registers, which are first, and of the tokens at an index [B, K]."""
@@ -163,6 +179,24 @@ def context_of(cond: Cond, features: int, like: Tensor) -> tuple[Tensor | None, 
     return torch.cat([none, context.to(none.dtype)], dim=1), mask
 
 
+def registered(tokens: Tokens, emb: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Registers and tokens [B, R + T, D], the embedding of each if it is that of tokens, and R."""
+    h, registers = tokens.h, tokens.registers
+    if registers is None:
+        return h, emb, 0
+    count = registers.shape[1]
+    if emb.ndim == 3:  # registers have no noise level, and take the mean of the tokens
+        emb = torch.cat([emb.mean(1, keepdim=True).expand(-1, count, -1), emb], dim=1)
+    return torch.cat([registers, h], dim=1), emb, count
+
+
+def of_tokens(cond: Cond, count: int) -> Cond:
+    """The fields that are embedded with a noise level, for `count` tokens of each sample: [B T]."""
+    names = ("labels", "augment", "extra", "jump", "seed")
+    some = Cond(**{name: getattr(cond, name) for name in names})
+    return some.map(lambda field: field.repeat_interleave(count, dim=0))
+
+
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
@@ -196,6 +230,14 @@ def fold(h: Tensor, grid: tuple[int, ...], patch: tuple[int, ...]) -> Tensor:
     for axis in range(n):
         x = x.flatten(2 + axis, 3 + axis)
     return x
+
+
+def pixels_of(kept: Tensor, patch: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
+    """Pixels of the tokens int64 [B, K] of an image of a size: bool [B, 1, *S]."""
+    grid = tuple(-(-side // p) for side, p in zip(size, patch, strict=True))
+    mask = torch.zeros(len(kept), math.prod(grid), dtype=torch.bool, device=kept.device)
+    mask = mask.scatter(1, kept, True)[..., None].expand(-1, -1, math.prod(patch))
+    return fold(mask, grid, patch)[(..., *(slice(side) for side in size))]
 
 
 def centers(pos: Tensor, patch: tuple[int, ...]) -> Tensor:

@@ -14,11 +14,12 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets import fused
 from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.base import Network, put
+from patchdiffusion.nets.controlbranch import EncoderBranch, maps_for, times
 from patchdiffusion.nets.cuts import Cut, Encoding, Kept, Passage, within
 from patchdiffusion.nets.embed import fourier_features, whole_canvas
 from patchdiffusion.nets.gates import Gates, percentiles
 from patchdiffusion.nets.layers import Conv, Linear
-from patchdiffusion.nets.levels import Features
+from patchdiffusion.nets.levels import Features, skip_widths
 from patchdiffusion.nets.picture import picture_of, pooled, shifted
 from patchdiffusion.nets.reader import Reader
 from patchdiffusion.nets.selfcondition import PooledFeatures
@@ -98,6 +99,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         The widths are those of the stem and the embedding.
         """
         self._add_readers()
+        self.skip_widths = skip_widths(stem, self.config.widths, self.config.blocks)
         config = self.config
         self.summary = config.self_condition.build(config.widths[-1], emb, config.axes)
         self.gates = config.task_routing.build([])
@@ -241,7 +243,13 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
             h, side = self.begin(shifted(self.config, x, picture), cond)
             h = h + self.pictured(picture)
         h = put(tape, "stem", h)
-        return Features(h, (h,), (_size(h),), emb, context, mask), side
+        features = Features(h, (h,), (_size(h),), emb, context, mask)
+        maps = maps_for(self.controls, cond, x.shape[0], _size(x))
+        opened = (
+            branch.network.joined(x, noise, cond, branch.hint(control, cond).h)
+            for (branch, _), control in zip(self.controls, maps, strict=False)
+        )
+        return features._replace(branches=tuple(opened)), side
 
     def _descend(
         self,
@@ -254,7 +262,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
     ) -> tuple[Features, SideInput]:
         """The blocks start ... stop - 1 of the encoder, by default all; h is that of the last."""
         h, skips, sizes = features.h, list(features.skips), list(features.sizes)
-        cond = features.told(cond)
+        told, cond = cond, features.told(cond)
         for level, part, block in self._down()[start:stop]:
             name = f"enc.{level}.{part}"
             h = self.run(name, block, h, features.emb, cond)
@@ -262,13 +270,24 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
                 h, side = self.descend(level, h, side)
                 sizes.append(_size(h))
             skips.append(put(tape, name, h))
-        return features._replace(h=h, skips=tuple(skips), sizes=tuple(sizes)), side
+        branches = tuple(
+            branch.network._descend(own, other, told, None, start, stop)
+            for (branch, _), (own, other) in zip(self.controls, features.branches, strict=False)
+        )
+        skips, sizes = tuple(skips), tuple(sizes)
+        return features._replace(h=h, skips=skips, sizes=sizes, branches=branches), side
 
     def _middle(self, features: Features, cond: Cond, tape: Tape | None) -> Features:
-        h, cond = features.h, features.told(cond)
+        h, told, cond = features.h, cond, features.told(cond)
         for part, block in _parts(self.mid):
             name = f"mid.{part}"
             h = put(tape, name, self.run(name, block, h, features.emb, cond))
+        branches = []
+        for (branch, strength), (own, side) in zip(self.controls, features.branches, strict=False):
+            own = branch.network._middle(own, told, None)
+            h = h + times(strength, branch.exits[-1](own.h))
+            branches.append((own, side))
+        features = features._replace(branches=tuple(branches))
         if self.summary is None:
             return features._replace(h=h)
         pos = cond.pos if self.config.coordinates else None
@@ -291,11 +310,33 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
             emb = self.summary.conditioned(emb, features.summary)
         for level, part, block in self._up()[start:stop]:
             if part != "up":
-                h = self.join(h, skips.pop())
+                skip = skips.pop()
+                h = self.join(h, self._controlled(skip, len(skips), features))
             name = f"dec.{level}.{part}"
             h = self.run(name, block, h, emb, cond, features.sizes[level])
             h = put(tape, name, h)
         return h
+
+    def _controlled(self, skip: Tensor, number: int, features: Features) -> Tensor:
+        """A skip with what the branches add to it."""
+        for (branch, strength), (own, _) in zip(self.controls, features.branches, strict=False):
+            skip = skip + times(strength, branch.exits[number](own.skips[number]))
+        return skip
+
+    def joined(
+        self, x: Tensor, noise: Tensor, cond: Cond, hint: Tensor
+    ) -> tuple[Features, SideInput]:
+        """Stem of a copy that controls another network, with an embedded map [B, F, H, W]."""
+        features, side = self._begun(x, noise, cond, None)
+        h = features.h + hint
+        return features._replace(h=h, skips=(h,)), side
+
+    def control_branch(self, blocks: int = 0) -> EncoderBranch:
+        if blocks:
+            raise ValueError(
+                f"blocks must be 0 for a U-Net, whose whole encoder is copied, not {blocks}"
+            )
+        return EncoderBranch(self.config.build(), self.skip_widths)
 
     def features(self, x: Tensor, noise: Tensor, cond: Cond, *, tape: Tape | None = None) -> Tensor:
         """Deep features, after the middle: [B, H' W', F]."""

@@ -27,6 +27,7 @@ from patchdiffusion.patches import Size, size_name
 from patchdiffusion.sampling.canvas import picture_on
 from patchdiffusion.sampling.companions import Companions
 from patchdiffusion.sampling.config import Kind, SamplerConfig
+from patchdiffusion.sampling.controlled import Picture, controlled
 from patchdiffusion.sampling.driver import Start, sample
 from patchdiffusion.sampling.publish import push
 from patchdiffusion.solvers import Jumps, Solver
@@ -168,6 +169,31 @@ class Pipeline:
         if config is None or made.image is None or cond.image is not None:
             return made
         return replace(made, image=picture_on(config.canvas, made.image, wish.canvas))
+
+    def controlled(
+        self,
+        count: int,
+        images: Sequence[Picture] = (),
+        *,
+        maps: Sequence[Picture] = (),
+        condition: str = "",
+        instruction: str = "",
+        config: SamplerConfig | None = None,
+    ) -> Cond:
+        """Condition of `count` samples by pictures for the branches of the model.
+
+        See `controlled.controlled`; `config` has the size of the samples.
+        """
+        canvas = self.sampler(config or SamplerConfig()).canvas
+        return controlled(
+            self.model,
+            count,
+            canvas.place(self.model.config.canvas)[0],
+            images=images,
+            maps=maps,
+            condition=condition,
+            instruction=instruction,
+        )
 
     def check(self, count: int, *, seed: int, batch: int, config: SamplerConfig) -> Size:
         """Size of the images that a configuration samples; loads the models that guide.

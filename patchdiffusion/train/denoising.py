@@ -62,6 +62,11 @@ class DenoiserTask(TaskConfig):
                 f"preview.guidance is {guidance}, which few-step models do not support; "
                 "set --preview.guidance 1"
             )
+        if config.adapter.maps and config.data.augment.p:
+            raise ValueError(
+                f"data.augment.p is {config.data.augment.p}, and augmentation warps images without "
+                "the maps that control them; set --data.augment.p 0"
+            )
         perturb = config.network.perturb
         if perturb.active and config.network.reads.isdisjoint(CONDITIONS):
             raise ValueError(

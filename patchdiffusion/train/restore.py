@@ -141,7 +141,9 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     labels are not taken. Raises `ValueError` if anything else differs, including what the
     network predicts.
     """
-    model = merged_model(load_model(path))
+    model = load_model(path)
+    if not training.config.adapter.continues(model.config.adapter):
+        model = merged_model(model)
     _check_meaning(path, model, training)
     own = _tensors(training.network)
     weights = dict(training.network.adopted(model.network.state_dict()))
@@ -185,6 +187,8 @@ def start_from(training: Training, weights: Mapping[str, Tensor]) -> None:
     names = training.team.on_main(lambda: list(weights))
     tensors = _tensors(training.network)
     fill(training.team, {name: tensors[name] for name in names}, weights)
+    if not any(name.startswith("adapters.") for name in names):
+        training.config.adapter.started(training.network)
     training.ema.copy(training.network)
 
 

@@ -384,7 +384,7 @@ def _place_network(
         # Faster everywhere; FSDP2 does not support it.
         channels_last(network)
     ema = EMA(network, config.ema)
-    units = network.units()
+    units = [*network.units(), *(network.adapters.units() if network.adapters else ())]
     if compiles(run, device):
         compile_units(units)
     if run.shard:

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.data.augment import LABELS
-from patchdiffusion.data.columns import Filled, used
+from patchdiffusion.data.columns import Filled
+from patchdiffusion.data.controls import read_columns
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.losses import Loss
 from patchdiffusion.nets.base import Makes
@@ -57,8 +58,8 @@ class TaskConfig(ABC):
         """Preview of a run."""
 
     def columns(self, config: Settings, pack: Pack) -> tuple[Filled, ...]:
-        """Columns of a batch, by default those that the network reads."""
-        return used(pack.columns, config.network.reads)
+        """Columns of a batch, by default those that network and adapter read."""
+        return read_columns(pack.columns, config, pack)
 
     def classes(self, config: Settings, pack: Pack) -> tuple[str, ...]:
         """Class names of the model."""
