@@ -220,9 +220,9 @@ def test_commands(images: Path, tmp_path: Path, capsys: Capture) -> None:
     length = "--clock steps --images 2 --batch 4 --preview.samples 1 --preview.grid 3"
     length += " --preview.sample-steps 1 --preview.held-out 4 --device cpu --threads 1"
     div, more = tmp_path / "div", tmp_path / "more"
-    maps = ("--adapter", "div-control", "--adapter.conditions", "edges", "blur", "mask")
+    maps = ("--adapter", "divcontrol", "--adapter.conditions", "edges", "blur", "mask")
     works(capsys, "adapt", base, images, *maps, "--out", div, *length.split())
-    new = ("--adapter", "add-condition", "--adapter.condition", "sketch", "--adapter.tailors", 2)
+    new = ("--adapter", "add-map", "--adapter.condition", "sketch", "--adapter.tailors", 2)
     works(capsys, "adapt", div, images, *new, "--out", more, *length.split())
     assert "is finished" in works(
         capsys, "adapt", div, images, *new, "--out", more, *length.split()
@@ -236,4 +236,4 @@ def test_commands(images: Path, tmp_path: Path, capsys: Capture) -> None:
     works(capsys, "sample", base, *drawn, "--control", more, "--out", tmp_path / "sketch")
     assert "blur" in fails(capsys, "sample", div, *drawn, "--condition", "sketch")
     told = fails(capsys, "adapt", base, images, *new, "--out", tmp_path / "x", *length.split())
-    assert "--adapter div-control" in told
+    assert "--adapter divcontrol" in told

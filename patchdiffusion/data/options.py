@@ -55,7 +55,7 @@ class DataConfig:
     augment: Augmentation = field(default_factory=Augmentation)
     """Augmentation that the network is conditioned on; needs --network.augment-dim 9."""
     columns: tuple[Column, ...] = ()
-    """Further data of each image. Label and caption are always included."""
+    """Further data of images. Label and caption are always included."""
     autoencoder: str | None = None
     """Autoencoder in whose latents the model is trained: a run or model, a folder of diffusers, or
     a name on the hub. None trains on pixels."""

@@ -243,3 +243,16 @@ class EncoderBranch(ControlBranch):
         """Embedded maps [B, F, H, W] of [B, 3 K, H, W]."""
         colors, gate = self.chosen(control, cond)
         return Hint(self.entry(F.silu(self.embed(colors))), gate)
+
+    def begun(self, x: Tensor, noise: Tensor, cond: Cond, control: Tensor) -> tuple[Any, Any]:
+        """Features of the stem, joined by a map [B, 3 K, H, W], and the side input of level 1."""
+        features, side = self.network._begun(x, noise, cond, None)
+        h = features.h + self.hint(control, cond).h
+        return features._replace(h=h, skips=(h,)), side
+
+
+def joined(controls: Controls, branches: Sequence[Any], skip: Tensor, number: int) -> Tensor:
+    """A skip of a U-Net with those of the same number of its branches, which have features."""
+    for (branch, strength), (features, _) in zip(controls, branches, strict=False):
+        skip = skip + times(strength, branch.exits[number](features.skips[number]))
+    return skip

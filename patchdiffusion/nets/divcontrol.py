@@ -130,7 +130,7 @@ def _diverted(
 class DivControl(ControlAdapter):
     """One branch of a transformer for several maps, told apart by instructions (2507.23620)."""
 
-    word: ClassVar[str] = "div-control"
+    word: ClassVar[str] = "divcontrol"
 
     conditions: tuple[ControlMaps, ...] = field(
         default_factory=lambda: (Edges(), Blur(), Sketch(), Mask())
@@ -187,7 +187,7 @@ class DivControl(ControlAdapter):
         plain = network.control_branch(self.blocks)
         if not isinstance(plain, TokenBranch):
             raise ValueError(
-                f"div-control divides the matrices of a transformer, and {type(network).__name__} "
+                f"divcontrol divides the matrices of a transformer, and {type(network).__name__} "
                 "is none; use --adapter control"
             )
         branch = DivertedBranch(plain, self)
@@ -197,9 +197,9 @@ class DivControl(ControlAdapter):
 
 @dataclass(frozen=True, kw_only=True)
 class AddCondition(ControlAdapter):
-    """A further map for a branch of div-control, whose parts stay: new tailors (2507.23620)."""
+    """A further map for a branch of divcontrol, whose parts stay: new tailors (2507.23620)."""
 
-    word: ClassVar[str] = "add-condition"
+    word: ClassVar[str] = "add-map"
 
     condition: ControlMaps = field(default_factory=Sketch)
     """The new map."""
@@ -235,8 +235,8 @@ class AddCondition(ControlAdapter):
     def started(self, network: Network) -> Network:
         """Raise `ValueError`: there is no branch to which the new parts belong."""
         raise ValueError(
-            "add-condition adds to a branch, and the model has none of div-control: train one by "
-            "patchdiffusion adapt RUN DATA --adapter div-control, and adapt that run"
+            "add-map adds to a branch, and the model has none of divcontrol: train one by "
+            "patchdiffusion adapt RUN DATA --adapter divcontrol, and adapt that run"
         )
 
     def prefers(self, config: Any) -> Any:

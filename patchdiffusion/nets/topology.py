@@ -14,7 +14,7 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets import fused
 from patchdiffusion.nets.attention import Attention
 from patchdiffusion.nets.base import Network, put
-from patchdiffusion.nets.controlbranch import EncoderBranch, maps_for, times
+from patchdiffusion.nets.controlbranch import EncoderBranch, joined, maps_for, times
 from patchdiffusion.nets.cuts import Cut, Encoding, Kept, Passage, within
 from patchdiffusion.nets.embed import fourier_features, whole_canvas
 from patchdiffusion.nets.gates import Gates, percentiles
@@ -246,7 +246,7 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         features = Features(h, (h,), (_size(h),), emb, context, mask)
         maps = maps_for(self.controls, cond, x.shape[0], _size(x))
         opened = (
-            branch.network.joined(x, noise, cond, branch.hint(control, cond).h)
+            branch.begun(x, noise, cond, control)
             for (branch, _), control in zip(self.controls, maps, strict=False)
         )
         return features._replace(branches=tuple(opened)), side
@@ -311,25 +311,11 @@ class UNet(Network[UNetLike], Generic[UNetLike, SideInput]):
         for level, part, block in self._up()[start:stop]:
             if part != "up":
                 skip = skips.pop()
-                h = self.join(h, self._controlled(skip, len(skips), features))
+                h = self.join(h, joined(self.controls, features.branches, skip, len(skips)))
             name = f"dec.{level}.{part}"
             h = self.run(name, block, h, emb, cond, features.sizes[level])
             h = put(tape, name, h)
         return h
-
-    def _controlled(self, skip: Tensor, number: int, features: Features) -> Tensor:
-        """A skip with what the branches add to it."""
-        for (branch, strength), (own, _) in zip(self.controls, features.branches, strict=False):
-            skip = skip + times(strength, branch.exits[number](own.skips[number]))
-        return skip
-
-    def joined(
-        self, x: Tensor, noise: Tensor, cond: Cond, hint: Tensor
-    ) -> tuple[Features, SideInput]:
-        """Stem of a copy that controls another network, with an embedded map [B, F, H, W]."""
-        features, side = self._begun(x, noise, cond, None)
-        h = features.h + hint
-        return features._replace(h=h, skips=(h,)), side
 
     def control_branch(self, blocks: int = 0) -> EncoderBranch:
         if blocks:

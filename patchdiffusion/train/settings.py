@@ -125,7 +125,7 @@ class Settings:
     network: Network = field(default_factory=UNetConfig)
     """Network architecture."""
     adapter: Adapter = field(default_factory=AllWeights)
-    """Few trained weights on a frozen network, or all."""
+    """Weights to train."""
     precond: Parameterisation = field(default_factory=EDM)
     """Prediction of the network. Sets the default noise law and loss weight."""
     noise: Law = field(default_factory=LogNormal)
