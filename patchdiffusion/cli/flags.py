@@ -67,7 +67,7 @@ class Slot(NamedTuple):
     @property
     def name(self) -> str:
         """The flag without its dashes."""
-        return ".".join(self.path).replace("_", "-")
+        return ".".join(self.path).rstrip("_").replace("_", "-")  # from_ is a word of Python
 
     @property
     def negative(self) -> str:
