@@ -47,6 +47,8 @@ class AdapterFacts:
     """Training images of each class, if they are its own."""
     num_classes: int = 0
     """Number of classes, if they are its own."""
+    concepts: int = 0
+    """Number of concepts among them, of which the last is its own."""
     unconditional: bool = True
     """True if it was trained without classes as well."""
     data: str = ""
@@ -55,6 +57,11 @@ class AdapterFacts:
     """Full-image equivalents seen in training."""
     step: int = 0
     """Optimizer steps."""
+
+    @property
+    def has_classes(self) -> bool:
+        """True if it has classes of its own, or a concept beside those of the model."""
+        return self.adapter.classes or self.adapter.concept
 
 
 class SavedAdapter(NamedTuple):
@@ -84,13 +91,14 @@ def files_of(
     """Files of the adapter of a model, by their paths in its folder; none without an adapter."""
     if config.adapter.trains_all:
         return {}
-    labels = label_names(network) if config.adapter.classes else set()
+    labels = config.adapter.own_names(network)
     tensors = {n.removeprefix(OWN): t for n, t in weights.items() if n.startswith(OWN)}
     tensors |= {name: weights[name] for name in labels}
     data = save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
     own = {}
-    if config.adapter.classes:
+    if labels:
         own = {n: getattr(config, n) for n in ("classes", "counts", "num_classes", "unconditional")}
+        own["concepts"] = config.network.concepts if config.adapter.concept else 0
     facts = AdapterFacts(
         adapter=config.adapter,
         base=digest_of(_base(weights, labels)),
@@ -166,7 +174,7 @@ def with_adapters(
     Classes are those of the adapter that has its own. Raises `ValueError` for an adapter of other
     weights, and for two with classes of their own.
     """
-    owners = [adapter for adapter, _ in adapters if adapter.facts.adapter.classes]
+    owners = [adapter for adapter, _ in adapters if adapter.facts.has_classes]
     if len(owners) > 1:
         raise ValueError(
             f"the adapters {owners[0].name} and {owners[1].name} both have classes of their own; "
@@ -212,7 +220,7 @@ def using(model: Model, strengths: Mapping[str, float]) -> Model:
 def _with_classes(model: Model, owner: SavedAdapter) -> tuple[ModelConfig, Network]:
     """Configuration and network with the classes of an adapter."""
     facts = owner.facts
-    network = replace(model.config.network, num_classes=facts.num_classes)
+    network = replace(model.config.network, num_classes=facts.num_classes, concepts=facts.concepts)
     config = replace(
         model.config,
         network=network,
@@ -222,8 +230,9 @@ def _with_classes(model: Model, owner: SavedAdapter) -> tuple[ModelConfig, Netwo
     )
     built = config.head.build(network)
     config.precond.attach(built, network.channels)
-    labels = label_names(built)
-    state = _base(model.network.state_dict(), label_names(model.network))
+    labels = facts.adapter.own_names(built)
+    former = label_names(model.network) if facts.adapter.classes else set()
+    state = _base(model.network.state_dict(), former)
     built.load_state_dict(state | {name: owner.tensors[name] for name in labels})
     return config, built
 
@@ -234,7 +243,7 @@ def _fill(network: Network, name: str, adapter: SavedAdapter) -> None:
     assert attached is not None
     changes = cast(nn.Module, attached.changes[name])
     own = {n: t for n, t in adapter.tensors.items() if n in changes.state_dict()}
-    labels = label_names(network) if adapter.facts.adapter.classes else set()
+    labels = adapter.facts.adapter.own_names(network) if adapter.facts.has_classes else set()
     if extra := set(adapter.tensors) - set(own) - labels:
         raise ValueError(f"the adapter {adapter.name} has {min(extra)}, which the network has not")
     try:

@@ -13,6 +13,7 @@ from patchdiffusion.solvers.schedules import Schedule
 from patchdiffusion.system import errors
 from patchdiffusion.system.families import words
 from patchdiffusion.train.autoencoding import AutoencoderTask
+from patchdiffusion.train.concept import ConceptTask
 from patchdiffusion.train.config import FREE, TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +88,10 @@ def test_every_measure_has_its_place_in_the_page() -> None:
 def test_free_fields_exist() -> None:
     """In some configuration, of each type that a family has."""
     tasks = [AutoencoderTask(perceptual=kind()) for kind in words(Perceptual).values()]
-    configs = [TrainConfig(objective=ConsistencyConfig()), *(TrainConfig(task=t) for t in tasks)]
+    configs = [
+        TrainConfig(objective=ConsistencyConfig()),
+        *(TrainConfig(task=t) for t in (*tasks, ConceptTask())),
+    ]
     missing = object()
     for path in FREE:
         values: list[object] = list(configs)

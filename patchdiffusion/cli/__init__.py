@@ -83,12 +83,13 @@ COMMANDS = {
         "speed",
         "bricks",
         "distill",
+        "concept",
         "walk",
     )
 }
 
 
-SHARED = ("train", "adapt", "distill", "sample", "evaluate", "bench")
+SHARED = ("train", "adapt", "distill", "concept", "sample", "evaluate", "bench")
 """Commands whose work the processes of `torchrun` share."""
 
 
@@ -122,7 +123,7 @@ def _interrupt(*_: object) -> None:
 
 def _interrupted(command: str) -> int:
     """Exit code after a signal when there is nothing to save."""
-    if command not in ("train", "distill"):
+    if command not in ("train", "distill", "concept"):
         return _fail("interrupted", 130)
     if place().is_main:
         print("stopped   the same command goes on")

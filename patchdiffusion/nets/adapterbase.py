@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from patchdiffusion.nets.attached import Part, attach
 from patchdiffusion.nets.base import Network, Role, initialize, roles_of
 from patchdiffusion.nets.changes import Layer, Trained
+from patchdiffusion.nets.concepts import newest_concept
 from patchdiffusion.nets.controlmaps import ControlMaps
 from patchdiffusion.nets.magnitude import MPWeight
 from patchdiffusion.rng import seed_of
@@ -88,6 +89,8 @@ class AdapterConfig(ABC):
     classes: bool = False
     """True if the classes of the images are others than those of the network it changes: the
     parameters of classes are trained as a whole and stored with the adapter."""
+    concept: bool = False
+    """True if the newest concept of the network is trained and stored with the adapter."""
 
     def __post_init__(self) -> None:
         if self.levels and not (
@@ -127,12 +130,17 @@ class AdapterConfig(ABC):
         if self.trains_all:
             return network
         self.add(network, "adapter", 1.0, seed=seed)
-        if self.classes:
-            labels = label_names(network)
-            for name, parameter in network.named_parameters():
-                if name in labels:
-                    parameter.requires_grad_(True)
+        own = self.own_names(network)
+        for name, parameter in network.named_parameters():
+            if name in own:
+                parameter.requires_grad_(True)
         return network
+
+    def own_names(self, network: Network) -> set[str]:
+        """Names of the parameters of the network itself that are trained and stored with it."""
+        if self.concept:
+            return {newest_concept(network)}
+        return label_names(network) if self.classes else set()
 
     def add(self, network: Network, name: str, strength: float, *, seed: int = 0) -> None:
         """Add the changes to a network that may have others, under a name and with a strength."""
@@ -158,8 +166,9 @@ class AdapterConfig(ABC):
     def inherit(self, old: "AdapterConfig", first: object) -> Self:
         """A copy with the classes and noise levels of the adapter that it replaces."""
         if self.trains_all:
-            return replace(self, classes=False)
-        return replace(self, classes=old.classes, levels=self.levels or old.levels)
+            return replace(self, classes=False, concept=False)
+        levels = self.levels or old.levels
+        return replace(self, classes=old.classes, concept=old.concept, levels=levels)
 
 
 def label_names(network: Network) -> set[str]:
@@ -168,6 +177,6 @@ def label_names(network: Network) -> set[str]:
     if not config.num_classes:
         return set()
     with torch.device("meta"):
-        without = replace(config, num_classes=0).build()
+        without = replace(config, num_classes=0, concepts=0).build()
         same = config.build()
     return set(same.state_dict()) - set(without.state_dict())

@@ -47,11 +47,16 @@ class NetworkConfig(ABC):
     """True if it can be conditioned on a picture and a pooled embedding."""
     perturbs: ClassVar[bool] = False
     """True if its embedded conditions can be perturbed in training."""
+    learns_concepts: ClassVar[bool] = False
+    """True if classes can be added to a trained network, see `concepts`."""
 
     channels: int = 3
     """Channels of the image, in and out."""
     num_classes: int = 0
     """Number of classes; 0 is an unconditional network."""
+    concepts: int = 0
+    """Number of the classes, the last ones, that were added to a trained network: each is a vector
+    of its own, a token, and leaves the others as they are."""
     augment_dim: int = 0
     """Number of augmentation parameters the network is conditioned on."""
     dropout: float = 0.0
@@ -72,6 +77,7 @@ class NetworkConfig(ABC):
         # The upper limits only catch slips: far below them a network fits no machine.
         self.limit("channels", 1, 4096)
         self.limit("num_classes", 0, 10**6)
+        self.limit("concepts", 0, self.num_classes if self.learns_concepts else 0)
         self.limit("augment_dim", 0, 4096)
         self.limit("image_channels", 0, 4096 if self.pictures else 0)
         self.limit("extra_dim", 0, 10**6 if self.pictures else 0)
@@ -88,6 +94,11 @@ class NetworkConfig(ABC):
                 f"perturb must be none for {word}, not {families.word(type(self.perturb))}: "
                 "its conditions are not perturbed"
             )
+
+    @property
+    def table_classes(self) -> int:
+        """Number of the classes that are no concepts."""
+        return self.num_classes - self.concepts
 
     def limit(self, name: str, least: int, most: int) -> None:
         """Raise `ValueError` unless a field lies in [least, most]."""

@@ -25,7 +25,7 @@ from patchdiffusion.nets.cuts import Cut, Encoding, Passage
 from patchdiffusion.nets.ditblocks import block_of, record, stem_of
 from patchdiffusion.nets.ditshape import DiTShape
 from patchdiffusion.nets.ditsizes import MODERN, SIZES, jit, patch_for
-from patchdiffusion.nets.embed import Embedding, LateEmbedding, Switches, whole_canvas
+from patchdiffusion.nets.embed import Embedding, LateEmbedding, switches_of, whole_canvas
 from patchdiffusion.nets.experts import place_features
 from patchdiffusion.nets.gates import percentiles
 from patchdiffusion.nets.layers import Linear, pad_to_multiple
@@ -99,7 +99,7 @@ class DiT(Network[DiTConfig]):
         super().__init__(config)
         width, pixels = config.width, math.prod(config.patch)
         classes, augment = config.num_classes, config.augment_dim
-        switches: Switches = {"jump": config.jump, "perturb": config.perturb}
+        switches = switches_of(config)
         if config.embedding != "early":
             last = 127 if config.embedding == "diffusers" else 128
             self.embed = LateEmbedding(width, classes, augment, **switches, last=last)

@@ -24,6 +24,7 @@ class DiTShape(ContextShape):
 
     pictures: ClassVar[bool] = True
     perturbs: ClassVar[bool] = True
+    learns_concepts: ClassVar[bool] = True
 
     patch: tuple[int, ...] = (0, 0)
     """Sides of the patches that become tokens: one for each axis of the data, 2 2 for images, or

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from patchdiffusion.cond import Cond
-from patchdiffusion.nets.base import Key, Role
+from patchdiffusion.nets.base import Key, NetworkConfig, Role
+from patchdiffusion.nets.concepts import concepts_of
 from patchdiffusion.nets.layers import (
     Conv,
     Init,
@@ -60,10 +61,16 @@ class Fourier(nn.Module):
 
 
 class Switches(TypedDict):
-    """Keywords of the embeddings of a configuration."""
+    """Keywords of the embeddings of a configuration; `concepts` of the classes are tokens."""
 
     jump: bool
     perturb: Perturb
+    concepts: int
+
+
+def switches_of(config: NetworkConfig) -> Switches:
+    """The keywords of a configuration."""
+    return {"jump": config.jump, "perturb": config.perturb, "concepts": config.concepts}
 
 
 class Embedding(nn.Module):
@@ -86,14 +93,16 @@ class Embedding(nn.Module):
         *,
         jump: bool = False,
         perturb: Perturb = NONE,
+        concepts: int = 0,
     ):
         super().__init__()
         width = 2 * base if kind == "fourier" else base
         self.base = base
-        self.num_classes = num_classes
+        self.num_classes = table = num_classes - concepts
         self.perturb = perturb
         self.fourier = Fourier(width) if kind == "fourier" else None
-        self.label = Linear(num_classes, width) if num_classes else None
+        self.label = Linear(table, width) if table else None
+        self.concepts = concepts_of(num_classes, concepts, width)
         self.augment = Linear(augment_dim, width, bias=False) if augment_dim else None
         self.jump = Linear(base, width, bias=False, neutral=True) if jump else None
         self.layer0 = Linear(width, 4 * base)
@@ -109,6 +118,8 @@ class Embedding(nn.Module):
                 classes = one_hot(cond.labels, self.num_classes, h)
                 e = self.label(classes * math.sqrt(self.num_classes))
                 h = h + self.perturb.of_label(e, cond, self.num_classes)
+            if self.concepts is not None:
+                h = self.concepts(h, cond.labels)
             if self.augment is not None:
                 h = h + self.augment(augmentation(cond, self.augment.in_features, h))
             if self.jump is not None:
@@ -176,16 +187,18 @@ class LateEmbedding(nn.Module):
         *,
         jump: bool = False,
         perturb: Perturb = NONE,
+        concepts: int = 0,
         last: int = 128,
     ):
         """Frequencies fall from 1, by 1e-4 in `last` of them: 128 in DiT, 127 in diffusers."""
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes = table = num_classes - concepts
         self.perturb = perturb
         self.last = last
         self.layer0 = Linear(self.features, width, init="normal", scale=0.02)
         self.layer1 = Linear(width, width, init="normal", scale=0.02)
-        self.label = Labels(num_classes, width) if num_classes else None
+        self.label = Labels(table, width) if table else None
+        self.concepts = concepts_of(num_classes, concepts, width)
         self.augment = Linear(augment_dim, width, bias=False) if augment_dim else None
         self.jump = Linear(self.features, width, bias=False, neutral=True) if jump else None
 
@@ -198,6 +211,8 @@ class LateEmbedding(nn.Module):
                 none = torch.full(noise.shape[:1], -1, device=noise.device)
                 e = self.label(none if cond.labels is None else cond.labels)
                 h = h + self.perturb.of_label(e, cond, self.num_classes)
+            if self.concepts is not None:
+                h = self.concepts(h, cond.labels)
             if self.augment is not None:
                 h = h + self.augment(augmentation(cond, self.augment.in_features, h))
             if self.jump is not None:

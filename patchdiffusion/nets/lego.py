@@ -21,7 +21,7 @@ from patchdiffusion.cond import Cond, Tape
 from patchdiffusion.nets.base import Network, put
 from patchdiffusion.nets.count import macs_of_call
 from patchdiffusion.nets.cuts import Cut, Kept, Passage, within
-from patchdiffusion.nets.embed import Embedding, LateEmbedding, Switches, whole_canvas
+from patchdiffusion.nets.embed import Embedding, LateEmbedding, switches_of, whole_canvas
 from patchdiffusion.nets.layers import pad_to_multiple
 from patchdiffusion.nets.legobody import RegionNetwork, Regions
 from patchdiffusion.nets.legoshape import LegoShape
@@ -103,7 +103,7 @@ class Lego(Network[LegoConfig]):
     def __init__(self, config: LegoConfig, *, seed: int = 0):
         super().__init__(config)
         width, classes, augment = config.width, config.num_classes, config.augment_dim
-        switches: Switches = {"jump": config.jump, "perturb": config.perturb}
+        switches = switches_of(config)
         if config.embedding == "late":
             self.embed = LateEmbedding(width, classes, augment, **switches)
         else:

@@ -20,6 +20,7 @@ class LegoShape(ContextShape):
     """Base of the configuration of LEGO bricks: its fields, and what follows from them."""
 
     perturbs: ClassVar[bool] = True
+    learns_concepts: ClassVar[bool] = True
 
     regions: tuple[int, ...] = (4, 8, 0)
     """Sides of the regions that each brick works in, from the first brick to the last; 0 is the

@@ -16,6 +16,7 @@ from patchdiffusion.nets.embed import (
     EmbeddingKind,
     Pyramid,
     Stem,
+    switches_of,
 )
 from patchdiffusion.nets.fused import residual
 from patchdiffusion.nets.layers import Block, Conv, Norm
@@ -30,6 +31,7 @@ class UNetConfig(UNetShape, ContextShape):
     """A U-Net (DDPM++, NCSN++); the defaults are DDPM++ for 64 x 64 images, without dropout."""
 
     gated: ClassVar[bool] = True
+    learns_concepts: ClassVar[bool] = True
 
     embedding: EmbeddingKind = "positional"
     """Noise features: positional (DDPM++) or random Fourier frequencies (NCSN++)."""
@@ -73,8 +75,7 @@ class SongUNet(UNet[UNetConfig, _SideInput]):
             config.embedding,
             config.num_classes,
             config.augment_dim,
-            jump=config.jump,
-            perturb=config.perturb,
+            **switches_of(config),
         )
         self.stem = Stem(config.channels, config.base, coordinates=config.position_channels)
         self.enc, skips = encoder(config.base, widths, config.blocks, self._block)

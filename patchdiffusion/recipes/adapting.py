@@ -19,11 +19,7 @@ def adapting(
     Network, parameterisation, noise law and objective are those of the model. Raises `ValueError`
     for images that do not fit it.
     """
-    if tuple(pack.images.shape[1:-1]) != model.canvas or pack.space.word != model.space.word:
-        raise ValueError(
-            f"{pack.name} has {pack.space.word} of {_size(pack)}, and the model was trained on "
-            f"{model.space.word} of {'x'.join(map(str, model.canvas))}"
-        )
+    check_same_data(pack, model)
     classes = 0
     if model.network.num_classes:
         classes = len(pack.classes)
@@ -33,9 +29,10 @@ def adapting(
                 "their own, the name of their class, inside of the one that is given"
             )
     others = bool(classes) and pack.classes != model.classes
+    concepts = 0 if others else model.network.concepts
     config = replace(
         config,
-        network=replace(model.network, num_classes=classes),
+        network=replace(model.network, num_classes=classes, concepts=concepts),
         precond=model.precond,
         noise=model.noise,
         objective=model.objective,
@@ -43,6 +40,15 @@ def adapting(
         images=round(config.images * SHARE),
     )
     return replace(adapter, classes=others).prefers(config)
+
+
+def check_same_data(pack: Pack, model: ModelConfig) -> None:
+    """Raise `ValueError` for images of another size or kind than those of the model."""
+    if tuple(pack.images.shape[1:-1]) != model.canvas or pack.space.word != model.space.word:
+        raise ValueError(
+            f"{pack.name} has {pack.space.word} of {_size(pack)}, and the model was trained on "
+            f"{model.space.word} of {'x'.join(map(str, model.canvas))}"
+        )
 
 
 def _size(pack: Pack) -> str:

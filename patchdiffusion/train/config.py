@@ -7,10 +7,11 @@ from typing import Literal
 from patchdiffusion.system.checks import positive
 from patchdiffusion.train.autoencoding import AutoencoderTask
 from patchdiffusion.train.classifying import ClassifierTask
+from patchdiffusion.train.concept import ConceptTask
 from patchdiffusion.train.denoising import DenoiserTask
 from patchdiffusion.train.settings import Settings
 
-Task = DenoiserTask | ClassifierTask | AutoencoderTask
+Task = DenoiserTask | ClassifierTask | AutoencoderTask | ConceptTask
 """Tasks that a run may train; each is a `task.TaskConfig`."""
 
 
@@ -39,6 +40,7 @@ FREE = (
     "data.autoencoder",  # identified by its digest, as a part of the data
     "data.max_enlarge",
     "objective.teacher",  # identified by its digest, as those below
+    "task.teacher",
     "task.perceptual.model",
     "task.perceptual.vgg",
     "task.perceptual.linear",

@@ -71,7 +71,9 @@ def _load_learned(training: Training, saved: SavedRun) -> None:
     if not both:
         return
     targets = {k: v for k, v in _tensors(training.learned).items() if _module(k) in both}
-    names = [name for name in tensors if "/" in name and _module(name) in both]
+    # Parameters of adapters have a slash in their names, as moments have.
+    others = (name for name in tensors if "/" in name and name not in targets)
+    names = [name for name in others if _module(name) in both]
     empty = empty_moments(training.stepper.update, training.learned, names)
     _read(training.team, saved, "objective", targets | empty, both)
 
@@ -147,9 +149,9 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     _check_meaning(path, model, training)
     own = _tensors(training.network)
     weights = dict(training.network.adopted(model.network.state_dict()))
-    classes = model.config.network.num_classes, training.config.network.num_classes
+    theirs, ours = model.config.network, training.config.network
     labels: set[str] = set()
-    if classes[0] != classes[1]:
+    if theirs.table_classes != ours.table_classes or theirs.concepts > ours.concepts:
         labels = label_names(model.network) | label_names(training.network)
         weights = {name: value for name, value in weights.items() if name not in labels}
     wrong = [name for name in weights if name not in own or weights[name].shape != own[name].shape]
@@ -159,7 +161,8 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
             f"start_from is {path}, whose network differs in {len(wrong)} tensors "
             f"(first {wrong[0]}); use the same --network settings"
         )
-    but = f"; {classes[0]} classes are now {classes[1]}, whose parameters are new" if labels else ""
+    counts = f"{theirs.num_classes} classes are now {ours.num_classes}"
+    but = f"; {counts}, whose parameters are new" if labels else ""
     training.log.say(f"start     from the averaged weights of {path} ({model.digest}){but}")
     return weights
 

@@ -234,12 +234,13 @@ def _write(training: Training, full: Groups, record: RunFacts) -> str:
 def _write_model(training: Training, full: Groups) -> None:
     averaged, config = full["weights"] | full[MAIN], training.model_config
     folder, adapter = training.folder / "model", files_of(config, training.network, averaged)
+    more = dict(training.config.task.files(config, training.objective))
     save_model(
         folder,
         config,
         averaged,
         full["weights"],
-        carried=training.kept | training.carried | adapter,
+        carried=training.kept | training.carried | adapter | more,
     )
     # The files of this run from now on, whatever becomes of those that it was started with.
     training.carried = {name: folder / name for name in training.carried}

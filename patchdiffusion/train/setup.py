@@ -127,7 +127,7 @@ class Training:
             canvas=self.canvas,
             space=self.pack.space,
             classes=self.config.task.classes(self.config, self.pack),
-            counts=self.pack.trained_counts if self.config.network.num_classes else (),
+            counts=self.config.task.counts(self.config, self.pack),
             unconditional=self.config.task.unconditional(self.config, self.pack),
             objective=self.config.objective,
             conditioners=self.config.conditioners,
@@ -335,8 +335,8 @@ def _teacher(path: Path, config: TrainConfig, pack: Pack, device: torch.device) 
     if not model.config.objective.denoises:
         raise ValueError(f"the teacher {path} is a few-step model; allowed are denoisers")
     network, other = config.network, model.config.network
-    own = (*pack.info.shape[1:-1], network.channels, network.num_classes)
-    theirs = (*model.config.canvas, other.channels, other.num_classes)
+    own = (*pack.info.shape[1:-1], network.channels, network.table_classes)
+    theirs = (*model.config.canvas, other.channels, other.table_classes)
     if network.makes != "denoiser":  # whose features are compared, of crops and without classes
         own, theirs = own[-2:-1], theirs[-2:-1]
     if own != theirs:

@@ -19,6 +19,7 @@ from patchdiffusion.data.columns import Filled
 from patchdiffusion.data.controls import read_columns
 from patchdiffusion.data.pack import Pack
 from patchdiffusion.losses import Loss
+from patchdiffusion.model import ModelConfig
 from patchdiffusion.nets.base import Makes
 from patchdiffusion.nets.heads import Head
 from patchdiffusion.noise import NoiseLaw
@@ -64,6 +65,14 @@ class TaskConfig(ABC):
     def classes(self, config: Settings, pack: Pack) -> tuple[str, ...]:
         """Class names of the model."""
         return pack.classes
+
+    def counts(self, config: Settings, pack: Pack) -> tuple[int, ...]:
+        """Training images of each class of the model; empty if that is not known."""
+        return pack.trained_counts if config.network.num_classes else ()
+
+    def files(self, model: ModelConfig, objective: Loss) -> Mapping[str, bytes]:
+        """Files that are saved in the folder of the model, by their names there; mostly none."""
+        return {}
 
     def levels(self, config: Settings, draws: Draws, law: NoiseLaw) -> Tensor | None:
         """Noise levels that a step draws, to report bad steps: [B], or None."""
