@@ -55,8 +55,7 @@ class NetworkConfig(ABC):
     num_classes: int = 0
     """Number of classes; 0 is an unconditional network."""
     concepts: int = 0
-    """Number of the classes, the last ones, that were added to a trained network: each is a vector
-    of its own, a token, and leaves the others as they are."""
+    """Number of the last classes, which were added to a trained network and change no others."""
     augment_dim: int = 0
     """Number of augmentation parameters the network is conditioned on."""
     dropout: float = 0.0
@@ -94,11 +93,6 @@ class NetworkConfig(ABC):
                 f"perturb must be none for {word}, not {families.word(type(self.perturb))}: "
                 "its conditions are not perturbed"
             )
-
-    @property
-    def table_classes(self) -> int:
-        """Number of the classes that are no concepts."""
-        return self.num_classes - self.concepts
 
     def limit(self, name: str, least: int, most: int) -> None:
         """Raise `ValueError` unless a field lies in [least, most]."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from patchdiffusion.nets.base import Key, Network, Role
+from patchdiffusion.nets.base import Key, Network, NetworkConfig, Role
 
 
 class Concepts(nn.Module):
@@ -69,7 +69,7 @@ def add_concept(network: Network[Any]) -> str:
     owner = network.get_submodule(path)
     device = next(network.parameters()).device
     width = len(built.get_parameter(name))
-    concepts = Concepts(former.table_classes, config.concepts, width).to(device)
+    concepts = Concepts(table_classes(former), config.concepts, width).to(device)
     nn.init.zeros_(concepts.rows[-1])
     for number in range(former.concepts):
         concepts.rows[number] = network.get_parameter(f"{rows}.{number}")
@@ -84,3 +84,8 @@ def set_concept(network: nn.Module, token: nn.Parameter) -> None:
     concepts = network.get_submodule(path)
     assert isinstance(concepts, Concepts)
     concepts.rows[int(number)] = token
+
+
+def table_classes(config: NetworkConfig) -> int:
+    """Number of the classes of a network that are no concepts."""
+    return config.num_classes - config.concepts

@@ -46,8 +46,6 @@ class EchoOptions:
     """Weight of 1 - the cosine of the features of student and correction."""
     pixels: float = 1.0
     """Weight of their mean squared error."""
-    perceptual: float = 1.0
-    """Weight of their perceptual distance."""
     keep: float = 1.0
     """Weight of the changes of other classes, of both networks."""
     low: float = 0.1
@@ -62,7 +60,7 @@ class EchoOptions:
     """Their share of the references of the teacher, from then on."""
 
     def __post_init__(self) -> None:
-        for name in ("identity", "pixels", "perceptual", "keep"):
+        for name in ("identity", "pixels", "keep"):
             if not 0 <= getattr(self, name) < MOST:
                 raise ValueError(f"{name} must be >= 0 and finite, not {getattr(self, name)}")
         if not 0 < self.low <= self.high < MOST:
@@ -153,6 +151,7 @@ class EchoLoss:
     mean: Tensor
     """Mean of the normalized features of the references: [D]."""
     perceptual: Distance | None
+    perceptual_weight: float
     adversary: AdversarialTerm | None
     echo: Echo
     seed: int = 0
@@ -185,7 +184,7 @@ class EchoLoss:
         factors = {
             "identity": options.identity,
             "correction": options.pixels,
-            "perceptual": options.perceptual,
+            "perceptual": self.perceptual_weight,
             "change of student": options.keep,
             "change of teacher": options.keep,
         }
@@ -199,8 +198,10 @@ class EchoLoss:
             shifted(x, draws.keys(f"shift of {name}"), options.shift)
             for name, x in (("real", batch.images), ("fake", fake))
         )
-        more, told = self.adversary(real, fakes, loss, batch.progress)
-        return LossOut(per_sample=loss + more, scalars={**scalars, **told}, reported=loss.detach())
+        more, values = self.adversary(real, fakes, loss, batch.progress)
+        return LossOut(
+            per_sample=loss + more, scalars={**scalars, **values}, reported=loss.detach()
+        )
 
     def denoising(self, batch: Batch, draws: Draws, cond: Cond) -> Tensor:
         """The teacher's error of references, and of samples after the echo: [B]."""

@@ -57,7 +57,7 @@ class ConceptTask(TaskConfig):
     """Names of all classes of the model, that of the concept last."""
     loss: EchoOptions = field(default_factory=EchoOptions)
     """Weights of the losses, noise levels, and time of the echo."""
-    distance: Perceptual = field(default_factory=Edges)
+    perceptual: Perceptual = field(default_factory=Edges)
     """Perceptual distance of samples and their corrections."""
     features: str = "random"
     """Features of the identity: random (a fixed network), pixels, inception, dinov2,
@@ -109,7 +109,7 @@ class ConceptTask(TaskConfig):
             )
         check_axes(self.adversary, network.axes, FLAG)
         if network.axes == 2:
-            self.distance.check(pack.channels)
+            self.perceptual.check(pack.channels)
         for group in config.plan(tuple(pack.images.shape[1:-1])).groups:
             if group.size != tuple(pack.images.shape[1:-1]):
                 raise ValueError(
@@ -156,7 +156,8 @@ class ConceptTask(TaskConfig):
             weighting=cast(Trainable, teacher.precond).default_weighting(),
             features=space,
             mean=_mean_features(space, some_images(materials, MOST_REFERENCES)),
-            perceptual=self.distance.build((), materials.device),
+            perceptual=self.perceptual.build(materials.teachers[1:], materials.device),
+            perceptual_weight=self.perceptual.weight,
             adversary=adversarial_term(self.adversary, materials, FLAG),
             echo=echo,
             seed=config.seed,
@@ -164,7 +165,7 @@ class ConceptTask(TaskConfig):
 
     def _teacher(self, config: Settings, materials: Materials) -> NetDenoiser:
         """The teacher with an adapter of its own, and the token of the student."""
-        (teacher,) = materials.teachers
+        teacher = materials.teachers[0]
         assert isinstance(teacher, NetDenoiser)
         network = cast(Network, teacher.network)
         ours = config.network
@@ -214,11 +215,15 @@ class ConceptTask(TaskConfig):
         return 3.0 * 3 + 4
 
     def teachers(self, config: Settings) -> tuple[Path, ...]:
-        return () if self.teacher is None else (Path(self.teacher),)
+        own = () if self.teacher is None else (Path(self.teacher),)
+        return own + self.perceptual.teachers
+
+    def digests(self) -> tuple[str, ...]:
+        return self.perceptual.digests
 
     def located(self) -> Self:
         teacher = self.teacher and str(expanded(self.teacher).resolve())
-        return replace(self, teacher=teacher, distance=self.distance.located())
+        return replace(self, teacher=teacher, perceptual=self.perceptual.located())
 
     def told(self) -> str:
         """Names of the teacher and the concept, for the first lines of a run."""

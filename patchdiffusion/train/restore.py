@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from patchdiffusion.adapted import merged_model
 from patchdiffusion.model import Model, load_model
 from patchdiffusion.nets.adapters import label_names
+from patchdiffusion.nets.concepts import table_classes
 from patchdiffusion.system.dist import Team, is_sharded, local
 from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import checkpoint
@@ -151,7 +152,7 @@ def weights_of(path: Path, training: Training) -> dict[str, Tensor]:
     weights = dict(training.network.adopted(model.network.state_dict()))
     theirs, ours = model.config.network, training.config.network
     labels: set[str] = set()
-    if theirs.table_classes != ours.table_classes or theirs.concepts > ours.concepts:
+    if table_classes(theirs) != table_classes(ours) or theirs.concepts > ours.concepts:
         labels = label_names(model.network) | label_names(training.network)
         weights = {name: value for name, value in weights.items() if name not in labels}
     wrong = [name for name in weights if name not in own or weights[name].shape != own[name].shape]

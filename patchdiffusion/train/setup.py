@@ -19,6 +19,7 @@ from patchdiffusion.encoders.features import extractor
 from patchdiffusion.losses import AfterStep, Loss
 from patchdiffusion.model import Model, ModelConfig, load_model
 from patchdiffusion.nets.base import Network
+from patchdiffusion.nets.concepts import table_classes
 from patchdiffusion.nets.count import count, flops_per_mac, training_flops
 from patchdiffusion.objectives.base import Annotations, Costly, Materials, annotated, stages_of
 from patchdiffusion.patches import Size
@@ -335,8 +336,8 @@ def _teacher(path: Path, config: TrainConfig, pack: Pack, device: torch.device) 
     if not model.config.objective.denoises:
         raise ValueError(f"the teacher {path} is a few-step model; allowed are denoisers")
     network, other = config.network, model.config.network
-    own = (*pack.info.shape[1:-1], network.channels, network.table_classes)
-    theirs = (*model.config.canvas, other.channels, other.table_classes)
+    own = (*pack.info.shape[1:-1], network.channels, table_classes(network))
+    theirs = (*model.config.canvas, other.channels, table_classes(other))
     if network.makes != "denoiser":  # whose features are compared, of crops and without classes
         own, theirs = own[-2:-1], theirs[-2:-1]
     if own != theirs:
