@@ -50,7 +50,7 @@ class EchoOptions:
     """Weight of the changes of other classes, of both networks."""
     low: float = 0.1
     """Smallest noise level of corrections."""
-    high: float = 5.0
+    high: float = 2.0
     """Largest noise level of corrections."""
     shift: int = 2
     """Most pixels by which images are shifted for the discriminator."""

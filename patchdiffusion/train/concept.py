@@ -64,7 +64,7 @@ class ConceptTask(TaskConfig):
     module:callable, a folder of transformers, or a run (a classifier or denoiser)."""
     adversary: Adversary = field(
         default_factory=lambda: FeatureHeads(
-            weight=0.1, balanced=False, start=0.0, warmup=0.0, rate=1.0
+            weight=1.0, balanced=False, start=0.0, warmup=0.0, rate=1.0
         )
     )
     """Discriminator of references and samples."""
