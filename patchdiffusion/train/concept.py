@@ -95,6 +95,8 @@ class ConceptTask(TaskConfig):
                 "a concept needs a token and an adapter: --network.concepts 1 and "
                 "--adapter lora --adapter.concept, or patchdiffusion concept RUN IMAGES"
             )
+        if config.adapter.maps:
+            raise ValueError("a concept is learned without control by pictures; use --adapter lora")
         if self.teacher is None:
             raise ValueError("task.teacher is missing: give the run or model of a denoiser")
         others = network.reads - {"labels", "jump", "pos", "seed"}
@@ -181,6 +183,7 @@ class ConceptTask(TaskConfig):
             )
         name = add_concept(network)
         config.adapter.attach(network, seed=seed_of(config.seed, TEACHER))
+        config.adapter.started(network)
         attached = attached_to(network)
         assert isinstance(attached, Attached)
         materials.learn(TEACHER, attached)
