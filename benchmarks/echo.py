@@ -278,7 +278,7 @@ def pictures(rows: Sequence[Tensor]) -> np.ndarray:
 
 def main() -> None:
     """Train what has no numbers yet, write all numbers and the picture."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/echo"))
     parser.add_argument("--images", type=int, default=40_000)
     parser.add_argument("--steps", type=int, default=300)

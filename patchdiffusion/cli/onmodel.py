@@ -35,9 +35,7 @@ Configure = Callable[[TrainConfig, ModelConfig, Pack, Path], TrainConfig]
 """The configuration of a recipe, a model, its new images and its folder -> that of the run."""
 
 
-def train_on(
-    arguments: Sequence[str], command: str, record: Callable[..., Any], configure: Configure
-) -> None:
+def train_on(arguments: Sequence[str], command: str, record: Any, configure: Configure) -> None:
     """Build the configuration from that of the model, the images and flags, and train.
 
     `record` is the class of the arguments, with an `example`.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Self, cast
 
@@ -16,6 +17,7 @@ from patchdiffusion.denoiser import NetDenoiser
 from patchdiffusion.encoders.discriminator import Adversary, FeatureHeads
 from patchdiffusion.encoders.embed import Embedding, embedding
 from patchdiffusion.encoders.perceptual import Edges, Perceptual
+from patchdiffusion.flowmap import FlowMap
 from patchdiffusion.losses import Loss
 from patchdiffusion.model import ModelConfig
 from patchdiffusion.nets.attached import Attached, attached_to
@@ -23,7 +25,7 @@ from patchdiffusion.nets.base import Network
 from patchdiffusion.nets.concepts import add_concept, newest_concept, set_concept
 from patchdiffusion.nets.heads import OwnHead
 from patchdiffusion.objectives.adversarial import adversarial_term, check_axes
-from patchdiffusion.objectives.base import Materials
+from patchdiffusion.objectives.base import Materials, ObjectiveConfig
 from patchdiffusion.objectives.echo import Echo, EchoLoss, EchoOptions
 from patchdiffusion.objectives.mmd import some_images
 from patchdiffusion.patches import size_name
@@ -152,7 +154,7 @@ class ConceptTask(TaskConfig):
         materials.learn("echo", echo)
         return EchoLoss(
             options=self.loss,
-            product=config.objective.product,
+            product=partial(_flow_map, config.objective),
             teacher=teacher,
             label=config.network.num_classes - 1,
             weighting=cast(Trainable, teacher.precond).default_weighting(),
@@ -234,6 +236,13 @@ class ConceptTask(TaskConfig):
 
     def shards(self, config: Settings) -> bool:
         return False
+
+
+def _flow_map(objective: ObjectiveConfig, denoiser: NetDenoiser) -> FlowMap:
+    """The flow map of a few-step model."""
+    product = objective.product(denoiser)
+    assert isinstance(product, FlowMap)
+    return product
 
 
 @torch.no_grad()
