@@ -331,7 +331,8 @@ def figure(by_plan: dict[str, list[dict[str, Any]]], title: str, out: Path) -> N
         axes.xaxis.set_minor_formatter(NullFormatter())  # labels of less than a decade overlap
         axes.grid(alpha=0.3, which="both")
     page.axes[0].set_ylabel("held-out loss, whole images")
-    page.axes[0].legend(fontsize=8)
+    handles, labels = page.axes[0].get_legend_handles_labels()
+    page.legend(handles, labels, loc="outside right center", fontsize=8)
     page.suptitle(title)
     page.savefig(out, dpi=110)
 
