@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from patchdiffusion.nets.adapters import (
     label_names,
 )
 from patchdiffusion.nets.adm import ADMConfig
-from patchdiffusion.nets.attached import attached_to, merged
+from patchdiffusion.nets.attached import Attached, attached_to, merged
 from patchdiffusion.nets.base import Network, NetworkConfig
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
@@ -152,11 +153,32 @@ def test_samples_of_a_batch_have_adapters_of_their_own() -> None:
     for name, adapter in kinds.items():
         adapter.add(network, name, 1.0, seed=ord(name))
     moved(network.adapters or network, 4)
+    attached = cast(Attached, network.adapters)
     mixed = output(network, cond=replace(COND, adapters=torch.eye(3)))
-    for number in range(3):
-        one = torch.eye(3)[[number] * 3]
-        alone = output(network, cond=replace(COND, adapters=one))
+    for number, word in enumerate(kinds):
+        attached.use({name: float(name == word) for name in kinds})
+        alone = output(network)
         torch.testing.assert_close(mixed[number], alone[number], rtol=1e-6, atol=1e-6)
+
+
+def test_differences_of_several_adapters_add_up() -> None:
+    """Each is a difference from the layer as it was, whatever the others make of it."""
+    network = built(DIT)
+    for name in ("a", "b"):
+        DiffScaler(rank=2).add(network, name, 1.0, seed=ord(name))
+    attached = cast(Attached, network.adapters)
+    moved(attached, 4)
+    layer = cast(torch.nn.Linear, network.get_submodule("blocks.0.layer0"))
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        y = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        differences = []
+        for strengths in ({"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}, {"a": 1.0, "b": 1.0}):
+            attached.use(strengths)
+            differences.append(attached.changed("blocks/0/layer0", layer, x, y) - y)
+    a, b, both = differences
+    assert a.abs().max() > 0.01 and b.abs().max() > 0.01
+    torch.testing.assert_close(both, a + b)
 
 
 def test_an_adapter_acts_at_its_noise_levels() -> None:
