@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchdiffusion import rng
 from patchdiffusion.cond import Cond
@@ -252,7 +252,3 @@ def text_of(kind: ControlMaps) -> str:
     """Instruction of a map."""
     return kind.instruction or f"{families.word(type(kind))} to image"
 
-
-def weights_for(branch: DivertedBranch, gate: Tensor) -> dict[str, nn.Parameter]:
-    """Matrices of the divided layers for the weights gate [n], by their path in the branch."""
-    return {path: nn.Parameter(layer.weight(gate)) for path, layer in branch.divided.items()}
