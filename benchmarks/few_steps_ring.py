@@ -4,7 +4,7 @@
 
 BOOT against steps of its teacher, which is exact, by the distance from the end of the exact path of
 the same noise; MMD-DDM and MeanFlow by the energy distance from the data. The network is that of
-few_steps.py. About fifteen minutes on one core; results are written to
+few_steps.py. About ten minutes on one core; results are written to
 benchmarks/results/few-steps-ring.json.
 """
 
@@ -161,7 +161,9 @@ def main() -> None:
     row("BOOT, delta 0.1", lambda: boot(heun=0.0, delta=0.1), paired, (1,))
     row("flow matching, energy distance", flow, energy_distance, (1, 2, 4, 16))
     row("MeanFlow, energy distance", meanflow, energy_distance, (1, 2, 4, 16))
-    for seed, tangent in itertools.product(range(3), TANGENTS):
+    for seed, tangent in itertools.product(range(2), TANGENTS):
+        if (tangent, seed) == ("data", 0):  # is the row before
+            continue
         name = f"MeanFlow, tangent {tangent}, seed {seed}"
         row(name, partial(meanflow, tangent, seed), energy_distance, (1, 2, 4, 16))
     kernels: tuple[KernelName, ...] = ("cubic", "rbf", "energy")

@@ -1,5 +1,6 @@
 """Concepts: tokens of a network, the loss of EchoDistill, and runs that learn one."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -35,6 +36,7 @@ from patchdiffusion.train import checkpoint
 from patchdiffusion.train.concept import ConceptTask
 from patchdiffusion.train.setup import Training
 
+ROOT = Path(__file__).parents[1]
 DIT = DiTConfig(width=16, depth=2, heads=2, patch=(4, 4), num_classes=3)
 NETWORKS: dict[str, NetworkConfig] = {
     "unet": replace(tiny.NETWORK, num_classes=3),
@@ -350,3 +352,18 @@ def test_bad_input_is_one_line(
         tiny.training(config(few, mug, names=("mug",)), tmp_path / "names")
     with refuses("an adapter"):
         tiny.training(replace(config(few, mug), adapter=AllWeights()), tmp_path / "all")
+
+
+# ---- Measured ----
+
+
+def test_the_targets_are_met_and_the_page_has_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the letters of benchmarks/echo.py; the thresholds were set once, and stay."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    script = importlib.import_module("echo")
+    rows = json.loads(script.RESULT.read_text())["rows"]
+    assert (script.FULL, script.LOST, script.TOKEN) == (0.8, 0.05, 0.4)
+    assert script.targets(rows) == []
+    assert "\n".join(script.table(rows)) in (ROOT / "docs" / "echo.md").read_text()
+    worse = {**rows, "full": {**rows["full"], "concept": 0.7}}
+    assert script.targets(worse) == ["the concept has 70%, not 80%"]
