@@ -25,6 +25,7 @@ from patchdiffusion.nets.adapters import (
 from patchdiffusion.nets.adm import ADMConfig
 from patchdiffusion.nets.attached import Attached, attached_to, merged
 from patchdiffusion.nets.base import Network, NetworkConfig
+from patchdiffusion.nets.changes import Direction
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
 from patchdiffusion.nets.lego import LegoConfig
@@ -179,6 +180,20 @@ def test_differences_of_several_adapters_add_up() -> None:
     a, b, both = differences
     assert a.abs().max() > 0.01 and b.abs().max() > 0.01
     torch.testing.assert_close(both, a + b)
+
+
+def test_dora_gives_the_weights_of_each_output_their_norm() -> None:
+    network = built(DIT)
+    DoRA(rank=2).add(network, "a", 1.0)
+    attached = cast(Attached, network.adapters)
+    moved(attached, 4)
+    layer = cast(torch.nn.Linear, network.get_submodule("blocks.0.layer0"))
+    change = cast(Direction, attached.change("a", "blocks.0.layer0"))
+    weight, _ = change.merged(layer)
+    assert change.magnitude.abs().max() > 0.01
+    torch.testing.assert_close(
+        weight.norm(dim=1), (1 + change.magnitude) * layer.weight.norm(dim=1)
+    )
 
 
 def test_an_adapter_acts_at_its_noise_levels() -> None:
