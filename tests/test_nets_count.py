@@ -60,6 +60,9 @@ def test_count_follows_shape_and_leaves_the_network_alone() -> None:
     before = {k: v.clone() for k, v in network.state_dict().items()}
     assert count(network, (8, 16)).macs < 2.1 * count(network, 8).macs
     assert training_flops(network, 8) == 6 * count(network, 8).macs
+    network.requires_grad_(False)  # a frozen network has no gradients of weights
+    assert training_flops(network, 8) == 4 * count(network, 8).macs
+    network.requires_grad_(True)
     assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
     assert str(count(network, 8)).endswith("GMAC")
 

@@ -118,7 +118,7 @@ class NoiseCode:
 
     @property
     def residual(self) -> Tensor:
-        """What the last step misses of the images, [B, C, *S]."""
+        """Images minus the last estimate of the model, [B, C, *S]."""
         return self.image - self.denoised[-1]
 
 
@@ -153,7 +153,7 @@ def encode_noise(
 
 @torch.no_grad()
 def decode_noise(denoiser: Denoiser, code: NoiseCode, *, cond: Cond | None = None) -> Tensor:
-    """What a denoiser makes of a code, [B, C, *S]: the images themselves by that of the code."""
+    """Images that a denoiser makes of a code, [B, C, *S]: those of the code by its own denoiser."""
     told = _Told(denoiser, code)
     noise: Callable[[int], Tensor] = lambda step: code.noise[step + 1]  # noqa: E731
     return solve(DDIM(eta=code.eta), told, code.start, code.sigmas, cond=cond, noise=noise)
@@ -252,7 +252,7 @@ def _meaning(pipeline: Pipeline, word: str | int | None) -> Meaning:
 
 @dataclass(frozen=True, eq=False)
 class Told:
-    """What a model says of an image that is changed: a `guidance.base.Part` of the target."""
+    """Estimates of an image by the model that it comes from: a `guidance.base.Part` of the target."""
 
     source: Pipeline
     config: SamplerConfig

@@ -202,7 +202,7 @@ class TextTower(nn.Module):
 
 
 class MPTextTower(nn.Module):
-    """The same of layers that keep the magnitude, as EDM2 does (arXiv 2312.02696)."""
+    """Bytes of texts -> tokens, by layers that keep the magnitude as in EDM2 (arXiv 2312.02696)."""
 
     role: ClassVar[Role] = "embedding"
     is_neutral: ClassVar[bool] = True
