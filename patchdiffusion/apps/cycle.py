@@ -252,7 +252,7 @@ def _meaning(pipeline: Pipeline, word: str | int | None) -> Meaning:
 
 @dataclass(frozen=True, eq=False)
 class Told:
-    """Estimates of an image by the model that it comes from: a `guidance.base.Part` of the target."""
+    """Estimates by the model that an image comes from: a `guidance.base.Part` of the target."""
 
     source: Pipeline
     config: SamplerConfig
