@@ -24,10 +24,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from patchdiffusion import Cond, SamplerConfig, sample
+from patchdiffusion.accel import Accelerator, tiles
 from patchdiffusion.accel.base import MOST_RUNS, Spent, spending
 from patchdiffusion.accel.cache import Cached, FixedSteps, extrapolation
 from patchdiffusion.accel.deepcache import DeepCache, centered, uniform
-from patchdiffusion.accel.tiles import Tiles
+from patchdiffusion.accel.encoder import FasterDiffusion
+from patchdiffusion.accel.regions import Regions
+from patchdiffusion.accel.residual import Residual
+from patchdiffusion.accel.tiles import TiledDenoiser, Tiles
 from patchdiffusion.analytic import GaussianMixture
 from patchdiffusion.cond import Position
 from patchdiffusion.denoiser import Denoiser
@@ -204,8 +208,37 @@ def test_windows_that_move_are_refused_and_others_are_cached() -> None:
     assert torch.equal(sampled(config), sampled(plain))
     some = sampled(replace(config, accelerator=DeepCache(every=2)))
     assert some.isfinite().all() and not torch.equal(some, sampled(plain))
-    with refuses("no-shift", "--accelerator none"):
+    with refuses("--canvas tiles --canvas.no-shift", "--accelerator none"):
         sampled(replace(config, canvas=Tiles(size=(8, 24))))
+
+
+@pytest.mark.parametrize(
+    ("name", "neutral", "part"),
+    [
+        ("unet", DeepCache(every=1), DeepCache(every=2)),
+        ("unet", FasterDiffusion(share=1.0), FasterDiffusion(steps=(0, 2))),
+        ("dit", Residual(threshold=0.0), Residual(threshold=0.5, warmup=1)),
+        ("dit", Regions(ratio=1.0), Regions(start=1, resets=())),
+        ("lego", DeepCache(every=1), DeepCache(every=3)),
+    ],
+)
+def test_fixed_windows_have_caches_of_their_own(
+    name: str, neutral: Accelerator, part: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Side by side they are images of their own, also if they are evaluated one after the other."""
+    monkeypatch.setattr(tiles, "AT_ONCE", 1)
+    net, cond = denoiser(name), Cond(labels=LABELS)
+    halves = noisy(2), noisy(2, seed=2)
+
+    def windows(model: Denoiser) -> Tensor:
+        tiled = TiledDenoiser(model, CANVAS, shift=False)
+        return solve(Euler(), tiled, torch.cat(halves, -1), SIGMAS, cond=cond)
+
+    assert torch.equal(windows(wrapped(net, neutral)), windows(net))
+    alone = [solved(wrapped(net, part), x=x, cond=cond) for x in halves]
+    found = windows(wrapped(net, part))
+    torch.testing.assert_close(found, torch.cat(alone, -1), atol=1e-5, rtol=1e-5)
+    assert not torch.equal(found, windows(net))
 
 
 def test_gradients_are_refused() -> None:

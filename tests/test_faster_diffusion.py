@@ -8,9 +8,11 @@ from accelerated import SIGMAS, calls_of, denoiser, middle, noisy, solved, wrapp
 from commands import Capture, refuses, works
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from patchdiffusion import Cond, rng
+from patchdiffusion.accel import keysteps
 from patchdiffusion.accel.base import spending
 from patchdiffusion.accel.encoder import FasterDiffusion, Propagated
-from patchdiffusion.accel.keysteps import PUBLISHED, by_change, changes, even, needed
+from patchdiffusion.accel.keysteps import PUBLISHED, by_change, even, followed, needed
 from patchdiffusion.cond import Position
 from patchdiffusion.denoiser import Denoiser, Wrapper
 from patchdiffusion.guidance.auto import AutoGuidance
@@ -46,13 +48,46 @@ def test_steps_by_change_share_the_change_evenly() -> None:
 
 def test_measured_steps_are_a_function_of_the_network() -> None:
     net, shape, sigmas = denoiser(), (1, 8, 12), tuple(SIGMAS.tolist())
-    found = changes(net, 4, sigmas, shape)
+
+    def changes() -> list[float]:
+        return followed(net, 4, sigmas, shape, frozenset(range(6))).changes
+
+    found = changes()
     assert len(found) == 6 and found[0] == 0 and min(found[1:]) > 0
-    assert needed(net, 4, sigmas, shape, 3) == by_change(found, 3)
+    assert needed(net, 4, sigmas, shape, 3, "change").keys == by_change(found, 3)
     with torch.no_grad():
         for p in net.network.parameters():
             p.add_(0.3)
-    assert needed(net, 4, sigmas, shape, 3) == by_change(changes(net, 4, sigmas, shape), 3)
+    assert needed(net, 4, sigmas, shape, 3, "change").keys == by_change(changes(), 3)
+
+
+@pytest.mark.parametrize("better", ["change", "even"])
+def test_auto_takes_the_better_of_both_rules(better: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the images at the end of the path, which are those of the sampler."""
+    net, shape, sigmas = denoiser("dit"), (1, 8, 12), tuple(SIGMAS.tolist())
+    x = followed(net, 3, sigmas, shape, frozenset(range(6))).end
+    rules = {"change": frozenset({0, 1, 2}), "even": frozenset({0, 4, 5})}
+    errors = {
+        name: float((followed(net, 3, sigmas, shape, keys).end - x).square().mean())
+        for name, keys in rules.items()
+    }
+    assert min(errors.values()) > 0 and len(set(errors.values())) == 2
+    best, worst = sorted(rules.values(), key=lambda keys: errors[_name(rules, keys)])
+    first, second = (best, worst) if better == "change" else (worst, best)
+    monkeypatch.setattr(keysteps, "by_change", lambda changes, count: first)
+    monkeypatch.setattr(keysteps, "even", lambda steps, count: second)
+    search = needed(net, 3, sigmas, shape, 3)
+    assert search.keys == best and (search.decoded, search.encoded) == (8 * 18, 8 * 12)
+    assert needed(net, 3, sigmas, shape, 3).decoded == 0
+    start = rng.normal(rng.keys(0, "key steps", 0, torch.arange(8)), shape).float() * sigmas[0]
+    cond = Cond(labels=torch.arange(8) % 2)
+    sampled = solved(propagated(net, steps=tuple(best)), x=start, cond=cond)
+    end = followed(net, 3, sigmas, shape, best).end
+    torch.testing.assert_close(sampled, end, atol=1e-4, rtol=1e-4)
+
+
+def _name(rules: dict[str, frozenset[int]], keys: frozenset[int]) -> str:
+    return next(name for name, other in rules.items() if other == keys)
 
 
 # ---- What is computed ----
@@ -101,15 +136,17 @@ def test_calls_of_encoder_and_decoder() -> None:
 
 def test_auto_is_measured_once_and_counted() -> None:
     net = denoiser()
-    encoded = calls_of(middle(net))
+    encoded, sigmas, shape = calls_of(middle(net)), tuple(SIGMAS.tolist()), (1, 8, 12)
     model = propagated(net, share=0.5)
     first = solved(model)
-    assert encoded() == 6 + 3
+    rules = by_change(followed(net, 4, sigmas, shape, frozenset(range(6))).changes, 3), even(6, 3)
+    assert rules[0] != rules[1] and encoded() == 6 + sum(map(len, rules)) + 3 + 6
     assert torch.equal(solved(propagated(net, share=0.5)), first) and encoded() == 3
     spent = spending(model)
     assert spent is not None and (spent.evaluations, spent.full) == (12, 6)
     with MacCounter() as counter:
-        changes(net, 4, tuple(SIGMAS.tolist()), (1, 8, 12))
+        for keys in (frozenset(range(6)), *rules):
+            followed(net, 4, sigmas, shape, keys)
     with MacCounter() as again:
         solved(again_model := propagated(net, share=0.5))
     more = spending(again_model)

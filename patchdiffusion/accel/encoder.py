@@ -70,12 +70,14 @@ class Propagated(Stepwise):
         at_once: int = 8,
         inject: float = 0.0,
         inject_below: float = 1.24,
+        rule: keysteps.Rule = "auto",
     ):
-        """`keys` are the steps, or the number of those that are found by measurement."""
+        """`keys` are the steps, or the number of those that are found by measurement, by a rule."""
         net, self.parts = encoding_network(denoiser)
         super().__init__(net)
         assert isinstance(net.network, Network)
         self.keys, self.blocks = keys, self.parts.encoder_blocks(blocks)
+        self.rule: keysteps.Rule = rule
         self.parallel, self.at_once = parallel, at_once
         self.inject, self.inject_below = inject, inject_below
         self.memories, self.starts = Memories(Memory), Memories(Noise)
@@ -110,12 +112,11 @@ class Propagated(Stepwise):
         if not isinstance(self.keys, int):
             return self.keys
         shape = tuple(inputs[0].shape[1:])
-        arguments = (self.net, self.blocks, where.sigmas, shape, self.keys)
-        before = keysteps.measurements(self.net.network)
-        keys = keysteps.needed(*arguments)
-        if keysteps.measurements(self.net.network) > before:
-            self.meter.add("full", keysteps.MEASURED * (len(where.sigmas) - 1), inputs)
-        return keys
+        search = keysteps.needed(self.net, self.blocks, where.sigmas, shape, self.keys, self.rule)
+        # A decoding is what the whole costs more than the encoder.
+        self.meter.add("full", search.decoded, inputs)
+        self.meter.add("encode", search.encoded - search.decoded, inputs)
+        return search.keys
 
     def _ahead(
         self, memory: Memory, keys: keysteps.Keys, where: Position, level: float | None, full: bool
@@ -144,7 +145,6 @@ class Propagated(Stepwise):
             noise, filled = torch.cat([noise, later]), filled.cat(told)
         outputs = memory.encoding.decode(noise, filled).split(len(x))
         memory.ready |= dict(zip((_NOW, *ahead), outputs, strict=True))
-        # A decoding is what the whole costs more than the encoder.
         self.meter.add("full", len(noise), inputs)
         self.meter.add("encode", -len(noise), inputs)
 
@@ -193,11 +193,12 @@ class FasterDiffusion:
 
     word: ClassVar[str] = "faster-diffusion"
 
-    keys: Literal["auto", "even", "ddim-50", "dpm-20", "dit-250"] = "auto"
-    """Steps with the encoder. auto: where its features change, measured once on 8 images; even;
-    ddim-50, dpm-20: published for Stable Diffusion in so many steps; dit-250: for DiT."""
+    keys: Literal["auto", "change", "even", "ddim-50", "dpm-20", "dit-250"] = "auto"
+    """Steps with the encoder. change: where its features change; even; auto: whichever of both is
+    better, measured once on 8 images; ddim-50, dpm-20: published for Stable Diffusion in so many
+    steps; dit-250: for DiT."""
     share: float = 0.5
-    """Share of the steps that are keys, for auto and even."""
+    """Share of the steps that are keys, for auto, change and even."""
     steps: tuple[int, ...] = ()
     """Steps with the encoder, from 0, instead of `keys`."""
     blocks: int | None = None
@@ -220,8 +221,8 @@ class FasterDiffusion:
             raise ValueError("steps and keys or share exclude each other: give one of them")
         if any(step < 0 for step in self.steps):
             raise ValueError(f"steps count from 0, not {min(self.steps)}")
-        if self.keys not in ("auto", "even") and self.share != 0.5:
-            raise ValueError(f"keys {self.keys} is a list; share is for auto and even")
+        if self.keys in keysteps.PUBLISHED and self.share != 0.5:
+            raise ValueError(f"keys {self.keys} is a list; share is for auto, change and even")
         if not 1 <= self.at_once <= 1024:
             raise ValueError(f"at_once must lie in [1, 1024], not {self.at_once}")
         if not 0 <= self.inject <= 1:
@@ -267,4 +268,5 @@ class FasterDiffusion:
             at_once=self.at_once,
             inject=self.inject,
             inject_below=self.inject_below,
+            rule="change" if self.keys == "change" else "auto",
         )

@@ -59,8 +59,8 @@ class TiledDenoiser(Wrapper):
         if shift and any(part.keeps for part in self.walk() if isinstance(part, Wrapper)):
             raise ValueError(
                 "windows that lie elsewhere in every step cannot reuse features of earlier ones, "
-                "as the accelerator does: use --canvas.no-shift --canvas.overlap .5, or "
-                "--accelerator none"
+                "as the accelerator does: use --canvas tiles --canvas.no-shift "
+                "--canvas.overlap .5, or --accelerator none"
             )
         self.canvas = canvas
         self.window = window or canvas
