@@ -15,6 +15,7 @@ from patchdiffusion.system.files import write_json
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.optim import moments
 from patchdiffusion.train.optimizers import AdamW, Muon, OptimizerConfig
+from patchdiffusion.train.parallel import Owners
 from patchdiffusion.train.restore import empty_moments, fill
 
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def test_optimizer_round_trip(
     assert len(tensors) >= len(list(networks[0].parameters()))
     folder = checkpoint.save(tmp_path, 1, {"optimizer": tensors}, {})
     read = checkpoint.read_tensors(folder, "optimizer", CPU)
-    fill(Team(), empty_moments(updates[1], networks[1], list(tensors)), read)
+    fill(Owners(Team()), empty_moments(updates[1], networks[1], list(tensors)), read)
     networks[1].load_state_dict(networks[0].state_dict())
     for which in (0, 1):
         step(which, seed=6)

@@ -7,7 +7,7 @@ not wait, operators with the same results take the place of the loop.
 Shapes: N tokens, K experts of a token, M = N K assignments, n experts, I and O features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,12 +58,6 @@ def dispatched(
     if chosen.shape[1] == 1:
         return out[:, 0] * weights.to(out.dtype)
     return (out * weights[..., None].to(out.dtype)).sum(dim=1)
-
-
-def each(x: Tensor, counts: Tensor, experts: Sequence[Callable[[Tensor], Tensor]]) -> Tensor:
-    """Outputs of experts, each for its own rows of x [M, I], which are sorted: [M, O]."""
-    parts = x.split(lengths(counts, len(x)))
-    return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)])
 
 
 # ---- The same as operators of a graph ----

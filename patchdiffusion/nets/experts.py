@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, D features, n experts, K experts of a token, P featur
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.nets.base import Role
-from patchdiffusion.nets.dispatch import dispatched, each, grouped_linear
+from patchdiffusion.nets.dispatch import dispatched, grouped_linear, lengths
 from patchdiffusion.nets.embed import fourier_features
+from patchdiffusion.nets.exchange import Exchange
 from patchdiffusion.nets.layers import Linear
 from patchdiffusion.nets.tokenblock import Routed, activated
 from patchdiffusion.system.device import full_precision
@@ -79,6 +81,30 @@ class Experts(nn.Module, ABC):
         self.shared = Mlp(shape, common) if common else None
         each = sum(p.numel() for p in self.mlps[0].parameters())
         self.idle = round((rule.count - rule.top) * each)
+        self.exchange: Exchange | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts, over all processes."""
+        return self.rule.count
+
+    def divide(self, exchange: Exchange) -> dict[str, int]:
+        """Keep the experts of this process only; see `exchange.Divisible`."""
+        self.exchange, held = exchange, exchange.held(self.num_experts)
+        ranks = {}
+        for i, mlp in enumerate(self.mlps):
+            if i not in held:
+                mlp.requires_grad_(False).to(device="meta")
+            owner = i * exchange.size // self.num_experts
+            ranks |= {f"mlps.{i}.{name}": owner for name, _ in mlp.named_parameters()}
+        return ranks
+
+    def computed(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Outputs of the experts, each for its own rows: [M_i, D]."""
+        mlps = list(self.mlps)
+        if self.exchange is None:
+            return [mlp(part) for mlp, part in zip(mlps, parts, strict=True)]
+        return self.exchange(parts, [mlps[i] for i in self.exchange.held(len(mlps))])
 
     def scores(self, h: Tensor, places: Tensor | None) -> Tensor:
         """Probabilities of the experts for each token: float32 [B, T, n]."""
@@ -120,7 +146,8 @@ class TokenExperts(Experts):
 
     def _compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         if not torch.compiler.is_compiling():
-            return each(rows, counts, list(self.mlps))
+            parts = rows.split(lengths(counts, len(rows)))
+            return torch.cat(list(self.computed(parts)))
         owner = torch.arange(len(counts), device=rows.device)
         owner = owner.repeat_interleave(counts, output_size=len(rows))
         hidden = activated(self._layer("layer0", rows, counts, owner), self.gated)
@@ -148,12 +175,11 @@ class ChosenTokens(Experts):
         weights, index = scores.mT.topk(count, dim=-1)  # [B, n, tokens of an expert]
         chosen = torch.zeros_like(scores.mT, dtype=torch.bool).scatter(-1, index, True)
         index = index + tokens * torch.arange(images, device=h.device)[:, None, None]
-        rows = h.flatten(0, 1)
+        rows, taken = h.flatten(0, 1), [index[:, i].flatten() for i in range(self.num_experts)]
         total = torch.zeros_like(rows)
-        for i, mlp in enumerate(self.mlps):
-            where = index[:, i].flatten()
-            out = mlp(rows.index_select(0, where)) * weights[:, i].reshape(-1, 1)
-            total = total.index_add(0, where, out.to(total.dtype))
+        for i, out in enumerate(self.computed([rows.index_select(0, where) for where in taken])):
+            out = out * weights[:, i].reshape(-1, 1)
+            total = total.index_add(0, taken[i], out.to(total.dtype))
         return total.view_as(h), Routed(scores, chosen.mT)
 
 

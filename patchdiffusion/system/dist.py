@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -58,6 +59,7 @@ class Team:
     def __init__(self, where: Place | None = None, minutes: float = 30.0):
         self.place = where or Place()
         self._minutes = minutes
+        self._others: list[Any] = []  # process groups beside the default one
 
     @property
     def size(self) -> int:
@@ -86,11 +88,21 @@ class Team:
             c10d.all_reduce(value)
         return value
 
-    def broadcast(self, value: Tensor) -> Tensor:
-        """Replace a tensor by that of rank 0, in place."""
+    def broadcast(self, value: Tensor, rank: int = 0) -> Tensor:
+        """Replace a tensor by that of one rank, in place."""
         if self.size > 1:
-            c10d.broadcast(value, 0)
+            c10d.broadcast(value, rank)
         return value
+
+    def swap(self) -> Callable[[Tensor, Tensor, list[int], list[int]], object]:
+        """Exchange of rows of all processes with all, in a process group of its own.
+
+        So it may be called while others wait for gradients. Takes a tensor for the rows that come,
+        in the order of ranks, one with those that go, and the numbers of either by rank.
+        """
+        group = c10d.new_group(timeout=timedelta(minutes=self._minutes))
+        self._others.append(group)
+        return partial(c10d.all_to_all_single, group=group)
 
     def gather(self, value: T) -> list[T]:
         """Values of all processes by rank; anything that JSON can hold, or tensors on the CPU."""
@@ -150,7 +162,8 @@ class Team:
         """Set the time that a collective may wait for another process before it fails."""
         self._minutes = minutes
         if self.size > 1:
-            _set_pg_timeout(timedelta(minutes=minutes))
+            for group in (None, *self._others):
+                _set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def over_ranks(value: Tensor) -> Tensor:

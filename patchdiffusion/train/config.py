@@ -65,6 +65,9 @@ class RunConfig:
     """Compile the blocks of the network, once for each crop size; auto compiles on CUDA."""
     shard: bool = False
     """Shard weights, moments and averages over the processes (FSDP2)."""
+    shard_experts: bool = False
+    """Divide the experts of --network.experts among the processes, to which tokens travel; the rest
+    is on every one."""
     deterministic: bool = False
     """Use only deterministic CUDA kernels; 5 to 30 % slower."""
     fresh: bool = False
@@ -97,6 +100,13 @@ class RunConfig:
         for name in ("max_hours", "threads", "keep_every"):
             if getattr(self, name) is not None:
                 positive(self, name)
+        if self.shard and self.shard_experts:
+            raise ValueError("shard and shard_experts exclude each other: give one of them")
+        if self.shard_experts and self.compile == "on":
+            raise ValueError(
+                "compile on is not supported with shard_experts, since compiled blocks cannot wait "
+                "for other processes; leave out --compile"
+            )
         if not self.save_minutes >= 0:
             raise ValueError(f"save_minutes must be >= 0, not {self.save_minutes}")
         if self.keep < 2:

@@ -70,6 +70,8 @@ def _network(training: Training) -> str:
     team, shared = training.team, ""
     if team.size > 1:
         shared = f" each, {team.size} processes" + (", sharded" if training.run.shard else "")
+    if training.run.shard_experts:
+        shared += f" with {training.held_parameters / 1e6:.2f}M parameters each"
     network, cut = training.config.network, ""
     if tokens := network.num_tokens(training.canvas):
         cut = f"{counted(tokens, 'token')} of {size_name(network.token_size)} per image, "

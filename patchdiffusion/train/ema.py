@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from patchdiffusion.system.dist import local
-from patchdiffusion.train.parallel import as_sharded, whole
+from patchdiffusion.train.parallel import Owners, as_sharded
 from patchdiffusion.train.posthoc import exponent, profile_name
 from patchdiffusion.train.settings import EMAConfig
 
@@ -38,29 +38,32 @@ class EMA:
         self.averages: dict[str, list[Tensor]] = {MAIN: shell}
         for std in config.profiles:
             self.averages[profile_name(std)] = [p.detach().clone() for p in self._sources]
-        self._sharded = False
+        self._owners: Owners | None = None
         self._buffers: dict[str, Tensor] = {}
 
-    def shard(self, network: nn.Module) -> None:
-        """Shard the averages like the parameters of a network that has been sharded."""
+    def place(self, network: nn.Module, owners: Owners) -> None:
+        """Place the averages as the parameters of a network are now, in shards or on one process.
+
+        `owners` are the processes that hold some of them alone.
+        """
         parameters = dict(network.named_parameters())
         self._sources = [parameters[name] for name in self._names]
         self._fixed = {name: parameters[name] for name in self._fixed}
         for name, tensors in self.averages.items():
             pairs = zip(tensors, self._sources, strict=True)
             self.averages[name] = [as_sharded(t, like) for t, like in pairs]
-        self._sharded = True
+        self._owners = owners
         self._buffers = {name: b.clone() for name, b in self._shell.named_buffers()}
         self._shell.to(device="meta")
 
     @torch.no_grad()
     def update(self, seen: float, advance: float) -> None:
         """average += (1 - decay) (weights - average) when the clock advances to `seen`."""
-        sources = [local(p) for p in self._sources]
+        sources = [local(p) for p in self._sources if not p.is_meta]
         decays = [self.config.decay(seen, advance)]
         decays += [power_decay(std, seen, advance) for std in self.config.profiles]
         for tensors, decay in zip(self.averages.values(), decays, strict=True):
-            targets = [local(t) for t in tensors]
+            targets = [local(t) for t in tensors if not t.is_meta]
             torch._foreach_lerp_(targets, sources, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @torch.no_grad()
@@ -72,15 +75,15 @@ class EMA:
                 local(target).copy_(local(parameters[name]))
 
     def network(self) -> nn.Module:
-        """Network with the main average as its weights; all processes must call it if sharded."""
-        if not self._sharded:
+        """Network with the main average as its weights; all processes must call it if placed."""
+        if self._owners is None:
             return self._shell
-        device = local(self._sources[0]).device
+        device = next(local(p).device for p in self._sources if not p.is_meta)
         network = copy.deepcopy(self._shell).to_empty(device=device)
         network.load_state_dict(self._buffers, strict=False)
         values = dict(zip(self._names, self.averages[MAIN], strict=True)) | self._fixed
         for name, target in network.named_parameters():
-            target.copy_(whole(values[name]))
+            target.copy_(self._owners.whole(name, values[name], device))
         return network
 
     def tensors(self, name: str) -> dict[str, Tensor]:

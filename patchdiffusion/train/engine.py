@@ -42,6 +42,8 @@ def set_globals(run: RunConfig, device: torch.device, where: Place) -> None:
 
 def compiles(run: RunConfig, device: torch.device) -> bool:
     """True if blocks are compiled; on a CPU compilation takes minutes and gains nothing."""
+    if run.shard_experts:  # tokens that travel break the graph of a block
+        return False
     return run.compile == "on" or (run.compile == "auto" and device.type == "cuda")
 
 
@@ -76,7 +78,7 @@ def engine_facts(
         "precision": precision,
         "threads": torch.get_num_threads(),
         "processes": where.size,
-        "sharded": run.shard,
+        "sharded": "experts" if run.shard_experts else run.shard,
         "compiled": compiles(run, device),
         "kernels": _kernels(run, device, precision),
         "deterministic": run.deterministic or not cuda,

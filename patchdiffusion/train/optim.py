@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patchdiffusion.system.dist import Team
 from patchdiffusion.train.optimizers import OptimizerConfig, Trained
-from patchdiffusion.train.parallel import whole
+from patchdiffusion.train.parallel import Owners, whole
 
 FIRST_SCALE = 2.0**16
 GROWTH_STEPS = 2000
@@ -21,9 +22,19 @@ class Update:
     are reverted.
     """
 
-    def __init__(self, parameters: Sequence[Trained], config: OptimizerConfig, *, scaled: bool):
+    def __init__(
+        self,
+        parameters: Sequence[Trained],
+        config: OptimizerConfig,
+        *,
+        scaled: bool,
+        team: Team | None = None,
+    ):
         """`scaled` is True for fp16, whose range is too small for unscaled gradients."""
         self.parameters = [trained.parameter for trained in parameters]
+        self._common = [trained.parameter for trained in parameters if not trained.alone]
+        self._alone = [trained.parameter for trained in parameters if trained.alone]
+        self._team = team or Team()
         self.config = config
         self.optimizers = config.build(parameters)
         self.lr = config.lr
@@ -41,9 +52,11 @@ class Update:
     @torch.no_grad()
     def norm(self) -> Tensor:
         """Gradient norm over all processes, without the loss scale."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        return whole(norm) / self.scale
+        norm = whole(_norm(self._common))
+        if self._alone:  # on every process others
+            squares = self._team.all_reduce(_norm(self._alone).square())
+            norm = (norm.square() + squares).sqrt()
+        return norm / self.scale
 
     @torch.no_grad()
     def __call__(self, norm: Tensor, max_norm: Tensor, bad: Tensor, lr: float) -> None:
@@ -102,6 +115,11 @@ class Update:
         self._good = self._good.new_tensor(state[1])
 
 
+def _norm(parameters: Sequence[nn.Parameter]) -> Tensor:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return torch.nn.utils.get_total_norm(gradients, foreach=True)
+
+
 def step_or_revert(optimizer: torch.optim.Optimizer, divisor: Tensor, bad: Tensor) -> None:
     """One step with gradients divided by `divisor`, which is reverted if `bad` is 1.
 
@@ -131,10 +149,15 @@ def step_or_revert(optimizer: torch.optim.Optimizer, divisor: Tensor, bad: Tenso
 # ---- The state of an optimizer as named tensors ----
 
 
-def moments(update: Update, network: nn.Module) -> dict[str, Tensor]:
-    """State of the optimizers, each tensor under the name "PARAMETER/ENTRY"."""
-    return {
+def moments(update: Update, network: nn.Module, owners: Owners | None = None) -> dict[str, Tensor]:
+    """State of the optimizers, each tensor under the name "PARAMETER/ENTRY".
+
+    With `owners` also that of parameters which other processes hold; all must call it.
+    """
+    parameters = dict(network.named_parameters())
+    own = {
         f"{name}/{entry}": value
-        for name, parameter in network.named_parameters()
+        for name, parameter in parameters.items()
         for entry, value in update.state(parameter).items()
     }
+    return own if owners is None else owners.completed(own, parameters)

@@ -27,6 +27,8 @@ class Trained(NamedTuple):
     """None for parameters of the objective."""
     rate: float = 1.0
     """Learning rate relative to that of its role."""
+    alone: bool = False
+    """True if no other process has it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class OptimizerConfig(ABC):
         """Fused AdamW for some parameters; empty list for none."""
         groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
         betas = {role: (b1, b2) for role, b1, b2 in self.role_betas}
-        for parameter, role, rate in parameters:
+        for parameter, role, rate, _ in parameters:
             factor, decay = self._settings(role)
             settings = (factor * rate, decay, betas.get(role, self.betas) if role else self.betas)
             groups.setdefault(settings, []).append(parameter)
@@ -161,7 +163,7 @@ class Muon(OptimizerConfig):
         matrices = {id(t.parameter) for t in selected}
         rest = [t for t in parameters if id(t.parameter) not in matrices]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for parameter, role, rate in selected:
+        for parameter, role, rate, _ in selected:
             factor, decay = self._settings(role)
             groups.setdefault((factor * rate, decay), []).append(parameter)
         listed: list[dict[str, Any]] = [

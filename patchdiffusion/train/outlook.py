@@ -77,7 +77,7 @@ def outlook(training: Training, step: Step) -> str:
     count = training.num_previews
     preview = pace.seconds_of(training.forecast.preview, training.canvas)
     previews = preview * math.ceil(count * left)
-    weights = training.parameters * 4 * (4 + 1 + len(config.ema.profiles))
+    weights = training.held_parameters * 4 * (4 + 1 + len(config.ema.profiles))
     whole = config.batch / team.size
     memory = weights + kept * min(whole, config.micro_batch or whole)
     return (

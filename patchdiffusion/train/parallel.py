@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -78,10 +79,16 @@ class LossModule(nn.Module):
         return mask & batch.counted
 
 
-def replicate(module: LossModule, team: Team) -> nn.Module:
-    """Wrap a module in DistributedDataParallel, if there are several processes."""
+def replicate(module: LossModule, team: Team, apart: Iterable[nn.Parameter] = ()) -> nn.Module:
+    """Wrap a module in DistributedDataParallel, if there are several processes.
+
+    Parameters `apart` are not those of all of them, and are left as they are.
+    """
     if team.size == 1:
         return module
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    if ignored := [names[parameter] for parameter in apart]:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, ignored)
     # Buffers are constants here; the option was renamed in PyTorch 2.13.
     options = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
@@ -113,15 +120,67 @@ def synchronized(module: nn.Module, last: bool) -> contextlib.AbstractContextMan
     return contextlib.nullcontext()
 
 
+class Owners:
+    """Processes that hold a parameter alone: on the others it is on the meta device.
+
+    None are by default. A name is that of a parameter, or NAME/ENTRY for a moment of it.
+    """
+
+    def __init__(self, team: Team, ranks: Mapping[str, int] | None = None):
+        self.team = team
+        self._ranks = ranks or {}
+
+    def rank(self, name: str) -> int | None:
+        """Rank of the process that holds a tensor alone; None for one that all have a part in."""
+        return self._ranks.get(name, self._ranks.get(name.rpartition("/")[0]))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parameters that one process holds alone."""
+        return tuple(self._ranks)
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """Names of those that this process holds."""
+        return tuple(n for n, rank in self._ranks.items() if rank == self.team.place.rank)
+
+    def whole(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
+        """Full tensor on a device; all processes must call it."""
+        owner = self.rank(name)
+        if owner is None:
+            return whole(tensor)
+        if tensor.is_meta:
+            tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        return self.team.broadcast(tensor.detach().contiguous(), owner)
+
+    def completed(self, moments: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+        """Moments with those of other processes, on the meta device, in the order of parameters."""
+        if not self._ranks:
+            return dict(moments)
+        own = {k: (tuple(t.shape), t.dtype) for k, t in moments.items() if self.rank(k) is not None}
+        every = {k: facts for part in self.team.gather(own) for k, facts in part.items()}
+        shells = {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, (shape, dtype) in every.items()
+            if name not in moments
+        }
+        order = {name: i for i, name in enumerate(names)}
+        both = {**moments, **shells}
+        return {k: both[k] for k in sorted(both, key=lambda k: order[k.rpartition("/")[0]])}
+
+
 def whole(tensor: Any) -> Tensor:
     """Full tensor; all processes must call it if the tensor is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def as_sharded(tensor: Tensor, like: Any) -> Tensor:
-    """Shard the full tensor of rank 0 like another one; unchanged if that is not sharded."""
+    """Shard the full tensor of rank 0 like another one; unchanged if that is not sharded.
+
+    On the meta device if that is, since another process holds it.
+    """
     if not is_sharded(like):
-        return tensor
+        return torch.empty_like(tensor, device="meta") if like.is_meta else tensor
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor, like.device_mesh, like.placements)

@@ -11,11 +11,11 @@ from patchdiffusion.adapted import merged_model
 from patchdiffusion.model import Model, load_model
 from patchdiffusion.nets.adapters import label_names
 from patchdiffusion.nets.concepts import table_classes
-from patchdiffusion.system.dist import Team, is_sharded, local
+from patchdiffusion.system.dist import is_sharded, local
 from patchdiffusion.system.serialize import decode
 from patchdiffusion.train import checkpoint
 from patchdiffusion.train.optim import Update, moments
-from patchdiffusion.train.parallel import as_sharded
+from patchdiffusion.train.parallel import Owners, as_sharded
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import Meter, RunFacts
 
@@ -46,18 +46,18 @@ def load(training: Training, saved: SavedRun) -> None:
     """Load everything from a checkpoint; all processes must call it."""
     network, facts = training.network, saved.facts
     parameters = dict(network.named_parameters())
-    _read(training.team, saved, "weights", parameters | dict(network.named_buffers()))
+    _read(training.owners, saved, "weights", parameters | dict(network.named_buffers()))
     for name in training.ema.averages:
         targets = training.ema.tensors(name)
         if name in facts.groups:
-            _read(training.team, saved, name, targets)
+            _read(training.owners, saved, name, targets)
         else:  # a profile that is new
             for key, target in targets.items():
                 local(target).copy_(local(parameters[key].detach()))
     update = training.stepper.update
     update.clear()
-    empty = empty_moments(update, network, facts.groups["optimizer"])
-    _read(training.team, saved, "optimizer", empty)
+    empty = empty_moments(update, network, facts.groups["optimizer"], training.owners)
+    _read(training.owners, saved, "optimizer", empty)
     _load_learned(training, saved)
     training.state = replace(facts.state)
     training.meter = Meter.of(facts.meter, training.device)
@@ -76,7 +76,7 @@ def _load_learned(training: Training, saved: SavedRun) -> None:
     others = (name for name in tensors if "/" in name and name not in targets)
     names = [name for name in others if _module(name) in both]
     empty = empty_moments(training.stepper.update, training.learned, names)
-    _read(training.team, saved, "objective", targets | empty, both)
+    _read(training.owners, saved, "objective", targets | empty, both)
 
 
 def _module(name: str) -> str:
@@ -85,7 +85,7 @@ def _module(name: str) -> str:
 
 
 def _read(
-    team: Team,
+    owners: Owners,
     saved: SavedRun,
     group: str,
     targets: Mapping[str, Tensor],
@@ -105,15 +105,21 @@ def _read(
                 f"{min(name for name, _ in wrong)} differs"
             )
 
-    team.on_main(read)
-    fill(team, targets, values)
+    owners.team.on_main(read)
+    fill(owners, targets, values)
 
 
 @torch.no_grad()
-def fill(team: Team, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def fill(owners: Owners, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     """Copy `values` of rank 0, by name, to the targets of all processes."""
+    team = owners.team
     for name, target in targets.items():
         value = values[name] if team.is_main else torch.empty(target.shape, dtype=target.dtype)
+        if owners.rank(name) is not None:
+            value = team.broadcast(value.cpu().contiguous())
+            if not target.is_meta:
+                target.copy_(value)
+            continue
         value = value.to(target.device)
         if is_sharded(target):
             target.copy_(as_sharded(value, target))
@@ -121,15 +127,22 @@ def fill(team: Team, targets: Mapping[str, Tensor], values: Mapping[str, Tensor]
             target.copy_(team.broadcast(value.contiguous()))
 
 
-def empty_moments(update: Update, network: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
-    """Zero state of the optimizers for the parameters of which a checkpoint has any: `names`."""
+def empty_moments(
+    update: Update, network: nn.Module, names: Sequence[str], owners: Owners | None = None
+) -> dict[str, Tensor]:
+    """Zero state of the optimizers for the parameters of which a checkpoint has any: `names`.
+
+    With `owners` also for those that other processes hold, on the meta device.
+    """
     parameters = dict(network.named_parameters())
-    owners = dict.fromkeys(path.rsplit("/", 1)[0] for path in names)
-    for name in owners:
-        if name not in parameters or not parameters[name].requires_grad:
+    chosen = dict.fromkeys(path.rsplit("/", 1)[0] for path in names)
+    for name in chosen:
+        if name not in parameters or not (
+            parameters[name].requires_grad or parameters[name].is_meta
+        ):
             raise ValueError(f"the checkpoint has moments of {name}, which is not trained here")
-    update.begin(parameters[name] for name in owners)
-    return moments(update, network)
+    update.begin(parameters[name] for name in chosen if not parameters[name].is_meta)
+    return moments(update, network, owners)
 
 
 # ---- Starting from the weights of a model ----
@@ -190,7 +203,7 @@ def start_from(training: Training, weights: Mapping[str, Tensor]) -> None:
     """Start a run from `weights` of rank 0; all processes must call it."""
     names = training.team.on_main(lambda: list(weights))
     tensors = _tensors(training.network)
-    fill(training.team, {name: tensors[name] for name in names}, weights)
+    fill(training.owners, {name: tensors[name] for name in names}, weights)
     if not any(name.startswith("adapters.") for name in names):
         training.config.adapter.started(training.network)
     training.ema.copy(training.network)

@@ -19,7 +19,6 @@ from patchdiffusion.train import checkpoint
 from patchdiffusion.train.ema import MAIN, profile_name
 from patchdiffusion.train.folder import write_config
 from patchdiffusion.train.optim import moments
-from patchdiffusion.train.parallel import whole
 from patchdiffusion.train.setup import Training
 from patchdiffusion.train.state import RunFacts
 
@@ -52,7 +51,7 @@ class Saver:
         _check_finite(training, groups)
         _check_same(training, groups)
         facts = facts_of(training, groups)
-        full = _collect(groups, main=training.team.is_main)
+        full = _collect(training, groups)
         problem = self._on_main(lambda: _write(training, full, facts))
         if problem and gives_up(self.problem, final=final):
             raise training.team.stop(
@@ -72,7 +71,7 @@ class Saver:
         """
         training = self.training
         if training.team.on_main(self._model_is_old):
-            full = _collect(_state(training), main=training.team.is_main)
+            full = _collect(training, _state(training))
             self._on_main(lambda: _write_model(training, full))
         self.snapshot()
 
@@ -100,7 +99,7 @@ class Saver:
             return
         groups = {name: training.ema.tensors(name) for name in stds}
         _check_finite(training, groups)
-        full = _collect(groups, main=training.team.is_main)
+        full = _collect(training, groups)
         facts = {"images": training.now, "profiles": stds}
         root = training.folder / "snapshots"
 
@@ -136,14 +135,17 @@ def _check_lock(training: Training) -> None:
 
 
 def _state(training: Training) -> Groups:
-    """All tensors of a run, sharded or full, as this process holds them."""
+    """All tensors of a run, sharded or full, as this process holds them.
+
+    Those of another process are on the meta device.
+    """
     buffers = dict(training.network.named_buffers())
     learned, update = training.learned, training.stepper.update
     objective = dict(learned.named_parameters()) | dict(learned.named_buffers())
     return {
         "weights": dict(training.network.named_parameters()) | buffers,
         **{name: training.ema.tensors(name) for name in training.ema.averages},
-        "optimizer": moments(update, training.network),
+        "optimizer": moments(update, training.network, training.owners),
         **({"objective": objective | moments(update, learned)} if objective else {}),
     }
 
@@ -166,15 +168,15 @@ def facts_of(training: Training, groups: Groups) -> RunFacts:
     )
 
 
-def _collect(groups: Groups, *, main: bool) -> Groups:
-    """Full tensors; sharded ones are gathered one by one, on rank 0 only."""
+def _collect(training: Training, groups: Groups) -> Groups:
+    """Full tensors; those that are not on every process are gathered one by one, on rank 0 only."""
     full: Groups = {}
     for name, group in groups.items():
         full[name] = {}
         for key, value in group.items():
-            if is_sharded(value):
-                gathered = whole(value.detach())
-                if main:
+            if is_sharded(value) or training.owners.rank(key) is not None:
+                gathered = training.owners.whole(key, value.detach(), training.device)
+                if training.team.is_main:
                     full[name][key] = gathered.cpu()
             else:
                 full[name][key] = value.detach()
@@ -182,7 +184,8 @@ def _collect(groups: Groups, *, main: bool) -> Groups:
 
 
 def _check_finite(training: Training, groups: Groups) -> None:
-    finite = [torch.isfinite(local(x.detach())).all() for g in groups.values() for x in g.values()]
+    held = [x.detach() for group in groups.values() for x in group.values() if not x.is_meta]
+    finite = [torch.isfinite(local(x)).all() for x in held]
     good = torch.stack(finite).all().to(torch.float32)
     if float(training.team.all_reduce(good)) < training.team.size:
         raise training.team.stop(
@@ -197,10 +200,14 @@ def _check_same(training: Training, groups: Groups) -> None:
     if training.team.size == 1 or training.run.shard:
         return
     alike = [group for group in groups if group != "optimizer"]
-    names = [f"{group}/{name}" for group in alike for name in groups[group]]
-    tensors = [x for group in alike for x in groups[group].values()]
-    sums = [x.detach().view(torch.int32).sum(dtype=torch.int64) for x in tensors]
-    facts = dict(zip(names, torch.stack(sums).tolist(), strict=True))
+    tensors = {
+        f"{group}/{name}": x.detach()
+        for group in alike
+        for name, x in groups[group].items()
+        if training.owners.rank(name) is None
+    }
+    sums = [x.view(torch.int32).sum(dtype=torch.int64) for x in tensors.values()]
+    facts = dict(zip(tensors, torch.stack(sums).tolist(), strict=True))
     training.team.agree("the processes have drifted apart", facts, code=24)
 
 

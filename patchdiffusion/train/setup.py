@@ -27,8 +27,6 @@ from patchdiffusion.plans import PatchPlan
 from patchdiffusion.system import families
 from patchdiffusion.system.device import (
     best_precision,
-    channels_last,
-    compile_units,
     pick_device,
     resident,
 )
@@ -36,12 +34,13 @@ from patchdiffusion.system.dist import Team
 from patchdiffusion.system.files import Lock
 from patchdiffusion.train.config import RunConfig, TrainConfig
 from patchdiffusion.train.ema import EMA
-from patchdiffusion.train.engine import compiles, engine_facts, set_globals
+from patchdiffusion.train.engine import engine_facts, set_globals
 from patchdiffusion.train.forecast import Forecast
 from patchdiffusion.train.guard import Guard
 from patchdiffusion.train.log import RunLog
 from patchdiffusion.train.pace import Pace
-from patchdiffusion.train.parallel import LossModule, replicate, shard
+from patchdiffusion.train.parallel import LossModule, Owners, replicate, shard
+from patchdiffusion.train.placement import check_placement, place_network
 from patchdiffusion.train.preview import Preview, Scene
 from patchdiffusion.train.state import DataFacts, Meter, TrainState
 from patchdiffusion.train.step import Stepper
@@ -85,6 +84,8 @@ class Training:
     teacher: str | None
     """Digest of the teacher."""
     ema: EMA
+    owners: Owners
+    """Processes that hold some parameters alone; mostly none."""
     stepper: Stepper
     phases: Phases
     pace: Pace
@@ -149,6 +150,11 @@ class Training:
         return sum(p.numel() for p in self.network.parameters())
 
     @property
+    def held_parameters(self) -> int:
+        """Number of those that this process holds, or a shard of them."""
+        return sum(p.numel() for p in self.network.parameters() if not p.is_meta)
+
+    @property
     def training_share(self) -> float:
         """Operations of the network in training relative to those of sampling, for whole images."""
         passes = 1 + self.config.task.passes(self.config) / 3
@@ -193,11 +199,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     config = config.for_canvas(canvas, pack.channels)
     task.check(config, pack)
     check_team(config, team.size)
-    if run.shard and not task.shards(config):
-        raise ValueError(f"--shard is {_unsharded(config)}; leave out --shard")
-    if run.shard and not config.optim.shardable:
-        word = families.word(type(config.optim))
-        raise ValueError(f"--shard is not supported by --optim {word}; use --optim adamw")
+    check_placement(config, run)
     device = pick_device(run.device)
     set_globals(run, device, team.place)
     precision = best_precision(device) if config.precision == "auto" else config.precision
@@ -212,7 +214,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
     text = text_of(config.conditioners, canvas)
     flops = {size: round(training_flops(network, size, text) * share) for size in sizes}
     macs = count(network, canvas, text).macs
-    ema = _place_network(network, config, run, team, device)
+    ema, owners = place_network(network, config, run, team)
     told = annotated(
         config.additions,
         Annotations(
@@ -268,8 +270,9 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         change=change,
     )
     phases, parameters = Phases(), dict(network.named_parameters())
+    apart = [parameters[name] for name in owners.names]
     stepper = Stepper(
-        module if run.shard else replicate(module, team),
+        module if run.shard else replicate(module, team, apart),
         feed,
         Guard(config.guard, device),
         config=config.optim,
@@ -279,6 +282,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
             for name, rate in materials.rates.items()
             for parameter in materials.learned[name].parameters()
         },
+        alone=[parameters[name] for name in owners.own],
         watchers=[part for part in (network, objective) if isinstance(part, AfterStep)],
         phase=getattr(objective, "phase", None),
         canvas=canvas,
@@ -307,6 +311,7 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         teacher=" ".join((*(m.digest for m in teachers), *task.digests(), *materials.digests))
         or None,
         ema=ema,
+        owners=owners,
         stepper=stepper,
         phases=phases,
         pace=Pace(flops),
@@ -318,16 +323,6 @@ def assemble(config: TrainConfig, run: RunConfig, pack: Pack, team: Team | None 
         state=TrainState(),
         meter=Meter(),
     )
-
-
-def _unsharded(config: TrainConfig) -> str:
-    """The part of a run that cannot be sharded, in words."""
-    if config.task.own_loss:
-        return f"not supported by --task {families.word(type(config.task))}"
-    if not config.objective.shards:
-        return "supported by --objective denoising only"
-    words = [families.word(type(a)) for a in config.additions if not a.shards]
-    return f"not supported by --additions {' '.join(words)}"
 
 
 def _teacher(path: Path, config: TrainConfig, pack: Pack, device: torch.device) -> Model:
@@ -375,20 +370,3 @@ def _new_network(config: TrainConfig, pack: Pack, team: Team, device: torch.devi
         if name not in former:
             team.broadcast(buffer)  # processes may round differently
     return network
-
-
-def _place_network(
-    network: Network, config: TrainConfig, run: RunConfig, team: Team, device: torch.device
-) -> EMA:
-    """Set memory format, compilation and sharding of a network, and create its averages."""
-    if not run.shard:
-        # Faster everywhere; FSDP2 does not support it.
-        channels_last(network)
-    ema = EMA(network, config.ema)
-    units = [*network.units(), *(network.adapters.units() if network.adapters else ())]
-    if compiles(run, device):
-        compile_units(units)
-    if run.shard:
-        shard(network, units, team, device)
-        ema.shard(network)
-    return ema

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -66,6 +66,7 @@ class Stepper:
         config: OptimizerConfig,
         roles: Mapping[nn.Parameter, Role] | None = None,
         rates: Mapping[nn.Parameter, float] | None = None,
+        alone: Collection[nn.Parameter] = (),
         watchers: Sequence[AfterStep] = (),
         phase: Callable[[float], str] | None = None,
         canvas: Size,
@@ -77,7 +78,8 @@ class Stepper:
         """`module` takes a batch and its draws and returns a `LossOut`; see `parallel.LossModule`.
 
         Parameters that require a gradient are trained; those without a role are the objective's.
-        `rates` are factors of the learning rate; `phase` names parts of the run whose gradients
+        `rates` are factors of the learning rate, parameters `alone` are those that no other process
+        has; `phase` names parts of the run whose gradients
         differ, by its share that is done.
         """
         self.module = module
@@ -91,15 +93,15 @@ class Stepper:
         self.config = config
         self.watchers = watchers
         self.phase = phase or (lambda progress: "")
-        roles, rates = roles or {}, rates or {}
+        roles, rates, held = roles or {}, rates or {}, set(alone)
         trained = [
-            Trained(p, roles.get(p), rates.get(p, 1.0))
+            Trained(p, roles.get(p), rates.get(p, 1.0), p in held)
             for p in module.parameters()
             if p.requires_grad
         ]
         self.parameters = [t.parameter for t in trained]
         self.device = self.parameters[0].device
-        self.update = Update(trained, config, scaled=precision == "fp16")
+        self.update = Update(trained, config, scaled=precision == "fp16", team=self.team)
 
     def __call__(
         self,
