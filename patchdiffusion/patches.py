@@ -61,7 +61,8 @@ def pixel_indices(corner: Tensor, size: Size, pitch: int = 1) -> tuple[Tensor, .
 
 def _along(values: Tensor, axis: int, n: int) -> Tensor:
     """[B, length] -> [B, 1, ..., length, ..., 1] with `length` at one of n axes."""
-    return values.view(len(values), *(-1 if i == axis else 1 for i in range(n)))
+    side = values.shape[1]  # not -1, which no rows leave open
+    return values.view(len(values), *(side if i == axis else 1 for i in range(n)))
 
 
 def crop(x: Tensor, corner: Tensor, size: Size, pitch: int = 1) -> Tensor:

@@ -172,6 +172,9 @@ class Others(Team):
     def all_reduce(self, value: Tensor) -> Tensor:
         return value + self.square
 
+    def swap(self) -> Callable[..., object]:
+        return lambda *_: None
+
     def gather(self, value: T) -> list[T]:
         other: Any = {"b/step": ((), torch.float32), "b/exp_avg": ((3,), torch.float32)}
         return [value, other]
@@ -193,6 +196,23 @@ def test_moments_of_other_processes_stand_in_their_places() -> None:
     assert every["b/exp_avg"].is_meta and every["b/exp_avg"].shape == (3,)
     assert (owners.own, owners.rank("b/step"), owners.rank("c/step")) == (("a",), 1, None)
     assert Owners(Team()).completed(own, []) == own
+
+
+def test_half_of_the_experts_stay() -> None:
+    """Their gradients are those of all tokens, of losses that are scaled for a mean of two."""
+    network = DiTConfig(width=16, depth=2, heads=2, experts=TopK(count=4, shared=0)).build()
+    total = sum(p.numel() for p in network.parameters())
+    every = [p for n, p in network.named_parameters() if ".mlps." in n]
+    owners = divide(network, Others(0.0))
+    held = [p for p in network.parameters() if not p.is_meta]
+    assert total - sum(p.numel() for p in held) == sum(p.numel() for p in every) // 2
+    assert len(owners.names) == len(every) == 2 * len(owners.own)
+    for name, p in network.named_parameters():
+        assert p.is_meta == (owners.rank(name) == 1) and p.requires_grad != p.is_meta
+        if not p.is_meta:
+            p.sum().backward()
+            assert p.grad is not None
+            assert float(p.grad.max()) == (1.0 if owners.rank(name) is None else 0.5)
 
 
 def test_what_cannot_be_divided() -> None:

@@ -56,7 +56,7 @@ class RunConfig:
     """Execution of a run: folder, device, checkpoints and processes; no part of its identity."""
 
     out: Path | None = None
-    """Folder of the run; the default is runs/NAME in the current folder."""
+    """Folder of the run; by default ./runs/NAME."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; auto is CUDA if available."""
     threads: int | None = None
