@@ -251,4 +251,3 @@ class AddCondition(ControlAdapter):
 def text_of(kind: ControlMaps) -> str:
     """Instruction of a map."""
     return kind.instruction or f"{families.word(type(kind))} to image"
-
