@@ -26,6 +26,7 @@ from patchdiffusion.plans import Stochastic
 from patchdiffusion.system.files import read_json
 from patchdiffusion.system.serialize import decode
 from patchdiffusion.train.autoencoding import AutoencoderTask
+from patchdiffusion.train.concept import ConceptTask
 from patchdiffusion.train.config import FREE
 from patchdiffusion.train.folder import (
     check_disk,
@@ -164,6 +165,7 @@ FREE_CHANGES = {
     "guard.rollbacks": {"guard": GuardConfig(rollbacks=3)},
     "objective.teacher": {"objective": ConsistencyConfig(teacher="elsewhere")},
     "ema.snapshots": {"ema": EMAConfig(snapshots=3)},
+    "task.teacher": {"task": ConceptTask(teacher="there")},
     "task.perceptual.model": {"task": AutoencoderTask(perceptual=ModelFeatures(model="there"))},
     "task.perceptual.vgg": {"task": AutoencoderTask(perceptual=LPIPS(vgg="there"))},
     "task.perceptual.linear": {"task": AutoencoderTask(perceptual=LPIPS(linear="there"))},
@@ -177,6 +179,8 @@ def test_some_fields_may_change(field: str, tmp_path: Path) -> None:
     if isinstance(changed.task, AutoencoderTask):
         kind = type(changed.task.perceptual)
         config = replace(config, task=AutoencoderTask(perceptual=kind()))
+    if isinstance(changed.task, ConceptTask):
+        config = replace(config, task=ConceptTask(teacher="here"))
     write_config(tmp_path, config)
     assert changed != config
     assert is_same_run(tmp_path, changed)
