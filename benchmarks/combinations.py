@@ -134,7 +134,8 @@ def trained(flags: str, data: Path) -> tuple[float, float]:
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         if "TEACHER" in flags:
             flags = flags.replace("TEACHER", str(teacher(data)))
-        with chosen([str(data), *flags.split()]) as arguments:
+        where = ["--out", str(data.parent / "run")]  # not a run of that name in this folder
+        with chosen([str(data), *flags.split(), *where]) as arguments:
             config = arguments.training
         run = RunConfig(out=data.parent / "run", device="cpu", threads=1, dry_run=True)
         training = assemble(config, run, prepare_data(config.data))
