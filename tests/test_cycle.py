@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from captioned import with_bytes, write_captioned
 from commands import Capture, fails, refuses, works
 from PIL import Image
 from torch import Tensor
@@ -183,3 +184,23 @@ def test_the_commands(finished: Path, tmp_path: Path, capsys: Capture) -> None:
 def test_without_noise_there_is_no_code() -> None:
     with refuses("eta", 0):
         code_of(any_function(1), eta=0.0)
+
+
+def test_texts_and_other_models(finished: Path, tmp_path: Path) -> None:
+    """A model that reads texts takes words for them; another source is asked for its estimates."""
+    texts = write_captioned(tmp_path / "images")
+    reading = tiny.run(with_bytes(tiny.config(texts)), tmp_path / "reading")
+    pipeline, image = load(reading, device="cpu"), tiny.picture(0)
+    guided = SamplerConfig(steps=4, guidance=ClassifierFree(weight=300.0))
+    plain = SamplerConfig(steps=4)
+    same = change(pipeline, image, before="a red A", after="a red A", config=plain)
+    assert np.array_equal(same[0], image)
+    red, blue = (change(pipeline, image, before="", after=text, config=guided)
+                 for text in ("a red letter A", "a blue letter B"))  # fmt: skip
+    assert not np.array_equal(red, blue)
+    other = load(finished, device="cpu")
+    there, back = (
+        change(pipeline, image, source=other, config=plain),
+        change(other, image, source=pipeline, config=plain),
+    )
+    assert not np.array_equal(there[0], image) and not np.array_equal(there, back)

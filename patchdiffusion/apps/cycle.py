@@ -154,12 +154,12 @@ def encode_noise(
 @torch.no_grad()
 def decode_noise(denoiser: Denoiser, code: NoiseCode, *, cond: Cond | None = None) -> Tensor:
     """Images that a denoiser makes of a code, [B, C, *S]: those of the code by its own denoiser."""
-    told = _Told(denoiser, code)
+    stored = _Stored(denoiser, code)
     noise: Callable[[int], Tensor] = lambda step: code.noise[step + 1]  # noqa: E731
-    return solve(DDIM(eta=code.eta), told, code.start, code.sigmas, cond=cond, noise=noise)
+    return solve(DDIM(eta=code.eta), stored, code.start, code.sigmas, cond=cond, noise=noise)
 
 
-class _Told(Wrapper):
+class _Stored(Wrapper):
     """`Changing` with the estimates of the source in a code."""
 
     def __init__(self, target: Denoiser, code: NoiseCode):
@@ -212,21 +212,21 @@ def change(
     if not 0 < sigma < math.inf:
         raise ValueError(f"sigma must be positive and finite, not {sigma}")
     x = to_network(image, pipeline.model.config.space)
-    told = Told(origin, config, x[None], _meaning(origin, before))
+    part = SourceEstimates(origin, config, x[None], _meaning(origin, before))
     target = _meaning(pipeline, after)
-    made = []
+    images = []
     for k in range(count):
-        images = pipeline.sample(
+        changed, _ = pipeline.sample(
             2,
             seed=seed + k,
             classes=target.classes,
             prompts=target.prompts,
             config=replace(config, noise_seed=seed + k),
             start=Start(x.expand(2, *x.shape), sigma),
-            known=told,
+            known=part,
         )
-        made.append(images[0])
-    return np.stack(made)
+        images.append(changed)
+    return np.stack(images)
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ def _meaning(pipeline: Pipeline, word: str | int | None) -> Meaning:
     if word is None:
         return Meaning(classes=pipeline.unlabeled(None))
     reads = any(conditioner.reads_prompts for conditioner in model.conditioners)
-    if model.num_classes and not (reads and str(word) not in model.classes):
+    if model.num_classes and (str(word) in model.classes or not reads):
         return Meaning(classes=(word,))
     if reads:
         return Meaning(classes=pipeline.unlabeled(None), prompts=(str(word),))
@@ -251,7 +251,7 @@ def _meaning(pipeline: Pipeline, word: str | int | None) -> Meaning:
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
+class SourceEstimates:
     """Estimates by the model that an image comes from: a `guidance.base.Part` of the target."""
 
     source: Pipeline

@@ -60,10 +60,8 @@ class EditArguments(RemakingArguments):
 def main(arguments: Sequence[str]) -> None:
     """Edit images one after another."""
     options = parse(EditArguments(), arguments, "edit")
-    kind, run, words = _subject(options.subject)
-    origin, words = (run, words) if kind != "translate" else (run, words[1:])
-    run = Path(options.subject[2]) if kind == "translate" else run
-    for folder in (run, origin):
+    kind, origin, run, words = _subject(options.subject)
+    for folder in (origin, run):
         check_run(folder)
     _check(kind, options)
     files = pictures_of(words)
@@ -86,8 +84,8 @@ def main(arguments: Sequence[str]) -> None:
         )
 
 
-def _subject(words: Sequence[str]) -> tuple[Kind, Path, Sequence[str]]:
-    """Kind of edit, run, and images."""
+def _subject(words: Sequence[str]) -> tuple[Kind, Path, Path, Sequence[str]]:
+    """Kind of edit, the run that the images come from, the run that edits them, and images."""
     kinds = get_args(Kind)
     if not words or words[0] not in kinds:
         given = f"{words[0]!r} is no edit" if words else "what to do is missing"
@@ -96,11 +94,15 @@ def _subject(words: Sequence[str]) -> tuple[Kind, Path, Sequence[str]]:
             f"{given}; allowed are {', '.join(kinds)}: patchdiffusion edit inpaint RUN IMAGE{near}"
         )
     kind: Any = words[0]
-    wanted = ("A", "B", "IMAGE") if kind == "translate" else ("RUN", "IMAGE")
-    if missing := wanted[len(words) - 1 :]:
-        told = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
-        raise ValueError(f"{told}; type patchdiffusion edit {kind} {' '.join(wanted)}")
-    return kind, Path(words[1]), words[2:]
+    parts = ("A", "B", "IMAGE") if kind == "translate" else ("RUN", "IMAGE")
+    if missing := parts[len(words) - 1 :]:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ValueError(
+            f"{' and '.join(missing)} {verb} missing; type patchdiffusion edit {kind} "
+            f"{' '.join(parts)}"
+        )
+    runs = [Path(word) for word in words[1 : len(parts)]]
+    return kind, runs[0], runs[-1], words[len(parts) :]
 
 
 def _check(kind: Kind, options: EditArguments) -> None:

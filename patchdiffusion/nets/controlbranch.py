@@ -11,6 +11,7 @@ where x are the features behind block 0. Shapes: B batch, T tokens, R registers,
 sides, K maps.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +39,7 @@ Controls = Sequence[tuple[Any, Strength]]
 """The branches beside a network, each with its strength."""
 
 
-class ControlBranch(Trained):
+class ControlBranch(Trained, ABC):
     """Base of branches."""
 
     maps: tuple[ControlMaps, ...] = ()
@@ -82,9 +83,9 @@ class ControlBranch(Trained):
             for name, target in self.copies().items():
                 local(target).copy_(local(source[name]))
 
+    @abstractmethod
     def copies(self) -> dict[str, Tensor]:
         """Weights that are copies of those of the network, by the names there."""
-        raise NotImplementedError
 
     def units(self) -> list[nn.Module]:
         """The repeated blocks, which are compiled one by one."""

@@ -275,7 +275,7 @@ class Lego(Network[LegoConfig]):
         Their sum is `count(network, size).macs`.
         """
         sides = (size,) * self.config.axes if isinstance(size, int) else size
-        inputs = (
+        images = (
             torch.empty(1, self.config.channels, *sides, device="meta"),
             torch.empty(1, device="meta"),
         )
@@ -284,12 +284,12 @@ class Lego(Network[LegoConfig]):
             return self._inputs(x, noise, Cond())
 
         def through(k: int, x: Tensor, noise: Tensor) -> Tensor:
-            given = shared(x, noise)[k]
-            return self._bricks()[k](given._replace(below=given.x if k else None))
+            inputs = shared(x, noise)[k]
+            return self._bricks()[k](inputs._replace(below=inputs.x if k else None))
 
-        rest = macs_of_call(self, shared, *inputs)
+        rest = macs_of_call(self, shared, *images)
         costs = [
-            macs_of_call(self, partial(through, k), *inputs) - rest for k in range(self.num_bricks)
+            macs_of_call(self, partial(through, k), *images) - rest for k in range(self.num_bricks)
         ]
         return (costs[0] + rest, *costs[1:])
 
