@@ -105,6 +105,18 @@ def test_side_by_side_is_the_stored_code_bit_for_bit() -> None:
     assert not torch.allclose(stored, code.image, atol=0.1)
 
 
+def test_source_and_target_have_conditions_of_their_own() -> None:
+    def label(x: Tensor, sigma: Tensor | float, cond: Cond | None = None) -> Tensor:
+        assert cond is not None and cond.labels is not None and len(cond.labels) == len(x)
+        return cond.labels.to(x).reshape(-1, 1, 1, 1).expand_as(x)
+
+    image = drawn(2, 1, 2, 2)
+    both = Changing(label, label, image, Cond(labels=torch.tensor([1, 2])))
+    changed, kept = both(drawn(4, 1, 2, 2), 1.0, Cond(labels=torch.tensor([5, 7, 9, 9]))).chunk(2)
+    assert torch.equal(kept, image)
+    torch.testing.assert_close((changed - image)[:, 0, 0, 0], torch.tensor([4.0, 5.0]).double())
+
+
 def products(style: float) -> GaussianMixture:
     """Six modes of content in four dimensions, and a style of four."""
     content = 2 * drawn(6, 4, seed=1)

@@ -16,6 +16,7 @@ from patchdiffusion.nets.base import Network, initialize
 from patchdiffusion.nets.dit import DiTConfig
 from patchdiffusion.nets.edm2 import EDM2Config
 from patchdiffusion.nets.lego import LegoConfig
+from patchdiffusion.nets.magnitude import MPReader
 from patchdiffusion.nets.text import ByteText, MPTextTower, TextTower
 from patchdiffusion.nets.unet import UNetConfig
 from patchdiffusion.parameterisation import EDM
@@ -74,6 +75,19 @@ def test_what_a_mask_hides_is_not_seen(config: Reads) -> None:
         out = network(x, noise, Cond(context=context, context_mask=mask))
         assert torch.equal(network(x, noise, Cond(context=other, context_mask=mask)), out)
         assert not torch.allclose(network(x, noise, Cond()), out)
+
+
+def test_attention_of_edm2_to_a_condition_keeps_the_magnitude() -> None:
+    reader = MPReader(64, 2, 16)
+    initialize(reader, 0)
+    x, context = drawn(4, 64, 6, 6), drawn(4, 5, 16, seed=1)
+    with torch.no_grad():
+        assert torch.equal(reader(x, context, None), x)
+        assert reader.proj.gain is not None
+        reader.proj.gain.fill_(3.0)
+        out = reader(x, context[:, :1], None)  # one token: its values have magnitude 1
+    assert not torch.allclose(out, x, atol=0.1)
+    assert out.square().mean().sqrt().item() == pytest.approx(1, abs=0.1)
 
 
 @each_network
